@@ -1,0 +1,147 @@
+"""Work (facts about what ran) and its price on a device (seconds and joules).
+
+A trainer reports `Work`; a `LatencyModel` turns (work, device) into a `Cost`. Nothing here knows of federations, so a
+finished run can be priced again on other devices. May import: numpy and this package.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from devices.profile import DeviceProfile
+
+
+@dataclass(frozen=True)
+class NetworkCost:
+    """What one example costs in one network: facts that are the same on every device.
+
+    FLOPs count a multiply-add as two. `backward_flops` is the gradient step alone, without the forward pass before it.
+    """
+
+    name: str
+    forward_flops: float  # per example
+    backward_flops: float  # per example
+    parameter_bytes: int
+    activation_bytes: int  # per example, kept between forward and backward
+    calls: int = 1  # layers started per pass, whatever the batch
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Equal passes through one network: how many forward and how many backward, and of which batch size."""
+
+    network: NetworkCost
+    batch: int
+    forwards: int
+    backwards: int = 0
+
+    @property
+    def flops(self) -> float:
+        forward = self.forwards * self.network.forward_flops
+        return self.batch * (forward + self.backwards * self.network.backward_flops)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a client did in one round: measured facts, never seconds.
+
+    `storage_bytes` is what the client keeps on the device between rounds (coreset, personal layers).
+    """
+
+    passes: tuple[Passes, ...] = ()
+    peak_memory_bytes: int = 0
+    storage_bytes: int = 0
+    down_bytes: int = 0
+    up_bytes: int = 0
+
+    @property
+    def flops(self) -> float:
+        return sum(p.flops for p in self.passes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `from_dict` is the inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, facts: dict[str, Any]) -> Work:
+        passes = tuple(Passes(**{**p, "network": NetworkCost(**p["network"])}) for p in facts["passes"])
+        return cls(**{**facts, "passes": passes})
+
+
+@dataclass(frozen=True)
+class Jitter:
+    """Factors on the seconds of one client in one round, each around 1."""
+
+    compute: float = 1.0
+    down: float = 1.0
+    up: float = 1.0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the work costs on a device: seconds and joules of each phase, and whether it fits into memory."""
+
+    down_s: float = 0.0
+    compute_s: float = 0.0
+    up_s: float = 0.0
+    down_joules: float = 0.0
+    compute_joules: float = 0.0
+    up_joules: float = 0.0
+    fits: bool = field(default=True)
+
+    @property
+    def total_s(self) -> float:
+        return self.down_s + self.compute_s + self.up_s
+
+    @property
+    def joules(self) -> float:
+        return self.down_joules + self.compute_joules + self.up_joules
+
+    def until(self, elapsed_s: float) -> Cost:
+        """The part of this cost that is spent when the client stops after `elapsed_s` seconds."""
+        spent = []
+        left = max(0.0, elapsed_s)
+        for seconds in (self.down_s, self.compute_s, self.up_s):
+            spent.append(min(seconds, left))
+            left -= spent[-1]
+        share = [s / total if total else 0.0 for s, total in zip(spent, (self.down_s, self.compute_s, self.up_s), strict=True)]
+        return Cost(
+            *spent, self.down_joules * share[0], self.compute_joules * share[1], self.up_joules * share[2], self.fits
+        )
+
+
+class LatencyModel(ABC):
+    """Turns (work, device) into seconds; energy and transfer are the same for every model and live in `cost`."""
+
+    @abstractmethod
+    def compute_s(self, work: Work, device: DeviceProfile) -> float:
+        """Seconds that the passes of `work` take on `device`, without jitter."""
+
+    def cost(self, work: Work, device: DeviceProfile, jitter: Jitter = Jitter()) -> Cost:
+        """Prices one client's round.
+
+        Seconds: transfer is round-trip time plus bytes over bandwidth, times its jitter; compute is `compute_s` times its
+        jitter. Joules are seconds times the watts of the phase.
+        """
+        down_s = (device.rtt_s + work.down_bytes / device.down_bytes_per_s) * jitter.down
+        up_s = (device.rtt_s + work.up_bytes / device.up_bytes_per_s) * jitter.up
+        compute_s = self.compute_s(work, device) * jitter.compute
+        return Cost(
+            down_s,
+            compute_s,
+            up_s,
+            down_s * device.rx_watts,
+            compute_s * device.compute_watts,
+            up_s * device.tx_watts,
+            fits=work.peak_memory_bytes <= device.memory_bytes,
+        )
+
+
+class FlopsLatency(LatencyModel):
+    """One rate per device, whatever the network: the naive baseline that other simulators use."""
+
+    def compute_s(self, work: Work, device: DeviceProfile) -> float:
+        return work.flops / device.flops_per_s

@@ -1,0 +1,25 @@
+"""Errors of the devices package and the sentence that every unknown name gets.
+
+May import: the standard library only. Everything above `devices` uses `unknown` too, so that a wrong name reads the same everywhere.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class DeviceError(ValueError):
+    """A device profile, fleet or trace file that cannot be used; the text says what to change."""
+
+
+def unknown(what: str, name: object, options: Iterable[object]) -> str:
+    """Says in one sentence that a name is not known, what is allowed and which name is nearest.
+
+    Args:
+        what: what was looked up, e.g. "device".
+        name: the name that came.
+        options: the names that are allowed.
+    """
+    allowed = sorted(str(option) for option in options)
+    near = get_close_matches(str(name), allowed, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"unknown {what} {str(name)!r}{hint} (allowed: {', '.join(allowed) or 'none'})"

@@ -1,0 +1,52 @@
+"""One seed in, independent named streams out.
+
+Every random draw of a run comes from `generator(seed, purpose, ...)`: the draws of one purpose, round or client never
+shift those of another. May import: numpy and torch (lazily).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import blake2b
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+
+def derive(seed: int, *names: str | int) -> int:
+    """A 63-bit seed that depends on every name: equal names, equal seed, on every machine."""
+    text = "/".join([str(int(seed)), *map(str, names)])
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def generator(seed: int, *names: str | int) -> np.random.Generator:
+    """A numpy generator for one purpose, e.g. `generator(seed, "jitter", round, client_id)`."""
+    return np.random.default_rng(derive(seed, *names))
+
+
+def torch_generator(seed: int, *names: str | int) -> torch.Generator:
+    """A torch generator (on the CPU) for one purpose."""
+    import torch
+
+    return torch.Generator().manual_seed(derive(seed, *names))
+
+
+@contextmanager
+def seeded_globals(seed: int, *names: str | int) -> Iterator[None]:
+    """Seeds Python's and numpy's global generators inside the block and restores them after it.
+
+    Stock Flower strategies sample with the global `random`; this is the only place where global generators are touched.
+    """
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    random.seed(derive(seed, *names))
+    np.random.seed(derive(seed, *names) % 2**32)
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)

@@ -1,0 +1,124 @@
+"""What is learned: data, model, objective and how it is judged.
+
+A workload may be a finite data set, an endless task generator or an environment; `ClientData` hides which. May import:
+torch, numpy and `fedsim.seeding`. Concrete workloads live in `fedsim/data/`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from fedsim.seeding import derive
+
+Tensors = dict[str, Tensor]
+ModelFactory = Callable[..., nn.Module]  # called with input_shape=(...), num_classes=int
+
+
+class Examples(Dataset[Tensors]):
+    """Equally long tensors and the rows of them that belong here: no copy until `gather` or `materialise`.
+
+    Args:
+        tensors: e.g. {"x": [n, ...], "y": [n] or [n, steps]}; may be shared by many clients.
+        rows: which rows, [m] int64; all of them when None.
+        prepare: turns gathered raw rows into what the network is fed (uint8 to float, normalisation).
+    """
+
+    def __init__(self, tensors: Tensors, rows: Tensor | None = None, prepare: Callable[[Tensors], Tensors] | None = None):
+        self.tensors, self.rows, self.prepare = tensors, rows, prepare
+
+    def __len__(self) -> int:
+        return len(self.rows) if self.rows is not None else len(self.tensors["y"])
+
+    def __getitem__(self, index: int) -> Tensors:
+        return {name: t[0] for name, t in self.gather(torch.tensor([index])).items()}
+
+    def gather(self, index: Tensor) -> Tensors:
+        """The examples at `index` [b] int64 as one batch, ready for the network."""
+        rows = self.rows[index] if self.rows is not None else index
+        batch = {name: t[rows] for name, t in self.tensors.items()}
+        return self.prepare(batch) if self.prepare else batch
+
+    def materialise(self) -> Examples:
+        """The same examples with their own prepared tensors, so that `gather` is one indexing."""
+        if self.rows is None and self.prepare is None:
+            return self
+        return Examples(self.gather(torch.arange(len(self))))
+
+    @property
+    def labels(self) -> Tensor:
+        """Labels without touching the inputs, [m] or [m, steps] int64."""
+        y = self.tensors["y"]
+        return y[self.rows] if self.rows is not None else y
+
+
+@dataclass(frozen=True)
+class ClientData:
+    """What one client owns: a part to train on and a held-out part to judge its personal model on (may be empty)."""
+
+    train: Examples
+    test: Examples
+
+
+class Workload(ABC):
+    """Data of all clients, the model, the objective and the metrics of one learning problem.
+
+    Attributes:
+        name: as in the configuration.
+        num_clients: population size; client ids are 0..num_clients-1.
+        input_shape: of one example as the network is fed, e.g. (1, 28, 28), or (80,) for token sequences.
+        num_classes: size of the output.
+        test: the held-out examples that the global model is judged on; no client trains on them.
+    """
+
+    name: str
+    num_clients: int
+    input_shape: tuple[int, ...]
+    num_classes: int
+    test: Examples
+
+    def __init__(self, model: ModelFactory, seed: int):
+        self.model_factory, self.seed = model, seed
+
+    def build_model(self) -> nn.Module:
+        """A fresh model: the same weights for the same seed, whatever was drawn before."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive(self.seed, "model"))
+            return self.model_factory(input_shape=self.input_shape, num_classes=self.num_classes)
+
+    @abstractmethod
+    def client_data(self, client_id: int) -> ClientData:
+        """The data of one client; equal at every call."""
+
+    def sample(self, batch: int) -> Tensors:
+        """A batch of held-out examples (repeated when there are too few), for tracing what the network costs."""
+        return self.test.gather(torch.arange(batch) % len(self.test))
+
+    def loss(self, model: nn.Module, batch: Tensors) -> Tensor:
+        """Mean cross-entropy of `batch["y"]` under `model(batch["x"])`; every step counts alike for sequences."""
+        logits = model(batch["x"])  # [batch, classes] or [batch, steps, classes]
+        return F.cross_entropy(logits.flatten(0, -2), batch["y"].flatten())
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, data: Examples, batch: int = 512) -> dict[str, float]:
+        """Accuracy and mean loss on `data`; an empty part gives an empty dict."""
+        if not len(data):
+            return {}
+        device = next(model.parameters()).device
+        was_training = model.training
+        model.eval()
+        correct, loss, count = 0, 0.0, 0
+        for rows in torch.arange(len(data)).split(batch):
+            part = {name: t.to(device) for name, t in data.gather(rows).items()}
+            logits, y = model(part["x"]).flatten(0, -2), part["y"].flatten()
+            correct += int((logits.argmax(-1) == y).sum())
+            loss += float(F.cross_entropy(logits, y, reduction="sum"))
+            count += len(y)
+        model.train(was_training)
+        return {"accuracy": correct / count, "loss": loss / count}
