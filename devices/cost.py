@@ -7,7 +7,7 @@ finished run can be priced again on other devices. May import: numpy and this pa
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Work:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` is the inverse."""
-        return asdict(self)
+        return {**vars(self), "passes": [{**vars(p), "network": vars(p.network)} for p in self.passes]}
 
     @classmethod
     def from_dict(cls, facts: dict[str, Any]) -> Work:
@@ -102,15 +102,25 @@ class Cost:
 
     def until(self, elapsed_s: float) -> Cost:
         """The part of this cost that is spent when the client stops after `elapsed_s` seconds."""
-        spent = []
         left = max(0.0, elapsed_s)
+        spent = []
         for seconds in (self.down_s, self.compute_s, self.up_s):
             spent.append(min(seconds, left))
             left -= spent[-1]
-        share = [s / total if total else 0.0 for s, total in zip(spent, (self.down_s, self.compute_s, self.up_s), strict=True)]
+        down_s, compute_s, up_s = spent
         return Cost(
-            *spent, self.down_joules * share[0], self.compute_joules * share[1], self.up_joules * share[2], self.fits
+            down_s,
+            compute_s,
+            up_s,
+            self.down_joules * _share(down_s, self.down_s),
+            self.compute_joules * _share(compute_s, self.compute_s),
+            self.up_joules * _share(up_s, self.up_s),
+            self.fits,
         )
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
 
 
 class LatencyModel(ABC):
@@ -123,8 +133,8 @@ class LatencyModel(ABC):
     def cost(self, work: Work, device: DeviceProfile, jitter: Jitter = Jitter()) -> Cost:
         """Prices one client's round.
 
-        Seconds: transfer is round-trip time plus bytes over bandwidth, times its jitter; compute is `compute_s` times its
-        jitter. Joules are seconds times the watts of the phase.
+        Seconds: transfer is round-trip time plus bytes over bandwidth, times its jitter; compute is `compute_s` times
+        its jitter. Joules are seconds times the watts of the phase.
         """
         down_s = (device.rtt_s + work.down_bytes / device.down_bytes_per_s) * jitter.down
         up_s = (device.rtt_s + work.up_bytes / device.up_bytes_per_s) * jitter.up

@@ -30,7 +30,9 @@ class Examples(Dataset[Tensors]):
         prepare: turns gathered raw rows into what the network is fed (uint8 to float, normalisation).
     """
 
-    def __init__(self, tensors: Tensors, rows: Tensor | None = None, prepare: Callable[[Tensors], Tensors] | None = None):
+    def __init__(
+        self, tensors: Tensors, rows: Tensor | None = None, prepare: Callable[[Tensors], Tensors] | None = None
+    ):
         self.tensors, self.rows, self.prepare = tensors, rows, prepare
 
     def __len__(self) -> int:
@@ -45,11 +47,10 @@ class Examples(Dataset[Tensors]):
         batch = {name: t[rows] for name, t in self.tensors.items()}
         return self.prepare(batch) if self.prepare else batch
 
-    def materialise(self) -> Examples:
-        """The same examples with their own prepared tensors, so that `gather` is one indexing."""
-        if self.rows is None and self.prepare is None:
-            return self
-        return Examples(self.gather(torch.arange(len(self))))
+    def materialise(self, device: torch.device | str = "cpu") -> Examples:
+        """The same examples with their own prepared tensors on `device`, so that `gather` is one indexing."""
+        own = self.gather(torch.arange(len(self)))
+        return Examples({name: t.to(device) for name, t in own.items()})
 
     @property
     def labels(self) -> Tensor:
@@ -94,7 +95,18 @@ class Workload(ABC):
 
     @abstractmethod
     def client_data(self, client_id: int) -> ClientData:
-        """The data of one client; equal at every call."""
+        """The data of one client; equal at every call.
+
+        Raises:
+            IndexError: if there is no such client.
+        """
+
+    def check_client(self, client_id: int) -> None:
+        """Raises IndexError unless `client_id` is in 0..num_clients-1 (a negative one must not count from the end)."""
+        if not 0 <= client_id < self.num_clients:
+            raise IndexError(
+                f"client_id must be in 0..{self.num_clients - 1} for workload {self.name}, got {client_id}"
+            )
 
     def sample(self, batch: int) -> Tensors:
         """A batch of held-out examples (repeated when there are too few), for tracing what the network costs."""

@@ -1,0 +1,180 @@
+"""The Flower ClientApp: unpack a cohort message, let the trainer work for each client in it, pack the answers.
+
+The same app runs in this process, in Ray actors and on Flower SuperNodes; it builds its world (workload, model, trainer)
+once per process from the settings that come with the message. May import: fedsim, devices, torch, flwr, hydra (not
+strategies). Nothing here knows a method.
+"""
+
+from __future__ import annotations
+
+import math
+import traceback
+from collections import OrderedDict
+from functools import lru_cache
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from clients.state import ClientState
+from clients.trainers.base import ClientContext, LocalTrainer, OutOfMemory, WorkLog
+from devices.meter import measure
+from fedsim.errors import ConfigError
+from fedsim.messages import (
+    ARRAYS,
+    NUM_EXAMPLES,
+    SETTINGS,
+    STATE,
+    Broadcast,
+    broadcast_of,
+    content_of_update,
+    from_array,
+    pack_cohort,
+    record_of,
+    tensors_of,
+    unpack_cohort,
+)
+from fedsim.settings import World, build_world, instantiate, pick_device
+from fedsim.workload import ClientData, Tensors
+
+app = ClientApp()
+CACHE_BYTES = 512 * 2**20  # of prepared client data per process
+
+
+class Worker:
+    """One process's world: a model that is reused for every client, and the data of the clients seen lately."""
+
+    def __init__(self, world: World):
+        self.world, self.workload, self.fleet = world, world.workload, world.fleet
+        settings = world.settings
+        torch.set_num_threads(settings["engine"]["threads"])
+        self.seed = settings["seed"]
+        self.device = pick_device(settings["engine"]["device"])
+        self.trainer: LocalTrainer = instantiate(settings, "trainer")
+        self.model = self.workload.build_model().to(self.device)
+        self.slots = dict(self.model.state_dict())
+        self.network = measure(self.model, self.workload.loss, self._on_device(self.workload.sample(4)), "dense")
+        self._data: OrderedDict[int, ClientData] = OrderedDict()
+        self._data_bytes = 0
+        self._shared: tuple[ArrayRecord, Tensors] | None = None
+
+    def serve(self, header: dict[str, Any], parts: list[RecordDict]) -> RecordDict:
+        """Answers a whole cohort message; a failing client is a reported outcome and does not stop the others."""
+        answers, facts = [], []
+        for client_id, part in zip(header["clients"], parts, strict=True):
+            answer, fact = self._one(client_id, part, header["round"], header["phase"])
+            answers.append(answer)
+            facts.append(fact)
+        return pack_cohort({"clients": facts}, answers)
+
+    def _one(self, client_id: int, part: RecordDict, round: int, phase: str) -> tuple[RecordDict, dict[str, Any]]:
+        client = self.context(client_id, part, round)
+        outcome, reason, trace, answer = "completed", "", "", RecordDict()
+        try:
+            answer = self._answer(client, part, phase)
+        except ConfigError:
+            raise
+        except OutOfMemory as error:
+            outcome, reason = "out_of_memory", str(error)
+        except Exception as error:
+            outcome, reason, trace = "failed", f"{type(error).__name__}: {error}", traceback.format_exc()
+            reason = " ".join(reason.split())
+        work = client.log.work(client.state.storage_bytes)
+        if outcome != "completed":
+            answer = RecordDict()
+        fact = {"client": client_id, "outcome": outcome, "reason": reason, "work": work.to_dict(), "traceback": trace}
+        return answer, fact
+
+    def _answer(self, client: ClientContext, part: RecordDict, phase: str) -> RecordDict:
+        task = broadcast_of(part, self._weights(part), client.round)
+        self._load(task.weights)
+        kind, _, question = phase.partition(".")
+        if kind == "train":
+            return self._fit(client, task, part.array_records[ARRAYS])
+        if kind == "evaluate":
+            metrics = self.trainer.evaluate(client, task)
+            count = len(client.data.test)
+            return RecordDict({"metrics": MetricRecord({NUM_EXAMPLES: count, **{k: float(v) for k, v in metrics.items()}})})
+        records = {name: record_of(tensors) for name, tensors in self.trainer.answer(client, question, task).items()}
+        return RecordDict(records)  # type: ignore[arg-type]
+
+    def _fit(self, client: ClientContext, task: Broadcast, model: ArrayRecord) -> RecordDict:
+        answer = content_of_update(self.trainer.fit(client, task), model)
+        # One sum over everything finds NaN and infinity without a test per element.
+        if not math.isfinite(sum(float(from_array(a).sum()) for a in answer.array_records[ARRAYS].values())):
+            raise FloatingPointError("its update holds NaN or infinite weights; lower trainer.lr or set trainer.clip_norm")
+        if client.state:
+            answer[STATE] = client.state.pack()
+        return answer
+
+    def context(self, client_id: int, part: RecordDict, round: int) -> ClientContext:
+        """What the trainer sees of one client."""
+        profile = self.fleet[client_id]
+        return ClientContext(
+            client_id=client_id,
+            round=round,
+            seed=self.seed,
+            workload=self.workload,
+            model=self.model,
+            network=self.network,
+            profile=profile,
+            state=ClientState.unpack(part.array_records.get(STATE)),
+            device=self.device,
+            log=WorkLog(profile.memory_bytes),
+            data=self._client_data(client_id),
+        )
+
+    def _weights(self, part: RecordDict) -> Tensors:
+        """The broadcast weights on this worker's device; unpacked once when the cohort shares them."""
+        record = part.array_records.get(ARRAYS)
+        if record is None:
+            return {}
+        if self._shared is None or self._shared[0] is not record:
+            self._shared = (record, tensors_of(record, self.device))
+        return self._shared[1]
+
+    @torch.no_grad()
+    def _load(self, weights: Tensors) -> None:
+        if not weights:
+            return
+        if weights.keys() != self.slots.keys():
+            raise ValueError(f"the broadcast has weights {sorted(weights)}, the model {sorted(self.slots)}")
+        torch._foreach_copy_(list(self.slots.values()), [weights[name] for name in self.slots])
+
+    def _client_data(self, client_id: int) -> ClientData:
+        if client_id in self._data:
+            self._data.move_to_end(client_id)
+            return self._data[client_id]
+        raw = self.workload.client_data(client_id)
+        data = ClientData(raw.train.materialise(self.device), raw.test.materialise(self.device))
+        self._data[client_id] = data
+        self._data_bytes += _bytes_of(data)
+        while self._data_bytes > CACHE_BYTES and len(self._data) > 1:
+            self._data_bytes -= _bytes_of(self._data.popitem(last=False)[1])
+        return data
+
+    def _on_device(self, batch: Tensors) -> Tensors:
+        return {name: t.to(self.device) for name, t in batch.items()}
+
+
+@lru_cache(maxsize=1)
+def worker_for(config_json: str) -> Worker:
+    """This process's worker for these settings; built at the first message of a run."""
+    return Worker(build_world(config_json))
+
+
+def serve(message: Message, _: Context) -> Message:
+    """Handles every kind of cohort message; the header says which."""
+    header, parts = unpack_cohort(message.content)
+    worker = worker_for(str(message.content.config_records[SETTINGS]["json"]))
+    return Message(worker.serve(header, parts), reply_to=message)
+
+
+app.train()(serve)
+app.evaluate()(serve)
+app.query()(serve)
+
+
+def _bytes_of(data: ClientData) -> int:
+    return sum(t.element_size() * t.numel() for part in (data.train, data.test) for t in part.tensors.values())

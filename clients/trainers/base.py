@@ -1,0 +1,110 @@
+"""What every local trainer is given and must answer. May import: torch, numpy, devices, fedsim (not strategies)."""
+
+from __future__ import annotations
+
+from abc import ABC
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from clients.state import ClientState
+from devices.cost import NetworkCost, Passes, Work
+from devices.profile import DeviceProfile
+from fedsim.messages import Broadcast, ClientUpdate
+from fedsim.seeding import torch_generator
+from fedsim.workload import ClientData, Tensors, Workload
+
+
+class OutOfMemory(RuntimeError):
+    """The device cannot hold what the trainer asked for; counted as an outcome, never a crash of the run."""
+
+
+class WorkLog:
+    """Collects the facts of one client's round: passes through networks and the memory they need.
+
+    Args:
+        memory_bytes: what the device has for training.
+    """
+
+    def __init__(self, memory_bytes: int):
+        self.memory_bytes = memory_bytes
+        self.peak_memory_bytes = 0
+        # By identity of the network: hashing its fields at every step would cost more than the counting.
+        self._passes: dict[tuple[int, int], tuple[NetworkCost, list[int]]] = {}
+
+    def reserve(self, peak_bytes: int) -> None:
+        """Declares memory before it is used.
+
+        Raises:
+            OutOfMemory: when the device has less.
+        """
+        self.peak_memory_bytes = max(self.peak_memory_bytes, peak_bytes)
+        if peak_bytes > self.memory_bytes:
+            raise OutOfMemory(f"needs {peak_bytes} bytes at its peak, the device has {self.memory_bytes} for training")
+
+    def add(self, network: NetworkCost, batch: int, forwards: int = 0, backwards: int = 0) -> None:
+        """Counts passes through `network` with batches of `batch` examples."""
+        key = (id(network), batch)
+        if key not in self._passes:
+            self._passes[key] = (network, [0, 0])
+        counts = self._passes[key][1]
+        counts[0] += forwards
+        counts[1] += backwards
+
+    def work(self, storage_bytes: int = 0) -> Work:
+        """All that was counted, in the order in which it first came."""
+        passes = tuple(Passes(network, batch, *counts) for (_, batch), (network, counts) in self._passes.items())
+        return Work(passes, self.peak_memory_bytes, storage_bytes)
+
+
+@dataclass
+class ClientContext:
+    """One client as its trainer sees it in one round.
+
+    Attributes:
+        model: holds the broadcast weights when the trainer starts; one object reused for all clients.
+        network: what one example costs in `model`.
+        state: what this client kept from earlier rounds; change it in place.
+        log: where the trainer reports its work.
+    """
+
+    client_id: int
+    round: int
+    seed: int
+    workload: Workload
+    model: nn.Module
+    network: NetworkCost
+    profile: DeviceProfile
+    state: ClientState
+    device: torch.device
+    log: WorkLog = field(repr=False)
+    data: ClientData = field(repr=False)
+
+    def stream(self, *names: str | int) -> torch.Generator:
+        """Random numbers for one purpose of this client in this round; other purposes and clients never shift them."""
+        return torch_generator(self.seed, *names, self.round, self.client_id)
+
+
+class LocalTrainer(ABC):
+    """What a client does with a broadcast. Trainers are stateless: state belongs to `client.state`."""
+
+    def fit(self, client: ClientContext, task: Broadcast) -> ClientUpdate:
+        """Trains on the client's data and reports the work in `client.log`."""
+        raise NotImplementedError(f"{type(self).__name__} does not train")
+
+    def evaluate(self, client: ClientContext, task: Broadcast) -> dict[str, float]:
+        """Metrics of the broadcast weights on the client's own held-out part; empty when it has none."""
+        data = client.data.test
+        if len(data):
+            client.log.reserve(client.network.parameter_bytes)
+            client.log.add(client.network, 1, forwards=len(data))
+        return client.workload.evaluate(client.model, data)
+
+    def answer(self, client: ClientContext, question: str, task: Broadcast) -> dict[str, Tensors]:
+        """Side exchanges beside training: records by name.
+
+        Raises:
+            KeyError: for a question this trainer does not know.
+        """
+        raise KeyError(f"{type(self).__name__} has no answer to {question!r}; use a pair of strategy and trainer that belong together")

@@ -1,0 +1,46 @@
+"""SGD held close to the broadcast weights.
+
+Source: Li et al., "Federated Optimization in Heterogeneous Networks", MLSys 2020, equation 2 (the proximal term).
+May import: what `clients.trainers.sgd` may.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clients.trainers.base import ClientContext
+from clients.trainers.sgd import SGDTrainer
+from fedsim.errors import ConfigError
+from fedsim.messages import Broadcast
+from fedsim.workload import Tensors
+
+
+class FedProxTrainer(SGDTrainer):
+    """Adds proximal_mu / 2 times the squared distance to the broadcast weights.
+
+    Args:
+        proximal_mu: mu of the paper; 0 is plain SGD, bit for bit. A strategy's `proximal-mu` setting comes before it.
+        sgd: arguments of SGDTrainer.
+    """
+
+    known_settings = SGDTrainer.known_settings | {"proximal-mu"}
+
+    def __init__(self, proximal_mu: float = 0.0, **sgd: Any):
+        super().__init__(**sgd)
+        if proximal_mu < 0:
+            raise ConfigError(f"trainer.proximal_mu must be at least 0, got {proximal_mu!r}")
+        self.proximal_mu = proximal_mu
+
+    def loss(self, client: ClientContext, batch: Tensors, task: Broadcast) -> Tensor:
+        """Workload loss plus the proximal term."""
+        loss = super().loss(client, batch, task)
+        mu = float(task.settings.get("proximal-mu", self.proximal_mu))
+        if mu == 0:
+            return loss
+        distances = [
+            torch.sum((p - task.weights[name]) ** 2) for name, p in client.model.named_parameters() if p.requires_grad
+        ]
+        return loss + mu / 2 * torch.stack(distances).sum()

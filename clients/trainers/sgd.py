@@ -1,0 +1,144 @@
+"""Mini-batch SGD on the client's own examples: the one local loop, from which most trainers override a step.
+
+Source: McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS 2017,
+algorithm 1 (ClientUpdate). May import: torch, devices, fedsim, clients.trainers.base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from clients.trainers.base import ClientContext, LocalTrainer
+from devices.errors import unknown
+from devices.meter import peak_memory_bytes
+from fedsim.errors import ConfigError
+from fedsim.messages import Broadcast, ClientUpdate
+from fedsim.workload import Tensors
+
+
+class SGDTrainer(LocalTrainer):
+    """Trains for some local epochs or steps with SGD.
+
+    Args:
+        lr: learning rate of round 1.
+        batch_size: examples per step; the last batch of an epoch may be smaller.
+        local_epochs: passes over the client's examples, unless `local_steps` is given.
+        local_steps: steps per round instead of epochs; epochs are strung together as needed.
+        momentum, weight_decay: as in torch.optim.SGD; momentum starts at zero in each round.
+        lr_decay: factor on the learning rate per round.
+        clip_norm: largest gradient norm of a step; None does not clip.
+    """
+
+    known_settings = frozenset({"server-round", "lr"})
+
+    def __init__(
+        self,
+        lr: float,
+        batch_size: int,
+        local_epochs: int = 1,
+        local_steps: int | None = None,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        lr_decay: float = 1.0,
+        clip_norm: float | None = None,
+    ):
+        _require("trainer.lr", lr, lr > 0, "greater than 0")
+        _require("trainer.batch_size", batch_size, batch_size >= 1, "at least 1")
+        _require("trainer.local_epochs", local_epochs, local_epochs >= 1, "at least 1")
+        _require("trainer.local_steps", local_steps, local_steps is None or local_steps >= 1, "null or at least 1")
+        _require("trainer.momentum", momentum, 0 <= momentum < 1, "in [0, 1)")
+        _require("trainer.weight_decay", weight_decay, weight_decay >= 0, "at least 0")
+        _require("trainer.lr_decay", lr_decay, 0 < lr_decay <= 1, "in (0, 1]")
+        _require("trainer.clip_norm", clip_norm, clip_norm is None or clip_norm > 0, "null or greater than 0")
+        self.lr, self.batch_size = lr, batch_size
+        self.local_epochs, self.local_steps = local_epochs, local_steps
+        self.momentum, self.weight_decay = momentum, weight_decay
+        self.lr_decay, self.clip_norm = lr_decay, clip_norm
+
+    def fit(self, client: ClientContext, task: Broadcast) -> ClientUpdate:
+        """The local loop; reports one forward and one backward pass per step."""
+        self.check_settings(task)
+        parameters = [p for p in client.model.parameters() if p.requires_grad]
+        lr, velocity = self.learning_rate(task), None
+        batch = min(self.batch_size, len(client.data.train))
+        client.log.reserve(peak_memory_bytes(client.network, batch, 1.0 if self.momentum else 0.0))
+        client.model.train()
+        total, steps = torch.zeros((), device=client.device), 0
+        for batch_examples in self.batches(client, task):
+            loss = self.loss(client, batch_examples, task)
+            gradients = torch.autograd.grad(loss, parameters)
+            velocity = self.step(parameters, gradients, lr, velocity)
+            self.log_step(client, len(batch_examples["y"]))
+            total += loss.detach()
+            steps += 1
+        weights = {name: t.detach() for name, t in client.model.state_dict().items()}
+        return ClientUpdate(client.client_id, len(client.data.train), weights, {"train_loss": float(total) / max(1, steps)})
+
+    @torch.no_grad()
+    def step(
+        self, parameters: Sequence[Tensor], gradients: Sequence[Tensor], lr: float, velocity: Sequence[Tensor] | None
+    ) -> Sequence[Tensor] | None:
+        """One update of `parameters` in place, the arithmetic of torch.optim.SGD; returns the new velocity.
+
+        Written out with foreach operators: making an optimiser per client and its bookkeeping per step cost 8 % of a
+        LeNet-5 step on a CPU.
+        """
+        if self.clip_norm is not None:
+            total = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+            torch._foreach_mul_(gradients, torch.clamp(self.clip_norm / (total + 1e-6), max=1.0))
+        if self.weight_decay:
+            gradients = torch._foreach_add(gradients, parameters, alpha=self.weight_decay)
+        if self.momentum:
+            if velocity is None:
+                velocity = gradients
+            else:
+                torch._foreach_mul_(velocity, self.momentum)
+                torch._foreach_add_(velocity, gradients)
+            gradients = velocity
+        torch._foreach_add_(parameters, gradients, alpha=-lr)
+        return velocity
+
+    def learning_rate(self, task: Broadcast) -> float:
+        """Learning rate of this round; a strategy's `lr` setting comes before the trainer's own."""
+        return float(task.settings.get("lr", self.lr)) * self.lr_decay ** (task.round - 1)
+
+    def batches(self, client: ClientContext, task: Broadcast) -> Iterator[Tensors]:
+        """Shuffled batches of the client's training examples: tensors with leading size `batch_size` or less."""
+        data = client.data.train
+        steps_left = self.local_steps
+        epochs = self.local_epochs if steps_left is None else steps_left  # an epoch has at least one step
+        shuffle = client.stream("batches")
+        for _ in range(epochs):
+            for rows in torch.randperm(len(data), generator=shuffle).split(self.batch_size):
+                if steps_left is not None:
+                    if steps_left == 0:
+                        return
+                    steps_left -= 1
+                yield data.gather(rows)
+
+    def loss(self, client: ClientContext, batch: Tensors, task: Broadcast) -> Tensor:
+        """The objective of one step, a scalar."""
+        return client.workload.loss(client.model, batch)
+
+    def log_step(self, client: ClientContext, batch: int) -> None:
+        """Reports what one step ran; override together with `loss` when a step costs more."""
+        client.log.add(client.network, batch, forwards=1, backwards=1)
+
+    def check_settings(self, task: Broadcast) -> None:
+        """Refuses a setting that nobody would act on.
+
+        Raises:
+            ConfigError: names the setting and the trainer.
+        """
+        for key in task.settings:
+            if key not in self.known_settings:
+                what = unknown(f"setting for {type(self).__name__}", key, self.known_settings)
+                raise ConfigError(f"{what}; the strategy sends it, so choose the trainer that belongs to the strategy")
+
+
+def _require(key: str, value: object, holds: bool, allowed: str) -> None:
+    if not holds:
+        raise ConfigError(f"{key} must be {allowed}, got {value!r}")

@@ -1,0 +1,208 @@
+"""When a client can be reached, as a function of the simulated time: no state, so every order of asking agrees.
+
+A fleet builds one of these with `num_clients` and `seed`; in a configuration it is `_partial_: true`. May import: numpy
+and this package.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from devices.draws import stream, uniforms
+from devices.errors import DeviceError, unknown
+
+DAY_S = 86_400.0
+LOOK_AHEAD_SLOTS = 10_000
+
+
+class Availability(ABC):
+    """Whether each of `num_clients` clients is online at a simulated time, in seconds from the start of the run."""
+
+    def __init__(self, num_clients: int, seed: int):
+        self.num_clients, self.seed = num_clients, seed
+
+    def online(self, client_id: int, now_s: float) -> bool:
+        """Whether the client can be reached at `now_s`."""
+        return self._end_s(client_id, now_s) is not None
+
+    def online_until(self, client_id: int, now_s: float) -> float:
+        """The simulated time at which the client goes offline: inf if never, `now_s` if it is offline already."""
+        end_s = self._end_s(client_id, now_s)
+        return now_s if end_s is None else end_s
+
+    @abstractmethod
+    def _end_s(self, client_id: int, now_s: float) -> float | None:
+        """When the online spell around `now_s` ends, or None when the client is offline then."""
+
+
+class Always(Availability):
+    """Every client is online all the time."""
+
+    def _end_s(self, client_id: int, now_s: float) -> float | None:
+        return math.inf
+
+
+class Bernoulli(Availability):
+    """Time is cut into slots; in each, every client is online with a probability of its own draw.
+
+    Args:
+        num_clients: population size.
+        seed: draws follow it, the client and the slot.
+        p: probability of being online, in [0, 1].
+        slot_s: length of a slot in seconds.
+
+    `online_until` takes 1 / (1 - p) steps on average; it looks 10,000 slots ahead at most and then returns their end.
+    """
+
+    def __init__(self, num_clients: int, seed: int, p: float = 0.8, slot_s: float = 600.0):
+        super().__init__(num_clients, seed)
+        self.p = _number("availability.p", p, 0, 1)
+        self.slot_s = _number("availability.slot_s", slot_s, 0, math.inf, open_below=True)
+
+    def online(self, client_id: int, now_s: float) -> bool:
+        return self._drawn_online(client_id, math.floor(now_s / self.slot_s))
+
+    def _end_s(self, client_id: int, now_s: float) -> float | None:
+        slot = first = math.floor(now_s / self.slot_s)
+        if not self._drawn_online(client_id, slot):
+            return None
+        if self.p == 1:
+            return math.inf
+        while slot < first + LOOK_AHEAD_SLOTS and self._drawn_online(client_id, slot):
+            slot += 1
+        return slot * self.slot_s
+
+    def _drawn_online(self, client_id: int, slot: int) -> bool:
+        return uniforms(1, self.seed, "bernoulli", client_id, slot)[0] < self.p
+
+
+class Diurnal(Availability):
+    """Each client is online in one window of `hours` a day, which opens at an hour of its own.
+
+    Args:
+        num_clients: population size.
+        seed: draws the opening hours.
+        hours: length of the window, in (0, 24]; 24 is always online.
+        start_hour: hour of the simulated day at which the earliest window opens.
+        spread_hours: opening hours are uniform over this long from `start_hour` on. 24 is a population around the
+            world, so that the share online is steady; less is one time zone, where everybody sleeps together.
+    """
+
+    def __init__(
+        self, num_clients: int, seed: int, hours: float = 16.0, start_hour: float = 0.0, spread_hours: float = 24.0
+    ):
+        super().__init__(num_clients, seed)
+        self.window_s = 3600 * _number("availability.hours", hours, 0, 24, open_below=True)
+        start_s = 3600 * _number("availability.start_hour", start_hour, 0, 24)
+        spread_s = 3600 * _number("availability.spread_hours", spread_hours, 0, 24)
+        phase = stream(seed, "diurnal").random(num_clients)
+        self.opens_s = (start_s + spread_s * phase).astype(np.float32)  # [num_clients], in [0, 48 h)
+
+    def _end_s(self, client_id: int, now_s: float) -> float | None:
+        if self.window_s >= DAY_S:
+            return math.inf
+        opens_s = float(self.opens_s[client_id])
+        end_s = opens_s + math.floor((now_s - opens_s) / DAY_S) * DAY_S + self.window_s
+        return end_s if now_s < end_s else None
+
+
+class Trace(Availability):
+    """Online spells read from a JSON file in FedScale's behaviour format, repeated for ever.
+
+    The file is {client: {"duration", "inactive": [...], "finish_time", "active": [...], "model"}}, times in seconds:
+    the client is online when active[i] <= t mod finish_time <= inactive[i]. Clients take the entries in the order of
+    the file and wrap around when there are more clients than entries. Spells that touch are one spell, also over the
+    wrap of the trace. Since both ends count, a client asked at the very end of a spell is online and has 0 s left.
+
+    Args:
+        num_clients: population size.
+        seed: not used, the file says all.
+        path: the JSON file; relative paths start where the command runs.
+
+    Raises:
+        DeviceError: naming the file, the client and the key that is wrong.
+    Source: SymbioticLab/FedScale, benchmark/dataset/data/device_info (format only; no trace is shipped).
+    """
+
+    def __init__(self, num_clients: int, seed: int, path: str | Path):
+        super().__init__(num_clients, seed)
+        entries = [_spells(f"{path}: client {key!r}", entry) for key, entry in _read_trace(Path(path)).items()]
+        self.offsets = np.cumsum([0, *(len(starts) for starts, _, _ in entries)])  # [entries + 1]
+        self.starts_s = np.concatenate([starts for starts, _, _ in entries])  # [spells]
+        self.ends_s = np.concatenate([ends for _, ends, _ in entries])  # [spells]
+        self.finish_s = np.array([finish for _, _, finish in entries])  # [entries]
+
+    def _end_s(self, client_id: int, now_s: float) -> float | None:
+        entry = client_id % len(self.finish_s)
+        first, stop = self.offsets[entry], self.offsets[entry + 1]
+        starts, ends, finish = self.starts_s[first:stop], self.ends_s[first:stop], float(self.finish_s[entry])
+        cycle_s = math.floor(now_s / finish) * finish
+        spell = int(np.searchsorted(starts, now_s - cycle_s, side="right")) - 1
+        if spell < 0 or now_s - cycle_s > ends[spell]:
+            return None
+        if ends[spell] < finish or starts[0] > 0:
+            return cycle_s + float(ends[spell])
+        # The last spell runs into the first one of the next cycle.
+        return math.inf if len(starts) == 1 else cycle_s + finish + float(ends[0])
+
+
+def _number(key: str, value: Any, low: float, high: float, open_below: bool = False) -> float:
+    """The value as a float, or a DeviceError that names the key and the allowed interval."""
+    interval = f"{'(' if open_below else '['}{low:g}, {high:g}{')' if high == math.inf else ']'}"
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or not low <= value <= high or (open_below and value == low):
+        raise DeviceError(f"{key} must be a number in {interval}, got {value!r}")
+    return float(value)
+
+
+def _read_trace(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DeviceError(f"{path}: there is no such trace file") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise DeviceError(f"{path}: a trace must be a JSON text file: {error}") from None
+    if not isinstance(tree, dict) or not tree:
+        raise DeviceError(f"{path}: a trace must be a map from client to its spells, got {str(tree)[:80]!r}")
+    return tree
+
+
+def _spells(where: str, entry: Any) -> tuple[np.ndarray, np.ndarray, float]:
+    """Starts and ends of the online spells of one entry, [spells] each, and the length of the trace, in seconds."""
+    allowed = ("duration", "inactive", "finish_time", "active", "model")
+    if not isinstance(entry, dict):
+        raise DeviceError(f"{where} must be a map with active, inactive and finish_time, got {str(entry)[:80]!r}")
+    for key in entry:
+        if key not in allowed:
+            raise DeviceError(f"{where} has an {unknown('key', key, allowed)}")
+    for key in ("active", "inactive", "finish_time"):
+        if key not in entry:
+            raise DeviceError(f"{where} has no key {key!r}")
+    finish_s = _number(f"{where}: finish_time", entry["finish_time"], 0, math.inf, open_below=True)
+    active, inactive = entry["active"], entry["inactive"]
+    for key, times in (("active", active), ("inactive", inactive)):
+        if not isinstance(times, list):
+            raise DeviceError(f"{where}: {key} must be a list of seconds, got {str(times)[:80]!r}")
+    if len(active) != len(inactive):
+        raise DeviceError(
+            f"{where}: active and inactive must be equally long, got {len(active)} and {len(inactive)} entries"
+        )
+    starts: list[float] = []
+    ends: list[float] = []
+    for i, (start, end) in enumerate(zip(active, inactive, strict=True)):
+        start = _number(f"{where}: active[{i}]", start, ends[-1] if ends else 0, math.inf)
+        end = _number(f"{where}: inactive[{i}]", end, start, math.inf)
+        if start >= finish_s:
+            break  # the time within a cycle never gets there
+        if ends and start == ends[-1]:
+            ends[-1] = end
+        else:
+            starts.append(start)
+            ends.append(end)
+    return np.array(starts), np.minimum(np.array(ends), finish_s), finish_s

@@ -1,0 +1,149 @@
+"""Which client owns which device: drawn once from shares, the same for the same configuration and seed.
+
+May import: numpy and this package. A fleet holds a few bytes per client: a million clients cost a few megabytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from operator import index
+from statistics import NormalDist
+
+import numpy as np
+
+from devices.availability import Always, Availability
+from devices.cost import Jitter
+from devices.draws import stream, uniforms
+from devices.errors import DeviceError
+from devices.profile import DeviceProfile, load_profile
+
+_NORMAL = NormalDist()
+
+
+class Fleet:
+    """The devices of `num_clients` clients; `fleet[client_id]` is a DeviceProfile with that client's own factors.
+
+    Client i's draws depend on the seed and on i alone: a fleet of more clients starts with the same clients.
+
+    Args:
+        name: as in the configuration.
+        devices: share of the clients for each device; a key is a shipped name or a path ending in .yaml. Shares are
+            normalised.
+        num_clients: population size.
+        seed: of every draw.
+        availability: builds an Availability when called with `num_clients` and `seed`.
+        speed_sigma: sigma of the lognormal factor on a client's FLOPs per second, fixed for the run.
+        network_sigma: sigma of the lognormal factor on a client's bandwidth, one draw for both ways, fixed for the run.
+
+    Raises:
+        DeviceError: for an unknown device, a bad file, share or sigma.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        devices: Mapping[str, float],
+        num_clients: int,
+        seed: int,
+        availability: Callable[..., Availability] = Always,
+        speed_sigma: float = 0.15,
+        network_sigma: float = 0.6,
+    ):
+        if isinstance(num_clients, bool) or not isinstance(num_clients, int) or num_clients < 1:
+            raise DeviceError(f"fleet {name!r}: num_clients must be a whole number from 1 up, got {num_clients!r}")
+        for key, sigma in (("speed_sigma", speed_sigma), ("network_sigma", network_sigma)):
+            if not _is_number(sigma) or sigma < 0:
+                raise DeviceError(f"fleet {name!r}: {key} must be a number from 0 up, got {sigma!r}")
+        self.name, self.num_clients, self.seed = name, num_clients, seed
+        self.profiles, edges = _drawable(name, devices)
+        kinds = np.searchsorted(edges, stream(seed, "device").random(num_clients), side="right")
+        self.device = kinds.astype(np.int16)  # [num_clients], index into profiles
+        self.speed = _factors(seed, "speed", speed_sigma, num_clients)
+        self.bandwidth = _factors(seed, "bandwidth", network_sigma, num_clients)
+        self.availability = availability(num_clients=num_clients, seed=seed)
+
+    def __len__(self) -> int:
+        return self.num_clients
+
+    def __getitem__(self, client_id: int) -> DeviceProfile:
+        profile = self._profile(client_id)
+        bandwidth = float(self.bandwidth[client_id])
+        return replace(
+            profile,
+            flops_per_s=profile.flops_per_s * float(self.speed[client_id]),
+            down_bytes_per_s=profile.down_bytes_per_s * bandwidth,
+            up_bytes_per_s=profile.up_bytes_per_s * bandwidth,
+        )
+
+    def device_name(self, client_id: int) -> str:
+        """Name of the client's device, e.g. "pixel3"."""
+        return self._profile(client_id).name
+
+    def kind(self, client_id: int) -> str:
+        """Kind of the client's device, e.g. "phone"."""
+        return self._profile(client_id).kind
+
+    def online(self, client_id: int, now_s: float) -> bool:
+        """Whether the client can be reached at the simulated time `now_s`."""
+        return self.availability.online(self._checked(client_id), now_s)
+
+    def online_until(self, client_id: int, now_s: float) -> float:
+        """The simulated time at which the client goes offline: inf if never, `now_s` if it is offline already."""
+        return self.availability.online_until(self._checked(client_id), now_s)
+
+    def jitter(self, client_id: int, round: int) -> Jitter:
+        """The lognormal factors on the client's seconds in one round: computing, receiving, sending."""
+        profile = self._profile(client_id)
+        z = [_NORMAL.inv_cdf(u) for u in uniforms(3, self.seed, "jitter", client_id, round)]
+        sigma, transfer_sigma = profile.compute_jitter_sigma, profile.jitter_sigma
+        return Jitter(math.exp(sigma * z[0]), math.exp(transfer_sigma * z[1]), math.exp(transfer_sigma * z[2]))
+
+    def crash_s(self, client_id: int, round: int) -> float:
+        """Seconds of work in one round after which the device crashes: exponential, inf if it never does."""
+        failures_per_min = self._profile(client_id).failures_per_min
+        if failures_per_min == 0:
+            return math.inf
+        return -math.log(uniforms(1, self.seed, "crash", client_id, round)[0]) * 60 / failures_per_min
+
+    def summary(self) -> list[tuple[str, int, float]]:
+        """Rows of (device, clients that own it, their share of the fleet), in the order of the configuration."""
+        clients = np.bincount(self.device, minlength=len(self.profiles)).tolist()
+        return [(p.name, count, count / self.num_clients) for p, count in zip(self.profiles, clients, strict=True)]
+
+    def _checked(self, client_id: int) -> int:
+        if not 0 <= index(client_id) < self.num_clients:
+            raise IndexError(f"client_id must be in 0..{self.num_clients - 1} (fleet {self.name!r}), got {client_id!r}")
+        return index(client_id)
+
+    def _profile(self, client_id: int) -> DeviceProfile:
+        return self.profiles[self.device[self._checked(client_id)]]
+
+
+def _drawable(name: str, devices: Mapping[str, float]) -> tuple[tuple[DeviceProfile, ...], np.ndarray]:
+    """The profiles and the right edges of their shares within [0, 1), [devices - 1]."""
+    if not devices:
+        raise DeviceError(f"fleet {name!r}: devices must name at least one device and its share")
+    for device, share in devices.items():
+        if not _is_number(share) or share <= 0:
+            raise DeviceError(
+                f"fleet {name!r}: the share of {device!r} must be a number above 0, got {share!r}; "
+                "leave out a device that is not wanted"
+            )
+    profiles = tuple(load_profile(device) for device in devices)
+    names = [profile.name for profile in profiles]
+    for device, profile in zip(devices, profiles, strict=True):
+        if names.count(profile.name) > 1:
+            raise DeviceError(f"fleet {name!r}: two devices are named {profile.name!r}; change 'name' in {device}")
+    shares = np.cumsum(np.array(list(devices.values()), dtype=float))
+    return profiles, shares[:-1] / shares[-1]
+
+
+def _factors(seed: int, purpose: str, sigma: float, num_clients: int) -> np.ndarray:
+    """Lognormal factors with median 1, [num_clients] float32."""
+    return np.exp(sigma * stream(seed, purpose).standard_normal(num_clients)).astype(np.float32)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

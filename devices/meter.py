@@ -1,0 +1,141 @@
+"""What one example costs in a network: counted by running it once, so that nobody writes FLOPs down by hand.
+
+May import: torch and this package; everything else in `devices` works without this module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from devices.cost import NetworkCost
+from devices.errors import DeviceError
+
+Loss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
+
+
+def _lstm_forward(x: Tensor, w_ih: Tensor, w_hh: Tensor, *_: Any, **__: Any) -> int:
+    """One layer and direction: 2 * 4H(I + H) per step and example; x [steps, batch, I], w_ih [4H, I], w_hh [4H, H]."""
+    rows = x.numel() // x.shape[-1]
+    return 2 * rows * (w_ih.numel() + w_hh.numel())
+
+
+def _lstm_backward(x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Any, b_hh: Any, h: Tensor, *_: Any, **__: Any) -> int:
+    """The products that the gradients asked for need; h [batch, H] is the first state.
+
+    The kernel has no output mask and may compute more. Counted is what the same layer costs as plain matrix products
+    (as a GRU runs on the CPU, and an LSTM without oneDNN): nothing for an input or first state without a gradient.
+    """
+    rows = x.numel() // x.shape[-1]
+    state_rows = rows if h.requires_grad else rows - h.numel() // h.shape[-1]
+    products = w_ih.numel() * rows * (w_ih.requires_grad + x.requires_grad)
+    products += w_hh.numel() * (rows * w_hh.requires_grad + state_rows)
+    return 2 * products
+
+
+# With this mark torch hands over tensors instead of shapes: the backward formula asks for `requires_grad`.
+_lstm_forward._get_raw = _lstm_backward._get_raw = True  # type: ignore[attr-defined]
+
+RECURRENT_FLOPS = {
+    torch.ops.aten.mkldnn_rnn_layer: _lstm_forward,
+    torch.ops.aten.mkldnn_rnn_layer_backward: _lstm_backward,
+}
+
+
+def counter() -> FlopCounterMode:
+    """Torch's FLOP counter (a multiply-add is two), which also counts the LSTM kernel of the CPU that torch leaves out.
+
+    GRUs and Elman networks run as matrix products on the CPU and are counted without help. Use it as a context manager
+    and read `get_total_flops()`. Matrix products, convolutions and attention count; norms, activations, pooling do not.
+    """
+    return FlopCounterMode(display=False, custom_mapping=RECURRENT_FLOPS)
+
+
+def measure(model: nn.Module, loss: Loss, batch: dict[str, Tensor], name: str) -> NetworkCost:
+    """Runs one forward and backward pass of `loss(model, batch)` and says what each example cost.
+
+    It runs a copy, in training mode, on the CPU and without oneDNN, whose scratch memory differs between machines: the
+    model, its gradients, buffers and mode and torch's random state stay as they are, and every host counts the same.
+
+    Args:
+        model: parameters that need no gradient are priced as frozen.
+        loss: must use the model and batch that it is given, and only these.
+        batch: tensors with the examples in the first dimension; two or more where batch norm wants them.
+        name: of the network, kept in the result.
+
+    Returns:
+        FLOPs and activation bytes per example. Activations are the storages that autograd keeps for the backward pass,
+        each counted once, without parameters, buffers and the batch itself; a recurrent layer is one call.
+
+    Raises:
+        DeviceError: if the batch is empty.
+    """
+    size = min((len(tensor) for tensor in batch.values()), default=0)
+    if size == 0:
+        raise DeviceError(f"network {name!r} cannot be measured on an empty batch; give at least one example")
+    network = deepcopy(model).cpu().train()
+    batch = {key: tensor.detach().cpu() for key, tensor in batch.items()}
+    own = [*network.parameters(), *network.buffers(), *batch.values()]
+    excluded = {tensor.untyped_storage().data_ptr() for tensor in own}
+    kept: dict[int, int] = {}  # storage -> bytes; autograd holds the storages, so no address comes twice
+    calls = 0
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in excluded:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()  # an output that holds itself would be a reference cycle
+
+    def count_call(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    for module in network.modules():
+        if next(module.children(), None) is None:
+            module.register_forward_pre_hook(count_call)
+
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), _without_onednn():
+        with counter() as forward, saved_tensors_hooks(keep, lambda tensor: tensor):
+            value = loss(network, batch)
+        with counter() as backward:
+            if value.requires_grad:
+                value.backward()
+    return NetworkCost(
+        name=name,
+        forward_flops=forward.get_total_flops() / size,
+        backward_flops=backward.get_total_flops() / size,
+        parameter_bytes=sum(p.numel() * p.itemsize for p in network.parameters()),
+        activation_bytes=-(-sum(kept.values()) // size),
+        calls=calls,
+    )
+
+
+@contextmanager
+def _without_onednn() -> Iterator[None]:
+    # The context manager of torch for this also resets the precision flags, with a warning.
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
+
+
+def peak_memory_bytes(cost: NetworkCost, batch: int, optimiser_bytes_per_parameter_byte: float) -> int:
+    """Most memory that a training step holds: weights, gradients, optimiser state, and the activations of the batch.
+
+    Args:
+        cost: of the network, from `measure`.
+        batch: examples per step.
+        optimiser_bytes_per_parameter_byte: 0 for plain SGD, 1 with momentum, 2 for Adam.
+
+    The runtime is not in it: `DeviceProfile.memory_bytes` is already without.
+    """
+    return round(cost.parameter_bytes * (2 + optimiser_bytes_per_parameter_byte)) + batch * cost.activation_bytes

@@ -1,0 +1,51 @@
+"""Simulated time: who is on time and how long a round takes. Host time never enters. May import: the standard library."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RoundTiming:
+    """How one exchange ended: client ids in client order, and its length in simulated seconds."""
+
+    on_time: tuple[int, ...]
+    late: tuple[int, ...]
+    round_s: float
+
+
+class SimClock:
+    """The clock of a run; only `close_round` and `advance` move it."""
+
+    def __init__(self, now_s: float = 0.0):
+        self.now_s = now_s
+
+    def close_round(
+        self, arrival_s: Mapping[int, float], deadline_s: float | None = None, keep: int | None = None
+    ) -> RoundTiming:
+        """Decides who is on time and advances the clock to the end of the round.
+
+        The round ends with the last accepted reply; when replies are missing at the deadline, at the deadline.
+
+        Args:
+            arrival_s: seconds after the round's start at which each client's reply arrives, by client id.
+            deadline_s: replies after it are late; None waits for all.
+            keep: only the first `keep` replies are accepted and the last of them ends the round (over-selection); the
+                rest are late. Equal arrivals are ordered by client id.
+        """
+        order = sorted(arrival_s, key=lambda client: (arrival_s[client], client))
+        in_time = [c for c in order if deadline_s is None or arrival_s[c] <= deadline_s]
+        accepted = in_time if keep is None else in_time[:keep]
+        filled = keep is not None and len(accepted) == keep
+        if deadline_s is not None and len(in_time) < len(order) and not filled:
+            round_s = deadline_s
+        else:
+            round_s = max((arrival_s[c] for c in accepted), default=0.0)
+        self.now_s += round_s
+        taken = set(accepted)
+        return RoundTiming(tuple(sorted(accepted)), tuple(sorted(c for c in order if c not in taken)), round_s)
+
+    def advance(self, seconds: float) -> None:
+        """Lets time pass without an exchange."""
+        self.now_s += seconds

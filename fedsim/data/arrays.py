@@ -1,0 +1,298 @@
+"""Workloads whose examples are arrays in memory: checked once, split by a partition, prepared batch by batch.
+
+May import: numpy, torch, `fedsim.workload`, `fedsim.partition`, `fedsim.seeding`, `fedsim.errors`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedsim.errors import ConfigError, DataError
+from fedsim.partition import Partition
+from fedsim.seeding import generator
+from fedsim.workload import ClientData, Examples, ModelFactory, Tensors, Workload
+
+Kind = Literal["image", "text", "audio", "tabular"]
+
+DIMENSIONS = {"image": (3, 4), "text": (2,), "audio": (2, 3), "tabular": (2,)}  # of x, examples included
+LAYOUT = {
+    "image": "[n, height, width] or [n, height, width, channels]",
+    "text": "[n, steps]",
+    "audio": "[n, samples] or [n, frames, features]",
+    "tabular": "[n, features]",
+}
+FULL_SCALE = {torch.uint8: 255.0, torch.int16: 32768.0}
+
+
+class Arrays(NamedTuple):
+    """One part of a data set.
+
+    Attributes:
+        x: examples, [n, ...] in the layout of their kind; uint8, int16 or floating (text: any integers).
+        y: labels, [n] or for sequences [n, steps], integers.
+        owners: who made each example, [n] integers or strings ("": nobody); None where the data do not say.
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+    owners: np.ndarray | None = None
+
+
+class Prepare:
+    """Turns gathered raw rows into what the network is fed.
+
+    uint8 is divided by 255 and int16 by 32768; floats stay as they are; images become channels first; text int64.
+
+    Args:
+        kind: what the examples are.
+        mean, std: subtracted and divided by afterwards, shaped to broadcast against one prepared example.
+    """
+
+    def __init__(self, kind: Kind, mean: Tensor | None = None, std: Tensor | None = None):
+        self.kind, self.mean, self.std = kind, mean, std
+
+    def __call__(self, batch: Tensors) -> Tensors:
+        """`batch["x"]` [b, ...] raw to float32 (text: int64); everything else is passed on."""
+        x = batch["x"]
+        if self.kind == "text":
+            return {**batch, "x": x.long()}
+        if self.kind == "image":
+            x = x.unsqueeze(1) if x.dim() == 3 else x.permute(0, 3, 1, 2)
+        scale = FULL_SCALE.get(x.dtype)
+        x = x.to(torch.float32, memory_format=torch.contiguous_format)
+        if scale:
+            x = x / scale
+        if self.mean is not None and self.std is not None:
+            x = (x - self.mean) / self.std
+        return {**batch, "x": x}
+
+
+class ArrayWorkload(Workload):
+    """A classification problem held in arrays and split over the clients.
+
+    Every client's own examples are divided into a part to train on and a part to judge its personal model on. With a
+    partition by owner and a test split that has the client's owner, the second part is the owner's rows of the test
+    split; otherwise it is a seeded draw of the client's own examples. Rows of the test split are never trained on.
+
+    Args:
+        name: of the workload, as in the configuration.
+        train: what the clients own.
+        test: what the global model is judged on.
+        classes: their names; for next-token prediction, the vocabulary.
+        kind: image, text, audio or tabular.
+        model: makes the network.
+        partition: who owns which training example.
+        num_clients: population size; None for all owners of a natural partition and `default_clients` of any other.
+        seed: of the run.
+        input_range: "unit" scales integers to [0, 1] (audio: [-1, 1)); "standard" also brings every channel of the
+            training part (images), the whole (audio) or every feature (tabular) to mean 0 and standard deviation 1.
+        client_test_fraction: share of its own examples that a client holds out, in [0, 1); at least one always trains.
+        default_clients: population size when `num_clients` does not say.
+        source: what errors call the data, e.g. "bundle data/mnist"; the name when empty.
+
+    Raises:
+        ConfigError: if a setting is wrong.
+        DataError: if the arrays cannot be used or are too few for the clients.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        train: Arrays,
+        test: Arrays,
+        classes: Sequence[str],
+        kind: Kind,
+        model: ModelFactory,
+        partition: Partition,
+        num_clients: int | None,
+        seed: int,
+        input_range: Literal["unit", "standard"] = "unit",
+        client_test_fraction: float = 0.1,
+        default_clients: int = 100,
+        source: str = "",
+    ):
+        super().__init__(model, seed)
+        source = source or name
+        if kind not in get_args(Kind):
+            raise ConfigError(f"{source}: kind must be one of {', '.join(get_args(Kind))}, got {kind!r}")
+        if input_range not in ("unit", "standard"):
+            raise ConfigError(f"workload.input_range must be unit or standard, got {input_range!r}")
+        if input_range == "standard" and kind == "text":
+            raise ConfigError(f"workload.input_range=standard is for numbers and {source} holds tokens: set it to unit")
+        check_fraction(client_test_fraction)
+        train = check_arrays(train, kind, len(classes), f"{source}, train part")
+        test = check_arrays(test, kind, len(classes), f"{source}, test part")
+        for key in ("x", "y"):
+            ours, theirs = getattr(train, key), getattr(test, key)
+            if ours.shape[1:] != theirs.shape[1:] or (key == "x" and ours.dtype != theirs.dtype):
+                raise DataError(
+                    f"{source}: one example of {key} is {_describe(ours)} in the train part but {_describe(theirs)} in "
+                    "the test part; save both parts alike"
+                )
+        if train.owners is not None and test.owners is not None:
+            ours, theirs = train.owners.dtype, test.owners.dtype
+            if (ours.kind == "U") != (theirs.kind == "U"):
+                raise DataError(f"{source}: client is {ours} in the train part but {theirs} in the test part")
+        self.name, self.kind, self.classes = name, kind, list(classes)
+        self.num_classes, self.client_test_fraction = len(self.classes), client_test_fraction
+        self.prepare = Prepare(kind, *(_channel_statistics(train.x, kind) if input_range == "standard" else ()))
+        self.train_tensors = {"x": torch.from_numpy(train.x), "y": torch.from_numpy(train.y)}
+        self.test = Examples({"x": torch.from_numpy(test.x), "y": torch.from_numpy(test.y)}, prepare=self.prepare)
+        self.input_shape = tuple(self.test.gather(torch.tensor([0]))["x"].shape[1:])
+        if num_clients is None and not partition.by_owner:
+            num_clients = default_clients
+        self.parts = partition.split(train.y, train.owners, num_clients, generator(seed, "partition"))
+        self.num_clients = len(self.parts)
+        self._test_rows: list[np.ndarray | None] = [None] * self.num_clients
+        if partition.by_owner and train.owners is not None and test.owners is not None:
+            self._test_rows = _rows_of_owners(test.owners, [train.owners[rows] for rows in self.parts])
+
+    def build_model(self) -> nn.Module:
+        """A fresh model: the same weights for the same seed.
+
+        Raises:
+            ConfigError: if the model does not take what this workload feeds (numbers or token ids).
+        """
+        model = super().build_model()
+        takes = getattr(model, "takes_tokens", None)  # models from elsewhere need not say
+        if takes is not None and takes != (self.kind == "text"):
+            fed, other = ("token ids", "char_lstm") if self.kind == "text" else ("numbers, not token ids", "mlp")
+            raise ConfigError(
+                f"workload {self.name} feeds {fed}, which {type(model).__name__} does not take; try model={other}"
+            )
+        return model
+
+    def client_data(self, client_id: int) -> ClientData:
+        """The examples of one client; time and memory grow with their number only.
+
+        Raises:
+            IndexError: if there is no such client.
+        """
+        self.check_client(client_id)
+        rows, theirs = self.parts[client_id], self._test_rows[client_id]
+        if theirs is not None:
+            return ClientData(self._examples(rows), Examples(self.test.tensors, torch.from_numpy(theirs), self.prepare))
+        held = held_out(len(rows), self.client_test_fraction)
+        order = generator(self.seed, "holdout", client_id).permutation(len(rows))
+        return ClientData(self._examples(rows[np.sort(order[held:])]), self._examples(rows[np.sort(order[:held])]))
+
+    def _examples(self, rows: np.ndarray) -> Examples:
+        return Examples(self.train_tensors, torch.from_numpy(rows), self.prepare)
+
+
+def check_fraction(client_test_fraction: float) -> None:
+    """Raises ConfigError unless the share of held-out examples is in [0, 1)."""
+    if not isinstance(client_test_fraction, int | float) or not 0 <= client_test_fraction < 1:
+        raise ConfigError(f"workload.client_test_fraction must be in [0, 1), got {client_test_fraction!r}")
+
+
+def held_out(examples: int, fraction: float) -> int:
+    """How many of a client's examples are kept for its own test: the rounded share, but one always trains."""
+    return min(int(examples * fraction + 0.5), examples - 1)
+
+
+def check_arrays(part: Arrays, kind: Kind, num_classes: int, where: str) -> Arrays:
+    """Refuses arrays that cannot be trained on, in one sentence.
+
+    Args:
+        part: what came.
+        kind: what the examples should be.
+        num_classes: labels must be below it.
+        where: what the sentence calls this part.
+
+    Returns:
+        The same examples: contiguous, in the machine's byte order, y int64, text int32 or uint8.
+
+    Raises:
+        DataError: if shapes, types or values are not as `Arrays` says.
+    """
+    x, y, owners = part
+    if not len(x) or not len(y) or not x.size:
+        raise DataError(f"{where} is empty: x has shape {list(x.shape)} and y {list(y.shape)}")
+    if x.ndim not in DIMENSIONS[kind]:
+        raise DataError(f"{where}: x of kind {kind} must be {LAYOUT[kind]}, got shape {list(x.shape)}")
+    if kind == "image" and x.ndim == 4 and x.shape[3] > 4 >= x.shape[1]:
+        raise DataError(
+            f"{where}: x has shape {list(x.shape)}, which looks like channels first; images are {LAYOUT[kind]}"
+        )
+    if len(x) != len(y):
+        raise DataError(f"{where}: x has {len(x)} examples but y has {len(y)} labels; save one label per example")
+    if owners is not None and (owners.ndim != 1 or len(owners) != len(x) or owners.dtype.kind not in "iuU"):
+        raise DataError(
+            f"{where}: client must be one integer or string id per example ([{len(x)}]), got {owners.dtype} of shape "
+            f"{list(owners.shape)}"
+        )
+    x = np.ascontiguousarray(x, x.dtype.newbyteorder("="))
+    if kind == "text":
+        x = _check_tokens(x, num_classes if y.ndim == 2 else None, where)
+    elif x.dtype.kind == "f":
+        with np.errstate(over="ignore"):  # what float32 cannot hold counts as infinite
+            x = x.astype(np.float32, copy=False)
+        wrong = len(x) - int(np.isfinite(x).reshape(len(x), -1).all(1).sum())
+        if wrong:
+            raise DataError(f"{where}: x holds NaN or infinite values in {wrong} of {len(x)} examples; remove these")
+    elif x.dtype not in (np.uint8, np.int16):
+        raise DataError(f"{where}: x must be uint8, int16 or floating, got {x.dtype}; save it as one of these")
+    if y.dtype.kind not in "iu":
+        raise DataError(f"{where}: labels must be integers, got {y.dtype}; save y as class numbers from 0")
+    if y.ndim != 1 and not (kind == "text" and y.shape == x.shape):
+        shapes = f"[{len(x)}]" + (f" or, per step, {list(x.shape)}" if kind == "text" else "")
+        raise DataError(f"{where}: y must have shape {shapes}, got {list(y.shape)}")
+    low, high = y.min(), y.max()
+    if low < 0 or high >= num_classes:
+        raise DataError(
+            f"{where}: labels must be in 0..{num_classes - 1} (there are {num_classes} classes), got {low}..{high}"
+        )
+    return Arrays(x, y.astype(np.int64), owners)
+
+
+def _check_tokens(x: np.ndarray, vocabulary: int | None, where: str) -> np.ndarray:
+    """Tokens must be whole and not negative and, where the next one is predicted, below `vocabulary`."""
+    if x.dtype.kind not in "iu":
+        raise DataError(f"{where}: x of kind text must be integer token ids, got {x.dtype}")
+    low, high = x.min(), x.max()
+    if low < 0 or high >= (vocabulary or 2**31):
+        allowed = f"0..{vocabulary - 1} (the classes)" if vocabulary else "0..2147483647"
+        raise DataError(f"{where}: token ids in x must be in {allowed}, got {low}..{high}")
+    return x if x.dtype == np.uint8 else x.astype(np.int32, copy=False)
+
+
+def _describe(array: np.ndarray) -> str:
+    return f"{array.dtype} {list(array.shape[1:])}"
+
+
+def _channel_statistics(x: np.ndarray, kind: Kind) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the prepared examples, shaped to broadcast against one of them.
+
+    Summed by numpy, not torch, so that the number of threads cannot change the last bit.
+    """
+    channels = x.shape[-1] if kind == "tabular" or (kind == "image" and x.ndim == 4) else 1
+    total, squares, count = np.zeros(channels), np.zeros(channels), x.size / channels
+    for piece in np.array_split(x, max(1, x.size // 2**20)):  # a float64 copy of all might not fit
+        rows = piece.reshape(-1, channels).astype(np.float64)
+        total += rows.sum(0)
+        squares += np.einsum("ij,ij->j", rows, rows)
+    scale = FULL_SCALE.get(torch.from_numpy(x[:1]).dtype, 1.0)
+    mean = total / count
+    std = np.sqrt(np.maximum(squares / count - mean**2, 0)) / scale
+    std[std < 1e-6] = 1  # a channel that never changes becomes zero
+    shape = {"image": (-1, 1, 1), "tabular": (-1,), "audio": (), "text": ()}[kind]
+    mean_of, std_of = (torch.tensor(values, dtype=torch.float32).reshape(shape) for values in (mean / scale, std))
+    return mean_of, std_of
+
+
+def _rows_of_owners(test_owners: np.ndarray, owners_of_clients: list[np.ndarray]) -> list[np.ndarray | None]:
+    """For each client, the rows of the test split that its owner made; None where there are none."""
+    order = np.argsort(test_owners, kind="stable")
+    ordered = test_owners[order]
+    result: list[np.ndarray | None] = []
+    for owners in owners_of_clients:
+        owner = np.sort(owners)[-1]  # all alike, but for "" (nobody), which sorts first
+        first, last = np.searchsorted(ordered, owner, "left"), np.searchsorted(ordered, owner, "right")
+        result.append(order[first:last] if last > first else None)
+    return result

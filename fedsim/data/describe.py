@@ -1,0 +1,185 @@
+"""What a split of the data looks like, as rows, lines and a picture; and which workloads there are.
+
+May import: numpy, yaml, matplotlib and Hydra's class look-up (both lazily), `fedsim.workload`. Reads the texts of the
+config folder.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import yaml
+
+from fedsim.workload import Workload
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+LOOKED_AT = 2000  # clients that summaries and histograms look at; evenly spaced when there are more
+NAMED_COLOURS = 20  # classes that can be told apart by colour
+
+
+class ClientRow(NamedTuple):
+    """What one client owns.
+
+    Attributes:
+        client: its id.
+        train: examples to train on.
+        test: examples that its personal model is judged on.
+        classes: how many classes its training part holds (sequences: distinct tokens to predict).
+        label_counts: training examples of each class, [num_classes]; empty for sequences.
+    """
+
+    client: int
+    train: int
+    test: int
+    classes: int
+    label_counts: tuple[int, ...]
+
+
+class WorkloadRow(NamedTuple):
+    """A workload that can be chosen: its config's name, kind of data, whether they are here, where or how to get."""
+
+    name: str
+    kind: str
+    found: bool
+    where: str
+
+
+def split_table(workload: Workload, limit: int | None = None) -> list[ClientRow]:
+    """One row per client, the first `limit` of them (all when None)."""
+    return _rows(workload, range(min(workload.num_clients, limit or workload.num_clients)))
+
+
+def summary_lines(workload: Workload) -> list[str]:
+    """The split in a few lines of text, for the terminal."""
+    rows = _rows(workload, _spread(workload))
+    of = f" (of {len(rows)} clients looked at)" if len(rows) < workload.num_clients else ""
+    lines = [
+        f"workload          {workload.name}",
+        f"input             {' x '.join(map(str, workload.input_shape))}, {workload.num_classes} classes",
+        f"clients           {workload.num_clients}",
+        f"training examples {sum(row.train for row in rows)}{of}",
+        f"  per client      {_spread_of([row.train for row in rows])}",
+        f"  held out each   {_spread_of([row.test for row in rows])}",
+        f"test examples     {len(workload.test)}",
+    ]
+    if rows[0].label_counts:
+        lines.append(f"classes of each   {_spread_of([row.classes for row in rows])}")
+    return lines
+
+
+def split_picture(workload: Workload, path: str | Path, limit: int = 50) -> None:
+    """Draws the labels of the first `limit` clients and the sizes of all as a PNG.
+
+    Up to 20 classes are stacked bars, more a map; sequences show the sizes only. Above 2000 clients the histogram shows
+    2000 evenly spaced ones.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    rows = split_table(workload, limit)
+    sizes = [row.train for row in _rows(workload, _spread(workload))]
+    figure = Figure(figsize=(12, 4.8), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, width_ratios=[2.4, 1])
+    shown = f"first {len(rows)} clients" if len(rows) < workload.num_clients else "every client"
+    if not rows[0].label_counts:
+        left.bar([row.client for row in rows], [row.train for row in rows], width=0.85)
+        left.set(title=f"Training examples, {shown}", ylabel="sequences")
+    elif workload.num_classes <= NAMED_COLOURS:
+        _draw_bars(left, rows, _class_names(workload))
+        left.set(title=f"Labels, {shown}", ylabel="training examples")
+    else:
+        counts = np.array([row.label_counts for row in rows]).T  # [classes, clients]
+        image = left.imshow(counts, aspect="auto", origin="lower", cmap="Blues", interpolation="nearest")
+        figure.colorbar(image, ax=left, label="training examples", pad=0.01)
+        left.set(title=f"Labels, {shown}", ylabel="class")
+    left.set_xlabel("client")
+    left.xaxis.set_major_locator(MaxNLocator(10, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+    _draw_sizes(right, sizes, workload.num_clients)
+    figure.suptitle(f"{workload.name}: clients {workload.num_clients}, classes {workload.num_classes}")
+    figure.savefig(path, format="png")
+
+
+def list_workloads() -> list[WorkloadRow]:
+    """Every workload of the config folder, by name, and whether its data are on this machine."""
+    from hydra.utils import get_class
+
+    folder, rows = files("configs").joinpath("workload"), []
+    for name in sorted(file.name[: -len(".yaml")] for file in folder.iterdir() if file.name.endswith(".yaml")):
+        settings = _settings(folder, name)
+        locate = getattr(get_class(settings["_target_"]), "locate", None)  # workloads from elsewhere need not have it
+        rows.append(WorkloadRow(name, *(locate(settings) if locate else ("?", False, "not known"))))
+    return rows
+
+
+def _settings(folder: Traversable, name: str) -> dict[str, Any]:
+    """The keys of one workload file and, below them, of the files of the same group that it builds on."""
+    own = yaml.safe_load(folder.joinpath(f"{name}.yaml").read_text(encoding="utf-8"))
+    bases = [base for base in own.pop("defaults", []) if isinstance(base, str) and base != "_self_"]
+    merged: dict[str, Any] = {}
+    for layer in (*(_settings(folder, base) for base in bases), own):
+        merged.update(layer)
+    return merged
+
+
+def _rows(workload: Workload, clients: range | list[int]) -> list[ClientRow]:
+    rows = []
+    for client in clients:
+        data = workload.client_data(client)
+        labels = data.train.labels
+        if labels.dim() > 1:
+            rows.append(ClientRow(client, len(data.train), len(data.test), len(labels.unique()), ()))
+            continue
+        counts = np.bincount(labels.numpy(), minlength=workload.num_classes)
+        rows.append(ClientRow(client, len(data.train), len(data.test), int((counts > 0).sum()), tuple(counts.tolist())))
+    return rows
+
+
+def _spread(workload: Workload) -> list[int]:
+    """All clients, or evenly spaced ones when there are too many to look at."""
+    return np.linspace(0, workload.num_clients - 1, min(workload.num_clients, LOOKED_AT)).astype(int).tolist()
+
+
+def _spread_of(values: list[int]) -> str:
+    return f"{min(values)} to {max(values)}, median {np.median(values):g}"
+
+
+def _class_names(workload: Workload) -> list[str]:
+    return getattr(workload, "classes", None) or [str(label) for label in range(workload.num_classes)]
+
+
+def _draw_bars(axes: Axes, rows: list[ClientRow], names: list[str]) -> None:
+    import matplotlib
+
+    colours = matplotlib.colormaps["tab10" if len(names) <= 10 else "tab20"]
+    clients, bottom = [row.client for row in rows], np.zeros(len(rows))
+    for label, name in enumerate(names):
+        height = np.array([row.label_counts[label] for row in rows])
+        axes.bar(clients, height, bottom=bottom, width=0.85, color=colours(label), label=name)
+        bottom += height
+    axes.margins(x=0.01)
+    axes.set_ylim(0, 1.05 * max(row.train for row in rows))
+    axes.legend(
+        title="class", loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="small", frameon=False, reverse=True
+    )
+
+
+def _draw_sizes(axes: Axes, sizes: list[int], num_clients: int) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    low, high = min(sizes), max(sizes)
+    step = max(1, -(-(high - low + 1) // 25))  # whole numbers of examples per bin, at most 25 bins
+    axes.hist(sizes, bins=[edge - 0.5 for edge in range(low, high + step + 1, step)], color="0.45", edgecolor="white")
+    looked_at = f" ({len(sizes)} looked at)" if len(sizes) < num_clients else ""
+    axes.set(title=f"Sizes, median {np.median(sizes):g}{looked_at}", ylabel="clients")
+    axes.set(xlabel="training examples of a client", xlim=(low - 1.5 * step, high + 1.5 * step))
+    axes.axvline(float(np.median(sizes)), color="tab:red", linestyle="--")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))

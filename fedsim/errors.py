@@ -1,0 +1,30 @@
+"""Errors of the core that a user can act on; their text is one sentence that says what to change.
+
+May import: nothing. Wrong names get their sentence from `devices.errors.unknown`. The command line ends with exit code 2 for
+ConfigError and DataError (nothing ran), with 1 for RunError (what was written so far stays).
+"""
+
+
+class ConfigError(ValueError):
+    """A setting that is wrong in itself or does not fit another one."""
+
+
+class DataError(ValueError):
+    """Data that cannot be found or cannot be used as they are."""
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on."""
+
+
+class ClientError(RunError):
+    """A client that failed; the text names client, device, round and seed.
+
+    Args:
+        text: one sentence.
+        traceback: where it happened, as text from the worker.
+    """
+
+    def __init__(self, text: str, traceback: str = ""):
+        super().__init__(text)
+        self.traceback = traceback

@@ -1,0 +1,217 @@
+"""One run from top to bottom: build, the round loop, report.
+
+The loop is ours and calls the hooks of a Flower `Strategy`, so that any stock strategy runs as an edge workload; Flower's
+own `start` has no clock, budget, early stop or evaluation cadence. May import: flwr, devices, fedsim. Never a method.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.exception import AppExitException
+from flwr.serverapp.strategy import Strategy
+
+from fedsim import metrics as figures
+from fedsim.engines.blocks import is_plain_mean
+from fedsim.errors import RunError
+from fedsim.messages import like, record_of, tensors_of
+from fedsim.network import OUTCOMES, ClientReport, EdgeGrid
+from fedsim.report import RoundReport, RunFolder, Totals, check_free, run_folder, weights_sha256
+from fedsim.seeding import seeded_globals
+from fedsim.settings import Settings, World, asked, build_world, from_run_config, instantiate, pick_device
+
+Watch = Callable[[RoundReport], None]
+
+
+class Federation:
+    """A federation that can be stepped round by round: the global weights, the strategy and the edge grid.
+
+    Args:
+        world: data, fleet and latency model.
+        engine: the Grid that runs clients.
+        observe: called with each client's id as its reply comes in (progress).
+    """
+
+    def __init__(self, world: World, engine: Grid, observe: Callable[[int], None] | None = None):
+        settings = world.settings
+        self.world, self.settings, self.seed = world, settings, settings["seed"]
+        self.strategy = build_strategy(settings, world.workload.num_clients)
+        self.model = world.workload.build_model().to(pick_device(settings["engine"]["device"]))
+        self.arrays = record_of(self.model.state_dict())
+        self.grid = EdgeGrid(
+            engine,
+            world.fleet,
+            world.latency,
+            json.dumps(settings),
+            seed=self.seed,
+            deadline_s=settings["deadline_s"],
+            keep=settings["cohort"] if asked(settings) > settings["cohort"] else None,
+            averages=is_plain_mean(self.strategy),
+            on_client_error=settings["on_client_error"],
+            observe=observe,
+        )
+
+    def rounds(self) -> Iterator[tuple[RoundReport, list[ClientReport]]]:
+        """Round 0 (the untrained model), then training rounds until one of the limits is reached."""
+        settings, clock = self.settings, self.grid.clock
+        yield self.report(0, 0.0, self.judge(), time.perf_counter())
+        for number in range(1, settings["rounds"] + 1):
+            started, start_s = time.perf_counter(), clock.now_s
+            metrics = self.train(number)
+            over = settings["max_simulated_s"] is not None and clock.now_s >= settings["max_simulated_s"]
+            if over or number % settings["evaluate_every"] == 0 or number == settings["rounds"]:
+                metrics |= self.judge() | self.ask_clients(number)
+            yield self.report(number, start_s, metrics, started)
+            if over or metrics.get(figures.ACCURACY, 0.0) >= (settings["target_accuracy"] or 2.0):
+                return
+
+    def train(self, number: int) -> dict[str, float]:
+        """One training exchange and the new global weights; without replies the weights stay."""
+        self.grid.round = number
+        with seeded_globals(self.seed, "cohort", number):
+            messages = list(self.strategy.configure_train(number, self.arrays, ConfigRecord(), self.grid))
+        replies = self.grid.send_and_receive(messages)
+        if not replies:
+            return {}
+        try:
+            arrays, metrics = self.strategy.aggregate_train(number, replies)
+        except AppExitException as error:
+            raise RunError(f"{type(self.strategy).__name__} cannot use what the clients sent: {error}") from error
+        if arrays is not None:
+            self.arrays = like(arrays, self.arrays)
+        return _plain(metrics)
+
+    def judge(self) -> dict[str, float]:
+        """Accuracy and loss of the global model on the held-out test set, on the server, at no simulated cost."""
+        self.model.load_state_dict(tensors_of(self.arrays))
+        return self.world.workload.evaluate(self.model, self.world.workload.test)
+
+    def ask_clients(self, number: int) -> dict[str, float]:
+        """Mean metrics of the global model on clients' own held-out parts; the devices pay for it."""
+        if not self.settings["evaluate_clients"]:
+            return {}
+        with seeded_globals(self.seed, "evaluate", number):
+            messages = list(self.strategy.configure_evaluate(number, self.arrays, ConfigRecord(), self.grid))
+        replies = self.grid.send_and_receive(messages)
+        metrics = self.strategy.aggregate_evaluate(number, replies) if replies else None
+        return {f"client_{key}": value for key, value in _plain(metrics).items()}
+
+    def report(self, number: int, start_s: float, metrics: dict[str, float], started: float) -> tuple[RoundReport, list[ClientReport]]:
+        """What happened since the last report."""
+        clients, now_s = self.grid.take_reports(), self.grid.clock.now_s
+        return RoundReport.of(number, now_s, now_s - start_s, clients, metrics, time.perf_counter() - started), clients
+
+
+def run(settings: Settings, engine: Grid, out: Path, watch: Watch | None = None, observe: Callable[[int], None] | None = None) -> dict[str, Any]:
+    """Runs one experiment into the folder `out` and returns its summary.
+
+    Raises:
+        ConfigError, DataError: before anything is written.
+        ClientError: when a client fails; what was written so far stays, with `failure.json`.
+    """
+    check_free(out)
+    federation = Federation(build_world(json.dumps(settings)), engine, observe)
+    folder = RunFolder(out, settings)
+    reports: list[RoundReport] = []
+    totals, started = Totals(), time.perf_counter()
+    try:
+        for report, clients in federation.rounds():
+            folder.add(report, clients)
+            totals.add(report, clients)
+            reports.append(report)
+            if watch:
+                watch(report)
+        summary = summarise(settings, reports, totals, federation.arrays, time.perf_counter() - started)
+        folder.finish(summary)
+    except BaseException as error:
+        folder.fail(error)
+        raise
+    finally:
+        folder.close()
+    return summary
+
+
+def build_strategy(settings: Settings, num_clients: int) -> Strategy:
+    """The strategy, told how many clients to sample; every Flower strategy takes these arguments of FedAvg."""
+    train, judge = min(asked(settings), num_clients), settings["evaluate_clients"]
+    strategy: Strategy = instantiate(
+        settings,
+        "strategy",
+        fraction_train=train / num_clients,
+        min_train_nodes=train,
+        fraction_evaluate=judge / num_clients,
+        min_evaluate_nodes=judge,
+        min_available_nodes=train,
+    )
+    return strategy
+
+
+def summarise(settings: Settings, reports: list[RoundReport], totals: Totals, arrays: ArrayRecord, host_s: float) -> dict[str, Any]:
+    """The figures of a finished run; equal runs differ only in `host_s` (and `versions` between machines)."""
+    choices = settings["choices"]
+    max_client = max(totals.client_joules.values(), default=0.0)
+    return {
+        "method": method_name(settings),
+        "workload": choices["workload"],
+        "fleet": choices["fleet"],
+        "seed": settings["seed"],
+        "rounds": reports[-1].round,
+        "final": figures.final(reports),
+        "best": figures.best(reports),
+        "simulated_s": reports[-1].now_s,
+        "energy_j": {"total": totals.joules, "max_client": max_client, "waiting": totals.wait_joules},
+        "down_bytes": totals.down_bytes,
+        "up_bytes": totals.up_bytes,
+        "peak_memory_bytes": totals.peak_memory_bytes,
+        "outcomes": {outcome: totals.outcomes[outcome] for outcome in OUTCOMES},
+        "to_target": figures.to_target(reports, settings["target_accuracy"]),
+        "host_s": host_s,
+        "weights_sha256": weights_sha256(arrays),
+        "versions": versions(),
+    }
+
+
+def method_name(settings: Settings) -> str:
+    """The method preset, or strategy and trainer where none was taken."""
+    choices = settings["choices"]
+    if choices.get("method"):
+        return str(choices["method"])
+    strategy, trainer = choices["strategy"], choices["trainer"]
+    return str(strategy) if trainer in ("sgd", strategy) else f"{strategy}+{trainer}"
+
+
+def versions() -> dict[str, str]:
+    """What the figures may depend on."""
+    names = ("fedsim", "torch", "flwr", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def _plain(metrics: MetricRecord | None) -> dict[str, float]:
+    return {key: float(value) for key, value in (metrics or {}).items() if isinstance(value, int | float)}
+
+
+# --- under Flower's own runtime ------------------------------------------------------------------------------------
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """`flwr run`: the same run on Flower's own engine. A failure leaves `failure.json` in the run folder."""
+    from fedsim.engines.flower import FlowerGrid
+
+    settings = from_run_config(dict(context.run_config))
+    out = run_folder(settings)
+    print(f"run folder: {out.resolve()}", flush=True)
+    torch.set_num_threads(settings["engine"]["threads"])
+    summary = run(settings, FlowerGrid(grid), out, watch=lambda report: print(report.to_json(), flush=True))
+    print(json.dumps(summary), flush=True)

@@ -1,0 +1,51 @@
+"""Next-character LSTM, the usual model for Shakespeare.
+
+May import: torch, `fedsim.models.shapes`, `fedsim.errors`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from fedsim.errors import ConfigError
+from fedsim.models.shapes import positive
+
+
+class CharLSTM(nn.Module):
+    """Embedding, stacked LSTM, linear head; predicts the next character at every step.
+
+    Args:
+        input_shape: (steps,).
+        num_classes: size of the vocabulary, of inputs and outputs.
+        embedding: size of a character's vector.
+        hidden: units of each LSTM layer.
+        layers: how many LSTM layers.
+    Source: McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS 2017,
+        section 3 (LEAF, Caldas et al. 2018, scores the last character only).
+    """
+
+    takes_tokens = True
+
+    def __init__(
+        self, input_shape: Sequence[int], num_classes: int, embedding: int = 8, hidden: int = 256, layers: int = 2
+    ):
+        super().__init__()
+        if len(input_shape) != 1:
+            raise ConfigError(
+                f"model char_lstm needs sequences of token ids [steps], got examples of shape {list(input_shape)}; "
+                "try model=mlp or, for images, lenet5"
+            )
+        positive("char_lstm", num_classes=num_classes, embedding=embedding, hidden=hidden, layers=layers)
+        self.embedding = nn.Embedding(num_classes, embedding)
+        self.lstm = nn.LSTM(embedding, hidden, layers, batch_first=True)
+        self.head = nn.Linear(hidden, num_classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the head sees: [batch, steps, hidden] from token ids x [batch, steps] int64."""
+        return self.lstm(self.embedding(x))[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [batch, steps, vocabulary] of token ids x [batch, steps] int64."""
+        return self.head(self.features(x))

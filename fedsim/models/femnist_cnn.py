@@ -1,0 +1,51 @@
+"""The two-convolution network of the FedAvg paper, the usual one for (FE)MNIST.
+
+May import: torch and `fedsim.models.shapes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from fedsim.models.shapes import image_shape, positive
+
+
+class FemnistCNN(nn.Module):
+    """conv5x5 32 - pool - conv5x5 64 - pool - hidden - classes; 1,663,370 parameters for MNIST with 512 hidden units.
+
+    Args:
+        input_shape: channels, height, width; at least 4x4.
+        num_classes: size of the output.
+        hidden: units of the hidden layer: 512 in McMahan et al., 2048 in LEAF (Caldas et al. 2018).
+    Source: McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS 2017,
+        section 3.
+    """
+
+    takes_tokens = False
+
+    def __init__(self, input_shape: Sequence[int], num_classes: int, hidden: int = 512):
+        super().__init__()
+        channels, height, width = image_shape("femnist_cnn", input_shape, smallest=4)
+        positive("femnist_cnn", num_classes=num_classes, hidden=hidden)
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, 32, 5, padding=2),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, 5, padding=2),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(64 * (height // 4) * (width // 4), hidden),
+            nn.ReLU(),
+        )
+        self.head = nn.Linear(hidden, num_classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the head sees: [batch, hidden] from x [batch, channels, height, width]."""
+        return self.body(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [batch, classes] of x [batch, channels, height, width]."""
+        return self.head(self.features(x))

@@ -1,0 +1,46 @@
+"""Multi-layer perceptron for anything that is fed as numbers.
+
+May import: torch, `fedsim.models.shapes`, `fedsim.errors`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from fedsim.errors import ConfigError
+from fedsim.models.shapes import positive
+
+
+class MLP(nn.Module):
+    """Flattens its input; hidden layers with ReLU; a linear head.
+
+    Args:
+        input_shape: of one example, any number of dimensions.
+        num_classes: size of the output.
+        hidden: width of each hidden layer; empty gives a linear model.
+    """
+
+    takes_tokens = False
+
+    def __init__(self, input_shape: Sequence[int], num_classes: int, hidden: Sequence[int] = (64,)):
+        super().__init__()
+        if not isinstance(hidden, Sequence) or isinstance(hidden, str):
+            raise ConfigError(f"model.hidden of model mlp must be a list of widths, e.g. [64], got {hidden!r}")
+        positive("mlp", num_classes=num_classes, **{f"hidden[{i}]": width for i, width in enumerate(hidden)})
+        widths = [math.prod(input_shape), *hidden]
+        layers: list[nn.Module] = [nn.Flatten()]
+        for i in range(len(hidden)):
+            layers += [nn.Linear(widths[i], widths[i + 1]), nn.ReLU()]
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(widths[-1], num_classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the head sees: [batch, hidden[-1]] from x [batch, *input_shape]."""
+        return self.body(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [batch, classes] of x [batch, *input_shape]."""
+        return self.head(self.features(x))

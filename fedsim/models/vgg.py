@@ -1,0 +1,79 @@
+"""A small VGG without normalisation layers, for CIFAR.
+
+May import: torch and `fedsim.models.shapes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from fedsim.models.shapes import dropout_rate, image_shape, positive
+
+
+class VGG(nn.Module):
+    """Three pairs of 3x3 convolutions, each followed by a pool, then two hidden layers.
+
+    With width 32: 32 - 64 - pool - 128 - 128 - pool - drop - 256 - 256 - pool - drop - 512 - 512 - drop - classes.
+
+    Args:
+        input_shape: channels, height, width; at least 8x8.
+        num_classes: size of the output.
+        width: channels of the first convolution; the others are 2, 4, 4, 8 and 8 times as wide.
+        hidden: units of both hidden layers.
+        dropout: rate in [0, 1); drawn from torch's global generator, so whoever trains must seed that per client.
+    Source: the "modified VGG" of Yoon et al., "FedMix", ICLR 2021, in the layout of Flower's baseline (dropout 0.1).
+        Differs: weights start as in He et al. 2015; with torch's default the loss stayed at 2.30 for 400 steps
+        on CIFAR-10.
+    """
+
+    takes_tokens = False
+
+    def __init__(
+        self, input_shape: Sequence[int], num_classes: int, width: int = 32, hidden: int = 512, dropout: float = 0.0
+    ):
+        super().__init__()
+        channels, height, wide = image_shape("vgg", input_shape, smallest=8)
+        positive("vgg", num_classes=num_classes, width=width, hidden=hidden)
+        rate = dropout_rate("vgg", dropout)
+        self.body = nn.Sequential(
+            *_pair(channels, width, 2 * width),
+            *_pair(2 * width, 4 * width, 4 * width),
+            *_drop(rate),
+            *_pair(4 * width, 8 * width, 8 * width),
+            *_drop(rate),
+            nn.Flatten(),
+            nn.Linear(8 * width * (height // 8) * (wide // 8), hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, hidden),
+            nn.ReLU(),
+            *_drop(rate),
+        )
+        self.head = nn.Linear(hidden, num_classes)
+        for layer in self.modules():  # torch's own initialisation lets the signal die out in a net this deep
+            if isinstance(layer, nn.Conv2d | nn.Linear) and layer.bias is not None:
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                nn.init.zeros_(layer.bias)
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the head sees: [batch, hidden] from x [batch, channels, height, width]."""
+        return self.body(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [batch, classes] of x [batch, channels, height, width]."""
+        return self.head(self.features(x))
+
+
+def _pair(channels: int, first: int, second: int) -> list[nn.Module]:
+    return [
+        nn.Conv2d(channels, first, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(first, second, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+    ]
+
+
+def _drop(rate: float) -> list[nn.Module]:
+    return [nn.Dropout(rate)] if rate else []

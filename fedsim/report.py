@@ -1,0 +1,271 @@
+"""What a run writes: one line per round, one row per client and round, TensorBoard events, a summary.
+
+Everything is on disk as it happens, so that a killed run leaves a readable folder. May import: pyarrow, tensorboard,
+yaml, fedsim.network's reports. Heavy libraries are imported when a folder is opened.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ArrayRecord
+
+from fedsim.errors import ConfigError
+from fedsim.messages import from_array
+from fedsim.network import OUTCOMES, ClientReport
+
+HOST_FIELDS = ("host_s",)  # the only fields of a report that may differ between equal runs
+FLUSH_S, FLUSH_ROWS = 20.0, 20_000
+# `out=` may name a folder that exists as long as none of these is in it.
+WRITTEN = ("config.yaml", "rounds.jsonl", "clients", "tensorboard", "summary.json", "failure.json", "checkpoint")
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """One round, one line of `rounds.jsonl`. Round 0 is the untrained model.
+
+    `joules` is energy for download, compute and upload of all clients; waiting for the round to close is apart.
+    `outcomes` lists the clients of the training exchange by what became of them.
+    """
+
+    round: int
+    now_s: float
+    round_s: float
+    cohort: tuple[int, ...] = ()
+    outcomes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    down_bytes: int = 0
+    up_bytes: int = 0
+    joules: float = 0.0
+    wait_joules: float = 0.0
+    peak_memory_bytes: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    host_s: float = 0.0
+
+    @classmethod
+    def of(
+        cls, round: int, now_s: float, round_s: float, clients: Sequence[ClientReport], metrics: dict[str, float], host_s: float
+    ) -> RoundReport:
+        """Sums the clients' reports of one round, training and evaluation exchanges alike."""
+        trained = [c for c in clients if c.phase == "train"]
+        outcomes = {o: tuple(c.client for c in trained if c.outcome == o) for o in OUTCOMES}
+        return cls(
+            round=round,
+            now_s=now_s,
+            round_s=round_s,
+            cohort=tuple(c.client for c in trained),
+            outcomes={o: ids for o, ids in outcomes.items() if ids},
+            down_bytes=sum(c.work.down_bytes for c in clients),
+            up_bytes=sum(c.work.up_bytes for c in clients),
+            joules=sum(c.joules for c in clients),
+            wait_joules=sum(c.wait_joules for c in clients),
+            peak_memory_bytes=max((c.work.peak_memory_bytes for c in clients), default=0),
+            metrics=metrics,
+            host_s=host_s,
+        )
+
+    def to_json(self) -> str:
+        """One line; equal runs give equal lines but for HOST_FIELDS."""
+        return json.dumps(asdict(self), allow_nan=True)
+
+    @classmethod
+    def from_json(cls, line: str) -> RoundReport:
+        """The inverse of `to_json`."""
+        fields = json.loads(line)
+        fields["cohort"] = tuple(fields["cohort"])
+        fields["outcomes"] = {o: tuple(ids) for o, ids in fields["outcomes"].items()}
+        return cls(**fields)
+
+
+def read_rounds(folder: Path) -> list[RoundReport]:
+    """The rounds of a run folder, finished or not; a last line cut short by a crash is left out."""
+    lines = (folder / "rounds.jsonl").read_text().splitlines(keepends=True)
+    return [RoundReport.from_json(line) for line in lines if line.endswith("\n")]
+
+
+def weights_sha256(arrays: ArrayRecord) -> str:
+    """Fingerprint of the weights: names, dtypes, shapes and bytes, in the model's order."""
+    digest = sha256()
+    for name, array in arrays.items():
+        digest.update(f"{name} {array.dtype} {tuple(array.shape)}\n".encode())
+        digest.update(from_array(array).tobytes())
+    return digest.hexdigest()
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replaces a file in one step, so that nobody ever reads half of it."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+def run_folder(settings: dict[str, Any]) -> Path:
+    """Where the run goes: `out`, or `runs/<date>-<time>-<name>` with a number behind it when that is taken."""
+    if settings["out"] is not None:
+        return Path(str(settings["out"]))
+    choices = settings["choices"]
+    label = settings["name"] or f"{choices.get('method') or choices['strategy']}-{choices['workload']}"
+    first = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{label}"
+    numbered = (first.with_name(f"{first.name}-{number}") for number in range(2, 1000))
+    return next(path for path in (first, *numbered) if not path.exists())
+
+
+def check_free(folder: Path) -> None:
+    """Refuses a folder that holds another run or is no folder; called before anything is built or written.
+
+    Raises:
+        ConfigError: naming the folder and what is in it.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"out={folder} is a file; name a folder that is new or empty")
+    taken = [name for name in WRITTEN if (folder / name).exists()]
+    if taken:
+        raise ConfigError(f"out={folder} holds another run ({', '.join(taken)}); name a new folder or remove it")
+
+
+class RunFolder:
+    """An open run folder: `rounds.jsonl`, `clients/*.parquet`, `tensorboard/`, `summary.json`.
+
+    Args:
+        path: created with its parents; must not hold another run.
+        settings: written to `config.yaml`, enough to repeat the run.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]):
+        import yaml
+        from torch.utils.tensorboard import SummaryWriter
+
+        check_free(path)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "clients").mkdir()
+        self.path = path
+        write_atomic(path / "config.yaml", yaml.safe_dump({**settings, "out": None}, sort_keys=False))
+        self._rounds = (path / "rounds.jsonl").open("a")
+        self._events = SummaryWriter(str(path / "tensorboard"))
+        self._rows: list[dict[str, Any]] = []
+        self._flushed_at = time.monotonic()
+
+    def add(self, report: RoundReport, clients: Sequence[ClientReport]) -> None:
+        """Writes one round; the client rows follow in batches of about 20 s, one Parquet file each."""
+        self._rounds.write(report.to_json() + "\n")
+        self._rounds.flush()
+        self._rows += [_row(c) for c in clients]
+        self._add_events(report)
+        if time.monotonic() - self._flushed_at > FLUSH_S or len(self._rows) >= FLUSH_ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes the client rows so far as a Parquet file of its own: complete, or not there."""
+        self._flushed_at = time.monotonic()
+        self._events.flush()
+        if not self._rows:
+            return
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        first, last = self._rows[0]["round"], self._rows[-1]["round"]
+        target = self.path / "clients" / f"rounds-{first:06d}-{last:06d}.parquet"
+        part = target.with_suffix(".part")
+        parquet.write_table(pa.Table.from_pylist(self._rows, schema=_schema()), part)
+        os.replace(part, target)
+        self._rows = []
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Writes the summary; a folder with `summary.json` is a finished run."""
+        self.flush()
+        write_atomic(self.path / "summary.json", json.dumps(summary, indent=1) + "\n")
+
+    def fail(self, error: BaseException) -> None:
+        """Leaves a note beside everything written so far."""
+        self.flush()
+        note = {"error": type(error).__name__, "reason": str(error)}
+        write_atomic(self.path / "failure.json", json.dumps(note, indent=1) + "\n")
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._rounds.close()
+        self._events.close()
+
+    def _add_events(self, report: RoundReport) -> None:
+        """TensorBoard gets the simulated time as wall time: its "relative" axis is the devices' time."""
+        outcomes = {f"outcome/{o}": len(report.outcomes.get(o, ())) for o in OUTCOMES} if report.cohort else {}
+        scalars = {
+            **{f"metric/{key}": value for key, value in report.metrics.items()},
+            "round/simulated_s": report.round_s,
+            "round/energy_j": report.joules,
+            "round/down_bytes": report.down_bytes,
+            "round/up_bytes": report.up_bytes,
+            "round/peak_memory_bytes": report.peak_memory_bytes,
+            **outcomes,
+        }
+        for tag, value in scalars.items():
+            self._events.add_scalar(tag, value, report.round, walltime=report.now_s)
+
+
+def _schema() -> Any:
+    import pyarrow as pa
+
+    texts = ("phase", "device", "outcome", "reason", "metrics", "work")
+    whole = ("round", "client", "num_examples", "down_bytes", "up_bytes", "peak_memory_bytes", "storage_bytes")
+    columns = [
+        "round phase client device outcome reason start_s down_s compute_s up_s wait_s total_s joules wait_joules",
+        "down_bytes up_bytes peak_memory_bytes storage_bytes flops num_examples metrics work",
+    ]
+    kinds = {**dict.fromkeys(texts, pa.string()), **dict.fromkeys(whole, pa.int64())}
+    return pa.schema([(name, kinds.get(name, pa.float64())) for name in " ".join(columns).split()])
+
+
+def _row(c: ClientReport) -> dict[str, Any]:
+    """One row; `metrics` and `work` are JSON texts, because methods differ in what they report."""
+    return {
+        "round": c.round,
+        "phase": c.phase,
+        "client": c.client,
+        "device": c.device,
+        "outcome": c.outcome,
+        "reason": c.reason,
+        "start_s": c.start_s,
+        "down_s": c.cost.down_s,
+        "compute_s": c.cost.compute_s,
+        "up_s": c.cost.up_s,
+        "wait_s": c.wait_s,
+        "total_s": c.cost.total_s,
+        "joules": c.joules,
+        "wait_joules": c.wait_joules,
+        "down_bytes": c.work.down_bytes,
+        "up_bytes": c.work.up_bytes,
+        "peak_memory_bytes": c.work.peak_memory_bytes,
+        "storage_bytes": c.work.storage_bytes,
+        "flops": c.work.flops,
+        "num_examples": c.num_examples,
+        "metrics": json.dumps(c.metrics),
+        "work": json.dumps(c.work.to_dict()),
+    }
+
+
+class Totals:
+    """Running sums over a run that the summary needs; memory grows with the clients seen, not with rounds."""
+
+    def __init__(self) -> None:
+        self.outcomes: Counter[str] = Counter()
+        self.joules, self.wait_joules = 0.0, 0.0
+        self.down_bytes, self.up_bytes, self.peak_memory_bytes = 0, 0, 0
+        self.client_joules: Counter[int] = Counter()
+
+    def add(self, report: RoundReport, clients: Sequence[ClientReport]) -> None:
+        """Adds one round."""
+        self.outcomes.update({o: len(ids) for o, ids in report.outcomes.items()})
+        self.joules += report.joules
+        self.wait_joules += report.wait_joules
+        self.down_bytes += report.down_bytes
+        self.up_bytes += report.up_bytes
+        self.peak_memory_bytes = max(self.peak_memory_bytes, report.peak_memory_bytes)
+        for c in clients:
+            self.client_joules[c.client] += c.joules  # type: ignore[assignment]

@@ -1,0 +1,73 @@
+"""FedAvg whose broadcast may differ per client and whose replies carry extras: the base of our own strategies.
+
+May import: flwr, torch, devices, fedsim (not clients).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg
+
+from fedsim.errors import ConfigError
+from fedsim.messages import NUM_EXAMPLES, Broadcast, ClientUpdate, content_of, record_of, tensors_of, update_of
+from fedsim.network import EdgeGrid, Enrolled
+from fedsim.workload import Tensors
+
+
+class EdgeStrategy(FedAvg):
+    """Override `broadcast` to say what each client gets, `combine` to make new weights of what came back.
+
+    Both see tensors; packing, sampling and byte counting stay here and in the grid. Arguments are those of FedAvg.
+    """
+
+    def __init__(self, **sampling: Any):
+        super().__init__(**sampling)
+
+    def broadcast(self, round: int, client: Enrolled, weights: Tensors) -> Broadcast:
+        """What `client` gets in this round; `weights` are the global ones and must not be changed in place."""
+        return Broadcast(round, weights)
+
+    def combine(self, round: int, updates: list[ClientUpdate]) -> Tensors:
+        """New global weights from the accepted updates, in client order: here their mean weighted by examples.
+
+        Sums in float64 and casts back, so that the result does not depend on the number of workers.
+        """
+        total = sum(u.num_examples for u in updates)
+        mean = {}
+        for name, first in updates[0].weights.items():
+            stack = torch.zeros(first.shape, dtype=torch.float64)
+            for update in updates:
+                stack += update.weights[name].double() * (update.num_examples / total)
+            mean[name] = stack.to(first.dtype)
+        return mean
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """FedAvg's cohort, each client with its own broadcast."""
+        if not isinstance(grid, EdgeGrid):
+            raise ConfigError(f"{type(self).__name__} needs fedsim's EdgeGrid, got {type(grid).__name__}")
+        weights = tensors_of(arrays)
+        messages = list(super().configure_train(server_round, arrays, config, grid))
+        packed: dict[int, ArrayRecord] = {id(weights): arrays}
+        for message in messages:
+            broadcast = self.broadcast(server_round, grid.client(message.metadata.dst_node_id), weights)
+            own = packed.get(id(broadcast.weights)) or record_of(broadcast.weights)
+            message.content = content_of(broadcast, own)
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Hands the accepted updates to `combine`; metrics are averaged by examples."""
+        good = [reply for reply in replies if reply.has_content()]
+        if not good:
+            return None, None
+        updates = [update_of(reply.content, reply.metadata.src_node_id) for reply in good]
+        metrics = self.train_metrics_aggr_fn([reply.content for reply in good], NUM_EXAMPLES)
+        return record_of(self.combine(server_round, updates)), metrics

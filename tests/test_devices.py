@@ -1,0 +1,178 @@
+"""Device profiles, their files, and what work costs on them."""
+
+import copy
+import math
+import pickle
+import re
+
+import pytest
+import yaml
+
+from devices.cost import FlopsLatency, Jitter, NetworkCost, Passes, Work
+from devices.errors import DeviceError
+from devices.profile import KINDS, PROVENANCES, SHIPPED, load_profile, profile_names
+
+WORK = Work(
+    (Passes(NetworkCost("net", 1e6, 2e6, 0, 0), 10, 100, 100),), 2**32, down_bytes=10_000_000, up_bytes=5_000_000
+)
+
+
+def test_cost_of_a_round_on_the_reference_device():
+    """3e9 FLOPs at 1e10/s and 10 W; 1e7 bytes at 1e7/s and 5e6 bytes at 5e6/s, 0.02 s before each, at 2 W."""
+    cost = FlopsLatency().cost(WORK, load_profile("reference"))
+    assert (cost.down_s, cost.compute_s, cost.up_s) == pytest.approx((1.02, 0.3, 1.02))
+    assert (cost.down_joules, cost.compute_joules, cost.up_joules) == pytest.approx((2.04, 3.0, 2.04))
+    assert (cost.total_s, cost.joules, cost.fits) == (pytest.approx(2.34), pytest.approx(7.08), True)
+
+
+def test_jitter_stretches_seconds_and_joules_of_its_phase():
+    cost = FlopsLatency().cost(WORK, load_profile("reference"), Jitter(compute=2, down=3, up=4))
+    assert (cost.down_s, cost.compute_s, cost.up_s) == pytest.approx((3.06, 0.6, 4.08))
+    assert cost.joules == pytest.approx(6.12 + 6.0 + 8.16)
+
+
+def test_cost_until_the_middle_of_the_computation_is_the_download_and_half_of_it():
+    """Half of 0.3 s come after 1.02 s of download: 1.17 s, and 1.5 of 3 J."""
+    cost = FlopsLatency().cost(WORK, load_profile("reference")).until(1.17)
+    assert (cost.down_s, cost.compute_s, cost.up_s) == pytest.approx((1.02, 0.15, 0.0))
+    assert (cost.down_joules, cost.compute_joules, cost.up_joules) == pytest.approx((2.04, 1.5, 0.0))
+
+
+def test_cost_until_before_the_start_is_nothing_and_after_the_end_is_all():
+    cost = FlopsLatency().cost(WORK, load_profile("reference"))
+    assert cost.until(-1.0).joules == 0
+    assert cost.until(100.0) == cost
+
+
+def test_work_of_one_byte_too_many_does_not_fit():
+    too_much = Work(peak_memory_bytes=2**32 + 1)
+    assert not FlopsLatency().cost(too_much, load_profile("reference")).fits
+
+
+def test_work_survives_json():
+    assert Work.from_dict(WORK.to_dict()) == WORK
+
+
+def test_shipped_device_is_converted_to_bytes_and_seconds():
+    """Pixel 3: 5.2 GMAC/s; 4096 MiB * .25 - 150 MiB; 35.96 and 11.22 Mbit/s; 40 ms."""
+    phone = load_profile("pixel3")
+    assert (phone.kind, phone.flops_per_s, phone.memory_bytes) == ("phone", 10.4e9, (1024 - 150) * 2**20)
+    assert (phone.down_bytes_per_s, phone.up_bytes_per_s) == pytest.approx((4.495e6, 1.4025e6))
+    assert (phone.rtt_s, phone.failures_per_min) == (0.04, 0.0)
+    assert pickle.loads(pickle.dumps(phone)) == phone
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_every_shipped_device_loads_and_says_where_each_number_is_from(name: str):
+    profile = load_profile(name)
+    assert (profile.name, profile.kind in KINDS) == (name, True)
+    tree = yaml.safe_load((SHIPPED / f"{name}.yaml").read_text())
+    for section in ("compute", "memory", "network", "power", "reliability"):
+        for entry in tree[section].values():
+            assert entry["provenance"] in PROVENANCES
+            assert entry["source"]
+
+
+def test_assumed_speeds_of_the_small_boards_follow_the_raspberry_pi_4():
+    pi_4 = load_profile("raspberry_pi_4").flops_per_s
+    assert load_profile("raspberry_pi_3b_plus").flops_per_s == pytest.approx(pi_4 / 2.5)
+    assert load_profile("raspberry_pi_zero_2w").flops_per_s == pytest.approx(pi_4 / 6, rel=1e-3)
+
+
+def edited(tmp_path, key: str, value: object) -> str:
+    """Writes the reference device with one key set, or dropped when `value` is `...`, and returns the path."""
+    tree = copy.deepcopy(yaml.safe_load((SHIPPED / "reference.yaml").read_text()))
+    *parents, last = key.split(".")
+    place = tree
+    for parent in parents:
+        place = place[parent]
+    if value is ...:
+        del place[last]
+    else:
+        place[last] = value
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return str(path)
+
+
+RATE = "compute.rate_gmacs_per_s"
+NUMBER = f"key '{RATE}.value' must be a number above 0, got"
+FINITE = f"key '{RATE}.value' must be a finite number above 0, got"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        (f"{RATE}.value", 0, f"{FINITE} 0"),
+        (f"{RATE}.value", -2.5, f"{FINITE} -2.5"),
+        (f"{RATE}.value", math.inf, f"{FINITE} inf"),
+        (f"{RATE}.value", math.nan, f"{FINITE} nan"),
+        (f"{RATE}.value", 10**400, f"{FINITE} 1000"),
+        (f"{RATE}.value", True, f"{NUMBER} True"),
+        (f"{RATE}.value", None, f"{NUMBER} None"),
+        (f"{RATE}.value", "fast", f"{NUMBER} 'fast'"),
+        (f"{RATE}.value", "1e9", f"{NUMBER} '1e9' (YAML reads this as text; write 1000000000.000000)"),
+        (f"{RATE}.value", ..., f"key '{RATE}.value' is missing; write it as {{value: ..., provenance: measured|"),
+        (f"{RATE}.provenance", "guessed", f"unknown {RATE}.provenance 'guessed' (allowed: assumed, dataset,"),
+        (f"{RATE}.source", "", f"key '{RATE}.source' must say where the value is from, got ''"),
+        (f"{RATE}.unit", "x", f"unknown key '{RATE}.unit'"),
+        (RATE, 5.0, f"key '{RATE}' must be {{value: ..., provenance: measured|dataset|datasheet|assumed, source"),
+        (RATE, ..., f"key '{RATE}' is missing"),
+        ("compute.rate_gmac_per_s", 1, f"unknown key 'compute.rate_gmac_per_s'; did you mean '{RATE}'?"),
+        ("compute", 3, "key 'compute' must be a map with rate_gmacs_per_s, jitter_sigma, got 3"),
+        ("power", ..., "key 'power' is missing"),
+        ("powr", {}, "unknown key 'powr'; did you mean 'power'?"),
+        ("kind", "phon", "unknown kind 'phon'; did you mean 'phone'?"),
+        ("kind", ["phone"], "unknown kind \"['phone']\""),
+        ("name", 5, "key 'name' must be text, got 5"),
+        ("memory.usable_fraction.value", 1.5, "key 'memory.usable_fraction.value' must be a finite number in (0, 1], "),
+        ("memory.runtime_mb.value", 4096, "memory.runtime_mb (4096) must be below memory.ram_mb (4096) times memory."),
+        ("network.rtt_ms.value", -1, "key 'network.rtt_ms.value' must be a finite number 0 or above, got -1"),
+    ],
+)
+def test_wrong_device_file_is_refused_with_its_name_and_key(tmp_path, key: str, value: object, sentence: str):
+    path = edited(tmp_path, key, value)
+    with pytest.raises(DeviceError, match=re.escape(sentence)) as caught:
+        load_profile(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (b"name: [", "is not valid YAML: while parsing"),
+        (b"name: 2001-99-99", "is not valid YAML: month must be in 1..12"),
+        (b"[" * 5000, "is not valid YAML: "),
+        (b"\xff\xfe\xff", "cannot be read as a text file: "),
+        (b"", "the file must be a map with name, kind, compute, memory, network, power, got None"),
+        (b"- 1", "the file must be a map with name, kind, compute, memory, network, power, got [1]"),
+        (b"name: !!python/object/apply:os.getcwd []", "is not valid YAML: could not determine a constructor"),
+    ],
+)
+def test_file_that_is_no_device_is_refused_in_one_sentence(tmp_path, text: bytes, sentence: str):
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(text)
+    with pytest.raises(DeviceError, match=re.escape(f"{path}: {sentence}")) as caught:
+        load_profile(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_reliability_may_be_left_out(tmp_path):
+    assert load_profile(edited(tmp_path, "reliability", ...)).failures_per_min == 0
+
+
+def test_missing_file_is_named():
+    with pytest.raises(DeviceError, match=r"^nowhere/mine\.yaml: there is no such device file$"):
+        load_profile("nowhere/mine.yaml")
+
+
+def test_folder_is_no_device_file(tmp_path):
+    (tmp_path / "mine.yaml").mkdir()
+    with pytest.raises(DeviceError, match="cannot be read as a text file"):
+        load_profile(tmp_path / "mine.yaml")
+
+
+def test_wrong_device_name_gets_the_nearest_and_how_to_give_a_file():
+    with pytest.raises(DeviceError, match=r"unknown device 'pixel_3'; did you mean 'pixel3'\?.*ending in \.yaml"):
+        load_profile("pixel_3")

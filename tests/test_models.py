@@ -1,0 +1,115 @@
+"""Networks: sizes worked out by hand, shapes, and the sentences for inputs that do not fit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from torch import nn
+
+from fedsim.data.blobs import Blobs
+from fedsim.errors import ConfigError
+from fedsim.models.char_lstm import CharLSTM
+from fedsim.models.femnist_cnn import FemnistCNN
+from fedsim.models.lenet import LeNet5
+from fedsim.models.mlp import MLP
+from fedsim.models.resnet import ResNet
+from fedsim.models.vgg import VGG
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs" / "model").glob("*.yaml"))
+IMAGES = (3, 32, 32)
+
+
+def from_config(path: Path) -> nn.Module:
+    make = instantiate(OmegaConf.load(path))
+    return make(input_shape=(20,) if path.stem == "char_lstm" else IMAGES, num_classes=12).eval()
+
+
+def batch_for(model: nn.Module) -> torch.Tensor:
+    return torch.arange(40).reshape(2, 20) % 12 if model.takes_tokens else torch.rand(2, *IMAGES)
+
+
+@pytest.mark.parametrize(
+    "model, parameters",
+    [
+        (MLP((1, 8, 8), 10, hidden=[64]), 64 * 64 + 64 + 64 * 10 + 10),
+        (MLP((16,), 3, hidden=[]), 16 * 3 + 3),
+        (LeNet5((1, 28, 28), 10), 61_706),
+        (FemnistCNN((1, 28, 28), 10), 1_663_370),
+        (VGG(IMAGES, 10), 3_491_530),
+        (ResNet(IMAGES, 10, depth=8), 78_042),
+        # embedding 65*8; layers 4*256*(8+256)+2*1024 and 4*256*(256+256)+2*1024; head 65*257
+        (CharLSTM((80,), 65), 520 + 272_384 + 526_336 + 16_705),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_number_of_parameters_is_the_published_or_hand_counted_one(model: nn.Module, parameters: int):
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_forward_is_the_head_on_the_features(path: Path):
+    model = from_config(path)
+    x = batch_for(model)
+    features, logits = model.features(x), model(x)
+    assert logits.shape == (*features.shape[:-1], 12)
+    assert features.shape[:-1] == ((2, 20) if model.takes_tokens else (2,))
+    assert torch.equal(model.head(features), logits)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_parameter_learns_and_nothing_is_normalised_over_the_batch(path: Path):
+    model = from_config(path).train()
+    model(batch_for(model)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    assert not any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules())
+    assert not list(model.buffers())
+
+
+def test_signal_reaches_the_end_of_the_network_without_normalisation():
+    """He's initialisation keeps the mean square of activations; torch's default shrinks it threefold per layer."""
+    features = VGG(IMAGES, 10).features(torch.randn(8, *IMAGES))
+    assert features.square().mean() > 0.1
+
+
+def test_same_seed_gives_the_same_weights_whatever_was_drawn_before():
+    def weights(seed: int) -> torch.Tensor:
+        torch.rand(7)
+        return nn.utils.parameters_to_vector(Blobs(MLP, num_clients=2, seed=seed).build_model().parameters())
+
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))
+
+
+@pytest.mark.parametrize("shape, classes", [((1, 28, 28), 62), ((3, 13, 17), 5)])
+@pytest.mark.parametrize("make", [LeNet5, FemnistCNN, VGG, ResNet, MLP], ids=lambda make: make.__name__)
+def test_image_models_take_odd_sizes(make, shape, classes: int):
+    assert make(shape, classes)(torch.rand(1, *shape)).shape == (1, classes)
+
+
+@pytest.mark.parametrize("depth, blocks", [(8, 3), (14, 6), (20, 9)])
+def test_resnet_depth_counts_its_layers(depth: int, blocks: int):
+    assert len(ResNet(IMAGES, 10, depth=depth).blocks) == blocks
+
+
+@pytest.mark.parametrize(
+    "make, sentence",
+    [
+        (lambda: LeNet5((1, 8, 8), 10), r"model lenet5 needs images .* 12x12, got .*\[1, 8, 8\]; try model=mlp"),
+        (lambda: LeNet5((80,), 65), r"lenet5 needs images .* shape \[80\]; try model=mlp or, for text, char_lstm"),
+        (lambda: FemnistCNN((1, 3, 8), 10), "model femnist_cnn needs images .* of at least 4x4"),
+        (lambda: VGG((3, 7, 32), 10), "model vgg needs images .* of at least 8x8"),
+        (lambda: VGG(IMAGES, 10, dropout=1.0), r"model.dropout of model vgg must be in \[0, 1\), got 1.0"),
+        (lambda: ResNet((3, 3, 3), 10), "model resnet needs images .* of at least 4x4"),
+        (lambda: ResNet(IMAGES, 10, depth=10), r"model.depth of model resnet must be 8, 14, .* \(6n \+ 2\), got 10"),
+        (lambda: ResNet(IMAGES, 10, groups=5), "model.groups of model resnet must divide model.width=16, got 5"),
+        (lambda: CharLSTM((1, 28, 28), 10), "model char_lstm needs sequences of token ids"),
+        (lambda: CharLSTM((80,), 65, hidden=0), "model.hidden of model char_lstm must be a whole number"),
+        (lambda: MLP((4,), 2, hidden=64), r"model.hidden of model mlp must be a list of widths, e.g. \[64\], got 64"),
+        (lambda: MLP((4,), 2, hidden=[8, -1]), r"model.hidden\[1\] of model mlp must be a whole number"),
+    ],
+)
+def test_input_or_option_that_does_not_fit_is_named(make, sentence: str):
+    with pytest.raises(ConfigError, match=sentence):
+        make()
