@@ -1,7 +1,7 @@
-"""The Flower ClientApp: unpack a cohort message, let the trainer work for each client in it, pack the answers.
+"""The Flower ClientApp: unpacks a cohort message, lets the trainer work for each client in it, packs the answers.
 
-The same app runs in this process, in Ray actors and on Flower SuperNodes; it builds its world (workload, model, trainer)
-once per process from the settings that come with the message. May import: fedsim, devices, torch, flwr, hydra (not
+The same app runs in this process, in Ray actors and on Flower SuperNodes; it builds its world (data, model, trainer)
+once per process from the settings that come with the message. May import: fedsim, devices, torch, flwr (not
 strategies). Nothing here knows a method.
 """
 
@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from torch import Tensor, nn
 
 from clients.state import ClientState
-from clients.trainers.base import ClientContext, LocalTrainer, OutOfMemory, WorkLog
+from clients.trainers.base import ClientContext, LocalTrainer, OutOfMemoryError, WorkLog
 from devices.meter import measure
+from fedsim.engines.memory import keep_freed_memory
 from fedsim.errors import ConfigError
 from fedsim.messages import (
     ARRAYS,
@@ -30,11 +32,14 @@ from fedsim.messages import (
     broadcast_of,
     content_of_update,
     from_array,
+    lay_out,
     pack_cohort,
+    packed_record,
     record_of,
     tensors_of,
     unpack_cohort,
 )
+from fedsim.seeding import derive
 from fedsim.settings import World, build_world, instantiate, pick_device
 from fedsim.workload import ClientData, Tensors
 
@@ -48,16 +53,20 @@ class Worker:
     def __init__(self, world: World):
         self.world, self.workload, self.fleet = world, world.workload, world.fleet
         settings = world.settings
+        keep_freed_memory()
         torch.set_num_threads(settings["engine"]["threads"])
         self.seed = settings["seed"]
         self.device = pick_device(settings["engine"]["device"])
         self.trainer: LocalTrainer = instantiate(settings, "trainer")
         self.model = self.workload.build_model().to(self.device)
-        self.slots = dict(self.model.state_dict())
+        self.flat = _lay_out(self.model)
+        self.slots: Tensors = dict(self.model.state_dict())
+        self.parameters: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
         self.network = measure(self.model, self.workload.loss, self._on_device(self.workload.sample(4)), "dense")
         self._data: OrderedDict[int, ClientData] = OrderedDict()
         self._data_bytes = 0
         self._shared: tuple[ArrayRecord, Tensors] | None = None
+        self._shared_flat: torch.Tensor | None = None
 
     def serve(self, header: dict[str, Any], parts: list[RecordDict]) -> RecordDict:
         """Answers a whole cohort message; a failing client is a reported outcome and does not stop the others."""
@@ -75,7 +84,7 @@ class Worker:
             answer = self._answer(client, part, phase)
         except ConfigError:
             raise
-        except OutOfMemory as error:
+        except OutOfMemoryError as error:
             outcome, reason = "out_of_memory", str(error)
         except Exception as error:
             outcome, reason, trace = "failed", f"{type(error).__name__}: {error}", traceback.format_exc()
@@ -87,6 +96,8 @@ class Worker:
         return answer, fact
 
     def _answer(self, client: ClientContext, part: RecordDict, phase: str) -> RecordDict:
+        # Dropout and its like draw from torch's global generator: it must not depend on who came before.
+        torch.default_generator.manual_seed(derive(self.seed, "global", client.round, client.client_id))
         task = broadcast_of(part, self._weights(part), client.round)
         self._load(task.weights)
         kind, _, question = phase.partition(".")
@@ -95,15 +106,25 @@ class Worker:
         if kind == "evaluate":
             metrics = self.trainer.evaluate(client, task)
             count = len(client.data.test)
-            return RecordDict({"metrics": MetricRecord({NUM_EXAMPLES: count, **{k: float(v) for k, v in metrics.items()}})})
+            return RecordDict(
+                {"metrics": MetricRecord({NUM_EXAMPLES: count, **{k: float(v) for k, v in metrics.items()}})}
+            )
         records = {name: record_of(tensors) for name, tensors in self.trainer.answer(client, question, task).items()}
         return RecordDict(records)  # type: ignore[arg-type]
 
     def _fit(self, client: ClientContext, task: Broadcast, model: ArrayRecord) -> RecordDict:
-        answer = content_of_update(self.trainer.fit(client, task), model)
+        if not self.model.training:
+            self.model.train()
+        update = self.trainer.fit(client, task)
+        packed = None
+        if update.weights is self.slots and self.flat is not None and self._shared_flat is not None:
+            packed = packed_record(self.flat)  # the live model in the broadcast's own layout: one copy
+        answer = content_of_update(update, model, packed)
         # One sum over everything finds NaN and infinity without a test per element.
         if not math.isfinite(sum(float(from_array(a).sum()) for a in answer.array_records[ARRAYS].values())):
-            raise FloatingPointError("its update holds NaN or infinite weights; lower trainer.lr or set trainer.clip_norm")
+            raise FloatingPointError(
+                "its update holds NaN or infinite weights; lower trainer.lr or set trainer.clip_norm"
+            )
         if client.state:
             answer[STATE] = client.state.pack()
         return answer
@@ -117,6 +138,8 @@ class Worker:
             seed=self.seed,
             workload=self.workload,
             model=self.model,
+            parameters=self.parameters,
+            weights=self.slots,
             network=self.network,
             profile=profile,
             state=ClientState.unpack(part.array_records.get(STATE)),
@@ -131,7 +154,13 @@ class Worker:
         if record is None:
             return {}
         if self._shared is None or self._shared[0] is not record:
-            self._shared = (record, tensors_of(record, self.device))
+            weights = tensors_of(record, self.device)
+            self._shared = (record, weights)
+            same = self.flat is not None and list(weights) == list(self.slots)
+            same = same and all(
+                weights[n].dtype == t.dtype and weights[n].shape == t.shape for n, t in self.slots.items()
+            )
+            self._shared_flat = lay_out(weights.values()) if same else None
         return self._shared[1]
 
     @torch.no_grad()
@@ -140,6 +169,9 @@ class Worker:
             return
         if weights.keys() != self.slots.keys():
             raise ValueError(f"the broadcast has weights {sorted(weights)}, the model {sorted(self.slots)}")
+        if self.flat is not None and self._shared_flat is not None:
+            self.flat.copy_(self._shared_flat)
+            return
         torch._foreach_copy_(list(self.slots.values()), [weights[name] for name in self.slots])
 
     def _client_data(self, client_id: int) -> ClientData:
@@ -160,7 +192,7 @@ class Worker:
 
 @lru_cache(maxsize=1)
 def worker_for(config_json: str) -> Worker:
-    """This process's worker for these settings; built at the first message of a run."""
+    """The worker of this process for these settings; built at the first message of a run."""
     return Worker(build_world(config_json))
 
 
@@ -174,6 +206,13 @@ def serve(message: Message, _: Context) -> Message:
 app.train()(serve)
 app.evaluate()(serve)
 app.query()(serve)
+
+
+def _lay_out(model: nn.Module) -> torch.Tensor | None:
+    """Joins the model's weights in one buffer, in the order of its state dict; None if it cannot (tied weights)."""
+    live = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    names = list(model.state_dict())
+    return lay_out([live[name] for name in names]) if set(names) == set(live) else None
 
 
 def _bytes_of(data: ClientData) -> int:

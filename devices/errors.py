@@ -1,7 +1,7 @@
 """Errors of the devices package and the sentence that every unknown name gets.
 
-May import: the standard library only. Everything above `devices` uses `unknown` too, so that a wrong name reads the same
-everywhere.
+May import: the standard library only. Everything above `devices` uses `unknown` too, so that a wrong name reads
+the same everywhere.
 """
 
 from collections.abc import Iterable

@@ -31,7 +31,9 @@ COHORT, CLIENTS, EXAMPLES, BATCH = 10, 100, 100, 20
 WARM_UP = 2
 
 
-def bench(make_engine: EngineFactory, model: str = "lenet5", rounds: int = 30, populations: Sequence[int] = ()) -> dict[str, Any]:
+def bench(
+    make_engine: EngineFactory, model: str = "lenet5", rounds: int = 30, populations: Sequence[int] = ()
+) -> dict[str, Any]:
     """Measures client updates per second of the bare loop and of each engine.
 
     Every update is one epoch over 100 examples of 1x28x28 in batches of 20, cohort 10 of 100. A round of the engine is
@@ -52,7 +54,9 @@ def bench(make_engine: EngineFactory, model: str = "lenet5", rounds: int = 30, p
         task = progress.add_task("bench", total=(rounds + WARM_UP) * (1 + len(populations)))
         engine = EngineRounds(settings, make_engine, Path(folder) / "local")
         engine.federation.ask_clients(0)  # every client's data are drawn and cached, as they are in the bare loop
-        plain_s, engine_s, engine_cpu_s = [], [], []
+        plain_s: list[float] = []
+        engine_s: list[float] = []
+        engine_cpu_s: list[float] = []
         for number in range(1, rounds + WARM_UP + 1):
             # Taking turns at being first keeps slow drifts of the host out of the ratio.
             sides = [(plain.round, plain_s), (engine.round, engine_s)]
@@ -79,12 +83,19 @@ def bench(make_engine: EngineFactory, model: str = "lenet5", rounds: int = 30, p
             },
         }
         if populations:
-            result["population"] = _populations(make_engine, model, rounds, populations, Path(folder), lambda: progress.advance(task))
+            result["population"] = _populations(
+                make_engine, model, rounds, populations, Path(folder), lambda: progress.advance(task)
+            )
     return result
 
 
 def _populations(
-    make_engine: EngineFactory, model: str, rounds: int, populations: Sequence[int], folder: Path, advance: Callable[[], None]
+    make_engine: EngineFactory,
+    model: str,
+    rounds: int,
+    populations: Sequence[int],
+    folder: Path,
+    advance: Callable[[], None],
 ) -> dict[str, float]:
     """Median seconds of a round with each number of clients, taking turns."""
     engines = {n: EngineRounds(_settings(model, n), make_engine, folder / str(n)) for n in populations}
@@ -160,7 +171,12 @@ def table(result: dict[str, Any]) -> Table:
         shown.add_column(name, justify="left" if name == "engine" else "right")
     shown.add_row("bare loop", f"{result['plain_updates_per_s']:.1f}", "1.000", "", "")
     for name, e in result["engines"].items():
-        figures = (f"{e['updates_per_s']:.1f}", f"{e['ratio']:.3f}", f"{e['cpu_ms_per_update']:.1f}", f"{e['start_s']:.2f}")
+        figures = (
+            f"{e['updates_per_s']:.1f}",
+            f"{e['ratio']:.3f}",
+            f"{e['cpu_ms_per_update']:.1f}",
+            f"{e['start_s']:.2f}",
+        )
         shown.add_row(name, *figures)
     for clients, seconds in result.get("population", {}).items():
         shown.add_row(f"local, {int(clients):,} clients", f"{COHORT / seconds:.1f}", "", "", "")
@@ -169,8 +185,22 @@ def table(result: dict[str, Any]) -> Table:
 
 def _settings(model: str, clients: int) -> Settings:
     data = ["workload=blobs", "workload.input_shape=[1,28,28]", f"workload.examples_per_client={EXAMPLES}"]
-    data += ["workload.client_test_fraction=0", f"num_clients={clients}", f"cohort={COHORT}", f"evaluate_clients={CLIENTS}"]
-    return compose([*data, f"model={model}", "fleet=uniform", f"trainer.batch_size={BATCH}", "engine.device=cpu"])
+    data += [
+        "workload.client_test_fraction=0",
+        f"num_clients={clients}",
+        f"cohort={COHORT}",
+        f"evaluate_clients={CLIENTS}",
+    ]
+    return compose(
+        [
+            *data,
+            f"model={model}",
+            "fleet=uniform",
+            f"trainer.batch_size={BATCH}",
+            "trainer.local_epochs=1",
+            "engine.device=cpu",
+        ]
+    )
 
 
 def _peak_rss_bytes() -> int:

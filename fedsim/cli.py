@@ -18,7 +18,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     no_args_is_help=True,
     rich_markup_mode="rich",
-    help="Federated and on-device learning judged as an edge workload: accuracy against simulated time, energy, memory and bytes.",
+    help="Federated and on-device learning judged as an edge workload: accuracy against simulated time, energy, memory "
+    "and bytes.",
     epilog="Start with: [bold]fedsim run[/bold]",
 )
 data_app = typer.Typer(no_args_is_help=True, help="What there is to learn from, and how it is split over clients.")
@@ -38,11 +39,13 @@ fedsim run -m strategy=fedavg,fedadam seed=1,2,3
 
 fedsim run --config-path $PWD/runs/A --config-name config out=B     (repeats run A)
 
-[bold]Settings[/bold]: rounds= seed= cohort= num_clients= over_selection= deadline_s= target_accuracy= max_simulated_s= evaluate_every= evaluate_clients= out= name=
+[bold]Settings[/bold]: rounds= seed= cohort= num_clients= over_selection= deadline_s= target_accuracy= max_simulated_s=
+evaluate_every= evaluate_clients= on_client_error= out= name=
 
 [bold]Groups[/bold]: {groups}
 
-Anything below a group can be set too, e.g. trainer.lr=0.05 partition.classes_per_client=3; `fedsim run --cfg job` prints the whole tree.
+Anything below a group can be set too, e.g. trainer.lr=0.05 partition.classes_per_client=3; the whole tree is printed by
+fedsim run --cfg job
 """
 
 
@@ -70,7 +73,9 @@ def run(ctx: typer.Context) -> None:
 def bench(
     model: Annotated[str, typer.Option(help="Model config to train.")] = "lenet5",
     rounds: Annotated[int, typer.Option(help="Rounds per engine, interleaved with the bare loop.", min=2)] = 30,
-    population: Annotated[str, typer.Option(help="Also time a round at these numbers of clients, e.g. 100,10000.")] = "",
+    population: Annotated[
+        str, typer.Option(help="Also time a round at these numbers of clients, e.g. 100,10000.")
+    ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Measure the engine's overhead: client updates per second beside a bare PyTorch loop doing the same steps.
@@ -107,17 +112,10 @@ def data_list() -> None:
 
     Example: FEDSIM_DATA=/data/bundles fedsim data list
     """
-    from rich.table import Table
-
+    from fedsim.console import workload_table
     from fedsim.data.describe import list_workloads
 
-    table = Table(header_style="bold")
-    rows = list_workloads()
-    for name in rows[0]:
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
-    _console().print(table)
+    _console().print(workload_table(list_workloads()))
 
 
 @data_app.command("describe", context_settings=PASS_THROUGH)
@@ -132,12 +130,16 @@ def data_describe(
     """
     import json
 
-    from fedsim.data.describe import print_split, split_picture
+    from fedsim.console import split_table
+    from fedsim.data.describe import split_picture, summary_lines
+    from fedsim.data.describe import split_table as split_rows
     from fedsim.settings import build_world, compose
 
     workload = build_world(json.dumps(compose(ctx.args))).workload
     console = _console()
-    print_split(console, workload, limit)
+    console.print(split_table(split_rows(workload, limit), workload.num_clients))
+    for line in summary_lines(workload):
+        console.print(line, highlight=False)
     split_picture(workload, picture)
     console.print(f"picture: {picture}")
 
@@ -179,7 +181,7 @@ def _hydra_run(arguments: list[str]) -> None:
 
     # Exceptions must reach main(): Hydra would print them and exit with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    summaries: list[tuple[str, dict[str, Any]]] = []
+    summaries: list[tuple[list[str], dict[str, Any]]] = []
 
     @hydra.main(version_base="1.3", config_path="pkg://configs", config_name="run")
     def job(config: DictConfig) -> None:
@@ -188,19 +190,25 @@ def _hydra_run(arguments: list[str]) -> None:
         settings = resolve(config, hydra_config.runtime.choices)
         if sweeping:
             settings["out"] = str(Path(hydra_config.sweep.dir) / str(hydra_config.job.num))
-        label = ", ".join(o for o in hydra_config.overrides.task if not o.startswith("out="))
-        summaries.append((label, run_one(settings)))
+        summaries.append((list(hydra_config.overrides.task), run_one(settings)))
 
     sys.argv = ["fedsim run", *arguments, *_hydra_settings(arguments)]
     with one_sentence():
         job()
     if len(summaries) > 1:
-        _print_sweep(summaries)
+        from fedsim.console import sweep_table
+
+        _console().print(sweep_table(summaries))
 
 
 def _hydra_settings(arguments: list[str]) -> list[str]:
     """Hydra writes no folder and no log of its own; a sweep's runs go below `out` or a dated folder."""
-    fixed = ["hydra.output_subdir=null", "hydra.run.dir=.", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
+    fixed = [
+        "hydra.output_subdir=null",
+        "hydra.run.dir=.",
+        "hydra/job_logging=disabled",
+        "hydra/hydra_logging=disabled",
+    ]
     out = [a.split("=", 1)[1] for a in arguments if a.startswith("out=")]
     folder = out[-1] if out else f"runs/{time.strftime('%Y%m%d-%H%M%S')}-sweep"
     return [*fixed, f"hydra.sweep.dir={folder}", "hydra.sweep.subdir=${hydra.job.num}"]
@@ -236,21 +244,6 @@ def quiet_flower() -> None:
     logger = logging.getLogger("flwr")
     logger.propagate = False
     logger.setLevel(logging.ERROR)
-
-
-def _print_sweep(summaries: list[tuple[str, dict[str, Any]]]) -> None:
-    from rich.table import Table
-
-    from fedsim.console import energy, simulated, size
-
-    table = Table(title="sweep", header_style="bold")
-    for name in ("overrides", "final accuracy", "best", "time", "energy", "down", "up"):
-        table.add_column(name, justify="left" if name == "overrides" else "right", overflow="fold")
-    for label, s in summaries:
-        accuracies = [f"{value:.4f}" for value in (s["final"]["accuracy"], s["best"]["accuracy"])]
-        costs = [simulated(s["simulated_s"]), energy(s["energy_j"]["total"]), size(s["down_bytes"]), size(s["up_bytes"])]
-        table.add_row(label, *accuracies, *costs)
-    _console().print(table)
 
 
 def _whole(option: str, text: str) -> int:

@@ -1,4 +1,4 @@
-"""What a person sees of a run in the terminal: a progress bar and a closing table. May import: rich, fedsim.report."""
+"""What a person sees of a run in the terminal: a progress bar and tables. May import: rich, fedsim's reports."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from fedsim.data.describe import ClientRow, WorkloadRow
 from fedsim.report import RoundReport
 
 TABLE_ROWS = 10
@@ -58,7 +59,9 @@ def progress_bar(console: Console, rounds: int) -> Iterator[Any]:
         def watch(report: RoundReport) -> None:
             if "accuracy" in report.metrics:
                 judged["text"] = f"accuracy {report.metrics['accuracy']:.3f}"
-            progress.update(task, completed=report.round, state=f"{judged['text']}  simulated {simulated(report.now_s)}")
+            progress.update(
+                task, completed=report.round, state=f"{judged['text']}  simulated {simulated(report.now_s)}"
+            )
 
         def observe(client_id: int) -> None:
             progress.refresh()
@@ -67,56 +70,85 @@ def progress_bar(console: Console, rounds: int) -> Iterator[Any]:
 
 
 def closing_table(reports: Sequence[RoundReport]) -> Table:
-    """Up to ten evaluated rounds, evenly spread and always the last; sums since the start."""
-    table = Table(title=None, header_style="bold")
-    for name in ("round", "accuracy", "loss", "time", "energy", "down", "up", "peak memory", "completed", "not completed"):
-        table.add_column(name, justify="right")
-    sums = {"joules": 0.0, "down": 0, "up": 0, "peak": 0, "done": 0, "lost": 0}
+    """Up to ten evaluated rounds, evenly spread and always the last; time, energy and bytes since the start."""
+    table = _table("round", "accuracy", "time", "energy", "down", "up", "done", "lost")
+    joules, down, up, done, lost = 0.0, 0, 0, 0, 0
     rows = []
     for report in reports:
-        sums["joules"] += report.joules
-        sums["down"] += report.down_bytes
-        sums["up"] += report.up_bytes
-        sums["peak"] = max(sums["peak"], report.peak_memory_bytes)
-        sums["done"] += len(report.outcomes.get("completed", ()))
-        sums["lost"] += len(report.cohort) - len(report.outcomes.get("completed", ()))
+        completed = len(report.outcomes.get("completed", ()))
+        joules, down, up = joules + report.joules, down + report.down_bytes, up + report.up_bytes
+        done, lost = done + completed, lost + len(report.cohort) - completed
         if "accuracy" in report.metrics:
-            rows.append((report, dict(sums)))
-    step = max(1, -(-(len(rows) - 1) // (TABLE_ROWS - 1))) if len(rows) > 1 else 1
-    shown = rows[::step] if (len(rows) - 1) % step == 0 else [*rows[::step], rows[-1]]
-    for report, total in shown:
-        table.add_row(
-            str(report.round),
-            f"{report.metrics['accuracy']:.4f}",
-            f"{report.metrics['loss']:.4f}",
-            simulated(report.now_s),
-            energy(total["joules"]),
-            size(total["down"]),
-            size(total["up"]),
-            size(total["peak"]),
-            str(total["done"]),
-            str(total["lost"]),
-        )
+            costs = [simulated(report.now_s), energy(joules), size(down), size(up)]
+            rows.append([str(report.round), f"{report.metrics['accuracy']:.4f}", *costs, str(done), str(lost)])
+    step = max(1, -(-len(rows) // TABLE_ROWS))
+    for row in rows[::-1][::step][::-1]:
+        table.add_row(*row)
     return table
 
 
 def closing_lines(summary: dict[str, Any], folder: Path) -> list[str]:
-    """One sentence of results, one of outcomes, one that says where the folder is."""
+    """Results, outcomes, the way to the target, and where the folder is: one line each."""
     accuracy = summary["final"]["accuracy"]
     text = f"{accuracy:.4f}" if accuracy is not None else "not evaluated"
-    traffic = f"{size(summary['down_bytes'])} down, {size(summary['up_bytes'])} up"
-    joules = energy(summary["energy_j"]["total"])
-    lines = [
-        f"{summary['method']} on {summary['workload']}, fleet {summary['fleet']}: test accuracy {text} after "
-        f"{summary['rounds']} rounds, {simulated(summary['simulated_s'])} simulated, {joules}, {traffic}"
-    ]
+    seconds, traffic = summary["simulated_s"], summary["down_bytes"] + summary["up_bytes"]
     counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in summary["outcomes"].items() if count)
-    lines.append(f"clients: {counts}; the busiest spent {energy(summary['energy_j']['max_client'])}")
+    lines = [
+        f"{summary['method']} on {summary['workload']}, fleet {summary['fleet']}: "
+        f"test accuracy {text} after {summary['rounds']} rounds",
+        f"cost: {seconds / 3600:.4f} simulated hours ({simulated(seconds)}), "
+        f"{summary['energy_j']['total']:.1f} joules, "
+        f"{traffic / 1e6:.2f} megabytes, peak memory {size(summary['peak_memory_bytes'])}",
+        f"clients: {counts}; the busiest spent {energy(summary['energy_j']['max_client'])}",
+    ]
     target = summary["to_target"]
     if target:
         lines.append(
             f"accuracy {target['accuracy']:g} reached in round {target['round']}: {simulated(target['simulated_s'])}, "
             f"{energy(target['energy_j'])}, {size(target['down_bytes'] + target['up_bytes'])}"
         )
-    lines.append(f"run folder: {folder}  ({summary['host_s']:.1f} s on this host)")
-    return lines
+    return [*lines, f"run folder: {folder} ({summary['host_s']:.1f} s on this host)"]
+
+
+def sweep_table(summaries: Sequence[tuple[list[str], dict[str, Any]]]) -> Table:
+    """One row per run of a sweep, named by the overrides in which the runs differ."""
+    common = set.intersection(*(set(overrides) for overrides, _ in summaries))
+    table = _table("run", "overrides", "accuracy", "best", "time", "energy", "down", "up")
+    for number, (overrides, s) in enumerate(summaries):
+        scores = [f"{value:.4f}" for value in (s["final"]["accuracy"], s["best"]["accuracy"])]
+        costs = [
+            simulated(s["simulated_s"]),
+            energy(s["energy_j"]["total"]),
+            size(s["down_bytes"]),
+            size(s["up_bytes"]),
+        ]
+        table.add_row(str(number), " ".join(o for o in overrides if o not in common), *scores, *costs)
+    return table
+
+
+def split_table(rows: Sequence[ClientRow], num_clients: int) -> Table:
+    """The first clients of a split: sizes and labels."""
+    table = _table("client", "train", "held out", "classes", "examples of each class")
+    for row in rows:
+        counts = " ".join(f"{label}:{count}" for label, count in enumerate(row.label_counts) if count)
+        table.add_row(str(row.client), str(row.train), str(row.test), str(row.classes), counts)
+    if len(rows) < num_clients:
+        table.caption = f"the first {len(rows)} of {num_clients} clients"
+    return table
+
+
+def workload_table(rows: Sequence[WorkloadRow]) -> Table:
+    """The workloads there are."""
+    table = _table("workload", "kind", "here", "where, or how to get it")
+    for row in rows:
+        table.add_row(row.name, row.kind, "yes" if row.found else "no", row.where)
+    return table
+
+
+def _table(*columns: str) -> Table:
+    """Text columns to the left, figures to the right."""
+    table = Table(header_style="bold")
+    for name in columns:
+        text = name in ("overrides", "workload", "kind", "here", "where, or how to get it", "examples of each class")
+        table.add_column(name, justify="left" if text else "right", overflow="fold", no_wrap=not text)
+    return table

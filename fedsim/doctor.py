@@ -18,7 +18,18 @@ from rich.console import Console
 from rich.table import Table
 
 Check = tuple[str, bool, str]  # what, whether it is fine, what was found
-PACKAGES = ("fedsim", "torch", "torchvision", "flwr", "ray", "hydra-core", "numpy", "tensorboard", "pyarrow", "torch-pruning")
+PACKAGES = (
+    "fedsim",
+    "torch",
+    "torchvision",
+    "flwr",
+    "ray",
+    "hydra-core",
+    "numpy",
+    "tensorboard",
+    "pyarrow",
+    "torch-pruning",
+)
 
 
 def examine(console: Console, make_engine: Callable[[dict[str, Any]], Any]) -> int:
@@ -61,8 +72,7 @@ def _gpu() -> Check:
 def _data() -> Iterator[Check]:
     from fedsim.data.describe import list_workloads
 
-    rows = list_workloads()
-    here = [str(row["workload"]) for row in rows if row["here"] == "yes"]
+    here = [row.name for row in list_workloads() if row.found]
     yield "data", True, f"FEDSIM_DATA={os.environ.get('FEDSIM_DATA', '(not set)')}; found: {', '.join(here)}"
 
 

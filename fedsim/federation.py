@@ -1,6 +1,6 @@
 """One run from top to bottom: build, the round loop, report.
 
-The loop is ours and calls the hooks of a Flower `Strategy`, so that any stock strategy runs as an edge workload; Flower's
+The loop is ours and calls the hooks of a Flower `Strategy`, so any stock strategy runs as an edge workload; Flower's
 own `start` has no clock, budget, early stop or evaluation cadence. May import: flwr, devices, fedsim. Never a method.
 """
 
@@ -105,13 +105,21 @@ class Federation:
         metrics = self.strategy.aggregate_evaluate(number, replies) if replies else None
         return {f"client_{key}": value for key, value in _plain(metrics).items()}
 
-    def report(self, number: int, start_s: float, metrics: dict[str, float], started: float) -> tuple[RoundReport, list[ClientReport]]:
+    def report(
+        self, number: int, start_s: float, metrics: dict[str, float], started: float
+    ) -> tuple[RoundReport, list[ClientReport]]:
         """What happened since the last report."""
         clients, now_s = self.grid.take_reports(), self.grid.clock.now_s
         return RoundReport.of(number, now_s, now_s - start_s, clients, metrics, time.perf_counter() - started), clients
 
 
-def run(settings: Settings, engine: Grid, out: Path, watch: Watch | None = None, observe: Callable[[int], None] | None = None) -> dict[str, Any]:
+def run(
+    settings: Settings,
+    engine: Grid,
+    out: Path,
+    watch: Watch | None = None,
+    observe: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
     """Runs one experiment into the folder `out` and returns its summary.
 
     Raises:
@@ -155,7 +163,9 @@ def build_strategy(settings: Settings, num_clients: int) -> Strategy:
     return strategy
 
 
-def summarise(settings: Settings, reports: list[RoundReport], totals: Totals, arrays: ArrayRecord, host_s: float) -> dict[str, Any]:
+def summarise(
+    settings: Settings, reports: list[RoundReport], totals: Totals, arrays: ArrayRecord, host_s: float
+) -> dict[str, Any]:
     """The figures of a finished run; equal runs differ only in `host_s` (and `versions` between machines)."""
     choices = settings["choices"]
     max_client = max(totals.client_joules.values(), default=0.0)

@@ -1,9 +1,9 @@
 """What server and clients say to each other, and how it travels in Flower records.
 
-`Broadcast` and `ClientUpdate` are what methods see. Below them, a *cohort message* carries many clients at once: records
+`Broadcast` and `ClientUpdate` are what methods see. A *cohort message* carries many clients at once: records
 that several clients share travel once, each client's own beside them. May import: flwr.app, numpy, torch.
 
-Record names on the wire (per client): `arrays` weights, `config` settings, `metrics` numbers, `work` facts, `state` what
+Record names on the wire (per client): `arrays` weights, `config` settings, `metrics` numbers, `state` what
 the client keeps (never counted as traffic), and any further ArrayRecord is an extra of the method.
 """
 
@@ -24,7 +24,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from fedsim.workload import Tensors
 
 Scalar = int | float | bool | str
-ARRAYS, CONFIG, METRICS, WORK, STATE = "arrays", "config", "metrics", "work", "state"
+ARRAYS, CONFIG, METRICS, STATE = "arrays", "config", "metrics", "state"
 COHORT, SETTINGS = "cohort", "settings"
 PACKED = "packed"  # the one key of an ArrayRecord whose tensors were joined
 NUM_EXAMPLES = "num-examples"
@@ -32,7 +32,9 @@ NUM_EXAMPLES = "num-examples"
 
 def _extra(owner: Broadcast | ClientUpdate, who: str, name: str) -> Tensors:
     if name not in owner.extras:
-        raise KeyError(f"{who} brought no {name!r} (only {sorted(owner.extras)}); use a pair of strategy and trainer that sends it")
+        raise KeyError(
+            f"{who} brought no {name!r} (only {sorted(owner.extras)}); use a pair of strategy and trainer that sends it"
+        )
     return owner.extras[name]
 
 
@@ -52,7 +54,7 @@ class Broadcast:
 
 @dataclass(frozen=True)
 class ClientUpdate:
-    """What one client answers. `weights` may be views of the live model: they are packed before the next client runs."""
+    """What one client answers. `weights` may be the live model's: they are packed before the next client."""
 
     client_id: int
     num_examples: int
@@ -74,7 +76,9 @@ _DTYPES = {name: value for name, value in vars(torch).items() if isinstance(valu
 @lru_cache(maxsize=4096)
 def _npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
     buffer = BytesIO()
-    np.lib.format.write_array_header_1_0(buffer, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape})
+    np.lib.format.write_array_header_1_0(
+        buffer, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    )
     return buffer.getvalue()
 
 
@@ -109,10 +113,27 @@ def record_like(tensors: Mapping[str, torch.Tensor], model: ArrayRecord) -> Arra
     """
     if not _same_layout(tensors, model):
         return record_of(tensors)
-    parts = [np.ascontiguousarray(t.detach().cpu().numpy()) for t in tensors.values()]
-    dtype, shape = parts[0].dtype, (sum(part.size for part in parts),)
-    data = b"".join((_npy_header(dtype, shape), *(part.data for part in parts if part.size)))
-    return ArrayRecord({PACKED: Array(str(dtype), shape, "numpy.ndarray", data)})
+    return packed_record(torch.cat([t.detach().reshape(-1) for t in tensors.values()]))
+
+
+def packed_record(flat: torch.Tensor) -> ArrayRecord:
+    """The record of weights that are joined already, in the order of the model."""
+    return ArrayRecord({PACKED: to_array(flat.cpu().numpy())})
+
+
+def lay_out(tensors: Iterable[torch.Tensor]) -> torch.Tensor | None:
+    """Moves tensors one behind the other into one buffer, in place, so that they can be copied as one.
+
+    Returns:
+        The buffer, [sum of sizes]; None, and nothing moved, when they differ in dtype or are not contiguous.
+    """
+    every = list(tensors)
+    if len({(t.dtype, t.device) for t in every}) != 1 or not all(t.is_contiguous() for t in every):
+        return None
+    buffer = torch.cat([t.detach().reshape(-1) for t in every])
+    for t, part in zip(every, buffer.split([t.numel() for t in every]), strict=True):
+        t.data = part.view(t.shape)
+    return buffer
 
 
 def unpacked(record: ArrayRecord, model: ArrayRecord) -> ArrayRecord:
@@ -177,7 +198,7 @@ def like(record: ArrayRecord, model: ArrayRecord) -> ArrayRecord:
 
 
 def broadcast_of(content: RecordDict, weights: Tensors, round: int) -> Broadcast:
-    """Reads one client's instruction; `weights` are its `arrays`, unpacked by the caller (often shared by the cohort)."""
+    """Reads one client's instruction; `weights` are its `arrays`, unpacked by the caller (a cohort shares them)."""
     extras = {name: tensors_of(r) for name, r in content.array_records.items() if name not in (ARRAYS, STATE)}
     settings = {key: value for record in content.config_records.values() for key, value in record.items()}
     return Broadcast(round, weights, extras, settings)  # type: ignore[arg-type]
@@ -191,12 +212,12 @@ def content_of(broadcast: Broadcast, weights: ArrayRecord) -> RecordDict:
     return RecordDict(content)
 
 
-def content_of_update(update: ClientUpdate, model: ArrayRecord) -> RecordDict:
-    """Packs what a client answers to a broadcast of `model`."""
+def content_of_update(update: ClientUpdate, model: ArrayRecord, packed: ArrayRecord | None = None) -> RecordDict:
+    """Packs what a client answers to a broadcast of `model`; `packed` are its weights where they are packed already."""
     metrics = {NUM_EXAMPLES: int(update.num_examples), **{k: float(v) for k, v in update.metrics.items()}}
-    content: dict[str, Any] = {ARRAYS: record_like(update.weights, model), METRICS: MetricRecord(metrics)}  # type: ignore[arg-type]
+    content: dict[str, Any] = {ARRAYS: packed or record_like(update.weights, model), METRICS: MetricRecord(metrics)}  # type: ignore[arg-type]
     for name, tensors in update.extras.items():
-        if name in (ARRAYS, CONFIG, METRICS, WORK, STATE):
+        if name in (ARRAYS, CONFIG, METRICS, STATE):
             raise ValueError(f"an extra record may not be called {name!r}; that name is taken")
         content[name] = record_of(tensors)
     return RecordDict(content)
@@ -214,7 +235,9 @@ def update_of(content: RecordDict, client_id: int) -> ClientUpdate:
 # --- many clients in one message ---------------------------------------------------------------------------------
 
 
-def pack_cohort(header: Mapping[str, Any], parts: Iterable[RecordDict], settings: ConfigRecord | None = None) -> RecordDict:
+def pack_cohort(
+    header: Mapping[str, Any], parts: Iterable[RecordDict], settings: ConfigRecord | None = None
+) -> RecordDict:
     """One content for many clients: a record that several parts share (the same object) travels once.
 
     Args:

@@ -29,7 +29,7 @@ def best(reports: Sequence[RoundReport]) -> dict[str, Any]:
 
 
 def to_target(reports: Sequence[RoundReport], target_accuracy: float | None) -> dict[str, Any] | None:
-    """Round, simulated seconds, joules and bytes until the test accuracy first reaches the target; None if it never does."""
+    """Round, seconds, joules and bytes until the test accuracy first reaches the target; None if it never does."""
     if target_accuracy is None:
         return None
     spent: dict[str, Any] = {"energy_j": 0.0, "down_bytes": 0, "up_bytes": 0}

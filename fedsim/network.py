@@ -149,6 +149,7 @@ class EdgeGrid(Grid):
 
         Returns:
             Accepted replies in client order, or one reply with their weighted mean (see `averages`).
+
         Raises:
             ClientError: when a client fails and `on_client_error` is "stop".
             ValueError: when a message is addressed twice or to no client.
@@ -194,7 +195,9 @@ class EdgeGrid(Grid):
     def run(self) -> Any:
         return self.engine.run
 
-    def create_message(self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None) -> Message:
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
         return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
 
     def take_reports(self) -> list[ClientReport]:
@@ -224,7 +227,9 @@ class EdgeGrid(Grid):
             for message in block:
                 client, content = message.metadata.dst_node_id, message.content
                 if not self.fleet.online(client, now_s):
-                    replies[client] = _Reply(client, number, message, None, Work(), "offline", "offline when the round began")
+                    replies[client] = _Reply(
+                        client, number, message, None, Work(), "offline", "offline when the round began"
+                    )
                     continue
                 if id(content) not in sizes:
                     sizes[id(content)] = payload_bytes(content)
@@ -239,7 +244,9 @@ class EdgeGrid(Grid):
                 self.observe(client)
         missing = [c for c, r in replies.items() if r.reason == NO_REPLY]
         if missing:
-            raise ClientError(f"the engine returned no reply for clients {missing[:5]} in round {self.round} (seed {self.seed})")
+            raise ClientError(
+                f"the engine returned no reply for clients {missing[:5]} in round {self.round} (seed {self.seed})"
+            )
         return [replies[m.metadata.dst_node_id] for m in asked]
 
     def _cohort_messages(self, online: Sequence[Message], phase: str) -> list[Message]:
@@ -253,7 +260,10 @@ class EdgeGrid(Grid):
             some = online[start : start + size]
             clients = [m.metadata.dst_node_id for m in some]
             states = [self.store.get(client) for client in clients]
-            parts = [m.content if s is None else RecordDict({**m.content, STATE: s}) for m, s in zip(some, states, strict=True)]
+            parts = [
+                m.content if s is None else RecordDict({**m.content, STATE: s})
+                for m, s in zip(some, states, strict=True)
+            ]
             content = pack_cohort({"round": self.round, "phase": phase, "clients": clients}, parts, self.settings)
             # Flower allows train, evaluate and query; a question's own name travels in the header.
             messages.append(Message(content, nodes[number % len(nodes)], phase.partition(".")[0]))
@@ -270,8 +280,9 @@ class EdgeGrid(Grid):
             for facts, content in zip(header["clients"], parts, strict=True):
                 client, outcome, reason = facts["client"], facts["outcome"], facts["reason"]
                 if outcome == "failed" and self.on_client_error == "stop":
-                    where = f"client {client} ({self.fleet.device_name(client)}) failed in round {self.round} (seed {self.seed})"
-                    raise ClientError(f"{where}: {reason}", facts.get("traceback", ""))
+                    who = f"client {client} ({self.fleet.device_name(client)})"
+                    where = f"failed in round {self.round} (seed {self.seed})"
+                    raise ClientError(f"{who} {where}: {reason}", facts["traceback"])
                 work = replace(Work.from_dict(facts["work"]), up_bytes=payload_bytes(content))
                 yield client, {"content": content, "work": work, "outcome": outcome, "reason": reason}
 
@@ -324,7 +335,7 @@ class EdgeGrid(Grid):
                 wait_s=wait_s,
                 wait_joules=wait_s * profile.idle_watts,
                 work=work,
-                num_examples=int(metrics.pop(NUM_EXAMPLES, 0)),
+                num_examples=int(metrics.pop(NUM_EXAMPLES, 0)),  # type: ignore[arg-type]
                 metrics=metrics,
             )
         )

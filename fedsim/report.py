@@ -51,7 +51,13 @@ class RoundReport:
 
     @classmethod
     def of(
-        cls, round: int, now_s: float, round_s: float, clients: Sequence[ClientReport], metrics: dict[str, float], host_s: float
+        cls,
+        round: int,
+        now_s: float,
+        round_s: float,
+        clients: Sequence[ClientReport],
+        metrics: dict[str, float],
+        host_s: float,
     ) -> RoundReport:
         """Sums the clients' reports of one round, training and evaluation exchanges alike."""
         trained = [c for c in clients if c.phase == "train"]

@@ -144,7 +144,7 @@ def _unknown_key(key: str) -> str:
     return f"unknown setting {key!r}"
 
 
-def _flat(error: Exception) -> str:
+def _flat(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
@@ -231,7 +231,9 @@ def build_world(config_json: str) -> World:
     fleet = instantiate(settings, "fleet", num_clients=workload.num_clients, seed=seed)
     for key in ("cohort", "evaluate_clients"):
         if settings[key] > workload.num_clients:
-            raise ConfigError(f"{key} must be at most the {workload.num_clients} clients there are, got {settings[key]}")
+            raise ConfigError(
+                f"{key} must be at most the {workload.num_clients} clients there are, got {settings[key]}"
+            )
     return World(settings, workload, fleet, instantiate(settings, "latency"))
 
 

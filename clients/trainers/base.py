@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from abc import ABC
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from clients.state import ClientState
 from devices.cost import NetworkCost, Passes, Work
@@ -16,7 +15,7 @@ from fedsim.seeding import torch_generator
 from fedsim.workload import ClientData, Tensors, Workload
 
 
-class OutOfMemory(RuntimeError):
+class OutOfMemoryError(RuntimeError):
     """The device cannot hold what the trainer asked for; counted as an outcome, never a crash of the run."""
 
 
@@ -37,11 +36,11 @@ class WorkLog:
         """Declares memory before it is used.
 
         Raises:
-            OutOfMemory: when the device has less.
+            OutOfMemoryError: when the device has less.
         """
         self.peak_memory_bytes = max(self.peak_memory_bytes, peak_bytes)
         if peak_bytes > self.memory_bytes:
-            raise OutOfMemory(f"needs {peak_bytes} bytes at its peak, the device has {self.memory_bytes} for training")
+            raise OutOfMemoryError(f"needs {peak_bytes} bytes at its peak, the device has {self.memory_bytes}")
 
     def add(self, network: NetworkCost, batch: int, forwards: int = 0, backwards: int = 0) -> None:
         """Counts passes through `network` with batches of `batch` examples."""
@@ -63,7 +62,9 @@ class ClientContext:
     """One client as its trainer sees it in one round.
 
     Attributes:
-        model: holds the broadcast weights when the trainer starts; one object reused for all clients.
+        model: holds the broadcast weights when the trainer starts, in training mode; one object reused for all clients.
+        parameters: the model's trainable parameters.
+        weights: the model's live weights and buffers by name, detached: what a trainer usually returns.
         network: what one example costs in `model`.
         state: what this client kept from earlier rounds; change it in place.
         log: where the trainer reports its work.
@@ -74,6 +75,8 @@ class ClientContext:
     seed: int
     workload: Workload
     model: nn.Module
+    parameters: list[Tensor] = field(repr=False)
+    weights: Tensors = field(repr=False)
     network: NetworkCost
     profile: DeviceProfile
     state: ClientState
@@ -86,7 +89,7 @@ class ClientContext:
         return torch_generator(self.seed, *names, self.round, self.client_id)
 
 
-class LocalTrainer(ABC):
+class LocalTrainer:
     """What a client does with a broadcast. Trainers are stateless: state belongs to `client.state`."""
 
     def fit(self, client: ClientContext, task: Broadcast) -> ClientUpdate:
@@ -107,4 +110,6 @@ class LocalTrainer(ABC):
         Raises:
             KeyError: for a question this trainer does not know.
         """
-        raise KeyError(f"{type(self).__name__} has no answer to {question!r}; use a pair of strategy and trainer that belong together")
+        raise KeyError(
+            f"{type(self).__name__} has no answer to {question!r}; take a strategy and trainer of one method"
+        )

@@ -49,7 +49,9 @@ class FlowerGrid(Grid):
         sent = list(messages)
         replies = list(self.grid.send_and_receive(sent, timeout=timeout or self.timeout_s))
         if len(replies) < len(sent):
-            raise RunError(f"{len(sent) - len(replies)} of {len(sent)} workers did not answer within {self.timeout_s:g} s")
+            raise RunError(
+                f"{len(sent) - len(replies)} of {len(sent)} workers did not answer within {self.timeout_s:g} s"
+            )
         return replies
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
@@ -65,5 +67,7 @@ class FlowerGrid(Grid):
     def run(self) -> Any:
         return self.grid.run
 
-    def create_message(self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None) -> Message:
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
         return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)

@@ -63,7 +63,9 @@ class LocalGrid(Grid):
     def run(self) -> Any:
         raise RuntimeError("a local grid belongs to no Flower run")
 
-    def create_message(self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None) -> Message:
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
         return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
 
     def close(self) -> None:
