@@ -13,6 +13,7 @@ from collections import OrderedDict
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from clients.state import ClientState
 from clients.trainers.base import ClientContext, LocalTrainer, OutOfMemoryError, WorkLog
+from devices.cost import Work
 from devices.meter import measure
 from fedsim.engines.memory import keep_freed_memory
 from fedsim.errors import ConfigError
@@ -40,7 +42,7 @@ from fedsim.messages import (
     unpack_cohort,
 )
 from fedsim.seeding import derive
-from fedsim.settings import World, build_world, instantiate, pick_device
+from fedsim.settings import WORLDS, World, build_world, instantiate, pick_device
 from fedsim.workload import ClientData, Tensors
 
 app = ClientApp()
@@ -78,9 +80,9 @@ class Worker:
         return pack_cohort({"clients": facts}, answers)
 
     def _one(self, client_id: int, part: RecordDict, round: int, phase: str) -> tuple[RecordDict, dict[str, Any]]:
-        client = self.context(client_id, part, round)
-        outcome, reason, trace, answer = "completed", "", "", RecordDict()
+        outcome, reason, trace, answer, client = "completed", "", "", RecordDict(), None
         try:
+            client = self.context(client_id, part, round)
             answer = self._answer(client, part, phase)
         except ConfigError:
             raise
@@ -89,7 +91,7 @@ class Worker:
         except Exception as error:
             outcome, reason, trace = "failed", f"{type(error).__name__}: {error}", traceback.format_exc()
             reason = " ".join(reason.split())
-        work = client.log.work(client.state.storage_bytes)
+        work = client.log.work(client.state.storage_bytes) if client else Work()
         if outcome != "completed":
             answer = RecordDict()
         fact = {"client": client_id, "outcome": outcome, "reason": reason, "work": work.to_dict(), "traceback": trace}
@@ -121,7 +123,7 @@ class Worker:
             packed = packed_record(self.flat)  # the live model in the broadcast's own layout: one copy
         answer = content_of_update(update, model, packed)
         # One sum over everything finds NaN and infinity without a test per element.
-        if not math.isfinite(sum(float(from_array(a).sum()) for a in answer.array_records[ARRAYS].values())):
+        if not math.isfinite(sum(_sum(from_array(a)) for a in answer.array_records[ARRAYS].values())):
             raise FloatingPointError(
                 "its update holds NaN or infinite weights; lower trainer.lr or set trainer.clip_norm"
             )
@@ -190,7 +192,7 @@ class Worker:
         return {name: t.to(self.device) for name, t in batch.items()}
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=WORLDS)
 def worker_for(config_json: str) -> Worker:
     """The worker of this process for these settings; built at the first message of a run."""
     return Worker(build_world(config_json))
@@ -213,6 +215,10 @@ def _lay_out(model: nn.Module) -> torch.Tensor | None:
     live = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     names = list(model.state_dict())
     return lay_out([live[name] for name in names]) if set(names) == set(live) else None
+
+
+def _sum(values: np.ndarray) -> float:
+    return float(values.sum(dtype=np.promote_types(values.dtype, np.float32)))  # float16 overflows at 65504
 
 
 def _bytes_of(data: ClientData) -> int:

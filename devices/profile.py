@@ -141,6 +141,18 @@ def parse_profile(tree: Any, file: str) -> DeviceProfile:
     )
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that stands twice in one map; YAML itself would silently take the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The map of a node, with its keys checked."""
+        keys = [key.value for key, _ in node.value]
+        for number, key in enumerate(keys):
+            if key in keys[:number]:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _read(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
@@ -149,7 +161,7 @@ def _read(path: Path) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         raise DeviceError(f"{path}: cannot be read as a text file: {error}") from None
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _UniqueKeys)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date
         raise DeviceError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
 

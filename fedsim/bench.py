@@ -21,6 +21,7 @@ from flwr.serverapp import Grid
 from rich.progress import Progress
 from rich.table import Table
 
+from fedsim.errors import ConfigError
 from fedsim.federation import Federation
 from fedsim.report import RoundReport, RunFolder
 from fedsim.seeding import torch_generator
@@ -47,10 +48,17 @@ def bench(
 
     Returns:
         {"plain_updates_per_s", "engines": {name: {...}}, "population": {clients: seconds per round}}
+
+    Raises:
+        ConfigError: for a population smaller than the cohort, or a model that takes no such images.
     """
+    for clients in populations:
+        if clients < COHORT:
+            raise ConfigError(f"--population takes numbers of at least {COHORT} (the cohort), got {clients}")
     settings = _settings(model, CLIENTS)
     plain = PlainLoop(build_world(json.dumps(settings)))
-    with tempfile.TemporaryDirectory() as folder, Progress(transient=True) as progress:
+    shown = Progress(transient=True, disable=not sys.stdout.isatty())
+    with tempfile.TemporaryDirectory() as folder, shown as progress:
         task = progress.add_task("bench", total=(rounds + WARM_UP) * (1 + len(populations)))
         engine = EngineRounds(settings, make_engine, Path(folder) / "local")
         engine.federation.ask_clients(0)  # every client's data are drawn and cached, as they are in the bare loop
@@ -189,7 +197,7 @@ def _settings(model: str, clients: int) -> Settings:
         "workload.client_test_fraction=0",
         f"num_clients={clients}",
         f"cohort={COHORT}",
-        f"evaluate_clients={CLIENTS}",
+        f"evaluate_clients={min(clients, CLIENTS)}",
     ]
     return compose(
         [

@@ -5,11 +5,12 @@ Heavy libraries are imported inside the commands, so that `--help` answers at on
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -25,6 +26,7 @@ app = typer.Typer(
 data_app = typer.Typer(no_args_is_help=True, help="What there is to learn from, and how it is split over clients.")
 app.add_typer(data_app, name="data")
 
+INTERRUPTED = 130
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 RUN_EPILOG = """
 [bold]Examples[/bold]
@@ -85,7 +87,7 @@ def bench(
     from fedsim.bench import bench as measure
     from fedsim.bench import table
 
-    sizes = [_whole("--population", text) for text in population.split(",") if text]
+    sizes = [_whole("--population", text) for text in population.split(",")] if population else []
     result = measure(_local_engine, model, rounds, sizes)
     if as_json:
         import json
@@ -133,37 +135,59 @@ def data_describe(
     from fedsim.console import split_table
     from fedsim.data.describe import split_picture, summary_lines
     from fedsim.data.describe import split_table as split_rows
+    from fedsim.errors import ConfigError
     from fedsim.settings import build_world, compose
 
-    workload = build_world(json.dumps(compose(ctx.args))).workload
+    settings = {**compose(ctx.args), "cohort": 1, "evaluate_clients": 0}  # a split of any size can be looked at
+    workload = build_world(json.dumps(settings)).workload
+    try:
+        split_picture(workload, picture)
+    except OSError as error:
+        raise ConfigError(f"--picture={picture} cannot be written: {error.strerror}") from error
     console = _console()
     console.print(split_table(split_rows(workload, limit), workload.num_clients))
     for line in summary_lines(workload):
         console.print(line, highlight=False)
-    split_picture(workload, picture)
     console.print(f"picture: {picture}")
 
 
 def main() -> None:
     """Entry point of the console script: one sentence and an exit code for everything a user can mend."""
+    from click import exceptions
+
     from devices.errors import DeviceError
     from fedsim.errors import ConfigError, DataError, RunError
 
     try:
-        app()
+        code = app(standalone_mode=False)
+    except getattr(exceptions, "NoArgsIsHelpError", ()) as error:  # not in click 8.1
+        error.show()
+        sys.exit(2)
+    except exceptions.ClickException as error:
+        command = getattr(getattr(error, "ctx", None), "command_path", "fedsim")
+        _give_up(f"{error.format_message()} (see {command} --help)", 2, error)
     except (ConfigError, DataError, DeviceError) as error:
         _give_up(str(error), 2, error)
     except RunError as error:
         _give_up(str(error), 1, error)
-    except KeyboardInterrupt:
-        _give_up("interrupted; everything written so far stays", 130, None)
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        _give_up(f"{error.strerror or type(error).__name__}{where}", 1, error)
+    except (exceptions.Abort, KeyboardInterrupt):
+        code = INTERRUPTED
+    if code == INTERRUPTED:  # click's own answer to Ctrl-C
+        _give_up("interrupted; everything written so far stays", INTERRUPTED, None)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def _give_up(text: str, code: int, error: BaseException | None) -> None:
     if error is not None and os.environ.get("FEDSIM_TRACEBACK") == "1":
+        import traceback
+
         print(getattr(error, "traceback", ""), file=sys.stderr)
-        raise error
-    print(f"fedsim: {text}", file=sys.stderr)
+        traceback.print_exception(error)
+    notes = "; ".join(["", *getattr(error, "__notes__", ())])
+    print(f"fedsim: {' '.join((text + notes).split())}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -175,33 +199,96 @@ def _hydra_run(arguments: list[str]) -> None:
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
-    from omegaconf import DictConfig
+    from omegaconf import DictConfig, OmegaConf
 
-    from fedsim.settings import one_sentence, resolve
+    from fedsim.settings import check_overrides, one_sentence, resolve
 
+    flags, given = _split(arguments)
+    overrides = check_overrides(given)
+    sweeping = bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & {*flags, *overrides})
+    if sweeping:
+        _check_sweep(flags, overrides)
     # Exceptions must reach main(): Hydra would print them and exit with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     summaries: list[tuple[list[str], dict[str, Any]]] = []
+    failures: list[Exception] = []
 
     @hydra.main(version_base="1.3", config_path="pkg://configs", config_name="run")
     def job(config: DictConfig) -> None:
+        if failures:
+            return
         hydra_config = HydraConfig.get()
-        sweeping = hydra_config.mode == RunMode.MULTIRUN
-        settings = resolve(config, hydra_config.runtime.choices)
-        if sweeping:
-            settings["out"] = str(Path(hydra_config.sweep.dir) / str(hydra_config.job.num))
-        summaries.append((list(hydra_config.overrides.task), run_one(settings)))
+        mine = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
+        assert isinstance(mine, list)
+        try:
+            with one_sentence(overrides):
+                settings = resolve(config, hydra_config.runtime.choices)
+            if hydra_config.mode == RunMode.MULTIRUN:
+                settings["out"] = str(Path(hydra_config.sweep.dir) / str(hydra_config.job.num))
+            summaries.append((mine, run_one(settings)))
+        except Exception as error:  # Hydra would print a line of its own before it passes the error on
+            if sweeping:
+                error.add_note(f"in run {hydra_config.job.num} of the sweep: {' '.join(mine)}")
+            failures.append(error)
 
-    sys.argv = ["fedsim run", *arguments, *_hydra_settings(arguments)]
-    with one_sentence():
+    sys.argv = ["fedsim run", *overrides, *_hydra_settings(overrides, sweeping), *flags]
+    with one_sentence(overrides):
         job()
     if len(summaries) > 1:
         from fedsim.console import sweep_table
 
         _console().print(sweep_table(summaries))
+    if failures:
+        raise failures[0]
 
 
-def _hydra_settings(arguments: list[str]) -> list[str]:
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Hydra's own flags, and the overrides, which may stand between them.
+
+    Raises:
+        ConfigError: for a flag that Hydra does not have, or flags that exclude each other.
+    """
+    from hydra._internal.utils import get_args_parser
+
+    from fedsim.errors import ConfigError
+
+    def refuse(message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see fedsim run --help)")
+
+    parser = get_args_parser()
+    parser.error = refuse  # type: ignore[method-assign]
+    known = parser.parse_intermixed_args(arguments)
+    commands = [name for name in ("cfg", "multirun", "info", "run", "shell_completion") if getattr(known, name)]
+    if len(commands) > 1:
+        refuse(f"only one of --{' and --'.join(commands)} can be given")
+    if known.resolve and not known.cfg:
+        refuse("--resolve goes with --cfg only")
+    overrides = list(known.overrides)
+    flags: list[str] = []
+    left = list(overrides)
+    for argument in arguments:
+        if left and argument == left[0]:
+            left.pop(0)
+        else:
+            flags.append(argument)
+    return flags, overrides
+
+
+def _check_sweep(flags: list[str], overrides: list[str]) -> None:
+    """Refuses a sweep with a wrong setting in any of its runs before the first one starts."""
+    from fedsim.settings import compose, sweep_overrides, try_out
+
+    if any(flag.startswith(("-c", "--config")) for flag in flags):
+        return  # another config tree: its runs are checked one by one
+    for number, run_overrides in enumerate(sweep_overrides(overrides)):
+        try:
+            try_out(compose(run_overrides))
+        except ValueError as error:
+            error.add_note(f"in run {number} of the sweep: {' '.join(run_overrides)}")
+            raise
+
+
+def _hydra_settings(overrides: list[str], sweeping: bool) -> list[str]:
     """Hydra writes no folder and no log of its own; a sweep's runs go below `out` or a dated folder."""
     fixed = [
         "hydra.output_subdir=null",
@@ -209,9 +296,11 @@ def _hydra_settings(arguments: list[str]) -> list[str]:
         "hydra/job_logging=disabled",
         "hydra/hydra_logging=disabled",
     ]
-    out = [a.split("=", 1)[1] for a in arguments if a.startswith("out=")]
+    if not sweeping:
+        return fixed
+    out = [a.split("=", 1)[1] for a in overrides if a.startswith("out=")]
     folder = out[-1] if out else f"runs/{time.strftime('%Y%m%d-%H%M%S')}-sweep"
-    return [*fixed, f"hydra.sweep.dir={folder}", "hydra.sweep.subdir=${hydra.job.num}"]
+    return [*fixed, f"hydra.sweep.dir={folder}", "hydra.sweep.subdir=."]  # run_one makes the folder of each run
 
 
 def run_one(settings: dict[str, Any]) -> dict[str, Any]:
@@ -257,6 +346,8 @@ def _whole(option: str, text: str) -> int:
 def _console() -> Any:
     from rich.console import Console
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # folders may have names that the terminal cannot show
     return Console()
 
 

@@ -26,7 +26,8 @@ class SimClock:
     ) -> RoundTiming:
         """Decides who is on time and advances the clock to the end of the round.
 
-        The round ends with the last accepted reply; when replies are missing at the deadline, at the deadline.
+        The round ends with the last accepted reply, or at the deadline when a reply is still on its way then. Clients
+        that dropped out are not waited for: a broken connection is noticed at once.
 
         Args:
             arrival_s: seconds after the round's start at which each client's reply arrives, by client id.

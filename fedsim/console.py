@@ -52,7 +52,7 @@ def progress_bar(console: Console, rounds: int) -> Iterator[Any]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     ]
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("run", total=rounds, state="building data and fleet")
         judged = {"text": ""}
 

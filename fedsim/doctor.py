@@ -87,8 +87,11 @@ def _short_run(make_engine: Callable[[dict[str, Any]], Any]) -> tuple[bool, str]
     from fedsim.settings import compose
 
     started = time.monotonic()
-    settings = compose(["rounds=3", "cohort=5"])
-    with tempfile.TemporaryDirectory() as folder:
-        summary = run(settings, make_engine(settings), Path(folder) / "run")
+    try:
+        settings = compose(["rounds=3", "cohort=5"])
+        with tempfile.TemporaryDirectory() as folder:
+            summary = run(settings, make_engine(settings), Path(folder) / "run")
+    except Exception as error:  # whatever it is, it is the finding
+        return False, f"{type(error).__name__}: {error}"
     accuracy = summary["final"]["accuracy"]
     return True, f"3 rounds in {time.monotonic() - started:.1f} s, test accuracy {accuracy:.3f}"

@@ -22,12 +22,12 @@ from flwr.serverapp.strategy import Strategy
 
 from fedsim import metrics as figures
 from fedsim.engines.blocks import is_plain_mean
-from fedsim.errors import RunError
-from fedsim.messages import like, record_of, tensors_of
-from fedsim.network import OUTCOMES, ClientReport, EdgeGrid
+from fedsim.errors import ConfigError, RunError
+from fedsim.messages import ARRAYS, like, record_of, tensors_of
+from fedsim.network import ONE_METHOD, OUTCOMES, ClientReport, EdgeGrid
 from fedsim.report import RoundReport, RunFolder, Totals, check_free, run_folder, weights_sha256
 from fedsim.seeding import seeded_globals
-from fedsim.settings import Settings, World, asked, build_world, from_run_config, instantiate, pick_device
+from fedsim.settings import Settings, World, asked, build_world, from_run_config, instantiate, pick_device, preset
 
 Watch = Callable[[RoundReport], None]
 
@@ -63,7 +63,8 @@ class Federation:
     def rounds(self) -> Iterator[tuple[RoundReport, list[ClientReport]]]:
         """Round 0 (the untrained model), then training rounds until one of the limits is reached."""
         settings, clock = self.settings, self.grid.clock
-        yield self.report(0, 0.0, self.judge(), time.perf_counter())
+        started = time.perf_counter()
+        yield self.report(0, 0.0, self.judge(), started)
         for number in range(1, settings["rounds"] + 1):
             started, start_s = time.perf_counter(), clock.now_s
             metrics = self.train(number)
@@ -85,7 +86,10 @@ class Federation:
         try:
             arrays, metrics = self.strategy.aggregate_train(number, replies)
         except AppExitException as error:
-            raise RunError(f"{type(self.strategy).__name__} cannot use what the clients sent: {error}") from error
+            reason = f"cannot use what the clients sent: {str(error).removesuffix('. Skipping aggregation.')}"
+            beside = sorted({name for reply in replies for name in reply.content.array_records if name != ARRAYS})
+            pair = f"; beside their weights they sent {beside}, {ONE_METHOD}" if beside else ""
+            raise RunError(f"{type(self.strategy).__name__} {reason}{pair}") from error
         if arrays is not None:
             self.arrays = like(arrays, self.arrays)
         return _plain(metrics)
@@ -141,7 +145,11 @@ def run(
         summary = summarise(settings, reports, totals, federation.arrays, time.perf_counter() - started)
         folder.finish(summary)
     except BaseException as error:
-        folder.fail(error)
+        # Halves that do not belong together are seen when they first meet: still a wrong setting, so nothing stays.
+        if isinstance(error, ConfigError) and len(reports) <= 1:
+            folder.discard()
+        else:
+            folder.fail(error)
         raise
     finally:
         folder.close()
@@ -191,10 +199,12 @@ def summarise(
 
 
 def method_name(settings: Settings) -> str:
-    """The method preset, or strategy and trainer where none was taken."""
+    """The method preset, with the halves that were exchanged; strategy and trainer where no preset was taken."""
     choices = settings["choices"]
     if choices.get("method"):
-        return str(choices["method"])
+        own = preset(choices["method"])
+        changed = [f"{group}={choices[group]}" for group, name in own.items() if choices[group] != name]
+        return " ".join([str(choices["method"]), *changed])
     strategy, trainer = choices["strategy"], choices["trainer"]
     return str(strategy) if trainer in ("sgd", strategy) else f"{strategy}+{trainer}"
 

@@ -184,13 +184,13 @@ def like(record: ArrayRecord, model: ArrayRecord) -> ArrayRecord:
     """
     if set(record) != set(model):
         raise ValueError(f"the strategy returned weights named {sorted(record)}, the model has {sorted(model)}")
-    if all(record[name].dtype == array.dtype for name, array in model.items()):
-        return ArrayRecord({name: record[name] for name in model})
     arrays = {}
     for name, array in model.items():
         if tuple(record[name].shape) != tuple(array.shape):
-            raise ValueError(f"the strategy returned {name} as {record[name].shape}, the model has {array.shape}")
-        arrays[name] = to_array(from_array(record[name]).astype(array.dtype))
+            shapes = f"{tuple(record[name].shape)}, the model has {tuple(array.shape)}"
+            raise ValueError(f"the strategy returned {name} as {shapes}")
+        same = record[name].dtype == array.dtype
+        arrays[name] = record[name] if same else to_array(from_array(record[name]).astype(array.dtype))
     return ArrayRecord(arrays)
 
 
@@ -208,19 +208,21 @@ def content_of(broadcast: Broadcast, weights: ArrayRecord) -> RecordDict:
     """Packs an instruction; `weights` is the packed form of `broadcast.weights`, made once per round by the caller."""
     settings = {**broadcast.settings, "server-round": broadcast.round}
     content: dict[str, Any] = {ARRAYS: weights, CONFIG: ConfigRecord(settings)}  # type: ignore[arg-type]
-    content.update({name: record_of(tensors) for name, tensors in broadcast.extras.items()})
-    return RecordDict(content)
+    return RecordDict(content | _extra_records(broadcast.extras))
 
 
 def content_of_update(update: ClientUpdate, model: ArrayRecord, packed: ArrayRecord | None = None) -> RecordDict:
     """Packs what a client answers to a broadcast of `model`; `packed` are its weights where they are packed already."""
     metrics = {NUM_EXAMPLES: int(update.num_examples), **{k: float(v) for k, v in update.metrics.items()}}
     content: dict[str, Any] = {ARRAYS: packed or record_like(update.weights, model), METRICS: MetricRecord(metrics)}  # type: ignore[arg-type]
-    for name, tensors in update.extras.items():
+    return RecordDict(content | _extra_records(update.extras))
+
+
+def _extra_records(extras: Mapping[str, Tensors]) -> dict[str, ArrayRecord]:
+    for name in extras:
         if name in (ARRAYS, CONFIG, METRICS, STATE):
             raise ValueError(f"an extra record may not be called {name!r}; that name is taken")
-        content[name] = record_of(tensors)
-    return RecordDict(content)
+    return {name: record_of(tensors) for name, tensors in extras.items()}
 
 
 def update_of(content: RecordDict, client_id: int) -> ClientUpdate:

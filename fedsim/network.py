@@ -20,12 +20,13 @@ from devices.fleet import Fleet
 from devices.profile import DeviceProfile
 from fedsim.clock import SimClock
 from fedsim.engines.blocks import WeightedSum, blocks
-from fedsim.errors import ClientError
+from fedsim.errors import ClientError, RunError
 from fedsim.messages import ARRAYS, METRICS, NUM_EXAMPLES, STATE, pack_cohort, payload_bytes, unpack_cohort, unpacked
 
 Outcome = Literal["completed", "late", "offline", "out_of_memory", "failed"]
 OUTCOMES: tuple[Outcome, ...] = ("completed", "late", "offline", "out_of_memory", "failed")
 NO_REPLY = "the engine returned no reply"
+ONE_METHOD = "so take the strategy and the trainer of one method"
 CLIENTS_PER_MESSAGE = 16
 EMPTY_ROUND_S = 60.0  # when nobody answers and there is no deadline, the server tries again after this long
 
@@ -168,7 +169,8 @@ class EdgeGrid(Grid):
         timing = self.clock.close_round(arrival_s, min(limits, default=None), keep)
         round_s = timing.round_s
         if not timing.on_time and round_s == 0.0:
-            round_s = min(limits, default=EMPTY_ROUND_S)
+            last_drop_s = max(r.cost.total_s for r in replies)
+            round_s = min(limits, default=max(EMPTY_ROUND_S, last_drop_s))
             self.clock.advance(round_s)
         late = set(timing.late)
         for reply in replies:
@@ -362,6 +364,7 @@ class EdgeGrid(Grid):
             content: Any = reply.content
             numbers = content[METRICS]
             weight = numbers[NUM_EXAMPLES]
+            _check_alike(reply, accepted[0])
             total.add(content[ARRAYS], float(weight), reply.block)
             for key, value in numbers.items():
                 if key != NUM_EXAMPLES:
@@ -375,3 +378,14 @@ class EdgeGrid(Grid):
 def _judged(reply: _Reply) -> float:
     assert reply.content is not None
     return float(reply.content.metric_records[METRICS][NUM_EXAMPLES])  # type: ignore[arg-type]
+
+
+def _check_alike(reply: _Reply, first: _Reply) -> None:
+    """Refuses what a strategy that only averages would drop or average wrongly, as Flower does for single replies."""
+    extras = sorted(set(reply.content.array_records) - {ARRAYS, STATE})  # type: ignore[union-attr]
+    if extras:
+        raise RunError(f"the clients sent {extras} beside their weights, which the strategy drops, {ONE_METHOD}")
+    names, others = (sorted(set(r.content.metric_records[METRICS]) - {NUM_EXAMPLES}) for r in (reply, first))  # type: ignore[union-attr]
+    if names != others:
+        who = f"client {reply.client} reported metrics {names}, client {first.client} {others}"
+        raise RunError(f"{who}; a mean needs the same metrics from every client")

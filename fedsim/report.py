@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -149,8 +151,11 @@ class RunFolder:
         from torch.utils.tensorboard import SummaryWriter
 
         check_free(path)
-        path.mkdir(parents=True, exist_ok=True)
-        (path / "clients").mkdir()
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            (path / "clients").mkdir()
+        except OSError as error:
+            raise ConfigError(f"out={path} cannot be made: {error.strerror}; name another folder") from error
         self.path = path
         write_atomic(path / "config.yaml", yaml.safe_dump({**settings, "out": None}, sort_keys=False))
         self._rounds = (path / "rounds.jsonl").open("a")
@@ -193,6 +198,18 @@ class RunFolder:
         self.flush()
         note = {"error": type(error).__name__, "reason": str(error)}
         write_atomic(self.path / "failure.json", json.dumps(note, indent=1) + "\n")
+
+    def discard(self) -> None:
+        """Removes what this run wrote, and the folder if nothing else is in it."""
+        self.close()
+        for name in WRITTEN:
+            target = self.path / name
+            if target.is_dir():
+                shutil.rmtree(target)
+            else:
+                target.unlink(missing_ok=True)
+        with suppress(OSError):
+            self.path.rmdir()
 
     def close(self) -> None:
         """Closes the files."""

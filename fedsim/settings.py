@@ -7,19 +7,21 @@ strategies are reached only as `_target_` texts.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import math
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from devices.errors import unknown
-from fedsim.errors import ConfigError
+from devices.errors import DeviceError, unknown
+from fedsim.errors import ConfigError, DataError
+from fedsim.parameters import check_parameters, said
 
 if TYPE_CHECKING:
     from devices.cost import LatencyModel
@@ -28,7 +30,10 @@ if TYPE_CHECKING:
 
 Settings = dict[str, Any]
 GROUPS = ("workload", "model", "partition", "fleet", "latency", "strategy", "trainer", "method", "engine", "experiment")
+NEEDED = tuple(group for group in GROUPS if group not in ("method", "experiment"))  # presets leave no settings behind
 PRIMARY = "run"
+FREE_MAPS = ("fleet.devices",)  # whose keys are the user's own: giving the map replaces it
+WORLDS = 4  # kept per process: `fedsim bench` has a few runs open at a time, everything else one
 
 
 def config_dir() -> Path:
@@ -44,6 +49,15 @@ def options(group: str) -> list[str]:
     return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
 
 
+def preset(method: str) -> dict[str, str]:
+    """The options that a method preset takes, by group."""
+    import yaml
+
+    tree = yaml.safe_load((config_dir() / "method" / f"{method}.yaml").read_text())
+    chosen = {str(key): str(value) for entry in tree["defaults"] for key, value in entry.items()}
+    return {key.removeprefix("override /"): value for key, value in chosen.items()}
+
+
 # --- composing ---------------------------------------------------------------------------------------------------
 
 
@@ -53,6 +67,13 @@ def compose(overrides: Sequence[str]) -> Settings:
     Raises:
         ConfigError: one sentence about the first wrong key, value or name.
     """
+    overrides = check_overrides(overrides)
+    with one_sentence(overrides):
+        composed = _composed(overrides)
+        return resolve(composed, composed.hydra.runtime.choices)
+
+
+def _composed(overrides: Sequence[str]) -> Any:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
@@ -60,11 +81,63 @@ def compose(overrides: Sequence[str]) -> Settings:
     outer = GlobalHydra.instance().hydra  # leave a surrounding @hydra.main alone
     GlobalHydra.instance().clear()
     try:
-        with one_sentence(), initialize_config_dir(str(config_dir()), version_base="1.3"):
-            composed = hydra_compose(PRIMARY, list(overrides), return_hydra_config=True)
-            return resolve(composed, composed.hydra.runtime.choices)
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            return hydra_compose(PRIMARY, list(overrides), return_hydra_config=True)
     finally:
         GlobalHydra.instance().hydra = outer
+
+
+def check_overrides(overrides: Sequence[str]) -> list[str]:
+    """The overrides, with the ones of `FREE_MAPS` written so that they replace the map instead of adding to it.
+
+    Raises:
+        ConfigError: for an override that cannot be read, or a group that is given something else than a name.
+    """
+    checked: list[str] = []
+    for text in overrides:
+        override = _parsed(text)
+        key, value = override.key_or_group, override.value()
+        plain = not text.startswith(("+", "~"))
+        if plain and key in GROUPS and not (isinstance(value, str | dict) or override.is_sweep_override()):
+            raise ConfigError(unknown(key, "null" if value is None else value, options(key)))
+        if plain and key in FREE_MAPS and (isinstance(value, dict) or override.is_sweep_override()):
+            checked += [f"~{key}", f"+{text}"]
+        else:
+            checked.append(text)
+    return checked
+
+
+def sweep_overrides(overrides: Sequence[str]) -> list[list[str]]:
+    """The overrides of every run of a sweep, in order; empty where only Hydra can tell (globs, its plug-ins)."""
+    choices: dict[str, list[str]] = {}  # as Hydra does it: a key given twice keeps its first place and its last value
+    for text in overrides:
+        override = _parsed(text)
+        of_hydra = text.lstrip("+").startswith("hydra")
+        if of_hydra or (override.is_sweep_override() and not override.is_discrete_sweep()):
+            return []
+        try:
+            values = [str(v) for v in override.sweep_string_iterator()] if override.is_sweep_override() else None
+        except Exception:  # a glob asks the config folder
+            return []
+        key = override.get_key_element()
+        choices[key] = [text] if values is None else [f"{key}={value}" for value in values]
+    return [list(run) for run in itertools.product(*choices.values())]
+
+
+def _parsed(text: str) -> Any:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        override = OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        reason = _flat(error).partition(" See https://")[0].replace(f"Error parsing override {text!r} ", "")
+        raise ConfigError(
+            f"cannot read the setting {text!r} ({reason}); write KEY=VALUE, with quotes around special characters"
+        ) from error
+    if not override.key_or_group:
+        raise ConfigError(f"cannot read the setting {text!r}; write KEY=VALUE, e.g. rounds=20")
+    return override
 
 
 def from_run_config(run_config: dict[str, Any]) -> Settings:
@@ -87,15 +160,21 @@ def resolve(config: Any, choices: Any) -> Settings:
         config.pop("hydra", None)
         if not config.get("choices"):
             config.choices = {group: choices.get(group) for group in GROUPS}
-    settings = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise ConfigError(f"{missing[0]} must be given, e.g. {missing[0]}=...")
+    settings = OmegaConf.to_container(config, resolve=True)
     assert isinstance(settings, dict)
     return check(settings)  # type: ignore[arg-type]
 
 
 @contextmanager
-def one_sentence() -> Any:
-    """Turns what Hydra and OmegaConf say about a wrong setting into one ConfigError with the nearest right name."""
-    from hydra.core.override_parser.types import Override  # noqa: F401  (fails early when hydra is broken)
+def one_sentence(overrides: Sequence[str] = ()) -> Iterator[None]:
+    """Turns what Hydra and OmegaConf say about a wrong setting into one ConfigError with the nearest right name.
+
+    Args:
+        overrides: what was asked for; the groups among them decide which names there are.
+    """
     from hydra.errors import HydraException, MissingConfigException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -107,41 +186,41 @@ def one_sentence() -> Any:
             raise ConfigError(unknown(group, name, error.options)) from error
         raise ConfigError(_flat(error)) from error
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_explain(error)) from error
+        raise ConfigError(_explain(error, overrides)) from error
 
 
-def _explain(error: Exception) -> str:
+def _explain(error: Exception, overrides: Sequence[str]) -> str:
     text = _flat(error)
-    key = re.search(r"Could not override '([^']+)'|full_key: (\S+)", text)
-    if key and "not in struct" in text:
-        return _unknown_key(key[1] or key[2])
-    group = re.search(r"Could not override '([^'/]+)'.*No match in the defaults list", text)
-    if group:
-        return _unknown_key(group[1])
-    missing = re.search(r"Missing mandatory value: (\S+)", text)
-    if missing:
-        return f"{missing[1]} must be given, e.g. {missing[1]}=..."
-    return text
+    key = re.search(r"Could not override '([^']+)'|Could not delete from config\. '([^']+)' does not exist", text)
+    if key:
+        # A map may hold the wrong key one level further down: the cause knows where.
+        return _unknown_key(getattr(error.__cause__, "full_key", None) or key[1] or key[2], overrides) or text
+    place = re.search(r"^(.*?) full_key: (\S+)", text)
+    return f"{place[2]}: {place[1]}" if place else text
 
 
-def _unknown_key(key: str) -> str:
-    """Names the nearest key at the level where `key` stops being known."""
-    from hydra import compose as hydra_compose
+def _unknown_key(key: str, overrides: Sequence[str]) -> str:
+    """Names the nearest key at the level where `key` stops being known; empty if all of it is."""
     from omegaconf import OmegaConf
 
-    known = OmegaConf.to_container(hydra_compose(PRIMARY), resolve=False)
-    node: Any = known
+    groups = [text for text in overrides if text.partition("=")[0] in GROUPS]
+    try:
+        composed = _composed(groups)
+    except Exception:  # a sweep over groups: the defaults still give most names
+        composed = _composed([])
+    node: Any = OmegaConf.to_container(composed, resolve=False)
+    node.pop("hydra")
     path: list[str] = []
     for part in key.split("."):
         if not isinstance(node, dict):
             return f"unknown setting {key!r}: {'.'.join(path)} has no settings below it"
         if part not in node:
             prefix = "".join(f"{p}." for p in path)
-            names = [prefix + str(name) for name in node if not str(name).startswith("_")]
+            names = [prefix + str(name) for name in node if not str(name).startswith("_") and name != "choices"]
             names += list(GROUPS) if not path else []
             return unknown("setting", prefix + part, set(names))
         node, path = node[part], [*path, part]
-    return f"unknown setting {key!r}"
+    return ""
 
 
 def _flat(error: BaseException) -> str:
@@ -157,6 +236,16 @@ def check(settings: Settings) -> Settings:
     Raises:
         ConfigError: names the key, what came and what is allowed.
     """
+    known = _known_keys()
+    for key in settings:
+        if key not in known:
+            raise ConfigError(unknown("setting", key, known))
+    for key in known:
+        if key not in settings:
+            raise ConfigError(f"{key} is missing from the settings; it is in configs/{PRIMARY}.yaml")
+    for key in NEEDED:
+        if not isinstance(settings[key], dict) or "_target_" not in settings[key]:
+            raise ConfigError(unknown(key, settings[key], options(key)))
     _number(settings, "rounds", whole=True, least=1)
     _number(settings, "seed", whole=True, least=0)
     _number(settings, "cohort", whole=True, least=1)
@@ -170,7 +259,39 @@ def check(settings: Settings) -> Settings:
     _number(settings["engine"], "threads", whole=True, least=1, prefix="engine.")
     _choice(settings, "on_client_error", ("stop", "drop"))
     _choice(settings["engine"], "device", ("auto", "cpu", "cuda"), prefix="engine.")
+    for key in ("out", "name"):
+        _text(settings, key)
+    name = str(settings["name"])
+    if "/" in name or name in (".", ".."):
+        raise ConfigError(f"name is part of a folder's name and cannot hold '/', got {name!r}; use out= for a path")
     return settings
+
+
+def try_out(settings: Settings) -> None:
+    """Builds what costs nothing, so that a sweep finds a wrong setting before its first run.
+
+    Raises:
+        ConfigError: the sentence of the part that refuses its settings.
+    """
+    for group in ("model", "partition", "latency", "trainer"):
+        instantiate(settings, group)
+
+
+@lru_cache(maxsize=1)
+def _known_keys() -> frozenset[str]:
+    import yaml
+
+    tree = yaml.safe_load((config_dir() / f"{PRIMARY}.yaml").read_text(encoding="utf-8"))
+    return frozenset(tree) - {"defaults"} | frozenset(NEEDED)
+
+
+def _text(settings: Settings, key: str) -> None:
+    value = settings[key]
+    if value is None:
+        return
+    right_type = isinstance(value, str | int | float) and not isinstance(value, bool)
+    if not right_type or not str(value).strip() or "\0" in str(value):
+        raise ConfigError(f"{key} must be text, or null, got {said(value)}")
 
 
 def _number(
@@ -187,7 +308,7 @@ def _number(
     value = settings[key]
     if value is None and optional:
         return
-    bounds = [f"at least {least:g}"] if least is not None else []
+    bounds = [f"{'of ' if whole else ''}at least {least:g}"] if least is not None else []
     bounds += [f"greater than {above:g}"] if above is not None else []
     bounds += [f"at most {most:g}"] if most is not None else []
     kind = "a whole number" if whole else "a number"
@@ -196,7 +317,7 @@ def _number(
     in_bounds = in_bounds and (least is None or value >= least) and (above is None or value > above)
     if not in_bounds or (most is not None and value > most):
         null = ", or null" if optional else ""
-        raise ConfigError(f"{prefix}{key} must be {kind} {' and '.join(bounds)}{null}, got {value!r}")
+        raise ConfigError(f"{prefix}{key} must be {kind} {' and '.join(bounds)}{null}, got {said(value)}")
 
 
 def _choice(settings: Settings, key: str, allowed: Sequence[str], prefix: str = "") -> None:
@@ -217,7 +338,7 @@ class World:
     latency: LatencyModel
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=WORLDS)
 def build_world(config_json: str) -> World:
     """Builds data, fleet and latency model; once per process and run, also when driver and worker share the process.
 
@@ -234,6 +355,7 @@ def build_world(config_json: str) -> World:
             raise ConfigError(
                 f"{key} must be at most the {workload.num_clients} clients there are, got {settings[key]}"
             )
+    instantiate(settings, "trainer")  # workers make their own; a wrong setting is to be refused before a run begins
     return World(settings, workload, fleet, instantiate(settings, "latency"))
 
 
@@ -246,12 +368,13 @@ def instantiate(settings: Settings, group: str, **extra: Any) -> Any:
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate as hydra_instantiate
 
+    check_parameters(group, settings[group], extra)
     try:
         return hydra_instantiate(settings[group], **extra)
     except InstantiationException as error:
         cause = error.__cause__
-        if isinstance(cause, ValueError | KeyError | OSError):
-            raise ConfigError(str(cause.args[0]) if isinstance(cause, KeyError) else str(cause)) from error
+        if isinstance(cause, ConfigError | DataError | DeviceError):
+            raise type(cause)(str(cause)) from error
         raise ConfigError(f"{group}: {_flat(cause or error)}") from error
 
 

@@ -36,6 +36,7 @@ class EdgeStrategy(FedAvg):
         """New global weights from the accepted updates, in client order: here their mean weighted by examples.
 
         Sums in float64 and casts back, so that the result does not depend on the number of workers.
+        Integers are rounded.
         """
         total = sum(u.num_examples for u in updates)
         mean = {}
@@ -43,7 +44,7 @@ class EdgeStrategy(FedAvg):
             stack = torch.zeros(first.shape, dtype=torch.float64)
             for update in updates:
                 stack += update.weights[name].double() * (update.num_examples / total)
-            mean[name] = stack.to(first.dtype)
+            mean[name] = (stack if first.is_floating_point() else stack.round()).to(first.dtype)
         return mean
 
     def configure_train(

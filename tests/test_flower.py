@@ -1,4 +1,4 @@
-"""The second door: `flwr run` on Flower's own runtime gives the same bytes as `fedsim run`, and its failures can be seen.
+"""The second door: `flwr run` on Flower's own runtime gives the same bytes as `fedsim run`, and failures can be seen.
 
 Starts a real SuperLink with its own home and ports in a neutral folder, and ends it by its pid.
 """

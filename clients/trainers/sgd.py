@@ -85,12 +85,12 @@ class SGDTrainer(LocalTrainer):
         """
         if self.clip_norm is not None:
             total = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-            torch._foreach_mul_(gradients, torch.clamp(self.clip_norm / (total + 1e-6), max=1.0))
+            gradients = torch._foreach_mul(gradients, torch.clamp(self.clip_norm / (total + 1e-6), max=1.0))
         if self.weight_decay:
             gradients = torch._foreach_add(gradients, parameters, alpha=self.weight_decay)
         if self.momentum:
             if velocity is None:
-                velocity = gradients
+                velocity = [g.clone() for g in gradients]  # autograd may have given two parameters one tensor
             else:
                 torch._foreach_mul_(velocity, self.momentum)
                 torch._foreach_add_(velocity, gradients)

@@ -74,11 +74,11 @@ class WeightedSum:
             self._close_block()
             self._number = block
         for name, array in arrays.items():
-            if opens_block:
-                np.multiply(array, weight, out=self._block[name])
-            else:
-                np.multiply(array, weight, out=self._scaled[name])
-                self._block[name] += self._scaled[name]
+            product = (self._block if opens_block else self._scaled)[name]
+            np.copyto(product, array)  # first to float64: numpy would multiply in the dtype of the array
+            product *= weight
+            if not opens_block:
+                self._block[name] += product
         self.weight += weight
 
     def mean(self) -> ArrayRecord:

@@ -1,0 +1,77 @@
+"""What tests share: tiny runs on made-up data, in this process, one thread each."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from clients.app import app
+from fedsim import federation as federations
+from fedsim.engines.local import LocalGrid, assume_task_identity
+from fedsim.federation import Federation
+from fedsim.settings import Settings, build_world, compose
+
+# Six clients with eight examples each, of which one is held out; three of them train for one epoch of two steps.
+TINY = (
+    "workload=blobs",
+    "workload.examples_per_client=8",
+    "workload.test_examples=40",
+    "fleet=uniform",
+    "engine.device=cpu",
+    "trainer.local_epochs=1",
+    "trainer.batch_size=4",
+    "num_clients=6",
+    "cohort=3",
+    "rounds=2",
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_quiet_process():
+    torch.set_num_threads(1)
+    assume_task_identity()
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+
+
+@pytest.fixture
+def settings():
+    """Composes the settings of a tiny run: `settings("seed=2", "cohort=1")`."""
+
+    def make(*overrides: str) -> Settings:
+        return compose([*TINY, *overrides])
+
+    return make
+
+
+@pytest.fixture
+def federation(settings):
+    """A Federation in this process, from overrides of a tiny run."""
+
+    def make(*overrides: str) -> Federation:
+        return Federation(build_world(json.dumps(settings(*overrides))), LocalGrid(app))
+
+    return make
+
+
+@pytest.fixture
+def run(settings, tmp_path):
+    """Runs a tiny experiment from top to bottom into `out` and returns its summary."""
+
+    def make(*overrides: str, out: Path = tmp_path) -> dict[str, Any]:
+        return federations.run(settings(*overrides), LocalGrid(app), out)
+
+    return make
+
+
+@pytest.fixture
+def data_folder() -> Path:
+    """The real data bundles; tests that ask for it are marked `data`."""
+    if "FEDSIM_DATA" not in os.environ:
+        pytest.skip("FEDSIM_DATA names no folder with data bundles")
+    return Path(os.environ["FEDSIM_DATA"])

@@ -1,0 +1,386 @@
+"""The contract that every config keeps: a new yaml file is covered by being there.
+
+Methods, strategies and trainers run two rounds on tiny blobs; models, workloads, partitions, fleets, latency models and
+engines one round each on something small that fits. Trainers x models are held to torch's own FLOP counter.
+"""
+
+import dataclasses
+import json
+import math
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+from torch import nn
+
+from clients.app import ClientState, Worker
+from clients.app import app as client_app
+from devices.availability import DAY_S
+from devices.meter import counter
+from fedsim.errors import ConfigError, DataError
+from fedsim.federation import Federation
+from fedsim.messages import ARRAYS, CONFIG, record_of
+from fedsim.network import OUTCOMES, ClientReport
+from fedsim.report import HOST_FIELDS, RoundReport, weights_sha256
+from fedsim.settings import Settings, build_world, compose, instantiate, options
+
+TINY = [
+    "workload=blobs",
+    "workload.num_classes=3",
+    "workload.input_shape=[6]",
+    "workload.examples_per_client=14",
+    "workload.test_examples=20",
+    "model=mlp",
+    "model.hidden=[5]",
+    "fleet=uniform",
+    "num_clients=7",
+    "cohort=5",
+    "rounds=2",
+    "trainer.batch_size=4",
+    "trainer.local_epochs=1",
+    "engine.device=cpu",
+]
+# What a model is fed, where it is not a vector of numbers; a model that is not here takes blobs of 6 features.
+IMAGES = ("femnist_cnn", "lenet5", "resnet8", "vgg")
+SMALLER = {
+    "vgg": ["model.width=2", "model.hidden=4"],
+    "resnet8": ["model.width=4", "model.groups=2"],
+    "femnist_cnn": ["model.hidden=8"],
+    "char_lstm": ["model.hidden=8"],
+}
+
+
+class Spy(Grid):
+    """The engine of the run, with every message that goes through it sent as it would be to another process."""
+
+    def __init__(self, engine: Any):
+        self.engine, self.crossed = engine, 0
+
+    def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> Iterator[Message]:
+        for message in messages:
+            message.__dict__["_content"] = self._across(message.content)
+            for reply in self.engine.send_and_receive([message]):
+                reply.__dict__["_content"] = self._across(reply.content)
+                yield reply
+
+    def _across(self, content: RecordDict) -> RecordDict:
+        self.crossed += 1
+        return pickle.loads(pickle.dumps(content))
+
+    def get_node_ids(self) -> Any:
+        return self.engine.get_node_ids()
+
+    def push_messages(self, messages: Any) -> Any:
+        return self.engine.push_messages(messages)
+
+    def pull_messages(self, message_ids: Any) -> Any:
+        return self.engine.pull_messages(message_ids)
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        return self.engine.create_message(*args, **kwargs)
+
+    def set_run(self, run: Any) -> None:
+        self.engine.set_run(run)
+
+    @property
+    def run(self) -> Any:
+        return self.engine.run
+
+
+@dataclasses.dataclass
+class Outcome:
+    reports: list[RoundReport]
+    clients: list[ClientReport]
+    federation: Federation
+    first: ArrayRecord
+    crossed: int
+
+    def comparable(self) -> str:
+        """Everything that equal runs share."""
+        lines = [{k: v for k, v in dataclasses.asdict(r).items() if k not in HOST_FIELDS} for r in self.reports]
+        rows = [dataclasses.asdict(c) for c in self.clients]
+        return json.dumps([lines, rows, weights_sha256(self.federation.arrays)], default=str)
+
+
+def federate(*overrides: str, base: list[str] = TINY) -> Outcome:
+    settings = compose([*base, *overrides])
+    spy = Spy(instantiate(settings, "engine", client_app=client_app))
+    federation = Federation(build_world(json.dumps(settings)), spy)
+    first = federation.arrays
+    reports, clients = [], []
+    for report, rows in federation.rounds():
+        reports.append(report)
+        clients += rows
+    spy.engine.close()
+    return Outcome(reports, clients, federation, first, spy.crossed)
+
+
+def assert_contract(result: Outcome, rounds: int) -> None:
+    """What must hold of every run, whatever the method."""
+    settings = result.federation.settings
+    assert [r.round for r in result.reports] == list(range(rounds + 1))
+    for report in result.reports:
+        assert math.isfinite(report.metrics["loss"])
+        assert 0 <= report.metrics["accuracy"] <= 1
+        assert report.now_s >= 0
+        assert report.round_s >= 0
+    layout = [(name, a.dtype, tuple(a.shape)) for name, a in result.first.items()]
+    assert [(name, a.dtype, tuple(a.shape)) for name, a in result.federation.arrays.items()] == layout
+    for report in result.reports[1:]:
+        assert report.round_s > 0
+        assert len(report.cohort) >= settings["cohort"]
+        assert list(report.cohort) == sorted(set(report.cohort))
+        assert set(report.outcomes) <= set(OUTCOMES)
+        assert sorted(c for ids in report.outcomes.values() for c in ids) == list(report.cohort)
+    trained = [c for c in result.clients if c.phase == "train"]
+    assert len(trained) == sum(len(r.cohort) for r in result.reports)
+    for client in trained:
+        if client.outcome == "completed":
+            assert client.work.flops > 0
+            assert client.work.peak_memory_bytes > 0
+            assert client.work.down_bytes > 0
+            assert client.work.up_bytes > 0
+            assert client.cost.total_s > 0
+            assert client.joules > 0
+            assert client.num_examples > 0
+            assert all(math.isfinite(v) for v in client.metrics.values())
+        assert pickle.loads(pickle.dumps(client)) == client
+        assert json.loads(json.dumps(client.work.to_dict())) == client.work.to_dict()
+    assert result.crossed > 0
+
+
+def everything() -> list[Any]:
+    """(group, option) of every method, strategy and trainer there is."""
+    return [pytest.param(g, o, id=f"{g}={o}") for g in ("method", "strategy", "trainer") for o in options(g)]
+
+
+@pytest.mark.parametrize("group, option", everything())
+def test_two_rounds_keep_the_contract_and_repeat(group: str, option: str):
+    first, again = federate(f"{group}={option}"), federate(f"{group}={option}")
+    assert_contract(first, rounds=2)
+    assert all(len(r.outcomes["completed"]) == len(r.cohort) == 5 for r in first.reports[1:])  # always online, no crash
+    assert weights_sha256(first.federation.arrays) != weights_sha256(first.first), "nothing was learnt"
+    assert first.comparable() == again.comparable()
+    if group == "method":
+        assert federate(f"{group}={option}", "seed=2").comparable() != first.comparable()
+
+
+@pytest.mark.parametrize("method", options("method"))
+def test_clients_judge_the_model_where_asked_and_pay_for_it(method: str):
+    result = federate(f"method={method}", "evaluate_clients=3", "rounds=1")
+    judged = [c for c in result.clients if c.phase == "evaluate"]
+    assert len(judged) == 3
+    assert all(c.work.down_bytes > 0 and c.outcome == "completed" for c in judged)
+    assert 0 <= result.reports[-1].metrics["client_accuracy"] <= 1
+
+
+@pytest.mark.parametrize("method", options("method"))
+def test_nobody_online_leaves_the_weights_alone(method: str):
+    """Windows of a second at random times of the day: with this seed, no client of either round is online."""
+    fleet = ["fleet.availability._target_=devices.availability.Diurnal", "+fleet.availability.hours=0.0003"]
+    result = federate(f"method={method}", *fleet)
+    assert [set(r.outcomes) for r in result.reports[1:]] == [{"offline"}, {"offline"}]
+    assert weights_sha256(result.federation.arrays) == weights_sha256(result.first)
+    assert 0 < result.reports[-1].now_s < DAY_S
+
+
+# --- models, and the work that trainers report ---------------------------------------------------------------------
+
+
+def write_bundle(folder: Path, kind: str) -> None:
+    """A bundle with 60 examples, 6 owners and 3 classes (text: a vocabulary of 5, the next token is the label)."""
+    rng = np.random.default_rng(0)
+    owner = np.arange(60) % 6
+    classes = ["a", "b", "c"]
+    y = rng.integers(3, size=60)
+    if kind == "image":
+        x = rng.integers(0, 256, (60, 28, 28), dtype=np.uint8)
+    elif kind == "text":
+        classes, line = list("abcde"), rng.integers(5, size=(60, 8))
+        x, y = line[:, :-1], line[:, 1:]
+    else:
+        x = rng.standard_normal((60, 6)).astype(np.float32)
+    folder.mkdir(parents=True)
+    np.savez(folder / "train.npz", x=x, y=y, client=owner)
+    np.savez(folder / "test.npz", x=x[:20], y=y[:20], client=owner[:20])
+    (folder / "meta.json").write_text(json.dumps({"classes": classes, "kind": kind}))
+
+
+@pytest.fixture(autouse=True)
+def bundles(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """FEDSIM_DATA with the bundles that the shipped workloads name, and one without a fixed name."""
+    root = tmp_path_factory.getbasetemp() / "bundles"
+    if not root.exists():
+        for name, kind in (("mnist", "image"), ("shakespeare", "text"), ("plain", "tabular")):
+            write_bundle(root / name, kind)
+    monkeypatch.setenv("FEDSIM_DATA", str(root))
+    # QFedAvg lets Flower collect garbage at every conversion, 0.2 s each with a heap as large as this suite's.
+    monkeypatch.setattr("flwr.app.message.arrayrecord.gc", SimpleNamespace(collect=lambda: 0))
+    return root
+
+
+def fitting(model: str) -> list[str]:
+    """Overrides that give `model` little data of the kind it takes."""
+    common = ["fleet=uniform", "cohort=3", "rounds=1", "trainer.batch_size=4", "trainer.local_epochs=1"]
+    common += [f"model={model}", *SMALLER.get(model, []), "engine.device=cpu"]
+    if model == "char_lstm":
+        return ["workload=bundle", "workload.path=shakespeare", "partition=iid", "num_clients=6", *common]
+    shape = "[1,16,16]" if model in IMAGES else "[6]"
+    data = ["workload=blobs", f"workload.input_shape={shape}", "workload.examples_per_client=11", "num_clients=4"]
+    return [*data, "workload.test_examples=20", *common]
+
+
+@pytest.mark.parametrize("model", options("model"))
+def test_every_model_trains_a_round(model: str):
+    result = federate(base=fitting(model))
+    assert_contract(result, rounds=1)
+    assert weights_sha256(result.federation.arrays) != weights_sha256(result.first)
+
+
+def spoken(settings: Settings, federation: Federation) -> RecordDict:
+    """The content that the strategy really sends to client 0 in round 1."""
+    messages = federation.strategy.configure_train(1, federation.arrays, ConfigRecord(), federation.grid)
+    return next(m.content for m in messages if m.metadata.dst_node_id == 0)
+
+
+@pytest.mark.parametrize("model", options("model"))
+@pytest.mark.parametrize("trainer", options("trainer"))
+def test_reported_flops_are_those_that_torch_counts(trainer: str, model: str):
+    """One client's round through the real app: within 1 % of the project's counter, a short last batch included."""
+    settings = compose([*fitting(model), f"trainer={trainer}", "trainer.local_epochs=2"])
+    worker = Worker(build_world(json.dumps(settings)))
+    weights = record_of({name: t.clone() for name, t in worker.model.state_dict().items()})
+    part = RecordDict({ARRAYS: weights, CONFIG: ConfigRecord({"server-round": 1})})
+    client = worker.context(0, part, 1)
+    assert len(client.data.train) % 4
+    with counter() as counted:
+        worker._answer(client, part, "train")
+    work = client.log.work()
+    assert work.flops > 0
+    assert work.flops == pytest.approx(counted.get_total_flops(), rel=0.01)
+
+
+@pytest.mark.parametrize("method", options("method"))
+def test_a_method_reports_the_flops_of_what_it_sends_and_trains(method: str):
+    """As above with the method's own broadcast: settings and extras of its strategy included."""
+    settings = compose([*TINY, f"method={method}", "cohort=7"])
+    federation = Federation(build_world(json.dumps(settings)), instantiate(settings, "engine", client_app=client_app))
+    worker, part = Worker(federation.world), spoken(settings, federation)
+    client = worker.context(0, part, 1)
+    with counter() as counted:
+        worker._answer(client, part, "train")
+    assert client.log.work().flops == pytest.approx(counted.get_total_flops(), rel=0.01)
+
+
+@pytest.mark.parametrize("model", options("model"))
+def test_judging_a_model_costs_its_forward_passes(model: str):
+    settings = compose(fitting(model))
+    worker = Worker(build_world(json.dumps(settings)))
+    part = RecordDict({ARRAYS: record_of(worker.model.state_dict()), CONFIG: ConfigRecord({"server-round": 1})})
+    client = worker.context(0, part, 1)
+    assert len(client.data.test)
+    with counter() as counted:
+        worker._answer(client, part, "evaluate")
+    assert client.log.work().flops == pytest.approx(counted.get_total_flops(), rel=0.01)
+
+
+def test_a_client_keeps_its_state_apart_from_the_traffic():
+    """No shipped trainer keeps state yet: one that does must find it again, and it is never counted as bytes."""
+    settings = compose(TINY)
+    worker = Worker(build_world(json.dumps(settings)))
+    state = ClientState({"seen": torch.arange(3)})
+    client = worker.context(0, RecordDict({"state": state.pack()}), 1)
+    assert torch.equal(client.state["seen"], torch.arange(3))
+    assert client.state.storage_bytes == 24
+
+
+# --- everything else that can be chosen ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workload", options("workload"))
+def test_every_workload_runs_a_round_or_says_how_to_get_its_data(workload: str):
+    common = ["num_clients=5", "cohort=2", "rounds=1", "fleet=uniform", "trainer.local_epochs=1", "engine.device=cpu"]
+    given = ["workload.path=plain"] if workload == "bundle" else []
+    small = {"mnist_writers": [], "shakespeare": ["model.hidden=8"]}.get(workload, [])
+    settings = compose([f"workload={workload}", *given, *small, *common])
+    if settings["workload"]["_target_"].startswith("fedsim.data.torchvision."):
+        with pytest.raises(DataError, match=rf"^{workload} is not here or broken: set workload.download=true .*$"):
+            build_world(json.dumps(settings))
+        return
+    result = federate(base=[f"workload={workload}", *given, *small, *common])
+    assert_contract(result, rounds=1)
+
+
+@pytest.mark.parametrize("partition", options("partition"))
+def test_every_partition_runs_a_round(partition: str):
+    base = ["workload=bundle", "workload.path=plain", f"partition={partition}", "num_clients=5", "cohort=3", "rounds=1"]
+    if partition == "shards":
+        base.append("partition.classes_per_client=1")
+    result = federate(base=[*base, "fleet=uniform", "trainer.local_epochs=1"])
+    assert_contract(result, rounds=1)
+    workload = result.federation.world.workload
+    assert workload.num_clients == 5
+    assert all(len(workload.client_data(i).train) for i in range(5))
+
+
+@pytest.mark.parametrize("fleet", options("fleet"))
+def test_every_fleet_runs_a_round(fleet: str):
+    result = federate(f"fleet={fleet}", "rounds=1", "num_clients=40", "cohort=20")
+    assert_contract(result, rounds=1)
+    shares = {name for name, count, _ in result.federation.world.fleet.summary() if count}
+    assert {c.device for c in result.clients} <= shares
+
+
+@pytest.mark.parametrize("latency", options("latency"))
+def test_every_latency_model_runs_a_round(latency: str):
+    assert_contract(federate(f"latency={latency}", "rounds=1"), rounds=1)
+
+
+def engines() -> list[Any]:
+    return [pytest.param(e, marks=[pytest.mark.ray] if "ray" in e else []) for e in options("engine")]
+
+
+@pytest.mark.parametrize("engine", engines())
+def test_every_engine_gives_the_run_of_the_local_one(engine: str):
+    result = federate(f"engine={engine}")
+    assert_contract(result, rounds=2)
+    assert result.comparable() == federate("engine=local").comparable()
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_every_experiment_composes(experiment: str):
+    assert compose([f"experiment={experiment}"])["choices"]["experiment"] == experiment
+
+
+@pytest.mark.parametrize("group", ["workload", "model", "fleet", "strategy", "trainer", "partition", "latency"])
+def test_every_constructor_takes_exactly_what_its_config_says(group: str):
+    """A key of a yaml that no constructor takes, or of another type, is a mistake in the file."""
+    from fedsim.parameters import check_parameters
+
+    given = {
+        "workload": ("model", "partition", "num_clients", "seed"),
+        "fleet": ("num_clients", "seed"),
+    }.get(group, ())
+    for option in options(group):
+        path = ["workload.path=plain"] if option == "bundle" else []
+        tree = compose([f"{group}={option}", *path])[group]
+        check_parameters(group, tree, given)
+        with pytest.raises(ConfigError, match=f"unknown setting for .*{group}.zzz"):
+            check_parameters(group, {**tree, "zzz": 1}, given)
+
+
+def test_a_model_is_the_same_for_the_same_seed_whatever_was_drawn_before():
+    def built() -> dict[str, torch.Tensor]:
+        return build_world(json.dumps(compose(TINY))).workload.build_model().state_dict()
+
+    first = built()
+    torch.rand(3)
+    nn.Linear(2, 2)
+    assert all(torch.equal(a, b) for a, b in zip(first.values(), built().values(), strict=True))
