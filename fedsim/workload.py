@@ -49,7 +49,8 @@ class Examples(Dataset[Tensors]):
 
     def materialise(self, device: torch.device | str = "cpu") -> Examples:
         """The same examples with their own prepared tensors on `device`, so that `gather` is one indexing."""
-        own = self.gather(torch.arange(len(self)))
+        raw = self.rows is None and self.prepare is None
+        own = self.tensors if raw else self.gather(torch.arange(len(self)))
         return Examples({name: t.to(device) for name, t in own.items()})
 
     @property

@@ -188,6 +188,7 @@ def test_bare_name_is_also_looked_up_in_data(tmp_path, monkeypatch):
 
 def test_missing_bundle_names_the_places_and_the_nearest_name(tmp_path, monkeypatch):
     write_bundle(tmp_path / "parity")
+    monkeypatch.chdir(tmp_path)  # ./data of the checkout may hold real bundles
     monkeypatch.setenv("FEDSIM_DATA", str(tmp_path))
     with pytest.raises(DataError, match=r"no bundle 'partiy'; did you mean 'parity'\? \(looked for .*found: parity"):
         open_bundle("partiy")
@@ -391,6 +392,7 @@ def test_picture_is_written(tmp_path, classes: int):
 
 def test_list_says_which_data_are_here(tmp_path, monkeypatch):
     write_bundle(tmp_path / "mnist")
+    monkeypatch.chdir(tmp_path)  # ./data of the checkout may hold real bundles
     monkeypatch.setenv("FEDSIM_DATA", str(tmp_path))
     rows = {row.name: row for row in list_workloads()}
     assert rows["digits"].found
