@@ -309,6 +309,7 @@ def run_one(settings: dict[str, Any]) -> dict[str, Any]:
     from fedsim.federation import run as run_federation
     from fedsim.report import read_rounds, run_folder
 
+    _forget_worlds()
     console, folder = _console(), run_folder(settings)
     with progress_bar(console, settings["rounds"]) as (watch, observe):
         summary = run_federation(settings, _local_engine(settings), folder, watch, observe)
@@ -324,6 +325,15 @@ def _local_engine(settings: dict[str, Any]) -> Any:
 
     quiet_flower()
     return instantiate(settings, "engine", client_app=client_app)
+
+
+def _forget_worlds() -> None:
+    """A sweep's earlier runs would keep their data and models in memory."""
+    from clients.app import worker_for
+    from fedsim.settings import build_world
+
+    worker_for.cache_clear()
+    build_world.cache_clear()
 
 
 def quiet_flower() -> None:
