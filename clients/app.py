@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import traceback
 from collections import OrderedDict
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -21,8 +22,10 @@ from torch import Tensor, nn
 
 from clients.state import ClientState
 from clients.trainers.base import ClientContext, LocalTrainer, OutOfMemoryError, WorkLog
-from devices.cost import Work
+from devices.cost import NetworkCost, Work, pack_works
+from devices.errors import DeviceError
 from devices.meter import measure
+from devices.trace import trace
 from fedsim.engines.memory import keep_freed_memory
 from fedsim.errors import ConfigError
 from fedsim.messages import (
@@ -64,22 +67,32 @@ class Worker:
         self.flat = _lay_out(self.model)
         self.slots: Tensors = dict(self.model.state_dict())
         self.parameters: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
-        self.network = measure(self.model, self.workload.loss, self._on_device(self.workload.sample(4)), "dense")
+        self.network = self._price(self.model, "dense")
         self._data: OrderedDict[int, ClientData] = OrderedDict()
         self._data_bytes = 0
         self._shared: tuple[ArrayRecord, Tensors] | None = None
         self._shared_flat: torch.Tensor | None = None
 
+    def _price(self, model: nn.Module, name: str) -> NetworkCost:
+        """What one example costs in a network: FLOPs and memory of a step, and its layers where they can be traced."""
+        cost = measure(model, self.workload.loss, self._on_device(self.workload.sample(4)), name)
+        try:
+            layers = trace(model, self._on_device(self.workload.sample(1))["x"]).rows
+            return replace(cost, layers=layers, encoding=getattr(model, "encoding", None))
+        except DeviceError:
+            return cost  # latency=flops does without; the others say that they need it
+
     def serve(self, header: dict[str, Any], parts: list[RecordDict]) -> RecordDict:
         """Answers a whole cohort message; a failing client is a reported outcome and does not stop the others."""
-        answers, facts = [], []
+        answers, facts, works = [], [], []
         for client_id, part in zip(header["clients"], parts, strict=True):
-            answer, fact = self._one(client_id, part, header["round"], header["phase"])
+            answer, fact, work = self._one(client_id, part, header["round"], header["phase"])
             answers.append(answer)
             facts.append(fact)
-        return pack_cohort({"clients": facts}, answers)
+            works.append(work)
+        return pack_cohort({"clients": facts, **pack_works(works)}, answers)
 
-    def _one(self, client_id: int, part: RecordDict, round: int, phase: str) -> tuple[RecordDict, dict[str, Any]]:
+    def _one(self, client_id: int, part: RecordDict, round: int, phase: str) -> tuple[RecordDict, dict[str, Any], Work]:
         outcome, reason, trace, answer, client = "completed", "", "", RecordDict(), None
         try:
             client = self.context(client_id, part, round)
@@ -94,8 +107,7 @@ class Worker:
         work = client.log.work(client.state.storage_bytes) if client else Work()
         if outcome != "completed":
             answer = RecordDict()
-        fact = {"client": client_id, "outcome": outcome, "reason": reason, "work": work.to_dict(), "traceback": trace}
-        return answer, fact
+        return answer, {"client": client_id, "outcome": outcome, "reason": reason, "traceback": trace}, work
 
     def _answer(self, client: ClientContext, part: RecordDict, phase: str) -> RecordDict:
         # Dropout and its like draw from torch's global generator: it must not depend on who came before.

@@ -7,6 +7,7 @@ finished run can be priced again on other devices. May import: numpy and this pa
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,14 @@ class NetworkCost:
     parameter_bytes: int
     activation_bytes: int  # per example, kept between forward and backward
     calls: int = 1  # layers started per pass, whatever the batch
+    layers: tuple[tuple[float, ...], ...] | None = None  # rows of a LayerTable, where the network was traced
+    encoding: str | None = None  # "space:operations" of a network of a search space, e.g. "nb201:341213"
+
+    @classmethod
+    def from_dict(cls, facts: dict[str, Any]) -> NetworkCost:
+        """From plain JSON types."""
+        layers = facts.get("layers")
+        return cls(**{**facts, "layers": tuple(map(tuple, layers)) if layers is not None else None})
 
 
 @dataclass(frozen=True)
@@ -67,8 +76,33 @@ class Work:
 
     @classmethod
     def from_dict(cls, facts: dict[str, Any]) -> Work:
-        passes = tuple(Passes(**{**p, "network": NetworkCost(**p["network"])}) for p in facts["passes"])
+        passes = tuple(Passes(**{**p, "network": NetworkCost.from_dict(p["network"])}) for p in facts["passes"])
         return cls(**{**facts, "passes": passes})
+
+
+def pack_works(works: Sequence[Work]) -> dict[str, Any]:
+    """Plain JSON types for many clients' work; a network that they share stands there once."""
+    numbers: dict[int, int] = {}
+    networks: list[dict[str, Any]] = []
+    packed = []
+    for work in works:
+        passes = []
+        for p in work.passes:
+            if id(p.network) not in numbers:
+                numbers[id(p.network)] = len(networks)
+                networks.append(vars(p.network))
+            passes.append([numbers[id(p.network)], p.batch, p.forwards, p.backwards])
+        packed.append({**vars(work), "passes": passes})
+    return {"networks": networks, "works": packed}
+
+
+def unpack_works(facts: dict[str, Any]) -> list[Work]:
+    """The inverse of `pack_works`."""
+    networks = [NetworkCost.from_dict(network) for network in facts["networks"]]
+    return [
+        Work(**{**work, "passes": tuple(Passes(networks[number], *counts) for number, *counts in work["passes"])})
+        for work in facts["works"]
+    ]
 
 
 @dataclass(frozen=True)

@@ -69,10 +69,11 @@ class Fleet:
 
     def __getitem__(self, client_id: int) -> DeviceProfile:
         profile = self._profile(client_id)
-        bandwidth = float(self.bandwidth[client_id])
+        speed, bandwidth = float(self.speed[client_id]), float(self.bandwidth[client_id])
         return replace(
             profile,
-            flops_per_s=profile.flops_per_s * float(self.speed[client_id]),
+            flops_per_s=profile.flops_per_s * speed,
+            speed=profile.speed * speed,
             down_bytes_per_s=profile.down_bytes_per_s * bandwidth,
             up_bytes_per_s=profile.up_bytes_per_s * bandwidth,
         )

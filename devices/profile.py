@@ -10,6 +10,7 @@ file has the same keys:
     network: {down_mbps: {...}, up_mbps: {...}, rtt_ms: {...}, jitter_sigma: {...}}
     power: {compute_w: {...}, rx_w: {...}, tx_w: {...}, idle_w: {...}}
     reliability: {failures_per_min: {...}}   # may be left out: the device never crashes
+    latency: ...                             # may be left out: see `LatencyFacts`; then only `latency=flops` can price
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,38 @@ PROVENANCES = ("measured", "dataset", "datasheet", "assumed")
 
 BYTES_PER_MB = 2**20  # of memory, as RAM is sold
 BYTES_PER_MBIT = 1e6 / 8  # of network, as links are sold
+
+
+@dataclass(frozen=True)
+class LatencyFacts:
+    """What is known of a device's latency; predictors are fitted to it when they are first asked.
+
+    Attributes:
+        references: (space, network, batch, milliseconds of one forward pass); a network is the operation ids of its
+            edges ("nb201", six) or layers ("fbnet", 22) in one word, e.g. "341213".
+        embedding_ms: milliseconds of HELP's ten reference networks of NAS-Bench-201, or empty.
+        coefficients_ms: a fitted structured predictor, [29], or empty: then it is fitted to the references.
+        int8_coefficients_ms: the same in int8, or empty.
+        sigma: relative error of the fitted predictor on its references (leave-one-out); None where it is not known.
+        train_ratio: (layer kind, time of a training step over time of a forward pass); kinds left out count 3.
+    """
+
+    references: tuple[tuple[str, str, int, float], ...] = ()
+    embedding_ms: tuple[float, ...] = ()
+    coefficients_ms: tuple[float, ...] = ()
+    int8_coefficients_ms: tuple[float, ...] = ()
+    sigma: float | None = None
+    train_ratio: tuple[tuple[str, float], ...] = ()
+
+    def scaled(self, factor: float) -> LatencyFacts:
+        """The facts of a device that is `factor` times slower."""
+        return replace(
+            self,
+            references=tuple((space, network, batch, ms * factor) for space, network, batch, ms in self.references),
+            embedding_ms=tuple(ms * factor for ms in self.embedding_ms),
+            coefficients_ms=tuple(ms * factor for ms in self.coefficients_ms),
+            int8_coefficients_ms=tuple(ms * factor for ms in self.int8_coefficients_ms),
+        )
 
 
 @dataclass(frozen=True)
@@ -52,6 +85,8 @@ class DeviceProfile:
         tx_watts: while sending.
         idle_watts: while waiting.
         failures_per_min: rate of crashes while at work; 0 never crashes.
+        speed: how much faster this one unit is than its model; `flops_per_s` has it already, `latency` has not.
+        latency: measured latencies, or None.
     """
 
     name: str
@@ -68,6 +103,8 @@ class DeviceProfile:
     tx_watts: float
     idle_watts: float
     failures_per_min: float = 0.0
+    speed: float = 1.0
+    latency: LatencyFacts | None = None
 
 
 Rule = tuple[str, Callable[[float], bool]]  # how the sentence says it, and the test
@@ -83,6 +120,8 @@ SECTIONS: Mapping[str, Mapping[str, Rule]] = {
     "reliability": {"failures_per_min": _FROM_ZERO},
 }
 OPTIONAL = ("reliability",)
+REFERENCE_SPACES = {"nb201": (6, "01234"), "fbnet": (22, "012345678")}  # operations of a network, and their ids
+COEFFICIENTS = 29  # of a structured predictor: four sums for each of seven layer kinds, and a constant
 FORM = f"{{value: ..., provenance: {'|'.join(PROVENANCES)}, source: ...}}"
 
 
@@ -109,7 +148,7 @@ def load_profile(path_or_name: str | Path) -> DeviceProfile:
 def parse_profile(tree: Any, file: str) -> DeviceProfile:
     """Checks what a profile file says and turns it into bytes, seconds and watts; `file` is named in errors."""
     required = [section for section in SECTIONS if section not in OPTIONAL]
-    _check_keys(file, "", tree, ("name", "kind", *SECTIONS), ("name", "kind", *required))
+    _check_keys(file, "", tree, ("name", "kind", "latency", *SECTIONS), ("name", "kind", *required))
     name, kind = tree["name"], tree["kind"]
     if not isinstance(name, str) or not name:
         raise DeviceError(f"{file}: key 'name' must be text, got {name!r}")
@@ -138,7 +177,82 @@ def parse_profile(tree: Any, file: str) -> DeviceProfile:
         tx_watts=power["tx_w"],
         idle_watts=power["idle_w"],
         failures_per_min=reliability.get("failures_per_min", 0.0),
+        latency=_latency(file, tree["latency"]) if "latency" in tree else None,
     )
+
+
+def _latency(file: str, tree: Any) -> LatencyFacts:
+    """The latency section: measured references, a fitted predictor, or those of another device times a factor."""
+    keys = ("references", "embedding", "coefficients_ms", "int8_coefficients_ms", "sigma", "train_ratio", "scaled")
+    _check_keys(file, "latency.", tree, keys, ())
+    if "scaled" in tree:
+        _check_keys(file, "latency.scaled.", tree["scaled"], ("device", "factor"), ("device", "factor"))
+        factor = _number(file, "latency.scaled.factor", tree["scaled"]["factor"], _POSITIVE)
+        other = load_profile(tree["scaled"]["device"]).latency
+        if other is None:
+            raise DeviceError(f"{file}: latency.scaled.device {tree['scaled']['device']!r} has no latencies itself")
+        return other.scaled(factor)
+    embedding = _sourced(file, "latency.embedding", tree["embedding"], ("ms",))["ms"] if "embedding" in tree else []
+    ratios = tree.get("train_ratio", {})
+    _check_keys(file, "latency.train_ratio.", ratios, tuple(ratios) if isinstance(ratios, Mapping) else (), ())
+    facts = LatencyFacts(
+        references=_references(file, tree["references"]) if "references" in tree else (),
+        embedding_ms=tuple(_plain(file, "latency.embedding.ms", ms) for ms in embedding),
+        coefficients_ms=_figures(file, "latency.coefficients_ms", tree.get("coefficients_ms")),
+        int8_coefficients_ms=_figures(file, "latency.int8_coefficients_ms", tree.get("int8_coefficients_ms")),
+        sigma=_number(file, "latency.sigma", tree["sigma"], _FROM_ZERO) if "sigma" in tree else None,
+        train_ratio=tuple((k, _number(file, f"latency.train_ratio.{k}", v, _FROM_ZERO)) for k, v in ratios.items()),
+    )
+    if not facts.references and not facts.coefficients_ms:
+        raise DeviceError(
+            f"{file}: latency needs references or coefficients_ms; leave the section out if there are none"
+        )
+    return facts
+
+
+def _references(file: str, tree: Any) -> tuple[tuple[str, str, int, float], ...]:
+    """Milliseconds of known networks; keys are "space@batch", e.g. "nb201@1"."""
+    given = tuple(tree) if isinstance(tree, dict) else ()
+    spaces = [key for key in given if key not in ("provenance", "source")]
+    _sourced(file, "latency.references", tree, tuple(map(str, spaces)))
+    found = []
+    for key in spaces:
+        space, _, batch = str(key).partition("@")
+        where = f"latency.references.{key}"
+        if space not in REFERENCE_SPACES or not batch.isdigit() or int(batch) < 1:
+            allowed = " or ".join(f"{name}@BATCH" for name in REFERENCE_SPACES)
+            raise DeviceError(f"{file}: {where}: measured networks stand under {allowed}, e.g. nb201@1")
+        length, ids = REFERENCE_SPACES[space]
+        if not isinstance(tree[key], dict):
+            raise DeviceError(f"{file}: {where} must be a map from networks to milliseconds, got {tree[key]!r}")
+        for network, ms in tree[key].items():
+            if not isinstance(network, str) or len(network) != length or set(network) - set(ids):
+                name = f"{where}.{network}"
+                raise DeviceError(f"{file}: {name} must be {length} operation ids of {ids[0]} to {ids[-1]} in quotes")
+            found.append((space, network, int(batch), _plain(file, f"{where}.{network}", ms)))
+    return tuple(found)
+
+
+def _sourced(file: str, key: str, tree: Any, names: tuple[str, ...]) -> Mapping[str, Any]:
+    """A map of figures that share one provenance and source."""
+    _check_keys(file, f"{key}.", tree, (*names, "provenance", "source"), (*names, "provenance", "source"))
+    if tree["provenance"] not in PROVENANCES:
+        raise DeviceError(f"{file}: {key}: {unknown('provenance', tree['provenance'], PROVENANCES)}")
+    checked: Mapping[str, Any] = tree
+    return checked
+
+
+def _figures(file: str, key: str, tree: Any) -> tuple[float, ...]:
+    if tree is None:
+        return ()
+    values = _sourced(file, key, tree, ("value",))["value"]
+    if not isinstance(values, list) or len(values) not in (0, COEFFICIENTS):
+        raise DeviceError(f"{file}: {key} must be a list of {COEFFICIENTS} numbers, got {reprlib.repr(values)}")
+    return tuple(_plain(file, key, value, _FROM_ZERO) for value in values)
+
+
+def _plain(file: str, key: str, value: Any, rule: Rule = _POSITIVE) -> float:
+    return _number(file, key, {"value": value, "provenance": "dataset", "source": "beside it"}, rule)
 
 
 class _UniqueKeys(yaml.SafeLoader):

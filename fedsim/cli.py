@@ -14,6 +14,9 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from fedsim.cli_devices import app as devices_app
+from fedsim.cli_devices import whole as _whole
+
 app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -25,6 +28,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="What there is to learn from, and how it is split over clients.")
 app.add_typer(data_app, name="data")
+app.add_typer(devices_app, name="devices")
 
 INTERRUPTED = 130
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -329,10 +333,10 @@ def _local_engine(settings: dict[str, Any]) -> Any:
 
 def _forget_worlds() -> None:
     """A sweep's earlier runs would keep their data and models in memory."""
-    from clients.app import worker_for
+    import clients.app
     from fedsim.settings import build_world
 
-    worker_for.cache_clear()
+    clients.app.worker_for.cache_clear()
     build_world.cache_clear()
 
 
@@ -343,14 +347,6 @@ def quiet_flower() -> None:
     logger = logging.getLogger("flwr")
     logger.propagate = False
     logger.setLevel(logging.ERROR)
-
-
-def _whole(option: str, text: str) -> int:
-    from fedsim.errors import ConfigError
-
-    if not text.isdigit() or int(text) < 1:
-        raise ConfigError(f"{option} takes whole numbers of at least 1, separated by commas, got {text!r}")
-    return int(text)
 
 
 def _console() -> Any:

@@ -15,6 +15,22 @@ from fedsim.data.describe import ClientRow, WorkloadRow
 from fedsim.report import RoundReport
 
 TABLE_ROWS = 10
+TEXTS = frozenset(
+    {
+        "overrides",
+        "workload",
+        "kind",
+        "here",
+        "where, or how to get it",
+        "examples of each class",
+        "device",
+        "figure",
+        "predictor",
+        "references",
+        "network",
+        "precision",
+    }
+)
 
 
 def simulated(seconds: float) -> str:
@@ -71,7 +87,7 @@ def progress_bar(console: Console, rounds: int) -> Iterator[Any]:
 
 def closing_table(reports: Sequence[RoundReport]) -> Table:
     """Up to ten evaluated rounds, evenly spread and always the last; time, energy and bytes since the start."""
-    table = _table("round", "accuracy", "time", "energy", "down", "up", "done", "lost")
+    shown = table("round", "accuracy", "time", "energy", "down", "up", "done", "lost")
     joules, down, up, done, lost = 0.0, 0, 0, 0, 0
     rows = []
     for report in reports:
@@ -83,8 +99,8 @@ def closing_table(reports: Sequence[RoundReport]) -> Table:
             rows.append([str(report.round), f"{report.metrics['accuracy']:.4f}", *costs, str(done), str(lost)])
     step = max(1, -(-len(rows) // TABLE_ROWS))
     for row in rows[::-1][::step][::-1]:
-        table.add_row(*row)
-    return table
+        shown.add_row(*row)
+    return shown
 
 
 def closing_lines(summary: dict[str, Any], folder: Path) -> list[str]:
@@ -113,7 +129,7 @@ def closing_lines(summary: dict[str, Any], folder: Path) -> list[str]:
 def sweep_table(summaries: Sequence[tuple[list[str], dict[str, Any]]]) -> Table:
     """One row per run of a sweep, named by the overrides in which the runs differ."""
     common = set.intersection(*(set(overrides) for overrides, _ in summaries))
-    table = _table("run", "overrides", "accuracy", "best", "time", "energy", "down", "up")
+    shown = table("run", "overrides", "accuracy", "best", "time", "energy", "down", "up")
     for number, (overrides, s) in enumerate(summaries):
         scores = [f"{value:.4f}" for value in (s["final"]["accuracy"], s["best"]["accuracy"])]
         costs = [
@@ -122,33 +138,32 @@ def sweep_table(summaries: Sequence[tuple[list[str], dict[str, Any]]]) -> Table:
             size(s["down_bytes"]),
             size(s["up_bytes"]),
         ]
-        table.add_row(str(number), " ".join(o for o in overrides if o not in common), *scores, *costs)
-    return table
+        shown.add_row(str(number), " ".join(o for o in overrides if o not in common), *scores, *costs)
+    return shown
 
 
 def split_table(rows: Sequence[ClientRow], num_clients: int) -> Table:
     """The first clients of a split: sizes and labels."""
-    table = _table("client", "train", "held out", "classes", "examples of each class")
+    shown = table("client", "train", "held out", "classes", "examples of each class")
     for row in rows:
         counts = " ".join(f"{label}:{count}" for label, count in enumerate(row.label_counts) if count)
-        table.add_row(str(row.client), str(row.train), str(row.test), str(row.classes), counts)
+        shown.add_row(str(row.client), str(row.train), str(row.test), str(row.classes), counts)
     if len(rows) < num_clients:
-        table.caption = f"the first {len(rows)} of {num_clients} clients"
-    return table
+        shown.caption = f"the first {len(rows)} of {num_clients} clients"
+    return shown
 
 
 def workload_table(rows: Sequence[WorkloadRow]) -> Table:
     """The workloads there are."""
-    table = _table("workload", "kind", "here", "where, or how to get it")
+    shown = table("workload", "kind", "here", "where, or how to get it")
     for row in rows:
-        table.add_row(row.name, row.kind, "yes" if row.found else "no", row.where)
-    return table
+        shown.add_row(row.name, row.kind, "yes" if row.found else "no", row.where)
+    return shown
 
 
-def _table(*columns: str) -> Table:
-    """Text columns to the left, figures to the right."""
-    table = Table(header_style="bold")
+def table(*columns: str, title: str | None = None) -> Table:
+    """An empty table: text columns to the left, figures to the right."""
+    made = Table(title=title, header_style="bold")
     for name in columns:
-        text = name in ("overrides", "workload", "kind", "here", "where, or how to get it", "examples of each class")
-        table.add_column(name, justify="left" if text else "right", overflow="fold", no_wrap=not text)
-    return table
+        made.add_column(name, justify="left" if name in TEXTS else "right", overflow="fold", no_wrap=name not in TEXTS)
+    return made

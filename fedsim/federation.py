@@ -20,6 +20,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.exception import AppExitException
 from flwr.serverapp.strategy import Strategy
 
+from devices.errors import DeviceError
 from fedsim import metrics as figures
 from fedsim.engines.blocks import is_plain_mean
 from fedsim.errors import ConfigError, RunError
@@ -146,7 +147,7 @@ def run(
         folder.finish(summary)
     except BaseException as error:
         # Halves that do not belong together are seen when they first meet: still a wrong setting, so nothing stays.
-        if isinstance(error, ConfigError) and len(reports) <= 1:
+        if isinstance(error, ConfigError | DeviceError) and len(reports) <= 1:
             folder.discard()
         else:
             folder.fail(error)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
-from devices.cost import Cost, LatencyModel, Work
+from devices.cost import Cost, LatencyModel, Work, unpack_works
 from devices.fleet import Fleet
 from devices.profile import DeviceProfile
 from fedsim.clock import SimClock
@@ -279,13 +279,13 @@ class EdgeGrid(Grid):
             if answer.has_error():
                 raise ClientError(f"a worker failed in round {self.round} (seed {self.seed}): {answer.error.reason}")
             header, parts = unpack_cohort(answer.content)
-            for facts, content in zip(header["clients"], parts, strict=True):
+            for facts, work, content in zip(header["clients"], unpack_works(header), parts, strict=True):
                 client, outcome, reason = facts["client"], facts["outcome"], facts["reason"]
                 if outcome == "failed" and self.on_client_error == "stop":
                     who = f"client {client} ({self.fleet.device_name(client)})"
                     where = f"failed in round {self.round} (seed {self.seed})"
                     raise ClientError(f"{who} {where}: {reason}", facts["traceback"])
-                work = replace(Work.from_dict(facts["work"]), up_bytes=payload_bytes(content))
+                work = replace(work, up_bytes=payload_bytes(content))
                 yield client, {"content": content, "work": work, "outcome": outcome, "reason": reason}
 
     def _price(self, reply: _Reply, start_s: float) -> None:

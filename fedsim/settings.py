@@ -49,6 +49,14 @@ def options(group: str) -> list[str]:
     return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
 
 
+def model_settings(name: str) -> Settings:
+    """The settings of a model config by itself."""
+    import yaml
+
+    tree: Settings = yaml.safe_load((config_dir() / "model" / f"{name}.yaml").read_text())
+    return tree
+
+
 def preset(method: str) -> dict[str, str]:
     """The options that a method preset takes, by group."""
     import yaml

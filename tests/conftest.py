@@ -23,6 +23,7 @@ TINY = (
     "workload.examples_per_client=8",
     "workload.test_examples=40",
     "fleet=uniform",
+    "latency=flops",  # one rate: hand-computed seconds
     "engine.device=cpu",
     "trainer.local_epochs=1",
     "trainer.batch_size=4",

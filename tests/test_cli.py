@@ -20,6 +20,7 @@ from fedsim.report import WRITTEN, read_rounds
 from fedsim.settings import compose
 
 FEDSIM = Path(sys.executable).with_name("fedsim")
+DEVICES = ["list", "show", "predict", "enroll", "evaluate", "compare", "train-help"]
 SHORT = ["rounds=1", "cohort=2", "trainer.local_epochs=1", "fleet=uniform"]
 
 
@@ -470,7 +471,9 @@ def test_unknown_commands_are_one_sentence(fedsim: Callable[..., Ended]):
 
 
 @pytest.mark.parametrize(
-    "command", [["run"], ["bench"], ["doctor"], ["data", "list"], ["data", "describe"]], ids=lambda c: " ".join(c)
+    "command",
+    [["run"], ["bench"], ["doctor"], ["data", "list"], ["data", "describe"], *[["devices", name] for name in DEVICES]],
+    ids=lambda c: " ".join(c),
 )
 def test_every_help_has_an_example(command: list[str], fedsim: Callable[..., Ended]):
     ended = fedsim(*command, "--help")
@@ -484,8 +487,9 @@ def test_every_command_is_covered_by_the_help_test():
     import typer
 
     group = typer.main.get_command(cli.app)
-    assert set(group.commands) == {"run", "bench", "doctor", "data"}  # type: ignore[attr-defined]
+    assert set(group.commands) == {"run", "bench", "doctor", "data", "devices"}  # type: ignore[attr-defined]
     assert set(group.commands["data"].commands) == {"list", "describe"}  # type: ignore[attr-defined]
+    assert set(group.commands["devices"].commands) == set(DEVICES)  # type: ignore[attr-defined]
 
 
 def test_help_of_run_lists_every_group_and_option(fedsim: Callable[..., Ended]):

@@ -23,6 +23,9 @@ from torch import nn
 from clients.app import ClientState, Worker
 from clients.app import app as client_app
 from devices.availability import DAY_S
+from devices.cost import Work
+from devices.help_training import HelpSettings, first_weights
+from devices.help_weights import save_weights
 from devices.meter import counter
 from fedsim.errors import ConfigError, DataError
 from fedsim.federation import Federation
@@ -48,12 +51,14 @@ TINY = [
     "engine.device=cpu",
 ]
 # What a model is fed, where it is not a vector of numbers; a model that is not here takes blobs of 6 features.
-IMAGES = ("femnist_cnn", "lenet5", "resnet8", "vgg")
+IMAGES = ("fbnet", "femnist_cnn", "lenet5", "nb201", "resnet8", "vgg")
 SMALLER = {
     "vgg": ["model.width=2", "model.hidden=4"],
     "resnet8": ["model.width=4", "model.groups=2"],
     "femnist_cnn": ["model.hidden=8"],
     "char_lstm": ["model.hidden=8"],
+    "nb201": ["model.channels=4", "model.cells=1"],
+    "fbnet": [f"model.ops={[1, 4] + 20 * [8]}"],
 }
 
 
@@ -152,7 +157,7 @@ def assert_contract(result: Outcome, rounds: int) -> None:
             assert client.num_examples > 0
             assert all(math.isfinite(v) for v in client.metrics.values())
         assert pickle.loads(pickle.dumps(client)) == client
-        assert json.loads(json.dumps(client.work.to_dict())) == client.work.to_dict()
+        assert Work.from_dict(json.loads(json.dumps(client.work.to_dict()))) == client.work
     assert result.crossed > 0
 
 
@@ -339,8 +344,15 @@ def test_every_fleet_runs_a_round(fleet: str):
 
 
 @pytest.mark.parametrize("latency", options("latency"))
-def test_every_latency_model_runs_a_round(latency: str):
-    assert_contract(federate(f"latency={latency}", "rounds=1"), rounds=1)
+def test_every_latency_model_runs_a_round(latency: str, tmp_path: Path):
+    """HELP gets untrained weights and a network of its space: what it says is wrong, but it says something."""
+    if latency == "help":
+        save_weights(first_weights("nb201", HelpSettings(seed=2)), tmp_path / "help.safetensors")
+        own = [f"latency.weights={tmp_path / 'help.safetensors'}", "fleet=sbc"]
+        result = federate(f"latency={latency}", *own, base=fitting("nb201"))
+    else:
+        result = federate(f"latency={latency}", "rounds=1")
+    assert_contract(result, rounds=1)
 
 
 def engines() -> list[Any]:
@@ -370,6 +382,7 @@ def test_every_constructor_takes_exactly_what_its_config_says(group: str):
     }.get(group, ())
     for option in options(group):
         path = ["workload.path=plain"] if option == "bundle" else []
+        path += ["latency.weights=w.npz"] if option == "help" else []
         tree = compose([f"{group}={option}", *path])[group]
         check_parameters(group, tree, given)
         with pytest.raises(ConfigError, match=f"unknown setting for .*{group}.zzz"):

@@ -21,7 +21,7 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 
 from clients.trainers.sgd import SGDTrainer
 from devices.availability import Always, Availability
-from devices.cost import FlopsLatency, NetworkCost, Passes, Work
+from devices.cost import FlopsLatency, NetworkCost, Passes, Work, pack_works
 from devices.fleet import Fleet
 from devices.profile import SHIPPED
 from fedsim.data.blobs import Blobs
@@ -59,20 +59,20 @@ def edge(
 
     def app(message: Message, _: Context) -> Message:
         header, parts = unpack_cohort(message.content)
-        answers, facts = [], []
+        answers, facts, works = [], [], []
         for client, part in zip(header["clients"], parts, strict=True):
             content, work, outcome = answer(client, part)
             answers.append(content)
+            works.append(work)
             reason = "" if outcome == "completed" else "as told"
             fact = {
                 "client": client,
                 "outcome": outcome,
                 "reason": reason,
-                "work": work.to_dict(),
                 "traceback": "TRACE",
             }
             facts.append(fact)
-        return Message(pack_cohort({"clients": facts}, answers), reply_to=message)
+        return Message(pack_cohort({"clients": facts, **pack_works(works)}, answers), reply_to=message)
 
     fleet = Fleet("toy", {device: 1}, clients, 1, availability, speed_sigma=0, network_sigma=0)
     grid = EdgeGrid(LocalGrid(app), fleet, FlopsLatency(), "{}", seed=1, **options)
@@ -333,7 +333,8 @@ def test_engine_that_loses_a_client_is_an_error():
 
     def forgetful(message: Message, context: Context) -> Message:
         header, parts = unpack_cohort(app(message, context).content)
-        return Message(pack_cohort({"clients": header["clients"][:-1]}, parts[:-1]), reply_to=message)
+        header = {"clients": header["clients"][:-1], **pack_works([Work()] * len(parts[:-1]))}
+        return Message(pack_cohort(header, parts[:-1]), reply_to=message)
 
     grid.engine.client_app = forgetful
     with pytest.raises(ClientError, match=r"^the engine returned no reply for clients \[3\] in round 1 \(seed 1\)$"):

@@ -1,0 +1,279 @@
+"""How well latency predictors do on devices that they have not seen, under HELP's protocol, on a table of latencies.
+
+May import: numpy, scipy and this package; matplotlib only for the picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import kendalltau, spearmanr
+
+from devices.errors import DeviceError, unknown
+from devices.nas.tables import connected, network_features, network_macs
+from devices.spaces import Space
+from devices.structured import StructuredPredictor, choose_references, prior_of
+
+PREDICTORS = ("structured", "macs", "flops", "help")
+REFERENCES = ("chosen", "random")
+METRICS = ("spearman", "kendall", "mape")
+CANDIDATES = 200  # networks of the pool, drawn anew for each seed, that references are chosen from
+HELP_REFERENCES = 10  # measurements that HELP spends on describing the device
+
+# Decided by the networks alone. The cells of NAS-Bench-201 repeat in every stage, so that any sum over layers is linear
+# in the counts of four operations; in FBNet the same operation costs something else at every position.
+FEATURES = {"nb201": "counts", "fbnet": "layers"}
+
+Predictions = Callable[[Space, str, np.ndarray, int, Any], np.ndarray]
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class DeviceSet:
+    """Which devices may be learned from and which are judged; `source` is empty where the paper only counts them."""
+
+    source: tuple[str, ...]
+    unseen: tuple[str, ...]
+
+
+_GPUS = tuple(
+    f"{gpu}_{batch}" for gpu in ("1080ti", "2080ti", "titan_rtx", "titanx", "titanxp") for batch in (1, 32, 64)
+)
+
+# Harder splits of the FBNet table: Akhauri and Abdelfattah, "On Latency Predictors for Neural Architecture Search",
+# MLSys 2024 (NASFLAT). Their sets for NAS-Bench-201 need devices that the table has not.
+DEVICE_SETS = {
+    "F1": DeviceSet(
+        ("2080ti_1", "essential_ph_1", "silver_4114", "titan_rtx_1", "titan_rtx_32"),
+        ("eyeriss", "fpga", "raspi4", "samsung_a50", "samsung_s7"),
+    ),
+    "F2": DeviceSet(
+        ("essential_ph_1", "gold_6226", "gold_6240", "pixel3", "raspi4"),
+        ("1080ti_1", "1080ti_32", "2080ti_32", "titan_rtx_1", "titanxp_1"),
+    ),
+    "F3": DeviceSet(
+        ("essential_ph_1", "pixel2", "pixel3", "raspi4", "samsung_s7"),
+        ("1080ti_1", "1080ti_32", "2080ti_1", "titan_rtx_1", "titan_rtx_32"),
+    ),
+    "F4": DeviceSet((), ("1080ti_1", "pixel2", "essential_ph_1")),
+    "FA": DeviceSet(_GPUS, ("gold_6226", "essential_ph_1", "samsung_s7", "pixel2")),
+}
+
+
+def evaluate(
+    space: Space,
+    predictor: str,
+    measurements: int,
+    references: str,
+    seeds: int,
+    devices: Sequence[str] | None = None,
+    source: Sequence[str] | None = None,
+    weights: Any = None,
+    help_predictions: Predictions | None = None,
+    features: str | None = None,
+    robust: bool = True,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measures a few networks of each device, predicts the networks it is judged on, and compares.
+
+    Judged are 800 networks per device, which no predictor sees. Random references come from the device's trimmed pool,
+    as in HELP; chosen ones from `CANDIDATES` random connected networks of the whole pool, so that no latency is looked
+    at. Both are drawn with `numpy.random.default_rng(seed)`.
+
+    Args:
+        space: table of measured latencies.
+        predictor: "structured"; "macs" or "flops" (the same thing: multiply-adds times a fitted scale); "help".
+        measurements: networks measured on each device. HELP spends the first ten on its fixed references and adapts on
+            the rest, or on the references again if there is no rest.
+        references: "chosen" or "random".
+        seeds: how many, from 0; results are means over them.
+        devices: to judge; none for the unseen devices of the space.
+        source: devices that the structured predictor takes a prior from; none for no prior.
+        weights: of HELP, handed through.
+        help_predictions: (space, device, support, seed, weights) to milliseconds of the judged networks; none for that
+            of `devices.help`.
+        features: "counts" or "layers"; none for that of `FEATURES`.
+        robust: whether the structured fit reweights outliers.
+        progress: called with a line of text after each device.
+
+    Returns:
+        {"devices": {name: {"spearman", "kendall", "mape"}}, "mean": {the same over devices}}; mape is a ratio.
+
+    Raises:
+        DeviceError: for unknown names, a device that is both source and judged, or too few or many measurements.
+    """
+    for what, name, options in (("predictor", predictor, PREDICTORS), ("references", references, REFERENCES)):
+        if name not in options:
+            raise DeviceError(unknown(what, name, options))
+    least = HELP_REFERENCES if predictor == "help" else 1
+    if measurements < least or seeds < 1:
+        raise DeviceError(f"{predictor} needs {least} measurements and 1 seed or more, got {measurements} and {seeds}")
+    devices = space.split.unseen if devices is None else devices
+    if leaked := sorted(set(devices) & set(source or ())):
+        raise DeviceError(f"device {leaked[0]!r} cannot be both source and judged")
+    if predictor == "help" and help_predictions is None:
+        from devices.help import help_predictions
+    trial = _Trial(space, predictor, measurements, references, features or FEATURES[space.name], source or (), robust)
+    results = {}
+    for device in devices:
+        rows = []
+        for seed in range(seeds):
+            measured = trial.references_of(device, seed)
+            if predictor == "help":
+                assert help_predictions is not None
+                predicted = help_predictions(space, device, measured, seed, weights)
+            else:
+                predicted = trial.predictions(device, measured)
+            rows.append(_scores(predicted, space.latency(device)[space.judged(device)]))
+        results[device] = dict(zip(METRICS, np.mean(rows, axis=0).tolist(), strict=True))
+        if progress:
+            progress(f"{space.name} {predictor} {measurements} {references} {device}: {_text(results[device])}")
+    mean = {metric: float(np.mean([result[metric] for result in results.values()])) for metric in METRICS}
+    return {"devices": results, "mean": mean}
+
+
+class _Trial:
+    """What stays the same over devices and seeds of one evaluation."""
+
+    def __init__(
+        self,
+        space: Space,
+        predictor: str,
+        measurements: int,
+        references: str,
+        features: str,
+        source: Sequence[str],
+        robust: bool,
+    ):
+        self.space, self.predictor, self.measurements, self.references = space, predictor, measurements, references
+        self.features, self.macs = (
+            network_features(space.name, space.ops, features),
+            network_macs(space.name, space.ops),
+        )
+        self.robust, self.zoo = robust, self.features[: space.split.pool]
+        self.connected = connected(space.name, space.ops)
+        self.prior = None
+        if source and predictor == "structured":
+            fitted = [self._fit(device, space.pool(device)) for device in source]
+            self.prior = prior_of(fitted, [space.latency(device)[space.pool(device)].mean() for device in source])
+
+    def references_of(self, device: str, seed: int) -> np.ndarray:
+        """The networks to measure, [measurements]; for HELP, those beyond its own ten."""
+        space, rng, count, taken = self.space, np.random.default_rng(seed), self.measurements, np.array([], dtype=int)
+        if self.predictor == "help":
+            count, taken = count - HELP_REFERENCES, space.references
+            if count == 0:
+                return taken
+        if self.references == "random":
+            pool = np.setdiff1d(space.pool(device), taken)
+            if count > len(pool):
+                raise DeviceError(f"{count} networks cannot be measured, the pool of {device} has {len(pool)}")
+            # In the order of latency, as HELP's own trim leaves them: the draws of the published figures.
+            return rng.choice(pool[np.argsort(space.latency(device)[pool])], count, replace=False)
+        candidates = rng.choice(space.split.pool, min(CANDIDATES, space.split.pool), replace=False)
+        candidates = candidates[self.connected[candidates] & ~np.isin(candidates, taken)]
+        return choose_references(self.features, candidates, count)
+
+    def predictions(self, device: str, measured: np.ndarray) -> np.ndarray:
+        """Milliseconds of the judged networks from those of the measured ones."""
+        judged = self.space.judged(device)
+        if self.predictor == "structured":
+            return self._fit(device, measured, self.prior).predict(self.features[judged])
+        return self.macs[judged] * np.median(self.space.latency(device)[measured] / self.macs[measured])
+
+    def _fit(self, device: str, measured: np.ndarray, prior: np.ndarray | None = None) -> StructuredPredictor:
+        latency = self.space.latency(device)[measured]
+        return StructuredPredictor.fit(self.features[measured], latency, prior, self.zoo, self.robust)
+
+
+def _scores(predicted: np.ndarray, measured: np.ndarray) -> tuple[float, float, float]:
+    if predicted.shape != measured.shape or not np.all(np.isfinite(predicted)):
+        raise DeviceError(f"a predictor must give {len(measured)} finite latencies, got {list(predicted.shape)}")
+    error = float(np.mean(np.abs(predicted / measured - 1)))
+    if np.ptp(predicted) == 0:
+        return 0.0, 0.0, error  # says nothing about order
+    return float(spearmanr(predicted, measured).statistic), float(kendalltau(predicted, measured).statistic), error
+
+
+def _text(scores: dict[str, float]) -> str:
+    return f"Spearman {scores['spearman']:.3f}, Kendall {scores['kendall']:.3f}, error {100 * scores['mape']:.1f} %"
+
+
+def compare(
+    space: Space,
+    predictors: Iterable[str],
+    measurements: Iterable[int],
+    references: Iterable[str],
+    seeds: int,
+    devices: Sequence[str] | None = None,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """`evaluate` for every combination, as rows for a table.
+
+    Args:
+        space: table of measured latencies.
+        predictors: each is evaluated with each of the following; HELP is left out below ten measurements.
+        measurements: numbers of networks measured on each device.
+        references: "chosen", "random", or both.
+        seeds: as for `evaluate`.
+        devices: as for `evaluate`.
+        options: further arguments of `evaluate`.
+
+    Returns:
+        Rows {"space", "predictor", "measurements", "references", "device", "spearman", "kendall", "mape", "published"}
+        per device, then one for the device "mean"; published is HELP's Spearman, or None.
+    """
+    rows = []
+    budgets, ways = list(measurements), list(references)
+    for predictor in predictors:
+        for count in budgets:
+            if predictor == "help" and count < HELP_REFERENCES:
+                continue
+            for way in ways:
+                result = evaluate(space, predictor, count, way, seeds, devices, **options)
+                published = {device: space.split.published.get(device) for device in result["devices"]}
+                known = [value for value in published.values() if value is not None]
+                whole = float(np.mean(known)) if len(known) == len(published) else None
+                facts = {"space": space.name, "predictor": predictor, "measurements": count, "references": way}
+                for device, scores in {**result["devices"], "mean": result["mean"]}.items():
+                    rows.append({**facts, "device": device, **scores, "published": published.get(device, whole)})
+    return rows
+
+
+def comparison_picture(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
+    """Draws Spearman over measurements, a panel per device and a line per predictor, with HELP's published figure.
+
+    Args:
+        rows: of `compare`, of one space.
+        path: file to write; its ending says the format.
+
+    Raises:
+        DeviceError: if there are no rows.
+    """
+    if not rows:
+        raise DeviceError("there is nothing to draw: no rows")
+    from matplotlib.figure import Figure
+
+    devices = list(dict.fromkeys(row["device"] for row in rows))
+    lines = list(dict.fromkeys((row["predictor"], row["references"]) for row in rows))
+    columns = min(4, len(devices))
+    figure = Figure(figsize=(3.2 * columns, 2.7 * -(-len(devices) // columns)), layout="constrained")
+    panels = figure.subplots(-(-len(devices) // columns), columns, squeeze=False, sharex=True).ravel()
+    for panel, device in zip(panels, devices, strict=False):
+        own = [row for row in rows if row["device"] == device]
+        for predictor, way in lines:
+            points = sorted(
+                (r["measurements"], r["spearman"]) for r in own if (r["predictor"], r["references"]) == (predictor, way)
+            )
+            panel.plot(*zip(*points, strict=True), marker="o", label=f"{predictor}, {way}")
+        if own[0]["published"] is not None:
+            panel.axhline(own[0]["published"], color="0.5", linestyle="--", label="HELP, published (20)")
+        panel.set(title=f"{rows[0]['space']}: {device}", xlabel="networks measured", ylabel="Spearman")
+    for panel in panels[len(devices) :]:
+        panel.remove()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(lines) + 1)
+    figure.savefig(path)

@@ -1,0 +1,334 @@
+"""Meta-training of HELP: learns, over the source devices of a table, the weights that `devices.help` adapts.
+
+Each episode plays eight new devices: ten support networks to adapt with, 200 to judge the adapted predictor, one Adam
+step through both. Every 50 episodes the validation devices are predicted as at test; the best weights are kept.
+
+Source: Lee et al., "HELP: Hardware-Adaptive Efficient Latency Prediction for NAS via Meta-Learning", NeurIPS 2021,
+written anew after the authors' code. Differs: the divergence of the gates is the mean over the episode's devices
+(theirs counts the last device's once per device: `kl_reference_quirk`). May import: numpy, scipy, torch, safetensors
+and this package.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from devices.draws import stream
+from devices.errors import DeviceError
+from devices.help import (
+    HelpPredictor,
+    adapt,
+    gate_divergence,
+    gate_posterior,
+    hardware_embedding,
+    labels,
+    modulate,
+    predict,
+    reference_labels,
+)
+from devices.help_encodings import encode
+from devices.help_weights import (
+    GATES,
+    TRAINING,
+    HelpWeights,
+    flatten_weights,
+    read_arrays,
+    unflatten_weights,
+    weight_shapes,
+    write_arrays,
+)
+from devices.spaces import Space
+
+
+@dataclass(frozen=True)
+class HelpSettings:
+    """How to meta-train; the defaults are the authors' for NAS-Bench-201, who take 4000 episodes for FBNet.
+
+    Attributes:
+        episodes: outer steps.
+        devices: drawn per episode, without replacement.
+        support, query: networks drawn per device and episode.
+        kl_weight: weight of the gates' divergence from N(0, 1).
+        kl_reference_quirk: weigh as the authors' code does: the last device's divergence, once per device.
+        learning_rate: of Adam.
+        first_rate: where the step sizes of the inner loop start.
+        validate_every: episodes between two looks at the validation devices.
+        validation_draws: support sets per validation device, the same at every look.
+        patience: looks without a better one after which training ends; 0 never ends early.
+        seed: of weights, episodes and validation.
+    """
+
+    episodes: int = 2000
+    devices: int = 8
+    support: int = 10
+    query: int = 200
+    kl_weight: float = 0.1
+    kl_reference_quirk: bool = False
+    learning_rate: float = 1e-4
+    first_rate: float = 1e-3
+    validate_every: int = 50
+    validation_draws: int = 3
+    patience: int = 0
+    seed: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("episodes", "devices", "query", "validate_every", "validation_draws"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
+        if self.support < 2:
+            raise ValueError(f"support must be at least 2, got {self.support!r}")
+
+
+@dataclass(frozen=True)
+class Look:
+    """One look at the validation devices: the training loss is the mean since the look before."""
+
+    episode: int
+    loss: float
+    spearman: float
+    best: bool
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A source device: embedding [10], indices of its trimmed pool, latencies of all networks."""
+
+    embedding: Tensor
+    pool: np.ndarray
+    ms: np.ndarray
+
+
+def first_weights(space: str, settings: HelpSettings) -> HelpWeights:
+    """Weights before training: graph weights within 0.05, the rest within 1/sqrt(inputs), as PyTorch's layers start."""
+    draw = stream(settings.seed, "help", "weights")
+
+    def uniform(name: str, shapes: dict[str, tuple[int, ...]]) -> Tensor:
+        weight = shapes[name.rpartition(".")[0] + ".weight"]
+        bound = 1 / math.sqrt(weight[1])  # a graph layer's bias too: the authors take the columns of [in, out]
+        if name.startswith("gc") and name.endswith("weight"):
+            bound = 0.05
+        return torch.from_numpy(draw.uniform(-bound, bound, shapes[name])).float()
+
+    shapes = weight_shapes(space)
+    parts = {part: {name: uniform(name, shapes[part]) for name in shapes[part]} for part in ("model", "modulator")}
+    rates = {name: torch.full(shape, settings.first_rate) for name, shape in shapes["rates"].items()}
+    return HelpWeights(space, **parts, rates=rates)
+
+
+def episode_loss(weights: HelpWeights, batch: tuple[Tensor, ...], z_noise: Tensor, settings: HelpSettings) -> Tensor:
+    """The outer loss: error of the adapted predictors on the query networks plus the gates' divergence.
+
+    Args:
+        weights: requiring gradients.
+        batch: support networks and labels [devices, support, ...], query networks and labels [devices, query, ...],
+            embeddings [devices, 10].
+        z_noise: standard normal, [devices, 603].
+        settings: weight of the divergence and how it is counted.
+    """
+    x, y, x_query, y_query, h = batch
+    mean, deviation = gate_posterior(weights.modulator, h)
+    params = modulate(weights.model, mean + deviation * z_noise)
+    params = adapt(params, weights.rates, x, y, h, train=True)
+    error = (predict(params, x_query, h) - y_query).square().mean()
+    divergence = gate_divergence(mean, deviation)
+    counted = len(h) * divergence[-1] if settings.kl_reference_quirk else divergence.mean()
+    return error + settings.kl_weight * counted
+
+
+class HelpTraining:
+    """A meta-training in progress: weights, optimizer, draws and the best weights so far."""
+
+    def __init__(self, space: Space, settings: HelpSettings):
+        """Takes the source devices' tables.
+
+        Raises:
+            DeviceError: for a table with fewer source devices, or smaller pools, than an episode draws.
+        """
+        self.space, self.settings, self.split = space, settings, space.split
+        if settings.devices > (have := len(self.split.source)):
+            raise DeviceError(f"episodes of {settings.devices} devices need as many sources; {space.name} has {have}")
+        self.encoded = encode(space.name, space.ops[: self.split.pool])
+        self.sources = [self._source(device) for device in self.split.source]
+        need, least = settings.support + settings.query, min(len(s.pool) for s in self.sources)
+        if least < need:
+            raise DeviceError(f"support and query are {need} networks a device, a trimmed pool has only {least}")
+        self.weights = first_weights(space.name, settings)
+        self.best, self.best_spearman, self.episode = self.weights, -math.inf, 0
+        self.history: list[Look] = []
+        self.losses: list[float] = []
+        self.draw = stream(settings.seed, "help", "episodes")
+        self._take(self.weights)
+
+    def _source(self, device: str) -> _Source:
+        ms = self.space.latency(device)
+        return _Source(hardware_embedding(ms[self.space.references]), self.space.pool(device), ms)
+
+    def _take(self, weights: HelpWeights) -> None:
+        """Makes `weights` the ones that are trained, with a fresh optimizer."""
+        parts = {
+            p: {n: t.clone().requires_grad_() for n, t in vars(weights)[p].items()}
+            for p in weight_shapes(weights.space)
+        }
+        self.weights = HelpWeights(weights.space, **parts)
+        self.adam = torch.optim.Adam(flatten_weights(self.weights).values(), lr=self.settings.learning_rate)
+
+    def _batch(self) -> tuple[Tensor, ...]:
+        """Draws an episode: devices, and for each its support and query networks."""
+        chosen = self.draw.choice(len(self.sources), self.settings.devices, replace=False)
+        support, query, y, y_query, h = [], [], [], [], []
+        for source in (self.sources[i] for i in chosen):
+            nets = self.draw.choice(source.pool, self.settings.support + self.settings.query, replace=False)
+            low, high = source.ms[source.pool].min(), source.ms[source.pool].max()
+            first, rest = np.split(nets, [self.settings.support])
+            support.append(first)
+            query.append(rest)
+            y.append(labels(source.ms[first], low, high))
+            y_query.append(labels(source.ms[rest], low, high))
+            h.append(source.embedding)
+        x, x_query = (self.encoded[torch.from_numpy(np.stack(nets))] for nets in (support, query))
+        return x, torch.stack(y), x_query, torch.stack(y_query), torch.stack(h)
+
+    def step(self) -> float:
+        """One episode; its loss."""
+        batch = self._batch()
+        noise = torch.from_numpy(self.draw.standard_normal((self.settings.devices, GATES))).float()
+        self.adam.zero_grad()
+        loss = episode_loss(self.weights, batch, noise, self.settings)
+        loss.backward()
+        self.adam.step()
+        self.episode += 1
+        self.losses.append(float(loss.detach()))
+        return self.losses[-1]
+
+    def validate(self) -> float:
+        """Mean Spearman over the validation devices, adapted as at test, on the networks they are judged with."""
+        found, frozen, count = [], _detached(self.weights), self.settings.support
+        known = reference_labels(self.space)
+        for device in self.split.valid:
+            ms, judged = self.space.latency(device), self.space.judged(device)
+            pool = np.setdiff1d(self.space.pool(device), self.space.references)
+            for i in range(self.settings.validation_draws):
+                draw = stream(self.settings.seed, "help", "validation", device, i)
+                support = draw.choice(pool, count, replace=False)
+                fitted = HelpPredictor.fit(
+                    frozen, ms[self.space.references], self.space.ops[support], ms[support], i, known_labels=known
+                )
+                found.append(float(spearmanr(fitted.labels(self.space.ops[judged]), ms[judged]).statistic))
+        return float(np.mean(np.nan_to_num(found, nan=-1.0)))
+
+    def look(self) -> Look:
+        """Validates, and keeps the weights if none were better."""
+        spearman = self.validate()
+        better = spearman > self.best_spearman
+        if better:
+            self.best, self.best_spearman = _detached(self.weights), spearman
+        self.history.append(Look(self.episode, float(np.mean(self.losses)), spearman, better))
+        self.losses = []
+        return self.history[-1]
+
+    @property
+    def done(self) -> bool:
+        since = len(self.history) - max((i for i, look in enumerate(self.history) if look.best), default=-1) - 1
+        return self.episode >= self.settings.episodes or 0 < self.settings.patience <= since
+
+    def save(self, path: str | Path) -> None:
+        """Writes what it takes to go on exactly from here; `load_weights` reads the best weights from the same file."""
+        tensors = flatten_weights(self.best)
+        for name, tensor in flatten_weights(self.weights).items():
+            tensors[f"{TRAINING}weights.{name}"] = tensor
+            tensors |= {f"{TRAINING}{moment}.{name}": value for moment, value in self.adam.state[tensor].items()}
+        facts = {
+            "space": self.space.name,
+            "table": _digest(self.space),
+            "settings": asdict(self.settings),
+            "episode": self.episode,
+            "best_spearman": self.best_spearman,
+            "history": [asdict(look) for look in self.history],
+            "losses": self.losses,
+            "draw": self.draw.bit_generator.state,
+        }
+        write_arrays(path, tensors, facts)
+
+    @classmethod
+    def resume(cls, space: Space, settings: HelpSettings, path: str | Path) -> HelpTraining:
+        """Goes on with a saved training; only `episodes` and `patience` may have changed.
+
+        Raises:
+            DeviceError: for a file that is no such training, or one with other settings or another table.
+        """
+        arrays, facts = read_arrays(path)
+        try:
+            saved = HelpSettings(**facts["settings"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise DeviceError(f"{path}: is no HELP training of this version: {error}") from None
+        if replace(saved, episodes=1, patience=0) != replace(settings, episodes=1, patience=0):
+            raise DeviceError(f"{path}: is a training with {saved}; ask for the same to go on, or name another file")
+        if (facts["space"], facts["table"]) != (space.name, _digest(space)):
+            raise DeviceError(f"{path}: is a training on another table of space {facts['space']}; name another file")
+        training = cls(space, settings)
+        best = {key: array for key, array in arrays.items() if not key.startswith(TRAINING)}
+        training.best = unflatten_weights(best, space.name, str(path))
+        mark = f"{TRAINING}weights."
+        now = {key.removeprefix(mark): array for key, array in arrays.items() if key.startswith(mark)}
+        training._take(unflatten_weights(now, space.name, str(path)))
+        for name, tensor in flatten_weights(training.weights).items():
+            moments = ("step", "exp_avg", "exp_avg_sq")
+            training.adam.state[tensor] = {m: arrays[f"{TRAINING}{m}.{name}"] for m in moments}
+        training.episode, training.best_spearman = facts["episode"], facts["best_spearman"]
+        training.history = [Look(**look) for look in facts["history"]]
+        training.losses = facts["losses"]
+        training.draw.bit_generator.state = facts["draw"]
+        return training
+
+
+def meta_train(
+    space: Space,
+    settings: HelpSettings,
+    checkpoint: str | Path | None = None,
+    progress: Callable[[Look], None] | None = None,
+) -> HelpWeights:
+    """Meta-trains HELP on a table and returns the weights that were best on the validation devices.
+
+    Args:
+        space: table; only its source and validation devices are read.
+        settings: see `HelpSettings`; equal settings give equal weights on equal machines with one thread.
+        checkpoint: safetensors file that is written at every look and gone on from if it exists.
+        progress: called at every look.
+
+    Raises:
+        DeviceError: for a table too small for the settings, or a checkpoint of another training.
+    """
+    if checkpoint is not None and Path(checkpoint).exists():
+        training = HelpTraining.resume(space, settings, checkpoint)
+    else:
+        training = HelpTraining(space, settings)
+    while not training.done:
+        training.step()
+        if training.episode % settings.validate_every == 0 or training.episode >= settings.episodes:
+            look = training.look()
+            if checkpoint is not None:
+                training.save(checkpoint)
+            if progress is not None:
+                progress(look)
+    return training.best
+
+
+def _digest(space: Space) -> str:
+    parts = (space.latency_ms, space.ops, space.references)
+    return blake2b(b"".join(np.ascontiguousarray(part).tobytes() for part in parts), digest_size=8).hexdigest()
+
+
+def _detached(weights: HelpWeights) -> HelpWeights:
+    parts = {
+        part: {n: t.detach().clone() for n, t in vars(weights)[part].items()} for part in weight_shapes(weights.space)
+    }
+    return HelpWeights(weights.space, **parts)

@@ -1,0 +1,93 @@
+"""What the networks of all search spaces are made of: convolutions with a norm that can be chosen, and argument checks.
+
+BatchNorm is what the papers have; its parameters are counted and its statistics mix up federated clients. GroupNorm has
+the same number of parameters and no statistics. May import: torch and `devices.errors`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from numbers import Integral
+
+from torch import nn
+
+from devices.errors import DeviceError, unknown
+
+NORMS = ("batch", "group")
+MOST_GROUPS = 8  # of a GroupNorm
+
+
+def normaliser(norm: str, channels: int) -> nn.Module:
+    """The norm layer for `channels`; a GroupNorm has at most 8 groups, of two or more channels where there are two.
+
+    Raises:
+        DeviceError: for a norm that is not in `NORMS`.
+    """
+    if norm not in NORMS:
+        raise DeviceError(unknown("norm", norm, NORMS))
+    if norm == "batch":
+        return nn.BatchNorm2d(channels)
+    # A group of one channel and one pixel is constant, which would stop all learning where the image has become 1x1.
+    groups = max(g for g in range(1, MOST_GROUPS + 1) if channels % g == 0 and (g == 1 or channels // g > 1))
+    return nn.GroupNorm(groups, channels)
+
+
+def conv_norm(
+    inputs: int,
+    outputs: int,
+    norm: str,
+    kernel: int = 1,
+    stride: int = 1,
+    groups: int = 1,
+    activation: nn.Module | None = None,
+) -> nn.Sequential:
+    """Convolution without bias, norm and, if given, an activation; sizes are divided by the stride and rounded up."""
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
+    after = [activation] if activation is not None else []
+    return nn.Sequential(conv, normaliser(norm, outputs), *after)
+
+
+def image_shape(network: str, input_shape: Sequence[int], smallest: int) -> tuple[int, int, int]:
+    """Channels, height and width.
+
+    Args:
+        network: what the error calls the network.
+        input_shape: of one example as the network is fed.
+        smallest: least height and width that the network can take.
+
+    Raises:
+        DeviceError: if these are no images, or too small ones.
+    """
+    if len(input_shape) != 3 or min(input_shape[1:]) < smallest:
+        raise DeviceError(
+            f"network {network} needs images [channels, height, width] of at least {smallest}x{smallest}, got examples "
+            f"of shape {list(input_shape)}"
+        )
+    channels, height, width = input_shape
+    return channels, height, width
+
+
+def positive(network: str, **sizes: int) -> None:
+    """Raises DeviceError for the first size that is no whole number of at least 1."""
+    for key, size in sizes.items():
+        if not _whole(size) or size < 1:
+            raise DeviceError(f"{key} of network {network} must be a whole number of at least 1, got {size!r}")
+
+
+def choices(network: str, key: str, values: Iterable[int], count: int, allowed: Sequence[int]) -> tuple[int, ...]:
+    """`values` as plain integers.
+
+    Raises:
+        DeviceError: unless there are `count` of them and each is allowed.
+    """
+    given = [] if isinstance(values, str) or not isinstance(values, Iterable) else list(values)
+    if len(given) != count:
+        raise DeviceError(f"{key} of network {network} must be {count} numbers of {list(allowed)}, got {values!r}")
+    for place, value in enumerate(given):
+        if not _whole(value) or value not in allowed:
+            raise DeviceError(f"{key}[{place}] of network {network} must be one of {list(allowed)}, got {value!r}")
+    return tuple(int(value) for value in given)
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)  # numpy's integers too: rows of the tables

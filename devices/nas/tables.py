@@ -1,0 +1,181 @@
+"""Layer tables of NAS-Bench-201 and FBNet networks from their operation ids alone, thousands at once.
+
+The columns are those of `devices.trace`: seven layer kinds times (macs, activations, weights, calls), then a constant,
+for one example. Norms and activations are left out, as runtimes fuse them. Source: fedsim (the networks are those of
+Dong and Yang, "NAS-Bench-201", ICLR 2020, and Wu et al., "FBNet", CVPR 2019, with the stem and head assumed there).
+May import: numpy, `devices.errors` and `devices.trace`.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+
+from devices.errors import DeviceError, unknown
+from devices.trace import COLUMNS, KINDS
+
+FEATURE_SETS = ("counts", "layers")
+
+NB201_OPS = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
+NB201_EDGES = ((0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3))  # of the cell's four nodes, in the order of the ids
+NB201_CELLS = 5  # per stage
+NB201_STAGES = ((16, 32), (32, 16), (64, 8))  # channels, pixels a side
+
+FBNET_OPS = ("k3_e1", "k3_e1_g2", "k3_e3", "k3_e6", "k5_e1", "k5_e1_g2", "k5_e3", "k5_e6", "skip")
+FBNET_STAGES = ((16, 1, 1), (24, 4, 1), (32, 4, 2), (64, 4, 2), (112, 4, 1), (184, 4, 2), (352, 1, 1))
+FBNET_SIDE = 32  # pixels; 100 classes, a last pointwise layer to 1504
+
+
+def nb201_features(ops: np.ndarray, features: str = "layers") -> np.ndarray:
+    """What the networks of NAS-Bench-201 cost on CIFAR: 3 x 32 x 32 inputs, ten classes, batch 1.
+
+    Args:
+        ops: ids of `NB201_OPS` on the edges of `NB201_EDGES`, [n, 6].
+        features: "layers" sums the layers by kind; "counts" only counts the cell's operations.
+
+    Returns:
+        [n, 29] for "layers"; [n, 5] for "counts": skips, 1x1 and 3x3 convolutions, pools, and a constant.
+
+    Raises:
+        DeviceError: for ids or a shape that do not fit, or an unknown feature set.
+    """
+    ops = _checked("nb201", ops, len(NB201_EDGES), len(NB201_OPS), features)
+    counts = (ops[:, :, None] == np.arange(len(NB201_OPS))).sum(axis=1)
+    if features == "counts":
+        return np.column_stack([counts[:, 1:], np.ones(len(ops))]).astype(float)
+    return _with_constant(counts @ _nb201_operations() + _nb201_skeleton())
+
+
+def nb201_connected(ops: np.ndarray) -> np.ndarray:
+    """Whether a path without `none` leads from the cell's input to its output, [n] bool; ops as in `nb201_features`.
+
+    In the others the cells compute nothing, and runtimes that cut dead branches time them as empty.
+    """
+    ops = _checked("nb201", ops, len(NB201_EDGES), len(NB201_OPS), "counts")
+    alive = np.zeros((len(ops), 4), dtype=bool)
+    alive[:, 0] = True
+    for edge, (start, end) in enumerate(NB201_EDGES):  # in the order of their ends' nodes, so that one pass is enough
+        alive[:, end] |= alive[:, start] & (ops[:, edge] != NB201_OPS.index("none"))
+    return alive[:, 3]
+
+
+def fbnet_features(ops: np.ndarray, features: str = "layers") -> np.ndarray:
+    """What the networks of FBNet cost with 3 x 32 x 32 inputs and 100 classes, batch 1.
+
+    Args:
+        ops: ids of `FBNET_OPS` in the 22 searchable layers, [n, 22].
+        features: "layers" sums the layers by kind; "counts" only counts the operations over all positions.
+
+    Returns:
+        [n, 29] for "layers"; [n, 9] for "counts": every operation but skip, and a constant.
+
+    Raises:
+        DeviceError: as in `nb201_features`.
+    """
+    positions, rest = _fbnet_operations()
+    ops = _checked("fbnet", ops, len(positions), len(FBNET_OPS), features)
+    if features == "counts":
+        counts = (ops[:, :, None] == np.arange(len(FBNET_OPS) - 1)).sum(axis=1)
+        return np.column_stack([counts, np.ones(len(ops))]).astype(float)
+    return _with_constant(positions[np.arange(len(positions)), ops].sum(axis=1) + rest)
+
+
+def network_features(space: str, ops: np.ndarray, features: str = "layers") -> np.ndarray:
+    """`nb201_features` or `fbnet_features`, by the name of the space.
+
+    Raises:
+        DeviceError: also for an unknown space.
+    """
+    tables = {"nb201": nb201_features, "fbnet": fbnet_features}
+    if space not in tables:
+        raise DeviceError(unknown("space", space, tables))
+    return tables[space](ops, features)
+
+
+def network_macs(space: str, ops: np.ndarray) -> np.ndarray:
+    """Multiply-adds of each network for one example, [n]: of convolutions and the classifier, not of pools and adds."""
+    rows = network_features(space, ops)[:, :-1].reshape(len(ops), len(KINDS), len(COLUMNS))
+    return rows[:, [i for i, kind in enumerate(KINDS) if kind not in ("pool", "elementwise")], 0].sum(axis=1)
+
+
+def connected(space: str, ops: np.ndarray) -> np.ndarray:
+    """Which networks compute something, [n] bool: in FBNet all of them, since its skips carry the input on."""
+    return nb201_connected(ops) if space == "nb201" else np.ones(len(ops), dtype=bool)
+
+
+def _checked(space: str, ops: np.ndarray, width: int, choices: int, features: str) -> np.ndarray:
+    if features not in FEATURE_SETS:
+        raise DeviceError(unknown("feature set", features, FEATURE_SETS))
+    ops = np.asarray(ops)
+    if ops.ndim != 2 or ops.shape[1] != width or not np.issubdtype(ops.dtype, np.integer):
+        raise DeviceError(f"networks of {space} are operation ids [n, {width}], got {ops.dtype} {list(ops.shape)}")
+    if ops.size and not (ops.min() >= 0 and ops.max() < choices):
+        raise DeviceError(f"operation ids of {space} are 0 to {choices - 1}, got {ops.min()} to {ops.max()}")
+    return ops.astype(np.int64)
+
+
+def _with_constant(rows: np.ndarray) -> np.ndarray:
+    return np.column_stack([rows, np.ones(len(rows))])
+
+
+def _row(kind: str, macs: float, activations: float, weights: float = 0.0) -> np.ndarray:
+    """One call of one layer as a flat table, [28]."""
+    table = np.zeros((len(KINDS), len(COLUMNS)))
+    table[KINDS.index(kind)] = macs, activations, weights, 1
+    return table.ravel()
+
+
+def _convolution(inputs: int, outputs: int, kernel: int, side: int, stride: int = 1, groups: int = 1) -> np.ndarray:
+    """A square convolution that keeps `side` pixels, or with stride 2 makes half of them."""
+    kind = "depthwise" if groups > 1 else "pointwise" if kernel == 1 else "conv"
+    weights, out_side = kernel * kernel * inputs * outputs // groups, side // stride
+    return _row(kind, weights * out_side**2, inputs * side**2 + outputs * out_side**2, weights)
+
+
+def _nb201_operations() -> np.ndarray:
+    """All cells of one operation on one edge, [5 operations, 28]."""
+    table = np.zeros((len(NB201_OPS), len(KINDS) * len(COLUMNS)))
+    for channels, side in NB201_STAGES:
+        elements = channels * side**2
+        table[1] += NB201_CELLS * _row("elementwise", elements, 2 * elements)
+        table[2] += NB201_CELLS * _convolution(channels, channels, 1, side)
+        table[3] += NB201_CELLS * _convolution(channels, channels, 3, side)
+        table[4] += NB201_CELLS * _row("pool", 9 * elements, 2 * elements)
+    return table
+
+
+def _nb201_skeleton() -> np.ndarray:
+    """Stem, the two reductions and the classifier, [28]."""
+    table = _convolution(3, 16, 3, 32) + _row("fc", 640, 64 + 10, 640)
+    for (inputs, side), (outputs, half) in itertools.pairwise(NB201_STAGES):
+        table = table + _convolution(inputs, outputs, 3, side, 2) + _convolution(outputs, outputs, 3, half)
+        table = table + _row("pool", 4 * inputs * half**2, inputs * (side**2 + half**2))
+        table = table + _convolution(inputs, outputs, 1, half)
+    return table
+
+
+def _fbnet_operations() -> tuple[np.ndarray, np.ndarray]:
+    """Each operation at each position, [22, 9, 28], and stem and head, [28]."""
+    positions, inputs, side = [], 16, FBNET_SIDE
+    for outputs, layers, first_stride in FBNET_STAGES:
+        for layer in range(layers):
+            stride = first_stride if layer == 0 else 1
+            positions.append([_fbnet_layer(name, inputs, outputs, side, stride) for name in FBNET_OPS])
+            inputs, side = outputs, side // stride
+    rest = _convolution(3, 16, 3, FBNET_SIDE) + _convolution(inputs, 1504, 1, side)
+    return np.array(positions), rest + _row("fc", 1504 * 100, 1504 + 100, 1504 * 100)
+
+
+def _fbnet_layer(name: str, inputs: int, outputs: int, side: int, stride: int) -> np.ndarray:
+    """Pointwise, depthwise, pointwise, and an add where the shapes agree; `name` as in `FBNET_OPS`."""
+    same = inputs == outputs and stride == 1
+    if name == "skip":
+        elements = inputs * side**2
+        return _row("elementwise", elements, 2 * elements) if same else _convolution(inputs, outputs, 1, side, stride)
+    groups, expanded, out_side = 2 if name.endswith("g2") else 1, inputs * int(name[4]), side // stride
+    table = _convolution(inputs, expanded, 1, side, groups=groups)
+    table = table + _convolution(expanded, expanded, int(name[1]), side, stride, expanded)
+    table = table + _convolution(expanded, outputs, 1, out_side, groups=groups)
+    elements = outputs * out_side**2
+    return table + _row("elementwise", elements, 3 * elements) if same else table

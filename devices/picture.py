@@ -1,0 +1,60 @@
+"""A device as a picture: predicted latency of small networks against their multiply-adds.
+
+May import: matplotlib (when it draws), torch and this package.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from devices.cost import NetworkCost
+from devices.latency import step_ms
+from devices.profile import DeviceProfile
+from devices.trace import trace
+from devices.zoo import ZOO
+
+
+def zoo_cost(name: str) -> NetworkCost:
+    """What a network of the zoo costs, by tracing it."""
+    network = ZOO[name]
+    return traced_cost(name, network.build(), network.example(1))
+
+
+def traced_cost(name: str, model: nn.Module, example: Tensor) -> NetworkCost:
+    """A network's cost from its layer table alone: enough to predict latency, not to train."""
+    table = trace(model, example)
+    return NetworkCost(name, 2 * table.macs, 4 * table.macs, 0, 0, layers=table.rows)
+
+
+def latency_picture(profile: DeviceProfile, path: str | Path, batch: int = 1) -> None:
+    """Draws forward and training-step latency of the zoo against MACs, beside the device's one rate, as a PNG.
+
+    Raises:
+        DeviceError: for a device without latencies.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    families = list(dict.fromkeys(network.family for network in ZOO.values()))
+    for number, family in enumerate(families):
+        costs = [zoo_cost(name) for name, network in ZOO.items() if network.family == family]
+        costs.sort(key=lambda cost: cost.forward_flops)
+        mega_macs = [batch * cost.forward_flops / 2e6 for cost in costs]
+        forward, step = zip(*(step_ms(cost, batch, profile) for cost in costs), strict=True)
+        axes.plot(mega_macs, forward, "o-", color=f"C{number}", label=family)
+        axes.plot(mega_macs, step, "x:", color=f"C{number}")
+    low, high = axes.get_xlim()
+    line = [max(low, 0.05), high]
+    axes.plot(line, [2e6 * m / profile.flops_per_s * 1e3 for m in line], color="grey", lw=1, label="one rate")
+    axes.set(
+        xscale="log", yscale="log", xlabel=f"million multiply-adds per pass (batch {batch})", ylabel="milliseconds"
+    )
+    axes.set_title(f"{profile.name}: predicted latency; circles forward, crosses training step")
+    axes.legend(ncols=2, fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,304 @@
+"""`fedsim devices`: what devices there are, what a network costs on them, and how well that is known.
+
+May import: devices, and fedsim's settings and console (inside the commands, so that `--help` answers at once).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Devices, and the latency of networks on them.")
+DataFile = Annotated[Path, typer.Option(help="Latency table of the space (npz with devices, latency_ms, arch_ops).")]
+UNPRICED = "-"
+
+
+@app.command("list")
+def list_devices() -> None:
+    """List the shipped devices.
+
+    Example: fedsim devices list
+    """
+    from devices.profile import load_profile, profile_names
+    from fedsim.console import table
+
+    rows = table("device", "kind", "GMAC/s", "training memory", "watts", "latencies")
+    for name in profile_names():
+        p = load_profile(name)
+        known = "none" if p.latency is None else f"{len(p.latency.references) or 'fitted'}"
+        rate, memory = f"{p.flops_per_s / 2e9:.2f}", f"{p.memory_bytes / 2**20:.0f} MiB"
+        rows.add_row(p.name, p.kind, rate, memory, f"{p.compute_watts:g}", known)
+    _console().print(rows)
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(help="A shipped device, or the path of a profile.")],
+    picture: Annotated[Path, typer.Option(help="Where the plot goes.")] = Path("device.png"),
+    batch: Annotated[int, typer.Option(help="Examples per pass.", min=1)] = 1,
+) -> None:
+    """Show a device: its figures, and a plot of predicted latency against MACs for a zoo of small networks.
+
+    Example: fedsim devices show raspberry_pi_4 --picture pi4.png
+    """
+    from dataclasses import fields
+
+    from devices.picture import latency_picture
+    from devices.profile import load_profile
+    from fedsim.console import table
+
+    profile = load_profile(name)
+    rows = table("figure", "value")
+    for field in fields(profile):
+        if field.name != "latency":
+            rows.add_row(field.name, str(getattr(profile, field.name)))
+    _console().print(rows)
+    latency_picture(profile, picture, batch)
+    _console().print(f"picture: {picture}")
+
+
+@app.command()
+def predict(
+    model: Annotated[str, typer.Option(help="A model config of fedsim, or a network of the zoo.")],
+    device: Annotated[list[str] | None, typer.Option(help="Device name or profile path; all when left out.")] = None,
+    input_shape: Annotated[str, typer.Option(help="Shape of one example, e.g. 3,32,32.")] = "3,32,32",
+    num_classes: Annotated[int, typer.Option(help="Size of the output.", min=1)] = 10,
+    batch: Annotated[int, typer.Option(help="Examples per pass.", min=1)] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Predict milliseconds of a forward pass and of a training step on devices, beside the one-rate figure.
+
+    Example: fedsim devices predict --model lenet5 --input-shape 1,28,28 --device pixel3 --batch 20
+    """
+    from devices.latency import step_ms
+    from devices.profile import load_profile, profile_names
+    from fedsim.console import table
+
+    network = _network(model, tuple(whole("--input-shape", n) for n in input_shape.split(",")), num_classes)
+    found: list[dict[str, Any]] = []
+    for name in device or profile_names():
+        profile = load_profile(name)
+        row: dict[str, Any] = {"device": profile.name, "forward_ms": None, "step_ms": None}
+        if profile.latency is not None:
+            row["forward_ms"], row["step_ms"] = step_ms(network, batch, profile)
+        row["one_rate_ms"] = 1e3 * batch * network.forward_flops / profile.flops_per_s
+        row["sigma"] = profile.latency.sigma if profile.latency is not None else None
+        found.append(row)
+    if as_json:
+        print(json.dumps({"model": model, "batch": batch, "flops": network.forward_flops, "devices": found}))
+        return
+    rows = table("device", "forward ms", "training step ms", "one rate, forward ms", title=f"{model}, batch {batch}")
+    for row in found:
+        figures = (row["forward_ms"], row["step_ms"], row["one_rate_ms"])
+        rows.add_row(row["device"], *(UNPRICED if f is None else f"{f:.3g}" for f in figures))
+    _console().print(rows)
+
+
+@app.command()
+def enroll(
+    name: Annotated[str, typer.Option(help="Name of the new device, e.g. my-laptop.")],
+    out: Annotated[Path | None, typer.Option(help="Profile to write; NAME.yaml when left out.")] = None,
+    repeats: Annotated[int, typer.Option(help="Samples per measurement.", min=3)] = 30,
+    threads: Annotated[int, typer.Option(help="Torch threads.", min=1)] = 1,
+    down_mbps: Annotated[float, typer.Option(help="Bandwidth to the host.")] = 85.73,
+    up_mbps: Annotated[float, typer.Option(help="Bandwidth from the host.")] = 45.74,
+    rtt_ms: Annotated[float, typer.Option(help="Round-trip time.")] = 21.0,
+    watts: Annotated[float, typer.Option(help="Draw while training; assumed unless you measured it.")] = 30.0,
+    limit: Annotated[float, typer.Option(help="Held-out error beyond which the command fails.")] = 0.25,
+) -> None:
+    """Measure this host and write its profile; fails when predictions of unseen networks are more than 25 % off.
+
+    Example: fedsim devices enroll --name my-laptop
+    """
+    import yaml
+    from rich.progress import Progress
+
+    from devices.enroll import enroll as measure
+    from devices.enroll import profile_tree
+    from fedsim.console import table
+    from fedsim.errors import ConfigError
+    from fedsim.report import write_atomic
+
+    path = out or Path(f"{name}.yaml")
+    if path.exists():
+        raise ConfigError(f"{path} is there already; name another profile with --out or remove it")
+    with Progress(transient=True) as progress:
+        task = progress.add_task("measuring", total=None)
+
+        def watch(what: str, done: int, of: int) -> None:
+            progress.update(task, description=what, completed=done, total=of)
+
+        result = measure(repeats, threads, watch)
+    network = {"down_mbps": down_mbps, "up_mbps": up_mbps, "rtt_ms": rtt_ms}
+    power = {"compute_w": watts, "rx_w": watts / 3, "tx_w": watts / 3, "idle_w": watts / 4}
+    tree = profile_tree(name, result, time.strftime("%Y-%m-%d"), network, power)
+    write_atomic(path, yaml.safe_dump(tree, sort_keys=False, width=120))
+    rows = table("network", "batch", "precision", "predicted ms", "measured ms", "error")
+    for network_name, batch, precision, predicted, measured in result.held_out:
+        off = f"{abs(predicted - measured) / measured:.1%}"
+        rows.add_row(network_name, str(batch), precision, f"{predicted:.3f}", f"{measured:.3f}", off)
+    console = _console()
+    console.print(rows)
+    error = result.error()
+    int8 = ", no int8 backend"
+    if result.int8_coefficients:
+        int8 = f", int8 {result.error('int8'):.1%} (Spearman {result.rank('int8'):.3f})"
+    known = f"leave-one-out on the references {result.sigma:.1%}"
+    ranks = f"(Spearman {result.rank():.3f})"
+    console.print(f"held-out error: fp32 {error:.1%} {ranks}{int8}; {known}", highlight=False)
+    use = f"use it: 'fleet.devices={{{path.resolve()}: 1}}'"
+    console.print(f"profile: {path} ({use})", highlight=False, soft_wrap=True)
+    if error > limit:
+        text = f"held-out error {error:.1%} is above {limit:.0%}; measure again on an idle host"
+        print(f"fedsim: {text}", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+@app.command()
+def evaluate(
+    space: Annotated[str, typer.Option(help="nb201 or fbnet.")],
+    data: DataFile,
+    predictor: Annotated[str, typer.Option(help="structured, help, flops or macs.")] = "structured",
+    measurements: Annotated[int, typer.Option(help="Networks measured on each unseen device.", min=2)] = 10,
+    references: Annotated[str, typer.Option(help="chosen (D-optimal) or random.")] = "chosen",
+    seeds: Annotated[int, typer.Option(help="Repetitions; figures are means.", min=1)] = 3,
+    weights: Annotated[Path | None, typer.Option(help="Weights of HELP (npz or safetensors).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Judge a predictor on devices it never saw, under HELP's protocol: Spearman, Kendall, MAPE.
+
+    Example: fedsim devices evaluate --space nb201 --data help_nb201.npz --predictor structured --measurements 20
+    """
+    from devices.evaluate import evaluate as judge
+    from devices.spaces import load_space
+    from fedsim.console import table
+
+    loaded = load_space(space, data)
+    with _console().status("judging"):
+        result = judge(loaded, predictor, measurements, references, seeds, weights=weights)
+    if as_json:
+        print(json.dumps(result))
+        return
+    title = f"{predictor} on {space}, {measurements} measurements, {references}"
+    rows = table("device", "Spearman", "published HELP", "Kendall", "MAPE %", title=title)
+    published = dict(loaded.split.published)
+    published["mean"] = sum(published.values()) / len(published)
+    for name, scores in [*result["devices"].items(), ("mean", result["mean"])]:
+        bar = f"{published[name]:.3f}" if name in published else UNPRICED
+        rows.add_row(name, f"{scores['spearman']:.3f}", bar, f"{scores['kendall']:.3f}", f"{100 * scores['mape']:.1f}")
+    _console().print(rows)
+
+
+@app.command()
+def compare(
+    space: Annotated[str, typer.Option(help="nb201 or fbnet.")],
+    data: DataFile,
+    predictors: Annotated[str, typer.Option(help="Separated by commas.")] = "structured,macs",
+    measurements: Annotated[str, typer.Option(help="Separated by commas.")] = "5,10,20",
+    references: Annotated[str, typer.Option(help="chosen, random, or both separated by a comma.")] = "chosen",
+    seeds: Annotated[int, typer.Option(help="Repetitions; figures are means.", min=1)] = 3,
+    weights: Annotated[Path | None, typer.Option(help="Weights of HELP (npz or safetensors).")] = None,
+    picture: Annotated[Path, typer.Option(help="Where the plot goes.")] = Path("compare.png"),
+) -> None:
+    """Compare predictors on unseen devices, as a table of Spearman and a plot.
+
+    Example: fedsim devices compare --space nb201 --data help_nb201.npz --predictors structured,macs
+    """
+    from devices.evaluate import compare as judge
+    from devices.evaluate import comparison_picture
+    from devices.spaces import load_space
+    from fedsim.console import table
+
+    budgets = [whole("--measurements", text) for text in measurements.split(",")]
+    loaded = load_space(space, data)
+    with _console().status("comparing"):
+        found = judge(loaded, predictors.split(","), budgets, references.split(","), seeds, weights=weights)
+    devices = list(dict.fromkeys(row["device"] for row in found))
+    rows = table("predictor", "measured", "references", *devices, title=f"Spearman on {space}")
+    lines: dict[tuple[str, int, str], dict[str, float]] = {}
+    for row in found:
+        lines.setdefault((row["predictor"], row["measurements"], row["references"]), {})[row["device"]] = row[
+            "spearman"
+        ]
+    for (predictor, count, way), scores in lines.items():
+        rows.add_row(predictor, str(count), way, *(f"{scores[name]:.3f}" for name in devices))
+    comparison_picture(found, picture)
+    _console().print(rows)
+    _console().print(f"picture: {picture}")
+
+
+@app.command("train-help")
+def train_help(
+    space: Annotated[str, typer.Option(help="nb201 or fbnet.")],
+    data: DataFile,
+    out: Annotated[Path, typer.Option(help="Weights to write (safetensors).")],
+    episodes: Annotated[int | None, typer.Option(help="2000 for nb201, 4000 for fbnet when left out.", min=1)] = None,
+    seed: Annotated[int, typer.Option(help="Of weights, episodes and validation.", min=0)] = 3,
+) -> None:
+    """Meta-train HELP on the source devices of a table; goes on from OUT.checkpoint if it is there.
+
+    Example: fedsim devices train-help --space nb201 --data help_nb201.npz --out help.safetensors
+    """
+    import torch
+    from rich.progress import Progress
+
+    from devices.help_training import HelpSettings, Look, meta_train
+    from devices.help_weights import save_weights
+    from devices.spaces import load_space
+
+    torch.set_num_threads(1)
+    loaded = load_space(space, data)
+    settings = HelpSettings(episodes=episodes or (4000 if space == "fbnet" else 2000), seed=seed)
+    best = float("-inf")
+    with Progress(transient=True) as progress:
+        task = progress.add_task("meta-training", total=settings.episodes)
+
+        def watch(look: Look) -> None:
+            nonlocal best
+            best = max(best, look.spearman)
+            progress.update(task, completed=look.episode, description=f"validation Spearman {look.spearman:.3f}")
+
+        trained = meta_train(loaded, settings, out.with_name(f"{out.name}.checkpoint"), watch)
+    save_weights(trained, out)
+    _console().print(f"weights: {out}; best validation Spearman {best:.3f}", highlight=False)
+
+
+def _network(model: str, input_shape: tuple[int, ...], num_classes: int) -> Any:
+    """Traces a network of the zoo or a model config of fedsim."""
+    import torch
+
+    from devices.picture import traced_cost, zoo_cost
+    from devices.zoo import ZOO
+    from fedsim.settings import instantiate, model_settings, options
+
+    if model in ZOO:
+        return zoo_cost(model)
+    if model not in options("model"):
+        from devices.errors import unknown
+        from fedsim.errors import ConfigError
+
+        raise ConfigError(unknown("model", model, [*options("model"), *ZOO]))
+    network = instantiate({"model": model_settings(model)}, "model")(input_shape=input_shape, num_classes=num_classes)
+    example = torch.zeros(
+        1, *input_shape, dtype=torch.long if getattr(network, "takes_tokens", False) else torch.float32
+    )
+    return traced_cost(model, network, example)
+
+
+def whole(option: str, text: str) -> int:
+    from fedsim.errors import ConfigError
+
+    if not text.strip().isdigit() or int(text) < 1:
+        raise ConfigError(f"{option} takes whole numbers of at least 1, separated by commas, got {text!r}")
+    return int(text)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console()
