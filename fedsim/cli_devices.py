@@ -198,7 +198,7 @@ def evaluate(
 def compare(
     space: Annotated[str, typer.Option(help="nb201 or fbnet.")],
     data: DataFile,
-    predictors: Annotated[str, typer.Option(help="Separated by commas.")] = "structured,macs",
+    predictors: Annotated[str, typer.Option(help="Separated by commas.")] = "structured",
     measurements: Annotated[str, typer.Option(help="Separated by commas.")] = "5,10,20",
     references: Annotated[str, typer.Option(help="chosen, random, or both separated by a comma.")] = "chosen",
     seeds: Annotated[int, typer.Option(help="Repetitions; figures are means.", min=1)] = 3,
@@ -218,15 +218,14 @@ def compare(
     loaded = load_space(space, data)
     with _console().status("comparing"):
         found = judge(loaded, predictors.split(","), budgets, references.split(","), seeds, weights=weights)
-    devices = list(dict.fromkeys(row["device"] for row in found))
-    rows = table("predictor", "measured", "references", *devices, title=f"Spearman on {space}")
-    lines: dict[tuple[str, int, str], dict[str, float]] = {}
+    columns = {f"{r['predictor']}\n{r['measurements']} {r['references']}": None for r in found}
+    rows = table("device", *columns, "HELP,\npublished", title=f"Spearman on {space}")
+    by_device: dict[str, list[dict[str, Any]]] = {}
     for row in found:
-        lines.setdefault((row["predictor"], row["measurements"], row["references"]), {})[row["device"]] = row[
-            "spearman"
-        ]
-    for (predictor, count, way), scores in lines.items():
-        rows.add_row(predictor, str(count), way, *(f"{scores[name]:.3f}" for name in devices))
+        by_device.setdefault(row["device"], []).append(row)
+    for name, scores in by_device.items():
+        published = scores[0]["published"]
+        rows.add_row(name, *(f"{r['spearman']:.3f}" for r in scores), f"{published:.3f}" if published else UNPRICED)
     comparison_picture(found, picture)
     _console().print(rows)
     _console().print(f"picture: {picture}")

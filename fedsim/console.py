@@ -165,5 +165,8 @@ def table(*columns: str, title: str | None = None) -> Table:
     """An empty table: text columns to the left, figures to the right."""
     made = Table(title=title, header_style="bold")
     for name in columns:
-        made.add_column(name, justify="left" if name in TEXTS else "right", overflow="fold", no_wrap=name not in TEXTS)
+        text = name in TEXTS
+        made.add_column(
+            name, justify="left" if text else "right", overflow="fold", no_wrap=not text, min_width=8 if text else None
+        )
     return made
