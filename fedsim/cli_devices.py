@@ -168,26 +168,34 @@ def evaluate(
     references: Annotated[str, typer.Option(help="chosen (D-optimal) or random.")] = "chosen",
     seeds: Annotated[int, typer.Option(help="Repetitions; figures are means.", min=1)] = 3,
     weights: Annotated[Path | None, typer.Option(help="Weights of HELP (npz or safetensors).")] = None,
+    unseen: Annotated[str, typer.Option(help="Judge on a harder set of devices instead: F1, F2, F3, F4 or FA.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Judge a predictor on devices it never saw, under HELP's protocol: Spearman, Kendall, MAPE.
 
     Example: fedsim devices evaluate --space nb201 --data help_nb201.npz --predictor structured --measurements 20
     """
+    from devices.errors import unknown
+    from devices.evaluate import DEVICE_SETS
     from devices.evaluate import evaluate as judge
     from devices.spaces import load_space
     from fedsim.console import table
+    from fedsim.errors import ConfigError
 
+    if unseen and unseen not in DEVICE_SETS:
+        raise ConfigError(unknown("value for --unseen", unseen, DEVICE_SETS))
+    devices = DEVICE_SETS[unseen].unseen if unseen else None
     loaded = load_space(space, data)
     with _console().status("judging"):
-        result = judge(loaded, predictor, measurements, references, seeds, weights=weights)
+        result = judge(loaded, predictor, measurements, references, seeds, devices, weights=weights)
     if as_json:
         print(json.dumps(result))
         return
     title = f"{predictor} on {space}, {measurements} measurements, {references}"
     rows = table("device", "Spearman", "published HELP", "Kendall", "MAPE %", title=title)
-    published = dict(loaded.split.published)
-    published["mean"] = sum(published.values()) / len(published)
+    published = {} if unseen else dict(loaded.split.published)  # for the usual split only
+    if published:
+        published["mean"] = sum(published.values()) / len(published)
     for name, scores in [*result["devices"].items(), ("mean", result["mean"])]:
         bar = f"{published[name]:.3f}" if name in published else UNPRICED
         rows.add_row(name, f"{scores['spearman']:.3f}", bar, f"{scores['kendall']:.3f}", f"{100 * scores['mape']:.1f}")

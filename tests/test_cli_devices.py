@@ -1,0 +1,116 @@
+"""`fedsim devices` as a user calls it: tables, JSON, pictures, and one sentence for what is wrong."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from devices.nas.tables import network_features
+from devices.spaces import SPLITS
+from fedsim import cli
+
+
+class Ended(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def devices(tmp_path: Path, monkeypatch, capsys) -> Callable[..., Ended]:
+    """Calls `fedsim devices ARGS` in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def call(*arguments: str) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["fedsim", "devices", *arguments])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        shown = capsys.readouterr()
+        return Ended(int(end.value.code or 0), shown.out, shown.err)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A latency table whose devices cost exactly what a draw of coefficients per operation says."""
+    rng = np.random.default_rng(0)
+    split = SPLITS["nb201"]
+    names = [*split.source, *split.valid, *split.unseen]
+    ops = rng.integers(0, 5, (1900, 6)).astype(np.uint8)
+    counts = network_features("nb201", ops, "counts")
+    latency = rng.uniform(0.5, 2.0, (len(names), counts.shape[1])) @ counts.T
+    path = tmp_path_factory.mktemp("table") / "table.npz"
+    np.savez(path, devices=np.array(names), latency_ms=latency, arch_ops=ops, hw_embed_idx=np.arange(10))
+    return path
+
+
+def test_planted_latencies_are_found_from_ten_networks(devices, table):
+    ended = devices("evaluate", "--space", "nb201", "--data", str(table), "--seeds", "1", "--json")
+    result = json.loads(ended.out)
+    assert (ended.code, ended.err) == (0, "")
+    assert set(result["devices"]) == set(SPLITS["nb201"].unseen)
+    for scores in [*result["devices"].values(), result["mean"]]:
+        assert set(scores) == {"spearman", "kendall", "mape"}
+        assert scores["spearman"] > 0.99
+    assert "titan_rtx_256" in devices("evaluate", "--space", "nb201", "--data", str(table), "--seeds", "1").out
+
+
+def test_comparison_makes_a_table_and_a_picture(devices, table, tmp_path):
+    arguments = ["--predictors", "structured,macs", "--measurements", "5,10", "--seeds", "1", "--picture", "c.png"]
+    ended = devices("compare", "--space", "nb201", "--data", str(table), *arguments)
+    assert ended.code == 0
+    assert "structured" in ended.out
+    assert (tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_training_of_help_writes_weights_that_can_be_judged(devices, table, tmp_path):
+    data = ["--space", "nb201", "--data", str(table)]
+    assert devices("train-help", *data, "--out", "w.safetensors", "--episodes", "2").code == 0
+    judge = ["--predictor", "help", "--weights", "w.safetensors", "--measurements", "20", "--references", "random"]
+    ended = devices("evaluate", *data, *judge, "--seeds", "1", "--json")
+    assert np.isfinite(json.loads(ended.out)["mean"]["mape"])
+
+
+def test_devices_are_listed_shown_and_priced(devices, tmp_path):
+    assert "raspberry_pi_4" in devices("list").out
+    assert devices("show", "pixel3", "--picture", "p.png").code == 0
+    assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
+    ended = devices("predict", "--model", "lenet5", "--input-shape", "1,28,28", "--batch", "4", "--json")
+    rows = json.loads(ended.out)["devices"]
+    assert all(0 < row["forward_ms"] < row["step_ms"] for row in rows)
+    assert "resnet-16" in devices("predict", "--model", "resnet-16", "--device", "pixel3").out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["show", "pixl3"], ["unknown device 'pixl3'", "did you mean 'pixel3'"]),
+        (["predict", "--model", "lenet55"], ["unknown model 'lenet55'", "did you mean 'lenet5'"]),
+        (["predict", "--model", "lenet5", "--input-shape", "1,a"], ["--input-shape takes whole numbers", "'a'"]),
+        (["predict", "--model", "lenet5", "--input-shape", "1,8,8"], ["lenet5", "images"]),
+        (["evaluate", "--space", "nb202", "--data", "x.npz"], ["unknown space 'nb202'", "did you mean 'nb201'"]),
+        (["evaluate", "--space", "nb201", "--data", "x.npz"], ["x.npz"]),
+        (["evaluate", "--space", "nb201"], ["--data"]),
+        (["evaluate", "--space", "nb201", "--data", "x.npz", "--unseen", "F9"], ["'F9'", "F1, F2, F3, F4, FA"]),
+        (["enroll", "--name", "here", "--out", "."], ["is there already"]),
+    ],
+)
+def test_a_mistake_is_one_sentence(arguments: list[str], words: list[str], devices):
+    ended = devices(*arguments)
+    assert (ended.code, ended.err.count("\n")) == (2, 1)
+    assert all(word in ended.err for word in words), ended.err
+
+
+def test_a_table_with_nan_names_the_network_and_the_device(devices, table, tmp_path):
+    arrays = dict(np.load(table))
+    arrays["latency_ms"][2, 7] = np.nan
+    np.savez(tmp_path / "bad.npz", **arrays)
+    ended = devices("evaluate", "--space", "nb201", "--data", "bad.npz")
+    assert (ended.code, ended.err.count("\n")) == (2, 1)
+    assert "network 7 on 1080ti_256 is nan" in ended.err
