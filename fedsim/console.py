@@ -129,16 +129,16 @@ def closing_lines(summary: dict[str, Any], folder: Path) -> list[str]:
 def sweep_table(summaries: Sequence[tuple[list[str], dict[str, Any]]]) -> Table:
     """One row per run of a sweep, named by the overrides in which the runs differ."""
     common = set.intersection(*(set(overrides) for overrides, _ in summaries))
-    shown = table("run", "overrides", "accuracy", "best", "time", "energy", "down", "up")
+    shown = table("run", "overrides", "accuracy", "time", "energy", "down", "up")
     for number, (overrides, s) in enumerate(summaries):
-        scores = [f"{value:.4f}" for value in (s["final"]["accuracy"], s["best"]["accuracy"])]
+        score = f"{s['final']['accuracy']:.4f}"
         costs = [
             simulated(s["simulated_s"]),
             energy(s["energy_j"]["total"]),
             size(s["down_bytes"]),
             size(s["up_bytes"]),
         ]
-        shown.add_row(str(number), " ".join(o for o in overrides if o not in common), *scores, *costs)
+        shown.add_row(str(number), " ".join(o for o in overrides if o not in common), score, *costs)
     return shown
 
 
