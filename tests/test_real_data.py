@@ -4,7 +4,6 @@ The gates are far below what several seeds reach (see each test), so that they f
 """
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -14,13 +13,7 @@ from fedsim.engines.local import LocalGrid
 from fedsim.federation import run
 from fedsim.settings import build_world, compose
 
-pytestmark = pytest.mark.data
-
-
-@pytest.fixture(autouse=True)
-def _bundles():
-    if not os.environ.get("FEDSIM_DATA"):
-        pytest.skip("FEDSIM_DATA is not set; it names the folder with the bundles mnist, cifar10 and shakespeare")
+pytestmark = [pytest.mark.data, pytest.mark.usefixtures("data_folder")]
 
 
 def federate(out: Path, *overrides: str) -> tuple[dict, dict]:
