@@ -7,6 +7,7 @@ strategies). Nothing here knows a method.
 
 from __future__ import annotations
 
+import gc
 import math
 import traceback
 from collections import OrderedDict
@@ -26,10 +27,12 @@ from devices.cost import NetworkCost, Work, pack_works
 from devices.errors import DeviceError
 from devices.meter import measure
 from devices.trace import trace
+from fedsim.engines.blocks import BlockSum
 from fedsim.engines.memory import keep_freed_memory
 from fedsim.errors import ConfigError
 from fedsim.messages import (
     ARRAYS,
+    METRICS,
     NUM_EXAMPLES,
     SETTINGS,
     STATE,
@@ -37,15 +40,19 @@ from fedsim.messages import (
     broadcast_of,
     content_of_update,
     from_array,
+    is_channels_last,
     lay_out,
     pack_cohort,
     packed_record,
+    payload_bytes,
+    record_like,
     record_of,
     tensors_of,
     unpack_cohort,
 )
+from fedsim.pricing import Prices
 from fedsim.seeding import derive
-from fedsim.settings import WORLDS, World, build_world, instantiate, pick_device
+from fedsim.settings import WORLDS, World, build_world, instantiate, memory_format, pick_device
 from fedsim.workload import ClientData, Tensors
 
 app = ClientApp()
@@ -59,13 +66,17 @@ class Worker:
         self.world, self.workload, self.fleet = world, world.workload, world.fleet
         settings = world.settings
         keep_freed_memory()
+        gc.collect()
+        gc.freeze()  # the half million objects of the imports: looking through them again takes 3 % of small steps
         torch.set_num_threads(settings["engine"]["threads"])
         self.seed = settings["seed"]
         self.device = pick_device(settings["engine"]["device"])
         self.trainer: LocalTrainer = instantiate(settings, "trainer")
         self.model = self.workload.build_model().to(self.device)
+        self.memory_format = memory_format(settings)
         self.flat = _lay_out(self.model)
         self.slots: Tensors = dict(self.model.state_dict())
+        self.channels_last = self.flat is not None and is_channels_last(self.slots.values())
         self.parameters: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
         self.network = self._price(self.model, "dense")
         self._data: OrderedDict[int, ClientData] = OrderedDict()
@@ -83,14 +94,26 @@ class Worker:
             return cost  # latency=flops does without; the others say that they need it
 
     def serve(self, header: dict[str, Any], parts: list[RecordDict]) -> RecordDict:
-        """Answers a whole cohort message; a failing client is a reported outcome and does not stop the others."""
+        """Answers a whole cohort message; a failing client is a reported outcome and does not stop the others.
+
+        With `sums` in the header, every block comes back as one sum over its clients that are in time, and the clients
+        without their weights.
+        """
+        sums = _BlockSums(self.world, header) if "sums" in header and not header.get("separate") else None
         answers, facts, works = [], [], []
-        for client_id, part in zip(header["clients"], parts, strict=True):
+        for number, (client_id, part) in enumerate(zip(header["clients"], parts, strict=True)):
             answer, fact, work = self._one(client_id, part, header["round"], header["phase"])
+            if sums is not None:
+                fact["up_bytes"] = payload_bytes(answer)
+                sums.add(number, answer, replace(work, up_bytes=fact["up_bytes"]), fact)
             answers.append(answer)
             facts.append(fact)
             works.append(work)
-        return pack_cohort({"clients": facts, **pack_works(works)}, answers)
+        added: dict[str, Any] = {}
+        if sums is not None:
+            added = {"sums": sums.facts()}
+            answers += sums.parts()
+        return pack_cohort({"clients": facts, **added, **pack_works(works)}, answers)
 
     def _one(self, client_id: int, part: RecordDict, round: int, phase: str) -> tuple[RecordDict, dict[str, Any], Work]:
         outcome, reason, trace, answer, client = "completed", "", "", RecordDict(), None
@@ -132,8 +155,8 @@ class Worker:
         update = self.trainer.fit(client, task)
         packed = None
         if update.weights is self.slots and self.flat is not None and self._shared_flat is not None:
-            packed = packed_record(self.flat)  # the live model in the broadcast's own layout: one copy
-        answer = content_of_update(update, model, packed)
+            packed = packed_record(self.flat, self.channels_last)  # the live model as it lies in memory: one copy
+        answer = content_of_update(update, packed or record_like(update.weights, model, self.channels_last))
         # One sum over everything finds NaN and infinity without a test per element.
         if not math.isfinite(sum(_sum(from_array(a)) for a in answer.array_records[ARRAYS].values())):
             raise FloatingPointError(
@@ -174,8 +197,18 @@ class Worker:
             same = same and all(
                 weights[n].dtype == t.dtype and weights[n].shape == t.shape for n, t in self.slots.items()
             )
-            self._shared_flat = lay_out(weights.values()) if same else None
+            self._shared_flat = self._laid_out(weights) if same else None
         return self._shared[1]
+
+    def _laid_out(self, weights: Tensors) -> Tensor:
+        """The weights in the order and memory format of the model's own buffer; they become views of it."""
+        assert self.flat is not None
+        buffer, start = torch.empty_like(self.flat), 0
+        for name, slot in self.slots.items():
+            view = buffer.as_strided(slot.shape, slot.stride(), start)
+            weights[name] = view.copy_(weights[name])
+            start += slot.numel()
+        return buffer
 
     @torch.no_grad()
     def _load(self, weights: Tensors) -> None:
@@ -193,7 +226,7 @@ class Worker:
             self._data.move_to_end(client_id)
             return self._data[client_id]
         raw = self.workload.client_data(client_id)
-        data = ClientData(raw.train.materialise(self.device), raw.test.materialise(self.device))
+        data = ClientData(*(part.materialise(self.device, self.memory_format) for part in (raw.train, raw.test)))
         self._data[client_id] = data
         self._data_bytes += _bytes_of(data)
         while self._data_bytes > CACHE_BYTES and len(self._data) > 1:
@@ -202,6 +235,41 @@ class Worker:
 
     def _on_device(self, batch: Tensors) -> Tensors:
         return {name: t.to(self.device) for name, t in batch.items()}
+
+
+class _BlockSums:
+    """The sums of a message's blocks, over the clients whose replies will be accepted.
+
+    Args:
+        header: of the cohort message: `sums` says when the exchange began and when it closes, `blocks` and
+            `down_bytes` have an entry for each client.
+    """
+
+    def __init__(self, world: World, header: dict[str, Any]):
+        self.header, self.limit_s = header, header["sums"]["limit_s"]
+        self.prices = Prices(world.fleet, world.latency, header["round"], header["sums"]["start_s"])
+        self.blocks = {number: (BlockSum(), []) for number in header["blocks"]}  # type: dict[int, tuple[BlockSum, list[int]]]
+
+    def add(self, number: int, answer: RecordDict, work: Work, fact: dict[str, Any]) -> None:
+        """Takes the weights out of a client's answer and adds them if the reply is in time."""
+        work = replace(work, down_bytes=self.header["down_bytes"][number])
+        if fact["outcome"] == "completed":
+            weights = answer.pop(ARRAYS)
+            client, (block, clients) = fact["client"], self.blocks[self.header["blocks"][number]]
+            if self.prices.of(client, work, fact["outcome"], fact["reason"]).arrives(self.limit_s):
+                block.add(weights, float(answer.metric_records[METRICS][NUM_EXAMPLES]))  # type: ignore[arg-type]
+                clients.append(client)
+
+    def facts(self) -> list[dict[str, Any]]:
+        """Of each block: its clients and the sum of their examples."""
+        return [
+            {"block": number, "clients": clients, "weight": block.weight}
+            for number, (block, clients) in self.blocks.items()
+        ]
+
+    def parts(self) -> list[RecordDict]:
+        """The sum of each block; empty where no client is in time."""
+        return [RecordDict({ARRAYS: b.record()} if clients else {}) for b, clients in self.blocks.values()]
 
 
 @lru_cache(maxsize=WORLDS)

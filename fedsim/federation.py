@@ -25,7 +25,8 @@ from fedsim import metrics as figures
 from fedsim.engines.blocks import is_plain_mean
 from fedsim.errors import ConfigError, RunError
 from fedsim.messages import ARRAYS, like, record_of, tensors_of
-from fedsim.network import ONE_METHOD, OUTCOMES, ClientReport, EdgeGrid
+from fedsim.network import ONE_METHOD, ClientReport, EdgeGrid
+from fedsim.pricing import OUTCOMES
 from fedsim.report import RoundReport, RunFolder, Totals, check_free, run_folder, weights_sha256
 from fedsim.seeding import seeded_globals
 from fedsim.settings import Settings, World, asked, build_world, from_run_config, instantiate, pick_device, preset

@@ -8,9 +8,11 @@ commits client state. May import: flwr, devices, and fedsim's clock, messages, s
 from __future__ import annotations
 
 import uuid
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from itertools import groupby
+from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
@@ -19,15 +21,15 @@ from devices.cost import Cost, LatencyModel, Work, unpack_works
 from devices.fleet import Fleet
 from devices.profile import DeviceProfile
 from fedsim.clock import SimClock
-from fedsim.engines.blocks import WeightedSum, blocks
+from fedsim.engines.blocks import BlockSum, WeightedSum, blocks
 from fedsim.errors import ClientError, RunError
 from fedsim.messages import ARRAYS, METRICS, NUM_EXAMPLES, STATE, pack_cohort, payload_bytes, unpack_cohort, unpacked
+from fedsim.pricing import Outcome, Prices
 
-Outcome = Literal["completed", "late", "offline", "out_of_memory", "failed"]
-OUTCOMES: tuple[Outcome, ...] = ("completed", "late", "offline", "out_of_memory", "failed")
-NO_REPLY = "the engine returned no reply"
+NO_REPLY, NOT_THERE = "the engine returned no reply", "offline when the round began"
 ONE_METHOD = "so take the strategy and the trainer of one method"
 CLIENTS_PER_MESSAGE = 16
+MESSAGES_PER_NODE = 2  # left over at any moment of a round where many small messages balance the load
 EMPTY_ROUND_S = 60.0  # when nobody answers and there is no deadline, the server tries again after this long
 
 
@@ -70,11 +72,15 @@ class _Reply:
     client: int
     block: int  # of the cohort's fixed blocks, offline clients included
     message: Message
-    content: RecordDict | None
-    work: Work
-    outcome: Outcome
-    reason: str
+    content: RecordDict | None = None
+    work: Work = field(default_factory=Work)
+    outcome: Outcome = "failed"
+    reason: str = NO_REPLY
     cost: Cost = field(default_factory=Cost)
+
+
+_Answer = tuple[int, RecordDict, Work, Outcome, str]  # client, content, work, outcome, reason
+_BlockSum = tuple[int, list[int], float, RecordDict]  # block, clients, weight, the sum under `arrays` if there are any
 
 
 class ClientStore:
@@ -130,6 +136,7 @@ class EdgeGrid(Grid):
         self.round = 0
         self.reports: list[ClientReport] = []
         self._pushed: dict[str, list[Message]] = {}
+        self._flops: dict[int, float] = {}  # of each client's last training: what its next one will take on the host
 
     # --- what a strategy sees -----------------------------------------------------------------------------------
 
@@ -160,17 +167,18 @@ class EdgeGrid(Grid):
             return []
         phase = asked[0].metadata.message_type
         start_s = self.clock.now_s
-        replies = self._run(asked, phase)
-        for reply in replies:
-            self._price(reply, start_s)
-        limits = [s for s in (self.deadline_s, timeout) if s is not None]
-        arrival_s = {r.client: r.cost.total_s for r in replies if r.outcome == "completed"}
+        limit_s = min((s for s in (self.deadline_s, timeout) if s is not None), default=None)
         keep = self.keep if phase == "train" else None
-        timing = self.clock.close_round(arrival_s, min(limits, default=None), keep)
+        # Who is among the first `keep` is known when all have answered: only then can they be added up.
+        total = _RoundSum(limit_s) if self.averages and phase == "train" else None
+        early = total is not None and keep is None
+        replies = self._run(asked, phase, total if early else None)
+        arrival_s = {r.client: r.cost.total_s for r in replies if r.outcome == "completed"}
+        timing = self.clock.close_round(arrival_s, limit_s, keep)
         round_s = timing.round_s
         if not timing.on_time and round_s == 0.0:
             last_drop_s = max(r.cost.total_s for r in replies)
-            round_s = min(limits, default=max(EMPTY_ROUND_S, last_drop_s))
+            round_s = max(EMPTY_ROUND_S, last_drop_s) if limit_s is None else limit_s
             self.clock.advance(round_s)
         late = set(timing.late)
         for reply in replies:
@@ -178,7 +186,12 @@ class EdgeGrid(Grid):
                 reply.outcome, reply.reason = "late", "the round closed before its reply arrived"
         for reply in replies:
             self._record(reply, phase, start_s, round_s)
-        return self._deliver([r for r in replies if r.outcome == "completed"], mean=self.averages and phase == "train")
+        accepted = [r for r in replies if r.outcome == "completed"]
+        if total is None or not accepted:
+            return self._deliver(accepted)
+        if not early:
+            total.add_accepted(accepted)
+        return [Message(self._mean(accepted, total), reply_to=accepted[0].message)]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Runs the exchange at once; `pull_messages` with the ids hands out its replies."""
@@ -219,103 +232,99 @@ class EdgeGrid(Grid):
                 raise ValueError(f"no client {client_id}: the fleet has clients 0..{len(self.fleet) - 1}")
         return asked
 
-    def _run(self, asked: list[Message], phase: str) -> list[_Reply]:
-        """Sends the clients that are online to the engine in fixed blocks; replies come back in client order."""
+    def _run(self, asked: list[Message], phase: str, total: _RoundSum | None) -> list[_Reply]:
+        """Lets the engine serve the clients that are online and prices what they did; replies are in client order."""
         now_s = self.clock.now_s
+        prices = Prices(self.fleet, self.latency, self.round, now_s)
         sizes: dict[int, int] = {}  # payload by content object: stock strategies send one object to all
         replies: dict[int, _Reply] = {}
-        online: list[Message] = []
+        online: list[_Reply] = []
         for number, block in enumerate(blocks(asked)):
             for message in block:
                 client, content = message.metadata.dst_node_id, message.content
                 if not self.fleet.online(client, now_s):
-                    replies[client] = _Reply(
-                        client, number, message, None, Work(), "offline", "offline when the round began"
-                    )
+                    replies[client] = _Reply(client, number, message, outcome="offline", reason=NOT_THERE)
                     continue
                 if id(content) not in sizes:
                     sizes[id(content)] = payload_bytes(content)
-                work = Work(down_bytes=sizes[id(content)])
-                replies[client] = _Reply(client, number, message, None, work, "failed", NO_REPLY)
-                online.append(message)
-        for client, fields in self._engine_replies(self._cohort_messages(online, phase)):
-            down = replies[client].work.down_bytes
-            replies[client] = replace(replies[client], **fields)
-            replies[client].work = replace(replies[client].work, down_bytes=down)
-            if self.observe:
-                self.observe(client)
-        missing = [c for c, r in replies.items() if r.reason == NO_REPLY]
+                replies[client] = _Reply(client, number, message, work=Work(down_bytes=sizes[id(content)]))
+                online.append(replies[client])
+        if total is not None:
+            total.expect(online)
+        for answers, sums in self._engine_replies(self._messages(online, phase, total)):
+            for client, content, work, outcome, reason in answers:
+                reply = replies[client]
+                reply.content, reply.work = content, replace(work, down_bytes=reply.work.down_bytes)
+                priced = prices.of(client, reply.work, outcome, reason)
+                reply.outcome, reply.reason, reply.cost = priced.outcome, priced.reason, priced.cost
+                if self.observe:
+                    self.observe(client)
+            if total is not None and sums is not None:
+                total.add_sums(sums)
+            elif total is not None:
+                total.add_separate([replies[answer[0]] for answer in answers])
+        missing = [r.client for r in online if r.reason == NO_REPLY]
         if missing:
             raise ClientError(
                 f"the engine returned no reply for clients {missing[:5]} in round {self.round} (seed {self.seed})"
             )
         return [replies[m.metadata.dst_node_id] for m in asked]
 
-    def _cohort_messages(self, online: Sequence[Message], phase: str) -> list[Message]:
-        """Few messages for many clients: every engine node gets some, none more than CLIENTS_PER_MESSAGE at once."""
+    def _messages(self, online: Sequence[_Reply], phase: str, total: _RoundSum | None) -> list[Message]:
+        """Few messages for many clients: none with more than CLIENTS_PER_MESSAGE unless a block is larger."""
         if not online:
             return []
         nodes = list(self.engine.get_node_ids())
-        size = min(CLIENTS_PER_MESSAGE, -(-len(online) // len(nodes)))
-        messages = []
-        for number, start in enumerate(range(0, len(online), size)):
-            some = online[start : start + size]
-            clients = [m.metadata.dst_node_id for m in some]
-            states = [self.store.get(client) for client in clients]
-            parts = [
-                m.content if s is None else RecordDict({**m.content, STATE: s})
-                for m, s in zip(some, states, strict=True)
-            ]
-            content = pack_cohort({"round": self.round, "phase": phase, "clients": clients}, parts, self.settings)
+        small = getattr(self.engine, "small_messages", False)
+        usual = sum(self._flops.values()) / len(self._flops) if self._flops else 1.0
+        messages: list[Message] = []
+        for some in _cut(online, len(nodes), small, whole_blocks=total is not None):
+            clients = [r.client for r in some]
+            parts = []
+            for r in some:
+                state = self.store.get(r.client)
+                parts.append(r.message.content if state is None else RecordDict({**r.message.content, STATE: state}))
+            header: dict[str, Any] = {"round": self.round, "phase": phase, "clients": clients}
+            header["cost"] = sum(self._flops.get(c, usual) for c in clients)
+            if total is not None:
+                header["sums"] = {"start_s": self.clock.now_s, "limit_s": total.limit_s}
+                header["blocks"] = [r.block for r in some]
+                header["down_bytes"] = [r.work.down_bytes for r in some]
+                header["each"] = ["clients", "blocks", "down_bytes"]
+            content = pack_cohort(header, parts, self.settings)
             # Flower allows train, evaluate and query; a question's own name travels in the header.
-            messages.append(Message(content, nodes[number % len(nodes)], phase.partition(".")[0]))
+            messages.append(Message(content, nodes[len(messages) % len(nodes)], phase.partition(".")[0]))
         return messages
 
-    def _engine_replies(self, cohort_messages: list[Message]) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Unpacks what the engine sends back: (client id, fields of its _Reply), in any order."""
+    def _engine_replies(self, cohort_messages: list[Message]) -> Iterator[tuple[list[_Answer], list[_BlockSum] | None]]:
+        """Unpacks what the engine sends back, in any order: the clients of a message and, where asked for, its sums."""
         if not cohort_messages:
             return
-        for answer in self.engine.send_and_receive(cohort_messages):
-            if answer.has_error():
-                raise ClientError(f"a worker failed in round {self.round} (seed {self.seed}): {answer.error.reason}")
-            header, parts = unpack_cohort(answer.content)
-            for facts, work, content in zip(header["clients"], unpack_works(header), parts, strict=True):
+        for reply in self.engine.send_and_receive(cohort_messages):
+            if reply.has_error():
+                raise ClientError(f"a worker failed in round {self.round} (seed {self.seed}): {reply.error.reason}")
+            header, parts = unpack_cohort(reply.content)
+            answers: list[_Answer] = []
+            for facts, work, content in zip(header["clients"], unpack_works(header), parts, strict=False):
                 client, outcome, reason = facts["client"], facts["outcome"], facts["reason"]
                 if outcome == "failed" and self.on_client_error == "stop":
                     who = f"client {client} ({self.fleet.device_name(client)})"
                     where = f"failed in round {self.round} (seed {self.seed})"
                     raise ClientError(f"{who} {where}: {reason}", facts["traceback"])
-                work = replace(work, up_bytes=payload_bytes(content))
-                yield client, {"content": content, "work": work, "outcome": outcome, "reason": reason}
-
-    def _price(self, reply: _Reply, start_s: float) -> None:
-        """Sets the cost, and the outcome where the device itself ends the client's round early."""
-        if reply.outcome == "offline":
-            return
-        client = reply.client
-        cost = self.latency.cost(reply.work, self.fleet[client], self.fleet.jitter(client, self.round))
-        if reply.outcome == "out_of_memory" or not cost.fits:
-            reply.outcome = "out_of_memory"
-            reply.reason = reply.reason or f"needs {reply.work.peak_memory_bytes} bytes at its peak"
-            reply.cost = cost.until(cost.down_s)  # it dies when it allocates, right after the download
-            return
-        if reply.outcome == "failed":
-            reply.cost = cost.until(cost.down_s + cost.compute_s)
-            return
-        leaves_s = self.fleet.online_until(client, start_s) - start_s
-        crashes_s = self.fleet.crash_s(client, self.round)
-        if min(leaves_s, crashes_s) < cost.total_s:
-            offline = leaves_s <= crashes_s
-            reply.outcome = "offline" if offline else "failed"
-            reply.reason = "went offline during the round" if offline else "crashed during the round"
-            reply.cost = cost.until(min(leaves_s, crashes_s))
-            return
-        reply.cost = cost
+                up_bytes = facts["up_bytes"] if "up_bytes" in facts else payload_bytes(content)
+                answers.append((client, content, replace(work, up_bytes=up_bytes), outcome, reason))
+            sums = None
+            if "sums" in header:
+                blocks_of = zip(header["sums"], parts[len(answers) :], strict=True)
+                sums = [(f["block"], f["clients"], f["weight"], part) for f, part in blocks_of]
+            yield answers, sums
 
     def _record(self, reply: _Reply, phase: str, start_s: float, round_s: float) -> None:
         profile = self.fleet[reply.client]
         wait_s = max(0.0, round_s - reply.cost.total_s) if reply.outcome == "completed" else 0.0
         work, metrics = reply.work, {}
+        if phase == "train" and work.flops:
+            self._flops[reply.client] = work.flops
         if reply.cost.up_s == 0.0:
             work = replace(work, up_bytes=0)
         if reply.content is not None and METRICS in reply.content.metric_records:
@@ -342,9 +351,7 @@ class EdgeGrid(Grid):
             )
         )
 
-    def _deliver(self, accepted: Sequence[_Reply], mean: bool) -> list[Message]:
-        if mean and accepted:
-            return [Message(self._mean(accepted), reply_to=accepted[0].message)]
+    def _deliver(self, accepted: Sequence[_Reply]) -> list[Message]:
         # A client without held-out examples has judged nothing, and a mean over such clients does not exist.
         accepted = [r for r in accepted if not (r.message.metadata.message_type == "evaluate" and _judged(r) == 0)]
         for reply in accepted:
@@ -355,9 +362,8 @@ class EdgeGrid(Grid):
                 reply.content[ARRAYS] = unpacked(reply.content.array_records[ARRAYS], model)
         return [Message(r.content, reply_to=r.message) for r in accepted if r.content is not None]
 
-    def _mean(self, accepted: Sequence[_Reply]) -> RecordDict:
+    def _mean(self, accepted: Sequence[_Reply], total: _RoundSum) -> RecordDict:
         """One reply that stands for all: a strategy that only averages takes it as a cohort of one."""
-        total = WeightedSum()
         metrics: dict[str, float] = {}
         examples = 0
         for reply in accepted:
@@ -365,14 +371,107 @@ class EdgeGrid(Grid):
             numbers = content[METRICS]
             weight = numbers[NUM_EXAMPLES]
             _check_alike(reply, accepted[0])
-            total.add(content[ARRAYS], float(weight), reply.block)
             for key, value in numbers.items():
                 if key != NUM_EXAMPLES:
                     metrics[key] = metrics.get(key, 0.0) + value * weight
             examples += weight
         means = {key: value / examples for key, value in metrics.items()}
-        mean = unpacked(total.mean(), accepted[0].message.content.array_records[ARRAYS])
+        model = accepted[0].message.content.array_records[ARRAYS]
+        mean = unpacked(total.mean({r.client for r in accepted}, model), model)
         return RecordDict({ARRAYS: mean, METRICS: MetricRecord({NUM_EXAMPLES: examples, **means})})
+
+
+class _RoundSum:
+    """Adds up the blocks of a round in their order, as they come; holds only what came early.
+
+    A worker that trained a whole block sends its sum; where it could not, the updates themselves are added up here.
+    """
+
+    def __init__(self, limit_s: float | None):
+        self.limit_s = limit_s
+        self.total = WeightedSum()
+        self.clients: set[int] = set()
+        self._awaited: deque[int] = deque()
+        self._missing: Counter[int] = Counter()
+        self._separate: dict[int, list[_Reply]] = {}
+        self._early: dict[int, tuple[ArrayRecord, float, int] | None] = {}
+
+    def expect(self, online: Sequence[_Reply]) -> None:
+        """Says which clients will answer, in order."""
+        self._missing = Counter(r.block for r in online)
+        self._awaited = deque(self._missing)
+
+    def add_sums(self, sums: Sequence[_BlockSum]) -> None:
+        """Takes whole blocks that a worker has added up."""
+        for number, clients, weight, part in sums:
+            self._put(number, clients, (part.array_records[ARRAYS], weight, len(clients)) if clients else None)
+
+    def add_separate(self, replies: Sequence[_Reply]) -> None:
+        """Takes clients with their own updates; a block is added up when the last of it is here."""
+        for reply in replies:
+            self._missing[reply.block] -= 1
+            group = self._separate.setdefault(reply.block, [])
+            if reply.outcome == "completed" and (self.limit_s is None or reply.cost.total_s <= self.limit_s):
+                group.append(reply)
+            if self._missing[reply.block] == 0:
+                self._put_separate(reply.block, sorted(group, key=lambda r: r.client))
+                del self._separate[reply.block]
+
+    def add_accepted(self, accepted: Sequence[_Reply]) -> None:
+        """Takes all accepted replies of a round at once, in client order."""
+        self.expect(accepted)
+        for number, group in groupby(accepted, key=lambda r: r.block):
+            self._put_separate(number, list(group))
+
+    def mean(self, accepted: set[int], model: ArrayRecord) -> ArrayRecord:
+        """The mean over the accepted clients.
+
+        Raises:
+            RunError: if others were added up: a worker has priced them differently.
+        """
+        if self.clients != accepted:
+            odd = sorted(self.clients ^ accepted)[:5]
+            raise RunError(
+                f"workers and server disagree on whether clients {odd} were in time; do their versions differ?"
+            )
+        return self.total.mean(model)
+
+    def _put_separate(self, number: int, group: Sequence[_Reply]) -> None:
+        block = BlockSum()
+        for reply in group:
+            content: Any = reply.content
+            block.add(content.pop(ARRAYS), float(content[METRICS][NUM_EXAMPLES]))
+        clients = [r.client for r in group]
+        self._put(number, clients, (block.record(), block.weight, block.clients) if group else None)
+
+    def _put(self, number: int, clients: Sequence[int], block: tuple[ArrayRecord, float, int] | None) -> None:
+        self.clients.update(clients)
+        self._early[number] = block
+        while self._awaited and self._awaited[0] in self._early:
+            ready = self._early.pop(self._awaited.popleft())
+            if ready is not None:
+                self.total.add(*ready)
+
+
+def _cut(online: Sequence[_Reply], nodes: int, small: bool, whole_blocks: bool) -> Iterator[Sequence[_Reply]]:
+    """Clients by message, in order; a block is never divided where it is added up by its worker.
+
+    Many small messages balance the load but each costs something: so they get smaller towards the end (guided
+    self-scheduling, Polychronopoulos and Kuck 1987). Other engines get as few as the limit allows.
+    """
+    units: list[Sequence[_Reply]] = [[r] for r in online]
+    if whole_blocks:
+        units = [list(group) for _, group in groupby(online, key=lambda r: r.block)]
+    start, left = 0, len(online)
+    while start < len(units):
+        size = min(CLIENTS_PER_MESSAGE, -(-left // (nodes * (MESSAGES_PER_NODE if small else 1))))
+        some = list(units[start])
+        start += 1
+        while start < len(units) and len(some) + len(units[start]) <= size:
+            some += units[start]
+            start += 1
+        left -= len(some)
+        yield some
 
 
 def _judged(reply: _Reply) -> float:

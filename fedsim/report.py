@@ -22,7 +22,8 @@ from flwr.app import ArrayRecord
 
 from fedsim.errors import ConfigError
 from fedsim.messages import from_array
-from fedsim.network import OUTCOMES, ClientReport
+from fedsim.network import ClientReport
+from fedsim.pricing import OUTCOMES
 
 HOST_FIELDS = ("host_s",)  # the only fields of a report that may differ between equal runs
 FLUSH_S, FLUSH_ROWS = 20.0, 20_000

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from flwr.app import ArrayRecord
+from flwr.app import ArrayRecord, Message
 from flwr.serverapp.strategy import (
     FedAdagrad,
     FedAdam,
@@ -17,8 +17,8 @@ from flwr.serverapp.strategy import (
 )
 
 from fedsim import network
-from fedsim.engines.blocks import WeightedSum, blocks, is_plain_mean
-from fedsim.messages import from_array, to_array
+from fedsim.engines.blocks import BlockSum, WeightedSum, blocks, is_plain_mean
+from fedsim.messages import from_array, split_cohort, to_array
 from strategies.edge import EdgeStrategy
 
 
@@ -43,89 +43,123 @@ def test_cohort_is_cut_into_blocks_of_equal_size(clients: int, sizes: list[int])
     assert [client for block in cut for client in block] == list(range(clients))
 
 
+def mean(*blocks_of: list[tuple[ArrayRecord, float]]) -> ArrayRecord:
+    """The weighted mean over blocks, each a list of (arrays, weight), in the dtypes of the first."""
+    total = WeightedSum()
+    for clients in blocks_of:
+        block = BlockSum()
+        for arrays, weight in clients:
+            block.add(arrays, weight)
+        total.add(block.record(), block.weight, block.clients)
+    return total.mean(blocks_of[0][0][0])
+
+
 def test_mean_is_weighted_by_examples():
     """(1 * [1, 2] + 3 * [5, 10]) / 4 = [4, 8]."""
-    total = WeightedSum()
-    total.add(record(w=np.array([1, 2], np.float32)), 1, block=0)
-    total.add(record(w=np.array([5, 10], np.float32)), 3, block=1)
-    mean = from_array(total.mean()["w"])
-    assert (mean.tolist(), mean.dtype) == ([4.0, 8.0], np.float32)
+    one, two = record(w=np.array([1, 2], np.float32)), record(w=np.array([5, 10], np.float32))
+    for result in (mean([(one, 1)], [(two, 3)]), mean([(one, 1), (two, 3)])):
+        values = from_array(result["w"])
+        assert (values.tolist(), values.dtype) == ([4.0, 8.0], np.float32)
 
 
 def test_blocks_are_summed_by_themselves_in_float64():
     """1e16 swallows a single 1 in float64, but not the 2 that a block of its own adds up to."""
-    alone, together = WeightedSum(), WeightedSum()
-    for client, value in enumerate([1e16, 1.0, 1.0]):
-        alone.add(record(w=np.array([value])), 1, block=client)
-        together.add(record(w=np.array([value])), 1, block=min(client, 1))
-    assert from_array(alone.mean()["w"])[0] == 1e16 / 3
-    assert from_array(together.mean()["w"])[0] == (1e16 + 2) / 3
+    big, one = record(w=np.array([1e16])), record(w=np.array([1.0]))
+    assert from_array(mean([(big, 1)], [(one, 1)], [(one, 1)])["w"])[0] == 1e16 / 3
+    assert from_array(mean([(big, 1)], [(one, 1), (one, 1)])["w"])[0] == (1e16 + 2) / 3
 
 
 def test_products_are_made_in_float64():
     """(3 a + 7 b) / 10, rounded once at the end."""
     a, b = np.random.default_rng(1).standard_normal((2, 1000)).astype(np.float32)
-    total = WeightedSum()
-    for client, values in enumerate((a, b)):
-        total.add(record(w=values), (3, 7)[client], block=0)
     by_hand = (3 * a.astype(np.float64) + 7 * b.astype(np.float64)) / 10
-    assert np.array_equal(from_array(total.mean()["w"]), by_hand.astype(np.float32))
+    result = mean([(record(w=a), 3), (record(w=b), 7)])
+    assert np.array_equal(from_array(result["w"]), by_hand.astype(np.float32))
+
+
+def test_sum_of_a_block_is_the_same_whoever_adds_it_up():
+    """A worker's float64 sum of two clients, and the clients' own arrays added up by the server."""
+    a, b, c = (record(w=v) for v in np.random.default_rng(2).standard_normal((3, 1000)).astype(np.float32))
+    in_worker = BlockSum()
+    in_worker.add(a, 3)
+    in_worker.add(b, 7)
+    assert (in_worker.record()["w"].dtype, in_worker.clients, in_worker.weight) == ("float64", 2, 10)
+    total = WeightedSum()
+    total.add(in_worker.record(), 10, 2)
+    total.add(c, 5, 1)
+    assert total.mean(a)["w"].data == mean([(a, 3), (b, 7)], [(c, 5)])["w"].data
 
 
 def test_many_examples_do_not_overflow_half_precision():
     """7000 x 100 is beyond the 65504 of float16."""
-    total = WeightedSum()
-    for client in range(2):
-        total.add(record(w=np.array([100], np.float16)), 7000, block=client)
-    assert from_array(total.mean()["w"]).tolist() == [100]
+    hundred = record(w=np.array([100], np.float16))
+    assert from_array(mean([(hundred, 7000)], [(hundred, 7000)])["w"]).tolist() == [100]
 
 
 def test_mean_of_integers_is_rounded_to_the_nearest():
     """(1 * 2 + 2 * 3) / 3 = 2.67, and a counter that all agree on stays as it is."""
-    total = WeightedSum()
-    total.add(record(n=np.int64(2), same=np.int64(5)), 1, block=0)
-    total.add(record(n=np.int64(3), same=np.int64(5)), 2, block=1)
-    mean = total.mean()
-    assert (from_array(mean["n"]), from_array(mean["same"]), mean["n"].dtype) == (3, 5, "int64")
+    first, second = record(n=np.int64(2), same=np.int64(5)), record(n=np.int64(3), same=np.int64(5))
+    result = mean([(first, 1)], [(second, 2)])
+    assert (from_array(result["n"]), from_array(result["same"]), result["n"].dtype) == (3, 5, "int64")
 
 
 def test_adding_does_not_change_what_was_added():
     first = record(w=np.array([1.0, 2.0]))
     before = first["w"].data
-    total = WeightedSum()
-    total.add(first, 2, block=0)
-    total.add(first, 2, block=0)
-    total.mean()
+    mean([(first, 2), (first, 2)], [(first, 1)])
     assert first["w"].data == before
 
 
 @pytest.mark.parametrize("other", [{"v": np.zeros(2)}, {"w": np.zeros(3)}, {"w": np.zeros(2), "v": np.zeros(1)}])
 def test_mean_of_unlike_weights_is_refused(other: dict):
-    total = WeightedSum()
-    total.add(record(w=np.zeros(2)), 1, block=0)
-    with pytest.raises(ValueError, match=r"^clients sent weights of different names or shapes; a mean needs equal"):
-        total.add(record(**other), 1, block=0)
+    sentence = r"^clients sent weights of different names or shapes; a mean needs equal"
+    first, second = record(w=np.zeros(2)), record(**other)
+    with pytest.raises(ValueError, match=sentence):
+        mean([(first, 1)], [(second, 1)])
+    with pytest.raises(ValueError, match=sentence):
+        mean([(first, 1), (second, 1)])
 
 
 def test_mean_over_no_examples_is_refused():
-    total = WeightedSum()
-    total.add(record(w=np.zeros(2)), 0, block=0)
     with pytest.raises(ValueError, match=r"must sum to more than zero, got 0\.0$"):
-        total.mean()
+        mean([(record(w=np.zeros(2)), 0)])
 
 
 def test_weights_do_not_depend_on_how_clients_are_put_into_messages(federation, monkeypatch):
-    """70 clients are blocks of two, which messages of one and of three clients cut through."""
-    hashes, counts = set(), []
-    for clients in (1, 3, 16):
+    """70 clients are blocks of two; the last engine cuts through them, so that the server adds up their updates."""
+    results, counts = set(), []
+    for clients, alone in ((1, False), (6, False), (16, False), (16, True)):
         monkeypatch.setattr(network, "CLIENTS_PER_MESSAGE", clients)
-        run = federation("num_clients=80", "cohort=70", "rounds=1", "trainer.batch_size=8")
-        sent = run.grid.engine.send_and_receive
-        monkeypatch.setattr(run.grid.engine, "send_and_receive", lambda m, s=sent: counts.append(len(m)) or s(m))
-        list(run.rounds())
-        hashes.add(tuple(array.data for array in run.arrays.values()))
-    assert counts == [70, 24, 5]
-    assert len(hashes) == 1
+        run = federation(
+            "num_clients=80", "cohort=70", "rounds=1", "trainer.batch_size=8", "fleet=mixed", "deadline_s=0.08"
+        )
+        engine = run.grid.engine
+
+        def send(messages, serve=engine.send_and_receive, alone=alone):
+            contents = [c for m in messages for c in (split_cohort(m.content) if alone else [m.content])]
+            counts.append(len(contents))
+            return serve([Message(content, 0, "train") for content in reversed(contents)])
+
+        monkeypatch.setattr(engine, "send_and_receive", send)
+        (_, _), (report, _) = run.rounds()
+        assert {"completed", "late"} <= set(report.outcomes)
+        results.add((report.to_json().partition('"host_s"')[0], *(array.data for array in run.arrays.values())))
+    online = 70 - len(report.outcomes["offline"])
+    assert counts[3] == online > counts[0] > counts[1] > counts[2] > 1
+    assert len(results) == 1
+
+
+def test_server_holds_no_more_than_the_blocks_that_came_early(federation, monkeypatch):
+    """130 clients in blocks of three: replies bring sums instead of updates, and none is kept once it is added."""
+    run = federation("num_clients=130", "cohort=130", "rounds=1", "trainer.batch_size=8")
+    held = []
+    add = network._RoundSum.add_sums
+    monkeypatch.setattr(
+        network._RoundSum, "add_sums", lambda self, sums: add(self, sums) or held.append(len(self._early))
+    )
+    list(run.rounds())
+    assert held
+    assert max(held) == 0
 
 
 @pytest.mark.parametrize("strategy", [FedAvg, FedAvgM, FedAdagrad, FedAdam, FedYogi])

@@ -4,8 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from torch import nn
 
 from fedsim.data.blobs import Blobs
@@ -16,13 +14,14 @@ from fedsim.models.lenet import LeNet5
 from fedsim.models.mlp import MLP
 from fedsim.models.resnet import ResNet
 from fedsim.models.vgg import VGG
+from fedsim.settings import model_factory, model_settings
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs" / "model").glob("*.yaml"))
 IMAGES = (3, 32, 32)
 
 
 def from_config(path: Path) -> nn.Module:
-    make = instantiate(OmegaConf.load(path))
+    make = model_factory({"model": model_settings(path.stem)})
     return make(input_shape=(20,) if path.stem == "char_lstm" else IMAGES, num_classes=12).eval()
 
 

@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision.models
-import yaml
-from hydra.utils import get_class
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
@@ -18,6 +16,7 @@ from devices.errors import DeviceError
 from devices.meter import counter
 from devices.structured import price
 from devices.trace import FEATURES, KINDS, LayerTable, trace
+from fedsim.settings import model_factory, model_settings
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 VISION = ["resnet18", "mobilenet_v2", "mobilenet_v3_small", "shufflenet_v2_x1_0", "squeezenet1_1", "efficientnet_b0"]
@@ -132,11 +131,8 @@ def test_masked_and_pruned_weights_are_folded():
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml")))
 def test_macs_of_our_models_agree_with_the_flop_counter(name: str):
-    config = yaml.safe_load((CONFIGS / "model" / f"{name}.yaml").read_text())
-    make = get_class(config.pop("_target_"))
-    config.pop("_partial_", None)
     shape = IMAGES.get(name, (3, 32, 32))
-    model = make(input_shape=shape, num_classes=10, **config)
+    model = model_factory({"model": model_settings(name)})(input_shape=shape, num_classes=10)
     x = torch.zeros(2, *shape, dtype=torch.long) if getattr(model, "takes_tokens", False) else torch.randn(2, *shape)
     assert trace(model, x).macs == pytest.approx(counted_macs(model, x), rel=0.01)
 

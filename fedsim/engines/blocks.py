@@ -17,6 +17,7 @@ from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from fedsim.messages import NUM_EXAMPLES, from_array, to_array
 
 MAX_BLOCKS = 64
+UNEQUAL = "clients sent weights of different names or shapes; a mean needs equal ones"
 PLAIN_MEANS = (FedAvg, FedAvgM, FedAdagrad, FedAdam, FedYogi, FedProx)
 
 T = TypeVar("T")
@@ -41,63 +42,98 @@ def is_plain_mean(strategy: Strategy) -> bool:
     )
 
 
-class WeightedSum:
-    """Running sum of weight x arrays in float64, over clients in blocks.
+class BlockSum:
+    """Sum of weight x arrays over the clients of one block, in the order in which they are added.
 
-    The clients of a block are added up by themselves and the block's sum is then added to the total. Buffers are made
-    once and reused: fresh memory for every client would cost more than the additions.
+    A block of one client stays as it came: its product is left to whoever adds up the blocks, so that nothing twice as
+    large travels.
     """
 
     def __init__(self) -> None:
-        self.weight = 0.0
-        self._dtypes: dict[str, np.dtype] = {}
+        self.weight, self.clients = 0.0, 0
+        self._first: ArrayRecord | None = None
         self._total: dict[str, np.ndarray] = {}
-        self._block: dict[str, np.ndarray] = {}
         self._scaled: dict[str, np.ndarray] = {}
-        self._number: int | None = None
 
-    def add(self, record: ArrayRecord, weight: float, block: int) -> None:
-        """Adds one client's arrays; clients come in order, so that equal `block` numbers stand together.
+    def add(self, record: ArrayRecord, weight: float) -> None:
+        """Adds one client's arrays.
 
         Raises:
             ValueError: if names or shapes differ from those of the first client.
         """
-        arrays = {name: from_array(array) for name, array in record.items()}
-        if not self._dtypes:
-            self._dtypes = {name: a.dtype for name, a in arrays.items()}
-            for buffers in (self._total, self._block, self._scaled):
-                buffers.update({name: np.zeros(a.shape, np.float64) for name, a in arrays.items()})
-        if {n: a.shape for n, a in arrays.items()} != {n: t.shape for n, t in self._total.items()}:
-            raise ValueError("clients sent weights of different names or shapes; a mean needs equal ones")
-        opens_block = block != self._number
-        if opens_block:
-            self._close_block()
-            self._number = block
-        for name, array in arrays.items():
-            product = (self._block if opens_block else self._scaled)[name]
-            np.copyto(product, array)  # first to float64: numpy would multiply in the dtype of the array
-            product *= weight
-            if not opens_block:
-                self._block[name] += product
+        if self._first is None:
+            self._first = record
+        else:
+            if self.clients == 1:
+                self._total = _products(self._first, self.weight, {})
+            _add_to(self._total, _products(record, weight, self._scaled))
+        self.weight += weight
+        self.clients += 1
+
+    def record(self) -> ArrayRecord:
+        """The float64 sum; of a single client its own arrays, not yet multiplied by its weight."""
+        assert self._first is not None, "a block without clients has no sum"
+        if self.clients == 1:
+            return self._first
+        return ArrayRecord({name: to_array(total) for name, total in self._total.items()})
+
+
+class WeightedSum:
+    """Running sum over blocks, in block order. Its buffers are reused: fresh memory costs more than adding."""
+
+    def __init__(self) -> None:
+        self.weight = 0.0
+        self._total: dict[str, np.ndarray] = {}
+        self._scaled: dict[str, np.ndarray] = {}
+
+    def add(self, block: ArrayRecord, weight: float, clients: int) -> None:
+        """Adds the `BlockSum.record` of a block of this weight and number of clients.
+
+        Raises:
+            ValueError: if names or shapes differ from those of the first block.
+        """
+        if clients == 1:
+            product = _products(block, weight, self._scaled)
+        else:
+            product = {name: from_array(array) for name, array in block.items()}
+        if not self._total:
+            self._total = {name: np.zeros(values.shape, np.float64) for name, values in product.items()}
+        _add_to(self._total, product)
         self.weight += weight
 
-    def mean(self) -> ArrayRecord:
-        """The weighted mean in the clients' own dtypes; integers are rounded.
+    def mean(self, model: ArrayRecord) -> ArrayRecord:
+        """The weighted mean in the dtypes of `model`; integers are rounded.
 
         Raises:
             ValueError: if the weights sum to zero.
         """
         if not self.weight > 0:
             raise ValueError(f"the weights of a mean must sum to more than zero, got {self.weight}")
-        self._close_block()
         arrays = {}
-        for name, dtype in self._dtypes.items():
-            mean = self._total[name] / self.weight
+        for name, total in self._total.items():
+            dtype = np.dtype((model[name] if name in model else next(iter(model.values()))).dtype)  # packed: all alike
+            mean = total / self.weight
             arrays[name] = to_array((np.rint(mean) if dtype.kind in "iub" else mean).astype(dtype))
         return ArrayRecord(arrays)
 
-    def _close_block(self) -> None:
-        if self._number is not None:
-            for name, total in self._total.items():
-                total += self._block[name]
-        self._number = None
+
+def _products(record: ArrayRecord, weight: float, buffers: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Weight x arrays in float64, written into `buffers`."""
+    for name, array in record.items():
+        values = from_array(array)
+        if name not in buffers:
+            buffers[name] = np.empty(values.shape, np.float64)
+        if buffers[name].shape != values.shape:
+            raise ValueError(UNEQUAL)
+        np.copyto(buffers[name], values)  # first to float64: numpy would multiply in the dtype of the array
+        buffers[name] *= weight
+    if len(buffers) != len(record):
+        raise ValueError(UNEQUAL)
+    return buffers
+
+
+def _add_to(total: dict[str, np.ndarray], values: dict[str, np.ndarray]) -> None:
+    if {name: t.shape for name, t in total.items()} != {name: v.shape for name, v in values.items()}:
+        raise ValueError(UNEQUAL)
+    for name, t in total.items():
+        t += values[name]

@@ -1,0 +1,60 @@
+"""What one client's work costs on its device, and whether its reply comes at all.
+
+A pure function of the settings and the work, so that a worker which adds up a block of clients leaves out the same
+clients as the edge grid does. May import: devices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from devices.cost import Cost, LatencyModel, Work
+from devices.fleet import Fleet
+
+Outcome = Literal["completed", "late", "offline", "out_of_memory", "failed"]
+OUTCOMES: tuple[Outcome, ...] = ("completed", "late", "offline", "out_of_memory", "failed")
+
+
+@dataclass(frozen=True)
+class Priced:
+    """What became of a client by itself, before the round closes."""
+
+    outcome: Outcome
+    reason: str = ""
+    cost: Cost = field(default_factory=Cost)
+
+    def arrives(self, limit_s: float | None) -> bool:
+        """Whether the reply is there `limit_s` seconds after the round began."""
+        return self.outcome == "completed" and (limit_s is None or self.cost.total_s <= limit_s)
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Prices the clients of one exchange.
+
+    Args:
+        round: of the exchange: jitter and crashes are drawn for it.
+        start_s: simulated time at which it began.
+    """
+
+    fleet: Fleet
+    latency: LatencyModel
+    round: int
+    start_s: float
+
+    def of(self, client: int, work: Work, outcome: Outcome, reason: str) -> Priced:
+        """The cost of the work, and the outcome where the device itself ends the client's round early."""
+        cost = self.latency.cost(work, self.fleet[client], self.fleet.jitter(client, self.round))
+        if outcome == "out_of_memory" or not cost.fits:
+            reason = reason or f"needs {work.peak_memory_bytes} bytes at its peak"
+            return Priced("out_of_memory", reason, cost.until(cost.down_s))  # it dies when it allocates
+        if outcome == "failed":
+            return Priced("failed", reason, cost.until(cost.down_s + cost.compute_s))
+        leaves_s = self.fleet.online_until(client, self.start_s) - self.start_s
+        crashes_s = self.fleet.crash_s(client, self.round)
+        if min(leaves_s, crashes_s) < cost.total_s:
+            offline = leaves_s <= crashes_s
+            reason = "went offline during the round" if offline else "crashed during the round"
+            return Priced("offline" if offline else "failed", reason, cost.until(min(leaves_s, crashes_s)))
+        return Priced(outcome, reason, cost)
