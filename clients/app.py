@@ -139,7 +139,7 @@ class Worker:
         self._load(task.weights)
         kind, _, question = phase.partition(".")
         if kind == "train":
-            return self._fit(client, task, part.array_records[ARRAYS])
+            return self._fit(client, task, _record(part, ARRAYS))
         if kind == "evaluate":
             metrics = self.trainer.evaluate(client, task)
             count = len(client.data.test)
@@ -156,9 +156,10 @@ class Worker:
         packed = None
         if update.weights is self.slots and self.flat is not None and self._shared_flat is not None:
             packed = packed_record(self.flat, self.channels_last)  # the live model as it lies in memory: one copy
-        answer = content_of_update(update, packed or record_like(update.weights, model, self.channels_last))
+        weights = packed or record_like(update.weights, model, self.channels_last)
+        answer = content_of_update(update, weights)
         # One sum over everything finds NaN and infinity without a test per element.
-        if not math.isfinite(sum(_sum(from_array(a)) for a in answer.array_records[ARRAYS].values())):
+        if not math.isfinite(sum(_sum(from_array(a)) for a in weights.values())):
             raise FloatingPointError(
                 "its update holds NaN or infinite weights; lower trainer.lr or set trainer.clip_norm"
             )
@@ -179,7 +180,7 @@ class Worker:
             weights=self.slots,
             network=self.network,
             profile=profile,
-            state=ClientState.unpack(part.array_records.get(STATE)),
+            state=ClientState.unpack(_record(part, STATE) if STATE in part else None),
             device=self.device,
             log=WorkLog(profile.memory_bytes),
             data=self._client_data(client_id),
@@ -187,9 +188,9 @@ class Worker:
 
     def _weights(self, part: RecordDict) -> Tensors:
         """The broadcast weights on this worker's device; unpacked once when the cohort shares them."""
-        record = part.array_records.get(ARRAYS)
-        if record is None:
+        if ARRAYS not in part:
             return {}
+        record = _record(part, ARRAYS)
         if self._shared is None or self._shared[0] is not record:
             weights = tensors_of(record, self.device)
             self._shared = (record, weights)
@@ -257,7 +258,7 @@ class _BlockSums:
             weights = answer.pop(ARRAYS)
             client, (block, clients) = fact["client"], self.blocks[self.header["blocks"][number]]
             if self.prices.of(client, work, fact["outcome"], fact["reason"]).arrives(self.limit_s):
-                block.add(weights, float(answer.metric_records[METRICS][NUM_EXAMPLES]))  # type: ignore[arg-type]
+                block.add(weights, float(answer[METRICS][NUM_EXAMPLES]))  # type: ignore[arg-type]
                 clients.append(client)
 
     def facts(self) -> list[dict[str, Any]]:
@@ -281,13 +282,19 @@ def worker_for(config_json: str) -> Worker:
 def serve(message: Message, _: Context) -> Message:
     """Handles every kind of cohort message; the header says which."""
     header, parts = unpack_cohort(message.content)
-    worker = worker_for(str(message.content.config_records[SETTINGS]["json"]))
+    worker = worker_for(str(message.content[SETTINGS]["json"]))
     return Message(worker.serve(header, parts), reply_to=message)
 
 
 app.train()(serve)
 app.evaluate()(serve)
 app.query()(serve)
+
+
+def _record(part: RecordDict, name: str) -> ArrayRecord:
+    record = part[name]
+    assert isinstance(record, ArrayRecord)
+    return record
 
 
 def _lay_out(model: nn.Module) -> torch.Tensor | None:

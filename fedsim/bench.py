@@ -1,216 +1,229 @@
 """How much the engines cost above the bare PyTorch loop, side by side on this host.
 
-Rounds of the bare loop and of each engine alternate in one process and the medians are compared: absolute times on a
-shared machine are noise, their ratio is not. May import: torch, fedsim. Engines come from the caller.
+Every side runs in its own process and they take turns, round by round; medians are compared, because absolute times on
+a shared machine are noise and their ratios are not. May import: fedsim, rich. Engines come from the caller.
 """
 
 from __future__ import annotations
 
-import json
-import resource
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from flwr.serverapp import Grid
 from rich.progress import Progress
 from rich.table import Table
 
+from fedsim.bench_sides import EngineFactory, EngineRounds, FastLoop, PlainLoop, SideProcess
 from fedsim.errors import ConfigError
-from fedsim.federation import Federation
-from fedsim.report import RoundReport, RunFolder
-from fedsim.seeding import torch_generator
-from fedsim.settings import Settings, World, build_world, compose
+from fedsim.settings import Settings, compose
 
-EngineFactory = Callable[[Settings], Grid]
 COHORT, CLIENTS, EXAMPLES, BATCH = 10, 100, 100, 20
 WARM_UP = 2
+PLAIN, FAST = "plain", "plain, channels last"
 
 
 def bench(
-    make_engine: EngineFactory, model: str = "lenet5", rounds: int = 30, populations: Sequence[int] = ()
+    make_engine: EngineFactory,
+    model: str = "lenet5",
+    rounds: int = 30,
+    engines: Sequence[str] = ("local",),
+    workers: int | None = None,
+    populations: Sequence[int] = (),
+    cohorts: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """Measures client updates per second of the bare loop and of each engine.
+    """Measures client updates per second of two bare loops and of each engine.
 
-    Every update is one epoch over 100 examples of 1x28x28 in batches of 20, cohort 10 of 100. A round of the engine is
+    Every update is one epoch over 100 examples of 1x28x28 in batches of 20, cohort 10 of 100. A round of an engine is
     the whole round: sampling, packing, training, averaging, clock, report files; only evaluation is left out.
 
     Args:
-        make_engine: builds the engine that the settings name.
+        make_engine: builds the engine that the settings name; a function of a module.
         model: a model config that takes 1x28x28 images.
         rounds: measured rounds of each side, after two to warm up.
-        populations: numbers of clients at which a round is timed as well.
+        engines: options of the group `engine`, but for Flower's runtime.
+        workers: of engines that have them; none for their own default.
+        populations: numbers of clients at which rounds of each engine are timed as well,
+        cohorts: with each of these cohorts.
 
     Returns:
-        {"plain_updates_per_s", "engines": {name: {...}}, "population": {clients: seconds per round}}
+        {"model", "plain_updates_per_s", "plain_channels_last_updates_per_s", "engines": {name: {"updates_per_s",
+        "ratio", "start_s", "peak_rss_bytes", "cpu_ms_per_update", "cpu_ratio", "ratio_channels_last"}}, "sweep": [{
+        "engine", "clients", "cohort", "round_s", "updates_per_s", "start_s", "idle_rss_bytes", "peak_rss_bytes"}]};
+        ratios are medians over rounds, against the bare loop in the same turn; memory is that of the driver's process.
 
     Raises:
         ConfigError: for a population smaller than the cohort, or a model that takes no such images.
     """
-    for clients in populations:
-        if clients < COHORT:
-            raise ConfigError(f"--population takes numbers of at least {COHORT} (the cohort), got {clients}")
-    settings = _settings(model, CLIENTS)
-    plain = PlainLoop(build_world(json.dumps(settings)))
-    shown = Progress(transient=True, disable=not sys.stdout.isatty())
-    with tempfile.TemporaryDirectory() as folder, shown as progress:
-        task = progress.add_task("bench", total=(rounds + WARM_UP) * (1 + len(populations)))
-        engine = EngineRounds(settings, make_engine, Path(folder) / "local")
-        engine.federation.ask_clients(0)  # every client's data are drawn and cached, as they are in the bare loop
-        plain_s: list[float] = []
-        engine_s: list[float] = []
-        engine_cpu_s: list[float] = []
-        for number in range(1, rounds + WARM_UP + 1):
-            # Taking turns at being first keeps slow drifts of the host out of the ratio.
-            sides = [(plain.round, plain_s), (engine.round, engine_s)]
-            for side, seconds in sides if number % 2 else reversed(sides):
-                started, cpu = time.perf_counter(), time.process_time()
-                side(number)
-                if number > WARM_UP:
-                    seconds.append(time.perf_counter() - started)
-                    if side == engine.round:
-                        engine_cpu_s.append(time.process_time() - cpu)
-            progress.advance(task)
-        engine.close()
-        result: dict[str, Any] = {
+    sizes = [(n, c) for n in populations or ([max(CLIENTS, *cohorts)] if cohorts else ()) for c in cohorts or (COHORT,)]
+    for clients, cohort in sizes:
+        if clients < cohort:
+            raise ConfigError(f"--population takes numbers of at least {cohort} (the cohort), got {clients}")
+    settings = {name: _settings(name, workers, model, CLIENTS, COHORT) for name in engines}
+    plain = _settings("local", None, model, CLIENTS, COHORT)
+    with tempfile.TemporaryDirectory() as folder, _progress() as progress:
+        task = progress.add_task("bench", total=(rounds + WARM_UP) * (1 + len(sizes)))
+        makers: dict[str, Callable[[], SideProcess]] = {
+            PLAIN: partial(SideProcess, PlainLoop, plain),
+            FAST: partial(SideProcess, FastLoop, plain),
+        }
+        for name in engines:
+            makers[name] = partial(SideProcess, EngineRounds, settings[name], make_engine, Path(folder) / name)
+        measured = _take_turns(makers, rounds, lambda: progress.advance(task))
+        base = measured[PLAIN]
+        result = {
             "model": model,
-            "plain_updates_per_s": COHORT / statistics.median(plain_s),
+            "plain_updates_per_s": COHORT / base.round_s,
+            "plain_channels_last_updates_per_s": COHORT / measured[FAST].round_s,
+            "plain_cpu_ms_per_update": base.cpu_ms(COHORT),
             "engines": {
-                "local": {
-                    "updates_per_s": COHORT / statistics.median(engine_s),
-                    "ratio": statistics.median(p / e for p, e in zip(plain_s, engine_s, strict=True)),
-                    "start_s": engine.start_s,
-                    "peak_rss_bytes": _peak_rss_bytes(),
-                    "cpu_ms_per_update": 1e3 * statistics.median(engine_cpu_s) / COHORT,
+                name: {
+                    "updates_per_s": COHORT / measured[name].round_s,
+                    "ratio": base.over(measured[name]),
+                    "ratio_channels_last": measured[FAST].over(measured[name]),
+                    "start_s": measured[name].start_s,
+                    "peak_rss_bytes": measured[name].peak_bytes,
+                    "cpu_ms_per_update": measured[name].cpu_ms(COHORT),
+                    "cpu_ratio": measured[name].cpu_ms(COHORT) / base.cpu_ms(COHORT),
                 }
+                for name in engines
             },
         }
-        if populations:
-            result["population"] = _populations(
-                make_engine, model, rounds, populations, Path(folder), lambda: progress.advance(task)
-            )
+        makers = {}
+        for clients, cohort in sizes:
+            for name in engines:
+                given = _settings(name, workers, model, clients, cohort)
+                where = Path(folder) / f"{name}-{clients}-{cohort}"
+                makers[f"{name} {clients} {cohort}"] = partial(SideProcess, EngineRounds, given, make_engine, where)
+        if makers:
+            measured = _take_turns(makers, rounds, lambda: progress.advance(task, len(sizes)))
+            result["sweep"] = [_sweep_row(key, measured[key]) for key in makers]
     return result
 
 
-def _populations(
-    make_engine: EngineFactory,
-    model: str,
-    rounds: int,
-    populations: Sequence[int],
-    folder: Path,
-    advance: Callable[[], None],
-) -> dict[str, float]:
-    """Median seconds of a round with each number of clients, taking turns."""
-    engines = {n: EngineRounds(_settings(model, n), make_engine, folder / str(n)) for n in populations}
-    seconds: dict[int, list[float]] = {n: [] for n in populations}
-    for number in range(1, rounds + WARM_UP + 1):
-        for clients, engine in engines.items():
-            started = time.perf_counter()
-            engine.round(number)
-            if number > WARM_UP:
-                seconds[clients].append(time.perf_counter() - started)
+class _Measured:
+    """What one side took, round by round."""
+
+    def __init__(self, side: SideProcess):
+        self.start_s, self.idle_bytes, self.peak_bytes = side.start_s, int(side.idle_bytes), 0
+        self.seconds: list[float] = []
+        self.cpu_seconds: list[float] = []
+
+    @property
+    def round_s(self) -> float:
+        return statistics.median(self.seconds)
+
+    def cpu_ms(self, cohort: int) -> float:
+        return 1e3 * statistics.mean(self.cpu_seconds) / cohort  # the clock of processes ticks in hundredths
+
+    def over(self, other: _Measured) -> float:
+        """How many times as fast the other side is."""
+        return statistics.median(a / b for a, b in zip(self.seconds, other.seconds, strict=True))
+
+
+def _take_turns(
+    makers: dict[str, Callable[[], SideProcess]], rounds: int, advance: Callable[[], None]
+) -> dict[str, _Measured]:
+    sides: dict[str, SideProcess] = {}
+    try:
+        for name, make in makers.items():
+            sides[name] = make()
+        measured = {name: _Measured(side) for name, side in sides.items()}
+        for number in range(-WARM_UP, rounds):
+            # Taking turns at being first keeps slow drifts of the host out of the ratio.
+            for name in sides if number % 2 else reversed(sides):
+                seconds, cpu_s = sides[name].round(number + WARM_UP)
+                if number >= 0:
+                    measured[name].seconds.append(seconds)
+                    measured[name].cpu_seconds.append(cpu_s)
             advance()
-    for engine in engines.values():
-        engine.close()
-    return {str(n): statistics.median(times) for n, times in seconds.items()}
+        for name, side in sides.items():
+            measured[name].peak_bytes = side.close()
+        sides = {}
+        return measured
+    finally:
+        for side in sides.values():
+            side.kill()
 
 
-class EngineRounds:
-    """Whole rounds of a federation, reports included, one at a time."""
-
-    def __init__(self, settings: Settings, make_engine: EngineFactory, folder: Path):
-        started = time.perf_counter()
-        self.federation = Federation(build_world(json.dumps(settings)), make_engine(settings))
-        self.folder = RunFolder(folder, settings)
-        self.start_s = time.perf_counter() - started
-
-    def round(self, number: int) -> RoundReport:
-        """One training round, written down."""
-        started, start_s = time.perf_counter(), self.federation.grid.clock.now_s
-        report, clients = self.federation.report(number, start_s, self.federation.train(number), started)
-        self.folder.add(report, clients)
-        return report
-
-    def close(self) -> None:
-        """Closes the run folder."""
-        self.folder.close()
+def _sweep_row(key: str, measured: _Measured) -> dict[str, Any]:
+    name, clients, cohort = key.split()
+    return {
+        "engine": name,
+        "clients": int(clients),
+        "cohort": int(cohort),
+        "round_s": measured.round_s,
+        "updates_per_s": int(cohort) / measured.round_s,
+        "start_s": measured.start_s,
+        "idle_rss_bytes": measured.idle_bytes,
+        "peak_rss_bytes": measured.peak_bytes,
+    }
 
 
-class PlainLoop:
-    """The loop that everybody writes: copy the weights in, train, average; no messages, devices or reports."""
-
-    def __init__(self, world: World):
-        self.world, self.workload = world, world.workload
-        trainer = world.settings["trainer"]
-        self.lr, self.batch_size = trainer["lr"], trainer["batch_size"]
-        torch.set_num_threads(world.settings["engine"]["threads"])
-        self.model = self.workload.build_model()
-        self.weights = {name: t.clone() for name, t in self.model.state_dict().items()}
-        self.data = [self.workload.client_data(client_id).train for client_id in range(self.workload.num_clients)]
-
-    def round(self, number: int) -> None:
-        """Trains a cohort and averages what it learnt."""
-        shuffle = torch_generator(number, "plain")
-        cohort = torch.randperm(self.workload.num_clients, generator=shuffle)[:COHORT].tolist()
-        sums = {name: torch.zeros_like(t) for name, t in self.weights.items()}
-        for client_id in cohort:
-            train = self.data[client_id]
-            self.model.load_state_dict(self.weights)
-            optimiser = torch.optim.SGD(self.model.parameters(), self.lr)
-            for rows in torch.randperm(len(train), generator=shuffle).split(self.batch_size):
-                batch = train.gather(rows)
-                optimiser.zero_grad()
-                self.workload.loss(self.model, batch).backward()
-                optimiser.step()
-            for name, t in self.model.state_dict().items():
-                sums[name] += t / len(cohort)
-        self.weights = sums
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    with Progress(transient=True, disable=not sys.stdout.isatty()) as progress:
+        yield progress
 
 
-def table(result: dict[str, Any]) -> Table:
+def table(result: dict[str, Any]) -> list[Table]:
     """The result for people."""
-    shown = Table(title=f"{result['model']}, {EXAMPLES} examples a client, batch {BATCH}, cohort {COHORT} of {CLIENTS}")
-    for name in ("engine", "updates/s", "of the bare loop", "CPU ms/update", "start s"):
-        shown.add_column(name, justify="left" if name == "engine" else "right")
-    shown.add_row("bare loop", f"{result['plain_updates_per_s']:.1f}", "1.000", "", "")
+    title = f"{result['model']}, {EXAMPLES} examples a client, batch {BATCH}, cohort {COHORT} of {CLIENTS}"
+    shown = Table(title=title)
+    for name in ("side", "updates/s", "of the bare loop", "CPU ms/update", "start s", "peak MB"):
+        shown.add_column(name, justify="left" if name == "side" else "right")
+    base = result["plain_updates_per_s"]
+    fast = result["plain_channels_last_updates_per_s"]
+    shown.add_row("bare loop", f"{base:.1f}", "1.000", f"{result['plain_cpu_ms_per_update']:.1f}", "", "")
+    shown.add_row("bare loop, channels last", f"{fast:.1f}", f"{fast / base:.3f}", "", "", "")
     for name, e in result["engines"].items():
-        figures = (
+        shown.add_row(
+            name,
             f"{e['updates_per_s']:.1f}",
             f"{e['ratio']:.3f}",
             f"{e['cpu_ms_per_update']:.1f}",
             f"{e['start_s']:.2f}",
+            f"{e['peak_rss_bytes'] / 1e6:.0f}",
         )
-        shown.add_row(name, *figures)
-    for clients, seconds in result.get("population", {}).items():
-        shown.add_row(f"local, {int(clients):,} clients", f"{COHORT / seconds:.1f}", "", "", "")
+    return [shown, _sweep_table(result["sweep"])] if "sweep" in result else [shown]
+
+
+def _sweep_table(rows: Sequence[dict[str, Any]]) -> Table:
+    shown = Table(title="more clients")
+    for name in ("engine", "clients", "cohort", "round ms", "updates/s", "start s", "idle MB", "peak MB"):
+        shown.add_column(name, justify="left" if name == "engine" else "right")
+    for row in rows:
+        shown.add_row(
+            row["engine"],
+            f"{row['clients']:,}",
+            f"{row['cohort']:,}",
+            f"{1e3 * row['round_s']:.0f}",
+            f"{row['updates_per_s']:.1f}",
+            f"{row['start_s']:.2f}",
+            f"{row['idle_rss_bytes'] / 1e6:.0f}",
+            f"{row['peak_rss_bytes'] / 1e6:.0f}",
+        )
     return shown
 
 
-def _settings(model: str, clients: int) -> Settings:
-    data = ["workload=blobs", "workload.input_shape=[1,28,28]", f"workload.examples_per_client={EXAMPLES}"]
-    data += [
+def _settings(engine: str, workers: int | None, model: str, clients: int, cohort: int) -> Settings:
+    overrides = [
+        "workload=blobs",
+        "workload.input_shape=[1,28,28]",
+        f"workload.examples_per_client={EXAMPLES}",
         "workload.client_test_fraction=0",
         f"num_clients={clients}",
-        f"cohort={COHORT}",
-        f"evaluate_clients={min(clients, CLIENTS)}",
+        f"cohort={cohort}",
+        f"evaluate_clients={min(clients, max(CLIENTS, cohort))}",
+        f"model={model}",
+        "fleet=uniform",
+        f"trainer.batch_size={BATCH}",
+        "trainer.local_epochs=1",
+        f"engine={engine}",
+        "engine.device=cpu",
     ]
-    return compose(
-        [
-            *data,
-            f"model={model}",
-            "fleet=uniform",
-            f"trainer.batch_size={BATCH}",
-            "trainer.local_epochs=1",
-            "engine.device=cpu",
-        ]
-    )
-
-
-def _peak_rss_bytes() -> int:
-    """Largest resident memory of this process so far; Linux counts kilobytes, macOS bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return compose([*overrides, f"engine.workers={workers}"] if workers and engine != "local" else overrides)

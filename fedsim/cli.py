@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -30,7 +31,7 @@ data_app = typer.Typer(no_args_is_help=True, help="What there is to learn from, 
 app.add_typer(data_app, name="data")
 app.add_typer(devices_app, name="devices")
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 RUN_EPILOG = """
 [bold]Examples[/bold]
@@ -78,27 +79,71 @@ def run(ctx: typer.Context) -> None:
 @app.command()
 def bench(
     model: Annotated[str, typer.Option(help="Model config to train.")] = "lenet5",
-    rounds: Annotated[int, typer.Option(help="Rounds per engine, interleaved with the bare loop.", min=2)] = 30,
-    population: Annotated[
-        str, typer.Option(help="Also time a round at these numbers of clients, e.g. 100,10000.")
-    ] = "",
+    rounds: Annotated[int, typer.Option(help="Rounds per side; the sides take turns.", min=2)] = 30,
+    engines: Annotated[str, typer.Option(help="Engines to measure.")] = "local,ray",
+    workers: Annotated[int, typer.Option(help="Workers of ray; 0: one per core.", min=0)] = 0,
+    population: Annotated[str, typer.Option(help="Also time rounds with these numbers of clients.")] = "",
+    cohort: Annotated[str, typer.Option(help="Also time rounds with these cohorts.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Measure the engine's overhead: client updates per second beside a bare PyTorch loop doing the same steps.
+    """Measure the engines' overhead: client updates per second beside bare PyTorch loops doing the same steps.
 
-    Example: fedsim bench --population 100,10000
+    Example: fedsim bench --engines local --population 1000,1000000 --cohort 100
     """
+    from devices.errors import unknown
     from fedsim.bench import bench as measure
     from fedsim.bench import table
+    from fedsim.errors import ConfigError
+    from fedsim.settings import options
 
-    sizes = [_whole("--population", text) for text in population.split(",")] if population else []
-    result = measure(_local_engine, model, rounds, sizes)
+    names = [name for name in engines.split(",") if name]
+    for name in names or [engines]:
+        if name not in options("engine"):
+            raise ConfigError(unknown("engine", name, options("engine")))
+    populations, cohorts = (
+        [_whole(flag, text) for text in given.split(",")] if given else []
+        for flag, given in (("--population", population), ("--cohort", cohort))
+    )
+    result = measure(build_engine, model, rounds, names, workers or None, populations, cohorts)
     if as_json:
         import json
 
         print(json.dumps(result))
     else:
-        _console().print(table(result))
+        for shown in table(result):
+            _console().print(shown)
+
+
+@app.command()
+def replay(
+    run: Annotated[Path, typer.Argument(help="Folder of the run.")],
+    round: Annotated[int, typer.Option(help="Round, from 1.", min=1)],
+    client: Annotated[int, typer.Option(help="Client id.", min=0)],
+) -> None:
+    """Run just one client of one round again, in this process, and print its metrics or its traceback.
+
+    A client that stopped the run starts at once: what it was sent was kept. For any other, the rounds before are run
+    again first.
+
+    Example: fedsim replay runs/20261121-101500-fedavg-digits --round 3 --client 17
+    """
+    from rich.progress import track
+
+    from fedsim.replay import instruction_of, settings_of
+    from fedsim.replay import replay as again
+
+    settings = settings_of(run)
+    console, engine = _console(), build_engine(settings)
+    bar = iter(track(range(round), "rounds before", console=console, transient=True, disable=round == 1))
+    instruction = instruction_of(settings, engine, run, round, client, lambda _: next(bar, None))
+    result = again(settings, engine, instruction)
+    if result.traceback:
+        print(result.traceback, end="", file=sys.stderr)
+    reason = f": {result.reason}" if result.reason else ""
+    console.print(f"client {client} in round {round}: {result.outcome}{reason}", highlight=False, soft_wrap=True)
+    for name, value in result.metrics.items():
+        console.print(f"  {name} {value:.6g}", highlight=False)
+    raise typer.Exit(0 if result.outcome == "completed" else 1)
 
 
 @app.command()
@@ -109,7 +154,7 @@ def doctor() -> None:
     """
     from fedsim.doctor import examine
 
-    raise typer.Exit(examine(_console(), _local_engine))
+    raise typer.Exit(examine(_console(), build_engine))
 
 
 @data_app.command("list")
@@ -162,6 +207,7 @@ def main() -> None:
     from devices.errors import DeviceError
     from fedsim.errors import ConfigError, DataError, RunError
 
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         code = app(standalone_mode=False)
     except getattr(exceptions, "NoArgsIsHelpError", ()) as error:  # not in click 8.1
@@ -179,9 +225,20 @@ def main() -> None:
         _give_up(f"{error.strerror or type(error).__name__}{where}", 1, error)
     except (exceptions.Abort, KeyboardInterrupt):
         code = INTERRUPTED
+    except _Terminated:
+        _give_up("terminated; everything written so far stays", TERMINATED, None)
     if code == INTERRUPTED:  # click's own answer to Ctrl-C
         _give_up("interrupted; everything written so far stays", INTERRUPTED, None)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+class _Terminated(BaseException):
+    """SIGTERM came: engines and run folders are closed on the way out, as after Ctrl-C."""
+
+
+def _terminate(*_: object) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would cut the closing short
+    raise _Terminated
 
 
 def _give_up(text: str, code: int, error: BaseException | None) -> None:
@@ -315,15 +372,20 @@ def run_one(settings: dict[str, Any]) -> dict[str, Any]:
 
     _forget_worlds()
     console, folder = _console(), run_folder(settings)
-    with progress_bar(console, settings["rounds"]) as (watch, observe):
-        summary = run_federation(settings, _local_engine(settings), folder, watch, observe)
+    engine = build_engine(settings)
+    try:
+        with progress_bar(console, settings["rounds"]) as (watch, observe):
+            summary = run_federation(settings, engine, folder, watch, observe)
+    finally:
+        engine.close()
     console.print(closing_table(read_rounds(folder)))
     for line in closing_lines(summary, folder):
         console.print(line, highlight=False, soft_wrap=True)
     return summary
 
 
-def _local_engine(settings: dict[str, Any]) -> Any:
+def build_engine(settings: dict[str, Any]) -> Any:
+    """The engine that the settings name, for `clients.app`; the caller closes it."""
     from clients.app import app as client_app
     from fedsim.settings import instantiate
 

@@ -23,8 +23,9 @@ class ClientError(RunError):
     Args:
         text: one sentence.
         traceback: where it happened, as text from the worker.
+        instruction: what the client was sent (a `fedsim.messages.Instruction`), to run it again alone.
     """
 
-    def __init__(self, text: str, traceback: str = ""):
+    def __init__(self, text: str, traceback: str = "", instruction: object = None):
         super().__init__(text)
-        self.traceback = traceback
+        self.traceback, self.instruction = traceback, instruction

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.exception import AppExitException
 from flwr.serverapp.strategy import Strategy
@@ -79,10 +79,7 @@ class Federation:
 
     def train(self, number: int) -> dict[str, float]:
         """One training exchange and the new global weights; without replies the weights stay."""
-        self.grid.round = number
-        with seeded_globals(self.seed, "cohort", number):
-            messages = list(self.strategy.configure_train(number, self.arrays, ConfigRecord(), self.grid))
-        replies = self.grid.send_and_receive(messages)
+        replies = self.grid.send_and_receive(self.instructions(number))
         if not replies:
             return {}
         try:
@@ -95,6 +92,12 @@ class Federation:
         if arrays is not None:
             self.arrays = like(arrays, self.arrays)
         return _plain(metrics)
+
+    def instructions(self, number: int) -> list[Message]:
+        """What the strategy sends to the clients of a round, addressed by client id."""
+        self.grid.round = number
+        with seeded_globals(self.seed, "cohort", number):
+            return list(self.strategy.configure_train(number, self.arrays, ConfigRecord(), self.grid))
 
     def judge(self) -> dict[str, float]:
         """Accuracy and loss of the global model on the held-out test set, on the server, at no simulated cost."""

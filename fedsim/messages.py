@@ -68,6 +68,21 @@ class ClientUpdate:
         return _extra(self, f"client {self.client_id}", name)
 
 
+@dataclass(frozen=True)
+class Instruction:
+    """What one client was sent.
+
+    Attributes:
+        phase: "train", "evaluate" or "query.<question>".
+        content: its records, with what the client kept from earlier rounds under `state`.
+    """
+
+    round: int
+    client: int
+    phase: str
+    content: RecordDict
+
+
 _DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 
 
@@ -186,13 +201,18 @@ def tensors_of(record: ArrayRecord, device: torch.device | str = "cpu") -> Tenso
     return {name: torch.from_numpy(from_array(array).copy()).to(device) for name, array in record.items()}
 
 
+def arrays_in(content: RecordDict) -> dict[str, ArrayRecord]:
+    """The ArrayRecords of a content by name; Flower's own property checks and copies them all at every call."""
+    return {name: record for name, record in content.items() if isinstance(record, ArrayRecord)}
+
+
 def payload_bytes(content: RecordDict) -> int:
     """Bytes of numbers that cross the network: itemsize x elements of every array but the client's own state.
 
     Flower's npy headers (128 bytes per tensor) and the few scalars of config and metrics are not counted: a deployment
     chooses its own envelope.
     """
-    return sum(record_bytes(record) for name, record in content.array_records.items() if name != STATE)
+    return sum(record_bytes(record) for name, record in arrays_in(content).items() if name != STATE)
 
 
 def record_bytes(record: ArrayRecord) -> int:
@@ -223,8 +243,9 @@ def like(record: ArrayRecord, model: ArrayRecord) -> ArrayRecord:
 
 def broadcast_of(content: RecordDict, weights: Tensors, round: int) -> Broadcast:
     """Reads one client's instruction; `weights` are its `arrays`, unpacked by the caller (a cohort shares them)."""
-    extras = {name: tensors_of(r) for name, r in content.array_records.items() if name not in (ARRAYS, STATE)}
-    settings = {key: value for record in content.config_records.values() for key, value in record.items()}
+    extras = {name: tensors_of(r) for name, r in arrays_in(content).items() if name not in (ARRAYS, STATE)}
+    configs = [record for record in content.values() if isinstance(record, ConfigRecord)]
+    settings = {key: value for record in configs for key, value in record.items()}
     return Broadcast(round, weights, extras, settings)  # type: ignore[arg-type]
 
 
@@ -253,7 +274,7 @@ def update_of(content: RecordDict, client_id: int) -> ClientUpdate:
     """Reads what a client answered."""
     metrics = {key: value for record in content.metric_records.values() for key, value in record.items()}
     num_examples = int(metrics.pop(NUM_EXAMPLES, 0))  # type: ignore[arg-type]
-    extras = {name: tensors_of(r) for name, r in content.array_records.items() if name not in (ARRAYS, STATE)}
+    extras = {name: tensors_of(r) for name, r in arrays_in(content).items() if name not in (ARRAYS, STATE)}
     weights = tensors_of(content.array_records[ARRAYS])
     return ClientUpdate(client_id, num_examples, weights, metrics, extras)  # type: ignore[arg-type]
 
@@ -288,7 +309,7 @@ def pack_cohort(
 def unpack_cohort(content: RecordDict) -> tuple[dict[str, Any], list[RecordDict]]:
     """The inverse of `pack_cohort`; shared records are shared objects again."""
     header = cohort_header(content)
-    layout = json.loads(str(content.config_records[COHORT]["layout"]))
+    layout = json.loads(content[COHORT]["layout"])  # type: ignore[arg-type]
     return header, [RecordDict({name: content[key] for name, key in refs.items()}) for refs in layout]
 
 
@@ -298,9 +319,9 @@ def cohort_header(content: RecordDict) -> dict[str, Any]:
     Raises:
         ValueError: if it is not a cohort message.
     """
-    if COHORT not in content.config_records:
+    if COHORT not in content:
         raise ValueError(f"not a cohort message: no {COHORT!r} record among {sorted(content)}")
-    header: dict[str, Any] = json.loads(str(content.config_records[COHORT]["header"]))
+    header: dict[str, Any] = json.loads(content[COHORT]["header"])  # type: ignore[arg-type]
     return header
 
 

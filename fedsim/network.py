@@ -23,7 +23,18 @@ from devices.profile import DeviceProfile
 from fedsim.clock import SimClock
 from fedsim.engines.blocks import BlockSum, WeightedSum, blocks
 from fedsim.errors import ClientError, RunError
-from fedsim.messages import ARRAYS, METRICS, NUM_EXAMPLES, STATE, pack_cohort, payload_bytes, unpack_cohort, unpacked
+from fedsim.messages import (
+    ARRAYS,
+    METRICS,
+    NUM_EXAMPLES,
+    STATE,
+    Instruction,
+    arrays_in,
+    pack_cohort,
+    payload_bytes,
+    unpack_cohort,
+    unpacked,
+)
 from fedsim.pricing import Outcome, Prices
 
 NO_REPLY, NOT_THERE = "the engine returned no reply", "offline when the round began"
@@ -79,7 +90,7 @@ class _Reply:
     cost: Cost = field(default_factory=Cost)
 
 
-_Answer = tuple[int, RecordDict, Work, Outcome, str]  # client, content, work, outcome, reason
+_Answer = tuple[int, RecordDict, Work, Outcome, str, str]  # client, content, work, outcome, reason, traceback
 _BlockSum = tuple[int, list[int], float, RecordDict]  # block, clients, weight, the sum under `arrays` if there are any
 
 
@@ -252,8 +263,13 @@ class EdgeGrid(Grid):
         if total is not None:
             total.expect(online)
         for answers, sums in self._engine_replies(self._messages(online, phase, total)):
-            for client, content, work, outcome, reason in answers:
+            for client, content, work, outcome, reason, trace in answers:
                 reply = replies[client]
+                if outcome == "failed" and self.on_client_error == "stop":
+                    who = f"client {client} ({self.fleet.device_name(client)})"
+                    where = f"failed in round {self.round} (seed {self.seed})"
+                    instruction = Instruction(self.round, client, phase, self._with_state(reply))
+                    raise ClientError(f"{who} {where}: {reason}", trace, instruction)
                 reply.content, reply.work = content, replace(work, down_bytes=reply.work.down_bytes)
                 priced = prices.of(client, reply.work, outcome, reason)
                 reply.outcome, reply.reason, reply.cost = priced.outcome, priced.reason, priced.cost
@@ -280,10 +296,7 @@ class EdgeGrid(Grid):
         messages: list[Message] = []
         for some in _cut(online, len(nodes), small, whole_blocks=total is not None):
             clients = [r.client for r in some]
-            parts = []
-            for r in some:
-                state = self.store.get(r.client)
-                parts.append(r.message.content if state is None else RecordDict({**r.message.content, STATE: state}))
+            parts = [self._with_state(r) for r in some]
             header: dict[str, Any] = {"round": self.round, "phase": phase, "clients": clients}
             header["cost"] = sum(self._flops.get(c, usual) for c in clients)
             if total is not None:
@@ -296,6 +309,11 @@ class EdgeGrid(Grid):
             messages.append(Message(content, nodes[len(messages) % len(nodes)], phase.partition(".")[0]))
         return messages
 
+    def _with_state(self, reply: _Reply) -> RecordDict:
+        """What the client is sent: the strategy's own content, and what the client keeps."""
+        content, state = reply.message.content, self.store.get(reply.client)
+        return content if state is None else RecordDict({**content, STATE: state})
+
     def _engine_replies(self, cohort_messages: list[Message]) -> Iterator[tuple[list[_Answer], list[_BlockSum] | None]]:
         """Unpacks what the engine sends back, in any order: the clients of a message and, where asked for, its sums."""
         if not cohort_messages:
@@ -306,13 +324,9 @@ class EdgeGrid(Grid):
             header, parts = unpack_cohort(reply.content)
             answers: list[_Answer] = []
             for facts, work, content in zip(header["clients"], unpack_works(header), parts, strict=False):
-                client, outcome, reason = facts["client"], facts["outcome"], facts["reason"]
-                if outcome == "failed" and self.on_client_error == "stop":
-                    who = f"client {client} ({self.fleet.device_name(client)})"
-                    where = f"failed in round {self.round} (seed {self.seed})"
-                    raise ClientError(f"{who} {where}: {reason}", facts["traceback"])
                 up_bytes = facts["up_bytes"] if "up_bytes" in facts else payload_bytes(content)
-                answers.append((client, content, replace(work, up_bytes=up_bytes), outcome, reason))
+                work = replace(work, up_bytes=up_bytes)
+                answers.append((facts["client"], content, work, facts["outcome"], facts["reason"], facts["traceback"]))
             sums = None
             if "sums" in header:
                 blocks_of = zip(header["sums"], parts[len(answers) :], strict=True)
@@ -327,12 +341,12 @@ class EdgeGrid(Grid):
             self._flops[reply.client] = work.flops
         if reply.cost.up_s == 0.0:
             work = replace(work, up_bytes=0)
-        if reply.content is not None and METRICS in reply.content.metric_records:
-            metrics = dict(reply.content.metric_records[METRICS])
+        if reply.content is not None and METRICS in reply.content:
+            metrics = dict(reply.content[METRICS])
         if reply.outcome == "completed":
             assert reply.content is not None
-            if STATE in reply.content.array_records:
-                self.store.commit(reply.client, reply.content.array_records[STATE])
+            if STATE in reply.content:
+                self.store.commit(reply.client, _arrays(reply.content, STATE))
         self.reports.append(
             ClientReport(
                 round=self.round,
@@ -358,8 +372,8 @@ class EdgeGrid(Grid):
             assert reply.content is not None
             reply.content.pop(STATE, None)
             if ARRAYS in reply.content and ARRAYS in reply.message.content:
-                model = reply.message.content.array_records[ARRAYS]
-                reply.content[ARRAYS] = unpacked(reply.content.array_records[ARRAYS], model)
+                model = _arrays(reply.message.content)
+                reply.content[ARRAYS] = unpacked(_arrays(reply.content), model)
         return [Message(r.content, reply_to=r.message) for r in accepted if r.content is not None]
 
     def _mean(self, accepted: Sequence[_Reply], total: _RoundSum) -> RecordDict:
@@ -376,7 +390,7 @@ class EdgeGrid(Grid):
                     metrics[key] = metrics.get(key, 0.0) + value * weight
             examples += weight
         means = {key: value / examples for key, value in metrics.items()}
-        model = accepted[0].message.content.array_records[ARRAYS]
+        model = _arrays(accepted[0].message.content)
         mean = unpacked(total.mean({r.client for r in accepted}, model), model)
         return RecordDict({ARRAYS: mean, METRICS: MetricRecord({NUM_EXAMPLES: examples, **means})})
 
@@ -404,7 +418,7 @@ class _RoundSum:
     def add_sums(self, sums: Sequence[_BlockSum]) -> None:
         """Takes whole blocks that a worker has added up."""
         for number, clients, weight, part in sums:
-            self._put(number, clients, (part.array_records[ARRAYS], weight, len(clients)) if clients else None)
+            self._put(number, clients, (_arrays(part), weight, len(clients)) if clients else None)
 
     def add_separate(self, replies: Sequence[_Reply]) -> None:
         """Takes clients with their own updates; a block is added up when the last of it is here."""
@@ -474,17 +488,25 @@ def _cut(online: Sequence[_Reply], nodes: int, small: bool, whole_blocks: bool) 
         yield some
 
 
+def _arrays(content: RecordDict, name: str = ARRAYS) -> ArrayRecord:
+    record = content[name]
+    assert isinstance(record, ArrayRecord)
+    return record
+
+
 def _judged(reply: _Reply) -> float:
     assert reply.content is not None
-    return float(reply.content.metric_records[METRICS][NUM_EXAMPLES])  # type: ignore[arg-type]
+    return float(reply.content[METRICS][NUM_EXAMPLES])  # type: ignore[arg-type]
 
 
 def _check_alike(reply: _Reply, first: _Reply) -> None:
     """Refuses what a strategy that only averages would drop or average wrongly, as Flower does for single replies."""
-    extras = sorted(set(reply.content.array_records) - {ARRAYS, STATE})  # type: ignore[union-attr]
+    assert reply.content is not None
+    assert first.content is not None
+    extras = sorted(set(arrays_in(reply.content)) - {ARRAYS, STATE})
     if extras:
         raise RunError(f"the clients sent {extras} beside their weights, which the strategy drops, {ONE_METHOD}")
-    names, others = (sorted(set(r.content.metric_records[METRICS]) - {NUM_EXAMPLES}) for r in (reply, first))  # type: ignore[union-attr]
-    if names != others:
+    if reply.content[METRICS].keys() != first.content[METRICS].keys():
+        names, others = (sorted(set(c[METRICS]) - {NUM_EXAMPLES}) for c in (reply.content, first.content))
         who = f"client {reply.client} reported metrics {names}, client {first.client} {others}"
         raise RunError(f"{who}; a mean needs the same metrics from every client")

@@ -1,13 +1,14 @@
 """What a run writes: one line per round, one row per client and round, TensorBoard events, a summary.
 
 Everything is on disk as it happens, so that a killed run leaves a readable folder. May import: pyarrow, tensorboard,
-yaml, fedsim.network's reports. Heavy libraries are imported when a folder is opened.
+safetensors, torch, yaml, fedsim.network's reports. Heavy libraries are imported when a folder is opened.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import time
 from collections import Counter
@@ -18,17 +19,29 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ArrayRecord
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
-from fedsim.errors import ConfigError
-from fedsim.messages import from_array
+from fedsim.errors import ClientError, ConfigError
+from fedsim.messages import Instruction, arrays_in, from_array, record_of
 from fedsim.network import ClientReport
 from fedsim.pricing import OUTCOMES
 
 HOST_FIELDS = ("host_s",)  # the only fields of a report that may differ between equal runs
 FLUSH_S, FLUSH_ROWS = 20.0, 20_000
 # `out=` may name a folder that exists as long as none of these is in it.
-WRITTEN = ("config.yaml", "rounds.jsonl", "clients", "tensorboard", "summary.json", "failure.json", "checkpoint")
+FAILED_CLIENT, ITS_ARRAYS = "failed-client.json", "failed-client.safetensors"
+WRITTEN = (
+    "config.yaml",
+    "rounds.jsonl",
+    "clients",
+    "tensorboard",
+    "summary.json",
+    "failure.json",
+    "checkpoint",
+    FAILED_CLIENT,
+    ITS_ARRAYS,
+)
 
 
 @dataclass(frozen=True)
@@ -115,6 +128,44 @@ def write_atomic(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
+def keep_instruction(folder: Path, sent: Instruction) -> None:
+    """Writes what one client was sent: its settings as JSON, its arrays as safetensors."""
+    from safetensors.torch import save_file
+
+    arrays = {
+        f"{name}/{key}": torch.from_numpy(from_array(array).copy())
+        for name, record in arrays_in(sent.content).items()
+        for key, array in record.items()
+    }
+    configs = {name: dict(r) for name, r in sent.content.items() if isinstance(r, ConfigRecord)}
+    facts = {"round": sent.round, "client": sent.client, "phase": sent.phase, "configs": configs}
+    save_file(arrays, folder / ITS_ARRAYS)
+    write_atomic(folder / FAILED_CLIENT, json.dumps(facts, default=str) + "\n")
+
+
+def kept_instruction(folder: Path) -> Instruction | None:
+    """What the client was sent that stopped the run, if one did.
+
+    Raises:
+        ConfigError: if its files cannot be read.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not (folder / FAILED_CLIENT).exists():
+        return None
+    try:
+        facts = json.loads((folder / FAILED_CLIENT).read_text())
+        arrays = load_file(folder / ITS_ARRAYS)
+        content: dict[str, Any] = {name: ConfigRecord(values) for name, values in facts["configs"].items()}
+        for name in dict.fromkeys(key.partition("/")[0] for key in arrays):
+            content[name] = record_of({k.partition("/")[2]: t for k, t in arrays.items() if k.startswith(f"{name}/")})
+        return Instruction(facts["round"], facts["client"], facts["phase"], RecordDict(content))
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{FAILED_CLIENT} and .safetensors in {folder} cannot be read: {reason}") from error
+
+
 def run_folder(settings: dict[str, Any]) -> Path:
     """Where the run goes: `out`, or `runs/<date>-<time>-<name>` with a number behind it when that is taken."""
     if settings["out"] is not None:
@@ -195,9 +246,13 @@ class RunFolder:
         write_atomic(self.path / "summary.json", json.dumps(summary, indent=1) + "\n")
 
     def fail(self, error: BaseException) -> None:
-        """Leaves a note beside everything written so far."""
+        """Leaves a note beside everything written so far, and what a client that failed was sent."""
         self.flush()
-        note = {"error": type(error).__name__, "reason": str(error)}
+        if isinstance(error, ClientError) and isinstance(error.instruction, Instruction):
+            keep_instruction(self.path, error.instruction)
+            who = f"--round {error.instruction.round} --client {error.instruction.client}"
+            error.add_note(f"replay it with: fedsim replay {shlex.quote(str(self.path))} {who}")
+        note = {"error": type(error).__name__, "reason": "; ".join([str(error), *getattr(error, "__notes__", [])])}
         write_atomic(self.path / "failure.json", json.dumps(note, indent=1) + "\n")
 
     def discard(self) -> None:

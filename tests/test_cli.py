@@ -435,14 +435,17 @@ def test_doctor_says_when_something_is_wrong(fedsim: Callable[..., Ended], monke
 
 
 def test_bench_prints_what_a_script_needs(fedsim: Callable[..., Ended]):
-    ended = fedsim("bench", "--model", "mlp", "--rounds", "2", "--population", "20", "--json")
+    sweep = ["--population", "20,30", "--cohort", "5"]
+    ended = fedsim("bench", "--model", "mlp", "--rounds", "2", "--engines", "local", *sweep, "--json")
     assert (ended.code, ended.err) == (0, "")
     result = json.loads(ended.out)
     assert result["plain_updates_per_s"] > 0
+    assert result["plain_channels_last_updates_per_s"] > 0
     local = result["engines"]["local"]
     assert set(local) >= {"updates_per_s", "ratio", "start_s", "peak_rss_bytes", "cpu_ms_per_update"}
-    assert all(value > 0 for value in local.values())
-    assert result["population"]["20"] > 0
+    assert all(value > 0 for key, value in local.items() if not key.startswith("cpu"))  # it may tick too seldom
+    assert [(row["clients"], row["cohort"]) for row in result["sweep"]] == [(20, 5), (30, 5)]
+    assert all(row["round_s"] > 0 for row in result["sweep"])
     assert list(Path().iterdir()) == []
 
 
@@ -457,12 +460,15 @@ def test_bench_prints_what_a_script_needs(fedsim: Callable[..., Ended]):
         (["--rounds", "x"], ["'--rounds'", "'x'"]),
         (["--model", "nope"], ["unknown model 'nope'", "lenet5"]),
         (["--model", "char_lstm"], ["model char_lstm needs sequences"]),
+        (["--engines", "lokal"], ["unknown engine 'lokal'", "'local'"]),
+        (["--engines", ","], ["unknown engine ','"]),
+        (["--cohort", "20", "--population", "10"], ["--population takes numbers of at least 20", "got 10"]),
         (["--nope"], ["--nope"]),
         (["extra"], ["extra"]),
     ],
 )
 def test_bench_refuses_in_one_sentence(arguments: list[str], words: list[str], fedsim: Callable[..., Ended]):
-    assert_refused(fedsim("bench", *arguments), *words)
+    assert_refused(fedsim("bench", *([] if "--engines" in arguments else ["--engines", "local"]), *arguments), *words)
 
 
 def test_unknown_commands_are_one_sentence(fedsim: Callable[..., Ended]):
@@ -472,7 +478,15 @@ def test_unknown_commands_are_one_sentence(fedsim: Callable[..., Ended]):
 
 @pytest.mark.parametrize(
     "command",
-    [["run"], ["bench"], ["doctor"], ["data", "list"], ["data", "describe"], *[["devices", name] for name in DEVICES]],
+    [
+        ["run"],
+        ["bench"],
+        ["replay"],
+        ["doctor"],
+        ["data", "list"],
+        ["data", "describe"],
+        *[["devices", name] for name in DEVICES],
+    ],
     ids=lambda c: " ".join(c),
 )
 def test_every_help_has_an_example(command: list[str], fedsim: Callable[..., Ended]):
@@ -487,7 +501,7 @@ def test_every_command_is_covered_by_the_help_test():
     import typer
 
     group = typer.main.get_command(cli.app)
-    assert set(group.commands) == {"run", "bench", "doctor", "data", "devices"}  # type: ignore[attr-defined]
+    assert set(group.commands) == {"run", "bench", "replay", "doctor", "data", "devices"}  # type: ignore[attr-defined]
     assert set(group.commands["data"].commands) == {"list", "describe"}  # type: ignore[attr-defined]
     assert set(group.commands["devices"].commands) == set(DEVICES)  # type: ignore[attr-defined]
 

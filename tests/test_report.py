@@ -186,7 +186,7 @@ def test_failing_run_leaves_a_note_and_everything_so_far(run, tmp_path):
         run("trainer._target_=test_report.FailsLater")
     note = json.loads((tmp_path / "failure.json").read_text())
     assert note["error"] == "ClientError"
-    assert note["reason"].endswith("failed in round 2 (seed 1): ValueError: no more")
+    assert "failed in round 2 (seed 1): ValueError: no more; replay it with: fedsim replay" in note["reason"]
     assert [r.round for r in read_rounds(tmp_path)] == [0, 1]
     assert list(pd.read_parquet(tmp_path / "clients")["round"]) == [1, 1, 1]
     assert len(EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("metric/loss")) == 2
