@@ -11,8 +11,10 @@ import gc
 import math
 import traceback
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -37,6 +39,7 @@ from fedsim.messages import (
     SETTINGS,
     STATE,
     Broadcast,
+    ClientUpdate,
     broadcast_of,
     content_of_update,
     from_array,
@@ -56,6 +59,8 @@ from fedsim.settings import WORLDS, World, build_world, instantiate, memory_form
 from fedsim.workload import ClientData, Tensors
 
 app = ClientApp()
+NOT_FINITE = "its update holds NaN or infinite weights; lower trainer.lr or set trainer.clip_norm"
+_Answered = tuple[RecordDict, dict[str, Any], Work]  # of one client: records, facts and work
 CACHE_BYTES = 512 * 2**20  # of prepared client data per process
 
 
@@ -78,6 +83,11 @@ class Worker:
         self.slots: Tensors = dict(self.model.state_dict())
         self.channels_last = self.flat is not None and is_channels_last(self.slots.values())
         self.parameters: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
+        against = (
+            self.trainer.reason_against_together(self.model) if settings["engine"].get("batch_clients", 1) > 1 else ""
+        )
+        if against:
+            raise ConfigError(f"{self._batching()} cannot be used: {against}; set engine.batch_clients=1")
         self.network = self._price(self.model, "dense")
         self._data: OrderedDict[int, ClientData] = OrderedDict()
         self._data_bytes = 0
@@ -101,8 +111,7 @@ class Worker:
         """
         sums = _BlockSums(self.world, header) if "sums" in header and not header.get("separate") else None
         answers, facts, works = [], [], []
-        for number, (client_id, part) in enumerate(zip(header["clients"], parts, strict=True)):
-            answer, fact, work = self._one(client_id, part, header["round"], header["phase"])
+        for number, (answer, fact, work) in enumerate(self._each(header, parts)):
             if sums is not None:
                 fact["up_bytes"] = payload_bytes(answer)
                 sums.add(number, answer, replace(work, up_bytes=fact["up_bytes"]), fact)
@@ -114,6 +123,47 @@ class Worker:
             added = {"sums": sums.facts()}
             answers += sums.parts()
         return pack_cohort({"clients": facts, **added, **pack_works(works)}, answers)
+
+    def _each(self, header: dict[str, Any], parts: list[RecordDict]) -> Iterator[_Answered]:
+        """The clients' answers in order: one by one, or in the message's groups where clients train at once."""
+        round, phase, clients = header["round"], header["phase"], header["clients"]
+        groups = header.get("groups", range(len(clients)))
+        for _, group in groupby(range(len(clients)), key=lambda number: groups[number]):
+            numbers = list(group)
+            ids, own = [clients[n] for n in numbers], [parts[n] for n in numbers]
+            alone = [lambda i=i, p=p: self._one(i, p, round, phase) for i, p in zip(ids, own, strict=True)]
+            if len(numbers) == 1:
+                yield alone[0]()
+                continue
+            try:
+                together = self._together(ids, own, round)
+            except OutOfMemoryError:
+                together = [make() for make in alone]
+            except Exception as error:
+                together = [make() for make in alone]  # a client that fails by itself is named
+                if all(fact["outcome"] == "completed" for _, fact, _ in together):
+                    reason = " ".join(str(error).split())
+                    raise ConfigError(f"{self._batching()} failed: {reason}; set engine.batch_clients=1") from error
+            yield from together
+
+    def _together(self, ids: list[int], parts: list[RecordDict], round: int) -> list[_Answered]:
+        clients = [self.context(client_id, part, round) for client_id, part in zip(ids, parts, strict=True)]
+        tasks = [broadcast_of(part, self._weights(part), round) for part in parts]
+        if any(task.settings != tasks[0].settings for task in tasks):
+            return [self._one(client_id, part, round, "train") for client_id, part in zip(ids, parts, strict=True)]
+        self.model.train()
+        answered = []
+        for client, part, update in zip(clients, parts, self.trainer.fit_together(clients, tasks), strict=True):
+            weights = record_like(update.weights, _record(part, ARRAYS), self.channels_last)
+            answer, outcome, reason = self._packed(client, update, weights), "completed", ""
+            if not _finite(weights):
+                answer, outcome, reason = RecordDict(), "failed", f"FloatingPointError: {NOT_FINITE}"
+            fact = {"client": client.client_id, "outcome": outcome, "reason": reason, "traceback": ""}
+            answered.append((answer, fact, client.log.work(client.state.storage_bytes)))
+        return answered
+
+    def _batching(self) -> str:
+        return f"engine.batch_clients={self.world.settings['engine']['batch_clients']}"
 
     def _one(self, client_id: int, part: RecordDict, round: int, phase: str) -> tuple[RecordDict, dict[str, Any], Work]:
         outcome, reason, trace, answer, client = "completed", "", "", RecordDict(), None
@@ -157,12 +207,12 @@ class Worker:
         if update.weights is self.slots and self.flat is not None and self._shared_flat is not None:
             packed = packed_record(self.flat, self.channels_last)  # the live model as it lies in memory: one copy
         weights = packed or record_like(update.weights, model, self.channels_last)
+        if not _finite(weights):
+            raise FloatingPointError(NOT_FINITE)
+        return self._packed(client, update, weights)
+
+    def _packed(self, client: ClientContext, update: ClientUpdate, weights: ArrayRecord) -> RecordDict:
         answer = content_of_update(update, weights)
-        # One sum over everything finds NaN and infinity without a test per element.
-        if not math.isfinite(sum(_sum(from_array(a)) for a in weights.values())):
-            raise FloatingPointError(
-                "its update holds NaN or infinite weights; lower trainer.lr or set trainer.clip_norm"
-            )
         if client.state:
             answer[STATE] = client.state.pack()
         return answer
@@ -304,8 +354,11 @@ def _lay_out(model: nn.Module) -> torch.Tensor | None:
     return lay_out([live[name] for name in names]) if set(names) == set(live) else None
 
 
-def _sum(values: np.ndarray) -> float:
-    return float(values.sum(dtype=np.promote_types(values.dtype, np.float32)))  # float16 overflows at 65504
+def _finite(weights: ArrayRecord) -> bool:
+    """Whether there is no NaN and no infinity: one sum over everything finds them without a test per element."""
+    arrays = [from_array(array) for array in weights.values()]
+    # float16 overflows at 65504
+    return math.isfinite(sum(float(a.sum(dtype=np.promote_types(a.dtype, np.float32))) for a in arrays))
 
 
 def _bytes_of(data: ClientData) -> int:

@@ -122,6 +122,7 @@ class EdgeGrid(Grid):
         keep: accept only the first `keep` training replies (over-selection); None accepts all.
         averages: the strategy only needs the mean weighted by examples, so it gets one reply that holds it.
         on_client_error: "stop" raises ClientError for a failing client; "drop" counts it as failed.
+        batch_clients: how many clients a worker trains at once; they stay together whatever the number of workers.
         observe: called with each client's id when its reply came from the engine (progress).
     """
 
@@ -137,12 +138,13 @@ class EdgeGrid(Grid):
         keep: int | None = None,
         averages: bool = False,
         on_client_error: str = "stop",
+        batch_clients: int = 1,
         observe: Callable[[int], None] | None = None,
     ):
         self.engine, self.fleet, self.latency = engine, fleet, latency
         self.settings = ConfigRecord({"json": config_json})
         self.seed, self.deadline_s, self.keep, self.averages = seed, deadline_s, keep, averages
-        self.on_client_error, self.observe = on_client_error, observe
+        self.on_client_error, self.batch_clients, self.observe = on_client_error, batch_clients, observe
         self.clock, self.store = SimClock(), ClientStore()
         self.round = 0
         self.reports: list[ClientReport] = []
@@ -294,16 +296,22 @@ class EdgeGrid(Grid):
         small = getattr(self.engine, "small_messages", False)
         usual = sum(self._flops.values()) / len(self._flops) if self._flops else 1.0
         messages: list[Message] = []
-        for some in _cut(online, len(nodes), small, whole_blocks=total is not None):
+        together = self.batch_clients if phase == "train" else 1
+        for units in _cut(online, len(nodes), small, total is not None, together):
+            some = [r for unit in units for r in unit]
             clients = [r.client for r in some]
             parts = [self._with_state(r) for r in some]
             header: dict[str, Any] = {"round": self.round, "phase": phase, "clients": clients}
             header["cost"] = sum(self._flops.get(c, usual) for c in clients)
+            if together > 1:
+                # Named by the first client of each group.
+                header["groups"] = [unit[i - i % together].client for unit in units for i in range(len(unit))]
+                header["each"] = ["clients", "groups"]
             if total is not None:
                 header["sums"] = {"start_s": self.clock.now_s, "limit_s": total.limit_s}
                 header["blocks"] = [r.block for r in some]
                 header["down_bytes"] = [r.work.down_bytes for r in some]
-                header["each"] = ["clients", "blocks", "down_bytes"]
+                header["each"] = [*header.get("each", ["clients"]), "blocks", "down_bytes"]
             content = pack_cohort(header, parts, self.settings)
             # Flower allows train, evaluate and query; a question's own name travels in the header.
             messages.append(Message(content, nodes[len(messages) % len(nodes)], phase.partition(".")[0]))
@@ -467,25 +475,31 @@ class _RoundSum:
                 self.total.add(*ready)
 
 
-def _cut(online: Sequence[_Reply], nodes: int, small: bool, whole_blocks: bool) -> Iterator[Sequence[_Reply]]:
-    """Clients by message, in order; a block is never divided where it is added up by its worker.
+def _cut(
+    online: Sequence[_Reply], nodes: int, small: bool, whole_blocks: bool, together: int
+) -> Iterator[list[list[_Reply]]]:
+    """Clients by message, in order, as lists of units that must not be divided.
 
-    Many small messages balance the load but each costs something: so they get smaller towards the end (guided
-    self-scheduling, Polychronopoulos and Kuck 1987). Other engines get as few as the limit allows.
+    A block stays whole where it is added up by its worker, and so do clients that train at once. Many small messages
+    balance the load but each costs something: so they get smaller towards the end (guided self-scheduling,
+    Polychronopoulos and Kuck 1987). Other engines get as few as the limit allows.
     """
-    units: list[Sequence[_Reply]] = [[r] for r in online]
-    if whole_blocks:
-        units = [list(group) for _, group in groupby(online, key=lambda r: r.block)]
+    blocks_of = [list(group) for _, group in groupby(online, key=lambda r: r.block)]
+    units: list[list[_Reply]] = []
+    for unit in blocks_of if whole_blocks else [[r] for r in online]:
+        if units and len(units[-1]) < together:
+            units[-1] += unit
+        else:
+            units.append(list(unit))
     start, left = 0, len(online)
     while start < len(units):
         size = min(CLIENTS_PER_MESSAGE, -(-left // (nodes * (MESSAGES_PER_NODE if small else 1))))
-        some = list(units[start])
-        start += 1
-        while start < len(units) and len(some) + len(units[start]) <= size:
-            some += units[start]
-            start += 1
-        left -= len(some)
-        yield some
+        end, count = start + 1, len(units[start])
+        while end < len(units) and count + len(units[end]) <= size:
+            count += len(units[end])
+            end += 1
+        yield units[start:end]
+        start, left = end, left - count
 
 
 def _arrays(content: RecordDict, name: str = ARRAYS) -> ArrayRecord:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -95,6 +96,14 @@ class LocalTrainer:
     def fit(self, client: ClientContext, task: Broadcast) -> ClientUpdate:
         """Trains on the client's data and reports the work in `client.log`."""
         raise NotImplementedError(f"{type(self).__name__} does not train")
+
+    def fit_together(self, clients: Sequence[ClientContext], tasks: Sequence[Broadcast]) -> list[ClientUpdate]:
+        """Trains several clients at once (`engine.batch_clients`); called where `reason_against_together` is empty."""
+        raise NotImplementedError(f"{type(self).__name__} trains one client after the other")
+
+    def reason_against_together(self, model: nn.Module) -> str:
+        """Why this trainer cannot train several clients at once; empty if it can."""
+        return f"{type(self).__name__} trains one client after the other"
 
     def evaluate(self, client: ClientContext, task: Broadcast) -> dict[str, float]:
         """Metrics of the broadcast weights on the client's own held-out part; empty when it has none."""

@@ -26,6 +26,7 @@ class FedProxTrainer(SGDTrainer):
         sgd: arguments of SGDTrainer.
     """
 
+    pure_loss = True
     known_settings = SGDTrainer.known_settings | {"proximal-mu"}
 
     def __init__(self, proximal_mu: float = 0.0, **sgd: Any):

@@ -1,16 +1,18 @@
 """Mini-batch SGD on the client's own examples: the one local loop, from which most trainers override a step.
 
 Source: McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS 2017,
-algorithm 1 (ClientUpdate). May import: torch, devices, fedsim, clients.trainers.base.
+algorithm 1 (ClientUpdate). May import: torch, devices, fedsim, clients.trainers.base and
+clients.trainers.batched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from clients.trainers import batched
 from clients.trainers.base import ClientContext, LocalTrainer
 from devices.errors import unknown
 from devices.meter import peak_memory_bytes
@@ -34,6 +36,7 @@ class SGDTrainer(LocalTrainer):
         clip_norm: largest gradient norm of a step; None does not clip.
     """
 
+    pure_loss = True  # `loss` is a function of parameters, batch and broadcast; a class that overrides it says so anew
     known_settings = frozenset({"server-round", "lr"})
 
     def __init__(
@@ -64,8 +67,7 @@ class SGDTrainer(LocalTrainer):
         """The local loop; reports one forward and one backward pass per step."""
         self.check_settings(task)
         lr, velocity = self.learning_rate(task), None
-        batch_size = min(self.batch_size, len(client.data.train))
-        client.log.reserve(peak_memory_bytes(client.network, batch_size, 1.0 if self.momentum else 0.0))
+        self.reserve(client)
         losses = []
         for batch in self.batches(client, task):
             loss = self.loss(client, batch, task)
@@ -75,6 +77,28 @@ class SGDTrainer(LocalTrainer):
             losses.append(loss.detach())
         train_loss = float(torch.stack(losses).mean())
         return ClientUpdate(client.client_id, len(client.data.train), client.weights, {"train_loss": train_loss})
+
+    def fit_together(self, clients: Sequence[ClientContext], tasks: Sequence[Broadcast]) -> list[ClientUpdate]:
+        """As `fit`, for clients whose broadcasts have equal settings."""
+        self.check_settings(tasks[0])
+        for client in clients:
+            self.reserve(client)
+        return batched.fit(self, clients, tasks)
+
+    def reason_against_together(self, model: nn.Module) -> str:
+        """Only the local loop of this class can be mapped, and a `loss` whose class says that it is pure."""
+        own = [
+            name for name in ("fit", "step", "batches") if getattr(type(self), name) is not getattr(SGDTrainer, name)
+        ]
+        writer = next(c for c in type(self).__mro__ if "loss" in vars(c))
+        if own or not vars(writer).get("pure_loss", False):
+            return f"{type(self).__name__} does not train by a pure function of parameters and batch"
+        return batched.reason_against(model)
+
+    def reserve(self, client: ClientContext) -> None:
+        """Declares the memory of a step."""
+        batch_size = min(self.batch_size, len(client.data.train))
+        client.log.reserve(peak_memory_bytes(client.network, batch_size, 1.0 if self.momentum else 0.0))
 
     @torch.no_grad()
     def step(self, parameters: Arrays, gradients: Arrays, lr: float, velocity: Arrays | None) -> Arrays | None:
