@@ -269,6 +269,7 @@ def check(settings: Settings) -> Settings:
     _number(settings, "target_accuracy", above=0.0, most=1.0, optional=True)
     _number(settings["engine"], "threads", whole=True, least=1, prefix="engine.")
     _choice(settings, "on_client_error", ("stop", "drop"))
+    memory_format(settings)
     _choice(settings["engine"], "device", ("auto", "cpu", "cuda"), prefix="engine.")
     for key in ("out", "name"):
         _text(settings, key)
@@ -411,7 +412,7 @@ def model_factory(settings: Settings) -> ModelFactory:
 def memory_format(settings: Settings) -> str:
     """How images and convolution weights lie in memory: a setting of the model, because it changes the last bits.
 
-    Channels last, a training step of a small convolutional network on a CPU takes 0.6 to 0.85 of its time; networks
+    Channels-last, a training step of a small convolutional network on a CPU takes 0.6 to 0.85 of its time; networks
     whose config says nothing stay contiguous.
     """
     name = settings["model"].get(FORMAT, FORMATS[0])

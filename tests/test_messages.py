@@ -10,15 +10,19 @@ from fedsim.messages import (
     Broadcast,
     ClientUpdate,
     broadcast_of,
+    cohort_header,
     content_of,
     content_of_update,
     from_array,
+    is_channels_last,
     lay_out,
     like,
     pack_cohort,
+    packed_record,
     payload_bytes,
     record_like,
     record_of,
+    split_cohort,
     tensors_of,
     to_array,
     unpack_cohort,
@@ -83,6 +87,37 @@ def test_packed_weights_are_one_array_and_come_back_as_many():
     assert from_array(record[PACKED]).tolist() == [10, 11, 12, 13, 14, 15, 20]
     back = unpacked(record, model())
     assert {name: array.data for name, array in back.items()} == {n: a.data for n, a in record_of(tensors).items()}
+
+
+def test_channels_last_tensors_travel_as_they_lie_in_memory():
+    """[n, c, h, w] lies as [n, h, w, c]; what comes back has the model's names, shapes and order again."""
+    weight, bias = torch.arange(2 * 3 * 2 * 2.0).reshape(2, 3, 2, 2), torch.tensor([5.0, 6.0])
+    sent = record_of({"weight": weight, "bias": bias})
+    live = [weight.contiguous(memory_format=torch.channels_last), bias.clone()]
+    assert is_channels_last(live)
+    buffer = lay_out(live)
+    assert buffer.tolist() == [*weight.permute(0, 2, 3, 1).flatten().tolist(), 5.0, 6.0]
+    assert live[0].is_contiguous(memory_format=torch.channels_last)
+    for packed in (packed_record(buffer, True), record_like({"weight": weight, "bias": bias}, sent, True)):
+        (array,) = packed.values()
+        assert from_array(array).tolist() == buffer.tolist()
+        back = unpacked(packed, sent)
+        assert {name: a.data for name, a in back.items()} == {name: a.data for name, a in sent.items()}
+
+
+def test_one_message_becomes_one_per_client():
+    """Per-client entries of the header are split; the weights they share stay one object."""
+    weights, settings = model(), ConfigRecord({"json": "{}"})
+    parts = [RecordDict({"arrays": weights, "config": ConfigRecord({"lr": lr})}) for lr in (0.1, 0.2)]
+    header = {"round": 3, "clients": [4, 7], "blocks": [0, 1], "each": ["clients", "blocks"], "sums": {}}
+    alone = split_cohort(pack_cohort(header, parts, settings))
+    assert [cohort_header(c) for c in alone] == [
+        {**header, "clients": [client], "blocks": [block], "separate": True} for client, block in ((4, 0), (7, 1))
+    ]
+    for content, lr in zip(alone, (0.1, 0.2), strict=True):
+        (part,) = unpack_cohort(content)[1]
+        assert (part["config"]["lr"], part["arrays"], content["settings"]) == (lr, weights, settings)
+        assert part["arrays"] is weights
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from fedsim.models.lenet import LeNet5
 from fedsim.models.mlp import MLP
 from fedsim.models.resnet import ResNet
 from fedsim.models.vgg import VGG
-from fedsim.settings import model_factory, model_settings
+from fedsim.settings import compose, model_factory, model_settings
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs" / "model").glob("*.yaml"))
 IMAGES = (3, 32, 32)
@@ -112,3 +112,27 @@ def test_resnet_depth_counts_its_layers(depth: int, blocks: int):
 def test_input_or_option_that_does_not_fit_is_named(make, sentence: str):
     with pytest.raises(ConfigError, match=sentence):
         make()
+
+
+def test_memory_format_is_a_setting_of_the_model_that_changes_no_weight():
+    """The same numbers in another order in memory, for convolutions only."""
+    tree = model_settings("lenet5")
+    shapes = {"input_shape": (3, 28, 28), "num_classes": 10}
+    built = {}
+    for name in ("contiguous", "channels_last"):
+        torch.manual_seed(1)
+        built[name] = model_factory({"model": {**tree, "memory_format": name}})(**shapes)
+        weight = built[name].get_parameter("body.3.weight")  # [16, 6, 5, 5]
+        assert weight.is_contiguous() == (name == "contiguous")
+        assert weight.is_contiguous(memory_format=torch.channels_last) == (name == "channels_last")
+    assert tree["memory_format"] == "channels_last"
+    plain, last = (model.state_dict() for model in built.values())
+    assert all(torch.equal(plain[name], last[name]) for name in plain)
+    assert "memory_format" not in model_settings("mlp")
+
+
+def test_unknown_memory_format_is_refused_in_one_sentence():
+    with pytest.raises(
+        ConfigError, match=r"unknown value for model\.memory_format 'channel_last'; did you mean 'channels_last'"
+    ):
+        compose(["model=lenet5", "model.memory_format=channel_last", "workload=blobs"])
