@@ -6,17 +6,20 @@ May import: numpy, scipy and this package; matplotlib only for the picture.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy.optimize import nnls
 from scipy.stats import kendalltau, spearmanr
 
 from devices.errors import DeviceError, unknown
 from devices.nas.tables import connected, network_features, network_macs
-from devices.spaces import Space
-from devices.structured import StructuredPredictor, choose_references, prior_of
+from devices.spaces import SPLITS, Space
+from devices.structured import StructuredPredictor, choose_references, price, prior_of
+
+if TYPE_CHECKING:
+    from devices.help_weights import HelpWeights
 
 PREDICTORS = ("structured", "macs", "flops", "help")
 REFERENCES = ("chosen", "random")
@@ -30,38 +33,6 @@ FEATURES = {"nb201": "counts", "fbnet": "layers"}
 
 Predictions = Callable[[Space, str, np.ndarray, int, Any], np.ndarray]
 Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class DeviceSet:
-    """Which devices may be learned from and which are judged; `source` is empty where the paper only counts them."""
-
-    source: tuple[str, ...]
-    unseen: tuple[str, ...]
-
-
-_GPUS = tuple(
-    f"{gpu}_{batch}" for gpu in ("1080ti", "2080ti", "titan_rtx", "titanx", "titanxp") for batch in (1, 32, 64)
-)
-
-# Harder splits of the FBNet table: Akhauri and Abdelfattah, "On Latency Predictors for Neural Architecture Search",
-# MLSys 2024 (NASFLAT). Their sets for NAS-Bench-201 need devices that the table has not.
-DEVICE_SETS = {
-    "F1": DeviceSet(
-        ("2080ti_1", "essential_ph_1", "silver_4114", "titan_rtx_1", "titan_rtx_32"),
-        ("eyeriss", "fpga", "raspi4", "samsung_a50", "samsung_s7"),
-    ),
-    "F2": DeviceSet(
-        ("essential_ph_1", "gold_6226", "gold_6240", "pixel3", "raspi4"),
-        ("1080ti_1", "1080ti_32", "2080ti_32", "titan_rtx_1", "titanxp_1"),
-    ),
-    "F3": DeviceSet(
-        ("essential_ph_1", "pixel2", "pixel3", "raspi4", "samsung_s7"),
-        ("1080ti_1", "1080ti_32", "2080ti_1", "titan_rtx_1", "titan_rtx_32"),
-    ),
-    "F4": DeviceSet((), ("1080ti_1", "pixel2", "essential_ph_1")),
-    "FA": DeviceSet(_GPUS, ("gold_6226", "essential_ph_1", "samsung_s7", "pixel2")),
-}
 
 
 def evaluate(
@@ -87,14 +58,15 @@ def evaluate(
     Args:
         space: table of measured latencies.
         predictor: "structured"; "macs" or "flops" (the same thing: multiply-adds times a fitted scale); "help".
-        measurements: networks measured on each device. HELP spends the first ten on its fixed references and adapts on
-            the rest, or on the references again if there is no rest.
+        measurements: networks measured on each device. HELP's fixed references are ten of them; as they are measured,
+            it adapts to them as well as to the rest. The authors adapt to the rest only.
         references: "chosen" or "random".
         seeds: how many, from 0; results are means over them.
-        devices: to judge; none for the unseen devices of the space.
-        source: devices that the structured predictor takes a prior from; none for no prior.
-        weights: of HELP, handed through.
-        help_predictions: (space, device, support, seed, weights) to milliseconds of the judged networks; none for that
+        devices: to judge; none for the unseen devices of the space's split.
+        source: devices that the structured predictor takes a prior from: the mixture of them that explains the measured
+            latencies best; none for no prior.
+        weights: of HELP, or their file.
+        help_predictions: (space, device, measured, seed, weights) to milliseconds of the judged networks; none for that
             of `devices.help`.
         features: "counts" or "layers"; none for that of `FEATURES`.
         robust: whether the structured fit reweights outliers.
@@ -104,7 +76,8 @@ def evaluate(
         {"devices": {name: {"spearman", "kendall", "mape"}}, "mean": {the same over devices}}; mape is a ratio.
 
     Raises:
-        DeviceError: for unknown names, a device that is both source and judged, or too few or many measurements.
+        DeviceError: for unknown names, a device that is both learned from and judged, too few or many measurements,
+            or HELP without weights.
     """
     for what, name, options in (("predictor", predictor, PREDICTORS), ("references", references, REFERENCES)):
         if name not in options:
@@ -117,6 +90,8 @@ def evaluate(
         raise DeviceError(f"device {leaked[0]!r} cannot be both source and judged")
     if predictor == "help" and help_predictions is None:
         from devices.help import help_predictions
+
+        weights = _weights(weights, space, devices)
     trial = _Trial(space, predictor, measurements, references, features or FEATURES[space.name], source or (), robust)
     results = {}
     for device in devices:
@@ -134,6 +109,21 @@ def evaluate(
             progress(f"{space.name} {predictor} {measurements} {references} {device}: {_text(results[device])}")
     mean = {metric: float(np.mean([result[metric] for result in results.values()])) for metric in METRICS}
     return {"devices": results, "mean": mean}
+
+
+def _weights(weights: HelpWeights | str | Path | None, space: Space, devices: Sequence[str]) -> HelpWeights:
+    """Reads them once, and refuses those that know a device that they would be judged on."""
+    from devices.help_weights import HelpWeights, load_weights
+
+    if weights is None:
+        raise DeviceError("help predicts with meta-trained weights only; name their file (weights)")
+    if not isinstance(weights, HelpWeights):
+        weights = load_weights(weights, space.name)
+    usual = SPLITS[space.name]
+    if leaked := sorted(set(devices) & set(weights.devices or (*usual.source, *usual.valid))):
+        how = "train others on the source devices of this set"
+        raise DeviceError(f"these weights of HELP were trained with device {leaked[0]!r}, which is to be judged; {how}")
+    return weights
 
 
 class _Trial:
@@ -156,18 +146,19 @@ class _Trial:
         )
         self.robust, self.zoo = robust, self.features[: space.split.pool]
         self.connected = connected(space.name, space.ops)
-        self.prior = None
+        self.source = None  # coefficients of the source devices per mean latency, [devices, f]
         if source and predictor == "structured":
-            fitted = [self._fit(device, space.pool(device)) for device in source]
-            self.prior = prior_of(fitted, [space.latency(device)[space.pool(device)].mean() for device in source])
+            self.source = np.stack([self._typical(device) for device in source])
 
     def references_of(self, device: str, seed: int) -> np.ndarray:
-        """The networks to measure, [measurements]; for HELP, those beyond its own ten."""
-        space, rng, count, taken = self.space, np.random.default_rng(seed), self.measurements, np.array([], dtype=int)
-        if self.predictor == "help":
-            count, taken = count - HELP_REFERENCES, space.references
-            if count == 0:
-                return taken
+        """The networks to measure, [measurements]; for HELP its own ten and then the others."""
+        space, rng = self.space, np.random.default_rng(seed)
+        taken = space.references if self.predictor == "help" else np.array([], dtype=int)
+        count = self.measurements - len(taken)
+        return np.concatenate([taken, self._drawn(device, rng, count, taken)]) if count else taken
+
+    def _drawn(self, device: str, rng: np.random.Generator, count: int, taken: np.ndarray) -> np.ndarray:
+        space = self.space
         if self.references == "random":
             pool = np.setdiff1d(space.pool(device), taken)
             if count > len(pool):
@@ -182,8 +173,19 @@ class _Trial:
         """Milliseconds of the judged networks from those of the measured ones."""
         judged = self.space.judged(device)
         if self.predictor == "structured":
-            return self._fit(device, measured, self.prior).predict(self.features[judged])
+            return self._fit(device, measured, self._prior(device, measured)).predict(self.features[judged])
         return self.macs[judged] * np.median(self.space.latency(device)[measured] / self.macs[measured])
+
+    def _typical(self, device: str) -> np.ndarray:
+        pool = self.space.pool(device)
+        return prior_of([self._fit(device, pool)], [self.space.latency(device)[pool].mean()])
+
+    def _prior(self, device: str, measured: np.ndarray) -> np.ndarray | None:
+        """The non-negative sum of source devices with the least relative errors on the measured networks, [f]."""
+        if self.source is None:
+            return None
+        relative = price(self.source, self.features[measured]) / self.space.latency(device)[measured]
+        return nnls(relative.T, np.ones(len(measured)))[0] @ self.source
 
     def _fit(self, device: str, measured: np.ndarray, prior: np.ndarray | None = None) -> StructuredPredictor:
         latency = self.space.latency(device)[measured]

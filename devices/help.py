@@ -6,14 +6,16 @@ the predictor, whose weights then take two gradient steps, with learned step siz
 `devices.help_training` makes the weights.
 
 Source: Lee et al., "HELP: Hardware-Adaptive Efficient Latency Prediction for NAS via Meta-Learning", NeurIPS 2021,
-written anew after the authors' code (github.com/HayeonLee/HELP). Differs: the scale of the labels comes from measured
-networks (the authors take the extremes of the whole pool, which a new device does not have), predictions are the mean
-of all draws, and milliseconds come from a least-squares line through the support. May import: numpy, torch,
+written anew after the authors' code (github.com/HayeonLee/HELP). Differs: the references, which are measured anyway,
+belong to the support (the authors adapt to ten others only); the scale of the labels comes from measured networks
+(theirs from the extremes of the whole pool, which a new device does not have); predictions are the mean of all draws;
+milliseconds come from a least-squares line through the support but for the references. May import: numpy, torch,
 `devices.draws`, `devices.errors`, `devices.spaces` and the other HELP modules.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -173,18 +175,20 @@ class HelpPredictor:
         seed: int,
         draws: int = DRAWS,
         known_labels: np.ndarray | None = None,
+        typical: np.ndarray | None = None,
     ) -> HelpPredictor:
         """Adapts to a device of which only these latencies are known.
 
         Args:
             weights: meta-trained on the networks' search space.
             reference_ms: milliseconds of the space's ten reference networks, in their order, [10].
-            support: measured networks as `encode` takes them, [n, numbers]; references may be among them.
+            support: measured networks as `encode` takes them, [n, numbers]; references should be among them.
             support_ms: their milliseconds, [n], at least two.
             seed: of the draws of the gates.
             draws: how many adapted copies are averaged.
-            known_labels: of the references on the source devices (`reference_labels`), for a better scale of the
-                support's labels; the authors' weights come without.
+            known_labels: of the support on the source devices (`source_labels`), for a better scale of its labels, [n].
+            typical: the part of the support that the line to milliseconds is fitted on, [n] bool; none for all of it.
+                The references span the space to its ends, where the predictor is off by more than elsewhere.
 
         Raises:
             DeviceError: for a network outside the space or latencies that are not positive numbers.
@@ -206,7 +210,8 @@ class HelpPredictor:
         y = labels(ms, low, high)
         params = adapt(params, weights.rates, _repeat(x, draws), y.expand(draws, -1), h.expand(draws, -1))
         raw = cls(weights.space, params, h, (high - low) / LABEL_SPAN, low - LABEL_LOW * (high - low) / LABEL_SPAN)
-        line = calibration(raw.labels(support), ms) or (raw.slope_ms, raw.offset_ms)
+        kept = np.full(len(ms), True) if typical is None or np.sum(typical) < 2 else typical
+        line = rising_line(raw.labels(support)[kept], ms[kept]) or (raw.slope_ms, raw.offset_ms)
         return cls(weights.space, params, h, *line)
 
     def labels(self, networks: np.ndarray) -> np.ndarray:
@@ -225,18 +230,20 @@ def label_range(
 ) -> tuple[float, float]:
     """Milliseconds that become the labels 0.05 and 0.95: the extremes of the pool, judged by measured networks only.
 
-    The references tell it when their labels on the source devices are known: a least-squares line from label to
-    milliseconds. Else the support does: of n numbers drawn evenly from an interval, the extremes lie on average one
-    (n-1)th of their distance within it. A support of one latency says nothing; the ends of the references stand in.
+    When the networks' labels on the source devices are known, a least-squares line from milliseconds to label tells
+    it: the less the device has in common with the sources, the flatter. Else their extremes do: of n numbers drawn
+    evenly from an interval, they lie on average one (n-1)th of their distance within it. Of equal latencies, which say
+    nothing, the ends of the references stand in.
 
     Args:
-        support_ms: latencies of the support networks, [n].
+        support_ms: latencies of the networks to adapt to, [n].
         reference_ms: latencies of the references on the same device, [10].
-        known_labels: see `reference_labels`, [10].
+        known_labels: see `source_labels`, of the support, [n].
     """
-    line = None if known_labels is None else calibration(known_labels, reference_ms)
+    line = None if known_labels is None else rising_line(support_ms, known_labels)
     if line is not None:
-        return line[1] + line[0] * LABEL_LOW, line[1] + line[0] * (LABEL_LOW + LABEL_SPAN)
+        slope, offset = line
+        return (LABEL_LOW - offset) / slope, (LABEL_LOW + LABEL_SPAN - offset) / slope
     low, high = float(support_ms.min()), float(support_ms.max())
     if high == low:
         return float(reference_ms.min()), float(reference_ms.max())
@@ -244,14 +251,19 @@ def label_range(
     return low - margin, high + margin
 
 
-def reference_labels(space: Space) -> np.ndarray:
-    """Labels of the ten references, mean over the source devices of a table, [10]; beyond 0..1 outside the pool."""
-    found = []
-    for device in space.split.source:
-        ms = space.latency(device)
-        pool = ms[space.pool(device)]
-        found.append(labels(ms[space.references], pool.min(), pool.max()).double().numpy())
-    return np.mean(found, axis=0)
+def source_labels(space: Space, devices: Sequence[str] | None = None) -> np.ndarray:
+    """Labels of every network, mean over devices of a table, [networks]; beyond 0.05..0.95 outside the pool.
+
+    Args:
+        space: table of measured latencies.
+        devices: none for the source devices of its split.
+    """
+    return np.mean([_pool_labels(space, device) for device in devices or space.split.source], axis=0)
+
+
+def _pool_labels(space: Space, device: str) -> np.ndarray:
+    ms, pool = space.latency(device), space.latency(device)[space.pool(device)]
+    return labels(ms, pool.min(), pool.max()).double().numpy()
 
 
 def _repeat(x: Tensor, devices: int) -> Tensor:
@@ -265,24 +277,24 @@ def _latencies(what: str, ms: np.ndarray) -> np.ndarray:
     return ms
 
 
-def calibration(output: np.ndarray, measured_ms: np.ndarray) -> tuple[float, float] | None:
-    """Slope and offset of the least-squares line from outputs to measured milliseconds; None if it does not rise."""
-    centred = output - output.mean()
+def rising_line(x: np.ndarray, y: np.ndarray) -> tuple[float, float] | None:
+    """Slope and offset of the least-squares line from x to y; None if it does not rise."""
+    centred = x - x.mean()
     spread = float(centred @ centred)
-    slope = float(centred @ (measured_ms - measured_ms.mean())) / spread if spread > 0 else 0.0
-    return (slope, float(measured_ms.mean() - slope * output.mean())) if slope > 0 else None
+    slope = float(centred @ (y - y.mean())) / spread if spread > 0 else 0.0
+    return (slope, float(y.mean() - slope * x.mean())) if slope > 0 else None
 
 
 def help_predictions(
-    space: Space, device: str, support: np.ndarray, seed: int, weights: HelpWeights | str | Path
+    space: Space, device: str, measured: np.ndarray, seed: int, weights: HelpWeights | str | Path
 ) -> np.ndarray:
     """HELP's milliseconds for the networks that a device of a table is judged with.
 
     Args:
         space: table of measured latencies.
-        device: one of its devices. Of its latencies only those of the references and of `support` are looked at; of
+        device: one of its devices. Of its latencies only those of the references and of `measured` are looked at; of
             the source devices', also those of the pool, for the scale of the labels.
-        support: indices of the measured networks, [n] int.
+        measured: indices of the networks to adapt to, [n] int; the references should be among them.
         seed: of the draws of the gates.
         weights: meta-trained for this space, or their file (`load_weights`).
 
@@ -296,19 +308,17 @@ def help_predictions(
         weights = load_weights(weights, space.name)
     if weights.space != space.name:
         raise DeviceError(f"HELP weights of space {weights.space} cannot predict networks of space {space.name}")
-    support, measured = np.asarray(support), space.latency(device)
-    if (
-        support.ndim != 1
-        or not np.issubdtype(support.dtype, np.integer)
-        or not np.all((support >= 0) & (support < len(measured)))
-    ):
-        raise DeviceError(f"support must be indices of networks in 0..{len(measured) - 1}, got {support.tolist()}")
+    measured, ms = np.asarray(measured), space.latency(device)
+    indices = measured.ndim == 1 and np.issubdtype(measured.dtype, np.integer)
+    if not indices or not np.all((measured >= 0) & (measured < len(ms))):
+        raise DeviceError(f"measured must be indices of networks in 0..{len(ms) - 1}, got {measured.tolist()}")
     fitted = HelpPredictor.fit(
         weights,
-        measured[space.references],
-        space.ops[support],
-        measured[support],
+        ms[space.references],
+        space.ops[measured],
+        ms[measured],
         seed,
-        known_labels=reference_labels(space),
+        known_labels=source_labels(space)[measured],
+        typical=~np.isin(measured, space.references),
     )
     return fitted.predict(space.ops[space.judged(device)])

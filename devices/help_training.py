@@ -1,12 +1,14 @@
 """Meta-training of HELP: learns, over the source devices of a table, the weights that `devices.help` adapts.
 
-Each episode plays eight new devices: ten support networks to adapt with, 200 to judge the adapted predictor, one Adam
-step through both. Every 50 episodes the validation devices are predicted as at test; the best weights are kept.
+Each episode plays eight new devices: the ten references and ten other networks to adapt with, 200 to judge the adapted
+predictor, one Adam step through both. Every 50 episodes the validation devices are predicted as at test; the best
+weights are kept.
 
 Source: Lee et al., "HELP: Hardware-Adaptive Efficient Latency Prediction for NAS via Meta-Learning", NeurIPS 2021,
-written anew after the authors' code. Differs: the divergence of the gates is the mean over the episode's devices
-(theirs counts the last device's once per device: `kl_reference_quirk`). May import: numpy, scipy, torch, safetensors
-and this package.
+written anew after the authors' code. Differs: support and scale of the labels are those of the test (`devices.help`),
+the scale from what the episode measured and from the other source devices; the divergence of the gates is the mean over
+the episode's devices (theirs counts the last device's once per device: `kl_reference_quirk`). May import: numpy, scipy,
+torch, safetensors and this package.
 """
 
 from __future__ import annotations
@@ -30,17 +32,20 @@ from devices.help import (
     gate_divergence,
     gate_posterior,
     hardware_embedding,
+    label_range,
     labels,
     modulate,
     predict,
-    reference_labels,
+    source_labels,
 )
 from devices.help_encodings import encode
 from devices.help_weights import (
+    DEVICES,
     GATES,
     TRAINING,
     HelpWeights,
     flatten_weights,
+    map_weights,
     read_arrays,
     unflatten_weights,
     weight_shapes,
@@ -56,7 +61,8 @@ class HelpSettings:
     Attributes:
         episodes: outer steps.
         devices: drawn per episode, without replacement.
-        support, query: networks drawn per device and episode.
+        support: networks drawn per device and episode to adapt with, besides the references.
+        query: networks drawn per device and episode to judge with.
         kl_weight: weight of the gates' divergence from N(0, 1).
         kl_reference_quirk: weigh as the authors' code does: the last device's divergence, once per device.
         learning_rate: of Adam.
@@ -100,11 +106,19 @@ class Look:
 
 @dataclass(frozen=True)
 class _Source:
-    """A source device: embedding [10], indices of its trimmed pool, latencies of all networks."""
+    """A source device.
+
+    Attributes:
+        embedding: hardware embedding, [10].
+        pool: indices of its trimmed pool but for the references.
+        ms: latencies of all networks.
+        known: labels of all networks, mean over the other source devices.
+    """
 
     embedding: Tensor
     pool: np.ndarray
     ms: np.ndarray
+    known: np.ndarray
 
 
 def first_weights(space: str, settings: HelpSettings) -> HelpWeights:
@@ -119,9 +133,9 @@ def first_weights(space: str, settings: HelpSettings) -> HelpWeights:
         return torch.from_numpy(draw.uniform(-bound, bound, shapes[name])).float()
 
     shapes = weight_shapes(space)
-    parts = {part: {name: uniform(name, shapes[part]) for name in shapes[part]} for part in ("model", "modulator")}
+    model, modulator = ({name: uniform(name, shapes[part]) for name in shapes[part]} for part in ("model", "modulator"))
     rates = {name: torch.full(shape, settings.first_rate) for name, shape in shapes["rates"].items()}
-    return HelpWeights(space, **parts, rates=rates)
+    return HelpWeights(space, model, modulator, rates)
 
 
 def episode_loss(weights: HelpWeights, batch: tuple[Tensor, ...], z_noise: Tensor, settings: HelpSettings) -> Tensor:
@@ -156,12 +170,14 @@ class HelpTraining:
         self.space, self.settings, self.split = space, settings, space.split
         if settings.devices > (have := len(self.split.source)):
             raise DeviceError(f"episodes of {settings.devices} devices need as many sources; {space.name} has {have}")
-        self.encoded = encode(space.name, space.ops[: self.split.pool])
+        if have < 2:
+            raise DeviceError(f"HELP learns from two source devices or more, got {have}")
+        self.encoded = encode(space.name, space.ops)
         self.sources = [self._source(device) for device in self.split.source]
         need, least = settings.support + settings.query, min(len(s.pool) for s in self.sources)
         if least < need:
-            raise DeviceError(f"support and query are {need} networks a device, a trimmed pool has only {least}")
-        self.weights = first_weights(space.name, settings)
+            raise DeviceError(f"support and query are {need} networks a device, a pool has only {least}")
+        self.weights = replace(first_weights(space.name, settings), devices=(*self.split.source, *self.split.valid))
         self.best, self.best_spearman, self.episode = self.weights, -math.inf, 0
         self.history: list[Look] = []
         self.losses: list[float] = []
@@ -169,30 +185,28 @@ class HelpTraining:
         self._take(self.weights)
 
     def _source(self, device: str) -> _Source:
-        ms = self.space.latency(device)
-        return _Source(hardware_embedding(ms[self.space.references]), self.space.pool(device), ms)
+        ms, pool = self.space.latency(device), np.setdiff1d(self.space.pool(device), self.space.references)
+        others = source_labels(self.space, [other for other in self.split.source if other != device])
+        return _Source(hardware_embedding(ms[self.space.references]), pool, ms, others)
 
     def _take(self, weights: HelpWeights) -> None:
         """Makes `weights` the ones that are trained, with a fresh optimizer."""
-        parts = {
-            p: {n: t.clone().requires_grad_() for n, t in vars(weights)[p].items()}
-            for p in weight_shapes(weights.space)
-        }
-        self.weights = HelpWeights(weights.space, **parts)
+        self.weights = map_weights(weights, lambda tensor: tensor.clone().requires_grad_())
         self.adam = torch.optim.Adam(flatten_weights(self.weights).values(), lr=self.settings.learning_rate)
 
     def _batch(self) -> tuple[Tensor, ...]:
         """Draws an episode: devices, and for each its support and query networks."""
-        chosen = self.draw.choice(len(self.sources), self.settings.devices, replace=False)
+        references, chosen = self.space.references, self.draw.choice(len(self.sources), self.settings.devices, False)
         support, query, y, y_query, h = [], [], [], [], []
         for source in (self.sources[i] for i in chosen):
             nets = self.draw.choice(source.pool, self.settings.support + self.settings.query, replace=False)
-            low, high = source.ms[source.pool].min(), source.ms[source.pool].max()
-            first, rest = np.split(nets, [self.settings.support])
+            drawn, rest = np.split(nets, [self.settings.support])
+            first = np.concatenate([references, drawn])
+            scale = label_range(source.ms[first], source.ms[references], source.known[first])
             support.append(first)
             query.append(rest)
-            y.append(labels(source.ms[first], low, high))
-            y_query.append(labels(source.ms[rest], low, high))
+            y.append(labels(source.ms[first], *scale))
+            y_query.append(labels(source.ms[rest], *scale))
             h.append(source.embedding)
         x, x_query = (self.encoded[torch.from_numpy(np.stack(nets))] for nets in (support, query))
         return x, torch.stack(y), x_query, torch.stack(y_query), torch.stack(h)
@@ -210,19 +224,23 @@ class HelpTraining:
         return self.losses[-1]
 
     def validate(self) -> float:
-        """Mean Spearman over the validation devices, adapted as at test, on the networks they are judged with."""
-        found, frozen, count = [], _detached(self.weights), self.settings.support
-        known = reference_labels(self.space)
-        for device in self.split.valid:
-            ms, judged = self.space.latency(device), self.space.judged(device)
-            pool = np.setdiff1d(self.space.pool(device), self.space.references)
+        """Mean Spearman over the validation devices, adapted as at test, on the networks they are judged with.
+
+        A split without validation devices is validated on its source devices: no training sees the networks that they
+        are judged with either.
+        """
+        found, frozen, space = [], _detached(self.weights), self.space
+        for device in self.split.valid or self.split.source:
+            others = [other for other in self.split.source if other != device]
+            ms, judged, known = space.latency(device), space.judged(device), source_labels(space, others)
+            pool = np.setdiff1d(space.pool(device), space.references)
             for i in range(self.settings.validation_draws):
                 draw = stream(self.settings.seed, "help", "validation", device, i)
-                support = draw.choice(pool, count, replace=False)
+                support = np.append(space.references, draw.choice(pool, self.settings.support, replace=False))
                 fitted = HelpPredictor.fit(
-                    frozen, ms[self.space.references], self.space.ops[support], ms[support], i, known_labels=known
+                    frozen, ms[space.references], space.ops[support], ms[support], i, known_labels=known[support]
                 )
-                found.append(float(spearmanr(fitted.labels(self.space.ops[judged]), ms[judged]).statistic))
+                found.append(float(spearmanr(fitted.labels(space.ops[judged]), ms[judged]).statistic))
         return float(np.mean(np.nan_to_num(found, nan=-1.0)))
 
     def look(self) -> Look:
@@ -248,6 +266,8 @@ class HelpTraining:
             tensors |= {f"{TRAINING}{moment}.{name}": value for moment, value in self.adam.state[tensor].items()}
         facts = {
             "space": self.space.name,
+            DEVICES: list(self.weights.devices),
+            "valid": list(self.split.valid),
             "table": _digest(self.space),
             "settings": asdict(self.settings),
             "episode": self.episode,
@@ -275,11 +295,14 @@ class HelpTraining:
         if (facts["space"], facts["table"]) != (space.name, _digest(space)):
             raise DeviceError(f"{path}: is a training on another table of space {facts['space']}; name another file")
         training = cls(space, settings)
+        devices = training.weights.devices
+        if (tuple(facts[DEVICES]), tuple(facts["valid"])) != (devices, space.split.valid):
+            raise DeviceError(f"{path}: is a training on other devices; name another file")
         best = {key: array for key, array in arrays.items() if not key.startswith(TRAINING)}
-        training.best = unflatten_weights(best, space.name, str(path))
+        training.best = unflatten_weights(best, space.name, str(path), devices)
         mark = f"{TRAINING}weights."
         now = {key.removeprefix(mark): array for key, array in arrays.items() if key.startswith(mark)}
-        training._take(unflatten_weights(now, space.name, str(path)))
+        training._take(unflatten_weights(now, space.name, str(path), devices))
         for name, tensor in flatten_weights(training.weights).items():
             moments = ("step", "exp_avg", "exp_avg_sq")
             training.adam.state[tensor] = {m: arrays[f"{TRAINING}{m}.{name}"] for m in moments}
@@ -299,7 +322,7 @@ def meta_train(
     """Meta-trains HELP on a table and returns the weights that were best on the validation devices.
 
     Args:
-        space: table; only its source and validation devices are read.
+        space: table; only the source and validation devices of its split are read.
         settings: see `HelpSettings`; equal settings give equal weights on equal machines with one thread.
         checkpoint: safetensors file that is written at every look and gone on from if it exists.
         progress: called at every look.
@@ -328,7 +351,4 @@ def _digest(space: Space) -> str:
 
 
 def _detached(weights: HelpWeights) -> HelpWeights:
-    parts = {
-        part: {n: t.detach().clone() for n, t in vars(weights)[part].items()} for part in weight_shapes(weights.space)
-    }
-    return HelpWeights(weights.space, **parts)
+    return map_weights(weights, lambda tensor: tensor.detach().clone())

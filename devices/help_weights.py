@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ HEAD = ("fc3", "fc4", "fc5")  # the layers that the modulator gates
 GATES = len(HEAD) * (2 * WIDTH + 1)  # a gate per input feature of each layer, and one shift of its bias
 
 TRAINING = "training."  # arrays of a checkpoint that are no weights for use
+DEVICES = "devices"  # the fact that says what a training saw
 _HEADER = "help"  # one entry with sorted JSON: several would be written in any order
 
 
@@ -42,12 +43,14 @@ class HelpWeights:
         model: the predictor, by layer: gc1..gc4 (graphs) or fc1, fc2 (vectors), fc_hw1, fc_hw2, fc3, fc4, fc5.
         modulator: hardware embedding to mean and spread of the gates, z_encoder.0 and z_encoder.2.
         rates: step size of the inner loop for every number of `model`; some are below zero.
+        devices: whose latencies the training saw; none where the file does not say (the authors').
     """
 
     space: str
     model: Params
     modulator: Params
     rates: Params
+    devices: tuple[str, ...] = ()
 
 
 def weight_shapes(space: str) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -76,6 +79,13 @@ def flatten_weights(weights: HelpWeights) -> Params:
     return {prefix + name: t for part, prefix in _PREFIX.items() for name, t in getattr(weights, part).items()}
 
 
+def map_weights(weights: HelpWeights, change: Callable[[Tensor], Tensor]) -> HelpWeights:
+    """The same weights with every tensor changed."""
+    parts = (weights.model, weights.modulator, weights.rates)
+    model, modulator, rates = ({name: change(tensor) for name, tensor in part.items()} for part in parts)
+    return replace(weights, model=model, modulator=modulator, rates=rates)
+
+
 def load_weights(path: str | Path, space: str) -> HelpWeights:
     """Reads meta-trained weights: the authors' as npz (never unpickled), ours as safetensors.
 
@@ -86,19 +96,23 @@ def load_weights(path: str | Path, space: str) -> HelpWeights:
     Raises:
         DeviceError: for a file that cannot be read, a missing, unknown or non-finite array, or a wrong shape.
     """
+    devices: list[str] = []
     try:
         if str(path).endswith(".safetensors"):
             with safe_open(str(path), framework="pt") as file:
+                devices = json.loads((file.metadata() or {}).get(_HEADER, "{}")).get(DEVICES, [])
                 arrays = {k: file.get_tensor(k) for k in file.keys() if not k.startswith(TRAINING)}  # noqa: SIM118
         else:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {key: torch.from_numpy(np.asarray(file[key])) for key in file.files}
     except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
         raise DeviceError(f"{path}: cannot be read as HELP weights (npz or safetensors): {error}") from None
-    return unflatten_weights(arrays, space, str(path))
+    return unflatten_weights(arrays, space, str(path), tuple(devices))
 
 
-def unflatten_weights(arrays: Mapping[str, Tensor], space: str, where: str) -> HelpWeights:
+def unflatten_weights(
+    arrays: Mapping[str, Tensor], space: str, where: str, devices: tuple[str, ...] = ()
+) -> HelpWeights:
     """The inverse of `flatten_weights`; `where` names the source in errors.
 
     Raises:
@@ -120,12 +134,13 @@ def unflatten_weights(arrays: Mapping[str, Tensor], space: str, where: str) -> H
             parts[part][name] = arrays[key].float()
     if extra := sorted(set(arrays) - wanted):
         raise DeviceError(f"{where}: {extra[0]!r} is no array of HELP weights of space {space}")
-    return HelpWeights(space, **parts)
+    return HelpWeights(space, **parts, devices=devices)
 
 
 def save_weights(weights: HelpWeights, path: str | Path, facts: dict[str, Any] | None = None) -> None:
     """Writes weights as safetensors for `load_weights`, with `facts` (JSON types) in the header."""
-    write_arrays(path, flatten_weights(weights), {"space": weights.space, **(facts or {})})
+    known = {"space": weights.space, DEVICES: list(weights.devices)}
+    write_arrays(path, flatten_weights(weights), {**known, **(facts or {})})
 
 
 def write_arrays(path: str | Path, tensors: Params, facts: dict[str, Any]) -> None:

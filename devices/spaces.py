@@ -6,6 +6,7 @@ The files are HELP's released tables as npz (see `load_space`). May import: nump
 from __future__ import annotations
 
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,10 @@ class SpaceSplit:
 
     Attributes:
         pool: the first `pool` networks are for adaptation and meta-training, the next 1000 for judging.
-        source, valid, unseen: device names.
+        source: devices to learn from.
+        valid: devices that say which weights of a training are best; none where the source devices themselves do, on
+            networks that no training sees.
+        unseen: devices to be judged on.
         published: HELP's published Spearman per unseen device (README of the authors' repository).
     """
 
@@ -59,6 +63,41 @@ SPLITS = {
     ),
 }
 
+_GPUS = tuple(
+    f"{gpu}_{batch}" for gpu in ("1080ti", "2080ti", "titan_rtx", "titanx", "titanxp") for batch in (1, 32, 64)
+)
+
+
+def _harder(source: tuple[str, ...], unseen: tuple[str, ...]) -> SpaceSplit:
+    return SpaceSplit(4000, source, (), unseen, {})
+
+
+# Harder splits of the FBNet table: Akhauri and Abdelfattah, "On Latency Predictors for Neural Architecture Search",
+# MLSys 2024 (NASFLAT), after device_task_list.py of github.com/abdelfattah-lab/nasflat_latency. Their sets for
+# NAS-Bench-201 need devices that the table has not. They have no validation devices.
+DEVICE_SETS = {
+    "F1": _harder(
+        ("2080ti_1", "essential_ph_1", "silver_4114", "titan_rtx_1", "titan_rtx_32"),
+        ("eyeriss", "fpga", "raspi4", "samsung_a50", "samsung_s7"),
+    ),
+    "F2": _harder(
+        ("essential_ph_1", "gold_6226", "gold_6240", "pixel3", "raspi4"),
+        ("1080ti_1", "1080ti_32", "2080ti_32", "titan_rtx_1", "titanxp_1"),
+    ),
+    "F3": _harder(
+        ("essential_ph_1", "pixel2", "pixel3", "raspi4", "samsung_s7"),
+        ("1080ti_1", "1080ti_32", "2080ti_1", "titan_rtx_1", "titan_rtx_32"),
+    ),
+    "F4": _harder(
+        (
+            *("1080ti_64", "2080ti_1", "eyeriss", "gold_6226", "gold_6240"),
+            *("raspi4", "samsung_s7", "silver_4210r", "titan_rtx_1", "titan_rtx_32"),
+        ),
+        ("1080ti_1", "pixel2", "essential_ph_1"),
+    ),
+    "FA": _harder(_GPUS, ("gold_6226", "essential_ph_1", "samsung_s7", "pixel2")),
+}
+
 
 @dataclass(frozen=True)
 class Space:
@@ -70,6 +109,7 @@ class Space:
         latency_ms: milliseconds of one forward pass, [devices, networks] float64.
         ops: operation ids, [networks, 6 edges] or [networks, 22 layers] uint8.
         references: the ten networks of HELP's hardware embedding, [10] int.
+        split: which of its devices and networks are for what.
     """
 
     name: str
@@ -77,10 +117,7 @@ class Space:
     latency_ms: np.ndarray
     ops: np.ndarray
     references: np.ndarray
-
-    @property
-    def split(self) -> SpaceSplit:
-        return SPLITS[self.name]
+    split: SpaceSplit
 
     def latency(self, device: str) -> np.ndarray:
         """Milliseconds of every network on one device, [networks].
@@ -108,15 +145,38 @@ def trimmed(latency_ms: np.ndarray, index: np.ndarray) -> np.ndarray:
     return np.sort(order[cut : len(index) - cut])
 
 
-def load_space(name: str, path: str | Path) -> Space:
-    """Reads a table: npz with `devices`, `latency_ms` [devices, networks], `arch_ops`, `hw_embed_idx`; never unpickled.
+def device_split(space: str, devices: str | None = None) -> SpaceSplit:
+    """HELP's own split of a space, or the set of devices of that name (`DEVICE_SETS`).
 
     Raises:
-        DeviceError: for an unknown space, a missing or broken file, a wrong shape, or latencies that are not positive
-            numbers.
+        DeviceError: for an unknown space or set, or a set of another space.
     """
-    if name not in SPLITS:
-        raise DeviceError(unknown("space", name, SPLITS))
+    if space not in SPLITS:
+        raise DeviceError(unknown("space", space, SPLITS))
+    if devices is None:
+        return SPLITS[space]
+    if devices not in DEVICE_SETS:
+        near = get_close_matches(devices.upper(), DEVICE_SETS, n=1, cutoff=0)[0]
+        allowed = ", ".join(DEVICE_SETS)
+        raise DeviceError(f"unknown set of devices {devices!r}; did you mean {near!r}? (allowed: {allowed})")
+    if space != "fbnet":
+        raise DeviceError(f"the set of devices {devices} is for space fbnet, got space {space}; leave the set out")
+    return DEVICE_SETS[devices]
+
+
+def load_space(name: str, path: str | Path, devices: str | None = None) -> Space:
+    """Reads a table: npz with `devices`, `latency_ms` [devices, networks], `arch_ops`, `hw_embed_idx`; never unpickled.
+
+    Args:
+        name: of the space, "nb201" or "fbnet".
+        path: of the file.
+        devices: a set of `DEVICE_SETS` to learn from and judge; none for HELP's own.
+
+    Raises:
+        DeviceError: for an unknown space or set of devices, a missing or broken file, a wrong shape, or latencies that
+            are not positive numbers.
+    """
+    split = device_split(name, devices)
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in ("devices", "latency_ms", "arch_ops", "hw_embed_idx")}
@@ -124,17 +184,17 @@ def load_space(name: str, path: str | Path) -> Space:
         raise DeviceError(f"{path}: has no array {error.args[0]!r}; a latency table of space {name} needs it") from None
     except (OSError, ValueError) as error:
         raise DeviceError(f"{path}: cannot be read as a latency table (npz): {error}") from None
-    devices, latency, ops = tuple(map(str, arrays["devices"])), arrays["latency_ms"], arrays["arch_ops"]
+    names, latency, ops = tuple(map(str, arrays["devices"])), arrays["latency_ms"], arrays["arch_ops"]
     edges = {"nb201": 6, "fbnet": 22}[name]
-    if latency.shape != (len(devices), len(ops)) or ops.ndim != 2 or ops.shape[1] != edges:
-        shapes = f"latency_ms {latency.shape}, devices {len(devices)}, arch_ops {ops.shape}"
+    if latency.shape != (len(names), len(ops)) or ops.ndim != 2 or ops.shape[1] != edges:
+        shapes = f"latency_ms {latency.shape}, devices {len(names)}, arch_ops {ops.shape}"
         raise DeviceError(f"{path}: is no table of space {name} (needs {edges} operations a network): {shapes}")
     bad = np.argwhere(~(np.isfinite(latency) & (latency > 0)))
     if len(bad):
         row, column = bad[0]
-        what = f"network {column} on {devices[row]} is {latency[row, column]}"
+        what = f"network {column} on {names[row]} is {latency[row, column]}"
         raise DeviceError(f"{path}: latencies must be positive numbers of milliseconds, but {what}")
-    missing = [d for d in (*SPLITS[name].source, *SPLITS[name].unseen) if d not in devices]
+    missing = [d for d in (*split.source, *split.valid, *split.unseen) if d not in names]
     if missing:
         raise DeviceError(f"{path}: lacks the device {missing[0]!r} that space {name} is judged with")
-    return Space(name, devices, latency.astype(np.float64), ops, arrays["hw_embed_idx"].astype(np.int64))
+    return Space(name, names, latency.astype(np.float64), ops, arrays["hw_embed_idx"].astype(np.int64), split)

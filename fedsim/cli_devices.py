@@ -15,6 +15,11 @@ import typer
 
 app = typer.Typer(no_args_is_help=True, help="Devices, and the latency of networks on them.")
 DataFile = Annotated[Path, typer.Option(help="Latency table of the space (npz with devices, latency_ms, arch_ops).")]
+DeviceSet = Annotated[
+    str | None,
+    typer.Option("--devices", help="A harder set of devices of fbnet: F1, F2, F3, F4 or FA; HELP's own when left out."),
+]
+Prior = Annotated[bool, typer.Option("--prior", help="Let structured learn from the source devices too, as HELP does.")]
 UNPRICED = "-"
 
 
@@ -168,32 +173,31 @@ def evaluate(
     references: Annotated[str, typer.Option(help="chosen (D-optimal) or random.")] = "chosen",
     seeds: Annotated[int, typer.Option(help="Repetitions; figures are means.", min=1)] = 3,
     weights: Annotated[Path | None, typer.Option(help="Weights of HELP (npz or safetensors).")] = None,
-    unseen: Annotated[str, typer.Option(help="Judge on a harder set of devices instead: F1, F2, F3, F4 or FA.")] = "",
+    devices: DeviceSet = None,
+    prior: Prior = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Judge a predictor on devices it never saw, under HELP's protocol: Spearman, Kendall, MAPE.
 
     Example: fedsim devices evaluate --space nb201 --data help_nb201.npz --predictor structured --measurements 20
+
+    HELP takes weights that never saw them either: --space fbnet --devices F1 --predictor help --weights f1.safetensors
     """
-    from devices.errors import unknown
-    from devices.evaluate import DEVICE_SETS
     from devices.evaluate import evaluate as judge
     from devices.spaces import load_space
     from fedsim.console import table
-    from fedsim.errors import ConfigError
 
-    if unseen and unseen not in DEVICE_SETS:
-        raise ConfigError(unknown("value for --unseen", unseen, DEVICE_SETS))
-    devices = DEVICE_SETS[unseen].unseen if unseen else None
-    loaded = load_space(space, data)
+    loaded = load_space(space, data, devices)
     with _console().status("judging"):
-        result = judge(loaded, predictor, measurements, references, seeds, devices, weights=weights)
+        source = loaded.split.source if prior else None
+        result = judge(loaded, predictor, measurements, references, seeds, source=source, weights=weights)
     if as_json:
         print(json.dumps(result))
         return
-    title = f"{predictor} on {space}, {measurements} measurements, {references}"
+    where = f"{space} {devices}" if devices else space
+    title = f"{predictor} on {where}, {measurements} measurements, {references}{', prior' if prior else ''}"
     rows = table("device", "Spearman", "published HELP", "Kendall", "MAPE %", title=title)
-    published = {} if unseen else dict(loaded.split.published)  # for the usual split only
+    published = dict(loaded.split.published)
     if published:
         published["mean"] = sum(published.values()) / len(published)
     for name, scores in [*result["devices"].items(), ("mean", result["mean"])]:
@@ -211,6 +215,8 @@ def compare(
     references: Annotated[str, typer.Option(help="chosen, random, or both separated by a comma.")] = "chosen",
     seeds: Annotated[int, typer.Option(help="Repetitions; figures are means.", min=1)] = 3,
     weights: Annotated[Path | None, typer.Option(help="Weights of HELP (npz or safetensors).")] = None,
+    devices: DeviceSet = None,
+    prior: Prior = False,
     picture: Annotated[Path, typer.Option(help="Where the plot goes.")] = Path("compare.png"),
 ) -> None:
     """Compare predictors on unseen devices, as a table of Spearman and a plot.
@@ -223,11 +229,14 @@ def compare(
     from fedsim.console import table
 
     budgets = [whole("--measurements", text) for text in measurements.split(",")]
-    loaded = load_space(space, data)
+    loaded = load_space(space, data, devices)
     with _console().status("comparing"):
-        found = judge(loaded, predictors.split(","), budgets, references.split(","), seeds, weights=weights)
+        names, ways = predictors.split(","), references.split(",")
+        found = judge(
+            loaded, names, budgets, ways, seeds, source=loaded.split.source if prior else None, weights=weights
+        )
     columns = {f"{r['predictor']}\n{r['measurements']} {r['references']}": None for r in found}
-    rows = table("device", *columns, "HELP,\npublished", title=f"Spearman on {space}")
+    rows = table("device", *columns, "HELP,\npublished", title=f"Spearman on {space}{f' {devices}' if devices else ''}")
     by_device: dict[str, list[dict[str, Any]]] = {}
     for row in found:
         by_device.setdefault(row["device"], []).append(row)
@@ -245,11 +254,14 @@ def train_help(
     data: DataFile,
     out: Annotated[Path, typer.Option(help="Weights to write (safetensors).")],
     episodes: Annotated[int | None, typer.Option(help="2000 for nb201, 4000 for fbnet when left out.", min=1)] = None,
+    devices: DeviceSet = None,
     seed: Annotated[int, typer.Option(help="Of weights, episodes and validation.", min=0)] = 3,
 ) -> None:
     """Meta-train HELP on the source devices of a table; goes on from OUT.checkpoint if it is there.
 
     Example: fedsim devices train-help --space nb201 --data help_nb201.npz --out help.safetensors
+
+    For a harder set: fedsim devices train-help --space fbnet --devices F1 --data help_fbnet.npz --out f1.safetensors
     """
     import torch
     from rich.progress import Progress
@@ -259,8 +271,12 @@ def train_help(
     from devices.spaces import load_space
 
     torch.set_num_threads(1)
-    loaded = load_space(space, data)
-    settings = HelpSettings(episodes=episodes or (4000 if space == "fbnet" else 2000), seed=seed)
+    loaded = load_space(space, data, devices)
+    settings = HelpSettings(
+        episodes=episodes or (4000 if space == "fbnet" else 2000),
+        devices=min(HelpSettings.devices, len(loaded.split.source)),
+        seed=seed,
+    )
     best = float("-inf")
     with Progress(transient=True) as progress:
         task = progress.add_task("meta-training", total=settings.episodes)
@@ -281,7 +297,7 @@ def _network(model: str, input_shape: tuple[int, ...], num_classes: int) -> Any:
 
     from devices.picture import traced_cost, zoo_cost
     from devices.zoo import ZOO
-    from fedsim.settings import instantiate, model_settings, options
+    from fedsim.settings import model_factory, model_settings, options
 
     if model in ZOO:
         return zoo_cost(model)
@@ -290,7 +306,7 @@ def _network(model: str, input_shape: tuple[int, ...], num_classes: int) -> Any:
         from fedsim.errors import ConfigError
 
         raise ConfigError(unknown("model", model, [*options("model"), *ZOO]))
-    network = instantiate({"model": model_settings(model)}, "model")(input_shape=input_shape, num_classes=num_classes)
+    network = model_factory({"model": model_settings(model)})(input_shape=input_shape, num_classes=num_classes)
     example = torch.zeros(
         1, *input_shape, dtype=torch.long if getattr(network, "takes_tokens", False) else torch.float32
     )

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from devices.nas.tables import network_features
-from devices.spaces import SPLITS
+from devices.spaces import DEVICE_SETS, SPLITS
 from fedsim import cli
+
+EVALUATE = ["evaluate", "--data", "x.npz", "--space"]
 
 
 class Ended(NamedTuple):
@@ -50,6 +52,19 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def harder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of FBNet, with the devices of the harder sets."""
+    rng = np.random.default_rng(0)
+    names = sorted({device for split in DEVICE_SETS.values() for device in (*split.source, *split.unseen)})
+    ops = rng.integers(0, 9, (5000, 22)).astype(np.uint8)
+    layers = network_features("fbnet", ops, "layers")
+    latency = rng.uniform(0.5, 2.0, (len(names), layers.shape[1])) @ (layers / layers.max(axis=0).clip(min=1)).T
+    path = tmp_path_factory.mktemp("harder") / "table.npz"
+    np.savez(path, devices=np.array(names), latency_ms=latency, arch_ops=ops, hw_embed_idx=np.arange(10))
+    return path
+
+
 def test_planted_latencies_are_found_from_ten_networks(devices, table):
     ended = devices("evaluate", "--space", "nb201", "--data", str(table), "--seeds", "1", "--json")
     result = json.loads(ended.out)
@@ -77,6 +92,21 @@ def test_training_of_help_writes_weights_that_can_be_judged(devices, table, tmp_
     assert np.isfinite(json.loads(ended.out)["mean"]["mape"])
 
 
+def test_harder_set_is_trained_and_judged_apart_from_the_usual_one(devices, harder):
+    """The weights of one set are refused on a set with other devices: here F2 judges a device that F1 learns from."""
+    data = ["--space", "fbnet", "--data", str(harder)]
+    assert devices("train-help", *data, "--devices", "F1", "--out", "w.safetensors", "--episodes", "2").code == 0
+    for predictor in (["structured", "--prior"], ["help", "--weights", "w.safetensors"]):
+        judge = ["--predictor", *predictor, "--measurements", "20", "--seeds", "1", "--devices"]
+        result = json.loads(devices("evaluate", *data, *judge, "F1", "--json").out)
+        assert set(result) == {"devices", "mean"}
+        assert set(result["devices"]) == set(DEVICE_SETS["F1"].unseen)
+        assert all(set(scores) == {"spearman", "kendall", "mape"} for scores in result["devices"].values())
+    ended = devices("evaluate", *data, *judge, "F2")
+    assert (ended.code, ended.err.count("\n")) == (2, 1)
+    assert "trained with device 'titan_rtx_1', which is to be judged" in ended.err
+
+
 def test_devices_are_listed_shown_and_priced(devices, tmp_path):
     assert "raspberry_pi_4" in devices("list").out
     assert devices("show", "pixel3", "--picture", "p.png").code == 0
@@ -97,7 +127,11 @@ def test_devices_are_listed_shown_and_priced(devices, tmp_path):
         (["evaluate", "--space", "nb202", "--data", "x.npz"], ["unknown space 'nb202'", "did you mean 'nb201'"]),
         (["evaluate", "--space", "nb201", "--data", "x.npz"], ["x.npz"]),
         (["evaluate", "--space", "nb201"], ["--data"]),
-        (["evaluate", "--space", "nb201", "--data", "x.npz", "--unseen", "F9"], ["'F9'", "F1, F2, F3, F4, FA"]),
+        (
+            [*EVALUATE, "fbnet", "--devices", "f2"],
+            ["unknown set of devices 'f2'", "did you mean 'F2'", "F3, F4, FA"],
+        ),
+        ([*EVALUATE, "nb201", "--devices", "F1"], ["the set of devices F1 is for space fbnet"]),
         (["enroll", "--name", "here", "--out", "."], ["is there already"]),
     ],
 )

@@ -1,15 +1,17 @@
 """How predictors do under HELP's protocol: on a made-up table, and on the real ones where they are at hand."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from devices.errors import DeviceError
-from devices.evaluate import DEVICE_SETS, FEATURES, compare, comparison_picture, evaluate
+from devices.evaluate import FEATURES, compare, comparison_picture, evaluate
+from devices.help_training import HelpSettings, first_weights
 from devices.nas.tables import connected, network_features
-from devices.spaces import SPLITS, Space, load_space
+from devices.spaces import DEVICE_SETS, SPLITS, Space, device_split, load_space
 
 # Milliseconds of each operation: none, skip, 1x1 and 3x3 convolution, pool.
 PRICES = {"near": (0, 0.1, 0.7, 2.0, 0.5), "far": (0, 1.0, 1.1, 1.3, 3.0), "gpu": (0, 0.5, 0.6, 0.7, 0.6)}
@@ -26,7 +28,7 @@ def space() -> Space:
     ops = rng.integers(0, 5, (2000, 6)).astype(np.uint8)
     exact = np.array([3 + np.array(prices)[ops].sum(axis=1) for prices in PRICES.values()])
     noise = rng.normal(1, 0.01, exact.shape)
-    return Space("nb201", tuple(PRICES), exact * noise, ops, np.arange(1900, 1910))
+    return Space("nb201", tuple(PRICES), exact * noise, ops, np.arange(1900, 1910), SPLITS["nb201"])
 
 
 @pytest.fixture(scope="module")
@@ -57,26 +59,46 @@ def test_same_seeds_give_the_same_result(space: Space):
     assert results[0] == results[1]
 
 
-def test_prior_from_source_devices_is_taken(space: Space):
-    result = evaluate(space, "structured", 4, "random", 2, devices=["near"], source=["gpu"])
-    assert result != evaluate(space, "structured", 4, "random", 2, devices=["near"])
+def test_prior_is_the_mixture_of_source_devices_that_explains_the_measurements(space: Space):
+    """The device judged is 2 near + 3 far, of which five random measurements alone say little: .85."""
+    blend = 2 * space.latency("near") + 3 * space.latency("far")
+    devices, latency = ("blend", *space.devices), np.vstack([blend, space.latency_ms])
+    blended = replace(space, devices=devices, latency_ms=latency)
+    alone = evaluate(blended, "structured", 5, "random", 4, devices=["blend"])["mean"]
+    helped = evaluate(blended, "structured", 5, "random", 4, devices=["blend"], source=list(PRICES))["mean"]
+    assert helped["spearman"] > 0.98 > alone["spearman"]
+    assert helped["mape"] < 0.5 * alone["mape"]
 
 
-def test_help_gets_what_is_left_of_the_measurements(space: Space):
-    """Ten go to its references; 800 networks are judged; none of the measured ones is judged or a reference."""
+def test_help_measures_its_references_and_adapts_to_them_too(space: Space):
+    """Its ten count among the twenty; 800 networks are judged, and none of the measured ones."""
     seen = []
 
-    def perfect(table: Space, device: str, support: np.ndarray, seed: int, weights: object) -> np.ndarray:
-        seen.append((device, len(support), seed, weights))
-        assert not set(support) & (set(table.judged(device)) | set(table.references))
+    def perfect(table: Space, device: str, measured: np.ndarray, seed: int, weights: object) -> np.ndarray:
+        seen.append((device, len(set(measured)), seed, weights))
+        assert set(measured[:10]) == set(table.references)
+        assert not set(measured) & set(table.judged(device))
         return table.latency(device)[table.judged(device)]
 
     for way in ("chosen", "random"):
         result = evaluate(space, "help", 20, way, 2, ["near"], weights="w", help_predictions=perfect)
         assert result["mean"] == {"spearman": 1.0, "kendall": 1.0, "mape": 0.0}
-    assert seen == [("near", 10, 0, "w"), ("near", 10, 1, "w")] * 2
+    evaluate(space, "help", 10, "random", 1, ["near"], weights="w", help_predictions=perfect)
+    assert seen == [("near", 20, 0, "w"), ("near", 20, 1, "w")] * 2 + [("near", 10, 0, "w")]
     with pytest.raises(DeviceError, match="help needs 10 measurements"):
         evaluate(space, "help", 9, "random", 1, ["near"], help_predictions=perfect)
+
+
+def test_help_is_not_judged_on_a_device_that_its_weights_know(space: Space):
+    """Weights say what they were trained with; those that do not, the authors', know the usual source devices."""
+    weights = first_weights("nb201", HelpSettings())
+    with pytest.raises(DeviceError, match="trained with device 'near', which is to be judged"):
+        evaluate(space, "help", 20, "random", 1, ["near"], weights=replace(weights, devices=("near", "gpu")))
+    renamed = replace(space, devices=("near", "gold_6240", "gpu"))
+    with pytest.raises(DeviceError, match="trained with device 'gold_6240'"):
+        evaluate(renamed, "help", 20, "random", 1, ["near", "gold_6240"], weights=weights)
+    with pytest.raises(DeviceError, match="weights"):
+        evaluate(space, "help", 20, "random", 1, ["near"])
 
 
 def test_prediction_without_order_scores_zero_and_nan_is_refused(space: Space):
@@ -100,10 +122,10 @@ def test_chosen_references_look_at_no_latency_and_are_connected(space: Space):
         return np.ones(800)
 
     noise = np.random.default_rng(1).uniform(1, 2, space.latency_ms.shape)
-    for table in (space, Space("nb201", space.devices, noise, space.ops, space.references)):
+    for table in (space, Space("nb201", space.devices, noise, space.ops, space.references, space.split)):
         evaluate(table, "help", 20, "chosen", 1, ["near", "far"], help_predictions=spy)
     assert measured[0] == measured[1] == measured[2] == measured[3]
-    assert connected("nb201", space.ops[measured[0]]).all()
+    assert connected("nb201", space.ops[measured[0][10:]]).all()  # behind HELP's own ten
 
 
 def test_wrong_arguments_are_refused(space: Space):
@@ -137,9 +159,23 @@ def test_comparison_is_a_table_and_a_picture(space: Space, tmp_path: Path):
         comparison_picture([], tmp_path / "none.png")
 
 
-def test_device_sets_never_judge_their_sources():
-    for devices in (*DEVICE_SETS.values(), *SPLITS.values()):
-        assert not set(devices.source) & set(devices.unseen)
+def test_device_sets_never_judge_what_they_learn_from():
+    for split in (*DEVICE_SETS.values(), *SPLITS.values()):
+        assert split.source
+        assert not {*split.source, *split.valid} & set(split.unseen)
+
+
+def test_set_of_devices_is_found_by_name():
+    assert device_split("fbnet", "F3") is DEVICE_SETS["F3"]
+    assert device_split("nb201") is SPLITS["nb201"]
+    for space, name, text in (
+        ("fbnet", "f3", "unknown set of devices 'f3'; did you mean 'F3'"),
+        ("fbnet", "F44", "did you mean 'F4'"),
+        ("nb201", "F1", "the set of devices F1 is for space fbnet, got space nb201"),
+        ("nb202", None, "unknown space 'nb202'"),
+    ):
+        with pytest.raises(DeviceError, match=text):
+            device_split(space, name)
 
 
 @pytest.mark.data
@@ -166,9 +202,8 @@ def test_chosen_references_beat_what_help_published(table, name: str, measuremen
 
 @pytest.mark.data
 def test_device_sets_are_in_the_table(table):
-    assert {d for devices in DEVICE_SETS.values() for d in (*devices.source, *devices.unseen)} <= set(
-        table("fbnet").devices
-    )
+    for split in DEVICE_SETS.values():
+        assert {*split.source, *split.unseen} <= set(table("fbnet").devices)
 
 
 @pytest.mark.data

@@ -13,10 +13,10 @@ from scipy.stats import spearmanr
 from torch.nn import functional as F
 
 from devices.errors import DeviceError
+from devices.evaluate import evaluate
 from devices.help import (
     HelpPredictor,
     adapt,
-    calibration,
     gate_divergence,
     gate_posterior,
     hardware_embedding,
@@ -25,7 +25,8 @@ from devices.help import (
     labels,
     modulate,
     predict,
-    reference_labels,
+    rising_line,
+    source_labels,
 )
 from devices.help_encodings import encode, graph_adjacency
 from devices.help_training import HelpSettings, HelpTraining, first_weights, meta_train
@@ -37,24 +38,20 @@ SETTINGS = HelpSettings(
 )
 
 
-class TinySpace(Space):
-    """A space with 100 networks to train with, two source devices and one to validate with."""
-
-    @property
-    def split(self) -> SpaceSplit:
-        return SpaceSplit(100, ("a", "b"), ("c",), (), {})
-
-
 @pytest.fixture(scope="module")
-def tiny() -> TinySpace:
-    """NAS-Bench-201 networks whose latency is the sum of their operations' costs, which differ by device."""
+def tiny() -> Space:
+    """NAS-Bench-201 networks whose latency is the sum of their operations' costs, which differ by device.
+
+    A hundred of them are to train with; a and b are the source devices, c is there to validate.
+    """
     ops = np.random.default_rng(0).integers(0, 5, (1100, 6)).astype(np.uint8)
     costs = np.array([[0.2, 0.3, 2.0, 5.0, 1.0], [0.1, 0.2, 1.0, 3.0, 0.7], [0.3, 0.3, 3.0, 7.0, 2.0]])
-    return TinySpace("nb201", ("a", "b", "c"), 1 + costs[:, ops].sum(-1), ops, np.arange(10))
+    split = SpaceSplit(100, ("a", "b"), ("c",), (), {})
+    return Space("nb201", ("a", "b", "c"), 1 + costs[:, ops].sum(-1), ops, np.arange(10), split)
 
 
 @pytest.fixture(scope="module")
-def trained(tiny: TinySpace) -> HelpWeights:
+def trained(tiny: Space) -> HelpWeights:
     return meta_train(tiny, replace(SETTINGS, episodes=50, validate_every=50))
 
 
@@ -218,29 +215,35 @@ def test_label_range_reaches_one_gap_beyond_the_measured_networks():
     torch.testing.assert_close(labels(np.array([8.0, 12.0, 16.0]), 8.0, 16.0), torch.tensor([0.05, 0.5, 0.95]))
 
 
-def test_known_labels_of_the_references_give_the_range():
-    """References at 0.5, 1 and 1.4 that take 10, 20 and 28 ms: 20 ms per label, so that 0.05..0.95 is 1..19 ms."""
+def test_known_labels_of_the_support_give_the_range():
+    """Labels 0.5, 1 and 1.4 took 10, 20 and 28 ms: 20 ms per label, so that 0.05..0.95 is 1..19 ms."""
     known, ms = np.array([0.5, 1.0, 1.4]), np.array([10.0, 20.0, 28.0])
-    assert label_range(np.array([5.0, 6.0]), ms, known) == pytest.approx((1.0, 19.0))
-    assert label_range(np.array([5.0, 6.0]), ms[::-1], known) == (4.0, 7.0)
+    assert label_range(ms, ms, known) == pytest.approx((1.0, 19.0))
+    assert label_range(ms, ms, known[::-1]) == (1.0, 37.0)  # a line that falls says nothing: extremes and a margin of 9
 
 
-def test_reference_labels_are_means_over_the_source_devices(tiny: TinySpace):
+def test_range_is_wider_for_a_device_that_the_sources_do_not_resemble():
+    """The line from milliseconds to label rises by 1/2: labels 0.05 and 0.95 are 1.8 ms apart, and not 0.9."""
+    known = np.array([0.0, 1.0, 0.0, 1.0])
+    assert label_range(np.array([0.0, 1.0, 1.0, 2.0]), known, known) == pytest.approx((0.1, 1.9))
+
+
+def test_source_labels_are_means_over_the_source_devices(tiny: Space):
     """Device b is half of a here, so that both give the same labels; c, a validation device, has no say."""
     latency = np.stack([tiny.latency_ms[0], tiny.latency_ms[0] / 2, tiny.latency_ms[2]])
-    pool = latency[0, tiny.pool("a")]
-    found = reference_labels(replace(tiny, latency_ms=latency))
-    np.testing.assert_allclose(found, labels(latency[0, :10], pool.min(), pool.max()), rtol=1e-6)
+    space, pool = replace(tiny, latency_ms=latency), latency[0, tiny.pool("a")]
+    np.testing.assert_allclose(source_labels(space), labels(latency[0], pool.min(), pool.max()), rtol=1e-6)
+    assert not np.allclose(source_labels(space, ["c"]), source_labels(space))
 
 
-def test_calibration_is_the_least_squares_line_or_nothing():
+def test_line_is_the_least_squares_line_or_nothing():
     """(0, 1), (1, 3), (2, 8): slope 7 / 2, offset 4 - 3.5."""
-    assert calibration(np.array([0.0, 1.0, 2.0]), np.array([1.0, 3.0, 8.0])) == pytest.approx((3.5, 0.5))
-    assert calibration(np.array([0.0, 1.0]), np.array([2.0, 1.0])) is None
-    assert calibration(np.array([1.0, 1.0]), np.array([2.0, 1.0])) is None
+    assert rising_line(np.array([0.0, 1.0, 2.0]), np.array([1.0, 3.0, 8.0])) == pytest.approx((3.5, 0.5))
+    assert rising_line(np.array([0.0, 1.0]), np.array([2.0, 1.0])) is None
+    assert rising_line(np.array([1.0, 1.0]), np.array([2.0, 1.0])) is None
 
 
-def test_milliseconds_come_from_references_and_support_only(tiny: TinySpace):
+def test_milliseconds_come_from_references_and_support_only(tiny: Space):
     """Latencies of all other networks may be anything."""
     weights, support = first_weights("nb201", SETTINGS), tiny.pool("c")[:20:2]
     first = help_predictions(tiny, "c", support, 1, weights)
@@ -252,14 +255,17 @@ def test_milliseconds_come_from_references_and_support_only(tiny: TinySpace):
     assert not np.array_equal(help_predictions(replace(tiny, latency_ms=latency), "c", support, 1, weights), first)
 
 
-def test_calibrated_predictions_have_the_support_s_mean(tiny: TinySpace, trained: HelpWeights):
+def test_calibrated_predictions_have_the_support_s_mean(tiny: Space, trained: HelpWeights):
     """A least-squares line passes through the mean of its points, if it rises: a few episodes see to that."""
     support, ms = tiny.ops[20:30], tiny.latency("c")[20:30]
     fitted = HelpPredictor.fit(trained, tiny.latency("c")[:10], support, ms, seed=0)
     assert fitted.predict(support).mean() == pytest.approx(ms.mean())
+    half = np.arange(10) < 5
+    fitted = HelpPredictor.fit(trained, tiny.latency("c")[:10], support, ms, seed=0, typical=half)
+    assert fitted.predict(support[half]).mean() == pytest.approx(ms[half].mean())
 
 
-def test_same_seed_same_milliseconds_and_one_per_judged_network(tiny: TinySpace):
+def test_same_seed_same_milliseconds_and_one_per_judged_network(tiny: Space):
     weights, support = first_weights("nb201", SETTINGS), np.arange(10, 20)
     first = help_predictions(tiny, "c", support, 1, weights)
     assert first.shape == (800,)
@@ -269,25 +275,26 @@ def test_same_seed_same_milliseconds_and_one_per_judged_network(tiny: TinySpace)
 
 
 @pytest.mark.parametrize("support", [[0, 1100], [-1, 3], [[1, 2]], [0.5, 1.5], [4]])
-def test_wrong_support_is_refused(tiny: TinySpace, support: list):
-    with pytest.raises(DeviceError, match="support"):
+def test_wrong_support_is_refused(tiny: Space, support: list):
+    with pytest.raises(DeviceError, match=r"support|measured"):
         help_predictions(tiny, "c", np.array(support), 1, first_weights("nb201", SETTINGS))
 
 
-def test_weights_of_another_space_are_refused(tiny: TinySpace):
+def test_weights_of_another_space_are_refused(tiny: Space):
     with pytest.raises(DeviceError, match="fbnet cannot predict networks of space nb201"):
         help_predictions(tiny, "c", np.arange(10), 1, first_weights("fbnet", SETTINGS))
 
 
 @pytest.mark.parametrize("suffix", ["npz", "safetensors"])
 def test_weights_survive_their_file(tmp_path: Path, suffix: str):
-    weights, path = first_weights("nb201", SETTINGS), tmp_path / f"weights.{suffix}"
+    weights, path = replace(first_weights("nb201", SETTINGS), devices=("pixel3",)), tmp_path / f"weights.{suffix}"
     if suffix == "npz":
         np.savez(path, **{key: tensor.numpy() for key, tensor in flatten_weights(weights).items()})
     else:
         save_weights(weights, path, {"episode": 3})
     read = flatten_weights(load_weights(path, "nb201"))
     assert all(torch.equal(read[key], tensor) for key, tensor in flatten_weights(weights).items())
+    assert load_weights(path, "nb201").devices == (("pixel3",) if suffix == "safetensors" else ())
     with pytest.raises(DeviceError, match=r"has no array 'model.meta_learner.fc1.weight'"):
         load_weights(path, "fbnet")
 
@@ -328,7 +335,7 @@ def test_files_that_are_no_weights_are_refused(tmp_path: Path, name: str):
         load_weights(tmp_path / name, "nb201")
 
 
-def test_resumed_training_equals_a_straight_one_byte_for_byte(tiny: TinySpace, tmp_path: Path):
+def test_resumed_training_equals_a_straight_one_byte_for_byte(tiny: Space, tmp_path: Path):
     straight, stopped = tmp_path / "straight.safetensors", tmp_path / "stopped.safetensors"
     looks: list[int] = []
     weights = meta_train(tiny, SETTINGS, straight, lambda look: looks.append(look.episode))
@@ -336,33 +343,54 @@ def test_resumed_training_equals_a_straight_one_byte_for_byte(tiny: TinySpace, t
     meta_train(tiny, SETTINGS, stopped)
     assert looks == [4, 8]
     assert straight.read_bytes() == stopped.read_bytes()
+    assert load_weights(straight, "nb201").devices == weights.devices == ("a", "b", "c")
     read = flatten_weights(load_weights(straight, "nb201"))
     assert all(torch.equal(read[key], tensor) for key, tensor in flatten_weights(weights).items())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["stopped.safetensors", "straight.safetensors"]
 
 
-def test_checkpoint_of_another_training_is_refused(tiny: TinySpace, tmp_path: Path):
+def test_checkpoint_of_another_training_is_refused(tiny: Space, tmp_path: Path):
     path = tmp_path / "training.safetensors"
     meta_train(tiny, replace(SETTINGS, episodes=4), path)
     with pytest.raises(DeviceError, match="name another file"):
         meta_train(tiny, replace(SETTINGS, seed=4), path)
     with pytest.raises(DeviceError, match="another table"):
         meta_train(replace(tiny, latency_ms=tiny.latency_ms * 2), SETTINGS, path)
+    with pytest.raises(DeviceError, match="other devices"):
+        meta_train(replace(tiny, split=replace(tiny.split, valid=())), SETTINGS, path)
     save_weights(first_weights("nb201", SETTINGS), path)
     with pytest.raises(DeviceError, match="no HELP training"):
         meta_train(tiny, SETTINGS, path)
 
 
-def test_trainings_that_cannot_be_are_refused(tiny: TinySpace):
+def test_trainings_that_cannot_be_are_refused(tiny: Space):
     with pytest.raises(DeviceError, match="episodes of 3 devices need as many sources; nb201 has 2"):
         HelpTraining(tiny, replace(SETTINGS, devices=3))
-    with pytest.raises(DeviceError, match="a trimmed pool has only 80"):
+    with pytest.raises(DeviceError, match="support and query are 81 networks a device, a pool has only"):
         HelpTraining(tiny, replace(SETTINGS, query=71))
+    with pytest.raises(DeviceError, match="two source devices or more, got 1"):
+        HelpTraining(replace(tiny, split=replace(tiny.split, source=("a",))), replace(SETTINGS, devices=1))
     with pytest.raises(ValueError, match="support must be at least 2"):
         HelpSettings(support=1)
 
 
-def test_patience_ends_training_after_looks_without_a_better_one(tiny: TinySpace):
+def test_support_of_an_episode_is_the_references_and_drawn_networks(tiny: Space):
+    """Its query has no references; the labels' scale comes from the other source device."""
+    training = HelpTraining(tiny, SETTINGS)
+    x, y, x_query, y_query, _ = training._batch()
+    assert (x.shape[:2], y.shape, x_query.shape[:2], y_query.shape) == ((2, 20), (2, 20), (2, 40), (2, 40))
+    assert all(torch.equal(networks[:10], encode("nb201", tiny.ops[:10])) for networks in x)
+    assert not any(set(source.pool) & set(tiny.references) for source in training.sources)
+    np.testing.assert_allclose(training.sources[0].known, source_labels(tiny, ["b"]))
+
+
+def test_split_without_validation_devices_is_validated_on_its_sources(tiny: Space):
+    found = HelpTraining(replace(tiny, split=replace(tiny.split, valid=())), SETTINGS)
+    assert found.weights.devices == ("a", "b")
+    assert -1 <= found.validate() <= 1
+
+
+def test_patience_ends_training_after_looks_without_a_better_one(tiny: Space):
     training = HelpTraining(tiny, replace(SETTINGS, patience=2, learning_rate=0.0))
     training.step()
     for _ in range(3):
@@ -372,7 +400,7 @@ def test_patience_ends_training_after_looks_without_a_better_one(tiny: TinySpace
     assert training.done
 
 
-def test_quirk_counts_the_last_device_s_divergence_once_per_device(tiny: TinySpace):
+def test_quirk_counts_the_last_device_s_divergence_once_per_device(tiny: Space):
     """With kl_weight 1 and equal draws, the two losses differ by 2 KL_last - (KL_0 + KL_1) / 2."""
     runs = [HelpTraining(tiny, replace(SETTINGS, kl_weight=1.0, kl_reference_quirk=quirk)) for quirk in (True, False)]
     h = HelpTraining(tiny, SETTINGS)._batch()[-1]
@@ -381,7 +409,7 @@ def test_quirk_counts_the_last_device_s_divergence_once_per_device(tiny: TinySpa
     assert difference == pytest.approx(float(2 * divergence[1] - divergence.mean()), rel=1e-4)
 
 
-def test_meta_training_lowers_the_error_on_the_validation_device(tiny: TinySpace, trained: HelpWeights):
+def test_meta_training_lowers_the_error_on_the_validation_device(tiny: Space, trained: HelpWeights):
     """Labels of 800 networks that no device trained with, on a device that no episode saw."""
     support, judged, ms = tiny.pool("c")[:20:2], tiny.judged("c"), tiny.latency("c")
 
@@ -404,19 +432,11 @@ def tables() -> Path:
 
 
 @pytest.mark.data
-@pytest.mark.parametrize("name, least", [("nb201", 0.925), ("fbnet", 0.905)])
+@pytest.mark.parametrize("name, least", [("nb201", 0.930), ("fbnet", 0.905)])
 def test_authors_weights_rank_unseen_devices(tables: Path, name: str, least: float):
-    """Found: 0.9274 and 0.9111. With seeds 1 to 16 it is 0.9304 for nb201, where seed 1 is unlucky for eyeriss."""
-    space = load_space(name, tables / f"help_{name}.npz")
-    weights = load_weights(tables / f"help_checkpoint_{name}.npz", name)
-    found = []
-    for device in space.split.unseen:
-        for seed in (1, 2, 3):
-            pool = np.setdiff1d(space.pool(device), space.references)
-            support = np.random.default_rng(seed).choice(pool, 10, replace=False)
-            predicted = help_predictions(space, device, support, seed, weights)
-            found.append(spearmanr(predicted, space.latency(device)[space.judged(device)]).statistic)
-    assert np.mean(found) > least
+    """Found with 16 seeds: 0.940 and 0.911."""
+    space, weights = load_space(name, tables / f"help_{name}.npz"), tables / f"help_checkpoint_{name}.npz"
+    assert evaluate(space, "help", 20, "chosen", 3, weights=weights)["mean"]["spearman"] > least
 
 
 @pytest.mark.data
