@@ -204,9 +204,11 @@ def _serve(pipe: Connection, make: Callable[..., Side], arguments: tuple[Any, ..
         side = make(*arguments)
         pipe.send((time.perf_counter() - started, me.memory_info().rss))
         while (number := pipe.recv()) is not None:
-            cpu_s, started = _cpu_s(me), time.perf_counter()
+            # Looking for them takes milliseconds, so it is not done between the two readings.
+            family = [me, *me.children(recursive=True)]
+            cpu_s, started = _cpu_s(family), time.perf_counter()
             side.round(number)
-            pipe.send((time.perf_counter() - started, _cpu_s(me) - cpu_s))
+            pipe.send((time.perf_counter() - started, _cpu_s(family) - cpu_s))
         unit = 1 if sys.platform == "darwin" else 1024
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         side.close()
@@ -223,13 +225,13 @@ def _serve(pipe: Connection, make: Callable[..., Side], arguments: tuple[Any, ..
             side.close()
 
 
-def _cpu_s(process: Any) -> float:
-    """CPU seconds of a process and of all that live below it."""
+def _cpu_s(processes: list[Any]) -> float:
+    """CPU seconds of these processes so far."""
     import psutil
 
     total = 0.0
-    for one in [process, *process.children(recursive=True)]:
+    for process in processes:
         with suppress(psutil.NoSuchProcess):
-            times = one.cpu_times()
+            times = process.cpu_times()
             total += times.user + times.system
     return total

@@ -17,6 +17,7 @@ import typer
 
 from fedsim.cli_devices import app as devices_app
 from fedsim.cli_devices import whole as _whole
+from fedsim.cli_flower import flwr
 
 app = typer.Typer(
     add_completion=False,
@@ -74,6 +75,9 @@ class _RunCommand(typer.core.TyperCommand):
 def run(ctx: typer.Context) -> None:
     """Run one experiment, or a sweep with -m. Overrides have Hydra's syntax: KEY=VALUE."""
     _hydra_run(ctx.args)
+
+
+app.command(context_settings=PASS_THROUGH)(flwr)
 
 
 @app.command()
@@ -225,20 +229,20 @@ def main() -> None:
         _give_up(f"{error.strerror or type(error).__name__}{where}", 1, error)
     except (exceptions.Abort, KeyboardInterrupt):
         code = INTERRUPTED
-    except _Terminated:
+    except Terminated:
         _give_up("terminated; everything written so far stays", TERMINATED, None)
     if code == INTERRUPTED:  # click's own answer to Ctrl-C
         _give_up("interrupted; everything written so far stays", INTERRUPTED, None)
     sys.exit(code if isinstance(code, int) else 0)
 
 
-class _Terminated(BaseException):
+class Terminated(BaseException):
     """SIGTERM came: engines and run folders are closed on the way out, as after Ctrl-C."""
 
 
 def _terminate(*_: object) -> NoReturn:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would cut the closing short
-    raise _Terminated
+    raise Terminated
 
 
 def _give_up(text: str, code: int, error: BaseException | None) -> None:

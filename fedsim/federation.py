@@ -59,7 +59,7 @@ class Federation:
             keep=settings["cohort"] if asked(settings) > settings["cohort"] else None,
             averages=is_plain_mean(self.strategy),
             on_client_error=settings["on_client_error"],
-            batch_clients=settings["engine"].get("batch_clients", 1),
+            batch_clients=settings["engine"]["batch_clients"],
             observe=observe,
         )
 

@@ -7,6 +7,7 @@ commits client state. May import: flwr, devices, and fedsim's clock, messages, s
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -40,7 +41,7 @@ from fedsim.pricing import Outcome, Prices
 NO_REPLY, NOT_THERE = "the engine returned no reply", "offline when the round began"
 ONE_METHOD = "so take the strategy and the trainer of one method"
 CLIENTS_PER_MESSAGE = 16
-MESSAGES_PER_NODE = 2  # left over at any moment of a round where many small messages balance the load
+SHORT_S = 0.25  # host seconds of an exchange below which small messages cost more than they balance
 EMPTY_ROUND_S = 60.0  # when nobody answers and there is no deadline, the server tries again after this long
 
 
@@ -148,8 +149,10 @@ class EdgeGrid(Grid):
         self.clock, self.store = SimClock(), ClientStore()
         self.round = 0
         self.reports: list[ClientReport] = []
+        self.accepted: tuple[int, ...] = ()  # clients of the last exchange, also where one mean stands for all
         self._pushed: dict[str, list[Message]] = {}
         self._flops: dict[int, float] = {}  # of each client's last training: what its next one will take on the host
+        self._host_s = 0.0  # of a worker for a client, in the last training; decides on messages, never on results
 
     # --- what a strategy sees -----------------------------------------------------------------------------------
 
@@ -200,6 +203,7 @@ class EdgeGrid(Grid):
         for reply in replies:
             self._record(reply, phase, start_s, round_s)
         accepted = [r for r in replies if r.outcome == "completed"]
+        self.accepted = tuple(r.client for r in accepted)
         if total is None or not accepted:
             return self._deliver(accepted)
         if not early:
@@ -264,7 +268,8 @@ class EdgeGrid(Grid):
                 online.append(replies[client])
         if total is not None:
             total.expect(online)
-        for answers, sums in self._engine_replies(self._messages(online, phase, total)):
+        messages, began_s = self._messages(online, phase, total), time.monotonic()
+        for answers, sums in self._engine_replies(messages):
             for client, content, work, outcome, reason, trace in answers:
                 reply = replies[client]
                 if outcome == "failed" and self.on_client_error == "stop":
@@ -281,6 +286,8 @@ class EdgeGrid(Grid):
                 total.add_sums(sums)
             elif total is not None:
                 total.add_separate([replies[answer[0]] for answer in answers])
+        if phase == "train" and online:
+            self._host_s = (time.monotonic() - began_s) * len(list(self.engine.get_node_ids())) / len(online)
         missing = [r.client for r in online if r.reason == NO_REPLY]
         if missing:
             raise ClientError(
@@ -293,7 +300,8 @@ class EdgeGrid(Grid):
         if not online:
             return []
         nodes = list(self.engine.get_node_ids())
-        small = getattr(self.engine, "small_messages", False)
+        expected_s = self._host_s * len(online) / len(nodes)
+        small = getattr(self.engine, "small_messages", False) and expected_s > SHORT_S
         usual = sum(self._flops.values()) / len(self._flops) if self._flops else 1.0
         messages: list[Message] = []
         together = self.batch_clients if phase == "train" else 1
@@ -481,8 +489,8 @@ def _cut(
     """Clients by message, in order, as lists of units that must not be divided.
 
     A block stays whole where it is added up by its worker, and so do clients that train at once. Many small messages
-    balance the load but each costs something: so they get smaller towards the end (guided self-scheduling,
-    Polychronopoulos and Kuck 1987). Other engines get as few as the limit allows.
+    balance the load but each costs some milliseconds: so they get smaller towards the end (guided self-scheduling,
+    Polychronopoulos and Kuck 1987), or are as few as the limit allows.
     """
     blocks_of = [list(group) for _, group in groupby(online, key=lambda r: r.block)]
     units: list[list[_Reply]] = []
@@ -493,7 +501,7 @@ def _cut(
             units.append(list(unit))
     start, left = 0, len(online)
     while start < len(units):
-        size = min(CLIENTS_PER_MESSAGE, -(-left // (nodes * (MESSAGES_PER_NODE if small else 1))))
+        size = min(CLIENTS_PER_MESSAGE, -(-(left if small else len(online)) // nodes))
         end, count = start + 1, len(units[start])
         while end < len(units) and count + len(units[end]) <= size:
             count += len(units[end])

@@ -48,9 +48,8 @@ def settings_of(folder: Path) -> Settings:
     if not isinstance(settings, dict):
         raise ConfigError(f"{path} holds no settings")
     check(settings)
-    threads, device = settings["engine"]["threads"], settings["engine"]["device"]
-    local = compose(["engine=local"])["engine"]
-    return check({**settings, "engine": {**local, "threads": threads, "device": device}})
+    local, kept = compose(["engine=local"])["engine"], ("threads", "device", "batch_clients")
+    return check({**settings, "engine": {**local, **{key: settings["engine"][key] for key in kept}}})
 
 
 def instruction_of(

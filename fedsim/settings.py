@@ -267,7 +267,8 @@ def check(settings: Settings) -> Settings:
     _number(settings, "deadline_s", above=0.0, optional=True)
     _number(settings, "max_simulated_s", above=0.0, optional=True)
     _number(settings, "target_accuracy", above=0.0, most=1.0, optional=True)
-    _number(settings["engine"], "threads", whole=True, least=1, prefix="engine.")
+    for key in ("threads", "batch_clients"):
+        _number(settings["engine"], key, whole=True, least=1, prefix="engine.")
     _choice(settings, "on_client_error", ("stop", "drop"))
     memory_format(settings)
     _choice(settings["engine"], "device", ("auto", "cpu", "cuda"), prefix="engine.")

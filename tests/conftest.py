@@ -13,7 +13,8 @@ import torch
 
 from clients.app import app
 from fedsim import federation as federations
-from fedsim.engines.local import LocalGrid, assume_task_identity
+from fedsim.engines.base import assume_task_identity
+from fedsim.engines.local import LocalGrid
 from fedsim.federation import Federation
 from fedsim.settings import Settings, build_world, compose
 

@@ -29,9 +29,7 @@ COMMON = (
 
 def settings(*overrides: str, k: int = 1):
     data = () if "workload=blobs" in overrides else UNEQUAL
-    composed = compose([*data, *COMMON, *overrides])
-    composed["engine"]["batch_clients"] = k
-    return composed
+    return compose([*data, *COMMON, *overrides, f"engine.batch_clients={k}"])
 
 
 def in_dtype(client, dtype: torch.dtype):

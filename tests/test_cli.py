@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 import pytest
 import yaml
 
@@ -501,7 +502,7 @@ def test_every_command_is_covered_by_the_help_test():
     import typer
 
     group = typer.main.get_command(cli.app)
-    assert set(group.commands) == {"run", "bench", "replay", "doctor", "data", "devices"}  # type: ignore[attr-defined]
+    assert set(group.commands) == {"run", "flwr", "bench", "replay", "doctor", "data", "devices"}  # type: ignore[attr-defined]
     assert set(group.commands["data"].commands) == {"list", "describe"}  # type: ignore[attr-defined]
     assert set(group.commands["devices"].commands) == set(DEVICES)  # type: ignore[attr-defined]
 
@@ -542,23 +543,45 @@ def test_the_installed_command_refuses_in_one_sentence(place: Path):
     assert_refused(Ended(done.returncode, done.stdout, done.stderr), "did you mean 'cohort'?")
 
 
-def test_ctrl_c_ends_the_run_and_keeps_what_is_written(place: Path):
+@pytest.mark.parametrize(
+    ("sent", "code", "sentence", "error"),
+    [
+        (signal.SIGINT, 130, "interrupted", "KeyboardInterrupt"),
+        (signal.SIGTERM, 143, "terminated", "Terminated"),
+    ],
+    ids=["ctrl-c", "sigterm"],
+)
+@pytest.mark.parametrize(
+    "engine", ["local", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.xdist_group("ray")])]
+)
+def test_a_signal_ends_the_run_within_five_seconds_and_keeps_what_is_written(
+    place: Path, engine: str, sent: signal.Signals, code: int, sentence: str, error: str
+):
     run = subprocess.Popen(
-        [FEDSIM, "run", "rounds=100000", "out=out"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [FEDSIM, "run", "rounds=100000", "out=out", f"engine={engine}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
         rounds, end = Path("out/rounds.jsonl"), time.monotonic() + 60
         while not (rounds.exists() and rounds.read_text().count("\n") > 2) and time.monotonic() < end:
             assert run.poll() is None, run.communicate()
             time.sleep(0.05)
-        run.send_signal(signal.SIGINT)
+        family = psutil.Process(run.pid).children(recursive=True)
+        assert bool(family) == (engine == "ray")
+        started = time.monotonic()
+        run.send_signal(sent)
         out, err = run.communicate(timeout=30)
+        assert time.monotonic() - started < 5
     finally:
         run.kill()
         run.wait()
-    assert (run.returncode, out) == (130, "")
-    assert err == "fedsim: interrupted; everything written so far stays\n"
+    _, alive = psutil.wait_procs(family, timeout=0.5)
+    assert not alive
+    assert (run.returncode, out) == (code, "")
+    assert err == f"fedsim: {sentence}; everything written so far stays\n"
     assert [r.round for r in read_rounds(Path("out"))][:3] == [0, 1, 2]
-    assert json.loads(Path("out/failure.json").read_text())["error"] == "KeyboardInterrupt"
+    assert json.loads(Path("out/failure.json").read_text())["error"] == error
     assert not Path("out/summary.json").exists()
     assert list(Path("out/clients").glob("*.parquet"))

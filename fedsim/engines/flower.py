@@ -10,15 +10,16 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from flwr.app import Message, RecordDict
+from flwr.app import Message
 from flwr.serverapp import Grid
 
+from fedsim.engines.base import EngineGrid
 from fedsim.errors import RunError
 
 NODES_TIMEOUT_S = 300.0  # host seconds until the first nodes must be there
 
 
-class FlowerGrid(Grid):
+class FlowerGrid(EngineGrid):
     """Waits for nodes, and raises when a worker's reply is missing instead of going on without it.
 
     Args:
@@ -27,6 +28,7 @@ class FlowerGrid(Grid):
     """
 
     def __init__(self, grid: Grid, timeout_s: float = 12 * 3600.0):
+        super().__init__()
         self.grid, self.timeout_s = grid, timeout_s
         self._nodes: list[int] = []
 
@@ -66,8 +68,3 @@ class FlowerGrid(Grid):
     @property
     def run(self) -> Any:
         return self.grid.run
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
