@@ -89,6 +89,7 @@ class Worker:
         if against:
             raise ConfigError(f"{self._batching()} cannot be used: {against}; set engine.batch_clients=1")
         self.network = self._price(self.model, "dense")
+        self.trainer.setup(self.workload, self.model, self.network)
         self._data: OrderedDict[int, ClientData] = OrderedDict()
         self._data_bytes = 0
         self._shared: tuple[ArrayRecord, Tensors] | None = None

@@ -88,6 +88,8 @@ def measure(model: nn.Module, loss: Loss, batch: dict[str, Tensor], name: str) -
     calls = 0
 
     def keep(tensor: Tensor) -> Tensor:
+        if tensor._is_zerotensor():  # forward-mode derivatives have zeros without a storage
+            return tensor
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in excluded:
             kept[storage.data_ptr()] = storage.nbytes()
@@ -105,8 +107,8 @@ def measure(model: nn.Module, loss: Loss, batch: dict[str, Tensor], name: str) -
         with counter() as forward, saved_tensors_hooks(keep, lambda tensor: tensor):
             value = loss(network, batch)
         with counter() as backward:
-            if value.requires_grad:
-                value.backward()
+            if value.requires_grad:  # only what a step needs: no gradient of a tensor that the loss made itself
+                torch.autograd.grad(value, [p for p in network.parameters() if p.requires_grad], allow_unused=True)
     return NetworkCost(
         name=name,
         forward_flops=forward.get_total_flops() / size,

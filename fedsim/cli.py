@@ -15,9 +15,11 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from fedsim.cli_averages import averages
 from fedsim.cli_devices import app as devices_app
 from fedsim.cli_devices import whole as _whole
 from fedsim.cli_flower import flwr
+from fedsim.cli_paired import paired
 
 app = typer.Typer(
     add_completion=False,
@@ -78,6 +80,8 @@ def run(ctx: typer.Context) -> None:
 
 
 app.command(context_settings=PASS_THROUGH)(flwr)
+app.command()(paired)
+data_app.command("averages", context_settings=PASS_THROUGH)(averages)
 
 
 @app.command()

@@ -485,6 +485,7 @@ def test_unknown_commands_are_one_sentence(fedsim: Callable[..., Ended]):
         ["replay"],
         ["doctor"],
         ["data", "list"],
+        ["data", "averages"],
         ["data", "describe"],
         *[["devices", name] for name in DEVICES],
     ],
@@ -502,7 +503,7 @@ def test_every_command_is_covered_by_the_help_test():
     import typer
 
     group = typer.main.get_command(cli.app)
-    assert set(group.commands) == {"run", "flwr", "bench", "replay", "doctor", "data", "devices"}  # type: ignore[attr-defined]
+    assert set(group.commands) == {"run", "flwr", "paired", "bench", "replay", "doctor", "data", "devices"}  # type: ignore[attr-defined]
     assert set(group.commands["data"].commands) == {"list", "describe"}  # type: ignore[attr-defined]
     assert set(group.commands["devices"].commands) == set(DEVICES)  # type: ignore[attr-defined]
 

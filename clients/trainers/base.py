@@ -93,6 +93,9 @@ class ClientContext:
 class LocalTrainer:
     """What a client does with a broadcast. Trainers are stateless: state belongs to `client.state`."""
 
+    def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:
+        """Called once per process, before any client: for what depends on the model only, such as its price."""
+
     def fit(self, client: ClientContext, task: Broadcast) -> ClientUpdate:
         """Trains on the client's data and reports the work in `client.log`."""
         raise NotImplementedError(f"{type(self).__name__} does not train")

@@ -37,11 +37,15 @@ class FedProxTrainer(SGDTrainer):
 
     def loss(self, client: ClientContext, batch: Tensors, task: Broadcast) -> Tensor:
         """Workload loss plus the proximal term."""
-        loss = super().loss(client, batch, task)
+        loss, penalty = super().loss(client, batch, task), self.penalty(client, task)
+        return loss if penalty is None else loss + penalty
+
+    def penalty(self, client: ClientContext, task: Broadcast) -> Tensor | None:
+        """The proximal term, a scalar; None where mu is 0."""
         mu = float(task.settings.get("proximal-mu", self.proximal_mu))
         if mu == 0:
-            return loss
+            return None
         distances = [
             torch.sum((p - task.weights[name]) ** 2) for name, p in client.model.named_parameters() if p.requires_grad
         ]
-        return loss + mu / 2 * torch.stack(distances).sum()
+        return mu / 2 * torch.stack(distances).sum()

@@ -32,8 +32,10 @@ def blocks(clients: Sequence[T]) -> list[Sequence[T]]:
 def is_plain_mean(strategy: Strategy) -> bool:
     """Whether all that the strategy takes from a round is the mean weighted by examples.
 
-    Only Flower's own classes by exact type: a subclass may look at each reply, so it gets each reply.
+    Only Flower's own classes by exact type: a subclass may look at each reply, so it gets each reply. A strategy that
+    hands all replies on to another one names that one `server`.
     """
+    strategy = getattr(strategy, "server", strategy)
     return (
         type(strategy) in PLAIN_MEANS
         and isinstance(strategy, FedAvg)

@@ -1,0 +1,180 @@
+"""FedMix: mixup with all clients' examples, approximated to first order from their means alone.
+
+Source: Yoon et al., "FedMix: Approximation of Mixup under Mean Augmented Federated Learning", ICLR 2021; the form of
+the loss was read in a third party's transcription, and derived. May import: what `clients.trainers.mixup` may.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from clients.trainers.mixup import OWN, PARTNER, Entrance, PoolTrainer, cross_entropy
+from devices.cost import NetworkCost
+from devices.errors import unknown
+from fedsim.errors import ConfigError
+from fedsim.workload import Tensors, Workload
+
+TAYLOR = "taylor"
+Logits = Callable[[Tensor], Tensor]
+Terms = tuple[Tensor, Tensor, Tensor]  # mean losses for the own and the partner's label, and the slope
+
+
+def double_backward(logits: Logits, u: Tensor, direction: Tensor, y: Tensor, partner_y: Tensor) -> Terms:
+    """The input gradient, kept differentiable, along the direction.
+
+    Args:
+        logits: the network, [batch, ...] to [batch, ..., classes].
+        u: where, [batch, ...].
+        direction: the same for all examples, [1, ...].
+        y: class numbers, [batch] or [batch, steps].
+        partner_y: probabilities, [1, ..., classes].
+
+    Returns:
+        The mean cross-entropy at u for both labels, and for y its derivative d/de at u + e * direction, e = 0. The mean
+        already holds 1 / batch, so the products are summed: public re-implementations take their mean and are a factor
+        of the batch too small.
+    """
+    if not u.requires_grad:
+        leaf = u.detach().requires_grad_()
+        u = leaf.view_as(leaf)  # torch's FLOP counter cannot follow a leaf
+    z = logits(u)
+    own = cross_entropy(z, y)
+    (gradient,) = torch.autograd.grad(own, u, create_graph=True)
+    return own, cross_entropy(z, partner_y), (gradient * direction).sum()
+
+
+def forward_mode(logits: Logits, u: Tensor, direction: Tensor, y: Tensor, partner_y: Tensor) -> Terms:
+    """The derivative of the logits along the direction, which travels through the network with them.
+
+    Arguments and results as in `double_backward`. The cross-entropy's own derivative is softmax - label.
+    """
+    with forward_ad.dual_level():
+        z, slope = forward_ad.unpack_dual(logits(forward_ad.make_dual(u, direction.expand_as(u).contiguous())))
+    if slope is None:
+        raise NotImplementedError("the network does not pass on forward derivatives")
+    flat = slope.flatten(0, -2)
+    along = (z.flatten(0, -2).softmax(-1) * flat).sum(-1) - flat.gather(-1, y.reshape(-1, 1)).squeeze(-1)
+    return cross_entropy(z, y), cross_entropy(z, partner_y), along.mean()
+
+
+def central_difference(logits: Logits, u: Tensor, direction: Tensor, y: Tensor, partner_y: Tensor) -> Terms:
+    """Differences of the loss a small step to both sides; the losses at u are the means of the sides.
+
+    Arguments and results as in `double_backward`, up to the square of the step: the cube root of the precision, in
+    lengths of an example. It needs no second derivatives, so fused recurrent kernels can be used. Where a step crosses
+    the kink of a ReLU, the gradient of the slope holds the kink's curvature, which the other forms do not see. Both
+    sides draw the same dropout.
+    """
+    length = torch.linalg.vector_norm(direction.detach())
+    size = torch.linalg.vector_norm(u.detach()) / len(u) ** 0.5
+    h = torch.finfo(u.dtype).eps ** (1 / 3) * size / length.clamp(min=torch.finfo(u.dtype).tiny)
+    generator = torch.cuda.default_generators[u.device.index or 0] if u.is_cuda else torch.default_generator
+    drawn = generator.get_state()
+    up = logits(u + h * direction)
+    generator.set_state(drawn)
+    down = logits(u - h * direction)
+    own, other = ([cross_entropy(z, label) for z in (up, down)] for label in (y, partner_y))
+    taylor = (own[0] - own[1]) / (2 * h) if length > 0 else torch.zeros_like(own[0])
+    return (own[0] + own[1]) / 2, (other[0] + other[1]) / 2, taylor
+
+
+FORMS = {"double": double_backward, "forward": forward_mode, "central": central_difference}  # the usual first
+
+
+@contextmanager
+def twice_differentiable(model: nn.Module) -> Iterator[None]:
+    """Inside, recurrent layers run as matrix products: the kernels that fuse them have one derivative only."""
+    if not any(isinstance(part, nn.RNNBase) for part in model.modules()):
+        yield
+        return
+    backends: list[Any] = [torch.backends.mkldnn, torch.backends.cudnn]
+    before = [backend.enabled for backend in backends]
+    for backend in backends:
+        backend.enabled = False
+    try:
+        yield
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.enabled = value
+
+
+class FedMixTrainer(PoolTrainer):
+    """Expands Global Mixup around the shrunk input: all that is left of the partners are their means.
+
+    L = (1 - ratio) CE(f(u), y) + ratio CE(f(u), pool_y) + scale T, with u = (1 - ratio) x and T the mean over the batch
+    of the products of the loss's input gradients (own label) with pool_x.
+
+    Args:
+        mix_ratio: lambda. The expansion needs it small: about half of what is good for NaiveMix.
+        taylor_scale: "l1" takes scale = ratio (1 - ratio), as the expansion gives it and public code has it; "paper"
+            takes ratio, as the equation is transcribed. They differ by ratio^2.
+        taylor_form: "double", "forward" or "central", equal ways to T of two passes each; "auto" takes the first that
+            the model supports, and central for recurrent networks, whose fused kernels have no second derivative.
+        pool: arguments of PoolTrainer.
+    """
+
+    partner_terms = (PARTNER, TAYLOR)
+    passes = 2
+
+    def __init__(self, mix_ratio: float, taylor_scale: str = "l1", taylor_form: str = "auto", **pool: Any):
+        super().__init__(mix_ratio, **pool)
+        for key, value, allowed in (
+            ("taylor_scale", taylor_scale, ("l1", "paper")),
+            ("taylor_form", taylor_form, ("auto", *FORMS)),
+        ):
+            if value not in allowed:
+                raise ConfigError(unknown(f"value for trainer.{key}", value, allowed))
+        self.scale = mix_ratio * (1 - mix_ratio) if taylor_scale == "l1" else mix_ratio
+        self.taylor_form = self.form = taylor_form
+
+    def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:
+        """Finds out which form the model supports, and prices it.
+
+        Raises:
+            ConfigError: if the model does not support the form that was asked for.
+        """
+        if not self.mix_ratio:
+            return
+        recurrent = any(isinstance(part, nn.RNNBase) for part in model.modules())
+        usual = ["central"] if recurrent else list(FORMS)
+        reasons = {}
+        for form in usual if self.taylor_form == "auto" else [self.taylor_form]:
+            self.form = form
+            reason = self._reason_against(workload, model)
+            if not reason:
+                break
+            reasons[form] = reason
+        else:
+            what = f"trainer.taylor_form={self.taylor_form} does not work with {type(model).__name__}"
+            raise ConfigError(f"{what}: {next(iter(reasons.values()))}; take another of auto, {', '.join(FORMS)}")
+        super().setup(workload, model, network)
+
+    def _reason_against(self, workload: Workload, model: nn.Module) -> str:
+        probe, device = deepcopy(model), next(model.parameters()).device
+        sample = workload.sample(2)
+        batch = {n: t.to(device) for n, t in (sample | self.sample_partner(workload, model, sample)).items()}
+        with torch.random.fork_rng(devices=[]):
+            try:
+                loss = self.mixed(probe, batch)[0]
+                torch.autograd.grad(loss, [p for p in probe.parameters() if p.requires_grad])
+            except (RuntimeError, NotImplementedError) as error:
+                return " ".join(str(error).split()).partition(". ")[0]
+        return ""
+
+    def mixed(self, model: nn.Module, batch: Tensors) -> tuple[Tensor, Tensors]:
+        """The first-order expansion; arguments and results as in MixupTrainer."""
+        ratio, entrance = self.mix_ratio, Entrance(model, batch["x"])
+        form = "double" if self.form == "auto" else self.form
+        with nullcontext() if form == "central" else twice_differentiable(model):
+            x, direction = entrance(batch["x"]), entrance(batch["partner_x"])
+            terms = FORMS[form](entrance.logits, (1 - ratio) * x, direction, batch["y"], batch["partner_y"])
+        own, partner, taylor = terms
+        loss = (1 - ratio) * own + ratio * partner + self.scale * taylor
+        return loss, {OWN: own, PARTNER: partner, TAYLOR: taylor}

@@ -1,0 +1,24 @@
+"""Mixup among a client's own examples: the baseline that needs no exchange.
+
+Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018, with a constant ratio, as "Local Mixup" in
+Yoon et al., "FedMix", ICLR 2021. May import: what `clients.trainers.mixup` may.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from clients.trainers.base import ClientContext
+from clients.trainers.mixup import MixupTrainer
+from fedsim.workload import Tensors
+
+
+class LocalMixupTrainer(MixupTrainer):
+    """Mixes each batch with a random permutation of itself.
+
+    Args: see MixupTrainer.
+    """
+
+    def partner(self, client: ClientContext, batch: Tensors, draw: torch.Generator) -> Tensors:
+        order = torch.randperm(len(batch["y"]), generator=draw).to(batch["y"].device)
+        return {"partner_x": batch["x"][order], "partner_y": batch["y"][order]}

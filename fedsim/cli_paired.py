@@ -1,0 +1,37 @@
+"""`fedsim paired`: the runs of a sweep against each other, seed by seed.
+
+May import: fedsim's console and `fedsim.paired` (inside the command, so that `--help` answers at once).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def paired(
+    folders: Annotated[list[Path], typer.Argument(help="Folder of a sweep, or folders of runs.")],
+    last: Annotated[int, typer.Option(help="Evaluations whose mean accuracy is a run's score.", min=1)] = 4,
+    against: Annotated[str | None, typer.Option(help="Row to compare with; the first if left out.")] = None,
+) -> None:
+    """Compare the runs of a sweep: paired differences over the seeds with 95 % intervals, and what each row cost.
+
+    Example: fedsim paired runs/20261121-101500-sweep --against fedavg
+    """
+    from rich.console import Console
+
+    from fedsim.console import energy, simulated, size, table
+    from fedsim.paired import compare, run_folders
+
+    rows = compare(run_folders(folders), last, against)
+    columns = ("seeds", "accuracy %", "difference", "95 % interval", "time", "energy", "traffic")
+    shown = table("overrides", *columns, title=f"mean of the last {last} evaluations; differences to {rows[0].label}")
+    for number, row in enumerate(rows):
+        low, high = (100 * (row.difference + sign * row.half_width) for sign in (-1, 1))
+        compared = [f"{100 * row.difference:+.2f}", f"{low:+.2f} to {high:+.2f}"] if number else ["", ""]
+        costs = [simulated(row.simulated_s), energy(row.joules), size(row.traffic_bytes)]
+        scores = " ".join(f"{100 * s:.1f}" for s in row.scores.values())
+        shown.add_row(row.label, scores, f"{100 * row.mean:.2f}", *compared, *costs)
+    Console().print(shown)

@@ -1,0 +1,140 @@
+"""Runs of a sweep against each other, seed by seed: what a difference is worth.
+
+May import: numpy, scipy (lazily), yaml, fedsim.report.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from fedsim.errors import ConfigError
+from fedsim.report import RoundReport, read_rounds
+
+IGNORED = ("seed", "out", "name", "choices")  # settings in which runs of one row may differ
+
+
+@dataclass(frozen=True)
+class Row:
+    """Equal runs but for their seeds.
+
+    Attributes:
+        label: the method, and the settings that tell it from other rows of that method.
+        scores: by seed, mean accuracy of a run's last evaluations.
+        difference: mean over the seeds in common of the score less that of the first row.
+        half_width: of its 95 % interval (Student's t); infinite for a single seed.
+        simulated_s, joules, traffic_bytes: means over the seeds.
+    """
+
+    label: str
+    scores: dict[int, float]
+    difference: float
+    half_width: float
+    simulated_s: float
+    joules: float
+    traffic_bytes: float
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(list(self.scores.values())))
+
+
+def compare(folders: Iterable[Path], last: int, against: str | None = None) -> list[Row]:
+    """One row per method and setting, in order of the folders.
+
+    Args:
+        folders: of runs.
+        last: evaluations that make a score.
+        against: label (or its beginning) of the row that the others are compared with; the first when None.
+
+    Raises:
+        ConfigError: if there are no runs, one was given twice, or no row is called `against`.
+    """
+    runs = [_read(folder) for folder in folders]
+    if not runs:
+        raise ConfigError("there are no runs to compare; give the folder of a sweep, or several of runs")
+    groups: dict[str, dict[int, list[RoundReport]]] = {}
+    for label, (settings, rounds) in zip(_labels([s for s, _ in runs]), runs, strict=True):
+        group = groups.setdefault(label, {})
+        if settings["seed"] in group:
+            raise ConfigError(f"{label!r} was run twice with seed {settings['seed']}; leave one out")
+        group[settings["seed"]] = rounds
+    first = next((name for name in groups if name.startswith(against or "")), None)
+    if first is None:
+        raise ConfigError(f"no row is called {against!r}; there are: {', '.join(groups)}")
+    base = {seed: score(rounds, last) for seed, rounds in groups[first].items()}
+    order = [first, *(name for name in groups if name != first)]
+    return [_row(name, groups[name], base, last) for name in order]
+
+
+def run_folders(given: Iterable[Path]) -> list[Path]:
+    """The run folders among and directly below the given ones, those of a sweep in its order."""
+    found: list[Path] = []
+    for folder in given:
+        below = sorted((p.parent for p in folder.glob("*/rounds.jsonl")), key=lambda p: (len(p.name), p.name))
+        found += [folder] if (folder / "rounds.jsonl").is_file() else below
+    return found
+
+
+def score(rounds: list[RoundReport], last: int) -> float:
+    """Mean accuracy of the last evaluations of the global model."""
+    judged = [r.metrics["accuracy"] for r in rounds if "accuracy" in r.metrics]
+    return float(np.mean(judged[-last:]))
+
+
+def interval(differences: list[float]) -> float:
+    """Half the width of the 95 % interval of their mean."""
+    from scipy.stats import t
+
+    if len(differences) < 2:
+        return math.inf
+    return float(t.ppf(0.975, len(differences) - 1) * np.std(differences, ddof=1) / len(differences) ** 0.5)
+
+
+def _row(label: str, group: dict[int, list[RoundReport]], base: dict[int, float], last: int) -> Row:
+    scores = {seed: score(rounds, last) for seed, rounds in group.items()}
+    differences = [scores[seed] - base[seed] for seed in scores if seed in base]
+    ends = [(r[-1].now_s, sum(x.joules for x in r), sum(x.down_bytes + x.up_bytes for x in r)) for r in group.values()]
+    seconds, joules, traffic = (float(np.mean(column)) for column in zip(*ends, strict=True))
+    mean = float(np.mean(differences)) if differences else math.nan
+    return Row(label, scores, mean, interval(differences), seconds, joules, traffic)
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], list[RoundReport]]:
+    try:
+        settings, rounds = yaml.safe_load((folder / "config.yaml").read_text()), read_rounds(folder)
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{folder} is not a run that can be read: {' '.join(str(error).split())}") from error
+    if not any("accuracy" in r.metrics for r in rounds):
+        raise ConfigError(f"{folder} holds no evaluated round")
+    return settings, rounds
+
+
+def _labels(runs: list[dict[str, Any]]) -> list[str]:
+    """The method of each run and the settings in which it differs from others of that method."""
+    names = [str(s["choices"].get("method") or f"{s['choices']['strategy']}+{s['choices']['trainer']}") for s in runs]
+    flat = [_flat({key: value for key, value in s.items() if key not in IGNORED}) for s in runs]
+    values: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for name, settings in zip(names, flat, strict=True):
+        for key, value in settings.items():
+            values[name, key].add(value)
+    labels = []
+    for name, settings in zip(names, flat, strict=True):
+        several = [f"{key}={value}" for key, value in settings.items() if len(values[name, key]) > 1]
+        labels.append(" ".join([name, *several]))
+    return labels
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    found: dict[str, str] = {}
+    for key, value in tree.items():
+        below = _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": str(value)}
+        found.update(below)
+    return found

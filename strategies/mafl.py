@@ -1,0 +1,162 @@
+"""Mean augmented federated learning (MAFL): clients share means of their examples once, and train with everybody's.
+
+Source: Yoon et al., "FedMix: Approximation of Mixup under Mean Augmented Federated Learning", ICLR 2021, algorithm 1
+(recalled; the exchange before round 1 as in Flower's baseline, which however sends the pool anew in every round).
+Records: averages, up, once: x [groups, *input], y [groups, classes], and for uint8 low, step [groups]; room, up, once:
+bytes []. pool, down: the pairs that a client does not hold yet, in the form of averages.
+May import: flwr, torch, numpy, devices, fedsim (not clients).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg, Strategy
+
+from devices.errors import unknown
+from fedsim.errors import ConfigError
+from fedsim.messages import record_of, tensors_of
+from fedsim.network import EdgeGrid
+from fedsim.seeding import generator
+from fedsim.workload import Tensors
+
+QUERY, AVERAGES, ROOM, POOL = "query.averages", "averages", "room", "pool"
+SIZE, KEPT = "pool-size", "pool-kept"
+ALL, DTYPES = "all", ("float32", "uint8")
+
+
+class Mafl(FedAvg):
+    """Puts a pool of averages beside what another strategy sends; sampling and averaging of weights stay with that one.
+
+    Before round 1 every client that is online is asked for averages; one that was not, or was late, is asked when it is
+    next in a cohort. A client is sent each pair once, and keeps it; where its device has not the room for all, a
+    uniform draw of them. Averaging is no formal privacy: a label mean is a class histogram, and small groups show their
+    examples (`fedsim data averages` draws them).
+
+    Args:
+        server: makes the strategy that samples the clients and averages their weights.
+        group_size: M_k, examples per average; "all" makes one average of everything a client has.
+        min_group_size: a client with smaller groups shares nothing.
+        exclude_own: do not send clients their own averages; the paper's algorithm does.
+        pool_dtype: of shared inputs; uint8 takes a quarter of the bytes and memory.
+        sampling: arguments of FedAvg.
+
+    Raises:
+        ConfigError: for a setting that is not allowed.
+    """
+
+    def __init__(
+        self,
+        server: Callable[..., Strategy],
+        group_size: int | str = ALL,
+        min_group_size: int = 5,
+        exclude_own: bool = False,
+        pool_dtype: str = "float32",
+        **sampling: Any,
+    ):
+        super().__init__(**sampling)
+        if min_group_size < 1:
+            raise ConfigError(f"strategy.min_group_size must be at least 1, got {min_group_size}")
+        if group_size != ALL and (isinstance(group_size, bool | str) or group_size < min_group_size):
+            needed = f"all or at least {min_group_size} (strategy.min_group_size)"
+            raise ConfigError(f"strategy.group_size must be {needed}, got {group_size!r}")
+        if pool_dtype not in DTYPES:
+            raise ConfigError(unknown("value for strategy.pool_dtype", pool_dtype, DTYPES))
+        self.server, self.exclude_own = server(**sampling), exclude_own
+        self.question = ConfigRecord(
+            {
+                "group-size": 0 if group_size == ALL else int(group_size),
+                "min-group-size": min_group_size,
+                "pool-dtype": pool_dtype,
+            }
+        )
+        self.pool: Tensors = {}  # pairs in the order in which they came
+        self.owners = np.zeros(0, np.int64)  # of each pair
+        self.room: dict[int, int] = {}  # bytes of those that have answered
+        self.held: dict[int, np.ndarray] = {}  # rows of the pool that a client has, in its order
+        self.sent: dict[int, np.ndarray] = {}  # what it will have once its reply is accepted
+        self.grid: EdgeGrid | None = None
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """The other strategy's messages, each with the part of the pool that its client lacks."""
+        if not isinstance(grid, EdgeGrid):
+            raise ConfigError(f"{type(self).__name__} needs fedsim's EdgeGrid, got {type(grid).__name__}")
+        self.grid = grid
+        messages = list(self.server.configure_train(server_round, arrays, config, grid))
+        self.collect([message.metadata.dst_node_id for message in messages], grid)
+        self.sent = {}
+        packed: dict[bytes, ArrayRecord] = {}  # clients that lack the same pairs share one record
+        for message in messages:
+            client = message.metadata.dst_node_id
+            rows = self.sent[client] = self.wanted(client, grid.seed)
+            kept = _common(rows, self.held.get(client, rows[:0]))
+            facts = ConfigRecord({SIZE: len(rows), KEPT: kept})
+            content: dict[str, Any] = {**message.content, f"{POOL}-facts": facts}
+            lacks = rows[kept:]
+            if len(lacks):
+                if lacks.tobytes() not in packed:
+                    packed[lacks.tobytes()] = record_of({n: t[torch.from_numpy(lacks)] for n, t in self.pool.items()})
+                content[POOL] = packed[lacks.tobytes()]
+            message.content = RecordDict(content)
+        return messages
+
+    def collect(self, cohort: Iterable[int], grid: EdgeGrid) -> None:
+        """Asks those who have not answered yet: everybody before the first pool, then the cohort's."""
+        now_s = grid.clock.now_s
+        asked = grid.get_node_ids() if not self.room else cohort
+        missing = [client for client in asked if client not in self.room and grid.fleet.online(client, now_s)]
+        content = RecordDict({"config": self.question})
+        for reply in grid.send_and_receive([Message(content, client, QUERY) for client in missing]):
+            client, answer = reply.metadata.src_node_id, reply.content
+            self.room[client] = int(tensors_of(answer.array_records[ROOM])["bytes"])
+            if AVERAGES in answer:
+                self.add(client, tensors_of(answer.array_records[AVERAGES]))
+
+    def add(self, client: int, pairs: Tensors) -> None:
+        """Puts a client's averages behind those that are there."""
+        self.pool = {n: torch.cat([self.pool[n], t]) if self.pool else t for n, t in pairs.items()}
+        self.owners = np.append(self.owners, np.full(len(pairs["y"]), client))
+
+    def wanted(self, client: int, seed: int) -> np.ndarray:
+        """The rows of the pool that a client should have, in order; a draw where its device cannot hold all."""
+        rows = np.flatnonzero(self.owners != client) if self.exclude_own else np.arange(len(self.owners))
+        pair_bytes = sum(t[:1].numel() * t.element_size() for t in self.pool.values())
+        fits = self.room[client] // pair_bytes if client in self.room and pair_bytes else len(rows)
+        if len(rows) <= fits:
+            return rows
+        # The rank of a pair stays as the pool grows, so that few are sent again.
+        rank = generator(seed, POOL, client).random(len(self.owners))[rows]
+        return np.sort(rows[np.argsort(rank, kind="stable")[:fits]])
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """The other strategy's; what accepted clients were sent is now theirs."""
+        assert self.grid is not None
+        self.held.update({client: self.sent[client] for client in self.grid.accepted})
+        return self.server.aggregate_train(server_round, replies)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        return self.server.configure_evaluate(server_round, arrays, config, grid)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        return self.server.aggregate_evaluate(server_round, replies)
+
+    def summary(self) -> None:
+        self.server.summary()
+
+
+def _common(rows: np.ndarray, held: np.ndarray) -> int:
+    """Length of the common beginning."""
+    least = min(len(rows), len(held))
+    differs = np.flatnonzero(rows[:least] != held[:least])
+    return int(differs[0]) if len(differs) else least
