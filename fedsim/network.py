@@ -499,9 +499,10 @@ def _cut(
             units[-1] += unit
         else:
             units.append(list(unit))
-    start, left = 0, len(online)
+    start, left, idle = 0, len(online), nodes
     while start < len(units):
-        size = min(CLIENTS_PER_MESSAGE, -(-(left if small else len(online)) // nodes))
+        size = min(CLIENTS_PER_MESSAGE, -(-left // (nodes if small else idle)))
+        idle = max(1, idle - 1)
         end, count = start + 1, len(units[start])
         while end < len(units) and count + len(units[end]) <= size:
             count += len(units[end])

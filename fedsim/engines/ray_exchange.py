@@ -65,13 +65,13 @@ class Exchange:
         self.pool, self.size, self.retries, self.client_timeout_s = pool, size, retries, client_timeout_s
         self.wanted = min(size, len(messages))
         jobs = [Job(message, message.content) for message in messages]
-        self.waiting = deque(_longest_first(jobs, max(WINDOW_PER_WORKER * size, LEAST_WINDOW)))
+        self.waiting = deque(longest_first(jobs, max(WINDOW_PER_WORKER * size, LEAST_WINDOW)))
         self.open = len(jobs)  # replies that are still to come
         self.common = records_in_common(job.content for job in jobs)
         self.numbers = {id(record): number for number, record in enumerate(self.common)}
         self.shared = ray.put([pack(record) for record in self.common]) if self.common else None
         self.first = jobs[0]
-        self.world = (self.first.content.config_records.get(SETTINGS),)
+        self.world: tuple[Any, ...] = (self.first.content.get(SETTINGS),)
         self.alone_since = time.monotonic()  # when there was a worker last
         self.look_again = self.alone_since + NODES_S  # at the nodes
 
@@ -227,7 +227,7 @@ class Exchange:
         return max(0.0, min(due) - time.monotonic()) + 0.001
 
 
-def _longest_first(jobs: Sequence[Job], window: int) -> Iterator[Job]:
+def longest_first(jobs: Sequence[Job], window: int) -> Iterator[Job]:
     """The jobs in their order, but within each window by cost: a long one that starts last keeps all others waiting.
 
     Only within a window, because early replies are what the sums over clients wait for.

@@ -134,7 +134,7 @@ class RaySession:
     def _join(self, address: str) -> None:
         import ray
 
-        where = _answering(address)
+        where = answering(address)
         try:
             ray.init(address=where, log_to_driver=False, logging_level=logging.CRITICAL)
         except (RuntimeError, OSError, ValueError) as error:  # such as another version of Ray or Python
@@ -143,7 +143,7 @@ class RaySession:
         self._joined = True
 
 
-def _answering(address: str) -> str:
+def answering(address: str) -> str:
     """HOST:PORT of a cluster that answers: `ray.init` would try for minutes, and not be interrupted.
 
     Raises:

@@ -76,7 +76,8 @@ class Loan:
     def __init__(self, content: RecordDict):
         self._arrays = [
             weakref.ref(array)
-            for record in content.array_records.values()
+            for record in content.values()
+            if isinstance(record, ArrayRecord)
             for array in record.values()
             if not isinstance(array.data, bytes)
         ]
