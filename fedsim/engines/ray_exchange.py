@@ -140,18 +140,15 @@ class Exchange:
                 yield self.pool.arrivals.get_nowait()
 
     def _settle(self, slot: Slot, call: Call) -> Iterator[Message]:
-        assert call.answer is not None
-        error = call.answer.exception()
-        if error is not None:
-            yield from self._lost(slot, call.job, _loss(error))
+        if call.error is not None:
+            yield from self._lost(slot, call.job, _loss(call.error))
         elif call.job is None:
-            slot.node = slot.node or call.answer.result()  # its first call is the start
+            slot.node = slot.node or call.answer  # its first call is the start
             self.pool.failed_starts = 0 if slot.prepared else self.pool.failed_starts
         else:
             self.open -= 1
             self._hand_out()  # first: whoever takes the reply may be busy with it for a while
-            answer = call.answer.result()
-            yield Message(answer if isinstance(answer, Error) else content_of(answer), reply_to=call.job.message)
+            yield _reply(call.take(), call.job.message)
 
     # --- faults -------------------------------------------------------------------------------------------------
 
@@ -217,7 +214,7 @@ class Exchange:
     def _due(self, slot: Slot) -> float:
         """When the job that a worker runs must be over."""
         call = slot.calls[0] if slot.calls else None
-        if self.client_timeout_s is None or call is None or call.job is None or call.answer is not None:
+        if self.client_timeout_s is None or call is None or call.job is None or call.answered:
             return float("inf")
         return slot.running_since + self.client_timeout_s * len(call.job.clients)
 
@@ -225,6 +222,10 @@ class Exchange:
         due = [self._due(slot) for slot in self.pool.slots]
         due.append(self.look_again if any(slot.node for slot in self.pool.slots) else self.alone_since + START_S)
         return max(0.0, min(due) - time.monotonic()) + 0.001
+
+
+def _reply(answer: Letter | Error, message: Message) -> Message:
+    return Message(answer if isinstance(answer, Error) else content_of(answer), reply_to=message)
 
 
 def longest_first(jobs: Sequence[Job], window: int) -> Iterator[Job]:

@@ -24,7 +24,9 @@ from typing import Any
 from fedsim.errors import RunError
 
 ANSWER_S = 5.0  # host seconds within which a cluster must answer
-INLINE_BYTES = 2**20  # smaller replies travel within Ray's own messages: a quarter of the CPU time of shared memory
+# Of a private instance. Replies below a megabyte go within Ray's own messages, for a quarter of the CPU time of shared
+# memory; objects in it are freed at once, or the next ones touch fresh pages, of which every process maps its share.
+SYSTEM = {"max_direct_call_object_size": 2**20, "free_objects_batch_size": 1}
 LONGEST_FOLDER = 40  # characters; the paths of Ray's sockets add 62, and Unix allows 107
 HELPERS = ("monitor", "log_monitor", "dashboard")  # Ray's names; of no use without a cluster, dashboard and shown logs
 GONE_S = 1.0  # host seconds that processes get to end by themselves
@@ -94,17 +96,18 @@ class RaySession:
                     process.kill()
         _end(processes)
         if self._leash is not None:
-            self._leash.communicate()  # closes the pipe
+            self._leash.communicate()  # closes the pipe; nothing is left to be ended
+            self._leash = None
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _processes(self) -> list[Any]:
         """Every process of the private instance, also of one that was interrupted while it started."""
         import psutil
 
-        found = []
+        found, leash = [], self._leash and self._leash.pid
         for child in psutil.Process().children():
             with suppress(psutil.NoSuchProcess):
-                if any(self._folder in part for part in child.cmdline()):
+                if child.pid != leash and any(self._folder in part for part in child.cmdline()):
                     found += [child, *child.children(recursive=True)]
         return found
 
@@ -123,7 +126,7 @@ class RaySession:
                     log_to_driver=False,
                     logging_level=logging.CRITICAL,
                     _temp_dir=self._folder,
-                    _system_config={"max_direct_call_object_size": INLINE_BYTES},
+                    _system_config=SYSTEM,
                 )
             except (RuntimeError, OSError, ValueError) as error:
                 raise RunError(f"Ray could not be started: {' '.join(str(error).split())}") from error

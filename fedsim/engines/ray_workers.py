@@ -61,7 +61,14 @@ class Call:
     """Something that a worker was sent; `job` is None when it only prepares the worker."""
 
     job: Any
-    answer: Future[Any] | None = None
+    answered: bool = False
+    error: BaseException | None = None
+    answer: Any = None
+
+    def take(self) -> Any:
+        """The answer, once: it may be a view of Ray's memory, which is free again when nobody holds it any longer."""
+        answer, self.answer = self.answer, None
+        return answer
 
 
 class Slot:
@@ -95,7 +102,7 @@ class Slot:
 
     def answered(self) -> Iterator[Call]:
         """Takes out the calls that were answered, in order: answers may overtake each other on their way."""
-        while not self.dead and self.calls and self.calls[0].answer is not None:
+        while not self.dead and self.calls and self.calls[0].answered:
             self.running_since = time.monotonic()
             yield self.calls.popleft()
 
@@ -116,8 +123,11 @@ class Slot:
         with suppress(Exception):  # it is dead already
             ray.kill(self.actor)
 
-    def _answered(self, call: Call, answer: Future[Any]) -> None:  # in a thread of Ray's
-        call.answer = answer
+    def _answered(self, call: Call, future: Future[Any]) -> None:  # in a thread of Ray's
+        call.error = future.exception()
+        if call.error is None:
+            call.answer = future.result()
+        call.answered = True
         self._arrivals.put(self)
 
 
