@@ -92,6 +92,14 @@ def spies(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("spies")
 
 
+def is_rays(process: psutil.Process) -> bool:
+    """Whether it is still running, and not the helper that Python starts for processes of other tests."""
+    try:
+        return "multiprocessing" not in " ".join(process.cmdline())
+    except psutil.Error:
+        return False
+
+
 @pytest.fixture(scope="module")
 def session(spies: Path) -> Iterator[RaySession]:
     """A Ray whose workers find this module."""
@@ -101,7 +109,7 @@ def session(spies: Path) -> Iterator[RaySession]:
         patch.setenv(SPIES, str(spies))
         session = RaySession(None, num_cpus=3)
     yield session
-    started = [p for p in descendants() if p not in others and "multiprocessing" not in " ".join(p.cmdline())]
+    started = [p for p in descendants() if p not in others and is_rays(p)]
     session.close()
     assert not [p for p in started if is_alive(p)]
 
