@@ -31,11 +31,11 @@ class FemnistCNN(nn.Module):
         positive("femnist_cnn", num_classes=num_classes, hidden=hidden)
         self.body = nn.Sequential(
             nn.Conv2d(channels, 32, 5, padding=2),
+            nn.MaxPool2d(2),  # before the ReLU: the same numbers, gradients included, for a quarter of the work
             nn.ReLU(),
-            nn.MaxPool2d(2),
             nn.Conv2d(32, 64, 5, padding=2),
-            nn.ReLU(),
             nn.MaxPool2d(2),
+            nn.ReLU(),
             nn.Flatten(),
             nn.Linear(64 * (height // 4) * (width // 4), hidden),
             nn.ReLU(),

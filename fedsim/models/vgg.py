@@ -70,8 +70,8 @@ def _pair(channels: int, first: int, second: int) -> list[nn.Module]:
         nn.Conv2d(channels, first, 3, padding=1),
         nn.ReLU(),
         nn.Conv2d(first, second, 3, padding=1),
+        nn.MaxPool2d(2),  # before the ReLU: the same numbers, gradients included, for a quarter of the work
         nn.ReLU(),
-        nn.MaxPool2d(2),
     ]
 
 
