@@ -20,6 +20,7 @@ from devices.errors import DeviceError
 from devices.profile import DeviceProfile, load_profile
 
 _NORMAL = NormalDist()
+SEEN = 4096  # profiles kept ready: the cohorts of some rounds
 
 
 class Fleet:
@@ -63,20 +64,26 @@ class Fleet:
         self.speed = _factors(seed, "speed", speed_sigma, num_clients)
         self.bandwidth = _factors(seed, "bandwidth", network_sigma, num_clients)
         self.availability = availability(num_clients=num_clients, seed=seed)
+        self._seen: dict[int, DeviceProfile] = {}  # profiles of the clients asked for lately
 
     def __len__(self) -> int:
         return self.num_clients
 
     def __getitem__(self, client_id: int) -> DeviceProfile:
+        if client_id in self._seen:
+            return self._seen[client_id]
         profile = self._profile(client_id)
         speed, bandwidth = float(self.speed[client_id]), float(self.bandwidth[client_id])
-        return replace(
+        if len(self._seen) >= SEEN:
+            self._seen.clear()
+        self._seen[client_id] = replace(
             profile,
             flops_per_s=profile.flops_per_s * speed,
             speed=profile.speed * speed,
             down_bytes_per_s=profile.down_bytes_per_s * bandwidth,
             up_bytes_per_s=profile.up_bytes_per_s * bandwidth,
         )
+        return self._seen[client_id]
 
     def device_name(self, client_id: int) -> str:
         """Name of the client's device, e.g. "pixel3"."""
@@ -97,6 +104,8 @@ class Fleet:
     def jitter(self, client_id: int, round: int) -> Jitter:
         """The lognormal factors on the client's seconds in one round: computing, receiving, sending."""
         profile = self._profile(client_id)
+        if profile.compute_jitter_sigma == profile.jitter_sigma == 0:
+            return Jitter()
         z = [_NORMAL.inv_cdf(u) for u in uniforms(3, self.seed, "jitter", client_id, round)]
         sigma, transfer_sigma = profile.compute_jitter_sigma, profile.jitter_sigma
         return Jitter(math.exp(sigma * z[0]), math.exp(transfer_sigma * z[1]), math.exp(transfer_sigma * z[2]))

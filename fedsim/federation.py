@@ -22,9 +22,9 @@ from flwr.serverapp.strategy import Strategy
 
 from devices.errors import DeviceError
 from fedsim import metrics as figures
-from fedsim.engines.blocks import is_plain_mean
+from fedsim.engines.blocks import is_plain_mean, mean_is_all
 from fedsim.errors import ConfigError, RunError
-from fedsim.messages import ARRAYS, like, record_of, tensors_of
+from fedsim.messages import ARRAYS, METRICS, NUM_EXAMPLES, like, record_of, tensors_of
 from fedsim.network import ONE_METHOD, ClientReport, EdgeGrid
 from fedsim.pricing import OUTCOMES
 from fedsim.report import RoundReport, RunFolder, Totals, check_free, run_folder, weights_sha256
@@ -83,6 +83,10 @@ class Federation:
         replies = self.grid.send_and_receive(self.instructions(number))
         if not replies:
             return {}
+        if self.grid.averages and mean_is_all(self.strategy):
+            content = replies[0].content
+            self.arrays = like(content.array_records[ARRAYS], self.arrays)
+            return {key: value for key, value in _plain(content.metric_records[METRICS]).items() if key != NUM_EXAMPLES}
         try:
             arrays, metrics = self.strategy.aggregate_train(number, replies)
         except AppExitException as error:

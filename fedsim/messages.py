@@ -117,9 +117,17 @@ def from_array(array: Array) -> np.ndarray:
     return np.frombuffer(data, np.dtype(array.dtype), prod(array.shape), start).reshape(array.shape)
 
 
+def array_record(arrays: Mapping[str, Array]) -> ArrayRecord:
+    """The record of these arrays; `ArrayRecord(arrays)` would build each of them a second time."""
+    record = ArrayRecord()
+    for name, array in arrays.items():
+        record[name] = array
+    return record
+
+
 def record_of(tensors: Mapping[str, torch.Tensor]) -> ArrayRecord:
     """Packs named tensors; they are copied, so the originals may change afterwards."""
-    return ArrayRecord({name: to_array(t.detach().cpu().numpy()) for name, t in tensors.items()})
+    return array_record({name: to_array(t.detach().cpu().numpy()) for name, t in tensors.items()})
 
 
 def record_like(tensors: Mapping[str, torch.Tensor], model: ArrayRecord, channels_last: bool = False) -> ArrayRecord:
@@ -135,7 +143,7 @@ def record_like(tensors: Mapping[str, torch.Tensor], model: ArrayRecord, channel
 
 def packed_record(flat: torch.Tensor, channels_last: bool = False) -> ArrayRecord:
     """The record of weights that `lay_out` has joined, in the order of the model."""
-    return ArrayRecord({PACKED_LAST if channels_last else PACKED: to_array(flat.cpu().numpy())})
+    return array_record({PACKED_LAST if channels_last else PACKED: to_array(flat.cpu().numpy())})
 
 
 def lay_out(tensors: Iterable[torch.Tensor]) -> torch.Tensor | None:
@@ -185,7 +193,7 @@ def unpacked(record: ArrayRecord, model: ArrayRecord) -> ArrayRecord:
         else:
             arrays[name] = to_array(flat[start:end].reshape(shape))
         start = end
-    return ArrayRecord(arrays)
+    return array_record(arrays)
 
 
 def _same_layout(tensors: Mapping[str, torch.Tensor], model: ArrayRecord) -> bool:
@@ -235,7 +243,7 @@ def like(record: ArrayRecord, model: ArrayRecord) -> ArrayRecord:
             raise ValueError(f"the strategy returned {name} as {shapes}")
         same = record[name].dtype == array.dtype
         arrays[name] = record[name] if same else to_array(from_array(record[name]).astype(array.dtype))
-    return ArrayRecord(arrays)
+    return array_record(arrays)
 
 
 # --- broadcast and update, one client ----------------------------------------------------------------------------

@@ -133,12 +133,12 @@ class SGDTrainer(LocalTrainer):
         epochs = self.local_epochs if steps_left is None else steps_left  # an epoch has at least one step
         shuffle = client.stream("batches")
         for _ in range(epochs):
-            for rows in torch.randperm(len(data), generator=shuffle).split(self.batch_size):
+            for batch in data.gather_batches(torch.randperm(len(data), generator=shuffle), self.batch_size):
                 if steps_left is not None:
                     if steps_left == 0:
                         return
                     steps_left -= 1
-                yield data.gather(rows)
+                yield batch
 
     def loss(self, client: ClientContext, batch: Tensors, task: Broadcast) -> Tensor:
         """The objective of one step, a scalar."""

@@ -14,7 +14,7 @@ from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi, Strategy
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 
-from fedsim.messages import NUM_EXAMPLES, from_array, to_array
+from fedsim.messages import NUM_EXAMPLES, array_record, from_array, to_array
 
 MAX_BLOCKS = 64
 UNEQUAL = "clients sent weights of different names or shapes; a mean needs equal ones"
@@ -42,6 +42,11 @@ def is_plain_mean(strategy: Strategy) -> bool:
         and strategy.weighted_by_key == NUM_EXAMPLES
         and strategy.train_metrics_aggr_fn is aggregate_metricrecords
     )
+
+
+def mean_is_all(strategy: Strategy) -> bool:
+    """Whether new weights are nothing but the mean: handing it to the strategy would multiply every weight by one."""
+    return is_plain_mean(strategy) and type(strategy).aggregate_train is FedAvg.aggregate_train
 
 
 class BlockSum:
@@ -77,7 +82,7 @@ class BlockSum:
         assert self._first is not None, "a block without clients has no sum"
         if self.clients == 1:
             return self._first
-        return ArrayRecord({name: to_array(total) for name, total in self._total.items()})
+        return array_record({name: to_array(total) for name, total in self._total.items()})
 
 
 class WeightedSum:
@@ -116,7 +121,7 @@ class WeightedSum:
             dtype = np.dtype((model[name] if name in model else next(iter(model.values()))).dtype)  # packed: all alike
             mean = total / self.weight
             arrays[name] = to_array((np.rint(mean) if dtype.kind in "iub" else mean).astype(dtype))
-        return ArrayRecord(arrays)
+        return array_record(arrays)
 
 
 def _products(record: ArrayRecord, weight: float, buffers: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
