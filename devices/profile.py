@@ -255,7 +255,7 @@ def _plain(file: str, key: str, value: Any, rule: Rule = _POSITIVE) -> float:
     return _number(file, key, {"value": value, "provenance": "dataset", "source": "beside it"}, rule)
 
 
-class _UniqueKeys(yaml.SafeLoader):
+class UniqueKeys(yaml.SafeLoader):
     """Refuses a key that stands twice in one map; YAML itself would silently take the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -275,7 +275,7 @@ def _read(path: Path) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         raise DeviceError(f"{path}: cannot be read as a text file: {error}") from None
     try:
-        return yaml.load(text, _UniqueKeys)
+        return yaml.load(text, UniqueKeys)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date
         raise DeviceError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
 

@@ -20,6 +20,7 @@ from fedsim.cli_devices import app as devices_app
 from fedsim.cli_devices import whole as _whole
 from fedsim.cli_flower import flwr
 from fedsim.cli_paired import paired
+from fedsim.cli_study import study
 
 app = typer.Typer(
     add_completion=False,
@@ -81,6 +82,7 @@ def run(ctx: typer.Context) -> None:
 
 app.command(context_settings=PASS_THROUGH)(flwr)
 app.command()(paired)
+app.command(context_settings=PASS_THROUGH)(study)
 data_app.command("averages", context_settings=PASS_THROUGH)(averages)
 
 

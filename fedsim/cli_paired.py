@@ -29,7 +29,7 @@ def paired(
     columns = ("seeds", "accuracy %", "difference", "95 % interval", "time", "energy", "traffic")
     shown = table("overrides", *columns, title=f"mean of the last {last} evaluations; differences to {rows[0].label}")
     for number, row in enumerate(rows):
-        low, high = (100 * (row.difference + sign * row.half_width) for sign in (-1, 1))
+        low, high = (100 * end for end in row.interval)
         compared = [f"{100 * row.difference:+.2f}", f"{low:+.2f} to {high:+.2f}"] if number else ["", ""]
         costs = [simulated(row.simulated_s), energy(row.joules), size(row.traffic_bytes)]
         scores = " ".join(f"{100 * s:.1f}" for s in row.scores.values())

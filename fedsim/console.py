@@ -18,6 +18,11 @@ TABLE_ROWS = 10
 TEXTS = frozenset(
     {
         "overrides",
+        "arm",
+        "study",
+        "title",
+        "state",
+        "command",
         "workload",
         "kind",
         "here",

@@ -28,9 +28,9 @@ class Row:
     Attributes:
         label: the method, and the settings that tell it from other rows of that method.
         scores: by seed, mean accuracy of a run's last evaluations.
-        difference: mean over the seeds in common of the score less that of the first row.
+        difference: mean over the seeds in common of the score less that of the row compared with; nan without any.
         half_width: of its 95 % interval (Student's t); infinite for a single seed.
-        simulated_s, joules, traffic_bytes: means over the seeds.
+        simulated_s, joules, traffic_bytes, rounds: means over the seeds.
     """
 
     label: str
@@ -40,10 +40,22 @@ class Row:
     simulated_s: float
     joules: float
     traffic_bytes: float
+    rounds: float
 
     @property
     def mean(self) -> float:
+        """Of the scores."""
         return float(np.mean(list(self.scores.values())))
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation of the scores over the seeds (n - 1); nan for a single one."""
+        return float(np.std(list(self.scores.values()), ddof=1)) if len(self.scores) > 1 else math.nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the difference."""
+        return self.difference - self.half_width, self.difference + self.half_width
 
 
 def compare(folders: Iterable[Path], last: int, against: str | None = None) -> list[Row]:
@@ -69,9 +81,19 @@ def compare(folders: Iterable[Path], last: int, against: str | None = None) -> l
     first = next((name for name in groups if name.startswith(against or "")), None)
     if first is None:
         raise ConfigError(f"no row is called {against!r}; there are: {', '.join(groups)}")
-    base = {seed: score(rounds, last) for seed, rounds in groups[first].items()}
-    order = [first, *(name for name in groups if name != first)]
-    return [_row(name, groups[name], base, last) for name in order]
+    return rows({first: groups[first], **groups}, last, first)
+
+
+def rows(groups: Mapping[str, Mapping[int, list[RoundReport]]], last: int, against: str) -> list[Row]:
+    """One row per label, in their order.
+
+    Args:
+        groups: by label and seed, the rounds of a run.
+        last: evaluations that make a score.
+        against: label of the row that all are compared with; where it has no runs there are no differences.
+    """
+    base = {seed: score(rounds, last) for seed, rounds in groups.get(against, {}).items()}
+    return [_row(label, group, base, last) for label, group in groups.items()]
 
 
 def run_folders(given: Iterable[Path]) -> list[Path]:
@@ -89,6 +111,16 @@ def score(rounds: list[RoundReport], last: int) -> float:
     return float(np.mean(judged[-last:]))
 
 
+def spent(rounds: list[RoundReport]) -> dict[str, list[float]]:
+    """What a run has cost up to the end of each round: simulated seconds, joules, bytes down and up, rounds."""
+    return {
+        "simulated_s": [r.now_s for r in rounds],
+        "joules": np.cumsum([r.joules for r in rounds]).tolist(),
+        "traffic_bytes": np.cumsum([r.down_bytes + r.up_bytes for r in rounds]).tolist(),
+        "rounds": [float(r.round) for r in rounds],
+    }
+
+
 def interval(differences: list[float]) -> float:
     """Half the width of the 95 % interval of their mean."""
     from scipy.stats import t
@@ -98,13 +130,13 @@ def interval(differences: list[float]) -> float:
     return float(t.ppf(0.975, len(differences) - 1) * np.std(differences, ddof=1) / len(differences) ** 0.5)
 
 
-def _row(label: str, group: dict[int, list[RoundReport]], base: dict[int, float], last: int) -> Row:
+def _row(label: str, group: Mapping[int, list[RoundReport]], base: dict[int, float], last: int) -> Row:
     scores = {seed: score(rounds, last) for seed, rounds in group.items()}
     differences = [scores[seed] - base[seed] for seed in scores if seed in base]
-    ends = [(r[-1].now_s, sum(x.joules for x in r), sum(x.down_bytes + x.up_bytes for x in r)) for r in group.values()]
-    seconds, joules, traffic = (float(np.mean(column)) for column in zip(*ends, strict=True))
+    ends = [[costs[-1] for costs in spent(rounds).values()] for rounds in group.values()]
+    means = [float(np.mean(column)) for column in zip(*ends, strict=True)]
     mean = float(np.mean(differences)) if differences else math.nan
-    return Row(label, scores, mean, interval(differences), seconds, joules, traffic)
+    return Row(label, scores, mean, interval(differences), *means)
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], list[RoundReport]]:

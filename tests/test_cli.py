@@ -483,6 +483,7 @@ def test_unknown_commands_are_one_sentence(fedsim: Callable[..., Ended]):
         ["run"],
         ["bench"],
         ["replay"],
+        ["study"],
         ["doctor"],
         ["data", "list"],
         ["data", "averages"],
@@ -503,7 +504,7 @@ def test_every_command_is_covered_by_the_help_test():
     import typer
 
     group = typer.main.get_command(cli.app)
-    assert set(group.commands) == {"run", "flwr", "paired", "bench", "replay", "doctor", "data", "devices"}  # type: ignore[attr-defined]
+    assert set(group.commands) == {"run", "flwr", "paired", "study", "bench", "replay", "doctor", "data", "devices"}  # type: ignore[attr-defined]
     assert set(group.commands["data"].commands) == {"list", "describe", "averages"}  # type: ignore[attr-defined]
     assert set(group.commands["devices"].commands) == set(DEVICES)  # type: ignore[attr-defined]
 

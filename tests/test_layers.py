@@ -165,11 +165,19 @@ def test_every_folder_with_configs_is_known_to_the_help():
     from fedsim.settings import GROUPS
 
     folders = {path.name for path in (ROOT / "configs").iterdir() if path.is_dir() and any(path.glob("*.yaml"))}
-    assert folders - {"ray"} <= set(GROUPS)  # files for `ray up`, no settings
+    assert folders - {"ray", "study"} <= set(GROUPS)  # files for `ray up` and `fedsim study`, no settings
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["run", "--help"], ["bench", "--help"], ["flwr", "--help"], ["run", "rounds=abc"]]
+    "arguments",
+    [
+        ["--help"],
+        ["run", "--help"],
+        ["bench", "--help"],
+        ["flwr", "--help"],
+        ["study", "--help"],
+        ["run", "rounds=abc"],
+    ],
 )
 def test_help_and_wrong_numbers_need_no_heavy_library(arguments: list[str]):
     code = f"""

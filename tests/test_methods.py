@@ -52,11 +52,12 @@ TINY = [
     "engine.device=cpu",
 ]
 # What a model is fed, where it is not a vector of numbers; a model that is not here takes blobs of 6 features.
-IMAGES = ("fbnet", "femnist_cnn", "lenet5", "nb201", "resnet8", "vgg")
+IMAGES = ("fbnet", "femnist_cnn", "lenet5", "nb201", "resnet8", "small_cnn", "vgg")
 SMALLER = {
     "vgg": ["model.width=2", "model.hidden=4"],
     "resnet8": ["model.width=4", "model.groups=2"],
     "femnist_cnn": ["model.hidden=8"],
+    "small_cnn": ["model.width=4", "model.hidden=8"],
     "char_lstm": ["model.hidden=8"],
     "nb201": ["model.channels=4", "model.cells=1"],
     "fbnet": [f"model.ops={[1, 4] + 20 * [8]}"],

@@ -1,0 +1,317 @@
+"""A study: a named list of arms that are run with the same seeds and compared, read from one YAML file.
+
+Methods have different settings, so a comparison is no product of settings: each arm has overrides of its own. May
+import: yaml, devices.errors, devices.profile (its YAML reader), fedsim's settings.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from devices.errors import unknown
+from devices.profile import UniqueKeys
+from fedsim.errors import ConfigError
+from fedsim.parameters import said
+from fedsim.settings import Settings, asked, compose, config_dir, try_out
+
+KEYS = ("title", "base", "seeds", "arms", "against", "x", "last", "columns")
+ARM_KEYS = ("overrides", "grid")
+AXES = ("rounds", "simulated_s", "joules", "traffic_bytes")
+OWN = {"seed": "--seeds, or seeds in the file", "out": "--out"}  # settings that a study gives its runs
+METRICS = "metrics."  # columns that begin so are the last value of a metric of the rounds
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of the comparison.
+
+    Attributes:
+        label: what a reader sees.
+        overrides: of `configs/run.yaml`, those of the study first.
+    """
+
+    label: str
+    overrides: tuple[str, ...]
+
+    @property
+    def slug(self) -> str:
+        """The label as a folder's name."""
+        return re.sub(r"[^a-z0-9.]+", "-", self.label.lower()).strip("-.") or "arm"
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is compared.
+
+    Attributes:
+        name: of the file.
+        arms: in the order of the table, grids expanded.
+        against: label of the arm that the others are compared with.
+        x: axes of the picture: some of AXES, or a value of `summary.json` by its dotted path.
+        last: evaluations that make a score.
+        columns: further values of `summary.json` by dotted path, or `metrics.NAME` of a metric of the rounds.
+    """
+
+    name: str
+    title: str
+    arms: tuple[Arm, ...]
+    seeds: tuple[int, ...]
+    against: str
+    x: tuple[str, ...] = ("rounds", "simulated_s")
+    last: int = 4
+    columns: tuple[str, ...] = ()
+
+    def only(self, labels: Sequence[str]) -> Study:
+        """The same study with some arms: those with a label, or whose label begins with it; all when none is given.
+
+        Raises:
+            ConfigError: for a label that no arm has.
+        """
+        chosen: list[Arm] = []
+        for label in labels:
+            found = [a for a in self.arms if a.label == label] or [a for a in self.arms if a.label.startswith(label)]
+            if not found:
+                raise ConfigError(unknown(f"arm of study {self.name}", label, [a.label for a in self.arms]))
+            chosen += found
+        return replace(self, arms=tuple(a for a in self.arms if a in chosen)) if labels else self
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run of a study: an arm with a seed.
+
+    Attributes:
+        settings: composed and checked.
+        folder: where it goes.
+    """
+
+    arm: Arm
+    seed: int
+    settings: Settings
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm.label}, seed {self.seed}"
+
+    @property
+    def command(self) -> list[str]:
+        """The arguments of `fedsim` that make this run."""
+        return ["run", *self.arm.overrides, f"seed={self.seed}", f"out={_quoted(str(self.folder))}"]
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def studies() -> dict[str, str]:
+    """Title of every study that comes with fedsim, by name."""
+    return {path.stem: str(_tree(path)["title"]) for path in sorted((config_dir() / "study").glob("*.yaml"))}
+
+
+def read_study(name: str, overrides: Sequence[str] = (), seeds: Sequence[int] = ()) -> Study:
+    """A study by the name of a shipped one or the path of a file.
+
+    Args:
+        name: a path where it has a suffix or a folder in it.
+        overrides: for all arms, after the arms' own.
+        seeds: in the place of the file's.
+
+    Raises:
+        ConfigError: names the file, the key, what came and what is allowed.
+    """
+    if name.endswith((".yaml", ".yml")) or "/" in name:
+        path = Path(name)
+        if not path.is_file():
+            raise ConfigError(f"there is no study file {name}")
+    else:
+        path = config_dir() / "study" / f"{name}.yaml"
+        if not path.is_file():
+            raise ConfigError(unknown("study", name, studies()))
+    tree = _tree(path)
+    arms = [arm for label, entry in tree["arms"].items() for arm in _expanded(path, str(label), entry)]
+    base = _texts(path, "base", tree.get("base", []))
+    study = Study(
+        name=path.stem,
+        title=str(tree["title"]),
+        arms=tuple(Arm(a.label, (*base, *a.overrides, *overrides)) for a in arms),
+        seeds=tuple(seeds) or _seeds(path, tree.get("seeds", [1])),
+        against=str(tree.get("against", arms[0].label)),
+        x=_texts(path, "x", tree.get("x", ["rounds", "simulated_s"])),
+        last=tree.get("last", 4),
+        columns=_texts(path, "columns", tree.get("columns", [])),
+    )
+    return _checked(path, study)
+
+
+def _tree(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), UniqueKeys)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read as a study: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must be a map with {', '.join(KEYS)}, got {said(tree)}")
+    for key in tree:
+        if key not in KEYS:
+            raise ConfigError(f"{path}: {unknown('key of a study', key, KEYS)}")
+    if not isinstance(tree.get("title"), str) or not tree["title"].strip():
+        raise ConfigError(f"{path}: title must be text, got {said(tree.get('title'))}")
+    if not isinstance(tree.get("arms"), dict) or not tree["arms"]:
+        raise ConfigError(f"{path}: arms must be a map of labels to overrides, got {said(tree.get('arms'))}")
+    return tree
+
+
+def _checked(path: Path, study: Study) -> Study:
+    labels = [arm.label for arm in study.arms]
+    if study.against not in labels:
+        raise ConfigError(f"{path}: {unknown('arm in against', study.against, labels)}")
+    if isinstance(study.last, bool) or not isinstance(study.last, int) or study.last < 1:
+        raise ConfigError(f"{path}: last must be a whole number of at least 1, got {said(study.last)}")
+    if not study.x:
+        raise ConfigError(f"{path}: x must name an axis at least: {', '.join(AXES)}, or a value of summary.json")
+    for axis in study.x:
+        if axis not in AXES and "." not in axis:
+            raise ConfigError(f"{path}: {unknown('axis in x', axis, AXES)}, or a dotted path in summary.json")
+    folders: dict[str, str] = {}
+    for arm in study.arms:
+        if arm.slug in folders:
+            both = f"{folders[arm.slug]!r} and {arm.label!r}"
+            raise ConfigError(f"{path}: arms {both} would share the folder {arm.slug}; rename one")
+        folders[arm.slug] = arm.label
+        for override in arm.overrides:
+            key = override.lstrip("+~").partition("=")[0]
+            if key in OWN:
+                raise ConfigError(f"{arm.label}: {key}= belongs to the study; use {OWN[key]}")
+    if len(set(study.seeds)) < len(study.seeds):
+        raise ConfigError(f"{path}: a seed is there twice in {list(study.seeds)}")
+    return study
+
+
+def _expanded(path: Path, label: str, entry: Any) -> Iterator[Arm]:
+    """The arms of an entry: one, or one for each point of its grid."""
+    if not isinstance(entry, dict):
+        yield Arm(label, _texts(path, f"arms.{label}", entry))
+        return
+    for key in entry:
+        if key not in ARM_KEYS:
+            raise ConfigError(f"{path}: {unknown(f'key of arm {label!r}', key, ARM_KEYS)}")
+    overrides, grid = _texts(path, f"arms.{label}.overrides", entry.get("overrides", [])), entry.get("grid", {})
+    if not isinstance(grid, dict) or not all(isinstance(values, list) and values for values in grid.values()):
+        raise ConfigError(f"{path}: arms.{label}.grid must be a map of settings to lists of values, got {said(grid)}")
+    for point in itertools.product(*grid.values()):
+        values = dict(zip(grid, (_value(v) for v in point), strict=True))
+        yield Arm(_labelled(label, values), (*overrides, *(f"{key}={value}" for key, value in values.items())))
+
+
+def _labelled(label: str, values: Mapping[str, str]) -> str:
+    """The label with the values in the place of {key} (or the key's last word), others behind it."""
+    for key, value in values.items():
+        short = key.rpartition(".")[2]
+        places = [p for p in (f"{{{key}}}", f"{{{short}}}") if p in label]
+        label = label.replace(places[0], value) if places else f"{label} {short}={value}"
+    return label
+
+
+def _value(value: Any) -> str:
+    """A YAML value as Hydra writes it."""
+    if isinstance(value, list):
+        return f"[{','.join(map(_value, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}: {_value(below)}' for key, below in value.items())}}}"
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return str(value)
+
+
+def _texts(path: Path, key: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise ConfigError(f"{path}: {key} must be a list of texts, got {said(value)}")
+    return tuple(value)
+
+
+def _seeds(path: Path, value: Any) -> tuple[int, ...]:
+    whole = isinstance(value, list) and all(isinstance(s, int) and not isinstance(s, bool) and s >= 0 for s in value)
+    if not whole or not value:
+        raise ConfigError(f"{path}: seeds must be a list of whole numbers of at least 0, got {said(value)}")
+    return tuple(value)
+
+
+def _quoted(text: str) -> str:
+    """A text that Hydra's override grammar reads as it is."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'" if re.search(r"[^\w./-]", text) else text
+
+
+# --- planning --------------------------------------------------------------------------------------------------------
+
+
+def plan(study: Study, out: Path) -> list[Planned]:
+    """Every run of a study, seed by seed, so that a study that is cut short has compared whole seeds.
+
+    Raises:
+        ConfigError: for the first arm whose settings are wrong; its sentence names the arm.
+    """
+    composed: dict[Arm, Settings] = {}
+    for arm in study.arms:
+        try:
+            composed[arm] = compose([*arm.overrides, f"seed={study.seeds[0]}"])
+            _try_out(composed[arm])
+        except ValueError as error:
+            error.add_note(f"in arm {arm.label!r} of study {study.name}")
+            raise
+    return [
+        Planned(arm, seed, _seeded(arm, composed[arm], seed), out / arm.slug / f"seed-{seed}")
+        for seed in study.seeds
+        for arm in study.arms
+    ]
+
+
+def _seeded(arm: Arm, settings: Settings, seed: int) -> Settings:
+    """The arm's settings with another seed; composed anew only where one may depend on it."""
+    if any("${" in override for override in arm.overrides):
+        return compose([*arm.overrides, f"seed={seed}"])
+    return {**settings, "seed": seed}
+
+
+def _try_out(settings: Settings) -> None:
+    """As `try_out`, with the strategy; how many clients there are is known only to the data."""
+    from fedsim.federation import build_strategy
+
+    try_out(settings)
+    build_strategy(settings, settings["num_clients"] or max(asked(settings), settings["evaluate_clients"]))
+
+
+def is_finished(run: Planned) -> bool:
+    """Whether the run's folder holds it, finished.
+
+    Raises:
+        ConfigError: if the folder holds a finished run with other settings.
+    """
+    if not (run.folder / "summary.json").is_file():
+        return False
+    try:
+        there = yaml.safe_load((run.folder / "config.yaml").read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{run.folder} is not a run that can be read: {' '.join(str(error).split())}") from error
+    changed = _difference(there, {**run.settings, "out": None})
+    if changed:
+        key, before, now = changed
+        raise ConfigError(
+            f"{run.folder} was run with {key}={before}, and the study now says {now}; "
+            "name another folder with --out, or remove that one"
+        )
+    return True
+
+
+def _difference(there: Any, asked: Any, prefix: str = "") -> tuple[str, Any, Any] | None:
+    """The first setting in which two trees differ: its key and both values."""
+    if not isinstance(there, dict) or not isinstance(asked, dict):
+        return None if there == asked else (prefix.rstrip("."), there, asked)
+    pairs: Iterable[str] = {**asked, **there}
+    found = (_difference(there.get(key), asked.get(key), f"{prefix}{key}.") for key in pairs)
+    return next((one for one in found if one), None)

@@ -1,0 +1,123 @@
+"""A study as a picture: accuracy against what it took, a line per arm with a band over the seeds.
+
+May import: matplotlib (when it draws), numpy, fedsim's study_result and paired.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedsim.paired import spent
+from fedsim.study import AXES
+from fedsim.study_result import Finished, Result
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MOST_LINES, ACROSS = 12, 2  # lines in a panel, panels in a row
+# Okabe and Ito, "Color Universal Design", 2008: told apart by all common kinds of colour vision. Black is the arm
+# that the others are compared with.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)))
+UNITS: dict[str, tuple[tuple[float, str], ...]] = {
+    "simulated_s": ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds")),
+    "joules": ((1e6, "MJ"), (1e3, "kJ"), (1.0, "J")),
+    "traffic_bytes": ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "bytes")),
+}
+NAMES = {
+    "simulated_s": "simulated time",
+    "joules": "energy of all devices",
+    "traffic_bytes": "traffic, down and up",
+    "rounds": "rounds",
+}
+
+
+def draw_study(result: Result, path: Path) -> None:
+    """Draws a panel for each axis of the study as a PNG; with many arms, the best MOST_LINES of them.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    study, chosen = result.study, shown(result)
+    columns = min(len(study.x), ACROSS)
+    down = -(-len(study.x) // columns)
+    figure = Figure(figsize=(4.3 * columns + 2.6, 3.3 * down + 0.9), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(down, columns, sharey=True, squeeze=False)
+    styles = _styles(chosen, study.against)
+    for number, panel in enumerate(axes.flat):
+        if number >= len(study.x):
+            panel.set_axis_off()
+            continue
+        axis = study.x[number]
+        (_draw_lines if axis in AXES else _draw_points)(result, panel, axis, chosen, styles)
+        panel.grid(alpha=0.25, linewidth=0.6)
+        panel.spines[["top", "right"]].set_visible(False)
+        if number % columns == 0:
+            panel.set_ylabel("test accuracy, %")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize="small", handlelength=2.6)
+    left_out = len(result.rows) - len(chosen)
+    note = f"; the {left_out} arms with the lowest scores are left out" if left_out else ""
+    seeds = ", ".join(map(str, study.seeds))
+    over = f"means of seeds {seeds}; bands: their standard deviation" if len(study.seeds) > 1 else f"seed {seeds}"
+    figure.suptitle(f"{study.title}\n{over}{note}", fontsize="medium")
+    figure.savefig(path, format="png")
+
+
+def shown(result: Result) -> list[str]:
+    """The labels of the lines, in the table's order: all, or the best MOST_LINES, the compared one always."""
+    best = sorted(result.rows, key=lambda row: (row.label != result.study.against, -row.mean))[:MOST_LINES]
+    return [row.label for row in result.rows if row in best]
+
+
+def curve(runs: Sequence[Finished], axis: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Means over the seeds at each evaluation that all of them have: what it took, accuracy, its deviation, [n]."""
+    judged: list[dict[int, tuple[float, float]]] = []
+    for one in runs:
+        took = spent(one.rounds)[axis]
+        pairs = zip(one.rounds, took, strict=True)
+        judged.append({r.round: (x, r.metrics["accuracy"]) for r, x in pairs if "accuracy" in r.metrics})
+    common = sorted(set.intersection(*(set(points) for points in judged)))
+    points = np.array([[seed[number] for number in common] for seed in judged])  # [seeds, evaluations, 2]
+    spread = points[..., 1].std(0, ddof=1) if len(runs) > 1 else np.zeros(len(common))
+    return points[..., 0].mean(0), points[..., 1].mean(0), spread
+
+
+def _styles(labels: Sequence[str], against: str) -> dict[str, dict[str, Any]]:
+    styles = {}
+    for number, label in enumerate(name for name in labels if name != against):
+        style = DASHES[number // len(COLOURS) % len(DASHES)]
+        styles[label] = {"color": COLOURS[number % len(COLOURS)], "linestyle": style, "linewidth": 1.4}
+    return {**styles, against: {"color": "black", "linestyle": "-", "linewidth": 2.0}}
+
+
+def _draw_lines(result: Result, panel: Axes, axis: str, labels: Sequence[str], styles: dict[str, Any]) -> None:
+    curves = {label: curve(result.runs[label], axis) for label in labels}
+    most = max(x[-1] for x, _, _ in curves.values())
+    units = UNITS.get(axis, ((1.0, ""),))
+    unit, unit_name = next((u for u in units if most >= 2 * u[0]), units[-1])
+    for label, (x, mean, spread) in curves.items():
+        panel.plot(x / unit, 100 * mean, label=label, **styles[label])
+        if len(result.runs[label]) > 1:
+            low, high = 100 * (mean - spread), 100 * (mean + spread)
+            panel.fill_between(x / unit, low, high, color=styles[label]["color"], alpha=0.09, linewidth=0)
+    panel.set_xlabel(f"{NAMES[axis]}{', ' if unit_name else ''}{unit_name}")
+    panel.set_xlim(left=0)
+
+
+def _draw_points(result: Result, panel: Axes, axis: str, labels: Sequence[str], styles: dict[str, Any]) -> None:
+    """A value of the summary has no course: one point per arm, its score with the deviation over the seeds."""
+    for row, x in zip(result.rows, result.columns[axis], strict=True):
+        if row.label in labels and np.isfinite(x):
+            error = 100 * row.deviation if len(row.scores) > 1 else None
+            style = {"color": styles[row.label]["color"], "marker": "o", "linestyle": "none", "capsize": 3}
+            panel.errorbar([x], [100 * row.mean], yerr=error, label=row.label, **style)
+    panel.set_xlabel(axis)

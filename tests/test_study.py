@@ -1,0 +1,352 @@
+"""Studies: what a file expands to, what is refused before anything runs, what is run again, and the figures.
+
+Runs are replaced by a command that writes a run folder at once, except in one test; its accuracy is 0.5 + ratio + seed
+/ 100 in the last of two evaluations, and 0 in the first.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import yaml
+
+from fedsim import cli, study_run
+from fedsim.errors import ConfigError
+from fedsim.paired import interval
+from fedsim.settings import compose
+from fedsim.study import plan, read_study, studies
+from fedsim.study_picture import MOST_LINES, curve, shown
+from fedsim.study_result import collect
+
+BASE = ["workload=blobs", "fleet=uniform", "latency=flops", "num_clients=6", "cohort=3", "rounds=2"]
+FILE: dict[str, Any] = {
+    "title": "Two methods",
+    "base": BASE,
+    "seeds": [1, 2],
+    "last": 1,
+    "arms": {
+        "Plain": ["method=fedavg"],
+        "Local {mix_ratio}": {"overrides": ["method=local_mixup"], "grid": {"trainer.mix_ratio": [0.1, 0.2]}},
+    },
+}
+# Stands in for `python -m fedsim.cli`: settings as the real command would compose them, reports made up.
+FAKE = """
+import json, sys, yaml
+from pathlib import Path
+from fedsim.settings import compose
+settings = compose(sys.argv[2:])
+out, ratio, seed = Path(settings["out"]), settings["trainer"].get("mix_ratio", 0.0), settings["seed"]
+if settings["name"] == "fails" and seed == 2:
+    sys.exit("fedsim: it broke")
+out.mkdir(parents=True)
+(out / "config.yaml").write_text(yaml.safe_dump({**settings, "out": None}))
+first = {"round": 0, "now_s": 0, "round_s": 0, "cohort": [], "outcomes": {}, "metrics": {"accuracy": 0}}
+last = first | {"round": 1, "now_s": 10, "down_bytes": 60, "up_bytes": 40, "joules": 2.0}
+last["metrics"] = {"accuracy": 0.5 + ratio + seed / 100}
+(out / "rounds.jsonl").write_text("".join(json.dumps(r) + chr(10) for r in (first, last)))
+(out / "summary.json").write_text(json.dumps({"final": last["metrics"], "seed": seed}))
+with open("started", "a") as file:
+    print(sys.argv[-1], file=file)
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Writes a study file, with changes, in a working folder of its own; `fake.py` runs its runs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    (tmp_path / "fake.py").write_text(FAKE)
+    monkeypatch.setattr(study_run, "COMMAND", (sys.executable, str(tmp_path / "fake.py")))
+    monkeypatch.setattr(study_run, "POLL_S", 0.02)
+
+    def write(**changes: Any) -> str:
+        tree = {key: value for key, value in {**FILE, **changes}.items() if value is not None}
+        (tmp_path / "mine.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+        return "mine.yaml"
+
+    return write
+
+
+@pytest.fixture
+def fedsim(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command in this process: exit code, stdout, stderr."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fedsim", *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(ended.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+def started() -> list[str]:
+    return sorted(Path("started").read_text().split()) if Path("started").exists() else []
+
+
+# --- what a file says ------------------------------------------------------------------------------------------------
+
+
+def test_a_grid_becomes_arms_with_labels_and_overrides_in_order(file):
+    study = read_study(file(), ["trainer.lr=0.5"])
+    assert [arm.label for arm in study.arms] == ["Plain", "Local 0.1", "Local 0.2"]
+    assert study.arms[2].overrides == (*BASE, "method=local_mixup", "trainer.mix_ratio=0.2", "trainer.lr=0.5")
+    assert (study.name, study.against, study.x) == ("mine", "Plain", ("rounds", "simulated_s"))
+
+
+def test_values_of_a_grid_are_written_as_hydra_reads_them(file):
+    grid = {"trainer.clip_norm": [None, 1.5], "model.hidden": [[8, 4]], "fleet.devices": [{"pixel3": 1}]}
+    study = read_study(file(arms={"A": {"grid": grid}}))
+    assert [arm.label for arm in study.arms] == [
+        "A clip_norm=null hidden=[8,4] devices={pixel3: 1}",
+        "A clip_norm=1.5 hidden=[8,4] devices={pixel3: 1}",
+    ]
+    first, second = (compose(arm.overrides) for arm in study.arms)
+    assert (first["trainer"]["clip_norm"], second["trainer"]["clip_norm"]) == (None, 1.5)
+    assert (first["model"]["hidden"], first["fleet"]["devices"]) == ([8, 4], {"pixel3": 1})
+
+
+def test_runs_are_planned_seed_by_seed_in_folders_of_their_own(file):
+    study = read_study(file(), seeds=[3, 4])
+    runs = plan(study.only(["Plain", "Local 0.2"]), Path("a b"))
+    assert [str(run.folder) for run in runs] == [
+        "a b/plain/seed-3", "a b/local-0.2/seed-3", "a b/plain/seed-4", "a b/local-0.2/seed-4"
+    ]  # fmt: skip
+    assert {**compose(runs[3].command[1:]), "out": None} == runs[3].settings
+    assert compose(runs[3].command[1:])["out"] == "a b/local-0.2/seed-4"
+
+
+def test_every_shipped_study_can_be_planned():
+    assert studies()
+    for name in studies():
+        study = read_study(name)
+        assert len(plan(study, Path("out"))) == len(study.arms) * len(study.seeds)
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "key": ({"arm": {}}, r"mine\.yaml: unknown key of a study 'arm'; did you mean 'arms'\?"),
+    "no title": ({"title": None}, "title must be text, got null"),
+    "no arms": ({"arms": {}}, "arms must be a map of labels to overrides"),
+    "arm as text": ({"arms": {"A": "method=fedavg"}}, r"arms\.A must be a list of texts, got 'method=fedavg'"),
+    "key of an arm": ({"arms": {"A": {"gird": {}}}}, "unknown key of arm 'A' 'gird'; did you mean 'grid'"),
+    "grid without list": ({"arms": {"A": {"grid": {"seed": 1}}}}, r"arms\.A\.grid must be a map of settings to lists"),
+    "against": ({"against": "Plan"}, "unknown arm in against 'Plan'; did you mean 'Plain'"),
+    "axis": ({"x": ["round"]}, r"unknown axis in x 'round'; did you mean 'rounds'\?.*dotted path"),
+    "seeds": ({"seeds": [1, -2]}, "seeds must be a list of whole numbers of at least 0"),
+    "seed twice": ({"seeds": [1, 1]}, "a seed is there twice"),
+    "last": ({"last": 0}, "last must be a whole number of at least 1, got 0"),
+    "one folder": ({"arms": {"A b": [], "a-b": []}}, "arms 'A b' and 'a-b' would share the folder a-b"),
+    "seed as override": ({"base": ["seed=3"]}, "seed= belongs to the study"),
+    "setting": ({"arms": {"A": ["cohrt=3"]}}, "did you mean 'cohort'"),
+    "trainer": ({"arms": {"A": ["trainer.lr=0"]}}, r"trainer\.lr must be greater than 0"),
+    "strategy": ({"arms": {"A": ["method=fedmix", "strategy.group_size=4"]}}, r"strategy\.group_size must be all or"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_mistake_is_one_sentence_before_anything_runs(case: str, file, fedsim):
+    changes, sentence = WRONG[case]
+    name = file(**changes)
+    with pytest.raises(ConfigError, match=sentence):
+        plan(read_study(name), Path("runs/mine"))
+    code, out, err = fedsim("study", name)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert not Path("runs").exists()
+
+
+def test_a_wrong_setting_names_its_arm(file, fedsim):
+    _, _, err = fedsim("study", file(arms={"A": [], "B": ["cohrt=3"]}))
+    assert err.endswith("; in arm 'B' of study mine\n")
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["nope"], "unknown study 'nope'"),
+        (["nope.yaml"], "there is no study file nope.yaml"),
+        ([], "name a study"),
+        (["mine.yaml", "--only", "Plian"], "did you mean 'Plain'"),
+        (["mine.yaml", "--seeds", "1,x"], "--seeds must be whole numbers separated by commas, got '1,x'"),
+        (["mine.yaml", "--nope"], "does not know --nope"),
+        (["mine.yaml", "--report"], "no run of study mine is finished in runs/mine"),
+    ],
+)
+def test_wrong_arguments_are_one_sentence(arguments: list[str], words: str, file, fedsim):
+    file()
+    code, _, err = fedsim("study", *arguments)
+    assert (code, err.count("\n")) == (2, 1)
+    assert words in err
+
+
+def test_a_label_that_is_there_twice_is_refused(file):
+    Path(file()).write_text("title: a\narms:\n  A: []\n  A: []\n")
+    with pytest.raises(ConfigError, match="key 'A' is there twice"):
+        read_study("mine.yaml")
+
+
+# --- running ---------------------------------------------------------------------------------------------------------
+
+
+def test_figures_are_those_worked_out_by_hand(file, fedsim):
+    """Scores 0.51, 0.52 and 0.1 more: mean 0.515, deviation 0.01 / sqrt 2; both differences 0.1, their interval 0."""
+    code, out, err = fedsim("study", file(columns=["final.accuracy", "metrics.accuracy"]), "--jobs", "3")
+    assert (code, err) == (0, "")
+    tree = json.loads(Path("runs/mine/study.json").read_text())
+    plain, low, high = tree["arms"]
+    assert (plain["mean"], plain["std"]) == (pytest.approx(0.515), pytest.approx(0.01 / math.sqrt(2)))
+    assert (low["difference"], high["difference"]) == (pytest.approx(0.1), pytest.approx(0.2))
+    assert (low["low"], low["high"]) == (pytest.approx(0.1), pytest.approx(0.1))
+    assert (plain["simulated_s"], plain["joules"], plain["traffic_bytes"], plain["rounds"]) == (10, 2, 100, 1)
+    assert plain["final.accuracy"] == plain["metrics.accuracy"] == pytest.approx(0.515)
+    assert low["scores"] == {"1": pytest.approx(0.61), "2": pytest.approx(0.62)}
+    table = pd.read_csv("runs/mine/study.csv")
+    assert list(table["arm"]) == ["Plain", "Local 0.1", "Local 0.2"]
+    assert table["score_seed_2"].tolist() == pytest.approx([0.52, 0.62, 0.72])
+    assert Path("runs/mine/study.png").read_bytes().startswith(b"\x89PNG")
+    assert "51.50 ± 0.71" in out
+    assert "+10.00" in out
+
+
+def test_a_second_call_runs_nothing_and_prints_the_same_table(file, fedsim):
+    first = fedsim("study", file(), "--jobs", "2")
+    assert len(started()) == 6
+    again = fedsim("study", "mine.yaml")
+    assert len(started()) == 6
+    assert again[0] == 0
+    assert first[1].endswith(again[1])
+    assert again[1] == fedsim("study", "mine.yaml", "--report")[1]
+
+
+def test_only_what_is_missing_is_run_and_an_unfinished_folder_is_set_aside(file, fedsim):
+    fedsim("study", file(), "--seeds", "1")
+    shutil.rmtree("runs/mine/plain/seed-1")
+    Path("runs/mine/local-0.1/seed-1/summary.json").unlink()
+    Path("started").unlink()
+    assert fedsim("study", "mine.yaml", "--seeds", "1")[0] == 0
+    assert started() == ["out=runs/mine/local-0.1/seed-1", "out=runs/mine/plain/seed-1"]
+    assert Path("runs/mine/local-0.1/seed-1.unfinished-1/config.yaml").exists()
+
+
+def test_another_setting_in_the_same_folder_is_refused(file, fedsim):
+    fedsim("study", file(), "--seeds", "1")
+    code, _, err = fedsim("study", "mine.yaml", "--seeds", "1", "trainer.lr=0.3")
+    assert code == 2
+    assert "runs/mine/plain/seed-1 was run with trainer.lr=0.1, and the study now says 0.3; name another" in err
+    assert fedsim("study", "mine.yaml", "--seeds", "1", "trainer.lr=0.3", "--out", "other")[0] == 0
+
+
+def test_a_failing_run_is_named_and_stops_no_other(file, fedsim):
+    arms = {"Plain": [], "Odd": ["name=fails"]}
+    code, out, err = fedsim("study", file(arms=arms), "--jobs", "1")
+    assert (code, err) == (1, "fedsim: 1 of 4 runs failed: Odd, seed 2: it broke\n")
+    assert started() == ["out=runs/mine/odd/seed-1", "out=runs/mine/plain/seed-1", "out=runs/mine/plain/seed-2"]
+    assert "Odd (1 of 2 seeds)" in out
+    assert "FAILED Odd, seed 2: it broke" in out
+    assert "it broke" in Path("runs/mine/odd/seed-2.log").read_text()
+    tree = json.loads(Path("runs/mine/study.json").read_text())
+    assert tree["failed"] == {"Odd, seed 2": "it broke"}
+    assert (tree["arms"][1]["difference"], tree["arms"][1]["low"]) == (0, None)  # one seed in common: no interval
+
+
+def test_without_the_arm_that_is_compared_with_there_are_no_differences(file, fedsim):
+    code, out, _ = fedsim("study", file(), "--only", "Local", "--seeds", "7")
+    assert code == 0
+    assert "difference " not in out
+    assert [arm["difference"] for arm in json.loads(Path("runs/mine/study.json").read_text())["arms"]] == [None, None]
+
+
+def test_a_column_that_no_run_has_is_named_and_nothing_is_lost(file, fedsim):
+    code, out, err = fedsim("study", file(columns=["final.acuracy"]), "--seeds", "1")
+    assert code == 2
+    assert "did you mean 'final.accuracy'?" in err
+    assert "51.00" in out
+
+
+def test_a_dry_run_prints_the_commands_and_runs_nothing(file, fedsim):
+    code, out, _ = fedsim("study", file(), "--dry-run", "--seeds", "1", "--out", "here")
+    assert code == 0
+    assert "method=local_mixup trainer.mix_ratio=0.2 seed=1 out=here/local-0.2/seed-1" in " ".join(out.split())
+    assert not Path("here").exists()
+    assert "mafl_digits" in fedsim("study", "--list")[1]
+
+
+def test_two_studies_cannot_run_in_one_folder(file, fedsim):
+    with study_run.study_folder(Path("runs/mine")):
+        code, _, err = fedsim("study", file())
+    assert code == 2
+    assert "a study is running in runs/mine just now" in err
+    assert started() == []
+
+
+@pytest.mark.parametrize("sent, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_study_and_its_runs_and_keeps_what_is_finished(file, sent: signal.Signals, code: int):
+    """Real runs: the first ends at once, the second has more rounds than anybody waits for."""
+    arms = {"Short": ["rounds=1"], "Long": ["rounds=1000000"]}
+    command = [sys.executable, "-m", "fedsim.cli", "study", file(arms=arms, seeds=[1]), "--jobs", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        long, end = Path("runs/mine/long/seed-1/rounds.jsonl"), time.monotonic() + 120
+        while not (long.exists() and long.read_bytes().count(b"\n") > 2) and time.monotonic() < end:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        process.send_signal(sent)
+        _, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == code
+    assert "everything written so far stays" in err
+    assert Path("runs/mine/short/seed-1/summary.json").exists()
+    assert json.loads((long.parent / "failure.json").read_text())["error"] == "Terminated"
+    left = [
+        p for p in Path("/proc").glob("[0-9]*/cwd") if _links(p) == os.getcwd() and p.parent.name != str(os.getpid())
+    ]
+    assert left == []
+
+
+def _links(path: Path) -> str:
+    try:
+        return os.readlink(path)
+    except OSError:
+        return ""
+
+
+# --- picture ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_curve_is_the_mean_over_seeds_at_each_evaluation(file, fedsim):
+    fedsim("study", file())
+    study = read_study("mine.yaml")
+    result = collect(study, plan(study, Path("runs/mine")))
+    x, mean, spread = curve(result.runs["Plain"], "traffic_bytes")
+    assert x.tolist() == [0, 100]
+    assert mean.tolist() == pytest.approx([0, 0.515])
+    assert spread.tolist() == pytest.approx([0, 0.01 / math.sqrt(2)])
+
+
+def test_with_many_arms_the_best_are_drawn_and_the_compared_one(file, fedsim):
+    ratios = [round(0.05 * n, 2) for n in range(1, MOST_LINES + 3)]
+    grid = {"overrides": ["method=local_mixup"], "grid": {"trainer.mix_ratio": ratios}}
+    arms = {"Plain": ["method=fedavg"], "R {mix_ratio}": grid}
+    assert fedsim("study", file(arms=arms, seeds=[1], x=["joules", "final.accuracy"]), "--jobs", "8")[0] == 0
+    study = read_study("mine.yaml")
+    drawn = shown(collect(study, plan(study, Path("runs/mine"))))
+    assert drawn == ["Plain", *(f"R {ratio}" for ratio in ratios[3:])]
+
+
+def test_one_seed_has_no_interval():
+    assert interval([0.1]) == math.inf
