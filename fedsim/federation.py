@@ -28,6 +28,7 @@ from fedsim.messages import ARRAYS, like, record_of, tensors_of
 from fedsim.network import ONE_METHOD, ClientReport, EdgeGrid
 from fedsim.pricing import OUTCOMES
 from fedsim.report import RoundReport, RunFolder, Totals, check_free, run_folder, weights_sha256
+from fedsim.roles import private_names
 from fedsim.seeding import seeded_globals
 from fedsim.settings import Settings, World, asked, build_world, from_run_config, instantiate, pick_device, preset
 
@@ -36,6 +37,8 @@ Watch = Callable[[RoundReport], None]
 
 class Federation:
     """A federation that can be stepped round by round: the global weights, the strategy and the edge grid.
+
+    `arrays` holds the whole model; of private tensors it keeps the initial values.
 
     Args:
         world: data, fleet and latency model.
@@ -49,6 +52,7 @@ class Federation:
         self.strategy = build_strategy(settings, world.workload.num_clients)
         self.model = world.workload.build_model().to(pick_device(settings["engine"]["device"]))
         self.arrays = record_of(self.model.state_dict())
+        self.private = private_names(self.model, settings["private"])
         self.grid = EdgeGrid(
             engine,
             world.fleet,
@@ -91,26 +95,40 @@ class Federation:
             pair = f"; beside their weights they sent {beside}, {ONE_METHOD}" if beside else ""
             raise RunError(f"{type(self.strategy).__name__} {reason}{pair}") from error
         if arrays is not None:
-            self.arrays = like(arrays, self.arrays)
+            new = like(arrays, self.shared)
+            self.arrays = ArrayRecord({name: new.get(name, array) for name, array in self.arrays.items()})
         return _plain(metrics)
+
+    @property
+    def shared(self) -> ArrayRecord:
+        """The weights that are sent and averaged; all of them unless some are private."""
+        if not self.private:
+            return self.arrays
+        return ArrayRecord({name: array for name, array in self.arrays.items() if name not in self.private})
 
     def instructions(self, number: int) -> list[Message]:
         """What the strategy sends to the clients of a round, addressed by client id."""
         self.grid.round = number
         with seeded_globals(self.seed, "cohort", number):
-            return list(self.strategy.configure_train(number, self.arrays, ConfigRecord(), self.grid))
+            return list(self.strategy.configure_train(number, self.shared, ConfigRecord(), self.grid))
 
     def judge(self) -> dict[str, float]:
-        """Accuracy and loss of the global model on the held-out test set, on the server, at no simulated cost."""
+        """Accuracy and loss of the global model on the held-out test set, on the server, at no simulated cost.
+
+        Where tensors are private, the server has their initial values only: what clients learn shows in `ask_clients`.
+        """
         self.model.load_state_dict(tensors_of(self.arrays))
         return self.world.workload.evaluate(self.model, self.world.workload.test)
 
     def ask_clients(self, number: int) -> dict[str, float]:
-        """Mean metrics of the global model on clients' own held-out parts; the devices pay for it."""
+        """Mean metrics of the clients' models on their own held-out parts; the devices pay for it.
+
+        A client's model is the global one, with its own values of what is private.
+        """
         if not self.settings["evaluate_clients"]:
             return {}
         with seeded_globals(self.seed, "evaluate", number):
-            messages = list(self.strategy.configure_evaluate(number, self.arrays, ConfigRecord(), self.grid))
+            messages = list(self.strategy.configure_evaluate(number, self.shared, ConfigRecord(), self.grid))
         replies = self.grid.send_and_receive(messages)
         metrics = self.strategy.aggregate_evaluate(number, replies) if replies else None
         return {f"client_{key}": value for key, value in _plain(metrics).items()}

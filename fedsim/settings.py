@@ -270,6 +270,9 @@ def check(settings: Settings) -> Settings:
     for key in ("threads", "batch_clients"):
         _number(settings["engine"], key, whole=True, least=1, prefix="engine.")
     _choice(settings, "on_client_error", ("stop", "drop"))
+    private = settings["private"]
+    if not isinstance(private, list) or not all(isinstance(name, str) and name for name in private):
+        raise ConfigError(f"private must be a list of roles or patterns, e.g. [head], got {said(private)}")
     memory_format(settings)
     _choice(settings["engine"], "device", ("auto", "cpu", "cuda"), prefix="engine.")
     for key in ("out", "name"):
