@@ -30,7 +30,17 @@ from fedsim.pricing import OUTCOMES
 from fedsim.report import RoundReport, RunFolder, Totals, check_free, run_folder, weights_sha256
 from fedsim.roles import private_names
 from fedsim.seeding import seeded_globals
-from fedsim.settings import Settings, World, asked, build_world, from_run_config, instantiate, pick_device, preset
+from fedsim.settings import (
+    Settings,
+    World,
+    asked,
+    build_world,
+    from_run_config,
+    instantiate,
+    pick_device,
+    preset,
+    preset_private,
+)
 
 Watch = Callable[[RoundReport], None]
 
@@ -223,14 +233,16 @@ def summarise(
 
 
 def method_name(settings: Settings) -> str:
-    """The method preset, with the halves that were exchanged; strategy and trainer where no preset was taken."""
+    """The method preset, with what was exchanged of it; strategy and trainer where no preset was taken."""
     choices = settings["choices"]
+    usual = preset_private(choices["method"]) if choices.get("method") else []
+    private = [f"private=[{','.join(settings['private'])}]"] if settings["private"] != usual else []
     if choices.get("method"):
         own = preset(choices["method"])
         changed = [f"{group}={choices[group]}" for group, name in own.items() if choices[group] != name]
-        return " ".join([str(choices["method"]), *changed])
+        return " ".join([str(choices["method"]), *changed, *private])
     strategy, trainer = choices["strategy"], choices["trainer"]
-    return str(strategy) if trainer in ("sgd", strategy) else f"{strategy}+{trainer}"
+    return " ".join([str(strategy) if trainer in ("sgd", strategy) else f"{strategy}+{trainer}", *private])
 
 
 def versions() -> dict[str, str]:

@@ -69,6 +69,14 @@ def preset(method: str) -> dict[str, str]:
     return {key.removeprefix("override /"): value for key, value in chosen.items()}
 
 
+def preset_private(method: str) -> list[str]:
+    """What a method preset keeps on the devices."""
+    import yaml
+
+    tree = yaml.safe_load((config_dir() / "method" / f"{method}.yaml").read_text())
+    return [str(name) for name in tree.get("private", [])]
+
+
 # --- composing ---------------------------------------------------------------------------------------------------
 
 

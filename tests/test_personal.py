@@ -16,7 +16,7 @@ from devices.meter import counter
 from fedsim.data.blobs import Blobs
 from fedsim.engines.local import LocalGrid
 from fedsim.errors import ConfigError
-from fedsim.federation import Federation
+from fedsim.federation import Federation, method_name
 from fedsim.messages import ARRAYS, STATE, arrays_in, record_bytes, record_of, tensors_of
 from fedsim.models.mlp import MLP
 from fedsim.report import weights_sha256
@@ -134,6 +134,17 @@ def test_private_is_a_list_of_names(value):
 def test_training_alone_is_no_federation():
     with pytest.raises(ConfigError, match="has no shared parameter to train"):
         alone("method=fedrep", "private=['*.weight','*.bias']", "model.norm=batch")
+
+
+def test_a_run_is_named_after_what_is_private():
+    names = {
+        "method=fedrep": "fedrep",
+        "method=fedrep private=[first]": "fedrep private=[first]",
+        "method=fedbn strategy=fedadam": "fedbn strategy=fedadam",
+        "method=fedavg private=[head,first]": "fedavg private=[head,first]",
+        "private=[head]": "fedavg private=[head]",
+    }
+    assert {text: method_name(compose([*TINY, *text.split()])) for text in names} == names
 
 
 # --- limit cases -----------------------------------------------------------------------------------------------------
