@@ -54,12 +54,14 @@ from fedsim.messages import (
     unpack_cohort,
 )
 from fedsim.pricing import Prices
+from fedsim.roles import private_names
 from fedsim.seeding import derive
 from fedsim.settings import WORLDS, World, build_world, instantiate, memory_format, pick_device
 from fedsim.workload import ClientData, Tensors
 
 app = ClientApp()
 NOT_FINITE = "its update holds NaN or infinite weights; lower trainer.lr or set trainer.clip_norm"
+PRIVATE = "private"  # group of a client's state
 _Answered = tuple[RecordDict, dict[str, Any], Work]  # of one client: records, facts and work
 CACHE_BYTES = 512 * 2**20  # of prepared client data per process
 
@@ -89,6 +91,8 @@ class Worker:
         if against:
             raise ConfigError(f"{self._batching()} cannot be used: {against}; set engine.batch_clients=1")
         self.network = self._price(self.model, "dense")
+        self.trainer.private = private_names(self.model, settings["private"])
+        self.initial = {n: t.detach().clone() for n, t in self.slots.items() if n in self.trainer.private}
         self.trainer.setup(self.workload, self.model, self.network)
         self._data: OrderedDict[int, ClientData] = OrderedDict()
         self._data_bytes = 0
@@ -149,13 +153,13 @@ class Worker:
 
     def _together(self, ids: list[int], parts: list[RecordDict], round: int) -> list[_Answered]:
         clients = [self.context(client_id, part, round) for client_id, part in zip(ids, parts, strict=True)]
-        tasks = [broadcast_of(part, self._weights(part), round) for part in parts]
+        tasks = [self._task(client, part) for client, part in zip(clients, parts, strict=True)]
         if any(task.settings != tasks[0].settings for task in tasks):
             return [self._one(client_id, part, round, "train") for client_id, part in zip(ids, parts, strict=True)]
         self.model.train()
         answered = []
         for client, part, update in zip(clients, parts, self.trainer.fit_together(clients, tasks), strict=True):
-            weights = record_like(update.weights, _record(part, ARRAYS), self.channels_last)
+            weights = self._shared_part(client, update.weights, _record(part, ARRAYS))
             answer, outcome, reason = self._packed(client, update, weights), "completed", ""
             if not _finite(weights):
                 answer, outcome, reason = RecordDict(), "failed", f"FloatingPointError: {NOT_FINITE}"
@@ -186,7 +190,7 @@ class Worker:
     def _answer(self, client: ClientContext, part: RecordDict, phase: str) -> RecordDict:
         # Dropout and its like draw from torch's global generator: it must not depend on who came before.
         torch.default_generator.manual_seed(derive(self.seed, "global", client.round, client.client_id))
-        task = broadcast_of(part, self._weights(part), client.round)
+        task = self._task(client, part)
         self._load(task.weights)
         kind, _, question = phase.partition(".")
         if kind == "train":
@@ -207,10 +211,24 @@ class Worker:
         packed = None
         if update.weights is self.slots and self.flat is not None and self._shared_flat is not None:
             packed = packed_record(self.flat, self.channels_last)  # the live model as it lies in memory: one copy
-        weights = packed or record_like(update.weights, model, self.channels_last)
+        weights = packed or self._shared_part(client, update.weights, model)
         if not _finite(weights):
             raise FloatingPointError(NOT_FINITE)
         return self._packed(client, update, weights)
+
+    def _task(self, client: ClientContext, part: RecordDict) -> Broadcast:
+        """The client's instruction; its private tensors stand beside the weights that were sent."""
+        task = broadcast_of(part, self._weights(part), client.round)
+        if not self.initial or not task.weights:
+            return task
+        return replace(task, weights={**task.weights, **client.state.kept(PRIVATE, self.initial)})
+
+    def _shared_part(self, client: ClientContext, weights: Tensors, model: ArrayRecord) -> ArrayRecord:
+        """What is sent of an update, named as in `model`; its private tensors stay in the client's state."""
+        if self.initial:
+            client.state.keep(PRIVATE, {name: weights[name] for name in self.initial})
+            weights = {name: weights[name] for name in model}
+        return record_like(weights, model, self.channels_last)
 
     def _packed(self, client: ClientContext, update: ClientUpdate, weights: ArrayRecord) -> RecordDict:
         answer = content_of_update(update, weights)

@@ -1,8 +1,12 @@
-"""What a client keeps between rounds. May import: torch, fedsim.messages."""
+"""What a client keeps between rounds. May import: torch, fedsim.messages, fedsim.workload."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
 from flwr.app import ArrayRecord
+from torch import Tensor
 
 from fedsim.messages import record_of, tensors_of
 from fedsim.workload import Tensors
@@ -28,3 +32,22 @@ class ClientState(Tensors):
     def storage_bytes(self) -> int:
         """Bytes on the device."""
         return sum(t.element_size() * t.numel() for t in self.values())
+
+    def kept(self, group: str, initial: Mapping[str, Tensor]) -> Tensors:
+        """The tensors that `keep` stored under `group`, on the devices of `initial`; those themselves before."""
+        return {
+            name: self[f"{group}.{name}"].to(t.device) if f"{group}.{name}" in self else t
+            for name, t in initial.items()
+        }
+
+    def keep(self, group: str, tensors: Mapping[str, Tensor]) -> None:
+        """Stores copies of tensors.
+
+        Raises:
+            FloatingPointError: if one holds NaN or infinity: it would stay with the client for ever.
+        """
+        for name, t in tensors.items():
+            if not bool(torch.isfinite(t).all()):
+                what = f"{name} of what it keeps holds NaN or infinite numbers"
+                raise FloatingPointError(f"{what}; lower trainer.lr or set trainer.clip_norm")
+            self[f"{group}.{name}"] = t.detach().clone()

@@ -29,6 +29,7 @@ class NetworkCost:
     activation_bytes: int  # per example, kept between forward and backward
     calls: int = 1  # layers started per pass, whatever the batch
     layers: tuple[tuple[float, ...], ...] | None = None  # rows of a LayerTable, where the network was traced
+    backward_share: float = 1.0  # of the backward pass of all layers; less where some are frozen
     encoding: str | None = None  # "space:operations" of a network of a search space, e.g. "nb201:341213"
 
     @classmethod

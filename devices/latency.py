@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from devices.cost import LatencyModel, NetworkCost, Work
+from devices.cost import LatencyModel, NetworkCost, Passes, Work
 from devices.errors import DeviceError
 from devices.profile import DeviceProfile, LatencyFacts
 from devices.trace import KINDS, LayerTable, trace
@@ -37,8 +37,13 @@ class StructuredLatency(LatencyModel):
         total_ms = 0.0
         for p in work.passes:
             by_kind = kind_ms(p.network, p.batch, coefficients)
-            total_ms += p.forwards * by_kind.sum() + p.backwards * (by_kind * (ratios - 1)).sum()
+            total_ms += p.forwards * by_kind.sum() + _backwards(p) * (by_kind * (ratios - 1)).sum()
         return float(total_ms) / 1e3 / device.speed
+
+
+def _backwards(passes: Passes) -> float:
+    """Backward passes, in those of the whole network: with frozen layers they take the share of its FLOPs they have."""
+    return passes.backwards * passes.network.backward_share
 
 
 def step_ms(network: NetworkCost, batch: int, device: DeviceProfile) -> tuple[float, float]:
@@ -172,7 +177,7 @@ class HelpLatency(LatencyModel):
         total_ms = 0.0
         for p in work.passes:
             ms = p.batch * self.forward_ms(p.network, device)
-            total_ms += ms * (p.forwards + (USUAL_RATIO - 1) * p.backwards)
+            total_ms += ms * (p.forwards + (USUAL_RATIO - 1) * _backwards(p))
         return total_ms / 1e3 / device.speed
 
     def forward_ms(self, network: NetworkCost, device: DeviceProfile) -> float:

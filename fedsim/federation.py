@@ -24,18 +24,31 @@ from devices.errors import DeviceError
 from fedsim import metrics as figures
 from fedsim.engines.blocks import is_plain_mean, mean_is_all
 from fedsim.errors import ConfigError, RunError
-from fedsim.messages import ARRAYS, METRICS, NUM_EXAMPLES, like, record_of, tensors_of
+from fedsim.messages import ARRAYS, METRICS, NUM_EXAMPLES, array_record, like, record_of, tensors_of
 from fedsim.network import ONE_METHOD, ClientReport, EdgeGrid
 from fedsim.pricing import OUTCOMES
 from fedsim.report import RoundReport, RunFolder, Totals, check_free, run_folder, weights_sha256
+from fedsim.roles import private_names
 from fedsim.seeding import seeded_globals
-from fedsim.settings import Settings, World, asked, build_world, from_run_config, instantiate, pick_device, preset
+from fedsim.settings import (
+    Settings,
+    World,
+    asked,
+    build_world,
+    from_run_config,
+    instantiate,
+    pick_device,
+    preset,
+    preset_private,
+)
 
 Watch = Callable[[RoundReport], None]
 
 
 class Federation:
     """A federation that can be stepped round by round: the global weights, the strategy and the edge grid.
+
+    `arrays` holds the whole model; of private tensors it keeps the initial values.
 
     Args:
         world: data, fleet and latency model.
@@ -49,6 +62,7 @@ class Federation:
         self.strategy = build_strategy(settings, world.workload.num_clients)
         self.model = world.workload.build_model().to(pick_device(settings["engine"]["device"]))
         self.arrays = record_of(self.model.state_dict())
+        self.private = private_names(self.model, settings["private"])
         self.grid = EdgeGrid(
             engine,
             world.fleet,
@@ -85,7 +99,7 @@ class Federation:
             return {}
         if self.grid.averages and mean_is_all(self.strategy):
             content = replies[0].content
-            self.arrays = like(content.array_records[ARRAYS], self.arrays)
+            self.take(content.array_records[ARRAYS])
             return {key: value for key, value in _plain(content.metric_records[METRICS]).items() if key != NUM_EXAMPLES}
         try:
             arrays, metrics = self.strategy.aggregate_train(number, replies)
@@ -95,26 +109,44 @@ class Federation:
             pair = f"; beside their weights they sent {beside}, {ONE_METHOD}" if beside else ""
             raise RunError(f"{type(self.strategy).__name__} {reason}{pair}") from error
         if arrays is not None:
-            self.arrays = like(arrays, self.arrays)
+            self.take(arrays)
         return _plain(metrics)
+
+    def take(self, shared: ArrayRecord) -> None:
+        """Makes these the global weights; what is private stays as it was."""
+        new = like(shared, self.shared)
+        self.arrays = array_record({name: new.get(name, array) for name, array in self.arrays.items()})
+
+    @property
+    def shared(self) -> ArrayRecord:
+        """The weights that are sent and averaged; all of them unless some are private."""
+        if not self.private:
+            return self.arrays
+        return array_record({name: array for name, array in self.arrays.items() if name not in self.private})
 
     def instructions(self, number: int) -> list[Message]:
         """What the strategy sends to the clients of a round, addressed by client id."""
         self.grid.round = number
         with seeded_globals(self.seed, "cohort", number):
-            return list(self.strategy.configure_train(number, self.arrays, ConfigRecord(), self.grid))
+            return list(self.strategy.configure_train(number, self.shared, ConfigRecord(), self.grid))
 
     def judge(self) -> dict[str, float]:
-        """Accuracy and loss of the global model on the held-out test set, on the server, at no simulated cost."""
+        """Accuracy and loss of the global model on the held-out test set, on the server, at no simulated cost.
+
+        Where tensors are private, the server has their initial values only: what clients learn shows in `ask_clients`.
+        """
         self.model.load_state_dict(tensors_of(self.arrays))
         return self.world.workload.evaluate(self.model, self.world.workload.test)
 
     def ask_clients(self, number: int) -> dict[str, float]:
-        """Mean metrics of the global model on clients' own held-out parts; the devices pay for it."""
+        """Mean metrics of the clients' models on their own held-out parts; the devices pay for it.
+
+        A client's model is the global one, with its own values of what is private.
+        """
         if not self.settings["evaluate_clients"]:
             return {}
         with seeded_globals(self.seed, "evaluate", number):
-            messages = list(self.strategy.configure_evaluate(number, self.arrays, ConfigRecord(), self.grid))
+            messages = list(self.strategy.configure_evaluate(number, self.shared, ConfigRecord(), self.grid))
         replies = self.grid.send_and_receive(messages)
         metrics = self.strategy.aggregate_evaluate(number, replies) if replies else None
         return {f"client_{key}": value for key, value in _plain(metrics).items()}
@@ -209,14 +241,16 @@ def summarise(
 
 
 def method_name(settings: Settings) -> str:
-    """The method preset, with the halves that were exchanged; strategy and trainer where no preset was taken."""
+    """The method preset, with what was exchanged of it; strategy and trainer where no preset was taken."""
     choices = settings["choices"]
+    usual = preset_private(choices["method"]) if choices.get("method") else []
+    private = [f"private=[{','.join(settings['private'])}]"] if settings["private"] != usual else []
     if choices.get("method"):
         own = preset(choices["method"])
         changed = [f"{group}={choices[group]}" for group, name in own.items() if choices[group] != name]
-        return " ".join([str(choices["method"]), *changed])
+        return " ".join([str(choices["method"]), *changed, *private])
     strategy, trainer = choices["strategy"], choices["trainer"]
-    return str(strategy) if trainer in ("sgd", strategy) else f"{strategy}+{trainer}"
+    return " ".join([str(strategy) if trainer in ("sgd", strategy) else f"{strategy}+{trainer}", *private])
 
 
 def versions() -> dict[str, str]:

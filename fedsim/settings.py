@@ -69,6 +69,14 @@ def preset(method: str) -> dict[str, str]:
     return {key.removeprefix("override /"): value for key, value in chosen.items()}
 
 
+def preset_private(method: str) -> list[str]:
+    """What a method preset keeps on the devices."""
+    import yaml
+
+    tree = yaml.safe_load((config_dir() / "method" / f"{method}.yaml").read_text())
+    return [str(name) for name in tree.get("private", [])]
+
+
 # --- composing ---------------------------------------------------------------------------------------------------
 
 
@@ -270,6 +278,9 @@ def check(settings: Settings) -> Settings:
     for key in ("threads", "batch_clients"):
         _number(settings["engine"], key, whole=True, least=1, prefix="engine.")
     _choice(settings, "on_client_error", ("stop", "drop"))
+    private = settings["private"]
+    if not isinstance(private, list) or not all(isinstance(name, str) and name for name in private):
+        raise ConfigError(f"private must be a list of roles or patterns, e.g. [head], got {said(private)}")
     memory_format(settings)
     _choice(settings["engine"], "device", ("auto", "cpu", "cuda"), prefix="engine.")
     for key in ("out", "name"):

@@ -91,7 +91,15 @@ class ClientContext:
 
 
 class LocalTrainer:
-    """What a client does with a broadcast. Trainers are stateless: state belongs to `client.state`."""
+    """What a client does with a broadcast. Trainers are stateless: state belongs to `client.state`.
+
+    Attributes:
+        private: names in the model's state dict of what stays with each client; known before `setup`. The model and
+            `task.weights` hold the client's own values of them, and an update may hold the whole model: the app sends
+            the shared part and stores the rest.
+    """
+
+    private: frozenset[str] = frozenset()
 
     def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:
         """Called once per process, before any client: for what depends on the model only, such as its price."""
@@ -109,7 +117,7 @@ class LocalTrainer:
         return f"{type(self).__name__} trains one client after the other"
 
     def evaluate(self, client: ClientContext, task: Broadcast) -> dict[str, float]:
-        """Metrics of the broadcast weights on the client's own held-out part; empty when it has none."""
+        """Metrics of the client's model on its own held-out part; empty when it has none."""
         data = client.data.test
         if len(data):
             client.log.reserve(client.network.parameter_bytes)

@@ -41,8 +41,11 @@ class FedProxTrainer(SGDTrainer):
         return loss if penalty is None else loss + penalty
 
     def penalty(self, client: ClientContext, task: Broadcast) -> Tensor | None:
-        """The proximal term, a scalar; None where mu is 0."""
-        mu = float(task.settings.get("proximal-mu", self.proximal_mu))
+        """The proximal term of the global objective, a scalar; None where mu is 0."""
+        return self.proximal(client, task, float(task.settings.get("proximal-mu", self.proximal_mu)))
+
+    def proximal(self, client: ClientContext, task: Broadcast, mu: float) -> Tensor | None:
+        """Half of mu times the squared distance of the parameters to the broadcast weights; None where mu is 0."""
         if mu == 0:
             return None
         distances = [

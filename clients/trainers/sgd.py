@@ -7,7 +7,7 @@ clients.trainers.batched.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -66,17 +66,21 @@ class SGDTrainer(LocalTrainer):
     def fit(self, client: ClientContext, task: Broadcast) -> ClientUpdate:
         """The local loop; reports one forward and one backward pass per step."""
         self.check_settings(task)
-        lr, velocity = self.learning_rate(task), None
         self.reserve(client)
+        train_loss = self.train(client, task, self.batches(client, task))
+        return ClientUpdate(client.client_id, len(client.data.train), client.weights, {"train_loss": train_loss})
+
+    def train(self, client: ClientContext, task: Broadcast, batches: Iterable[Tensors]) -> float:
+        """Trains `client.parameters` on `batches`; returns the mean loss of a step."""
+        lr, velocity = self.learning_rate(task), None
         losses = []
-        for batch in self.batches(client, task):
+        for batch in batches:
             loss = self.loss(client, batch, task)
             gradients = torch.autograd.grad(loss, client.parameters)
             velocity = self.step(client.parameters, gradients, lr, velocity)
             self.log_step(client, len(batch["y"]))
             losses.append(loss.detach())
-        train_loss = float(torch.stack(losses).mean())
-        return ClientUpdate(client.client_id, len(client.data.train), client.weights, {"train_loss": train_loss})
+        return float(torch.stack(losses).mean())
 
     def fit_together(self, clients: Sequence[ClientContext], tasks: Sequence[Broadcast]) -> list[ClientUpdate]:
         """As `fit`, for clients whose broadcasts have equal settings."""
@@ -88,7 +92,9 @@ class SGDTrainer(LocalTrainer):
     def reason_against_together(self, model: nn.Module) -> str:
         """Only the local loop of this class can be mapped, and a `loss` whose class says that it is pure."""
         own = [
-            name for name in ("fit", "step", "batches") if getattr(type(self), name) is not getattr(SGDTrainer, name)
+            name
+            for name in ("fit", "train", "step", "batches")
+            if getattr(type(self), name) is not getattr(SGDTrainer, name)
         ]
         writer = next(c for c in type(self).__mro__ if "loss" in vars(c))
         if own or not vars(writer).get("pure_loss", False):
@@ -128,11 +134,13 @@ class SGDTrainer(LocalTrainer):
 
     def batches(self, client: ClientContext, task: Broadcast) -> Iterator[Tensors]:
         """Shuffled batches of the client's training examples: tensors with leading size `batch_size` or less."""
-        data = client.data.train
-        steps_left = self.local_steps
-        epochs = self.local_epochs if steps_left is None else steps_left  # an epoch has at least one step
-        shuffle = client.stream("batches")
-        for _ in range(epochs):
+        return self.shuffled(client, "batches", self.local_epochs, self.local_steps)
+
+    def shuffled(self, client: ClientContext, purpose: str, epochs: int, steps: int | None = None) -> Iterator[Tensors]:
+        """Batches of so many epochs, or of `steps` if it is given, in an order that `purpose` draws."""
+        data, steps_left = client.data.train, steps
+        shuffle = client.stream(purpose)
+        for _ in range(epochs if steps_left is None else steps_left):  # an epoch has at least one step
             for batch in data.gather_batches(torch.randperm(len(data), generator=shuffle), self.batch_size):
                 if steps_left is not None:
                     if steps_left == 0:

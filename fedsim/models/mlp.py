@@ -1,6 +1,6 @@
 """Multi-layer perceptron for anything that is fed as numbers.
 
-May import: torch, `fedsim.models.shapes`, `fedsim.errors`.
+May import: torch, `fedsim.models.shapes`, `fedsim.errors`, `devices.errors`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,11 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from devices.errors import unknown
 from fedsim.errors import ConfigError
 from fedsim.models.shapes import positive
+
+NORMS = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
 
 
 class MLP(nn.Module):
@@ -21,19 +24,25 @@ class MLP(nn.Module):
         input_shape: of one example, any number of dimensions.
         num_classes: size of the output.
         hidden: width of each hidden layer; empty gives a linear model.
+        norm: of each hidden layer, before its ReLU: "batch", "layer" or None.
     """
 
     takes_tokens = False
 
-    def __init__(self, input_shape: Sequence[int], num_classes: int, hidden: Sequence[int] = (64,)):
+    def __init__(
+        self, input_shape: Sequence[int], num_classes: int, hidden: Sequence[int] = (64,), norm: str | None = None
+    ):
         super().__init__()
         if not isinstance(hidden, Sequence) or isinstance(hidden, str):
             raise ConfigError(f"model.hidden of model mlp must be a list of widths, e.g. [64], got {hidden!r}")
+        if norm is not None and norm not in NORMS:
+            raise ConfigError(unknown("value for model.norm of model mlp", norm, [*NORMS, "null"]))
         positive("mlp", num_classes=num_classes, **{f"hidden[{i}]": width for i, width in enumerate(hidden)})
         widths = [math.prod(input_shape), *hidden]
         layers: list[nn.Module] = [nn.Flatten()]
         for i in range(len(hidden)):
-            layers += [nn.Linear(widths[i], widths[i + 1]), nn.ReLU()]
+            normalise = [NORMS[norm](widths[i + 1])] if norm is not None else []
+            layers += [nn.Linear(widths[i], widths[i + 1]), *normalise, nn.ReLU()]
         self.body = nn.Sequential(*layers)
         self.head = nn.Linear(widths[-1], num_classes)
 

@@ -1,0 +1,37 @@
+"""FedAvg whose model each client fine-tunes on its own examples before it judges it: the simplest personal baseline.
+
+The federation learns as with plain SGD; nothing of the fine-tuning is kept or sent. May import: what
+`clients.trainers.sgd` may.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from clients.trainers.base import ClientContext
+from clients.trainers.sgd import SGDTrainer
+from fedsim.errors import ConfigError
+from fedsim.messages import Broadcast
+
+
+class FineTuneTrainer(SGDTrainer):
+    """SGD; `evaluate_clients` judges each client's model after `tune_epochs` more on its own training examples.
+
+    Args:
+        tune_epochs: epochs before each evaluation; 0 judges the model as it came.
+        sgd: arguments of SGDTrainer.
+    """
+
+    def __init__(self, tune_epochs: int, **sgd: Any):
+        super().__init__(**sgd)
+        if tune_epochs < 0:
+            raise ConfigError(f"trainer.tune_epochs must be at least 0, got {tune_epochs!r}")
+        self.tune_epochs = tune_epochs
+
+    def evaluate(self, client: ClientContext, task: Broadcast) -> dict[str, float]:
+        """Fine-tunes, then judges; both are paid for. A client without held-out examples does neither."""
+        if len(client.data.test) and self.tune_epochs:
+            self.reserve(client)
+            client.model.train()
+            self.train(client, task, self.shuffled(client, "tune-batches", self.tune_epochs))
+        return super().evaluate(client, task)
