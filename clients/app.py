@@ -187,7 +187,8 @@ class Worker:
         # Dropout and its like draw from torch's global generator: it must not depend on who came before.
         torch.default_generator.manual_seed(derive(self.seed, "global", client.round, client.client_id))
         task = broadcast_of(part, self._weights(part), client.round)
-        self._load(task.weights)
+        if not self.trainer.own_network:
+            self._load(task.weights)
         kind, _, question = phase.partition(".")
         if kind == "train":
             return self._fit(client, task, _record(part, ARRAYS))

@@ -91,7 +91,13 @@ class ClientContext:
 
 
 class LocalTrainer:
-    """What a client does with a broadcast. Trainers are stateless: state belongs to `client.state`."""
+    """What a client does with a broadcast. Trainers are stateless: state belongs to `client.state`.
+
+    Attributes:
+        own_network: the trainer puts the broadcast into a network of its own, whose shapes may differ from the model's.
+    """
+
+    own_network = False
 
     def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:
         """Called once per process, before any client: for what depends on the model only, such as its price."""

@@ -218,6 +218,30 @@ class ChannelGroups:
             small[key] = _laid_out_as(tensor, state[key])
         return small
 
+    def within(self, state: Mapping[str, Tensor], inner: Kept, outer: Kept) -> Tensors:
+        """The tensors of a network that is narrower still, cut from those of a narrowed one; gradients go through.
+
+        Args:
+            state: tensors of the network that keeps `outer`.
+            inner: channels of the dense network that stay, all of them in `outer`.
+            outer: those that `state` has.
+
+        Raises:
+            DeviceError: if `inner` has a channel that `outer` lacks.
+        """
+        for name, index in inner.items():
+            if not bool(torch.isin(index, outer[name]).all()):
+                raise DeviceError(f"channels of group {name!r} are to stay that are not there any more")
+        wanted, there = self.indices(inner), self.indices(outer)
+        small = {}
+        for key, tensor in state.items():
+            for dim, index in wanted.get(key, {}).items():
+                if len(index) < tensor.shape[dim]:
+                    places = torch.searchsorted(there[key][dim], index)
+                    tensor = tensor.index_select(dim, places.to(tensor.device))
+            small[key] = _laid_out_as(tensor, state[key])
+        return small
+
     def scatter(self, small: Mapping[str, Tensor], kept: Kept, like: Mapping[str, Tensor]) -> tuple[Tensors, Tensors]:
         """Puts the tensors of a smaller network where they were in the dense one.
 
