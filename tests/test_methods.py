@@ -62,6 +62,7 @@ SMALLER = {
     "nb201": ["model.channels=4", "model.cells=1"],
     "fbnet": [f"model.ops={[1, 4] + 20 * [8]}"],
 }
+BUILT = ("workload", "model", "fleet", "strategy", "trainer", "partition", "latency", "compression", "uplink")
 WHOLE = ("char_lstm", "fbnet")  # a recurrent layer, and above a convolution in groups: no channel can be removed
 
 
@@ -371,6 +372,20 @@ def test_every_latency_model_runs_a_round(latency: str, tmp_path: Path):
     assert_contract(result, rounds=1)
 
 
+@pytest.mark.parametrize("uplink", options("uplink"))
+def test_every_uplink_runs_and_repeats(uplink: str):
+    first, again = federate(f"uplink={uplink}"), federate(f"uplink={uplink}")
+    assert_contract(first, rounds=2)
+    assert first.comparable() == again.comparable()
+
+
+@pytest.mark.parametrize("compression", options("compression"))
+def test_every_compression_runs_a_round(compression: str):
+    result = federate(f"compression={compression}", "rounds=1", "evaluate_clients=2", "fleet=mixed", "num_clients=40")
+    assert_contract(result, rounds=1)
+    assert all(math.isfinite(entry["loss"]) for entry in result.federation.deploy())
+
+
 def engines() -> list[Any]:
     return [pytest.param(e, marks=[pytest.mark.ray] if "ray" in e else []) for e in options("engine")]
 
@@ -387,7 +402,9 @@ def test_every_experiment_composes(experiment: str):
     assert compose([f"experiment={experiment}"])["choices"]["experiment"] == experiment
 
 
-@pytest.mark.parametrize("group", ["workload", "model", "fleet", "strategy", "trainer", "partition", "latency"])
+@pytest.mark.parametrize(
+    "group", ["workload", "model", "fleet", "strategy", "trainer", "partition", "latency", "compression", "uplink"]
+)
 def test_every_constructor_takes_exactly_what_its_config_says(group: str):
     """A key of a yaml that no constructor takes, or of another type, is a mistake in the file."""
     from fedsim.parameters import check_parameters

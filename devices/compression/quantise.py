@@ -247,7 +247,9 @@ class WeightQuantiser:
         self.low, self.high = limits(bits, symmetric=not learn_step)
         layers = {f"{n}.weight": m.weight for n, m in model.named_modules() if isinstance(m, PRUNABLE)}
         self.names = list(layers)
-        self.steps = {n: nn.Parameter(first_step(w, bits)) for n, w in layers.items()} if learn_step else {}
+        self.steps: dict[str, Tensor] = {}
+        if learn_step:
+            self.steps = {n: nn.Parameter(first_step(w, bits)) for n, w in layers.items()}
 
     def __call__(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The parameters with fake-quantised weights in place of the weights."""
