@@ -25,10 +25,9 @@ from torch import Tensor, nn
 
 from clients.state import ClientState
 from clients.trainers.base import ClientContext, LocalTrainer, OutOfMemoryError, WorkLog
-from devices.cost import NetworkCost, Work, pack_works
-from devices.errors import DeviceError
-from devices.meter import measure
-from devices.trace import trace
+from devices.compression.plan import CompressionPlan, Recipe
+from devices.cost import NetworkCost, Passes, Work, pack_works
+from fedsim.deployment import CALIBRATION, calibration
 from fedsim.engines.blocks import BlockSum
 from fedsim.engines.memory import keep_freed_memory
 from fedsim.errors import ConfigError
@@ -57,6 +56,8 @@ from fedsim.pricing import Prices
 from fedsim.roles import private_names
 from fedsim.seeding import derive
 from fedsim.settings import WORLDS, World, build_world, instantiate, memory_format, pick_device
+from fedsim.slices import price
+from fedsim.uplink import compressed, decompress
 from fedsim.workload import ClientData, Tensors
 
 app = ClientApp()
@@ -79,12 +80,19 @@ class Worker:
         self.seed = settings["seed"]
         self.device = pick_device(settings["engine"]["device"])
         self.trainer: LocalTrainer = instantiate(settings, "trainer")
+        self.uplink = instantiate(settings, "uplink")
+        self.compression: CompressionPlan = instantiate(settings, "compression")
+        if self.compression.active and self.trainer.own_network:
+            name = type(self.trainer).__name__
+            raise ConfigError(f"{name} gives each device a network of its own already; set compression=none")
+        self.networks: dict[Recipe, NetworkCost] = {}  # what devices run, where that is not all of the model
         self.model = self.workload.build_model().to(self.device)
         self.memory_format = memory_format(settings)
         self.flat = _lay_out(self.model)
         self.slots: Tensors = dict(self.model.state_dict())
         self.channels_last = self.flat is not None and is_channels_last(self.slots.values())
         self.parameters: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
+        self.names = frozenset(name for name, _ in self.model.named_parameters())
         against = (
             self.trainer.reason_against_together(self.model) if settings["engine"].get("batch_clients", 1) > 1 else ""
         )
@@ -101,12 +109,7 @@ class Worker:
 
     def _price(self, model: nn.Module, name: str) -> NetworkCost:
         """What one example costs in a network: FLOPs and memory of a step, and its layers where they can be traced."""
-        cost = measure(model, self.workload.loss, self._on_device(self.workload.sample(4)), name)
-        try:
-            layers = trace(model, self._on_device(self.workload.sample(1))["x"]).rows
-            return replace(cost, layers=layers, encoding=getattr(model, "encoding", None))
-        except DeviceError:
-            return cost  # latency=flops does without; the others say that they need it
+        return price(self.workload, model, name, self.device)
 
     def serve(self, header: dict[str, Any], parts: list[RecordDict]) -> RecordDict:
         """Answers a whole cohort message; a failing client is a reported outcome and does not stop the others.
@@ -119,6 +122,7 @@ class Worker:
         for number, (answer, fact, work) in enumerate(self._each(header, parts)):
             if sums is not None:
                 fact["up_bytes"] = payload_bytes(answer)
+                decompress(answer, parts[number])
                 sums.add(number, answer, replace(work, up_bytes=fact["up_bytes"]), fact)
             answers.append(answer)
             facts.append(fact)
@@ -158,9 +162,10 @@ class Worker:
             return [self._one(client_id, part, round, "train") for client_id, part in zip(ids, parts, strict=True)]
         self.model.train()
         answered = []
-        for client, part, update in zip(clients, parts, self.trainer.fit_together(clients, tasks), strict=True):
+        updates = self.trainer.fit_together(clients, tasks)
+        for client, part, task, update in zip(clients, parts, tasks, updates, strict=True):
             weights = self._shared_part(client, update.weights, _record(part, ARRAYS))
-            answer, outcome, reason = self._packed(client, update, weights), "completed", ""
+            answer, outcome, reason = self._packed(client, task, update, weights), "completed", ""
             if not _finite(weights):
                 answer, outcome, reason = RecordDict(), "failed", f"FloatingPointError: {NOT_FINITE}"
             fact = {"client": client.client_id, "outcome": outcome, "reason": reason, "traceback": ""}
@@ -191,18 +196,35 @@ class Worker:
         # Dropout and its like draw from torch's global generator: it must not depend on who came before.
         torch.default_generator.manual_seed(derive(self.seed, "global", client.round, client.client_id))
         task = self._task(client, part)
-        self._load(task.weights)
+        if not self.trainer.own_network:
+            self._load(task.weights)
         kind, _, question = phase.partition(".")
         if kind == "train":
             return self._fit(client, task, _record(part, ARRAYS))
         if kind == "evaluate":
-            metrics = self.trainer.evaluate(client, task)
+            metrics = self._judge(client, task)
             count = len(client.data.test)
             return RecordDict(
                 {"metrics": MetricRecord({NUM_EXAMPLES: count, **{k: float(v) for k, v in metrics.items()}})}
             )
         records = {name: record_of(tensors) for name, tensors in self.trainer.answer(client, question, task).items()}
         return RecordDict(records)  # type: ignore[arg-type]
+
+    def _judge(self, client: ClientContext, task: Broadcast) -> dict[str, float]:
+        """The trainer's judgement of what the client's device runs, with the sizes of that."""
+        if not self.compression.active or not len(client.data.test):
+            return self.trainer.evaluate(client, task)
+        recipe = self.compression.recipe(client.profile)
+        batches = calibration(client.data.train)
+        compressed = self.compression.apply(self.model, self.workload.sample(2)["x"].to(self.device), recipe, batches)
+        if recipe not in self.networks:
+            self.networks[recipe] = self._price(compressed.shape, "compressed")
+        network = self.networks[recipe]
+        if recipe.bits < 32:
+            client.log.add(network, 1, forwards=min(len(client.data.train), CALIBRATION[0] * CALIBRATION[1]))
+        seconds = self.world.latency.compute_s(Work((Passes(network, 1, 1),)), client.profile)
+        own = replace(client, model=compressed.model, network=network)
+        return {**self.trainer.evaluate(own, task), **compressed.facts(), "latency_ms": 1e3 * seconds}
 
     def _fit(self, client: ClientContext, task: Broadcast, model: ArrayRecord) -> RecordDict:
         if not self.model.training:
@@ -214,7 +236,7 @@ class Worker:
         weights = packed or self._shared_part(client, update.weights, model)
         if not _finite(weights):
             raise FloatingPointError(NOT_FINITE)
-        return self._packed(client, update, weights)
+        return self._packed(client, task, update, weights)
 
     def _task(self, client: ClientContext, part: RecordDict) -> Broadcast:
         """The client's instruction; its private tensors stand beside the weights that were sent."""
@@ -227,10 +249,15 @@ class Worker:
         """What is sent of an update, named as in `model`; its private tensors stay in the client's state."""
         if self.initial:
             client.state.keep(PRIVATE, {name: weights[name] for name in self.initial})
-            weights = {name: weights[name] for name in model}
-        return record_like(weights, model, self.channels_last)
+        return record_like(self._shared_tensors(weights), model, self.channels_last)
 
-    def _packed(self, client: ClientContext, update: ClientUpdate, weights: ArrayRecord) -> RecordDict:
+    def _shared_tensors(self, weights: Tensors) -> Tensors:
+        return {name: t for name, t in weights.items() if name not in self.initial} if self.initial else weights
+
+    def _packed(self, client: ClientContext, task: Broadcast, update: ClientUpdate, weights: ArrayRecord) -> RecordDict:
+        if self.uplink.active:
+            new, old = self._shared_tensors(update.weights), self._shared_tensors(task.weights)
+            weights = compressed(self.uplink, new, old, self.names, client.state, client.stream("uplink"))
         answer = content_of_update(update, weights)
         if client.state:
             answer[STATE] = client.state.pack()
@@ -302,9 +329,6 @@ class Worker:
         while self._data_bytes > CACHE_BYTES and len(self._data) > 1:
             self._data_bytes -= _bytes_of(self._data.popitem(last=False)[1])
         return data
-
-    def _on_device(self, batch: Tensors) -> Tensors:
-        return {name: t.to(self.device) for name, t in batch.items()}
 
 
 class _BlockSums:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +20,8 @@ from scipy.optimize import nnls
 from scipy.stats import spearmanr
 from torch import nn
 
+from devices.compression.kernels import int8_network
+from devices.errors import DeviceError
 from devices.structured import StructuredPredictor, choose_references
 from devices.trace import KINDS, trace
 from devices.zoo import HELD_OUT, ZOO
@@ -220,31 +221,15 @@ def _step(name: str, batch: int) -> Callable[[], None]:
 
 
 def _quantised(name: str, batch: int) -> Callable[[], None] | None:
-    """The network in int8 (static for convolutions and linears, dynamic for LSTMs); None where torch cannot."""
-    from torch.ao.quantization import get_default_qconfig_mapping, quantize_dynamic
-    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
-
+    """The network on int8 kernels; None where torch cannot."""
     network = ZOO[name]
-    model, x = network.build(), network.example(batch)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch announces a move of these functions to another package
-        try:
-            if network.tokens:
-                model = quantize_dynamic(model, {nn.LSTM, nn.Linear}, dtype=torch.qint8)
-            else:
-                prepared = prepare_fx(model, get_default_qconfig_mapping(_backend()), (x,))
-                prepared(x)
-                model = convert_fx(prepared)
-            run = _inference(model, x)
-            run()
-        except (RuntimeError, NotImplementedError, AttributeError):
-            return None
+    x = network.example(batch)
+    try:
+        run = _inference(int8_network(network.build(), x, network.tokens), x)
+        run()
+    except (DeviceError, RuntimeError, NotImplementedError, AttributeError):
+        return None
     return run
-
-
-def _backend() -> str:
-    engines = torch.backends.quantized.supported_engines
-    return "fbgemm" if "fbgemm" in engines else str(engines[-1])
 
 
 # --- the profile ---------------------------------------------------------------------------------------------------

@@ -53,6 +53,15 @@ def step_ms(network: NetworkCost, batch: int, device: DeviceProfile) -> tuple[fl
     return float(by_kind.sum()), float((by_kind * ratios).sum())
 
 
+def int8_ms(network: NetworkCost, batch: int, device: DeviceProfile) -> float | None:
+    """Milliseconds of a forward pass on integer kernels; None for a device that was not measured with them."""
+    if device.latency is None or not device.latency.int8_coefficients_ms:
+        return None
+    fitted = np.array(device.latency.int8_coefficients_ms)
+    coefficients = np.concatenate([fitted, [0.0, 0.0, 0.0]])
+    return float(kind_ms(network, batch, coefficients).sum()) / device.speed
+
+
 def kind_ms(network: NetworkCost, batch: int, coefficients: np.ndarray) -> np.ndarray:
     """Milliseconds of one forward pass by layer kind and, last, the constant, [8]."""
     return (features(network, batch) * coefficients).reshape(-1, 4).sum(1)

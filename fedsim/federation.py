@@ -22,6 +22,7 @@ from flwr.serverapp.strategy import Strategy
 
 from devices.errors import DeviceError
 from fedsim import metrics as figures
+from fedsim.deployment import check_plan, deployments
 from fedsim.engines.blocks import is_plain_mean, mean_is_all
 from fedsim.errors import ConfigError, RunError
 from fedsim.messages import ARRAYS, METRICS, NUM_EXAMPLES, array_record, like, record_of, tensors_of
@@ -63,6 +64,7 @@ class Federation:
         self.model = world.workload.build_model().to(pick_device(settings["engine"]["device"]))
         self.arrays = record_of(self.model.state_dict())
         self.private = private_names(self.model, settings["private"])
+        check_plan(instantiate(settings, "compression"), self.model, world.workload.sample(2)["x"], world.fleet)
         self.grid = EdgeGrid(
             engine,
             world.fleet,
@@ -138,6 +140,11 @@ class Federation:
         self.model.load_state_dict(tensors_of(self.arrays))
         return self.world.workload.evaluate(self.model, self.world.workload.test)
 
+    def deploy(self) -> list[dict[str, Any]]:
+        """What each kind of device runs of the global model, where they run less than all of it."""
+        self.model.load_state_dict(tensors_of(self.arrays))
+        return deployments(self.world, self.model)
+
     def ask_clients(self, number: int) -> dict[str, float]:
         """Mean metrics of the clients' models on their own held-out parts; the devices pay for it.
 
@@ -185,6 +192,8 @@ def run(
             if watch:
                 watch(report)
         summary = summarise(settings, reports, totals, federation.arrays, time.perf_counter() - started)
+        if entries := federation.deploy():
+            summary["compression"] = entries
         folder.finish(summary)
     except BaseException as error:
         # Halves that do not belong together are seen when they first meet: still a wrong setting, so nothing stays.

@@ -37,6 +37,7 @@ from fedsim.messages import (
     unpacked,
 )
 from fedsim.pricing import Outcome, Prices
+from fedsim.uplink import decompress
 
 NO_REPLY, NOT_THERE = "the engine returned no reply", "offline when the round began"
 ONE_METHOD = "so take the strategy and the trainer of one method"
@@ -277,6 +278,7 @@ class EdgeGrid(Grid):
                     where = f"failed in round {self.round} (seed {self.seed})"
                     instruction = Instruction(self.round, client, phase, self._with_state(reply))
                     raise ClientError(f"{who} {where}: {reason}", trace, instruction)
+                decompress(content, reply.message.content)
                 reply.content, reply.work = content, replace(work, down_bytes=reply.work.down_bytes)
                 priced = prices.of(client, reply.work, outcome, reason)
                 reply.outcome, reply.reason, reply.cost = priced.outcome, priced.reason, priced.cost

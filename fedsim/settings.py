@@ -31,7 +31,10 @@ if TYPE_CHECKING:
     from fedsim.workload import ModelFactory, Workload
 
 Settings = dict[str, Any]
-GROUPS = ("workload", "model", "partition", "fleet", "latency", "strategy", "trainer", "method", "engine", "experiment")
+GROUPS = (
+    *("workload", "model", "partition", "fleet", "latency", "compression", "uplink", "strategy", "trainer", "method"),
+    *("engine", "experiment"),
+)
 NEEDED = tuple(group for group in GROUPS if group not in ("method", "experiment"))  # presets leave no settings behind
 PRIMARY = "run"
 FREE_MAPS = ("fleet.devices",)  # whose keys are the user's own: giving the map replaces it

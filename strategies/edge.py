@@ -55,11 +55,13 @@ class EdgeStrategy(FedAvg):
             raise ConfigError(f"{type(self).__name__} needs fedsim's EdgeGrid, got {type(grid).__name__}")
         weights = tensors_of(arrays)
         messages = list(super().configure_train(server_round, arrays, config, grid))
-        packed: dict[int, ArrayRecord] = {id(weights): arrays}
+        packed = {id(weights): (weights, arrays)}  # what several clients get is packed once; held, so that ids stay
         for message in messages:
             broadcast = self.broadcast(server_round, grid.client(message.metadata.dst_node_id), weights)
-            own = packed.get(id(broadcast.weights)) or record_of(broadcast.weights)
-            message.content = content_of(broadcast, own)
+            own = broadcast.weights
+            if id(own) not in packed:
+                packed[id(own)] = (own, record_of(own))
+            message.content = content_of(broadcast, packed[id(own)][1])
         return messages
 
     def aggregate_train(

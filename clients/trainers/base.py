@@ -97,9 +97,11 @@ class LocalTrainer:
         private: names in the model's state dict of what stays with each client; known before `setup`. The model and
             `task.weights` hold the client's own values of them, and an update may hold the whole model: the app sends
             the shared part and stores the rest.
+        own_network: the trainer puts the broadcast into a network of its own, whose shapes may differ from the model's.
     """
 
     private: frozenset[str] = frozenset()
+    own_network = False
 
     def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:
         """Called once per process, before any client: for what depends on the model only, such as its price."""

@@ -1,0 +1,109 @@
+"""FjORD: ordered dropout. In every step a client trains a random width up to the widest that its device can hold.
+
+Source: Horvath et al., "FjORD: Fair and Accurate Federated Learning under heterogeneous targets with Ordered Dropout",
+NeurIPS 2021, section 3, from memory: the self-distillation here is the narrow network's cross-entropy plus a weighted
+divergence from the widest. May import: what `clients.trainers.subnet` may.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from clients.trainers.base import ClientContext
+from clients.trainers.subnet import SubnetTrainer
+from devices.compression.channels import BATCH_NORMS, Kept
+from devices.compression.distil import divergence
+from devices.cost import NetworkCost
+from fedsim.errors import ConfigError
+from fedsim.messages import Broadcast
+from fedsim.workload import Tensors, Workload
+
+WIDTH = "width"  # beside the examples of a batch: which of the client's widths its step trains
+
+
+class FjORDTrainer(SubnetTrainer):
+    """Subnet training with a width drawn for every step.
+
+    Args:
+        levels: keep ratios to draw from; a client uses those that its own part contains, and the part itself.
+        distil: alpha, weight of the divergence of a narrow step from the widest network; 0 does not run that one.
+        temperature: of the divergence.
+        sgd: arguments of SGDTrainer.
+    """
+
+    def __init__(self, levels: Sequence[float], distil: float = 0.0, temperature: float = 1.0, **sgd: Any):
+        super().__init__(**sgd)
+        if not levels or not all(isinstance(level, int | float) and 0 < level <= 1 for level in levels):
+            raise ConfigError(f"trainer.levels must be one or more ratios in (0, 1], got {list(levels)}")
+        if distil < 0:
+            raise ConfigError(f"trainer.distil must be at least 0, got {distil!r}")
+        if not temperature > 0:
+            raise ConfigError(f"trainer.temperature must be greater than 0, got {temperature!r}")
+        self.levels, self.distil, self.temperature = sorted(levels), distil, temperature
+
+    def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:
+        """As for every part; batch norms would need statistics for each width.
+
+        Raises:
+            ConfigError: for a model with batch norms.
+        """
+        if any(isinstance(module, BATCH_NORMS) for module in model.modules()):
+            raise ConfigError(
+                f"{type(self).__name__} trains several widths, whose batch statistics differ; take a model with group "
+                "norms (model.norm=group)"
+            )
+        super().setup(workload, model, network)
+
+    def widths(self, kept: Kept) -> list[Kept]:
+        """What a client with these channels may train, narrow to wide; the last is all that it has."""
+        groups = self.slices.groups
+        choices = [groups.first(level) for level in self.levels]
+        inside = [c for c in choices if all(len(c[name]) <= len(kept[name]) for name in kept)]
+        return [c for c in inside if any(len(c[name]) < len(kept[name]) for name in kept)] + [kept]
+
+    def batches(self, client: ClientContext, task: Broadcast) -> Iterator[Tensors]:
+        """The batches of plain SGD, each with the number of a width."""
+        draw, choices = client.stream("widths"), len(self.widths(self.kept(task)))
+        for batch in super().batches(client, task):
+            yield {**batch, WIDTH: torch.randint(choices, (), generator=draw)}
+
+    def loss(self, client: ClientContext, batch: Tensors, task: Broadcast) -> Tensor:
+        """The workload's loss of the width that was drawn, and its distance from the widest; logs its own passes."""
+        kept = self.kept(task)
+        widths, size = self.widths(kept), len(batch["y"])
+        choice = widths[int(batch[WIDTH])]
+        if choice is kept:
+            client.log.add(client.network, size, forwards=1, backwards=1)
+            return super().loss(client, batch, task)
+        client.log.add(self.slices.cost(choice), size, forwards=1, backwards=1)
+        tensors = self.slices.groups.within(dict(client.model.named_parameters()), choice, kept)
+        narrow = _Remembering(partial(functional_call, self.slices.network(choice).train(), tensors))
+        loss = client.workload.loss(narrow, batch)  # type: ignore[arg-type]
+        if not self.distil:
+            return loss
+        client.log.add(client.network, size, forwards=1)
+        with torch.no_grad():
+            widest = client.model(batch["x"])
+        return loss + self.distil * divergence(narrow.logits, widest, self.temperature)
+
+    def log_step(self, client: ClientContext, batch: int) -> None:
+        """Nothing: `loss` has said what ran."""
+
+
+class _Remembering:
+    """A model whose last output can be read: the workload's loss gives none."""
+
+    logits: Tensor
+
+    def __init__(self, call: Any):
+        self.call = call
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.logits = self.call((x,))
+        return self.logits

@@ -1,0 +1,85 @@
+"""Training a part of the network: the channels that the server sent, as a dense network of its own.
+
+What runs, is priced and takes memory is the small network. Records: arrays, down and up: its tensors. kept, down: bits
+[ceil(C / 8)] uint8, which of the C removable channels it has. May import: what `clients.trainers.sgd` may, and
+fedsim.slices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from clients.trainers.base import ClientContext
+from clients.trainers.sgd import SGDTrainer
+from devices.compression.channels import Kept
+from devices.cost import NetworkCost
+from fedsim.errors import ConfigError
+from fedsim.messages import Broadcast, ClientUpdate
+from fedsim.slices import BITS, KEPT, Slices
+from fedsim.workload import Tensors, Workload
+
+
+class SubnetTrainer(SGDTrainer):
+    """SGD on the part of the network that the server sends; arguments are those of SGDTrainer."""
+
+    own_network = True
+    pure_loss = False
+    slices: Slices
+
+    def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:
+        """Finds the channel groups of the model."""
+        device = next(model.parameters()).device
+        self.slices = Slices(workload, device, self.prepare)
+
+    def prepare(self, network: nn.Module, kept: Kept) -> None:
+        """Called once with every static network that is built, before it is used."""
+
+    def fit(self, client: ClientContext, task: Broadcast) -> ClientUpdate:
+        """The local loop of SGD on the part; returns its tensors."""
+        kept = self.kept(task)
+        update = super().fit(self.narrowed(client, kept, task.weights), task)
+        return replace(update, metrics={**update.metrics, "keep_ratio": self.slices.groups.keep_ratio(kept)})
+
+    def evaluate(self, client: ClientContext, task: Broadcast) -> dict[str, float]:
+        """Metrics of the part, which is what this device would run."""
+        return super().evaluate(self.narrowed(client, self.kept(task), task.weights), task)
+
+    def kept(self, task: Broadcast) -> Kept:
+        """The channels that the server sent.
+
+        Raises:
+            ConfigError: if the strategy sends none.
+        """
+        if KEPT not in task.extras:
+            raise ConfigError(
+                f"{type(self).__name__} got no part of the network; take the strategy that belongs to it, by method=..."
+            )
+        return self.slices.groups.unpack(task.extras[KEPT][BITS].cpu())
+
+    @torch.no_grad()
+    def narrowed(self, client: ClientContext, kept: Kept, weights: Tensors) -> ClientContext:
+        """The client with the static network of these channels in place of the dense one.
+
+        Args:
+            client: as the app gives it.
+            kept: the channels.
+            weights: tensors of the part, or of the dense network, which are then cut.
+        """
+        network = self.slices.network(kept)
+        own = network.state_dict()
+        dense = self.slices.model.state_dict()
+        if all(t.shape == dense[name].shape for name, t in weights.items()):
+            weights = self.slices.groups.slice(weights, kept)
+        for name, tensor in own.items():
+            tensor.copy_(weights[name])
+        network.train()
+        return replace(
+            client,
+            model=network,
+            parameters=[p for p in network.parameters() if p.requires_grad],
+            weights=dict(own),
+            network=self.slices.cost(kept),
+        )

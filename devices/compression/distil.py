@@ -1,0 +1,59 @@
+"""What a small network learns from the outputs of a larger one. May import: torch and `devices.errors`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from devices.errors import DeviceError
+
+
+def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)), summed over classes and averaged over examples (and steps).
+
+    Args:
+        student: logits, [..., classes].
+        teacher: logits of the same shape; no gradient reaches them.
+        temperature: T, above 0; T^2 keeps gradients of one size whatever it is.
+    Source: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, section 2.
+    """
+    if not temperature > 0:
+        raise DeviceError(f"temperature must be above 0, got {temperature!r}")
+    own = F.log_softmax(student.flatten(0, -2) / temperature, dim=-1)
+    target = F.log_softmax(teacher.detach().flatten(0, -2) / temperature, dim=-1)
+    return temperature**2 * F.kl_div(own, target, reduction="batchmean", log_target=True)
+
+
+def distillation(
+    student: Tensor, teacher: Tensor, labels: Tensor, weight: float = 0.9, temperature: float = 4.0
+) -> Tensor:
+    """(1 - weight) CE(student, labels) + weight `divergence`.
+
+    Args:
+        student: logits, [..., classes].
+        teacher: logits of the same shape.
+        labels: [...] int64.
+        weight: of the teacher, in [0, 1].
+        temperature: see `divergence`.
+    """
+    if not 0 <= weight <= 1:
+        raise DeviceError(f"weight of the teacher must be in [0, 1], got {weight!r}")
+    hard = F.cross_entropy(student.flatten(0, -2), labels.flatten())
+    return (1 - weight) * hard + weight * divergence(student, teacher, temperature)
+
+
+def bernoulli_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """The same where an example may have several labels: KL of (p, 1 - p) for every class, averaged over all.
+
+    Args:
+        student: logits, [batch, classes].
+        teacher: logits of the same shape; no gradient reaches them.
+        temperature: T, above 0.
+    Source: as in the code of Park et al., "Attribution Preservation in Network Compression", NeurIPS 2020.
+    """
+    if not temperature > 0:
+        raise DeviceError(f"temperature must be above 0, got {temperature!r}")
+    own, target = student / temperature, teacher.detach() / temperature
+    p = target.sigmoid()
+    kl = p * (F.logsigmoid(target) - F.logsigmoid(own)) + (1 - p) * (F.logsigmoid(-target) - F.logsigmoid(-own))
+    return temperature**2 * kl.mean()

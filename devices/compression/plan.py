@@ -1,0 +1,160 @@
+"""What each device of a fleet runs of one network: how many channels, which weights and with how many bits.
+
+May import: torch and this package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from devices.compression.channels import ChannelGroups
+from devices.compression.masks import apply_masks, global_masks, prunable
+from devices.compression.prune import ROUND_TO, channel_scores, strongest
+from devices.compression.quantise import quantise
+from devices.compression.sizes import dense_bytes, nonzero_bytes, wire_bytes
+from devices.errors import DeviceError, unknown
+from devices.profile import KINDS, DeviceProfile, profile_names
+
+ORDERS = ("strongest", "first")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is done to a network: channels first, then single weights, then bits.
+
+    Attributes:
+        keep: share of channels that stays, in (0, 1].
+        sparsity: share of zeros among the weights that are left, in [0, 1).
+        bits: of weights and of what layers read: 32 (floats) or 2 to 8.
+    """
+
+    keep: float = 1.0
+    sparsity: float = 0.0
+    bits: int = 32
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep <= 1:
+            raise DeviceError(f"compression.keep must be in (0, 1], got {self.keep!r}")
+        if not 0 <= self.sparsity < 1:
+            raise DeviceError(f"compression.sparsity must be in [0, 1), got {self.sparsity!r}")
+        if self.bits != 32 and self.bits not in range(2, 9):
+            raise DeviceError(f"compression.bits must be 32 or from 2 to 8, got {self.bits!r}")
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A network as one kind of device runs it.
+
+    Attributes:
+        model: gives what the device would compute.
+        shape: the same network before its numbers changed, for tracing and pricing: a dense float one.
+        keep_ratio: channels that stayed over all, after rounding.
+        dense_bytes, nonzero_bytes, wire_bytes: see `devices.compression.sizes`.
+    """
+
+    model: nn.Module
+    shape: nn.Module
+    keep_ratio: float
+    dense_bytes: int
+    nonzero_bytes: float
+    wire_bytes: int
+
+    def facts(self) -> dict[str, float]:
+        """The sizes, as metrics of a report."""
+        names = ("keep_ratio", "dense_bytes", "nonzero_bytes", "wire_bytes")
+        return {name: float(getattr(self, name)) for name in names}
+
+
+class CompressionPlan:
+    """Which recipe each device follows.
+
+    Args:
+        keep, sparsity, bits: of devices that `tiers` does not name.
+        tiers: recipes by name or kind of device, a name before a kind; what one leaves out is taken from above.
+        order: which channels stay: the strongest by L1 norm, or the first, as a width multiplier has them.
+        round_to: channel counts are rounded up to a multiple of this.
+        floor: share of its weights that every layer keeps under a mask.
+
+    Raises:
+        DeviceError: for a value or a name that is not allowed.
+    """
+
+    def __init__(
+        self,
+        keep: float = 1.0,
+        sparsity: float = 0.0,
+        bits: int = 32,
+        tiers: Mapping[str, Mapping[str, float]] | None = None,
+        order: str = "strongest",
+        round_to: int = ROUND_TO,
+        floor: float = 0.03,
+    ):
+        if order not in ORDERS:
+            raise DeviceError(unknown("value for compression.order", order, ORDERS))
+        if round_to < 1:
+            raise DeviceError(f"compression.round_to must be at least 1, got {round_to!r}")
+        self.usual = Recipe(keep, sparsity, bits)
+        self.tiers: dict[str, Recipe] = {}
+        for name, tier in (tiers or {}).items():
+            if name not in KINDS and name not in profile_names():
+                raise DeviceError(unknown("device or kind in compression.tiers", name, [*KINDS, *profile_names()]))
+            for key in tier:
+                if key not in vars(self.usual):
+                    raise DeviceError(unknown(f"setting in compression.tiers.{name}", key, vars(self.usual)))
+            changes: dict[str, Any] = dict(tier)
+            self.tiers[name] = replace(self.usual, **changes)
+        self.order, self.round_to, self.floor = order, round_to, floor
+
+    @property
+    def active(self) -> bool:
+        """Whether any device runs something else than the network itself."""
+        return any(recipe != Recipe() for recipe in (self.usual, *self.tiers.values()))
+
+    def recipe(self, profile: DeviceProfile) -> Recipe:
+        """What a device follows."""
+        return self.tiers.get(profile.name, self.tiers.get(profile.kind, self.usual))
+
+    @torch.no_grad()
+    def apply(self, model: nn.Module, example: Tensor, recipe: Recipe, batches: Iterable[Tensor] = ()) -> Compressed:
+        """Compresses a copy of a network.
+
+        Args:
+            model: stays as it is.
+            example: a batch of input, for finding channels.
+            recipe: what to do.
+            batches: of inputs, for the ranges of activations where there are fewer bits.
+
+        Raises:
+            DeviceError: for networks whose channels cannot be removed.
+        """
+        network, keep_ratio = model, 1.0
+        if recipe.keep < 1:
+            groups = ChannelGroups.find(model, example)
+            kept = groups.first(recipe.keep, self.round_to)
+            if self.order == "strongest":
+                kept = strongest(groups, channel_scores(groups, model.state_dict()), recipe.keep, self.round_to)
+            network, keep_ratio = groups.build(model, kept), groups.keep_ratio(kept)
+        shape = network
+        state = network.state_dict()
+        if recipe.sparsity:
+            masks = global_masks({name: state[name] for name in prunable(network)}, recipe.sparsity, self.floor)
+            state = apply_masks(state, masks)
+            network = _loaded(network, state)
+        dense, bits = dense_bytes(state), {}
+        if recipe.bits < 32:
+            result = quantise(network, batches, recipe.bits, recipe.bits)
+            network, state, bits = result.model, result.tensors, result.bits
+        return Compressed(network, shape, keep_ratio, dense, nonzero_bytes(state, bits), wire_bytes(state, bits))
+
+
+def _loaded(network: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    from copy import deepcopy
+
+    copy = deepcopy(network)
+    copy.load_state_dict(state)
+    return copy

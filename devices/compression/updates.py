@@ -1,0 +1,166 @@
+"""Updates that are smaller than the weights: chosen coordinates, fewer bits, and the error that is made up for later.
+
+A compressed update is one array of values, one of places and one of scales, whatever the number of tensors, so that
+headers do not eat what was saved. The arrays say by themselves how they are read. May import: torch and
+`devices.errors`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from devices.errors import DeviceError, unknown
+
+SELECTIONS = ("all", "top", "random", "nonzero")
+WIDTHS = (8, 32)
+LARGEST = 127  # of symmetric int8
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One compressed update.
+
+    Attributes:
+        values: [k] float32, or int8 with scales.
+        index: where they belong: nothing for all in a row, places [k] int32, a bit per coordinate [ceil(n / 8)] uint8,
+            or the seed of a draw [1] int64.
+        scale: of each tensor, [tensors] float32; nothing for floats.
+    """
+
+    values: Tensor
+    index: Tensor
+    scale: Tensor
+
+    @property
+    def wire_bytes(self) -> int:
+        """Bytes of the three arrays."""
+        return sum(t.numel() * t.element_size() for t in (self.values, self.index, self.scale))
+
+
+class UpdateCompressor:
+    """Says which coordinates of an update travel, and with how many bits.
+
+    Args:
+        select: all; top, the largest ceil(ratio n) in magnitude; random, as many drawn, whose places cost one seed;
+            nonzero, those that changed.
+        ratio: share that travels with top and random, in (0, 1].
+        bits: of a value: 32 (float) or 8 (integers with a scale per tensor: max |p| / 127).
+        stochastic: round 8-bit values at random, without bias; otherwise to the nearest.
+        error_feedback: what did not travel is added to the client's next update.
+
+    Raises:
+        DeviceError: for a setting that is not allowed.
+    Source: top-k with memory: Stich et al., "Sparsified SGD with Memory", NeurIPS 2018; stochastic rounding: Alistarh
+        et al., "QSGD", NIPS 2017.
+    """
+
+    def __init__(
+        self,
+        select: str = "all",
+        ratio: float = 1.0,
+        bits: int = 32,
+        stochastic: bool = False,
+        error_feedback: bool = True,
+    ):
+        if select not in SELECTIONS:
+            raise DeviceError(unknown("value for uplink.select", select, SELECTIONS))
+        if not 0 < ratio <= 1:
+            raise DeviceError(f"uplink.ratio must be in (0, 1], got {ratio!r}")
+        if bits not in WIDTHS:
+            raise DeviceError(f"uplink.bits must be 8 or 32, got {bits!r}")
+        self.select, self.ratio, self.bits = select, ratio, bits
+        self.stochastic, self.error_feedback = stochastic, error_feedback
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is done at all."""
+        return self.select != "all" or self.bits != 32
+
+    def compress(self, update: Tensor, sizes: Sequence[int], draw: torch.Generator) -> Packed:
+        """Packs a flat update.
+
+        Args:
+            update: [n] float32.
+            sizes: of the tensors that lie in it one behind the other.
+            draw: for random places and rounding.
+        """
+        places, index = self._places(update, draw)
+        values = update if places is None else update[places]
+        if self.bits == 32:
+            return Packed(values.clone(), index, update.new_empty(0))
+        owner = _owners(sizes, update.device) if places is None else _owners(sizes, update.device)[places]
+        largest = update.new_zeros(len(sizes)).scatter_reduce_(0, owner, values.abs(), "amax")
+        scale = torch.where(largest > 0, largest / LARGEST, 1.0)
+        exact = values / scale[owner]
+        if self.stochastic:
+            exact = (exact + torch.rand(exact.shape, generator=draw).to(exact)).floor()
+        return Packed(exact.round().clamp(-LARGEST, LARGEST).to(torch.int8), index, scale)
+
+    def _places(self, update: Tensor, draw: torch.Generator) -> tuple[Tensor | None, Tensor]:
+        """The chosen coordinates, ascending (None for all), and how the message says them."""
+        count = math.ceil(self.ratio * len(update) - 1e-9)
+        nothing = torch.empty(0, dtype=torch.int32, device=update.device)
+        if self.select == "nonzero":
+            mask = update != 0
+            if bool(mask.all()):
+                return None, nothing
+            places = mask.nonzero().flatten()
+            bitmap = len(update) / 8 < 4 * len(places)
+            return places, _bits(mask) if bitmap else places.to(torch.int32)
+        if self.select == "all" or count == len(update):
+            return None, nothing
+        if self.select == "random":
+            seed = torch.randint(2**62, (1,), generator=draw)
+            return _drawn(seed, count, len(update)).to(update.device), seed
+        order = update.abs().argsort(descending=True, stable=True)
+        places = order[:count].sort().values
+        return places, places.to(torch.int32)
+
+
+def restore(packed: Packed, sizes: Sequence[int]) -> Tensor:
+    """The flat update that a packed one stands for, [n] float32, zero where nothing travelled.
+
+    Raises:
+        DeviceError: if the arrays do not belong together.
+    """
+    total, values = sum(sizes), packed.values
+    places = _read(packed.index, len(values), total)
+    if (places is None and len(values) != total) or (places is not None and len(places) != len(values)):
+        raise DeviceError(
+            f"a packed update has {len(values)} values for {total if places is None else len(places)} places"
+        )
+    if values.dtype == torch.int8:
+        owner = _owners(sizes, values.device)
+        values = values.to(packed.scale.dtype) * packed.scale[owner if places is None else owner[places]]
+    if places is None:
+        return values.clone()
+    return values.new_zeros(total).index_copy_(0, places, values)
+
+
+def _read(index: Tensor, count: int, total: int) -> Tensor | None:
+    if index.dtype == torch.int64:
+        return _drawn(index, count, total)
+    if index.dtype == torch.uint8:
+        bits = (index.view(-1, 1) >> torch.arange(7, -1, -1, dtype=torch.uint8)) & 1
+        return bits.flatten()[:total].nonzero().flatten()
+    return index.long() if len(index) or not count else None
+
+
+def _bits(mask: Tensor) -> Tensor:
+    rows = torch.nn.functional.pad(mask.to(torch.uint8), (0, -len(mask) % 8)).view(-1, 8)
+    return (rows << torch.arange(7, -1, -1, device=mask.device)).sum(1).to(torch.uint8)
+
+
+def _drawn(seed: Tensor, count: int, total: int) -> Tensor:
+    draw = torch.Generator().manual_seed(int(seed))
+    return torch.randperm(total, generator=draw)[:count].sort().values
+
+
+def _owners(sizes: Sequence[int], device: torch.device) -> Tensor:
+    """Number of the tensor that each coordinate lies in, [n] int64."""
+    return torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(list(sizes))).to(device)

@@ -1,0 +1,83 @@
+"""What clients send back, made smaller on the device and whole again before any strategy sees it.
+
+A client's reply holds the difference to the weights that it was sent; buffers and integers travel as they are. What
+compression lost stays on the device as `uplink.residual`, and is stored with the reply like all state: a client that is
+not sampled, is late or fails keeps the one it had. May import: torch, flwr.app, devices and fedsim.messages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, MutableMapping
+from math import prod
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, RecordDict
+from torch import Tensor
+
+from devices.compression.updates import Packed, UpdateCompressor, restore
+from fedsim.messages import ARRAYS, from_array, tensors_of, to_array
+from fedsim.workload import Tensors
+
+VALUES, INDEX, SCALE = "update:values", "update:index", "update:scale"
+RESIDUAL = "uplink.residual"
+
+
+def compressed(
+    compressor: UpdateCompressor,
+    weights: Tensors,
+    received: Tensors,
+    parameters: Collection[str],
+    state: MutableMapping[str, Tensor],
+    draw: torch.Generator,
+) -> ArrayRecord:
+    """The record that a client sends in place of its weights; its residual is brought up to date.
+
+    Args:
+        compressor: of the run.
+        weights: after training.
+        received: before it, of the same names and shapes.
+        parameters: names of the tensors that may be compressed; others, and those that are not float32, travel whole.
+        state: of the client.
+        draw: for random places and rounding.
+    """
+    names = _compressible(received, parameters)
+    sizes = [received[name].numel() for name in names]
+    changes = [(weights[name].detach() - received[name]).reshape(-1).cpu() for name in names]
+    update = torch.cat([torch.empty(0), *changes])
+    if compressor.error_feedback and RESIDUAL in state and len(state[RESIDUAL]) == len(update):
+        update = update + state[RESIDUAL].cpu()  # another length belongs to another part of the network
+    packed = compressor.compress(update, sizes, draw)
+    if compressor.error_feedback:
+        state[RESIDUAL] = update - restore(packed, sizes)
+    arrays = {VALUES: packed.values, INDEX: packed.index, SCALE: packed.scale}
+    whole = {name: tensor for name, tensor in weights.items() if name not in set(names)}
+    every = {name: t for name, t in arrays.items() if len(t) or name == VALUES} | whole
+    return ArrayRecord({name: to_array(t.detach().cpu().numpy()) for name, t in every.items()})
+
+
+def decompress(answer: RecordDict, sent: RecordDict) -> None:
+    """Puts the client's weights in place of its compressed update, if it is one.
+
+    Args:
+        answer: of the client; changed in place.
+        sent: what the client was sent, with the weights that the update is a difference to.
+    """
+    record, model = answer.get(ARRAYS), sent.get(ARRAYS)
+    if not isinstance(record, ArrayRecord) or not isinstance(model, ArrayRecord) or VALUES not in record:
+        return
+    names = [name for name in model if name not in record]
+    sizes = [prod(model[name].shape) for name in names]
+    own = tensors_of(ArrayRecord({key: record[key] for key in (VALUES, INDEX, SCALE) if key in record}))
+    nothing = torch.empty(0, dtype=torch.int32)
+    packed = Packed(own[VALUES], own.get(INDEX, nothing), own.get(SCALE, torch.empty(0)))
+    parts = np.split(restore(packed, sizes).numpy(), np.cumsum(sizes)[:-1]) if names else []
+    changed = {
+        name: to_array(from_array(model[name]) + part.reshape(model[name].shape))
+        for name, part in zip(names, parts, strict=True)
+    }
+    answer[ARRAYS] = ArrayRecord({name: changed.get(name) or record[name] for name in model})
+
+
+def _compressible(received: Tensors, parameters: Collection[str]) -> list[str]:
+    return [name for name, tensor in received.items() if name in parameters and tensor.dtype == torch.float32]

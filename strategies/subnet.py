@@ -1,0 +1,131 @@
+"""Federated averaging of different parts of one network: each client trains the channels it was given.
+
+The server cuts the tensors and puts what comes back where it was: each coordinate becomes the mean over the clients
+that hold it, weighted by examples, and stays as it is where nobody does. With all channels everywhere this is FedAvg.
+Records: arrays, down and up: the tensors of the part. kept, down, and up where the client chose: bits [ceil(C / 8)]
+uint8, one bit for each of the C channels that could be removed. May import: flwr, torch, devices, fedsim (not clients).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.serverapp import Grid
+
+from devices.compression.channels import Kept, grid
+from fedsim.errors import ConfigError
+from fedsim.messages import Broadcast, ClientUpdate, content_of, record_of, tensors_of
+from fedsim.network import EdgeGrid, Enrolled
+from fedsim.settings import World, build_world
+from fedsim.slices import BITS, KEPT, Slices
+from fedsim.workload import Tensors
+from strategies.edge import EdgeStrategy
+
+
+class SubnetStrategy(EdgeStrategy):
+    """Override `choose` to say which channels a client trains. Arguments are those of FedAvg.
+
+    Attributes:
+        slices: groups, networks and prices of narrowed networks; there from the first round on.
+        world: of the run; likewise.
+        weights: the global ones of this round; not to be changed in place.
+        sent: by client, the channels that it was given in this round.
+    """
+
+    slices: Slices
+    world: World
+    weights: Tensors
+
+    def __init__(self, **sampling: Any):
+        super().__init__(**sampling)
+        self.sent: dict[int, Kept] = {}
+        self._parts: dict[bytes, tuple[Kept, Tensors, dict[str, Tensors]]] = {}
+
+    def choose(self, round: int, client: Enrolled) -> Kept:
+        """Which channels of each group the client trains."""
+        raise NotImplementedError(f"{type(self).__name__} does not say who trains which channels")
+
+    def broadcast(self, round: int, client: Enrolled, weights: Tensors) -> Broadcast:
+        """The client's part of the tensors and its channels as bits; clients with equal parts share them."""
+        kept = self.choose(round, client)
+        bits = self.slices.groups.pack(kept)
+        key = bits.numpy().tobytes()
+        if key not in self._parts:
+            self._parts[key] = (kept, self.slices.groups.slice(weights, kept), {KEPT: {BITS: bits}})
+        self.sent[client.client_id], part, extras = self._parts[key]
+        return Broadcast(round, part, extras)
+
+    def combine(self, round: int, updates: list[ClientUpdate]) -> Tensors:
+        """The mean over those who hold a coordinate, in client order and float64; integers are rounded."""
+        return average(self.weights, [(u.num_examples, u.weights, self.indices(u)) for u in updates])
+
+    def indices(self, update: ClientUpdate) -> dict[str, dict[int, torch.Tensor]]:
+        """Where an update's tensors belong: its own choice of channels where it says one, else what it was sent."""
+        groups = self.slices.groups
+        own = update.extras.get(KEPT)
+        return groups.indices(groups.unpack(own[BITS]) if own is not None else self.sent[update.client_id])
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """FedAvg's cohort, each client with its part."""
+        self.open(arrays, grid)
+        return super().configure_train(server_round, arrays, config, grid)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """FedAvg's choice of clients; each judges the part that its device trains."""
+        messages = list(super().configure_evaluate(server_round, arrays, config, grid))
+        self.open(arrays, grid)
+        packed: dict[int, ArrayRecord] = {}
+        for message in messages:
+            part = self.broadcast(server_round, self.grid.client(message.metadata.dst_node_id), self.weights)
+            if id(part.weights) not in packed:
+                packed[id(part.weights)] = record_of(part.weights)
+            message.content = content_of(part, packed[id(part.weights)])
+        return messages
+
+    def open(self, arrays: ArrayRecord, grid: Grid) -> None:
+        """Takes the weights of a round; at the first, finds the channel groups.
+
+        Raises:
+            ConfigError: if the model cannot be narrowed, or the grid is not ours.
+        """
+        if not isinstance(grid, EdgeGrid):
+            raise ConfigError(f"{type(self).__name__} needs fedsim's EdgeGrid, got {type(grid).__name__}")
+        self.grid = grid
+        if not hasattr(self, "slices"):
+            self.world = build_world(str(grid.settings["json"]))
+            self.slices = Slices(self.world.workload)
+        self.weights, self._parts = tensors_of(arrays), {}
+
+
+def average(weights: Tensors, parts: list[tuple[float, Tensors, dict[str, dict[int, torch.Tensor]]]]) -> Tensors:
+    """Mean of tensors that lie in different places of the dense ones.
+
+    Args:
+        weights: the dense tensors, returned where no part has a value.
+        parts: weight of the part, its tensors, and by name and dimension the places where they belong, as
+            `ChannelGroups.indices` gives them.
+    """
+    mean = {}
+    for name, old in weights.items():
+        places = [_places(old, indices.get(name, {})) for _, _, indices in parts]
+        held = torch.zeros(old.shape, dtype=torch.float64)
+        for (weight, _, _), place in zip(parts, places, strict=True):
+            held[place] += weight
+        total = torch.zeros(old.shape, dtype=torch.float64)
+        for (weight, tensors, _), place in zip(parts, places, strict=True):
+            total[place] += tensors[name].double() * (weight / held[place])
+        new = (total if old.is_floating_point() else total.round()).to(old.dtype)
+        mean[name] = torch.where(held > 0, new, old)
+    return mean
+
+
+def _places(old: torch.Tensor, indices: dict[int, torch.Tensor]) -> Any:
+    whole = all(len(index) == old.shape[dim] for dim, index in indices.items())
+    return ... if whole else grid(indices, old.shape, old.device)

@@ -1,0 +1,87 @@
+"""Who trains how wide a part of the network: the first channels of every layer, more of them on faster devices.
+
+Source of the nested widths: Diao et al., "HeteroFL", ICLR 2021, section 3; Horvath et al., "FjORD", NeurIPS 2021,
+section 3. May import: what `strategies.subnet` may.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from devices.compression.channels import Kept
+from devices.compression.prune import largest_ratio
+from devices.errors import unknown
+from devices.profile import KINDS, profile_names
+from fedsim.errors import ConfigError
+from fedsim.network import Enrolled
+from fedsim.seeding import generator
+from strategies.subnet import SubnetStrategy
+
+RULES = ("tier", "latency", "random")
+
+
+class WidthStrategy(SubnetStrategy):
+    """Gives each client the first channels of every layer, at one of some keep ratios.
+
+    Args:
+        levels: the ratios there are, each in (0, 1].
+        assign: tier takes the ratio of the device's name or kind in `tiers`; latency the largest one whose predicted
+            training step takes at most `step_ms`; random an equal draw per client, fixed for the run.
+        tiers: ratio by device name or kind, a name before a kind; 1 where nothing is said.
+        step_ms: for assign=latency: what a training step of the trainer's batch size may take.
+
+    Raises:
+        ConfigError: for a setting that is not allowed.
+    """
+
+    def __init__(
+        self,
+        levels: Sequence[float],
+        assign: str = "tier",
+        tiers: Mapping[str, float] | None = None,
+        step_ms: float | None = None,
+        **sampling: Any,
+    ):
+        super().__init__(**sampling)
+        if not levels or not all(_is_ratio(level) for level in levels):
+            raise ConfigError(f"strategy.levels must be one or more ratios in (0, 1], got {list(levels)}")
+        if assign not in RULES:
+            raise ConfigError(unknown("value for strategy.assign", assign, RULES))
+        if (assign == "latency") != (step_ms is not None) or (step_ms is not None and step_ms <= 0):
+            raise ConfigError(
+                "strategy.step_ms must be greater than 0 with strategy.assign=latency and null otherwise, got "
+                f"{step_ms!r} with assign={assign}"
+            )
+        for name, ratio in (tiers or {}).items():
+            if not _is_ratio(ratio):
+                raise ConfigError(f"strategy.tiers.{name} must be in (0, 1], got {ratio!r}")
+            if name not in KINDS and name not in profile_names():
+                raise ConfigError(unknown("device or kind in strategy.tiers", name, [*KINDS, *profile_names()]))
+        self.levels, self.assign, self.tiers, self.step_ms = list(levels), assign, dict(tiers or {}), step_ms
+        self._ratios: dict[int, float] = {}
+
+    def choose(self, round: int, client: Enrolled) -> Kept:
+        """The first channels at the client's ratio, the same in every round."""
+        if client.client_id not in self._ratios:
+            self._ratios[client.client_id] = self.ratio(client)
+        return self.slices.groups.first(self._ratios[client.client_id])
+
+    def ratio(self, client: Enrolled) -> float:
+        """The keep ratio of a client."""
+        if self.assign == "random":
+            draw = generator(self.world.settings["seed"], "width", client.client_id)
+            return self.levels[int(draw.integers(len(self.levels)))]
+        if self.assign == "tier":
+            return float(self.tiers.get(client.profile.name, self.tiers.get(client.profile.kind, 1.0)))
+        batch, latency = int(self.world.settings["trainer"].get("batch_size", 1)), self.world.latency
+        assert self.step_ms is not None
+        return largest_ratio(
+            lambda ratio: self.slices.step_ms(self.slices.groups.first(ratio), batch, latency, client.profile),
+            self.step_ms,
+            self.levels,
+        )
+
+
+def _is_ratio(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1

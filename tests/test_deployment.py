@@ -1,0 +1,173 @@
+"""What each device runs of the trained network: recipes by tier, sizes by hand, prices of the true shape."""
+
+import json
+
+import pytest
+import torch
+
+from devices.compression.plan import CompressionPlan, Recipe
+from devices.cost import NetworkCost
+from devices.errors import DeviceError
+from devices.latency import int8_ms
+from devices.profile import LatencyFacts, load_profile
+from devices.trace import KINDS, trace
+from fedsim.deployment import calibration
+from fedsim.errors import ConfigError
+from fedsim.models.lenet import LeNet5
+from fedsim.workload import Examples
+
+LENET = ("model=lenet5", "workload.input_shape=[1,12,12]", "latency=structured")
+
+
+def test_a_device_follows_its_name_before_its_kind_and_inherits_the_rest():
+    plan = CompressionPlan(sparsity=0.5, tiers={"phone": {"keep": 0.5}, "pixel3": {"bits": 8, "sparsity": 0.0}})
+    assert plan.recipe(load_profile("pixel3")) == Recipe(1.0, 0.0, 8)
+    assert plan.recipe(load_profile("galaxy_s7")) == Recipe(0.5, 0.5, 32)
+    assert plan.recipe(load_profile("raspberry_pi_4")) == Recipe(1.0, 0.5, 32)
+    assert not CompressionPlan().active
+    assert not CompressionPlan(tiers={"phone": {"keep": 1.0}}).active
+
+
+def test_sizes_of_a_pruned_and_masked_network_by_hand():
+    """LeNet-5 for 12x12 and 3 classes at half width: 3, 8, 60, 42 channels; then 80 % of its weights are zero."""
+    model, x = LeNet5((1, 12, 12), 3).eval(), torch.randn(2, 1, 12, 12)
+    plan = CompressionPlan(round_to=1)
+    done = plan.apply(model, x, Recipe(keep=0.5, sparsity=0.8))
+    weights = 3 * 25 + 8 * 3 * 25 + 60 * 8 + 42 * 60 + 3 * 42
+    biases = 3 + 8 + 60 + 42 + 3
+    assert done.dense_bytes == 4 * (weights + biases)
+    assert done.nonzero_bytes == 4 * (weights - int(0.8 * weights) + biases)
+    assert done.nonzero_bytes < done.wire_bytes < done.dense_bytes
+    assert done.keep_ratio == 113 / 226
+    assert trace(done.shape, x).macs == trace(done.model, x).macs < trace(model, x).macs
+    assert sum(int((p == 0).sum()) for p in done.model.parameters()) == int(0.8 * weights)
+    assert all(bool((p != 0).all()) for p in done.shape.parameters())
+
+
+def test_zeros_save_bytes_and_no_time():
+    model, x = LeNet5((1, 12, 12), 3).eval(), torch.randn(2, 1, 12, 12)
+    sparse = CompressionPlan().apply(model, x, Recipe(sparsity=0.9))
+    assert trace(sparse.shape, x) == trace(model, x)
+    assert sparse.wire_bytes < 0.2 * sparse.dense_bytes
+
+
+def test_nothing_to_do_is_the_network_itself():
+    model, x = LeNet5((1, 12, 12), 3).eval(), torch.randn(2, 1, 12, 12)
+    done = CompressionPlan().apply(model, x, Recipe())
+    assert done.model is model
+    assert done.dense_bytes == done.nonzero_bytes == sum(4 * p.numel() for p in model.parameters())
+
+
+def test_integers_take_a_quarter_of_the_bytes():
+    model, x = LeNet5((1, 12, 12), 3).eval(), torch.randn(2, 1, 12, 12)
+    done = CompressionPlan().apply(model, x, Recipe(bits=8), [torch.randn(8, 1, 12, 12) for _ in range(8)])
+    assert 3.3 < done.dense_bytes / done.wire_bytes < 4
+    assert not torch.equal(done.model(x), model(x))
+    torch.testing.assert_close(done.model(x), model(x), rtol=0.05, atol=0.02)
+
+
+def test_calibration_sees_the_first_examples_only():
+    data = Examples({"x": torch.arange(300.0).view(300, 1), "y": torch.zeros(300, dtype=torch.int64)})
+    batches = list(calibration(data))
+    assert [len(b) for b in batches] == [16] * 8
+    assert torch.equal(torch.cat(batches).flatten(), torch.arange(128.0))
+    assert [len(b) for b in calibration(Examples({"x": torch.ones(20, 1), "y": torch.ones(20)}))] == [16, 4]
+
+
+def test_every_tier_of_the_fleet_is_judged_weighed_and_priced(run):
+    summary = run(*LENET, "fleet=mixed", "num_clients=40", "compression=tiered", "workload.num_classes=3")
+    entries = summary["compression"]
+    assert sum(sum(e["devices"].values()) for e in entries) == 40
+    by_keep = {e["keep"]: e for e in entries}
+    assert set(by_keep) == {0.25, 0.5, 1.0}
+    dense = by_keep[1.0]
+    assert "raspberry_pi_4" in by_keep[0.25]["devices"]
+    assert by_keep[0.25]["wire_bytes"] < by_keep[0.5]["wire_bytes"] < 0.3 * dense["wire_bytes"]
+    assert by_keep[0.25]["flops"] < by_keep[0.5]["flops"] < dense["flops"]
+    assert dense["accuracy"] == summary["final"]["accuracy"]
+    for entry in entries:
+        assert set(entry["latency_ms"]) == set(entry["devices"])
+        assert all(ms > 0 for ms in entry["latency_ms"].values())
+
+
+def test_a_smaller_network_is_predicted_to_be_faster_on_the_same_device(run, tmp_path):
+    ms = {}
+    for keep in (1.0, 0.25):
+        own = ("compression.sparsity=0.1", f"compression.keep={keep}", "compression.round_to=1")
+        (entry,) = run(*LENET, "fleet=phones", "rounds=1", *own, out=tmp_path / str(keep))["compression"]
+        ms[keep] = entry["latency_ms"]
+    assert ms[0.25].keys() == ms[1.0].keys()
+    assert all(ms[0.25][device] < ms[1.0][device] for device in ms[1.0])
+
+
+def test_client_rows_say_what_their_device_runs(federation):
+    made = federation(
+        *(*LENET, "fleet=mixed", "num_clients=40", "evaluate_clients=20", "rounds=1", "compression=tiered"),
+        "workload.client_test_fraction=0.25",
+    )
+    rows = [c for _, clients in made.rounds() for c in clients if c.phase == "evaluate" and c.outcome == "completed"]
+    assert len({row.metrics["keep_ratio"] for row in rows}) > 1
+    plan = CompressionPlan(tiers=made.settings["compression"]["tiers"])
+    for row in rows:
+        recipe = plan.recipe(made.world.fleet[row.client])
+        assert (row.metrics["keep_ratio"] < 1) == (recipe.keep < 1)
+        assert row.metrics["wire_bytes"] > 0
+        assert row.metrics["latency_ms"] > 0
+        assert row.work.flops > 0
+
+
+def test_a_run_without_compression_says_nothing_of_it(run):
+    assert "compression" not in run()
+
+
+def test_integer_kernels_are_priced_where_they_were_measured():
+    """One millisecond per call of a pointwise layer, half of that in integers, on a device twice as fast."""
+    from dataclasses import replace
+
+    rows = [[0.0] * 4 for _ in KINDS]
+    rows[KINDS.index("pointwise")][3] = 6.0
+    network = NetworkCost("six", 1.0, 2.0, 4, 4, layers=tuple(map(tuple, rows)))
+    figures = [0.0] * 29
+    figures[4 * KINDS.index("pointwise") + 3] = 0.5
+    profile = load_profile("pixel3")
+    measured = replace(profile, speed=2.0, latency=LatencyFacts(int8_coefficients_ms=tuple(figures)))
+    assert int8_ms(network, 1, measured) == pytest.approx(1.5)
+    assert int8_ms(network, 1, replace(profile, latency=LatencyFacts())) is None
+
+
+@pytest.mark.parametrize(
+    "overrides, sentence",
+    [
+        (("compression.keep=0.0",), r"compression.keep must be in \(0, 1\]"),
+        (("compression.sparsity=1.0",), r"compression.sparsity must be in \[0, 1\)"),
+        (("compression.bits=16",), "compression.bits must be 32 or from 2 to 8, got 16"),
+        (("compression.order=fist",), "did you mean 'first'"),
+        (("compression.round_to=0",), "compression.round_to must be at least 1"),
+        (("+compression.tiers.fone={keep:0.5}",), "did you mean 'phone'"),
+        (("+compression.tiers.phone={kept:0.5}",), "did you mean 'keep'"),
+        (("compression=tierd",), "did you mean 'tiered'"),
+    ],
+)
+def test_wrong_settings_are_one_sentence_before_the_run(federation, overrides, sentence):
+    with pytest.raises((DeviceError, ConfigError), match=sentence):
+        federation(*overrides)
+
+
+def test_a_network_that_cannot_be_narrowed_is_refused_before_the_run(settings):
+    from clients.app import app
+    from fedsim.engines.local import LocalGrid
+    from fedsim.federation import Federation
+    from fedsim.models.char_lstm import CharLSTM
+    from fedsim.settings import build_world
+
+    world = build_world(json.dumps(settings("compression=prune")))
+    world.workload.build_model = lambda: CharLSTM((7,), 5)
+    world.workload.sample = lambda batch: {"x": torch.zeros(batch, 7, dtype=torch.int64)}
+    with pytest.raises(DeviceError, match=r"cannot be narrowed.*take compression=magnitude or quantise"):
+        Federation(world, LocalGrid(app))
+    build_world.cache_clear()
+
+
+def test_networks_of_the_devices_own_are_not_compressed_again(federation):
+    with pytest.raises(ConfigError, match="a network of its own already; set compression=none"):
+        list(federation("method=heterofl", "compression=prune").rounds())

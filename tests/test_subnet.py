@@ -1,0 +1,248 @@
+"""Training different widths of one network: limit cases that are FedAvg, and averages of what each client holds."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from flwr.app import ConfigRecord, RecordDict
+from torch.nn import functional as F
+
+from clients.app import Worker
+from devices.profile import load_profile
+from fedsim.errors import ConfigError
+from fedsim.messages import ARRAYS, broadcast_of, payload_bytes, record_of, tensors_of
+from fedsim.network import Enrolled
+from fedsim.report import weights_sha256
+from fedsim.settings import build_world
+from fedsim.slices import BITS, KEPT
+from strategies.subnet import average
+
+WIDE = ("fleet=uniform", "trainer.momentum=0.5", "trainer.weight_decay=0.001", "trainer.batch_size=4")
+IMAGES = ("workload.input_shape=[1,12,12]", "model.memory_format=channels_last")
+HETERO = ("method=heterofl", "trainer.mask_labels=false")
+HALF = ("strategy.tiers.host=0.5", "+strategy.tiers.reference=0.5")
+
+
+def trained(federation, *overrides: str) -> str:
+    made = federation(*overrides)
+    list(made.rounds())
+    return weights_sha256(made.arrays)
+
+
+@pytest.mark.parametrize(
+    "model", [("model=mlp",), ("model=lenet5", *IMAGES), ("model=resnet8", "model.width=8", *IMAGES)]
+)
+@pytest.mark.parametrize(
+    "method",
+    [HETERO, ("method=fjord", "trainer.levels=[1.0]"), ("method=fjord", "trainer.levels=[1.0]", "trainer.distil=0.5")],
+)
+def test_all_channels_everywhere_is_federated_averaging_bit_for_bit(federation, model, method):
+    tiers = ("+strategy.tiers.reference=1.0",)
+    assert trained(federation, *model, *method, *WIDE, *tiers) == trained(
+        federation, *model, "strategy=edge_mean", *WIDE
+    )
+
+
+def test_each_coordinate_is_the_mean_of_those_who_hold_it_by_hand():
+    """Rows 0-1 and 1-2 of three, with weights 1 and 3: 10, (10 + 3 x 20) / 4 = 17.5, 20; row 3 stays."""
+    old = {"w": torch.full((4, 2), 7.0), "n": torch.tensor([5])}
+    parts = [
+        (1.0, {"w": torch.full((2, 2), 10.0), "n": torch.tensor([2])}, {"w": {0: torch.tensor([0, 1])}}),
+        (3.0, {"w": torch.full((2, 2), 20.0), "n": torch.tensor([4])}, {"w": {0: torch.tensor([1, 2])}}),
+    ]
+    mean = average(old, parts)
+    assert mean["w"][:, 0].tolist() == [10.0, 17.5, 20.0, 7.0]
+    assert mean["n"].tolist() == [4]  # 3.5 to even
+    assert mean["n"].dtype == torch.int64
+
+
+def test_disjoint_parts_keep_their_owners_values_and_others_the_old_ones():
+    old = {"w": torch.randn(4, 6)}
+    mine, yours = torch.randn(2, 3), torch.randn(2, 3)
+    a, b = {0: torch.tensor([0, 2]), 1: torch.tensor([0, 1, 2])}, {0: torch.tensor([1, 3]), 1: torch.tensor([3, 4, 5])}
+    mean = average(old, [(5.0, {"w": mine}, {"w": a}), (9.0, {"w": yours}, {"w": b})])["w"]
+    assert torch.equal(mean[[0, 2], :3], mine)
+    assert torch.equal(mean[[1, 3], 3:], yours)
+    assert torch.equal(mean[[0, 2], 3:], old["w"][[0, 2], 3:])
+    assert torch.equal(mean[[1, 3], :3], old["w"][[1, 3], :3])
+
+
+def start(federation, *overrides: str):
+    """Federation, worker and what the strategy sends to the first client."""
+    made = federation(*overrides)
+    message = min(made.instructions(1), key=lambda m: m.metadata.dst_node_id)
+    return made, Worker(made.world), message.metadata.dst_node_id, message.content
+
+
+def named(model, gradients):
+    return dict(zip([name for name, _ in model.named_parameters()], gradients, strict=True))
+
+
+def test_only_the_part_travels_and_is_priced(federation):
+    """MLP 6-8-3 at half width: 4 x 6 + 4 + 3 x 4 + 3 floats and 8 bits; a step is 2 x (24 + 12) FLOPs forward."""
+    _, worker, first, part = start(
+        federation, "method=heterofl", *HALF, "model.hidden=[8]", "workload.input_shape=[6]", "workload.num_classes=3"
+    )
+    assert payload_bytes(part) == 4 * (24 + 4 + 12 + 3) + 1
+    client = worker.context(first, part, 1)
+    answer = worker._answer(client, part, "train")
+    assert payload_bytes(answer) == 4 * (24 + 4 + 12 + 3)
+    network = client.log.work().passes[0].network
+    assert network.forward_flops == 2 * (24 + 12)
+    assert network.parameter_bytes == 4 * (24 + 4 + 12 + 3)
+    assert network.layers is not None
+
+
+def test_what_nobody_was_sent_stays_as_it_was(federation):
+    made = federation("method=heterofl", *HALF, "model.hidden=[8]")
+    before = tensors_of(made.arrays)
+    list(made.rounds())
+    after = tensors_of(made.arrays)
+    assert torch.equal(after["body.1.weight"][4:], before["body.1.weight"][4:])
+    assert torch.equal(after["head.weight"][:, 4:], before["head.weight"][:, 4:])
+    assert not torch.equal(after["body.1.weight"][:4], before["body.1.weight"][:4])
+    assert not torch.equal(after["head.bias"], before["head.bias"])
+
+
+def test_clients_judge_the_part_that_their_device_runs(federation):
+    made = federation("method=heterofl", *HALF, "evaluate_clients=3", "rounds=1", "workload.client_test_fraction=0.5")
+    rows = [client for _, clients in made.rounds() for client in clients if client.phase == "evaluate"]
+    assert rows
+    assert all(row.work.passes[0].network.name == "0.5 of its channels" for row in rows)
+    assert all(0 <= row.metrics["accuracy"] <= 1 for row in rows)
+
+
+def test_scaler_acts_in_training_only(federation):
+    _, worker, first, part = start(federation, "method=heterofl", *HALF, "trainer.mask_labels=false")
+    client = worker.context(first, part, 1)
+    task = broadcast_of(part, worker._weights(part), 1)
+    narrow = worker.trainer.narrowed(client, worker.trainer.kept(task), task.weights).model
+    x = client.data.train.gather(torch.arange(4))["x"]
+    hidden = F.linear(x.flatten(1), task.weights["body.1.weight"], task.weights["body.1.bias"])
+    head = task.weights["head.weight"], task.weights["head.bias"]
+    torch.testing.assert_close(narrow.train()(x), F.linear(F.relu(2 * hidden), *head))
+    torch.testing.assert_close(narrow.eval()(x), F.linear(F.relu(hidden), *head))
+
+
+def test_classes_that_a_client_lacks_are_left_alone(federation):
+    _, worker, first, part = start(federation, "method=heterofl", "trainer.weight_decay=0", "workload.num_classes=9")
+    client = worker.context(first, part, 1)
+    present = set(client.data.train.labels.tolist())
+    absent = [c for c in range(9) if c not in present]
+    assert absent
+    task = broadcast_of(part, worker._weights(part), 1)
+    update = worker.trainer.fit(client, task)
+    assert torch.equal(update.weights["head.weight"][absent], task.weights["head.weight"][absent])
+    some = sorted(present)
+    assert not torch.equal(update.weights["head.weight"][some], task.weights["head.weight"][some])
+
+
+def test_a_narrow_step_is_a_step_of_the_narrow_network(federation):
+    """Loss and gradients of the views are those of the static network; channels beyond the width get none."""
+    _, worker, first, part = start(federation, "method=fjord", "model=lenet5", *IMAGES)
+    trainer, client = worker.trainer, worker.context(first, part, 1)
+    task = broadcast_of(part, worker._weights(part), 1)
+    kept = trainer.kept(task)
+    widths = trainer.widths(kept)
+    assert [len(w["body.7"]) for w in widths] == [24, 48, 72, 96, 120]
+    wide = trainer.narrowed(client, kept, task.weights)
+    batch = client.data.train.gather(torch.arange(4))
+    loss = trainer.loss(wide, {**batch, "width": torch.tensor(1)}, task)
+    gradients = named(wide.model, torch.autograd.grad(loss, wide.parameters))
+    narrow = trainer.slices.groups.build(worker.model, widths[1])
+    narrow.load_state_dict(trainer.slices.groups.slice(task.weights, widths[1]))
+    alone = client.workload.loss(narrow, batch)
+    torch.testing.assert_close(loss, alone)
+    own = named(narrow, torch.autograd.grad(alone, list(narrow.parameters())))
+    dense, masks = trainer.slices.groups.scatter(own, widths[1], gradients)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, dense[name])
+        assert bool((gradient[~masks[name]] == 0).all())
+
+
+def test_self_distillation_adds_the_divergence_from_the_widest(federation):
+    sums = {}
+    for weight in (0.0, 0.7):
+        _, worker, first, part = start(federation, "method=fjord", f"trainer.distil={weight}", "trainer.temperature=2")
+        client, task = worker.context(first, part, 1), broadcast_of(part, worker._weights(part), 1)
+        wide = worker.trainer.narrowed(client, worker.trainer.kept(task), task.weights)
+        batch = {**client.data.train.gather(torch.arange(4)), "width": torch.tensor(0)}
+        sums[weight] = worker.trainer.loss(wide, batch, task).item()
+        passes = wide.log.work().passes
+    narrow = worker.trainer.slices.groups.build(worker.model, worker.trainer.widths(worker.trainer.kept(task))[0])
+    p, q = (F.softmax(net(batch["x"]) / 2, -1) for net in (worker.model, narrow))
+    assert sums[0.7] - sums[0.0] == pytest.approx(0.7 * 4 * (p * (p / q).log()).sum(-1).mean().item(), rel=1e-4)
+    assert [(p.forwards, p.backwards) for p in passes] == [(1, 1), (1, 0)]
+
+
+def test_slower_devices_get_narrower_networks_by_predicted_latency(federation):
+    made = federation(
+        *("method=heterofl", "strategy.assign=latency", "strategy.step_ms=10.0", "latency=structured", "model=lenet5"),
+        *("fleet=mixed", "num_clients=40", "cohort=3", *IMAGES),
+    )
+    made.strategy.open(made.arrays, made.grid)
+    slices, latency = made.strategy.slices, made.world.latency
+    slow, fast = load_profile("raspberry_pi_zero_2w"), load_profile("raspberry_pi_4")
+    limit = made.strategy.step_ms = slices.step_ms(slices.groups.all(), 4, latency, fast)
+    assert made.strategy.ratio(Enrolled(0, fast)) == 1.0
+    ratio = made.strategy.ratio(Enrolled(0, slow))
+    assert ratio < 1.0
+    wider = min(level for level in made.strategy.levels if level > ratio)
+    assert slices.step_ms(slices.groups.first(wider), 4, latency, slow) > limit
+
+
+def test_random_widths_are_fixed_per_client_and_use_every_level(federation):
+    made = federation("method=heterofl", "strategy.assign=random", "num_clients=60")
+    made.strategy.open(made.arrays, made.grid)
+    drawn = [made.strategy.ratio(made.grid.client(i)) for i in range(60)]
+    assert set(drawn) == set(made.strategy.levels)
+    assert drawn == [made.strategy.ratio(made.grid.client(i)) for i in range(60)]
+
+
+def test_a_client_may_answer_with_channels_of_its_own_choice(federation):
+    """What a method does whose clients prune themselves: the update's bits come before what was sent."""
+    made, worker, first, part = start(federation, "method=heterofl", "model.hidden=[8]")
+    groups = made.strategy.slices.groups
+    kept = {"body.1": torch.tensor([1, 6])}
+    client, task = worker.context(first, part, 1), broadcast_of(part, worker._weights(part), 1)
+    update = worker.trainer.fit(client, task)
+    own = replace(update, weights=groups.slice(update.weights, kept), extras={KEPT: {BITS: groups.pack(kept)}})
+    mean = made.strategy.combine(1, [own])
+    assert torch.equal(mean["body.1.weight"][[1, 6]], update.weights["body.1.weight"][[1, 6]])
+    assert torch.equal(mean["body.1.weight"][[0, 7]], made.strategy.weights["body.1.weight"][[0, 7]])
+
+
+@pytest.mark.parametrize(
+    "overrides, sentence",
+    [
+        (("strategy.levels=[]",), r"strategy.levels must be one or more ratios"),
+        (("strategy.levels=[0.5,2.0]",), r"in \(0, 1\]"),
+        (("strategy.assign=tiers",), "did you mean 'tier'"),
+        (("strategy.assign=latency",), "strategy.step_ms must be greater than 0 with strategy.assign=latency"),
+        (("strategy.step_ms=3.0",), "null otherwise"),
+        (("+strategy.tiers.pixel33=0.5",), "did you mean 'pixel3'"),
+        (("strategy.tiers.phone=0",), r"strategy.tiers.phone must be in \(0, 1\]"),
+    ],
+)
+def test_wrong_settings_are_one_sentence(federation, overrides, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        federation("method=heterofl", *overrides)
+
+
+def test_halves_that_do_not_belong_together_say_so(federation):
+    with pytest.raises(ConfigError, match="got no part of the network"):
+        list(federation("method=heterofl", "strategy=edge_mean").rounds())
+
+
+def test_batch_norms_are_refused_by_ordered_dropout(settings):
+    made = settings("method=fjord", "model=nb201", "model.norm=batch", "model.channels=4", "model.cells=1", IMAGES[0])
+    with pytest.raises(ConfigError, match="batch statistics differ"):
+        Worker(build_world(json.dumps(made)))
+
+
+def test_records_are_those_that_the_docstring_names(federation):
+    made, _, first, part = start(federation, "method=heterofl", *HALF)
+    assert {name for name, r in part.items() if not isinstance(r, ConfigRecord)} == {ARRAYS, KEPT}
+    assert isinstance(part, RecordDict)
+    assert record_of({BITS: made.strategy.slices.groups.pack(made.strategy.sent[first])}) == part[KEPT]
