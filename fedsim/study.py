@@ -18,10 +18,11 @@ import yaml
 from devices.errors import unknown
 from devices.profile import UniqueKeys
 from fedsim.errors import ConfigError
+from fedsim.metrics import ACCURACY
 from fedsim.parameters import said
 from fedsim.settings import Settings, asked, compose, config_dir, try_out
 
-KEYS = ("title", "base", "seeds", "arms", "against", "x", "last", "columns")
+KEYS = ("title", "base", "seeds", "arms", "against", "metric", "x", "last", "columns")
 ARM_KEYS = ("overrides", "grid")
 AXES = ("rounds", "simulated_s", "joules", "traffic_bytes")
 OWN = {"seed": "--seeds, or seeds in the file", "out": "--out"}  # settings that a study gives its runs
@@ -55,6 +56,7 @@ class Study:
         arms: in the order of the table, grids expanded.
         against: label of the arm that the others are compared with.
         x: axes of the picture: some of AXES, or a value of `summary.json` by its dotted path.
+        metric: of the rounds, that the arms are judged by; a share of 1, shown in percent.
         last: evaluations that make a score.
         columns: further values of `summary.json` by dotted path, or `metrics.NAME` of a metric of the rounds.
     """
@@ -66,6 +68,7 @@ class Study:
     against: str
     x: tuple[str, ...] = ("rounds", "simulated_s")
     last: int = 4
+    metric: str = ACCURACY
     columns: tuple[str, ...] = ()
 
     def only(self, labels: Sequence[str]) -> Study:
@@ -145,6 +148,7 @@ def read_study(name: str, overrides: Sequence[str] = (), seeds: Sequence[int] = 
         against=str(tree.get("against", arms[0].label)),
         x=_texts(path, "x", tree.get("x", ["rounds", "simulated_s"])),
         last=tree.get("last", 4),
+        metric=tree.get("metric", ACCURACY),
         columns=_texts(path, "columns", tree.get("columns", [])),
     )
     return _checked(path, study)
@@ -171,6 +175,8 @@ def _checked(path: Path, study: Study) -> Study:
     labels = [arm.label for arm in study.arms]
     if study.against not in labels:
         raise ConfigError(f"{path}: {unknown('arm in against', study.against, labels)}")
+    if not isinstance(study.metric, str) or not study.metric:
+        raise ConfigError(f"{path}: metric must name a metric of the rounds, e.g. {ACCURACY}, got {said(study.metric)}")
     if isinstance(study.last, bool) or not isinstance(study.last, int) or study.last < 1:
         raise ConfigError(f"{path}: last must be a whole number of at least 1, got {said(study.last)}")
     if not study.x:

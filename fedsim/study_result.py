@@ -67,6 +67,7 @@ def collect(study: Study, runs: Sequence[Planned]) -> Result:
         {label: {f.run.seed: f.rounds for f in finished} for label, finished in found.items()},
         study.last,
         study.against,
+        study.metric,
     )
     paths = [*study.columns, *(axis for axis in study.x if axis not in AXES)]
     columns = {path: [mean_of(path, finished) for finished in found.values()] for path in paths}
@@ -117,6 +118,7 @@ def write_result(result: Result, failed: Mapping[str, str], out: Path) -> None:
         "study": study.name,
         "title": study.title,
         "against": study.against,
+        "metric": study.metric,
         "last": study.last,
         "seeds": study.seeds,
         "arms": arms,

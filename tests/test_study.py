@@ -24,7 +24,8 @@ import yaml
 
 from fedsim import cli, study_run
 from fedsim.errors import ConfigError
-from fedsim.paired import interval
+from fedsim.paired import interval, rows
+from fedsim.report import RoundReport
 from fedsim.settings import compose
 from fedsim.study import plan, read_study, studies
 from fedsim.study_picture import MOST_LINES, curve, shown
@@ -45,6 +46,7 @@ FILE: dict[str, Any] = {
 FAKE = """
 import json, sys, yaml
 from pathlib import Path
+from fedsim.report import RoundReport
 from fedsim.settings import compose
 settings = compose(sys.argv[2:])
 out, ratio, seed = Path(settings["out"]), settings["trainer"].get("mix_ratio", 0.0), settings["seed"]
@@ -332,7 +334,7 @@ def test_a_curve_is_the_mean_over_seeds_at_each_evaluation(file, fedsim):
     fedsim("study", file())
     study = read_study("mine.yaml")
     result = collect(study, plan(study, Path("runs/mine")))
-    x, mean, spread = curve(result.runs["Plain"], "traffic_bytes")
+    x, mean, spread = curve(result.runs["Plain"], "traffic_bytes", "accuracy")
     assert x.tolist() == [0, 100]
     assert mean.tolist() == pytest.approx([0, 0.515])
     assert spread.tolist() == pytest.approx([0, 0.01 / math.sqrt(2)])
@@ -350,3 +352,14 @@ def test_with_many_arms_the_best_are_drawn_and_the_compared_one(file, fedsim):
 
 def test_one_seed_has_no_interval():
     assert interval([0.1]) == math.inf
+
+
+def test_arms_are_judged_by_the_metric_that_the_study_names(tmp_path):
+    rounds = [
+        RoundReport.of(n, float(n), 1.0, [], {"accuracy": 0.5, "client_accuracy": value}, 0.0)
+        for n, value in ((1, 0.2), (2, 0.6), (3, 0.8))
+    ]
+    (row,) = rows({"Plain": {1: rounds}}, 2, "Plain", "client_accuracy")
+    assert row.mean == pytest.approx(0.7)
+    with pytest.raises(ConfigError, match=r"metric of the runs 'client_acuracy'.*client_accuracy"):
+        rows({"Plain": {1: rounds}}, 2, "Plain", "client_acuracy")
