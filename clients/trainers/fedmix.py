@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from clients.trainers.mixup import OWN, PARTNER, Entrance, PoolTrainer, cross_entropy
 from devices.cost import NetworkCost
 from devices.errors import unknown
 from fedsim.errors import ConfigError
+from fedsim.tangents import along
 from fedsim.workload import Tensors, Workload
 
 TAYLOR = "taylor"
@@ -55,13 +55,10 @@ def forward_mode(logits: Logits, u: Tensor, direction: Tensor, y: Tensor, partne
 
     Arguments and results as in `double_backward`. The cross-entropy's own derivative is softmax - label.
     """
-    with forward_ad.dual_level():
-        z, slope = forward_ad.unpack_dual(logits(forward_ad.make_dual(u, direction.expand_as(u).contiguous())))
-    if slope is None:
-        raise NotImplementedError("the network does not pass on forward derivatives")
+    z, slope = along(logits, u, direction)
     flat = slope.flatten(0, -2)
-    along = (z.flatten(0, -2).softmax(-1) * flat).sum(-1) - flat.gather(-1, y.reshape(-1, 1)).squeeze(-1)
-    return cross_entropy(z, y), cross_entropy(z, partner_y), along.mean()
+    rise = (z.flatten(0, -2).softmax(-1) * flat).sum(-1) - flat.gather(-1, y.reshape(-1, 1)).squeeze(-1)
+    return cross_entropy(z, y), cross_entropy(z, partner_y), rise.mean()
 
 
 def central_difference(logits: Logits, u: Tensor, direction: Tensor, y: Tensor, partner_y: Tensor) -> Terms:
@@ -85,7 +82,7 @@ def central_difference(logits: Logits, u: Tensor, direction: Tensor, y: Tensor, 
     return (own[0] + own[1]) / 2, (other[0] + other[1]) / 2, taylor
 
 
-FORMS = {"double": double_backward, "forward": forward_mode, "central": central_difference}  # the usual first
+FORMS = {"forward": forward_mode, "double": double_backward, "central": central_difference}  # the cheapest first
 
 
 @contextmanager
