@@ -9,6 +9,7 @@ May import: torch.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ def _apply(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 def _apply_to_new(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     rule = RULES.get(function)
-    if rule and isinstance(args[0], Dual) and not any(isinstance(a, Dual) for a in (*args[1:], *kwargs.values())):
+    if rule and isinstance(args[0], Dual) and not any(isinstance(other, Dual) for other in args[1:]):
         out = rule(args[0].both, *args[1:], **kwargs)
         if out is not None:
             return Dual(out)
@@ -89,7 +90,7 @@ def _apply_to_new(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 def _packed(leaf: Any) -> Any:
     if not isinstance(leaf, Dual):
         return leaf
-    halves = leaf.both.unflatten(0, (2, -1))
+    halves = leaf.both.view(2, -1, *leaf.both.shape[1:])
     return forward_ad.make_dual(halves[0], halves[1])
 
 
@@ -113,25 +114,32 @@ def _linear(layer: Callable[..., Tensor], size: int) -> Callable[..., Tensor | N
         out = layer(both, weight, None, *args, **kwargs)
         if bias is None:
             return out
-        half = torch.ones(len(out), *[1] * (out.dim() - 1), dtype=out.dtype, device=out.device)
-        half[len(out) // 2 :] = 0
+        half = _half(len(out), out.dim(), out.dtype, out.device)
         return out.add_(half * bias.view(-1, *[1] * (size - 2) if size else ()))
 
     return rule
 
 
+@lru_cache(maxsize=64)
+def _half(length: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Ones for values, zeros for tangents, [length, 1, ...]."""
+    half = torch.ones(length, *[1] * (dim - 1), dtype=dtype, device=device)
+    half[length // 2 :] = 0
+    return half
+
+
 def _relu(both: Tensor, inplace: bool = False) -> Tensor:
-    halves = both.unflatten(0, (2, -1))
+    halves = both.view(2, -1, *both.shape[1:])
     values = halves[0].detach()
     passes = torch.gt(values, 0, out=torch.empty_like(values))  # as numbers: masked_fill takes ten times as long
-    return (halves * passes).flatten(0, 1)
+    return (halves * passes).view(both.shape)
 
 
 def _max_pool2d(both: Tensor, kernel_size: Any, *args: Any, **kwargs: Any) -> Tensor | None:
     kwargs.pop("return_indices", None)
     if both.dim() != 4:
         return None
-    halves = both.unflatten(0, (2, -1))
+    halves = both.view(2, -1, *both.shape[1:])
     best = F.max_pool2d(halves[0].detach(), kernel_size, *args, **kwargs, return_indices=True)[1]
     rows = best.flatten(2).expand(2, *best.shape[:2], -1)
     return halves.flatten(-2).gather(-1, rows).unflatten(-1, best.shape[2:]).flatten(0, 1)
