@@ -55,8 +55,9 @@ out.mkdir(parents=True)
 first = {"round": 0, "now_s": 0, "round_s": 0, "cohort": [], "outcomes": {}, "metrics": {"accuracy": 0}}
 last = first | {"round": 1, "now_s": 10, "down_bytes": 60, "up_bytes": 40, "joules": 2.0}
 last["metrics"] = {"accuracy": 0.5 + ratio + seed / 100}
+summary = {"final": last["metrics"], "seed": seed, "peak_memory_bytes": 10 * seed}
 (out / "rounds.jsonl").write_text("".join(json.dumps(r) + chr(10) for r in (first, last)))
-(out / "summary.json").write_text(json.dumps({"final": last["metrics"], "seed": seed}))
+(out / "summary.json").write_text(json.dumps(summary))
 with open("started", "a") as file:
     print(sys.argv[-1], file=file)
 """
@@ -341,9 +342,11 @@ def test_with_many_arms_the_best_are_drawn_and_the_compared_one(file, fedsim):
     ratios = [round(0.05 * n, 2) for n in range(1, MOST_LINES + 3)]
     grid = {"overrides": ["method=local_mixup"], "grid": {"trainer.mix_ratio": ratios}}
     arms = {"Plain": ["method=fedavg"], "R {mix_ratio}": grid}
-    assert fedsim("study", file(arms=arms, seeds=[1], x=["joules", "final.accuracy"]), "--jobs", "8")[0] == 0
+    assert fedsim("study", file(arms=arms, seeds=[1], x=["joules", "peak_memory_bytes"]), "--jobs", "8")[0] == 0
     study = read_study("mine.yaml")
-    drawn = shown(collect(study, plan(study, Path("runs/mine"))))
+    result = collect(study, plan(study, Path("runs/mine")))
+    assert set(result.columns["peak_memory_bytes"]) == {10.0}
+    drawn = shown(result)
     assert drawn == ["Plain", *(f"R {ratio}" for ratio in ratios[3:])]
 
 
