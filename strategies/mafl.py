@@ -19,6 +19,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
+from torch import Tensor
 
 from devices.errors import unknown
 from fedsim.data.averages import from_uint8, to_uint8
@@ -91,6 +92,7 @@ class Mafl(FedAvg):
         )
         self.pool: Tensors = {}  # pairs in the order in which they came
         self.owners = np.zeros(0, np.int64)  # of each pair
+        self.came: Tensor | None = None  # true inputs, where the pool holds noise instead
         self.room: dict[int, int] = {}  # bytes of those that have answered
         self.version: dict[int, int] = {}  # of the data that their averages are of
         self.held: dict[int, np.ndarray] = {}  # rows of the pool that a client has, in its order
@@ -148,13 +150,14 @@ class Mafl(FedAvg):
         self.owners = np.append(self.owners, np.full(len(pairs["y"]), client))
 
     def blur(self, first: int, seed: int) -> None:
-        """Puts noise in the place of the inputs from row `first` on, like the inputs that came with them."""
+        """Puts noise in the place of the inputs from row `first` on, like all inputs that ever came."""
         fresh = {n: t[first:] for n, t in self.pool.items()}
         if not len(fresh.get("y", ())):
             return
         x = from_uint8(fresh) if "step" in fresh else fresh["x"]
-        draws = torch_generator(seed, "pool-noise", first)
-        noise = x.mean(0) + x.std(0, correction=0) * torch.randn(x.shape, generator=draws).to(x)
+        self.came = x if self.came is None else torch.cat([self.came, x])
+        draws = torch.randn(x.shape, generator=torch_generator(seed, "pool-noise", first)).to(x)
+        noise = self.came.mean(0) + self.came.std(0, correction=0) * draws
         for name, t in (to_uint8(noise) if "step" in fresh else {"x": noise}).items():
             self.pool[name] = torch.cat([self.pool[name][:first], t])
 
@@ -177,8 +180,8 @@ class Mafl(FedAvg):
         assert self.grid is not None
         self.held.update({client: self.sent[client] for client in self.grid.accepted})
         for report in self.grid.reports:  # not the replies: one mean may stand for all of them
-            if self.version.get(report.client) != report.metrics.get(VERSION, self.version.get(report.client)):
-                del self.room[report.client]
+            if VERSION in report.metrics and report.metrics[VERSION] != self.version.get(report.client):
+                self.room.pop(report.client, None)
         return self.server.aggregate_train(server_round, replies)
 
     def configure_evaluate(

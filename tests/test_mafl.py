@@ -291,6 +291,46 @@ def test_noise_has_the_mean_and_deviation_of_the_pool_and_its_labels(dtype: str)
     assert abs(float(torch.corrcoef(torch.stack([told["noise"][:, 0], told["global"][:, 0]]))[0, 1])) < 0.1
 
 
+def test_noise_of_a_late_joiner_does_not_show_its_average():
+    strategy = Mafl(lambda **_: None, pool_source="noise")
+    x = torch.randn(50, 2, generator=seeded())
+    strategy.add(0, {"x": x, "y": torch.ones(50, 1)})
+    strategy.blur(0, seed=1)
+    before = strategy.pool["x"].clone()
+    strategy.add(1, {"x": torch.zeros(1, 2), "y": torch.ones(1, 1)})
+    strategy.blur(50, seed=1)
+    assert torch.equal(strategy.pool["x"][:50], before)
+    assert (strategy.pool["x"][50].abs() > 0.01).all()
+
+
+def test_who_was_late_with_its_averages_and_trains_all_the_same_is_asked_again(federation, monkeypatch):
+    """Its first answer takes 200 s, its later ones a moment: it trains in round 1 with the pool of the others."""
+    run = federation(*EVERYBODY, "deadline_s=100")
+    own, asking = type(run.grid.fleet).__getitem__, type(run.strategy).collect
+    now = {"asking": False}
+
+    def collect(strategy, cohort, grid):
+        now["asking"] = grid.round == 1
+        asking(strategy, cohort, grid)
+        now["asking"] = False
+
+    def device(fleet, client: int):
+        profile = own(fleet, client)
+        return replace(profile, up_bytes_per_s=PAIR / 200) if client == 3 and now["asking"] else profile
+
+    monkeypatch.setattr(type(run.strategy), "collect", collect)
+    monkeypatch.setattr(type(run.grid.fleet), "__getitem__", device)
+    reports = watched(run)
+    assert [(r.round, r.phase, r.outcome) for r in reports if r.client == 3] == [
+        (1, "query.averages", "late"),
+        (1, "train", "completed"),
+        (2, "query.averages", "completed"),
+        (2, "train", "completed"),
+    ]
+    assert {r.metrics["pool_pairs"] for r in of(reports, 1, "train")} == {5.0}
+    assert {r.metrics["pool_pairs"] for r in of(reports, 2, "train")} == {6.0}
+
+
 def test_noise_is_drawn_once(federation):
     run = federation(*EVERYBODY, "strategy.pool_source=noise", "rounds=3")
     reports = watched(run)
