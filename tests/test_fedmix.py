@@ -138,6 +138,18 @@ def test_scale_is_ratio_times_its_complement_or_the_ratio():
         fedmix(0.2, scale="l2")
 
 
+def test_without_its_scale_the_term_is_left_out_and_a_step_is_one_pass(settings):
+    """The same loss as with a mean of zero, whose term is zero."""
+    model, batch = tanh_net(), examples()
+    zero = batch | {"partner_x": torch.zeros_like(batch["partner_x"])}
+    assert torch.allclose(
+        loss_of(fedmix(0.2, scale="none"), model, batch), loss_of(fedmix(0.2), model, zero), rtol=1e-12
+    )
+    worker = Worker(build_world(json.dumps(settings("method=fedmix", "trainer.taylor_scale=none"))))
+    assert worker.trainer.passes == 1
+    assert worker.trainer.network.forward_flops == worker.network.forward_flops
+
+
 # --- against the methods that it approximates ------------------------------------------------------------------------
 
 
