@@ -323,7 +323,8 @@ class Worker:
             self._data.move_to_end(client_id)
             return self._data[client_id]
         raw = self.workload.client_data(client_id)
-        data = ClientData(*(part.materialise(self.device, self.memory_format) for part in (raw.train, raw.test)))
+        train, test = (part.materialise(self.device, self.memory_format) for part in (raw.train, raw.test))
+        data = ClientData(train, test, raw.version)
         self._data[client_id] = data
         self._data_bytes += _bytes_of(data)
         while self._data_bytes > CACHE_BYTES and len(self._data) > 1:

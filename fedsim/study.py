@@ -25,6 +25,7 @@ from fedsim.settings import Settings, asked, compose, config_dir, try_out
 KEYS = ("title", "base", "seeds", "arms", "against", "metric", "x", "last", "columns")
 ARM_KEYS = ("overrides", "grid")
 AXES = ("rounds", "simulated_s", "joules", "traffic_bytes")
+WHOLE = ("down_bytes", "up_bytes", "peak_memory_bytes", "host_s")  # of `summary.json`, known before a run
 OWN = {"seed": "--seeds, or seeds in the file", "out": "--out"}  # settings that a study gives its runs
 METRICS = "metrics."  # columns that begin so are the last value of a metric of the rounds
 
@@ -55,8 +56,9 @@ class Study:
         name: of the file.
         arms: in the order of the table, grids expanded.
         against: label of the arm that the others are compared with.
-        x: axes of the picture: some of AXES, or a value of `summary.json` by its dotted path.
         metric: of the rounds, that the arms are judged by; a share of 1, shown in percent.
+        x: axes of the picture: some of AXES, along which the metric is a line, or a value of `summary.json` (WHOLE, or
+            by its dotted path), against which an arm's score is a point.
         last: evaluations that make a score.
         columns: further values of `summary.json` by dotted path, or `metrics.NAME` of a metric of the rounds.
     """
@@ -182,8 +184,10 @@ def _checked(path: Path, study: Study) -> Study:
     if not study.x:
         raise ConfigError(f"{path}: x must name an axis at least: {', '.join(AXES)}, or a value of summary.json")
     for axis in study.x:
-        if axis not in AXES and "." not in axis:
-            raise ConfigError(f"{path}: {unknown('axis in x', axis, AXES)}, or a dotted path in summary.json")
+        if axis not in (*AXES, *WHOLE) and "." not in axis:
+            raise ConfigError(
+                f"{path}: {unknown('axis in x', axis, (*AXES, *WHOLE))}, or a dotted path in summary.json"
+            )
     folders: dict[str, str] = {}
     for arm in study.arms:
         if arm.slug in folders:

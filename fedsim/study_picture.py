@@ -108,7 +108,8 @@ def _draw_lines(result: Result, panel: Axes, axis: str, labels: Sequence[str], s
         panel.plot(x / unit, 100 * mean, label=label, **styles[label])
         if len(result.runs[label]) > 1:
             low, high = 100 * (mean - spread), 100 * (mean + spread)
-            panel.fill_between(x / unit, low, high, color=styles[label]["color"], alpha=0.09, linewidth=0)
+            shade = min(0.15, 0.7 / len(curves))  # many bands on top of each other must stay light
+            panel.fill_between(x / unit, low, high, color=styles[label]["color"], alpha=shade, linewidth=0)
     panel.set_xlabel(f"{NAMES[axis]}{', ' if unit_name else ''}{unit_name}")
     panel.set_xlim(left=0)
 

@@ -97,10 +97,14 @@ def _rows(t: Tensor, index: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ClientData:
-    """What one client owns: a part to train on and a held-out part to judge its personal model on (may be empty)."""
+    """What one client owns: a part to train on and a held-out part to judge its personal model on (may be empty).
+
+    `version` is another number whenever the training part is another, for what was derived from it.
+    """
 
     train: Examples
     test: Examples
+    version: int = 0
 
 
 class Workload(ABC):
