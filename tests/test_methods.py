@@ -52,7 +52,7 @@ TINY = [
     "engine.device=cpu",
 ]
 # What a model is fed, where it is not a vector of numbers; a model that is not here takes blobs of 6 features.
-IMAGES = ("fbnet", "femnist_cnn", "lenet5", "nb201", "resnet8", "vgg")
+IMAGES = ("convnet", "fbnet", "femnist_cnn", "lenet5", "nb201", "resnet8", "vgg")
 SMALLER = {
     "vgg": ["model.width=2", "model.hidden=4"],
     "resnet8": ["model.width=4", "model.groups=2"],
@@ -377,13 +377,16 @@ def test_every_experiment_composes(experiment: str):
     assert compose([f"experiment={experiment}"])["choices"]["experiment"] == experiment
 
 
-@pytest.mark.parametrize("group", ["workload", "model", "fleet", "strategy", "trainer", "partition", "latency"])
+@pytest.mark.parametrize(
+    "group", ["workload", "model", "fleet", "strategy", "trainer", "partition", "stream", "latency"]
+)
 def test_every_constructor_takes_exactly_what_its_config_says(group: str):
     """A key of a yaml that no constructor takes, or of another type, is a mistake in the file."""
     from fedsim.parameters import check_parameters
 
     given = {
         "workload": ("model", "partition", "num_clients", "seed"),
+        "stream": ("workload", "rounds", "evaluate_every", "seed"),
         "fleet": ("num_clients", "seed"),
     }.get(group, ())
     for option in options(group):

@@ -32,7 +32,7 @@ class SGDTrainer(LocalTrainer):
         local_epochs: passes over the client's examples, unless `local_steps` is given.
         local_steps: steps per round instead of epochs; epochs are strung together as needed.
         momentum, weight_decay: as in torch.optim.SGD; momentum starts at zero in each round.
-        lr_decay: factor on the learning rate per round.
+        lr_decay: factor on the learning rate per `lr_decay_every` rounds.
         clip_norm: largest gradient norm of a step; None does not clip.
     """
 
@@ -49,6 +49,7 @@ class SGDTrainer(LocalTrainer):
         weight_decay: float = 0.0,
         lr_decay: float = 1.0,
         clip_norm: float | None = None,
+        lr_decay_every: int = 1,
     ):
         _require("trainer.lr", lr, lr > 0, "greater than 0")
         _require("trainer.batch_size", batch_size, batch_size >= 1, "at least 1")
@@ -58,7 +59,8 @@ class SGDTrainer(LocalTrainer):
         _require("trainer.weight_decay", weight_decay, weight_decay >= 0, "at least 0")
         _require("trainer.lr_decay", lr_decay, 0 < lr_decay <= 1, "in (0, 1]")
         _require("trainer.clip_norm", clip_norm, clip_norm is None or clip_norm > 0, "null or greater than 0")
-        self.lr, self.batch_size = lr, batch_size
+        _require("trainer.lr_decay_every", lr_decay_every, lr_decay_every >= 1, "at least 1")
+        self.lr, self.batch_size, self.lr_decay_every = lr, batch_size, lr_decay_every
         self.local_epochs, self.local_steps = local_epochs, local_steps
         self.momentum, self.weight_decay = momentum, weight_decay
         self.lr_decay, self.clip_norm = lr_decay, clip_norm
@@ -124,7 +126,7 @@ class SGDTrainer(LocalTrainer):
 
     def learning_rate(self, task: Broadcast) -> float:
         """Learning rate of this round; a strategy's `lr` setting comes before the trainer's own."""
-        return float(task.settings.get("lr", self.lr)) * self.lr_decay ** (task.round - 1)
+        return float(task.settings.get("lr", self.lr)) * self.lr_decay ** ((task.round - 1) // self.lr_decay_every)
 
     def batches(self, client: ClientContext, task: Broadcast) -> Iterator[Tensors]:
         """Shuffled batches of the client's training examples: tensors with leading size `batch_size` or less."""

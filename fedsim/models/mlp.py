@@ -21,19 +21,25 @@ class MLP(nn.Module):
         input_shape: of one example, any number of dimensions.
         num_classes: size of the output.
         hidden: width of each hidden layer; empty gives a linear model.
+        dropout: probability of dropping a hidden unit; 0 adds no layer.
     """
 
     takes_tokens = False
 
-    def __init__(self, input_shape: Sequence[int], num_classes: int, hidden: Sequence[int] = (64,)):
+    def __init__(
+        self, input_shape: Sequence[int], num_classes: int, hidden: Sequence[int] = (64,), dropout: float = 0.0
+    ):
         super().__init__()
         if not isinstance(hidden, Sequence) or isinstance(hidden, str):
             raise ConfigError(f"model.hidden of model mlp must be a list of widths, e.g. [64], got {hidden!r}")
         positive("mlp", num_classes=num_classes, **{f"hidden[{i}]": width for i, width in enumerate(hidden)})
+        if not 0 <= dropout < 1:
+            raise ConfigError(f"model.dropout of model mlp must be in [0, 1), got {dropout}")
         widths = [math.prod(input_shape), *hidden]
         layers: list[nn.Module] = [nn.Flatten()]
         for i in range(len(hidden)):
             layers += [nn.Linear(widths[i], widths[i + 1]), nn.ReLU()]
+            layers += [nn.Dropout(dropout)] if dropout else []
         self.body = nn.Sequential(*layers)
         self.head = nn.Linear(widths[-1], num_classes)
 
