@@ -198,7 +198,10 @@ class Worker:
                 {"metrics": MetricRecord({NUM_EXAMPLES: count, **{k: float(v) for k, v in metrics.items()}})}
             )
         records = {name: record_of(tensors) for name, tensors in self.trainer.answer(client, question, task).items()}
-        return RecordDict(records)  # type: ignore[arg-type]
+        answer = RecordDict(records)  # type: ignore[arg-type]
+        if client.state:
+            answer[STATE] = client.state.pack()
+        return answer
 
     def _fit(self, client: ClientContext, task: Broadcast, model: ArrayRecord) -> RecordDict:
         if not self.model.training:

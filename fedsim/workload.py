@@ -133,6 +133,10 @@ class Workload(ABC):
         """Which part of its examples a client has in a round; ordinary workloads have one part only."""
         return 0
 
+    def phase(self, round: int) -> int:
+        """Which task a round belongs to, from 0; ordinary workloads have one task."""
+        return 0
+
     def client_part(self, client_id: int, part: int) -> ClientData:
         """What a client has while `part` lasts: all its data, where they do not arrive in parts.
 
@@ -169,6 +173,12 @@ class Workload(ABC):
         """Mean cross-entropy of `batch["y"]` under the logits; every step counts alike for sequences."""
         logits = self.logits(model, batch)
         return F.cross_entropy(logits.flatten(0, -2), batch["y"].flatten())
+
+    def losses(self, model: nn.Module, batch: Tensors) -> Tensor:
+        """The loss of each example by itself, [batch]; `loss` is their mean up to rounding."""
+        logits = self.logits(model, batch)
+        each = F.cross_entropy(logits.flatten(0, -2), batch["y"].flatten(), reduction="none")
+        return each.view(len(logits), -1).mean(1)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, data: Examples, batch: int = 512) -> dict[str, float]:

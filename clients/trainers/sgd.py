@@ -130,17 +130,21 @@ class SGDTrainer(LocalTrainer):
 
     def batches(self, client: ClientContext, task: Broadcast) -> Iterator[Tensors]:
         """Shuffled batches of the client's training examples: tensors with leading size `batch_size` or less."""
-        data = client.data.train
+        for rows in self.rows(client, self.batch_size, self.local_epochs):
+            yield client.data.train.gather(rows)
+
+    def rows(self, client: ClientContext, batch_size: int, epochs: int) -> Iterator[Tensor]:
+        """Places of the examples of each batch, [batch_size or less] int64; `local_steps` ends the epochs."""
         steps_left = self.local_steps
-        epochs = self.local_epochs if steps_left is None else steps_left  # an epoch has at least one step
+        epochs = epochs if steps_left is None else steps_left  # an epoch has at least one step
         shuffle = client.stream("batches")
         for _ in range(epochs):
-            for rows in torch.randperm(len(data), generator=shuffle).split(self.batch_size):
+            for rows in torch.randperm(len(client.data.train), generator=shuffle).split(batch_size):
                 if steps_left is not None:
                     if steps_left == 0:
                         return
                     steps_left -= 1
-                yield data.gather(rows)
+                yield rows
 
     def loss(self, client: ClientContext, batch: Tensors, task: Broadcast) -> Tensor:
         """The objective of one step, a scalar."""
