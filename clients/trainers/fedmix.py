@@ -141,6 +141,7 @@ class FedMixTrainer(PoolTrainer):
             ConfigError: if the model does not support the form that was asked for.
         """
         if not self.mix_ratio:
+            super().setup(workload, model, network)
             return
         recurrent = any(isinstance(part, nn.RNNBase) for part in model.modules())
         usual = ["central"] if recurrent else list(FORMS)

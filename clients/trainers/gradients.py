@@ -54,12 +54,14 @@ class Products:
 @contextmanager
 def scoring(model: nn.Module) -> Iterator[None]:
     """Inside, the model is in evaluation mode: dropout and batch statistics would make single gradients random."""
-    was_training = model.training
-    model.eval()
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        vars(module)["training"] = False  # `eval()` goes through every module's own attribute check: a third of scoring
     try:
         yield
     finally:
-        model.train(was_training)
+        for module in training:
+            vars(module)["training"] = True
 
 
 def products(
@@ -95,7 +97,11 @@ def mean_gradient(mode: str, workload: Workload, model: nn.Module, batch: Tensor
         return torch.cat(parts) / len(flat)
     if mode == "features":
         return feature_gradients(workload, model, batch).mean(0)
-    own = list(space(model).values())
+    return _flat(workload, model, batch, space(model))
+
+
+def _flat(workload: Workload, model: nn.Module, batch: Tensors, weights: dict[str, nn.Parameter]) -> Tensor:
+    own = list(weights.values())
     gradients = torch.autograd.grad(workload.loss(model, batch), own, allow_unused=True)
     return torch.cat(
         [torch.zeros_like(p).flatten() if g is None else g.reshape(-1) for p, g in zip(own, gradients, strict=False)]
@@ -118,13 +124,16 @@ def recurrent(model: nn.Module) -> bool:
     return any(isinstance(m, nn.RNNBase) for m in model.modules())
 
 
-def per_sample(workload: Workload, model: nn.Module, batch: Tensors) -> Tensor:
-    """The gradient of every example's loss, [n, weights]."""
+def per_sample(
+    workload: Workload, model: nn.Module, batch: Tensors, weights: dict[str, nn.Parameter] | None = None
+) -> Tensor:
+    """The gradient of every example's loss, [n, weights]; of the weights in `space` where none are given."""
+    compared = space(model) if weights is None else weights
     if recurrent(model):
         rows = torch.arange(len(batch["y"])).split(1)
-        return torch.stack([mean_gradient("full", workload, model, {k: t[r] for k, t in batch.items()}) for r in rows])
+        return torch.stack([_flat(workload, model, {k: t[r] for k, t in batch.items()}, compared) for r in rows])
     plain = torch.contiguous_format  # mapped operators know no other memory format
-    own = {name: p.detach().clone(memory_format=plain) for name, p in space(model).items()}
+    own = {name: p.detach().clone(memory_format=plain) for name, p in compared.items()}
 
     def of_one(parameters: Tensors, example: Tensors) -> Tensor:
         with _reparametrize_module(model, parameters):

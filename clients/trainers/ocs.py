@@ -149,8 +149,9 @@ class OCSTrainer(ReplayTrainer):
         if self.grad_mode == "last_layer" and self.tau and getattr(workload, "incremental", "") == "task":
             raise ConfigError(
                 "trainer.grad_mode=last_layer cannot compare tasks that have their own outputs: with "
-                "stream.incremental=task their gradients are orthogonal; take features (as cheap), full, or trainer.tau=0"
+                "stream.incremental=task their gradients are orthogonal; take features or full, or trainer.tau=0"
             )
+        super().setup(workload, model, network)
         self.outputs = outputs_of(workload, model)
 
     # --- selection while training ---------------------------------------------------------------------------------

@@ -7,18 +7,19 @@ clients.trainers.batched.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from clients.trainers import batched
 from clients.trainers.base import ClientContext, LocalTrainer
+from devices.cost import NetworkCost
 from devices.errors import unknown
 from devices.meter import peak_memory_bytes
 from fedsim.errors import ConfigError
 from fedsim.messages import Broadcast, ClientUpdate
-from fedsim.workload import Tensors
+from fedsim.workload import Tensors, Workload
 
 Arrays = tuple[Tensor, ...] | list[Tensor]
 
@@ -32,8 +33,9 @@ class SGDTrainer(LocalTrainer):
         local_epochs: passes over the client's examples, unless `local_steps` is given.
         local_steps: steps per round instead of epochs; epochs are strung together as needed.
         momentum, weight_decay: as in torch.optim.SGD; momentum starts at zero in each round.
-        lr_decay: factor on the learning rate per `lr_decay_every` rounds.
+        lr_decay: factor on the learning rate per round.
         clip_norm: largest gradient norm of a step; None does not clip.
+        task_decay: factor on the learning rate per task, where the workload is a stream.
     """
 
     pure_loss = True  # `loss` is a function of parameters, batch and broadcast; a class that overrides it says so anew
@@ -49,7 +51,7 @@ class SGDTrainer(LocalTrainer):
         weight_decay: float = 0.0,
         lr_decay: float = 1.0,
         clip_norm: float | None = None,
-        lr_decay_every: int = 1,
+        task_decay: float = 1.0,
     ):
         _require("trainer.lr", lr, lr > 0, "greater than 0")
         _require("trainer.batch_size", batch_size, batch_size >= 1, "at least 1")
@@ -59,11 +61,16 @@ class SGDTrainer(LocalTrainer):
         _require("trainer.weight_decay", weight_decay, weight_decay >= 0, "at least 0")
         _require("trainer.lr_decay", lr_decay, 0 < lr_decay <= 1, "in (0, 1]")
         _require("trainer.clip_norm", clip_norm, clip_norm is None or clip_norm > 0, "null or greater than 0")
-        _require("trainer.lr_decay_every", lr_decay_every, lr_decay_every >= 1, "at least 1")
-        self.lr, self.batch_size, self.lr_decay_every = lr, batch_size, lr_decay_every
+        _require("trainer.task_decay", task_decay, 0 < task_decay <= 1, "in (0, 1]")
+        self.lr, self.batch_size, self.task_decay = lr, batch_size, task_decay
+        self.phase_of: Callable[[int], int] = lambda round: 0
         self.local_epochs, self.local_steps = local_epochs, local_steps
         self.momentum, self.weight_decay = momentum, weight_decay
         self.lr_decay, self.clip_norm = lr_decay, clip_norm
+
+    def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:
+        """Asks the workload which task a round belongs to."""
+        self.phase_of = workload.phase
 
     def fit(self, client: ClientContext, task: Broadcast) -> ClientUpdate:
         """The local loop; reports one forward and one backward pass per step."""
@@ -126,7 +133,8 @@ class SGDTrainer(LocalTrainer):
 
     def learning_rate(self, task: Broadcast) -> float:
         """Learning rate of this round; a strategy's `lr` setting comes before the trainer's own."""
-        return float(task.settings.get("lr", self.lr)) * self.lr_decay ** ((task.round - 1) // self.lr_decay_every)
+        lr = float(task.settings.get("lr", self.lr)) * self.lr_decay ** (task.round - 1)
+        return lr * self.task_decay ** self.phase_of(task.round)
 
     def batches(self, client: ClientContext, task: Broadcast) -> Iterator[Tensors]:
         """Shuffled batches of the client's training examples: tensors with leading size `batch_size` or less."""
