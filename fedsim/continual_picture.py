@@ -39,8 +39,8 @@ def heat_map(matrix: Matrix, name: str) -> Figure:
     return figure
 
 
-def task_curves(reports: Sequence[RoundReport], tasks: int, rounds_per_task: int) -> Figure:
-    """Test accuracy of every task over the rounds; dashed until its phase begins, where all clients have one order."""
+def task_curves(reports: Sequence[RoundReport], tasks: int, rounds_per_task: int, one_order: bool = True) -> Figure:
+    """Test accuracy of every task over the rounds; dotted in the phase before its own, where clients have one order."""
     import matplotlib
 
     figure = _figure(9.0, 4.8)
@@ -48,8 +48,9 @@ def task_curves(reports: Sequence[RoundReport], tasks: int, rounds_per_task: int
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.92, tasks))
     for task in range(tasks):
         points = [(r.round, 100 * r.metrics[key_of(task)]) for r in reports if key_of(task) in r.metrics]
-        before = [p for p in points if p[0] <= task * rounds_per_task]
-        after = [p for p in points if p[0] >= task * rounds_per_task]
+        begins = task * rounds_per_task if one_order else 0
+        before = [p for p in points if begins - rounds_per_task <= p[0] <= begins]
+        after = [p for p in points if p[0] >= begins]
         for part, style, label in ((before, ":", None), (after, "-", f"task {task}")):
             if part:
                 axes.plot(*zip(*part, strict=True), style, color=colours[task], label=label, linewidth=1.6)

@@ -1,6 +1,6 @@
-"""How a data set becomes a sequence of tasks: its classes in groups, or all of it rotated, permuted or drawn apart.
+"""How a data set becomes a sequence of tasks: its classes in groups, all of it rotated or permuted, or several in turn.
 
-May import: torch, numpy, torchvision (lazily), fedsim.streams, seeding, errors.
+May import: torch, numpy, torchvision (lazily), fedsim.streams, fedsim.data.bundle, partition, seeding, errors.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from devices.errors import unknown
+from fedsim.data.bundle import Bundle
 from fedsim.errors import ConfigError
+from fedsim.partition import Iid
 from fedsim.seeding import generator
 from fedsim.streams import TASK, Stream
-from fedsim.workload import Tensors
+from fedsim.workload import ClientData, Examples, Tensors, Workload
 
 
 class SplitClasses(Stream):
@@ -144,3 +147,115 @@ class Permuted(Reused):
             raise ConfigError(f"stream=permuted mixes numbers, and {self.name} feeds tokens")
         flat = batch["x"].flatten(1)
         return {**batch, "x": flat.gather(1, self.places[batch[TASK]]).view_as(batch["x"])}
+
+
+class Domains(Stream):
+    """Each task is a data set of its own, with its own classes: bundles of images, brought to one size.
+
+    The first task is the workload; the others are dealt to clients evenly, at random. Task-incremental, every task is
+    judged among its own classes; domain-incremental, classes are numbered from 0 in every task.
+
+    Args:
+        bundles: folders, or names of bundles, of the tasks after the first.
+        stream: arguments of Stream; `tasks` must count the workload and the bundles.
+    """
+
+    def __init__(self, bundles: Sequence[str], **stream: Any):
+        self.bundles = list(bundles)
+        super().__init__(**{**stream, "workload": _Union(stream["workload"], self.bundles, stream["seed"])})
+
+    def set_up(self) -> None:
+        if self.tasks != len(self.inner.starts):  # type: ignore[attr-defined]
+            own = len(self.bundles) + 1
+            raise ConfigError(f"stream.tasks must be {own}, the workload and {own - 1} bundles, got {self.tasks}")
+        self.starts: Tensor = self.inner.starts  # type: ignore[attr-defined]
+        if self.incremental == "domain":
+            ends = [*self.starts.tolist()[1:], self.inner.num_classes]
+            self.num_classes = max(end - start for start, end in zip(self.starts.tolist(), ends, strict=True))
+
+    def belongs(self, task: int, labels: Tensor) -> Tensor:
+        return self._task_of(labels) == task
+
+    def _task_of(self, labels: Tensor) -> Tensor:
+        return torch.bucketize(labels, self.starts, right=True) - 1
+
+    def change(self, batch: Tensors) -> Tensors:
+        return {**batch, "y": self.relabel(batch["y"])}
+
+    def relabel(self, labels: Tensor) -> Tensor:
+        return labels - self.starts[self._task_of(labels)] if self.incremental == "domain" else labels
+
+    def classes_of(self, task: int) -> list[int]:
+        if self.incremental == "domain":
+            return list(range(self.num_classes))
+        ends = [*self.starts.tolist()[1:], self.num_classes]
+        return list(range(int(self.starts[task]), ends[task]))
+
+
+class _Union(Workload):
+    """Several image data sets as one: classes behind each other, inputs of the size and channels of the first.
+
+    Attributes:
+        starts: the first class of each, [data sets] int64.
+    """
+
+    def __init__(self, first: Workload, bundles: Sequence[str], seed: int):
+        super().__init__(first.model_factory, seed)
+        if len(first.input_shape) != 3:
+            raise ConfigError(f"stream=domains joins images, and {first.name} has none")
+        self.first, self.name, self.num_clients = first, first.name, first.num_clients
+        self.input_shape = first.input_shape
+        tests, counts, self.others = [first.test], [first.num_classes], []
+        for path in bundles:
+            other = Bundle(path, first.model_factory, Iid(), first.num_clients, seed, client_test_fraction=0.0)
+            if len(other.input_shape) != 3:
+                raise ConfigError(f"stream.bundles must hold images, and {path} has none")
+            self.others.append(other)
+            tests.append(other.test)
+            counts.append(other.num_classes)
+        self.starts = torch.tensor([0, *counts[:-1]]).cumsum(0)
+        self.num_classes = sum(counts)
+        self.test = Joined(tests, self.starts, self.input_shape)
+
+    def client_data(self, client_id: int) -> ClientData:
+        own = self.first.client_data(client_id)
+        parts = [own.train, *(other.client_data(client_id).train for other in self.others)]
+        return ClientData(Joined(parts, self.starts, self.input_shape), own.test)
+
+
+class Joined(Examples):
+    """Parts behind each other, as images of one shape with their labels moved.
+
+    Args:
+        parts: examples of each data set.
+        starts: what is added to the labels of each, [parts].
+        shape: channels, height, width: single channels are repeated, several are averaged, sizes interpolated.
+    """
+
+    def __init__(self, parts: Sequence[Examples], starts: Tensor, shape: tuple[int, ...]):
+        super().__init__({})
+        self.parts, self.starts, self.shape = list(parts), starts, shape
+        self.edges = torch.tensor([0, *(len(part) for part in parts)]).cumsum(0)
+
+    def __len__(self) -> int:
+        return int(self.edges[-1])
+
+    @property
+    def labels(self) -> Tensor:
+        return torch.cat([part.labels + start for part, start in zip(self.parts, self.starts, strict=True)])
+
+    def gather(self, index: Tensor) -> Tensors:
+        which = torch.bucketize(index, self.edges[1:], right=True)
+        x = torch.empty(len(index), *self.shape)
+        y = torch.empty(len(index), dtype=torch.int64)
+        for number in which.unique().tolist():
+            here = which == number
+            batch = self.parts[number].gather(index[here] - self.edges[number])
+            x[here], y[here] = self._in_shape(batch["x"]), batch["y"] + self.starts[number]
+        return {"x": x, "y": y}
+
+    def _in_shape(self, x: Tensor) -> Tensor:
+        if x.shape[1] != self.shape[0]:
+            x = x.mean(1, keepdim=True).expand(-1, self.shape[0], -1, -1)
+        same = tuple(x.shape[2:]) == self.shape[1:]
+        return x if same else F.interpolate(x, self.shape[1:], mode="bilinear", antialias=True)

@@ -367,7 +367,7 @@ class Stream(Workload):
         _, matrix = continual.accuracy_matrix(reports, self.tasks, self.rounds_per_task)
         return {
             "accuracy-matrix": heat_map(matrix, self.name),
-            "accuracy-per-task": task_curves(reports, self.tasks, self.rounds_per_task),
+            "accuracy-per-task": task_curves(reports, self.tasks, self.rounds_per_task, self.order == "same"),
         }
 
 

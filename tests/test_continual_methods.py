@@ -13,6 +13,7 @@ from clients.app import app as client_app
 from clients.state import ClientState
 from clients.trainers.agem import project
 from clients.trainers.ewc import EWCTrainer, fisher
+from clients.trainers.gss import replaced
 from clients.trainers.joint import JointTrainer
 from clients.trainers.lwf import LwFTrainer
 from clients.trainers.memory import CANDIDATES, PHASES
@@ -150,6 +151,25 @@ def test_without_replay_agem_is_finetuning():
     assert weights_sha256(ours.arrays) != weights_sha256(finished("method=agem").arrays)
 
 
+# --- GSS ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_example_like_the_others_replaces_nothing_and_a_new_one_by_the_scores():
+    """With scores (1, 3) held and 1 for the new one: place 1 is drawn in 3 / 4 and taken in 3 / 4; place 0 in 1 / 8."""
+    held, draw = torch.tensor([1.0, 3.0]), torch.Generator().manual_seed(0)
+    assert all(replaced(1.0, held, draw) is None for _ in range(20))
+    found = [replaced(0.9999999, held, draw) for _ in range(4000)]
+    for place, chance in ((1, 9 / 16), (0, 1 / 8)):
+        assert found.count(place) / 4000 == pytest.approx(chance, abs=4 * (chance * (1 - chance) / 4000) ** 0.5)
+
+
+def test_a_diverse_memory_is_full_and_holds_distinct_examples():
+    run = finished("method=gss", "trainer.memory_size=12")
+    for state in states(run).values():
+        assert len(state["memory_names"].unique()) == 12 == len(state["gss_scores"])
+        assert 0 <= float(state["gss_scores"].min()) <= float(state["gss_scores"].max()) <= 2
+
+
 # --- EWC ---------------------------------------------------------------------------------------------------------
 
 
@@ -227,7 +247,7 @@ def test_a_model_that_agrees_with_its_teacher_learns_nothing_from_it():
     trainer.tasks = [0, 1]
     own = torch.randn(6, 10, requires_grad=True)
     same = trainer.distill(client, own, own.detach().clone())
-    assert float(same) == pytest.approx(0, abs=1e-6)
+    assert float(same.detach()) == pytest.approx(0, abs=1e-6)
     (gradient,) = torch.autograd.grad(trainer.distill(client, own, own.detach() + torch.randn(6, 10)), own)
     assert gradient[:, :4].abs().min() > 0  # the classes of tasks 0 and 1
     assert not gradient[:, 4:].any()

@@ -392,6 +392,7 @@ def test_every_constructor_takes_exactly_what_its_config_says(group: str):
     for option in options(group):
         path = ["workload.path=plain"] if option == "bundle" else []
         path += ["latency.weights=w.npz"] if option == "help" else []
+        path += ["stream.bundles=[plain]"] if option == "domains" else []
         tree = compose([f"{group}={option}", *path])[group]
         if group == "model":
             tree.pop("memory_format", None)  # read by `model_factory`, which has its own test

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -223,13 +224,47 @@ def test_no_stream_leaves_a_run_as_it_was():
     assert all("task_0_accuracy" not in r.metrics for r in reports())
 
 
-@pytest.mark.parametrize("kind", [kind for kind in options("stream") if kind != "none"])
+@pytest.mark.parametrize("kind", [kind for kind in options("stream") if kind not in ("none", "domains")])
 @pytest.mark.parametrize("arrival", ["task", "chunk"])
 def test_every_stream_runs_a_phase(kind: str, arrival: str):
     settings = compose([*BASE, f"stream={kind}", f"stream.arrival={arrival}", "stream.tasks=5", "rounds=5"])
     federation = Federation(build_world(json.dumps(settings)), LocalGrid(client_app))
     reports = [report for report, _ in federation.rounds()]
     assert reports[-1].metrics["task_4_accuracy"] > 0
+
+
+def write_bundle(folder: Path, shape: tuple[int, ...], classes: int) -> str:
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    for name, size in (("train", 60), ("test", 24)):
+        x = rng.integers(0, 256, (size, *shape), dtype=np.uint8)
+        np.savez(folder / f"{name}.npz", x=x, y=np.arange(size) % classes)
+    (folder / "meta.json").write_text(json.dumps({"kind": "image", "classes": [str(c) for c in range(classes)]}))
+    return str(folder)
+
+
+def test_domains_bring_one_data_set_after_the_other(tmp_path: Path):
+    """Digits (8 x 8, grey, 10 classes), then 12 x 12 in colour with 3, then grey with 4: 17 classes, one shape."""
+    own = [write_bundle(tmp_path / "a", (12, 12, 3), 3), write_bundle(tmp_path / "b", (8, 8), 4)]
+    given = ("stream=domains", f"stream.bundles=[{own[0]},{own[1]}]", "stream.tasks=3", "rounds=3")
+    workload = stream(*given)
+    assert (workload.num_classes, workload.input_shape) == (17, (1, 8, 8))
+    assert [workload.classes_of(task) for task in (1, 2)] == [[10, 11, 12], [13, 14, 15, 16]]
+    for task in range(3):
+        part = workload.client_part(1, task).train
+        batch = part.gather(torch.arange(len(part)))
+        assert batch["x"].shape[1:] == (1, 8, 8)
+        assert set(batch["y"].tolist()) == set(workload.classes_of(task)) == set(part.labels.tolist())
+        assert len(workload.held_out(task)) == (len(workload.inner.first.test) if task == 0 else 24)
+    assert sum(len(workload.client_part(c, 1).train) for c in range(3)) == 60
+    grey = np.load(tmp_path / "b" / "train.npz")["x"]
+    alike = workload.recall(0, workload.arrivals(0, 2))["x"][0]
+    assert any(torch.equal(alike[0], torch.from_numpy(x).float() / 255) for x in grey)
+    shared = stream(*given, "stream.incremental=domain")
+    assert shared.num_classes == 10
+    assert set(shared.client_part(0, 2).train.labels.tolist()) == {0, 1, 2, 3}
+    with pytest.raises(ConfigError, match=r"stream.tasks must be 3, the workload and 2 bundles, got 4"):
+        stream(*given, "stream.tasks=4", "rounds=4")
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from fedsim.messages import Broadcast, ClientUpdate
 from fedsim.seeding import generator
 from fedsim.workload import Tensors
 
+PART = "part"
 END_OF_TASK = "end_of_task"  # the question that makes a client pick from the task that has ended
 
 
@@ -162,6 +163,16 @@ class ReplayTrainer(SGDTrainer):
 
     def learned(self, client: ClientContext, memory: Memory, names: Tensor, batch: Tensors) -> None:
         """Called after each step with what was trained on; here nothing is remembered before the task ends."""
+
+    def new_here(self, client: ClientContext) -> int:
+        """How many of the round's examples the client has not met before: a part that stays is new once.
+
+        State: part [], the last that was met.
+        """
+        part = torch.tensor(client.workload.part(client.round))
+        before = client.state.get(PART)
+        client.state[PART] = part
+        return 0 if before is not None and torch.equal(before, part) else len(client.data.train)
 
     def measured(self) -> dict[str, float]:
         """Metrics of the round beside loss and memory: the same names from every client."""

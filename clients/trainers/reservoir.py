@@ -1,7 +1,7 @@
 """Experience replay with a reservoir: every example seen so far is in the memory with the same probability.
 
 Source: Chaudhry et al., "On Tiny Episodic Memories in Continual Learning", 2019; Vitter, "Random Sampling with a
-Reservoir", 1985. State: seen [], examples so far; see ReplayTrainer. May import: what `clients.trainers.replay` may.
+Reservoir", 1985. State: reservoir_seen [], part []; see ReplayTrainer. May import: what `clients.trainers.replay` may.
 """
 
 from __future__ import annotations
@@ -26,10 +26,14 @@ class ReservoirTrainer(ReplayTrainer):
     """
 
     def begin(self, client: ClientContext, task: Broadcast, memory: Memory) -> None:
+        self.left = self.new_here(client)
         self.seen, self.draw = int(client.state.get(SEEN, torch.tensor(0))), client.stream("reservoir")
 
     def learned(self, client: ClientContext, memory: Memory, names: Tensor, batch: Tensors) -> None:
-        """Vitter's algorithm R, one draw per example."""
+        """Vitter's algorithm R, one draw per example; later passes over the same examples bring nothing new."""
+        self.left -= len(names)
+        if self.left < 0:
+            return
         draws = torch.rand(len(names), generator=self.draw, dtype=torch.float64)
         for i, name in enumerate(names):
             self.seen += 1

@@ -67,9 +67,11 @@ class Pool:
     @property
     def gradients(self) -> Tensor:
         """Of the last layer's weights and bias, [n, classes * (features + 1)]."""
-        error, features = (t if t.dim() == 3 else t.unsqueeze(1) for t in self.outputs)
-        ones = features.new_ones(*features.shape[:2], 1)
-        return torch.einsum("nsc,nsh->nch", error, torch.cat([features, ones], -1)).flatten(1)
+        error, features = self.outputs
+        inputs = torch.cat([features, features.new_ones(*features.shape[:-1], 1)], -1)
+        if error.dim() == 2:
+            return (error.unsqueeze(2) * inputs.unsqueeze(1)).flatten(1)
+        return torch.einsum("nsc,nsh->nch", error, inputs).flatten(1)
 
     @property
     def probabilities(self) -> Tensor:
