@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 Settings = dict[str, Any]
 GROUPS = (
-    *("workload", "model", "partition", "fleet", "latency", "compression", "uplink", "strategy", "trainer", "method"),
+    *("workload", "model", "partition", "stream", "fleet", "latency", "compression", "uplink"),
+    *("strategy", "trainer", "method"),
     *("engine", "experiment"),
 )
 NEEDED = tuple(group for group in GROUPS if group not in ("method", "experiment"))  # presets leave no settings behind
@@ -377,6 +378,10 @@ def build_world(config_json: str) -> World:
     parts = {"model": model_factory(settings), "partition": instantiate(settings, "partition")}
     seed = settings["seed"]
     workload = instantiate(settings, "workload", **parts, num_clients=settings["num_clients"], seed=seed)
+    stream = instantiate(settings, "stream")  # a partial: Hydra would copy the data
+    workload = stream(
+        workload=workload, rounds=settings["rounds"], evaluate_every=settings["evaluate_every"], seed=seed
+    )
     fleet = instantiate(settings, "fleet", num_clients=workload.num_clients, seed=seed)
     for key in ("cohort", "evaluate_clients"):
         if settings[key] > workload.num_clients:

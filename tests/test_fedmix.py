@@ -336,6 +336,9 @@ def test_a_recurrent_network_takes_the_form_that_needs_no_second_derivative():
         def loss(self, model: nn.Module, batch: Tensors) -> Tensor:
             return cross_entropy(model(batch["x"]), batch["y"])
 
+        def phase(self, round: int) -> int:
+            return 0
+
     trainer.setup(Text(), model, replace(Worker(world).network, layers=None))
     assert (trainer.form, trainer.passes) == ("central", 2)
 

@@ -108,6 +108,7 @@ class MixupTrainer(FedProxTrainer):
 
     def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:
         """Prices a step on mixed examples, from one that runs on a copy of the model."""
+        super().setup(workload, model, network)
         if not self.mix_ratio:
             return
         sample = workload.sample(4)
