@@ -302,7 +302,7 @@ def try_out(settings: Settings) -> None:
         ConfigError: the sentence of the part that refuses its settings.
     """
     model_factory(settings)
-    for group in ("partition", "latency", "trainer"):
+    for group in ("partition", "latency", "compression", "uplink", "trainer"):
         instantiate(settings, group)
 
 
@@ -388,7 +388,8 @@ def build_world(config_json: str) -> World:
             raise ConfigError(
                 f"{key} must be at most the {workload.num_clients} clients there are, got {settings[key]}"
             )
-    instantiate(settings, "trainer")  # workers make their own; a wrong setting is to be refused before a run begins
+    for group in ("trainer", "compression", "uplink"):
+        instantiate(settings, group)  # workers make their own; a wrong setting is to be refused before a run begins
     return World(settings, workload, fleet, instantiate(settings, "latency"))
 
 
