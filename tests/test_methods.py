@@ -280,8 +280,7 @@ def test_reported_flops_are_those_that_torch_counts(trainer: str, model: str):
             spoken(federation)
         return
     worker, (first, part) = Worker(federation.world), spoken(federation)
-    if worker.trainer.own_network:  # it prices networks when it first meets them, which is no work of the client
-        worker._answer(worker.context(first, part, 1), part, "train")
+    worker._answer(worker.context(first, part, 1), part, "train")  # what it prices when it first meets it is no work
     client = worker.context(first, part, 1)
     assert len(client.data.train) % 4
     with counter() as counted:
@@ -297,8 +296,7 @@ def test_a_method_reports_the_flops_of_what_it_sends_and_trains(method: str):
     settings = compose([*TINY, f"method={method}", *NEEDS.get(f"method={method}", []), "cohort=7"])
     federation = Federation(build_world(json.dumps(settings)), instantiate(settings, "engine", client_app=client_app))
     worker, (first, part) = Worker(federation.world), spoken(federation)
-    if worker.trainer.own_network:  # it prices networks when it first meets them, which is no work of the client
-        worker._answer(worker.context(first, part, 1), part, "train")
+    worker._answer(worker.context(first, part, 1), part, "train")  # what it prices when it first meets it is no work
     client = worker.context(first, part, 1)
     with counter() as counted:
         worker._answer(client, part, "train")
