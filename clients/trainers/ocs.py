@@ -2,8 +2,10 @@
 
 Source: Yoon et al., "Online Coreset Selection for Rehearsal-based Continual Learning", ICLR 2022, sections 3 and 4, and
 the details of its public code. With tau = 1000, as published, S and V decide almost nothing once there is a coreset:
-the ranking is that of A alone in 99.8 percent of random batches. Differs: every kept example is scored under the mask
-of its own task. May import: what `clients.trainers.replay` may, clients.trainers.gradients.
+the ranking is that of A alone in 99.8 percent of random batches, which costs learning for less forgetting. In tasks of
+two classes, whose gradients point in opposite directions, S outweighs V, and most chosen batches hold one class.
+Differs: every kept example is scored under the mask of its own task. May import: what `clients.trainers.replay` may,
+clients.trainers.gradients.
 """
 
 from __future__ import annotations
