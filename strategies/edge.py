@@ -32,6 +32,9 @@ class EdgeStrategy(FedAvg):
         """What `client` gets in this round; `weights` are the global ones and must not be changed in place."""
         return Broadcast(round, weights)
 
+    def prepare(self, round: int, arrays: ArrayRecord, grid: EdgeGrid) -> None:
+        """Exchanges before those of a round, after its cohort is drawn; `arrays` are the global weights."""
+
     def combine(self, round: int, updates: list[ClientUpdate]) -> Tensors:
         """New global weights from the accepted updates, in client order: here their mean weighted by examples.
 
@@ -55,6 +58,7 @@ class EdgeStrategy(FedAvg):
             raise ConfigError(f"{type(self).__name__} needs fedsim's EdgeGrid, got {type(grid).__name__}")
         weights = tensors_of(arrays)
         messages = list(super().configure_train(server_round, arrays, config, grid))
+        self.prepare(server_round, arrays, grid)
         packed = {id(weights): (weights, arrays)}  # what several clients get is packed once; held, so that ids stay
         for message in messages:
             broadcast = self.broadcast(server_round, grid.client(message.metadata.dst_node_id), weights)

@@ -17,7 +17,7 @@ MODULES = {
     for package in PACKAGES
     for path in sorted((ROOT / package).rglob("*.py"))
 }
-BASES = ("clients.app", "clients.state", "clients.trainers.base", "strategies.edge")
+BASES = ("clients.app", "clients.state", "clients.trainers.base", "strategies.edge", "strategies.tasks")
 # No trainers but what several of them are made of: functions, and the memory that rehearsal methods share.
 BASES += ("clients.trainers.gradients", "clients.trainers.memory", "clients.trainers.selection")
 # A method's own words; the classes of Flower's that only average are listed once, in PLAIN_MEANS of engines/blocks.py.
