@@ -127,9 +127,7 @@ class PPPStrategy(WidthStrategy):
         return largest_ratio(
             lambda ratio: (
                 1e3
-                * latency.compute_s(
-                    Work((Passes(self.slices.cost(self.plan.at_ratio(ratio)), 1, 1),)), client.profile
-                )
+                * latency.compute_s(Work((Passes(self.slices.cost(self.plan.at_ratio(ratio)), 1, 1),)), client.profile)
             ),
             self.latency_budget_ms,
             self.levels,

@@ -23,8 +23,8 @@ from devices.compression.gates import (
     MODES,
     GatedNetwork,
     Gates,
-    Personal,
     PerSample,
+    Personal,
     PerUser,
     layer_flops,
     personal_masks,
@@ -301,7 +301,9 @@ class PPPTrainer(SubnetTrainer):
             ConfigError: if it sent none.
         """
         if RATIO not in task.settings:
-            raise ConfigError(f"{type(self).__name__} got no keep ratio; take the strategy that belongs to it, by method=")
+            raise ConfigError(
+                f"{type(self).__name__} got no keep ratio; take the strategy that belongs to it, by method="
+            )
         return float(task.settings[RATIO])
 
     def gates(self, task: Broadcast) -> Gates:

@@ -69,7 +69,10 @@ class Gates(nn.Module):
         for layer in self._layers():
             self.sites[_key(layer)] = _Site(model.get_submodule(layer), layer, groups, self.names)
         for number, name in enumerate(self.names):
-            inputs, width = self.site(name).inputs, hidden if hidden is None or isinstance(hidden, int) else hidden[number]
+            inputs, width = (
+                self.site(name).inputs,
+                hidden if hidden is None or isinstance(hidden, int) else hidden[number],
+            )
             width = max(LEAST_HIDDEN, inputs // 4) if width is None else width
             mlp = nn.Sequential(nn.Linear(inputs + conditioned, width), nn.ReLU(), nn.Linear(width, self.units(name)))
             nn.init.constant_(mlp[2].bias, OPEN)  # type: ignore[arg-type]
@@ -182,8 +185,9 @@ class GatedNetwork(nn.Module):
     def __init__(self, network: nn.Module, gates: Gates, kept: Kept | None = None):
         super().__init__()
         self.network, self.gates = network, gates
+        self.training = network.training
         self.places = nn.Module()  # of each gated layer, which of its dense inputs are there
-        self.held = {name: mask for name, mask in gates.masks(kept).items()} if kept is not None else {}
+        self.held = dict(gates.masks(kept).items()) if kept is not None else {}
         indices = gates.groups.indices(kept) if kept is not None else {}
         for key, site in gates.sites.items():
             index = indices.get(f"{site.layer}.weight", {}).get(site.dim)  # type: ignore[call-overload]
