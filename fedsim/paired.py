@@ -1,6 +1,6 @@
 """Runs of a sweep against each other, seed by seed: what a difference is worth.
 
-May import: numpy, scipy (lazily), yaml, fedsim.report.
+May import: numpy, scipy (lazily), yaml, devices.errors, fedsim.metrics, fedsim.report.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import yaml
 
+from devices.errors import unknown
 from fedsim.errors import ConfigError
+from fedsim.metrics import ACCURACY
 from fedsim.report import RoundReport, read_rounds
 
 IGNORED = ("seed", "out", "name", "choices")  # settings in which runs of one row may differ
@@ -84,16 +86,19 @@ def compare(folders: Iterable[Path], last: int, against: str | None = None) -> l
     return rows({first: groups[first], **groups}, last, first)
 
 
-def rows(groups: Mapping[str, Mapping[int, list[RoundReport]]], last: int, against: str) -> list[Row]:
+def rows(
+    groups: Mapping[str, Mapping[int, list[RoundReport]]], last: int, against: str, metric: str = ACCURACY
+) -> list[Row]:
     """One row per label, in their order.
 
     Args:
         groups: by label and seed, the rounds of a run.
         last: evaluations that make a score.
         against: label of the row that all are compared with; where it has no runs there are no differences.
+        metric: of the rounds, that is the score.
     """
-    base = {seed: score(rounds, last) for seed, rounds in groups.get(against, {}).items()}
-    return [_row(label, group, base, last) for label, group in groups.items()]
+    base = {seed: score(rounds, last, metric) for seed, rounds in groups.get(against, {}).items()}
+    return [_row(label, group, base, last, metric) for label, group in groups.items()]
 
 
 def run_folders(given: Iterable[Path]) -> list[Path]:
@@ -105,9 +110,16 @@ def run_folders(given: Iterable[Path]) -> list[Path]:
     return found
 
 
-def score(rounds: list[RoundReport], last: int) -> float:
-    """Mean accuracy of the last evaluations of the global model."""
-    judged = [r.metrics["accuracy"] for r in rounds if "accuracy" in r.metrics]
+def score(rounds: list[RoundReport], last: int, metric: str = ACCURACY) -> float:
+    """Mean of a metric over the last evaluations, of the global model's accuracy unless another is named.
+
+    Raises:
+        ConfigError: if no round has the metric.
+    """
+    judged = [r.metrics[metric] for r in rounds if metric in r.metrics]
+    if not judged:
+        known = {name for r in rounds for name in r.metrics}
+        raise ConfigError(unknown("metric of a run", metric, known))
     return float(np.mean(judged[-last:]))
 
 
@@ -130,8 +142,8 @@ def interval(differences: list[float]) -> float:
     return float(t.ppf(0.975, len(differences) - 1) * np.std(differences, ddof=1) / len(differences) ** 0.5)
 
 
-def _row(label: str, group: Mapping[int, list[RoundReport]], base: dict[int, float], last: int) -> Row:
-    scores = {seed: score(rounds, last) for seed, rounds in group.items()}
+def _row(label: str, group: Mapping[int, list[RoundReport]], base: dict[int, float], last: int, metric: str) -> Row:
+    scores = {seed: score(rounds, last, metric) for seed, rounds in group.items()}
     differences = [scores[seed] - base[seed] for seed in scores if seed in base]
     ends = [[costs[-1] for costs in spent(rounds).values()] for rounds in group.values()]
     means = [float(np.mean(column)) for column in zip(*ends, strict=True)]

@@ -21,7 +21,7 @@ from fedsim.errors import ConfigError
 from fedsim.parameters import said
 from fedsim.settings import Settings, asked, compose, config_dir, try_out
 
-KEYS = ("title", "base", "seeds", "arms", "against", "x", "last", "columns")
+KEYS = ("title", "base", "seeds", "arms", "against", "x", "last", "score", "columns")
 ARM_KEYS = ("overrides", "grid")
 AXES = ("rounds", "simulated_s", "joules", "traffic_bytes")
 OWN = {"seed": "--seeds, or seeds in the file", "out": "--out"}  # settings that a study gives its runs
@@ -56,6 +56,8 @@ class Study:
         against: label of the arm that the others are compared with.
         x: axes of the picture: some of AXES, or a value of `summary.json` by its dotted path.
         last: evaluations that make a score.
+        score: the metric of the rounds that is compared: accuracy is the global model's, client_accuracy the mean of
+            the clients' own.
         columns: further values of `summary.json` by dotted path, or `metrics.NAME` of a metric of the rounds.
     """
 
@@ -66,6 +68,7 @@ class Study:
     against: str
     x: tuple[str, ...] = ("rounds", "simulated_s")
     last: int = 4
+    score: str = "accuracy"
     columns: tuple[str, ...] = ()
 
     def only(self, labels: Sequence[str]) -> Study:
@@ -145,6 +148,7 @@ def read_study(name: str, overrides: Sequence[str] = (), seeds: Sequence[int] = 
         against=str(tree.get("against", arms[0].label)),
         x=_texts(path, "x", tree.get("x", ["rounds", "simulated_s"])),
         last=tree.get("last", 4),
+        score=tree.get("score", "accuracy"),
         columns=_texts(path, "columns", tree.get("columns", [])),
     )
     return _checked(path, study)
@@ -173,6 +177,8 @@ def _checked(path: Path, study: Study) -> Study:
         raise ConfigError(f"{path}: {unknown('arm in against', study.against, labels)}")
     if isinstance(study.last, bool) or not isinstance(study.last, int) or study.last < 1:
         raise ConfigError(f"{path}: last must be a whole number of at least 1, got {said(study.last)}")
+    if not isinstance(study.score, str) or not study.score:
+        raise ConfigError(f"{path}: score must be the name of a metric of the rounds, got {said(study.score)}")
     if not study.x:
         raise ConfigError(f"{path}: x must name an axis at least: {', '.join(AXES)}, or a value of summary.json")
     for axis in study.x:

@@ -61,7 +61,7 @@ def draw_study(result: Result, path: Path) -> None:
         panel.grid(alpha=0.25, linewidth=0.6)
         panel.spines[["top", "right"]].set_visible(False)
         if number % columns == 0:
-            panel.set_ylabel("test accuracy, %")
+            panel.set_ylabel("test accuracy, %" if study.score == "accuracy" else f"{study.score}, %")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize="small", handlelength=2.6)
     left_out = len(result.rows) - len(chosen)
@@ -78,13 +78,13 @@ def shown(result: Result) -> list[str]:
     return [row.label for row in result.rows if row in best]
 
 
-def curve(runs: Sequence[Finished], axis: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def curve(runs: Sequence[Finished], axis: str, metric: str = "accuracy") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Means over the seeds at each evaluation that all of them have: what it took, accuracy, its deviation, [n]."""
     judged: list[dict[int, tuple[float, float]]] = []
     for one in runs:
         took = spent(one.rounds)[axis]
         pairs = zip(one.rounds, took, strict=True)
-        judged.append({r.round: (x, r.metrics["accuracy"]) for r, x in pairs if "accuracy" in r.metrics})
+        judged.append({r.round: (x, r.metrics[metric]) for r, x in pairs if metric in r.metrics})
     common = sorted(set.intersection(*(set(points) for points in judged)))
     points = np.array([[seed[number] for number in common] for seed in judged])  # [seeds, evaluations, 2]
     spread = points[..., 1].std(0, ddof=1) if len(runs) > 1 else np.zeros(len(common))
@@ -100,7 +100,7 @@ def _styles(labels: Sequence[str], against: str) -> dict[str, dict[str, Any]]:
 
 
 def _draw_lines(result: Result, panel: Axes, axis: str, labels: Sequence[str], styles: dict[str, Any]) -> None:
-    curves = {label: curve(result.runs[label], axis) for label in labels}
+    curves = {label: curve(result.runs[label], axis, result.study.score) for label in labels}
     most = max(x[-1] for x, _, _ in curves.values())
     units = UNITS.get(axis, ((1.0, ""),))
     unit, unit_name = next((u for u in units if most >= 2 * u[0]), units[-1])

@@ -280,7 +280,7 @@ class PPPTrainer(SubnetTrainer):
     def others(
         self, dense: ClientContext, task: Broadcast, gates: Gates, ratio: float
     ) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-        """Prototypes and masks of all clients under the client's dense network: an oracle, kept until weights change."""
+        """Prototypes and masks of all clients under the dense network: an oracle, kept until weights change."""
         tensors = [*task.weights.values(), *task.extras[GATES].values()]
         key = (ratio, *(float(t.double().sum()) for t in tensors))
         if self._prototypes[0] != key:

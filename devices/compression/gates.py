@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -192,7 +193,7 @@ class GatedNetwork(nn.Module):
         for key, site in gates.sites.items():
             index = indices.get(f"{site.layer}.weight", {}).get(site.dim)  # type: ignore[call-overload]
             place = index if index is not None and len(index) < site.size else None  # type: ignore[operator]
-            device = site.source.device  # type: ignore[union-attr]
+            device = site.source.device
             self.places.register_buffer(key, place if place is None else place.to(device), persistent=False)
         self.switch = PerSample(gates, 1.0)
 
@@ -206,7 +207,7 @@ class GatedNetwork(nn.Module):
         values: dict[str, Tensor] = {}
         handles = [
             self.network.get_submodule(site.layer).register_forward_pre_hook(  # type: ignore[arg-type]
-                partial(self._at, site, getattr(self.places, key), values)
+                partial(self._at, cast(_Site, site), getattr(self.places, key), values)
             )
             for key, site in self.gates.sites.items()
         ]
@@ -398,7 +399,7 @@ def layer_flops(model: nn.Module, x: Tensor, layers: Iterable[str]) -> dict[str,
 
     def count(name: str, layer: nn.Module, _: tuple, out: Tensor) -> None:
         channels = out.shape[-1] if isinstance(layer, nn.Linear) else out.shape[1]
-        found[name] = 2.0 * layer.weight.numel() * out[0].numel() / channels  # type: ignore[operator,union-attr]
+        found[name] = 2.0 * layer.weight.numel() * out[0].numel() / channels  # type: ignore[operator]
 
     handles = [model.get_submodule(name).register_forward_hook(partial(count, name)) for name in layers]
     was_training = model.training
