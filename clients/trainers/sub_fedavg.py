@@ -140,7 +140,7 @@ class SubFedAvgTrainer(SGDTrainer):
         return masks
 
     def ripe(self, client: ClientContext, judged: Examples, late: Tensors) -> bool:
-        """Whether the mask still moves, the target is not reached, and the network does well on the validation split."""
+        """Whether the mask still moves, the target is not reached, and the network does well on what decides."""
         entries = sum(mask.numel() for mask in late.values())
         changed = sum(int((mask != self.early[name]).sum()) for name, mask in late.items()) / entries
         if changed <= self.least_change or 1 - alive(late) > self.target + 1e-9 or not len(judged):
