@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from fedsim.cli_paired import paired
 from fedsim.errors import ConfigError
-from fedsim.paired import compare, interval, run_folders
+from fedsim.paired import compare, interval, rows, run_folders, score
 from fedsim.report import RoundReport
 
 
@@ -42,6 +42,22 @@ def test_difference_is_the_mean_over_seeds_of_the_last_evaluations(tmp_path):
     assert other.difference == pytest.approx(0.15)
     assert other.half_width == pytest.approx(12.7062 * 0.0707107 / math.sqrt(2), rel=1e-4)
     assert (other.simulated_s, other.joules, other.traffic_bytes) == (30, 6, 300)
+
+
+def test_any_metric_of_the_rounds_can_be_the_score():
+    """Own models judged in the last two of three rounds: 0.4 and 0.6; against 0.9 of another arm."""
+
+    def judged(*values: float | None) -> list[RoundReport]:
+        metrics = [{"accuracy": 0.1} | ({} if v is None else {"client_accuracy": v}) for v in values]
+        return [RoundReport(round=n, now_s=1.0, round_s=1.0, metrics=m) for n, m in enumerate(metrics)]
+
+    plain, other = judged(None, 0.4, 0.6), judged(None, 0.9, 0.9)
+    assert score(plain, 4, "client_accuracy") == pytest.approx(0.5)
+    assert score(plain, 4) == pytest.approx(0.1)
+    found = rows({"plain": {1: plain}, "other": {1: other}}, 4, "plain", "client_accuracy")
+    assert [row.difference for row in found] == [0, pytest.approx(0.4)]
+    with pytest.raises(ConfigError, match="did you mean 'client_accuracy'"):
+        score(plain, 4, "client_acuracy")
 
 
 def test_one_seed_has_no_interval():
