@@ -214,9 +214,13 @@ class Worker:
         return answer
 
     def _judge(self, client: ClientContext, task: Broadcast) -> dict[str, float]:
-        """The trainer's judgement of what the client's device runs, with the sizes of that."""
+        """The trainer's judgement of what the client's device runs, with its sizes and predicted latency."""
         if not self.compression.active or not len(client.data.test):
-            return self.trainer.evaluate(client, task)
+            metrics, judged = self.trainer.evaluate(client, task), client.log.judged
+            if judged is None:
+                return metrics
+            seconds = self.world.latency.compute_s(Work((Passes(judged, 1, 1),)), client.profile)
+            return {"latency_ms": 1e3 * seconds, "flops": judged.forward_flops, **metrics}
         recipe = self.compression.recipe(client.profile)
         batches = calibration(client.data.train)
         compressed = self.compression.apply(self.model, self.workload.sample(2)["x"].to(self.device), recipe, batches)

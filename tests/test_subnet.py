@@ -130,6 +130,24 @@ def test_clients_judge_the_part_that_their_device_runs(federation):
     assert all(0 <= row.metrics["accuracy"] <= 1 for row in rows)
 
 
+def test_every_method_says_how_long_the_network_takes_that_a_client_runs(federation):
+    """Dense and half of an MLP 6-8-3 at one rate: 2 x (48 + 24) and 2 x (24 + 12) FLOPs an example."""
+    net = (
+        "model.hidden=[8]",
+        "workload.input_shape=[6]",
+        "workload.num_classes=3",
+        "workload.client_test_fraction=0.5",
+    )
+    found = {}
+    for name, own in {"dense": ("method=fedavg",), "half": ("method=heterofl", *HALF)}.items():
+        made = federation(*own, *net, "evaluate_clients=3", "rounds=1")
+        found[name] = [report for report, _ in made.rounds()][-1].metrics
+    assert (found["dense"]["client_flops"], found["half"]["client_flops"]) == (144, 72)
+    rate = load_profile("reference")
+    seconds = [found[name]["client_latency_ms"] / 1e3 for name in ("dense", "half")]
+    assert seconds[0] - seconds[1] == pytest.approx(72 / rate.flops_per_s)
+
+
 def test_scaler_acts_in_training_only(federation):
     _, worker, first, part = start(federation, "method=heterofl", *HALF, "trainer.mask_labels=false")
     client = worker.context(first, part, 1)

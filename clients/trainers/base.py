@@ -31,6 +31,7 @@ class WorkLog:
         self.memory_bytes = memory_bytes
         self.peak_memory_bytes = 0
         self.stored_bytes = 0
+        self.judged: NetworkCost | None = None  # the network that the client would use, once it was judged
         # By identity of the network: hashing its fields at every step would cost more than the counting.
         self._passes: dict[tuple[int, int], tuple[NetworkCost, list[int]]] = {}
 
@@ -129,6 +130,7 @@ class LocalTrainer:
         if len(data):
             client.log.reserve(client.network.parameter_bytes)
             client.log.add(client.network, 1, forwards=len(data))
+            client.log.judged = client.network
         return client.workload.evaluate(client.model, data)
 
     def answer(self, client: ClientContext, question: str, task: Broadcast) -> dict[str, Tensors]:

@@ -1,0 +1,352 @@
+"""Prototype-based personalised pruning: one network whose gates say which channels a user needs, from a few examples.
+
+After Kim et al., "Prototype-based Personalized Pruning", ICASSP 2021: a reconstruction from the abstract and the patent
+abstract, federated by us, so no figure of it is the paper's; a patent (US 12 505 348 B2) covers the idea. Support
+examples, prototypes and labels stay on the device. Records: see `strategies.ppp`. May import: what
+`clients.trainers.subnet` may, and devices.compression.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clients.trainers.base import ClientContext
+from clients.trainers.subnet import SubnetTrainer
+from devices.compression.channels import Kept
+from devices.compression.gates import (
+    MODES,
+    GatedNetwork,
+    Gates,
+    PerSample,
+    Personal,
+    PerUser,
+    layer_flops,
+    personal_masks,
+)
+from devices.compression.prune import channel_scores
+from devices.cost import NetworkCost
+from devices.errors import DeviceError, unknown
+from devices.meter import peak_memory_bytes
+from fedsim.errors import ConfigError
+from fedsim.messages import Broadcast, ClientUpdate
+from fedsim.seeding import torch_generator
+from fedsim.slices import BITS, KEPT, price
+from fedsim.workload import Tensors, Workload
+
+GATES, MASK, SHARE = "gates", "mask", "share"  # extra records
+RATIO, MASKED = "keep-ratio", "masked"  # settings of the strategy
+MASKS = ("personal", "other", "global", "random", "magnitude")
+CONTROLS = (*MASKS[1:], "gates", "dense")
+REGULARISERS = ("per_layer", "flops")
+
+
+class PPPTrainer(SubnetTrainer):
+    """SGD on cross-entropy under gates per example, plus the same under the user's prototype, plus the budget.
+
+    L = L_inst + L_proto + beta L_reg + gamma L_div. With keep ratio 1 the gates are open, both paths are one pass, and
+    this is plain SGD. Clients are judged with the network that their mask leaves, cut out for real, without training.
+
+    Args:
+        mask_mode: "threshold" keeps channels whose prototype is above one half; "topk" exactly the keep ratio.
+        mask: what a client is judged with. Controls: "other" is the next client's mask, "global" that of the mean
+            prototype of all clients, "random" a permutation of the own mask, "magnitude" the filters with the largest
+            weights; all at the personal mask's channel counts but "other" and "global", which choose by mask_mode.
+            "other" and "global" are ORACLES: they read other clients' examples, and no bytes are counted for that.
+        controls: further masks, "gates" (per example) or "dense", judged beside as `accuracy_NAME`; at no cost.
+        support: m, examples of the client's own training part that make its prototype.
+        beta: weight of the budget.
+        reg_mode: "per_layer" sums (mean gate - ratio)^2 over the layers; "flops" takes one mean, weighted by FLOPs.
+        diversity: gamma, weight of the likeness of the client's prototype to the share of clients that keep a channel.
+        levels: with conditioned gates in full training: keep ratios that each step draws from; empty takes its own.
+        gate_noise: logistic noise on the gates in training.
+        sgd: arguments of SGDTrainer.
+    """
+
+    known_settings = SubnetTrainer.known_settings | {RATIO, MASKED}
+
+    def __init__(
+        self,
+        mask_mode: str = "threshold",
+        mask: str = "personal",
+        controls: Sequence[str] = (),
+        support: int = 10,
+        beta: float = 2.0,
+        reg_mode: str = "per_layer",
+        diversity: float = 0.0,
+        levels: Sequence[float] = (),
+        gate_noise: bool = False,
+        **sgd: Any,
+    ):
+        super().__init__(**sgd)
+        for key, value, allowed in (
+            ("mask_mode", mask_mode, MODES),
+            ("mask", mask, MASKS),
+            ("reg_mode", reg_mode, REGULARISERS),
+            *(("controls", name, CONTROLS) for name in controls),
+        ):
+            if value not in allowed:
+                raise ConfigError(unknown(f"value for trainer.{key}", value, allowed))
+        if support < 1:
+            raise ConfigError(f"trainer.support must be at least 1, got {support!r}")
+        if beta < 0 or diversity < 0:
+            raise ConfigError(f"trainer.beta and trainer.diversity must be at least 0, got {beta!r} and {diversity!r}")
+        if not all(0 < level <= 1 for level in levels):
+            raise ConfigError(f"trainer.levels must be ratios in (0, 1], got {list(levels)}")
+        self.mask_mode, self.mask, self.controls, self.support = mask_mode, mask, tuple(controls), support
+        self.beta, self.reg_mode, self.diversity = beta, reg_mode, diversity
+        self.levels, self.gate_noise = list(levels), gate_noise
+
+    def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:
+        """Finds the channel groups that can be gated; gates come with the first broadcast that has some.
+
+        Raises:
+            ConfigError: for a model without such groups.
+        """
+        super().setup(workload, model, network)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                self.plan = Gates(self.slices.model, self.slices.groups)
+        except DeviceError as error:
+            raise ConfigError(f"{error}; take another model or another method") from error
+        self._gates: Gates | None = None
+        self._costs: dict[tuple[int, ...], NetworkCost] = {}
+        self._flops: dict[str, float] = {}
+        self._prototypes: tuple[tuple[float, ...], list[dict[str, Tensor]]] = ((), [])
+
+    # --- training -----------------------------------------------------------------------------------------------------
+
+    def fit(self, client: ClientContext, task: Broadcast) -> ClientUpdate:
+        """Finds the client's mask, then trains all that was sent, or only what the mask keeps (masked training)."""
+        self.check_settings(task)
+        ratio, held, masked = self.ratio(task), self.kept(task), bool(task.settings.get(MASKED, False))
+        weights = self.fitting(task.weights, held)
+        own = wanted = held
+        extras: dict[str, Tensors] = {}
+        narrowed = self.narrowed(client, held, weights)
+        if ratio < 1:
+            gates = self.gates(task)
+            found = self.personal(narrowed, gates, held, ratio)
+            wanted = gates.kept(found.wanted)
+            if masked:
+                own = gates.kept(found.masks)
+                narrowed = self.narrowed(client, own, self.slices.groups.within(weights, own, held))
+            narrowed = self.gated(narrowed, gates, own)
+            extras[GATES] = {name: t.detach() for name, t in gates.state_dict().items()}
+        self.reserve(narrowed)
+        train_loss = self.train(narrowed, task, self.batches(narrowed, task))
+        groups = self.slices.groups
+        if masked:
+            extras[KEPT] = {BITS: groups.pack(own)}
+        if not masked or not _equal(own, wanted):
+            extras[MASK] = {BITS: groups.pack(wanted)}
+        metrics = {"train_loss": train_loss, "keep_ratio": self.plan.keep_ratio(wanted)}
+        update = self.returned(narrowed.weights, own, task.weights)
+        return ClientUpdate(client.client_id, len(client.data.train), update, metrics, extras)
+
+    def batches(self, client: ClientContext, task: Broadcast) -> Iterator[Tensors]:
+        """The batches of plain SGD, each with a keep ratio where levels are drawn."""
+        network = client.model
+        if not self.levels or not isinstance(network, GatedNetwork) or not network.gates.conditioned:
+            yield from super().batches(client, task)
+            return
+        draw, choices = client.stream("keep-ratios"), torch.tensor(self.levels)
+        for batch in super().batches(client, task):
+            yield {**batch, RATIO: choices[torch.randint(len(choices), (), generator=draw)]}
+
+    def loss(self, client: ClientContext, batch: Tensors, task: Broadcast) -> Tensor:
+        """L of section 2.3 for one user's batch; the workload's loss where gates are open."""
+        network = client.model
+        if not isinstance(network, GatedNetwork):
+            return super().loss(client, batch, task)
+        ratio = float(batch[RATIO]) if RATIO in batch else self.ratio(task)
+        gates, noise = network.gates, client.stream("gate-noise") if self.gate_noise else None
+        if ratio == 1:  # the gates' gradients are zero, but they have some
+            nothing = sum(p.sum() for p in gates.parameters()) * 0
+            return client.workload.loss(network.network, batch) + nothing
+        alone, user = PerSample(gates, ratio, noise), PerUser(gates, ratio, noise=noise)
+        loss = client.workload.loss(network.through(alone), batch) + client.workload.loss(network.through(user), batch)
+        budget = self.regulariser(network, alone.values, ratio) + self.regulariser(network, user.values, ratio)
+        loss = loss + self.beta * budget
+        if self.diversity and SHARE in task.extras:
+            share = task.extras[SHARE]
+            loss = loss + self.diversity * sum(likeness(p[0], share[n]) for n, p in user.prototypes.items())
+        return loss
+
+    def regulariser(self, network: GatedNetwork, values: Mapping[str, Tensor], ratio: float) -> Tensor:
+        """L_reg of one path from its straight-through gates, [batch, units] by group."""
+        means = {name: gates.mean() for name, gates in values.items()}
+        if self.reg_mode == "per_layer":
+            return torch.stack([(mean - ratio) ** 2 for mean in means.values()]).sum()
+        if not self._flops:
+            self._flops = layer_flops(self.slices.model, self.slices.workload.sample(1)["x"], network.gates.names)
+        total = sum(self._flops.values())
+        return (torch.stack([mean * (self._flops[n] / total) for n, mean in means.items()]).sum() - ratio) ** 2
+
+    def log_step(self, client: ClientContext, batch: int) -> None:
+        """Both paths, where gates are at work."""
+        passes = 2 if isinstance(client.model, GatedNetwork) else 1
+        client.log.add(client.network, batch, forwards=passes, backwards=passes)
+
+    def reserve(self, client: ClientContext) -> None:
+        """Declares the memory of a step; both paths are held until the backward pass."""
+        network, batch = client.network, min(self.batch_size, len(client.data.train))
+        if isinstance(client.model, GatedNetwork):
+            network = replace(network, activation_bytes=2 * network.activation_bytes)
+        client.log.reserve(peak_memory_bytes(network, batch, 1.0 if self.momentum else 0.0))
+
+    # --- deployment ---------------------------------------------------------------------------------------------------
+
+    def evaluate(self, client: ClientContext, task: Broadcast) -> dict[str, float]:
+        """Prunes the network for the client, without a gradient, and judges what remains on its held-out part."""
+        if not len(client.data.test):
+            return {}
+        ratio = self.ratio(task)
+        own = self.deployed(client, task, self.mask, ratio)
+        narrowed = self.narrowed(client, own, task.weights)
+        metrics = super(SubnetTrainer, self).evaluate(narrowed, task)
+        metrics["keep_ratio"] = self.plan.keep_ratio(own)
+        aside = replace(client, log=type(client.log)(client.log.memory_bytes))  # controls are no work of the device
+        for name in self.controls:
+            network = self.control(aside, task, name, ratio)
+            metrics[f"accuracy_{name}"] = client.workload.evaluate(network, client.data.test)["accuracy"]
+        return metrics
+
+    def deployed(self, client: ClientContext, task: Broadcast, mask: str, ratio: float) -> Kept:
+        """The channels that a client deploys under a mask of MASKS; with keep ratio 1 all of them."""
+        groups = self.slices.groups
+        if ratio == 1:
+            return groups.all()
+        gates = self.gates(task) if GATES in task.extras else None
+        if gates is None:
+            if mask not in ("random", "magnitude") or self.mask_mode != "topk":
+                raise ConfigError(
+                    f"trainer.mask={mask} with trainer.mask_mode={self.mask_mode} needs trained gates; with "
+                    "strategy.ratio=1 there are none, so take mask=magnitude or random with mask_mode=topk"
+                )
+            gates = self.plan
+            masks = gates.masks(gates.at_ratio(ratio))
+        elif mask == "magnitude" and self.mask_mode == "topk":
+            masks = gates.masks(gates.at_ratio(ratio))
+        else:
+            dense = self.narrowed(client, groups.all(), task.weights)
+            if mask == "other":
+                prototypes = self.others(dense, task, gates, ratio)
+                return gates.kept(prototypes[(client.client_id + 1) % len(prototypes)][1])
+            if mask == "global":
+                prototypes = self.others(dense, task, gates, ratio)
+                mean = {n: torch.stack([p[0][n] for p in prototypes]).mean(0) for n in gates.names}
+                return gates.kept({n: gates.choose(n, p, ratio, self.mask_mode) for n, p in mean.items()})
+            masks = self.personal(dense, gates, groups.all(), ratio).masks
+        if mask == "random":
+            draw = torch_generator(client.seed, "random-mask", client.client_id)
+            masks = {n: m.cpu()[torch.randperm(len(m), generator=draw)] for n, m in masks.items()}
+        if mask == "magnitude":
+            scores = channel_scores(groups, {n: t.cpu() for n, t in task.weights.items()})
+            for name, counted in masks.items():
+                best = scores[name].view(len(counted), -1).mean(1).argsort(descending=True, stable=True)
+                masks[name] = torch.zeros(len(counted)).bool().index_fill_(0, best[: int(counted.sum())], True)
+        return gates.kept(masks)
+
+    def control(self, client: ClientContext, task: Broadcast, name: str, ratio: float) -> nn.Module:
+        """The network of a control of CONTROLS."""
+        groups = self.slices.groups
+        if name in MASKS:
+            return self.narrowed(client, self.deployed(client, task, name, ratio), task.weights).model
+        dense = self.narrowed(client, groups.all(), task.weights).model
+        if name == "dense" or ratio == 1 or GATES not in task.extras:
+            return dense
+        gates = self.gates(task)
+        return GatedNetwork(dense, gates).through(PerSample(gates, ratio))
+
+    def personal(self, client: ClientContext, gates: Gates, held: Kept, ratio: float) -> Personal:
+        """The masks that the client's support gives; one forward pass, which the device pays for."""
+        x = self.supported(client.data.train, client.seed, client.client_id)
+        cost = self.gated_cost(gates, held)
+        client.log.reserve(cost.parameter_bytes)
+        client.log.add(cost, len(x), forwards=1)
+        return personal_masks(GatedNetwork(client.model, gates, held), x.to(client.device), ratio, self.mask_mode)
+
+    def supported(self, data: Any, seed: int, client_id: int) -> Tensor:
+        """The inputs of the client's support, the same in every round, [m, ...]; fewer where it has fewer."""
+        order = torch.randperm(len(data), generator=torch_generator(seed, "support", client_id))
+        return data.gather(order[: self.support])["x"]
+
+    def others(
+        self, dense: ClientContext, task: Broadcast, gates: Gates, ratio: float
+    ) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+        """Prototypes and masks of all clients under the dense network: an oracle, kept until weights change."""
+        tensors = [*task.weights.values(), *task.extras[GATES].values()]
+        key = (ratio, *(float(t.double().sum()) for t in tensors))
+        if self._prototypes[0] != key:
+            network, found = GatedNetwork(dense.model, gates), []
+            for other in range(dense.workload.num_clients):
+                x = self.supported(dense.workload.client_data(other).train, dense.seed, other).to(dense.device)
+                one = personal_masks(network, x, ratio, self.mask_mode)
+                found.append((one.prototypes, one.masks))
+            self._prototypes = (key, found)  # type: ignore[assignment]
+        return self._prototypes[1]  # type: ignore[return-value]
+
+    # --- tensors and prices -------------------------------------------------------------------------------------------
+
+    def ratio(self, task: Broadcast) -> float:
+        """The keep ratio that the strategy sent.
+
+        Raises:
+            ConfigError: if it sent none.
+        """
+        if RATIO not in task.settings:
+            raise ConfigError(
+                f"{type(self).__name__} got no keep ratio; take the strategy that belongs to it, by method="
+            )
+        return float(task.settings[RATIO])
+
+    def gates(self, task: Broadcast) -> Gates:
+        """The gates that the strategy sent; one object for all clients."""
+        tensors = task.extra(GATES)
+        if self._gates is None:
+            self._gates = Gates.like(tensors, self.slices.model, self.slices.groups).to(self.slices.device)
+        self._gates.load_state_dict(tensors)
+        return self._gates
+
+    def gated(self, client: ClientContext, gates: Gates, kept: Kept) -> ClientContext:
+        """The client with its network under gates, both to be trained."""
+        network = GatedNetwork(client.model, gates, kept).train()
+        parameters = [*client.parameters, *gates.parameters()]
+        return replace(client, model=network, parameters=parameters, network=self.gated_cost(gates, kept))
+
+    def gated_cost(self, gates: Gates, kept: Kept) -> NetworkCost:
+        """What one example costs on one path of a narrowed network under gates."""
+        sizes = tuple(map(len, kept.values()))
+        if sizes not in self._costs:
+            network = GatedNetwork(self.slices.groups.build(self.slices.model, kept), gates, kept)
+            network.switch = PerSample(network.gates, 0.5)
+            self._costs[sizes] = price(self.slices.workload, network, f"{self.slices.cost(kept).name}, gated")
+        return self._costs[sizes]
+
+    def fitting(self, weights: Tensors, held: Kept) -> Tensors:
+        """The weights that were sent, with the client's own private ones cut to their sizes."""
+        private = {name: weights[name] for name in self.private}
+        return {**weights, **self.slices.groups.slice(private, held)} if private else weights
+
+    def returned(self, weights: Tensors, kept: Kept, before: Tensors) -> Tensors:
+        """The trained tensors, private ones put back into whole ones, so that no channel of them is lost."""
+        private = {name: weights[name] for name in self.private}
+        if not private:
+            return weights
+        dense, masks = self.slices.groups.scatter(private, kept, before)
+        return {**weights, **{name: torch.where(masks[name], t, before[name]) for name, t in dense.items()}}
+
+
+def likeness(prototype: Tensor, share: Tensor) -> Tensor:
+    """cos(p - 1/2, s - 1/2), a scalar: 1 where the user keeps what most keep."""
+    return F.cosine_similarity(prototype - 0.5, share - 0.5, dim=0)
+
+
+def _equal(a: Kept, b: Kept) -> bool:
+    return all(torch.equal(index, b[name]) for name, index in a.items())

@@ -1,0 +1,189 @@
+"""Prototype-based personalised pruning, federated: clients train one network and its gates, each for its own channels.
+
+After Kim et al., "Prototype-based Personalized Pruning", ICASSP 2021: a reconstruction from the abstract and the patent
+abstract, federated by us, so no figure of it is the paper's; a patent (US 12 505 348 B2) covers the idea.
+Records: arrays, both ways: the network, or the part that the client trains. gates, both ways where the keep ratio is
+below 1: its gate modules. kept, down and, in masked training, up: bits [ceil(C / 8)] uint8, the channels of arrays.
+mask, up, where it differs from kept: bits of the channels that the client's prototype asks for; masked training sends
+them in its next round. share, down, with trainer.diversity above 0: by group, the share of clients that keep a unit.
+May import: what `strategies.widths` may, and devices.compression.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+
+from devices.compression.channels import Kept
+from devices.compression.gates import Gates, mean_jaccard_distance
+from devices.compression.prune import largest_ratio
+from devices.cost import Passes, Work
+from devices.errors import DeviceError, unknown
+from fedsim.errors import ConfigError
+from fedsim.messages import Broadcast, ClientUpdate
+from fedsim.network import Enrolled
+from fedsim.seeding import derive
+from fedsim.slices import BITS, KEPT
+from fedsim.workload import Tensors
+from strategies.edge import EdgeStrategy
+from strategies.widths import WidthStrategy
+
+GATES, MASK, SHARE = "gates", "mask", "share"  # extra records
+RATIO, MASKED = "keep-ratio", "masked"  # settings for the trainer
+TRAINING = ("full", "masked")
+
+
+class PPPStrategy(WidthStrategy):
+    """Averages the network per coordinate over those who trained it, and the gates over all who used them.
+
+    A masked client knows no channel that it was not sent: it is sent everything once, then what its gates last asked
+    for. With ratio 1 this is FedAvg, bit for bit, and mask bits beside.
+
+    Args:
+        ratio: keep ratio of every client; None chooses by latency_budget_ms, or by tiers where that is None too.
+        latency_budget_ms: a client gets the largest of the levels whose network, cut at that ratio, needs at most so
+            long for one example on its device, as predicted.
+        levels, tiers: as for WidthStrategy.
+        deploy_ratio: keep ratio at which clients are judged; None is the one they train for.
+        train_mode: "full" trains all channels under gates; "masked" sends and trains the client's own.
+        warmup: share of the rounds in which the ratio falls from 1 to the client's own.
+        gate_hidden: units of a gate's hidden layer; None is max(8, inputs / 4).
+        budget_conditioned: gates read the keep ratio.
+        sampling: arguments of FedAvg.
+
+    Raises:
+        ConfigError: for a setting that is not allowed.
+    """
+
+    gates: Tensors
+
+    def __init__(
+        self,
+        ratio: float | None = 0.5,
+        latency_budget_ms: float | None = None,
+        levels: Sequence[float] = (0.3, 0.5, 0.7, 1.0),
+        tiers: Mapping[str, float] | None = None,
+        deploy_ratio: float | None = None,
+        train_mode: str = "full",
+        warmup: float = 0.2,
+        gate_hidden: int | None = None,
+        budget_conditioned: bool = False,
+        **sampling: Any,
+    ):
+        super().__init__(levels=levels, tiers=tiers, **sampling)
+        for key, value in (("ratio", ratio), ("deploy_ratio", deploy_ratio)):
+            if value is not None and not 0 < value <= 1:
+                raise ConfigError(f"strategy.{key} must be null or in (0, 1], got {value!r}")
+        if latency_budget_ms is not None and (ratio is not None or latency_budget_ms <= 0):
+            raise ConfigError(
+                "strategy.latency_budget_ms must be null or greater than 0, and needs strategy.ratio=null; got "
+                f"{latency_budget_ms!r} with ratio={ratio!r}"
+            )
+        if train_mode not in TRAINING:
+            raise ConfigError(unknown("value for strategy.train_mode", train_mode, TRAINING))
+        if not 0 <= warmup <= 1:
+            raise ConfigError(f"strategy.warmup must be in [0, 1], got {warmup!r}")
+        if gate_hidden is not None and gate_hidden < 1:
+            raise ConfigError(f"strategy.gate_hidden must be null or at least 1, got {gate_hidden!r}")
+        self.fixed, self.latency_budget_ms, self.deploy_ratio = ratio, latency_budget_ms, deploy_ratio
+        self.masked, self.warmup = train_mode == "masked", warmup
+        self.gate_hidden, self.budget_conditioned = gate_hidden, budget_conditioned
+        self.masks: dict[int, Kept] = {}  # by client, the channels that its gates last asked for
+        self.judging = False
+        self.distance = 0.0
+
+    def open(self, arrays: ArrayRecord, grid: Grid) -> None:
+        """As for all parts of networks; at the first round, makes fresh gates."""
+        super().open(arrays, grid)
+        if hasattr(self, "gates"):
+            return
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(derive(self.world.settings["seed"], "gates"))
+                self.plan = Gates(self.slices.model, self.slices.groups, self.gate_hidden, self.budget_conditioned)
+        except DeviceError as error:
+            raise ConfigError(f"{error}; take another model or another method") from error
+        self.gates = {name: t.detach() for name, t in self.plan.state_dict().items()}
+
+    # --- what a client gets -------------------------------------------------------------------------------------------
+
+    def choose(self, round: int, client: Enrolled) -> Kept:
+        """All channels, or in masked training those that the client's gates last asked for."""
+        known = self.masks if self.masked and not self.judging else {}
+        return known.get(client.client_id) or self.slices.groups.all()
+
+    def ratio(self, client: Enrolled) -> float:
+        """The keep ratio that the client's device is given."""
+        if self.fixed is not None:
+            return float(self.fixed)
+        if self.latency_budget_ms is None:
+            return super().ratio(client)
+        latency = self.world.latency
+        return largest_ratio(
+            lambda ratio: (
+                1e3
+                * latency.compute_s(Work((Passes(self.slices.cost(self.plan.at_ratio(ratio)), 1, 1),)), client.profile)
+            ),
+            self.latency_budget_ms,
+            self.levels,
+        )
+
+    def ratio_now(self, round: int, client: Enrolled) -> float:
+        """The keep ratio of a round: it falls from 1 to the client's own in the first rounds."""
+        if client.client_id not in self._ratios:
+            self._ratios[client.client_id] = self.ratio(client)
+        own = self._ratios[client.client_id]
+        if self.judging:
+            return own if self.deploy_ratio is None else float(self.deploy_ratio)
+        falling = self.warmup * self.world.settings["rounds"]
+        return own if round - 1 >= falling else 1 - (1 - own) * (round - 1) / falling
+
+    def broadcast(self, round: int, client: Enrolled, weights: Tensors) -> Broadcast:
+        """The client's channels and keep ratio, and the gates where they are at work."""
+        part, ratio = super().broadcast(round, client, weights), self.ratio_now(round, client)
+        extras = dict(part.extras)
+        if ratio < 1 and self.fixed != 1:
+            extras[GATES] = self.gates
+        if self.masks and ratio < 1 and not self.judging and self.world.settings["trainer"].get("diversity", 0):
+            kept = [self.plan.masks(mask) for mask in self.masks.values()]
+            extras[SHARE] = {n: torch.stack([one[n] for one in kept]).float().mean(0) for n in self.plan.names}
+        return replace(part, extras=extras, settings={RATIO: ratio, MASKED: self.masked})
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """FedAvg's choice of clients; each gets the whole network, which it prunes for itself."""
+        self.judging = True
+        try:
+            return list(super().configure_evaluate(server_round, arrays, config, grid))
+        finally:
+            self.judging = False
+
+    # --- what comes back ----------------------------------------------------------------------------------------------
+
+    def combine(self, round: int, updates: list[ClientUpdate]) -> Tensors:
+        """The mean of each coordinate over those who trained it; gates over all who used them; masks are noted."""
+        groups, masks = self.slices.groups, []
+        for update in updates:
+            record = update.extras.get(MASK) or update.extra(KEPT)
+            kept = self.masks[update.client_id] = groups.unpack(record[BITS])
+            masks.append(torch.cat(list(self.plan.masks(kept).values())))
+        self.distance = mean_jaccard_distance(torch.stack(masks))
+        gated = [replace(update, weights=update.extra(GATES)) for update in updates if GATES in update.extras]
+        if gated:
+            self.gates = EdgeStrategy.combine(self, round, gated)
+        return super().combine(round, updates)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """The new weights; metrics with the mean Jaccard distance between the masks of the round's clients."""
+        arrays, metrics = super().aggregate_train(server_round, replies)
+        if metrics is not None:
+            metrics["mask_distance"] = self.distance
+        return arrays, metrics

@@ -1,0 +1,50 @@
+"""Sub-FedAvg: each coordinate is averaged over the clients whose own mask keeps it.
+
+Source: Vahidian et al., "Personalized Federated Learning by Structured and Unstructured Pruning under Data
+Heterogeneity", ICDCS Workshops 2021, the unstructured form. Differs: the mean is weighted by examples, as everywhere
+here.
+Records: arrays, both ways: the network, zero where pruned, up; mask, up: by weight, bits [ceil(entries / 8)] uint8.
+May import: flwr, torch, devices, fedsim (not clients).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fedsim.messages import Broadcast, ClientUpdate
+from fedsim.network import Enrolled
+from fedsim.workload import Tensors
+from strategies.edge import EdgeStrategy
+
+MASK = "mask"
+
+
+class SubFedAvg(EdgeStrategy):
+    """The mean over those who keep a coordinate; where nobody does, it stays. Without masks this is the plain mean."""
+
+    weights: Tensors
+
+    def broadcast(self, round: int, client: Enrolled, weights: Tensors) -> Broadcast:
+        """The whole network; the client puts its mask on."""
+        self.weights = weights
+        return super().broadcast(round, client, weights)
+
+    def combine(self, round: int, updates: list[ClientUpdate]) -> Tensors:
+        """Per coordinate, in client order and float64."""
+        mean = super().combine(round, updates)
+        for name in updates[0].extra(MASK):
+            old = self.weights[name]
+            total, held = torch.zeros(old.shape, dtype=torch.float64), torch.zeros(old.shape, dtype=torch.float64)
+            masks = [unpacked(update.extra(MASK)[name], old) for update in updates]
+            for update, mask in zip(updates, masks, strict=True):
+                held += update.num_examples * mask
+            for update, mask in zip(updates, masks, strict=True):
+                total += update.weights[name].double() * (update.num_examples * mask / held.clamp(min=1))
+            mean[name] = torch.where(held > 0, total.to(old.dtype), old)
+        return mean
+
+
+def unpacked(bits: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A mask of the shape of `like` from one bit per entry."""
+    flat = (bits.view(-1, 1) >> torch.arange(7, -1, -1, dtype=torch.uint8) & 1).flatten()
+    return flat[: like.numel()].view(like.shape).bool()
