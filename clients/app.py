@@ -102,7 +102,7 @@ class Worker:
         self.trainer.private = private_names(self.model, settings["private"])
         self.initial = {n: t.detach().clone() for n, t in self.slots.items() if n in self.trainer.private}
         self.trainer.setup(self.workload, self.model, self.network)
-        self._data: OrderedDict[int, ClientData] = OrderedDict()
+        self._data: OrderedDict[tuple[int, int], ClientData] = OrderedDict()
         self._data_bytes = 0
         self._shared: tuple[ArrayRecord, Tensors] | None = None
         self._shared_flat: torch.Tensor | None = None
@@ -208,7 +208,10 @@ class Worker:
                 {"metrics": MetricRecord({NUM_EXAMPLES: count, **{k: float(v) for k, v in metrics.items()}})}
             )
         records = {name: record_of(tensors) for name, tensors in self.trainer.answer(client, question, task).items()}
-        return RecordDict(records)  # type: ignore[arg-type]
+        answer = RecordDict(records)  # type: ignore[arg-type]
+        if client.state:
+            answer[STATE] = client.state.pack()
+        return answer
 
     def _judge(self, client: ClientContext, task: Broadcast) -> dict[str, float]:
         """The trainer's judgement of what the client's device runs, with its sizes and predicted latency."""
@@ -283,7 +286,7 @@ class Worker:
             state=ClientState.unpack(_record(part, STATE) if STATE in part else None),
             device=self.device,
             log=WorkLog(profile.memory_bytes),
-            data=self._client_data(client_id),
+            data=self._client_data(client_id, self.workload.part(round)),
         )
 
     def _weights(self, part: RecordDict) -> Tensors:
@@ -322,13 +325,15 @@ class Worker:
             return
         torch._foreach_copy_(list(self.slots.values()), [weights[name] for name in self.slots])
 
-    def _client_data(self, client_id: int) -> ClientData:
-        if client_id in self._data:
-            self._data.move_to_end(client_id)
-            return self._data[client_id]
-        raw = self.workload.client_data(client_id)
-        data = ClientData(*(part.materialise(self.device, self.memory_format) for part in (raw.train, raw.test)))
-        self._data[client_id] = data
+    def _client_data(self, client_id: int, number: int) -> ClientData:
+        key = (client_id, number)
+        if key in self._data:
+            self._data.move_to_end(key)
+            return self._data[key]
+        raw = self.workload.client_part(client_id, number)
+        train, test = (part.materialise(self.device, self.memory_format) for part in (raw.train, raw.test))
+        data = ClientData(train, test, raw.version)
+        self._data[key] = data
         self._data_bytes += _bytes_of(data)
         while self._data_bytes > CACHE_BYTES and len(self._data) > 1:
             self._data_bytes -= _bytes_of(self._data.popitem(last=False)[1])

@@ -169,7 +169,7 @@ def _table(result: Result, columns: dict[str, list[str]]) -> Table:
     over = f"mean ± standard deviation of seeds {seeds}" if many else f"seed {seeds}"
     shown = table("arm", *columns, title=f"{study.title}\n{over}; differences to {study.against}")
     if study.last > 1:
-        shown.caption = f"{_score_name(study)}: mean of the last {study.last} evaluations of a run"
+        shown.caption = f"{study.metric}: mean of the last {study.last} evaluations of a run"
     for number, row in enumerate(result.rows):
         lacks = len(row.scores) < len(study.seeds)
         label = f"{row.label} ({len(row.scores)} of {len(study.seeds)} seeds)" if lacks else row.label
@@ -177,19 +177,15 @@ def _table(result: Result, columns: dict[str, list[str]]) -> Table:
     return shown
 
 
-def _score_name(study: Study) -> str:
-    return study.score.replace("_", " ")
-
-
 def _scores(result: Result) -> dict[str, list[str]]:
-    """Cells by column: the score, and what it differs by."""
-    score = f"{_score_name(result.study)} %"
-    cells: dict[str, list[str]] = {score: [], "difference": [], "95 % interval": []}
+    """Cells by column: the metric, and what it differs by."""
+    metric = f"{result.study.metric.replace('_', ' ')} %"
+    cells: dict[str, list[str]] = {metric: [], "difference": [], "95 % interval": []}
     for row in result.rows:
         spread = f" ± {100 * row.deviation:.2f}" if len(row.scores) > 1 else ""
         low, high = (100 * end for end in row.interval)
         compared = row.label != result.study.against and not math.isnan(row.difference)
-        cells[score].append(f"{100 * row.mean:.2f}{spread}")
+        cells[metric].append(f"{100 * row.mean:.2f}{spread}")
         cells["difference"].append(f"{100 * row.difference:+.2f}" if compared else "")
         cells["95 % interval"].append(f"{low:+.2f} to {high:+.2f}" if compared and math.isfinite(low) else "")
     return {name: column for name, column in cells.items() if any(column)}

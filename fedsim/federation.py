@@ -83,13 +83,13 @@ class Federation:
         """Round 0 (the untrained model), then training rounds until one of the limits is reached."""
         settings, clock = self.settings, self.grid.clock
         started = time.perf_counter()
-        yield self.report(0, 0.0, self.judge(), started)
+        yield self.report(0, 0.0, self.judge(0), started)
         for number in range(1, settings["rounds"] + 1):
             started, start_s = time.perf_counter(), clock.now_s
             metrics = self.train(number)
             over = settings["max_simulated_s"] is not None and clock.now_s >= settings["max_simulated_s"]
             if over or number % settings["evaluate_every"] == 0 or number == settings["rounds"]:
-                metrics |= self.judge() | self.ask_clients(number)
+                metrics |= self.judge(number) | self.ask_clients(number)
             yield self.report(number, start_s, metrics, started)
             if over or metrics.get(figures.ACCURACY, 0.0) >= (settings["target_accuracy"] or 2.0):
                 return
@@ -132,13 +132,13 @@ class Federation:
         with seeded_globals(self.seed, "cohort", number):
             return list(self.strategy.configure_train(number, self.shared, ConfigRecord(), self.grid))
 
-    def judge(self) -> dict[str, float]:
-        """Accuracy and loss of the global model on the held-out test set, on the server, at no simulated cost.
+    def judge(self, number: int) -> dict[str, float]:
+        """Accuracy and loss of the global model on held-out examples, on the server, at no simulated cost.
 
         Where tensors are private, the server has their initial values only: what clients learn shows in `ask_clients`.
         """
         self.model.load_state_dict(tensors_of(self.arrays))
-        return self.world.workload.evaluate(self.model, self.world.workload.test)
+        return self.world.workload.judge(self.model, number)
 
     def deploy(self) -> list[dict[str, Any]]:
         """What each kind of device runs of the global model, where they run less than all of it."""
@@ -192,9 +192,11 @@ def run(
             if watch:
                 watch(report)
         summary = summarise(settings, reports, totals, federation.arrays, time.perf_counter() - started)
+        workload = federation.world.workload
+        summary |= workload.figures(reports)
         if entries := federation.deploy():
             summary["compression"] = entries
-        folder.finish(summary)
+        folder.finish(summary, workload.pictures(reports))
     except BaseException as error:
         # Halves that do not belong together are seen when they first meet: still a wrong setting, so nothing stays.
         if isinstance(error, ConfigError | DeviceError) and len(reports) <= 1:

@@ -1,6 +1,6 @@
 """Runs of a sweep against each other, seed by seed: what a difference is worth.
 
-May import: numpy, scipy (lazily), yaml, devices.errors, fedsim.metrics, fedsim.report.
+May import: numpy, scipy (lazily), yaml, devices.errors, fedsim.report and fedsim.metrics.
 """
 
 from __future__ import annotations
@@ -95,7 +95,10 @@ def rows(
         groups: by label and seed, the rounds of a run.
         last: evaluations that make a score.
         against: label of the row that all are compared with; where it has no runs there are no differences.
-        metric: of the rounds, that is the score.
+        metric: of the rounds, that makes a score.
+
+    Raises:
+        ConfigError: if a run has no such metric.
     """
     base = {seed: score(rounds, last, metric) for seed, rounds in groups.get(against, {}).items()}
     return [_row(label, group, base, last, metric) for label, group in groups.items()]
@@ -111,15 +114,15 @@ def run_folders(given: Iterable[Path]) -> list[Path]:
 
 
 def score(rounds: list[RoundReport], last: int, metric: str = ACCURACY) -> float:
-    """Mean of a metric over the last evaluations, of the global model's accuracy unless another is named.
+    """Mean of a metric over the last evaluations.
 
     Raises:
-        ConfigError: if no round has the metric.
+        ConfigError: if there is no such metric.
     """
     judged = [r.metrics[metric] for r in rounds if metric in r.metrics]
     if not judged:
         known = {name for r in rounds for name in r.metrics}
-        raise ConfigError(unknown("metric of a run", metric, known))
+        raise ConfigError(unknown("metric of the runs", metric, sorted(known)))
     return float(np.mean(judged[-last:]))
 
 

@@ -12,12 +12,12 @@ import shlex
 import shutil
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
@@ -26,6 +26,9 @@ from fedsim.errors import ClientError, ConfigError
 from fedsim.messages import Instruction, arrays_in, from_array, record_of
 from fedsim.network import ClientReport
 from fedsim.pricing import OUTCOMES
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 HOST_FIELDS = ("host_s",)  # the only fields of a report that may differ between equal runs
 FLUSH_S, FLUSH_ROWS = 20.0, 20_000
@@ -39,6 +42,7 @@ WRITTEN = (
     "summary.json",
     "failure.json",
     "checkpoint",
+    "pictures",
     FAILED_CLIENT,
     ITS_ARRAYS,
 )
@@ -240,8 +244,12 @@ class RunFolder:
         os.replace(part, target)
         self._rows = []
 
-    def finish(self, summary: dict[str, Any]) -> None:
-        """Writes the summary; a folder with `summary.json` is a finished run."""
+    def finish(self, summary: dict[str, Any], pictures: Mapping[str, Figure] | None = None) -> None:
+        """Writes pictures (PNG and TensorBoard), then the summary; a folder with `summary.json` is a finished run."""
+        for name, picture in (pictures or {}).items():
+            (self.path / "pictures").mkdir(exist_ok=True)
+            picture.savefig(self.path / "pictures" / f"{name}.png", format="png")
+            self._events.add_figure(name, picture, summary["rounds"], walltime=summary["simulated_s"])
         self.flush()
         write_atomic(self.path / "summary.json", json.dumps(summary, indent=1) + "\n")
 

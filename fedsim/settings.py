@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 Settings = dict[str, Any]
 GROUPS = (
-    *("workload", "model", "partition", "fleet", "latency", "compression", "uplink", "strategy", "trainer", "method"),
+    *("workload", "model", "partition", "stream", "fleet", "latency", "compression", "uplink"),
+    *("strategy", "trainer", "method"),
     *("engine", "experiment"),
 )
 NEEDED = tuple(group for group in GROUPS if group not in ("method", "experiment"))  # presets leave no settings behind
@@ -301,7 +302,7 @@ def try_out(settings: Settings) -> None:
         ConfigError: the sentence of the part that refuses its settings.
     """
     model_factory(settings)
-    for group in ("partition", "latency", "trainer"):
+    for group in ("partition", "latency", "compression", "uplink", "trainer"):
         instantiate(settings, group)
 
 
@@ -377,13 +378,18 @@ def build_world(config_json: str) -> World:
     parts = {"model": model_factory(settings), "partition": instantiate(settings, "partition")}
     seed = settings["seed"]
     workload = instantiate(settings, "workload", **parts, num_clients=settings["num_clients"], seed=seed)
+    stream = instantiate(settings, "stream")  # a partial: Hydra would copy the data
+    workload = stream(
+        workload=workload, rounds=settings["rounds"], evaluate_every=settings["evaluate_every"], seed=seed
+    )
     fleet = instantiate(settings, "fleet", num_clients=workload.num_clients, seed=seed)
     for key in ("cohort", "evaluate_clients"):
         if settings[key] > workload.num_clients:
             raise ConfigError(
                 f"{key} must be at most the {workload.num_clients} clients there are, got {settings[key]}"
             )
-    instantiate(settings, "trainer")  # workers make their own; a wrong setting is to be refused before a run begins
+    for group in ("trainer", "compression", "uplink"):
+        instantiate(settings, group)  # workers make their own; a wrong setting is to be refused before a run begins
     return World(settings, workload, fleet, instantiate(settings, "latency"))
 
 

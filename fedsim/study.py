@@ -18,12 +18,14 @@ import yaml
 from devices.errors import unknown
 from devices.profile import UniqueKeys
 from fedsim.errors import ConfigError
+from fedsim.metrics import ACCURACY
 from fedsim.parameters import said
 from fedsim.settings import Settings, asked, compose, config_dir, try_out
 
-KEYS = ("title", "base", "seeds", "arms", "against", "x", "last", "score", "columns")
+KEYS = ("title", "base", "seeds", "arms", "against", "metric", "x", "last", "columns")
 ARM_KEYS = ("overrides", "grid")
 AXES = ("rounds", "simulated_s", "joules", "traffic_bytes")
+WHOLE = ("down_bytes", "up_bytes", "peak_memory_bytes", "host_s")  # of `summary.json`, known before a run
 OWN = {"seed": "--seeds, or seeds in the file", "out": "--out"}  # settings that a study gives its runs
 METRICS = "metrics."  # columns that begin so are the last value of a metric of the rounds
 
@@ -54,10 +56,10 @@ class Study:
         name: of the file.
         arms: in the order of the table, grids expanded.
         against: label of the arm that the others are compared with.
-        x: axes of the picture: some of AXES, or a value of `summary.json` by its dotted path.
+        metric: of the rounds, that the arms are judged by; a share of 1, shown in percent.
+        x: axes of the picture: some of AXES, along which the metric is a line, or a value of `summary.json` (WHOLE, or
+            by its dotted path), against which an arm's score is a point.
         last: evaluations that make a score.
-        score: the metric of the rounds that is compared: accuracy is the global model's, client_accuracy the mean of
-            the clients' own.
         columns: further values of `summary.json` by dotted path, or `metrics.NAME` of a metric of the rounds.
     """
 
@@ -68,7 +70,7 @@ class Study:
     against: str
     x: tuple[str, ...] = ("rounds", "simulated_s")
     last: int = 4
-    score: str = "accuracy"
+    metric: str = ACCURACY
     columns: tuple[str, ...] = ()
 
     def only(self, labels: Sequence[str]) -> Study:
@@ -148,7 +150,7 @@ def read_study(name: str, overrides: Sequence[str] = (), seeds: Sequence[int] = 
         against=str(tree.get("against", arms[0].label)),
         x=_texts(path, "x", tree.get("x", ["rounds", "simulated_s"])),
         last=tree.get("last", 4),
-        score=tree.get("score", "accuracy"),
+        metric=tree.get("metric", ACCURACY),
         columns=_texts(path, "columns", tree.get("columns", [])),
     )
     return _checked(path, study)
@@ -175,15 +177,17 @@ def _checked(path: Path, study: Study) -> Study:
     labels = [arm.label for arm in study.arms]
     if study.against not in labels:
         raise ConfigError(f"{path}: {unknown('arm in against', study.against, labels)}")
+    if not isinstance(study.metric, str) or not study.metric:
+        raise ConfigError(f"{path}: metric must name a metric of the rounds, e.g. {ACCURACY}, got {said(study.metric)}")
     if isinstance(study.last, bool) or not isinstance(study.last, int) or study.last < 1:
         raise ConfigError(f"{path}: last must be a whole number of at least 1, got {said(study.last)}")
-    if not isinstance(study.score, str) or not study.score:
-        raise ConfigError(f"{path}: score must be the name of a metric of the rounds, got {said(study.score)}")
     if not study.x:
         raise ConfigError(f"{path}: x must name an axis at least: {', '.join(AXES)}, or a value of summary.json")
     for axis in study.x:
-        if axis not in AXES and "." not in axis:
-            raise ConfigError(f"{path}: {unknown('axis in x', axis, AXES)}, or a dotted path in summary.json")
+        if axis not in (*AXES, *WHOLE) and "." not in axis:
+            raise ConfigError(
+                f"{path}: {unknown('axis in x', axis, (*AXES, *WHOLE))}, or a dotted path in summary.json"
+            )
     folders: dict[str, str] = {}
     for arm in study.arms:
         if arm.slug in folders:

@@ -61,7 +61,7 @@ def draw_study(result: Result, path: Path) -> None:
         panel.grid(alpha=0.25, linewidth=0.6)
         panel.spines[["top", "right"]].set_visible(False)
         if number % columns == 0:
-            panel.set_ylabel("test accuracy, %" if study.score == "accuracy" else f"{study.score}, %")
+            panel.set_ylabel(f"{study.metric.replace('_', ' ')}, %")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize="small", handlelength=2.6)
     left_out = len(result.rows) - len(chosen)
@@ -78,8 +78,8 @@ def shown(result: Result) -> list[str]:
     return [row.label for row in result.rows if row in best]
 
 
-def curve(runs: Sequence[Finished], axis: str, metric: str = "accuracy") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Means over the seeds at each evaluation that all of them have: what it took, accuracy, its deviation, [n]."""
+def curve(runs: Sequence[Finished], axis: str, metric: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Means over the seeds at each evaluation that all of them have: what it took, the metric, its deviation, [n]."""
     judged: list[dict[int, tuple[float, float]]] = []
     for one in runs:
         took = spent(one.rounds)[axis]
@@ -100,7 +100,7 @@ def _styles(labels: Sequence[str], against: str) -> dict[str, dict[str, Any]]:
 
 
 def _draw_lines(result: Result, panel: Axes, axis: str, labels: Sequence[str], styles: dict[str, Any]) -> None:
-    curves = {label: curve(result.runs[label], axis, result.study.score) for label in labels}
+    curves = {label: curve(result.runs[label], axis, result.study.metric) for label in labels}
     most = max(x[-1] for x, _, _ in curves.values())
     units = UNITS.get(axis, ((1.0, ""),))
     unit, unit_name = next((u for u in units if most >= 2 * u[0]), units[-1])
@@ -108,7 +108,8 @@ def _draw_lines(result: Result, panel: Axes, axis: str, labels: Sequence[str], s
         panel.plot(x / unit, 100 * mean, label=label, **styles[label])
         if len(result.runs[label]) > 1:
             low, high = 100 * (mean - spread), 100 * (mean + spread)
-            panel.fill_between(x / unit, low, high, color=styles[label]["color"], alpha=0.09, linewidth=0)
+            shade = min(0.15, 0.7 / len(curves))  # many bands on top of each other must stay light
+            panel.fill_between(x / unit, low, high, color=styles[label]["color"], alpha=shade, linewidth=0)
     panel.set_xlabel(f"{NAMES[axis]}{', ' if unit_name else ''}{unit_name}")
     panel.set_xlim(left=0)
 

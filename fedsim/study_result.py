@@ -67,7 +67,7 @@ def collect(study: Study, runs: Sequence[Planned]) -> Result:
         {label: {f.run.seed: f.rounds for f in finished} for label, finished in found.items()},
         study.last,
         study.against,
-        study.score,
+        study.metric,
     )
     paths = [*study.columns, *(axis for axis in study.x if axis not in AXES)]
     columns = {path: [mean_of(path, finished) for finished in found.values()] for path in paths}
@@ -118,8 +118,8 @@ def write_result(result: Result, failed: Mapping[str, str], out: Path) -> None:
         "study": study.name,
         "title": study.title,
         "against": study.against,
+        "metric": study.metric,
         "last": study.last,
-        "score": study.score,
         "seeds": study.seeds,
         "arms": arms,
         "failed": dict(failed),

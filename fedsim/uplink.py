@@ -20,6 +20,7 @@ from fedsim.messages import ARRAYS, from_array, tensors_of, to_array
 from fedsim.workload import Tensors
 
 VALUES, INDEX, SCALE = "update:values", "update:index", "update:scale"
+WHICH = "update:which"  # a bit per tensor that was sent, 1 where it came compressed; left out where that is plain
 RESIDUAL = "uplink.residual"
 
 
@@ -36,12 +37,20 @@ def compressed(
     Args:
         compressor: of the run.
         weights: after training.
-        received: before it, of the same names and shapes.
-        parameters: names of the tensors that may be compressed; others, and those that are not float32, travel whole.
+        received: before it.
+        parameters: names of the tensors that may be compressed. Others travel whole, and so do those that are not
+            float32 or came in another shape.
         state: of the client.
         draw: for random places and rounding.
     """
-    names = _compressible(received, parameters)
+    names = [
+        name
+        for name, before in received.items()
+        if name in parameters
+        and name in weights
+        and before.dtype == torch.float32
+        and weights[name].shape == before.shape
+    ]
     sizes = [received[name].numel() for name in names]
     changes = [(weights[name].detach() - received[name]).reshape(-1).cpu() for name in names]
     update = torch.cat([torch.empty(0), *changes])
@@ -52,6 +61,8 @@ def compressed(
         state[RESIDUAL] = update - restore(packed, sizes)
     arrays = {VALUES: packed.values, INDEX: packed.index, SCALE: packed.scale}
     whole = {name: tensor for name, tensor in weights.items() if name not in set(names)}
+    if any(name not in weights for name in received):
+        arrays[WHICH] = torch.from_numpy(np.packbits([name in names for name in received]))
     every = {name: t for name, t in arrays.items() if len(t) or name == VALUES} | whole
     return ArrayRecord({name: to_array(t.detach().cpu().numpy()) for name, t in every.items()})
 
@@ -67,6 +78,9 @@ def decompress(answer: RecordDict, sent: RecordDict) -> None:
     if not isinstance(record, ArrayRecord) or not isinstance(model, ArrayRecord) or VALUES not in record:
         return
     names = [name for name in model if name not in record]
+    if WHICH in record:
+        flags = np.unpackbits(from_array(record[WHICH]), count=len(model))
+        names = [name for name, flag in zip(model, flags, strict=True) if flag]
     sizes = [prod(model[name].shape) for name in names]
     own = tensors_of(ArrayRecord({key: record[key] for key in (VALUES, INDEX, SCALE) if key in record}))
     nothing = torch.empty(0, dtype=torch.int32)
@@ -76,8 +90,6 @@ def decompress(answer: RecordDict, sent: RecordDict) -> None:
         name: to_array(from_array(model[name]) + part.reshape(model[name].shape))
         for name, part in zip(names, parts, strict=True)
     }
-    answer[ARRAYS] = ArrayRecord({name: changed.get(name) or record[name] for name in model})
-
-
-def _compressible(received: Tensors, parameters: Collection[str]) -> list[str]:
-    return [name for name, tensor in received.items() if name in parameters and tensor.dtype == torch.float32]
+    whole = {name: array for name, array in record.items() if name not in (VALUES, INDEX, SCALE, WHICH)}
+    both = changed | whole
+    answer[ARRAYS] = ArrayRecord({name: both.pop(name) for name in model if name in both} | both)

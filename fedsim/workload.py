@@ -7,8 +7,9 @@ torch, numpy and `fedsim.seeding`. Concrete workloads live in `fedsim/data/`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,11 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from fedsim.seeding import derive
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from fedsim.report import RoundReport
 
 Tensors = dict[str, Tensor]
 ModelFactory = Callable[..., nn.Module]  # called with input_shape=(...), num_classes=int
@@ -97,10 +103,14 @@ def _rows(t: Tensor, index: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ClientData:
-    """What one client owns: a part to train on and a held-out part to judge its personal model on (may be empty)."""
+    """What one client owns: a part to train on and a held-out part to judge its personal model on (may be empty).
+
+    `version` is another number whenever the training part is another, for what was derived from it.
+    """
 
     train: Examples
     test: Examples
+    version: int = 0
 
 
 class Workload(ABC):
@@ -137,6 +147,30 @@ class Workload(ABC):
             IndexError: if there is no such client.
         """
 
+    def part(self, round: int) -> int:
+        """Which part of its examples a client has in a round; ordinary workloads have one part only."""
+        return 0
+
+    def phase(self, round: int) -> int:
+        """Which task a round belongs to, from 0; ordinary workloads have one task."""
+        return 0
+
+    def client_part(self, client_id: int, part: int) -> ClientData:
+        """What a client has while `part` lasts: all its data, where they do not arrive in parts.
+
+        Raises:
+            IndexError: if there is no such client.
+        """
+        return self.client_data(client_id)
+
+    def arrivals(self, client_id: int, part: int) -> Tensor:
+        """Names the training examples of a part for `recall`, [len(train)] int64: equal names, equal examples."""
+        return torch.arange(len(self.client_part(client_id, part).train))
+
+    def recall(self, client_id: int, names: Tensor) -> Tensors:
+        """Training examples that a client has kept, as one batch; `names` [b] int64 as `arrivals` gave them."""
+        return self.client_data(client_id).train.gather(names)
+
     def check_client(self, client_id: int) -> None:
         """Raises IndexError unless `client_id` is in 0..num_clients-1 (a negative one must not count from the end)."""
         if not 0 <= client_id < self.num_clients:
@@ -148,10 +182,21 @@ class Workload(ABC):
         """A batch of held-out examples (repeated when there are too few), for tracing what the network costs."""
         return self.test.gather(torch.arange(batch) % len(self.test))
 
+    def logits(self, model: nn.Module, batch: Tensors) -> Tensor:
+        """What `model` says of a batch: [batch, classes] or, for sequences, [batch, steps, classes]."""
+        logits: Tensor = model(batch["x"])
+        return logits
+
     def loss(self, model: nn.Module, batch: Tensors) -> Tensor:
-        """Mean cross-entropy of `batch["y"]` under `model(batch["x"])`; every step counts alike for sequences."""
-        logits = model(batch["x"])  # [batch, classes] or [batch, steps, classes]
+        """Mean cross-entropy of `batch["y"]` under the logits; every step counts alike for sequences."""
+        logits = self.logits(model, batch)
         return F.cross_entropy(logits.flatten(0, -2), batch["y"].flatten())
+
+    def losses(self, model: nn.Module, batch: Tensors) -> Tensor:
+        """The loss of each example by itself, [batch]; `loss` is their mean up to rounding."""
+        logits = self.logits(model, batch)
+        each = F.cross_entropy(logits.flatten(0, -2), batch["y"].flatten(), reduction="none")
+        return each.view(len(logits), -1).mean(1)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, data: Examples, batch: int = 512) -> dict[str, float]:
@@ -164,9 +209,21 @@ class Workload(ABC):
         correct, loss, count = 0, 0.0, 0
         for rows in torch.arange(len(data)).split(batch):
             part = {name: t.to(device) for name, t in data.gather(rows).items()}
-            logits, y = model(part["x"]).flatten(0, -2), part["y"].flatten()
+            logits, y = self.logits(model, part).flatten(0, -2), part["y"].flatten()
             correct += int((logits.argmax(-1) == y).sum())
             loss += float(F.cross_entropy(logits, y, reduction="sum"))
             count += len(y)
         model.train(was_training)
         return {"accuracy": correct / count, "loss": loss / count}
+
+    def judge(self, model: nn.Module, round: int) -> dict[str, float]:
+        """Metrics of the global model after a round (0: untrained): here on the held-out test set."""
+        return self.evaluate(model, self.test)
+
+    def figures(self, reports: Sequence[RoundReport]) -> dict[str, Any]:
+        """What the summary of a finished run says beside the figures that every run has."""
+        return {}
+
+    def pictures(self, reports: Sequence[RoundReport]) -> dict[str, Figure]:
+        """Drawings of a finished run, by name."""
+        return {}

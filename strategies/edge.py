@@ -5,7 +5,7 @@ May import: flwr, torch, devices, fedsim (not clients).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -74,3 +74,27 @@ class EdgeStrategy(FedAvg):
         updates = [update_of(reply.content, reply.metadata.src_node_id) for reply in good]
         metrics = self.train_metrics_aggr_fn([reply.content for reply in good], NUM_EXAMPLES)
         return record_of(self.combine(server_round, updates)), metrics
+
+
+def masked_mean(weights: Tensors, parts: Sequence[tuple[float, Tensors, Tensors]]) -> Tensors:
+    """The mean of each single weight over those whose mask holds it; unchanged where nobody's does.
+
+    Sums in float64 and in the order given, as `EdgeStrategy.combine` does: with masks of ones it is that mean, bit for
+    bit. Integers are rounded.
+
+    Args:
+        weights: the global ones.
+        parts: of each client its weight (examples), its tensors, and by name masks of their shapes, True where a value
+            counts; a tensor without a mask counts as a whole.
+    """
+    mean = {}
+    for name, old in weights.items():
+        held, total = torch.zeros(old.shape, dtype=torch.float64), torch.zeros(old.shape, dtype=torch.float64)
+        shares = [masks[name].double() * weight if name in masks else weight for weight, _, masks in parts]
+        for share in shares:
+            held += share
+        for share, (_, tensors, _) in zip(shares, parts, strict=True):
+            total += tensors[name].double() * (share / held).nan_to_num(0.0)
+        new = (total if old.is_floating_point() else total.round()).to(old.dtype)
+        mean[name] = torch.where(held > 0, new, old)
+    return mean

@@ -2,8 +2,10 @@
 
 Source: Yoon et al., "FedMix: Approximation of Mixup under Mean Augmented Federated Learning", ICLR 2021, algorithm 1
 (recalled; the exchange before round 1 as in Flower's baseline, which however sends the pool anew in every round).
-Records: averages, up, once: x [groups, *input], y [groups, classes], and for uint8 low, step [groups]; room, up, once:
-bytes []. pool, down: the pairs that a client does not hold yet, in the form of averages.
+Records: averages, up, once for each version of a client's data: x [groups, *input], y [groups, classes], and for uint8
+low, step [groups]; room, up with them: bytes [], version []. pool, down: the pairs that a client does not hold yet, in
+the form of averages; pool-dropped, down: rows [pairs] int64 of those that it holds and that are no more. An update's
+metric data_version tells when its client's data have changed: it is asked again.
 May import: flwr, torch, numpy, devices, fedsim (not clients).
 """
 
@@ -17,26 +19,31 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
+from torch import Tensor
 
 from devices.errors import unknown
+from fedsim.data.averages import from_uint8, to_uint8
 from fedsim.errors import ConfigError
 from fedsim.messages import record_of, tensors_of
 from fedsim.network import EdgeGrid
-from fedsim.seeding import generator
+from fedsim.seeding import generator, torch_generator
 from fedsim.workload import Tensors
 
 QUERY, AVERAGES, ROOM, POOL = "query.averages", "averages", "room", "pool"
-SIZE, KEPT = "pool-size", "pool-kept"
-ALL, DTYPES = "all", ("float32", "uint8")
+SIZE, KEPT, DROPPED = "pool-size", "pool-kept", "pool-dropped"
+VERSION = "data_version"
+ALL, DTYPES, SOURCES = "all", ("float32", "uint8"), ("global", "local", "noise")
+RETIRED = -1  # owner of pairs of data that are no more
 
 
 class Mafl(FedAvg):
     """Puts a pool of averages beside what another strategy sends; sampling and averaging of weights stay with that one.
 
     Before round 1 every client that is online is asked for averages; one that was not, or was late, is asked when it is
-    next in a cohort. A client is sent each pair once, and keeps it; where its device has not the room for all, a
-    uniform draw of them. Averaging is no formal privacy: a label mean is a class histogram, and small groups show their
-    examples (`fedsim data averages` draws them).
+    next in a cohort, and so is one whose data have changed, whose old pairs everybody then drops. A client is sent each
+    pair once, and keeps it; where its device has not the room for all, a uniform draw of them. Averaging is no formal
+    privacy: a label mean is a class histogram, and small groups show their examples (`fedsim data averages` draws
+    them).
 
     Args:
         server: makes the strategy that samples the clients and averages their weights.
@@ -44,6 +51,9 @@ class Mafl(FedAvg):
         min_group_size: a client with smaller groups shares nothing.
         exclude_own: do not send clients their own averages; the paper's algorithm does.
         pool_dtype: of shared inputs; uint8 takes a quarter of the bytes and memory.
+        pool_source: what clients get: "global", the averages of all; or, to see what these are worth (table 9 of the
+            paper), "local", only their own, or "noise", in the place of each input a draw from the normal distribution
+            that has the mean and deviation of the pool, entry by entry, with the label of the average.
         sampling: arguments of FedAvg.
 
     Raises:
@@ -57,6 +67,7 @@ class Mafl(FedAvg):
         min_group_size: int = 5,
         exclude_own: bool = False,
         pool_dtype: str = "float32",
+        pool_source: str = "global",
         **sampling: Any,
     ):
         super().__init__(**sampling)
@@ -67,7 +78,11 @@ class Mafl(FedAvg):
             raise ConfigError(f"strategy.group_size must be {needed}, got {group_size!r}")
         if pool_dtype not in DTYPES:
             raise ConfigError(unknown("value for strategy.pool_dtype", pool_dtype, DTYPES))
-        self.server, self.exclude_own = server(**sampling), exclude_own
+        if pool_source not in SOURCES:
+            raise ConfigError(unknown("value for strategy.pool_source", pool_source, SOURCES))
+        if exclude_own and pool_source == "local":
+            raise ConfigError("strategy.exclude_own=true leaves nothing of strategy.pool_source=local; set one of them")
+        self.server, self.exclude_own, self.source = server(**sampling), exclude_own, pool_source
         self.question = ConfigRecord(
             {
                 "group-size": 0 if group_size == ALL else int(group_size),
@@ -77,7 +92,9 @@ class Mafl(FedAvg):
         )
         self.pool: Tensors = {}  # pairs in the order in which they came
         self.owners = np.zeros(0, np.int64)  # of each pair
+        self.came: Tensor | None = None  # true inputs, where the pool holds noise instead
         self.room: dict[int, int] = {}  # bytes of those that have answered
+        self.version: dict[int, int] = {}  # of the data that their averages are of
         self.held: dict[int, np.ndarray] = {}  # rows of the pool that a client has, in its order
         self.sent: dict[int, np.ndarray] = {}  # what it will have once its reply is accepted
         self.grid: EdgeGrid | None = None
@@ -96,9 +113,13 @@ class Mafl(FedAvg):
         for message in messages:
             client = message.metadata.dst_node_id
             rows = self.sent[client] = self.wanted(client, grid.seed)
-            kept = _common(rows, self.held.get(client, rows[:0]))
+            held = self.held.get(client, rows[:0])
+            stale = self.owners[held] == RETIRED
+            kept = _common(rows, held[~stale])
             facts = ConfigRecord({SIZE: len(rows), KEPT: kept})
             content: dict[str, Any] = {**message.content, f"{POOL}-facts": facts}
+            if stale.any():
+                content[DROPPED] = record_of({"rows": torch.from_numpy(np.flatnonzero(stale))})
             lacks = rows[kept:]
             if len(lacks):
                 if lacks.tobytes() not in packed:
@@ -109,24 +130,41 @@ class Mafl(FedAvg):
 
     def collect(self, cohort: Iterable[int], grid: EdgeGrid) -> None:
         """Asks those who have not answered yet: everybody before the first pool, then the cohort's."""
-        now_s = grid.clock.now_s
-        asked = grid.get_node_ids() if not self.room else cohort
+        now_s, before = grid.clock.now_s, len(self.owners)
+        asked = grid.get_node_ids() if not self.version else cohort
         missing = [client for client in asked if client not in self.room and grid.fleet.online(client, now_s)]
         content = RecordDict({"config": self.question})
         for reply in grid.send_and_receive([Message(content, client, QUERY) for client in missing]):
             client, answer = reply.metadata.src_node_id, reply.content
-            self.room[client] = int(tensors_of(answer.array_records[ROOM])["bytes"])
+            said = tensors_of(answer.array_records[ROOM])
+            self.room[client], self.version[client] = int(said["bytes"]), int(said["version"])
+            self.owners[self.owners == client] = RETIRED
             if AVERAGES in answer:
                 self.add(client, tensors_of(answer.array_records[AVERAGES]))
+        if self.source == "noise":
+            self.blur(before, grid.seed)
 
     def add(self, client: int, pairs: Tensors) -> None:
         """Puts a client's averages behind those that are there."""
         self.pool = {n: torch.cat([self.pool[n], t]) if self.pool else t for n, t in pairs.items()}
         self.owners = np.append(self.owners, np.full(len(pairs["y"]), client))
 
+    def blur(self, first: int, seed: int) -> None:
+        """Puts noise in the place of the inputs from row `first` on, like all inputs that ever came."""
+        fresh = {n: t[first:] for n, t in self.pool.items()}
+        if not len(fresh.get("y", ())):
+            return
+        x = from_uint8(fresh) if "step" in fresh else fresh["x"]
+        self.came = x if self.came is None else torch.cat([self.came, x])
+        draws = torch.randn(x.shape, generator=torch_generator(seed, "pool-noise", first)).to(x)
+        noise = self.came.mean(0) + self.came.std(0, correction=0) * draws
+        for name, t in (to_uint8(noise) if "step" in fresh else {"x": noise}).items():
+            self.pool[name] = torch.cat([self.pool[name][:first], t])
+
     def wanted(self, client: int, seed: int) -> np.ndarray:
         """The rows of the pool that a client should have, in order; a draw where its device cannot hold all."""
-        rows = np.flatnonzero(self.owners != client) if self.exclude_own else np.arange(len(self.owners))
+        own = self.owners == client
+        rows = np.flatnonzero(own if self.source == "local" else (self.owners != RETIRED) & ~(own & self.exclude_own))
         pair_bytes = sum(t[:1].numel() * t.element_size() for t in self.pool.values())
         fits = self.room[client] // pair_bytes if client in self.room and pair_bytes else len(rows)
         if len(rows) <= fits:
@@ -138,9 +176,12 @@ class Mafl(FedAvg):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """The other strategy's; what accepted clients were sent is now theirs."""
+        """The other strategy's; what accepted clients were sent is now theirs, and who has new data is asked again."""
         assert self.grid is not None
         self.held.update({client: self.sent[client] for client in self.grid.accepted})
+        for report in self.grid.reports:  # not the replies: one mean may stand for all of them
+            if VERSION in report.metrics and report.metrics[VERSION] != self.version.get(report.client):
+                self.room.pop(report.client, None)
         return self.server.aggregate_train(server_round, replies)
 
     def configure_evaluate(

@@ -112,14 +112,17 @@ def real(test: Callable[..., None]) -> Callable[..., None]:
 
 @real
 def test_gives_the_bytes_of_the_local_run_and_listens_on_loopback_only(flwr, tmp_path: Path):
-    command = flwr(*TINY, "--workers", "2")
+    """A method whose clients answer a question first, keep what comes back, and may miss the deadline."""
+    overrides = [*TINY, "method=fedmix", "rounds=3", "deadline_s=0.155"]
+    command = flwr(*overrides, "--workers", "2")
     code, out, err = command.ended()
     assert (code, err) == (0, "")
     folder = next((tmp_path / "cwd" / "runs").iterdir())
     assert f"run folder: runs/{folder.name}" in out
-    assert "fedavg on blobs, fleet phones" in out
+    assert "fedmix on blobs, fleet phones" in out
 
-    local = run(compose(TINY), LocalGrid(client_app), tmp_path / "local")
+    local = run(compose(overrides), LocalGrid(client_app), tmp_path / "local")
+    assert all(local["outcomes"][outcome] for outcome in ("completed", "late", "offline"))
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["weights_sha256"] == local["weights_sha256"]
     assert lines(folder) == lines(tmp_path / "local")

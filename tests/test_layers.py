@@ -18,6 +18,8 @@ MODULES = {
     for path in sorted((ROOT / package).rglob("*.py"))
 }
 BASES = ("clients.app", "clients.state", "clients.trainers.base", "strategies.edge")
+# No trainers but what several of them are made of: functions, and the memory that rehearsal methods share.
+BASES += ("clients.trainers.gradients", "clients.trainers.memory", "clients.trainers.selection")
 # A method's own words; the classes of Flower's that only average are listed once, in PLAIN_MEANS of engines/blocks.py.
 METHOD_NAMES = {
     path.stem for group in ("method", "strategy", "trainer") for path in (ROOT / "configs" / group).iterdir()

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from clients.trainers.mixup import PoolTrainer
+from clients.trainers.naivemix import NaiveMixTrainer
 from fedsim.data.averages import averages, averages_picture, exposures, from_uint8, to_uint8
 from fedsim.errors import ClientError, ConfigError
 from fedsim.federation import Federation
@@ -22,9 +23,9 @@ from fedsim.network import ClientReport
 from fedsim.report import weights_sha256
 from fedsim.settings import build_world, compose
 from fedsim.workload import Examples
-from strategies.mafl import Mafl
+from strategies.mafl import RETIRED, Mafl
 
-PAIR, MODEL, ROOM, UINT8_PAIR = 104, 6952, 8, 16 + 4 * 10 + 8
+PAIR, MODEL, ROOM, UINT8_PAIR = 104, 6952, 8 + 8, 16 + 4 * 10 + 8
 EVERYBODY = ("method=naivemix", "cohort=6")
 
 
@@ -227,6 +228,119 @@ def test_another_server_strategy_averages_the_weights(federation, server: str):
     assert mixed.grid.averages == plain.grid.averages
 
 
+class Changing(NaiveMixTrainer):
+    """Client 2 has other data from round 2 on: each input one more."""
+
+    def data_version(self, client):
+        return int(client.client_id == 2 and client.round > 1)
+
+    def fit(self, client, task):
+        return super().fit(self.renewed(client), task)
+
+    def answer(self, client, question, task):
+        return super().answer(self.renewed(client), question, task)
+
+    def renewed(self, client):
+        train = client.data.train
+        x = train.tensors["x"] + self.data_version(client)
+        return replace(client, data=replace(client.data, train=Examples({**train.tensors, "x": x})))
+
+
+def test_who_has_new_data_is_asked_again_and_everybody_drops_its_old_averages(federation):
+    """Its reply of round 2 says so; in round 3 it alone is asked, and the new pair goes to all, behind the others."""
+    run = federation(*EVERYBODY, "trainer._target_=test_mafl.Changing", "rounds=4")
+    reports = watched(run)
+    asked = {n: [r.client for r in of(reports, n, "query.averages")] for n in (1, 2, 3, 4)}
+    assert asked == {1: list(range(6)), 2: [], 3: [2], 4: []}
+    down = {n: {r.work.down_bytes for r in of(reports, n, "train")} for n in (2, 3, 4)}
+    assert down == {2: {MODEL}, 3: {MODEL + PAIR + 8}, 4: {MODEL}}  # 8: which of the six is no more
+    assert run.strategy.owners.tolist() == [0, 1, RETIRED, 3, 4, 5, 2]
+    pool = run.strategy.pool["x"]
+    assert torch.allclose(pool[6], pool[2] + 1, atol=1e-5)
+    assert torch.equal(tensors_of(run.grid.store.get(4))["pool_x"], pool[[0, 1, 3, 4, 5, 6]])
+    assert {r.metrics["pool_pairs"] for r in of(reports, 4, "train")} == {6.0}
+
+
+# --- what the pool is worth -------------------------------------------------------------------------------------------
+
+
+def test_a_local_pool_is_a_client_s_own_averages(federation):
+    run = federation(*EVERYBODY, "strategy.pool_source=local")
+    reports = watched(run)
+    assert {r.work.down_bytes for r in of(reports, 1, "train")} == {MODEL + PAIR}
+    for client in range(6):
+        kept = tensors_of(run.grid.store.get(client))
+        assert torch.equal(kept["pool_x"], run.strategy.pool["x"][client : client + 1])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "uint8"])
+def test_noise_has_the_mean_and_deviation_of_the_pool_and_its_labels(dtype: str):
+    made = {source: Mafl(lambda **_: None, pool_source=source, pool_dtype=dtype) for source in ("global", "noise")}
+    x, y = 3 + 2 * torch.randn(4000, 2, generator=seeded()), torch.rand(4000, 3)
+    for strategy in made.values():
+        strategy.add(0, {"y": y, **(to_uint8(x) if dtype == "uint8" else {"x": x})})
+    made["noise"].blur(0, seed=1)
+    pools = {name: strategy.pool for name, strategy in made.items()}
+    told = {name: from_uint8(pool) if dtype == "uint8" else pool["x"] for name, pool in pools.items()}
+    assert torch.equal(pools["noise"]["y"], y)
+    assert {n: (t.shape, t.dtype) for n, t in pools["noise"].items()} == {
+        n: (t.shape, t.dtype) for n, t in pools["global"].items()
+    }
+    assert torch.allclose(told["noise"].mean(0), told["global"].mean(0), atol=0.15)  # deviation 2 / sqrt(4000) = 0.03
+    assert torch.allclose(told["noise"].std(0), told["global"].std(0), atol=0.15)
+    assert abs(float(torch.corrcoef(torch.stack([told["noise"][:, 0], told["global"][:, 0]]))[0, 1])) < 0.1
+
+
+def test_noise_of_a_late_joiner_does_not_show_its_average():
+    strategy = Mafl(lambda **_: None, pool_source="noise")
+    x = torch.randn(50, 2, generator=seeded())
+    strategy.add(0, {"x": x, "y": torch.ones(50, 1)})
+    strategy.blur(0, seed=1)
+    before = strategy.pool["x"].clone()
+    strategy.add(1, {"x": torch.zeros(1, 2), "y": torch.ones(1, 1)})
+    strategy.blur(50, seed=1)
+    assert torch.equal(strategy.pool["x"][:50], before)
+    assert (strategy.pool["x"][50].abs() > 0.01).all()
+
+
+def test_who_was_late_with_its_averages_and_trains_all_the_same_is_asked_again(federation, monkeypatch):
+    """Its first answer takes 200 s, its later ones a moment: it trains in round 1 with the pool of the others."""
+    run = federation(*EVERYBODY, "deadline_s=100")
+    own, asking = type(run.grid.fleet).__getitem__, type(run.strategy).collect
+    now = {"asking": False}
+
+    def collect(strategy, cohort, grid):
+        now["asking"] = grid.round == 1
+        asking(strategy, cohort, grid)
+        now["asking"] = False
+
+    def device(fleet, client: int):
+        profile = own(fleet, client)
+        return replace(profile, up_bytes_per_s=PAIR / 200) if client == 3 and now["asking"] else profile
+
+    monkeypatch.setattr(type(run.strategy), "collect", collect)
+    monkeypatch.setattr(type(run.grid.fleet), "__getitem__", device)
+    reports = watched(run)
+    assert [(r.round, r.phase, r.outcome) for r in reports if r.client == 3] == [
+        (1, "query.averages", "late"),
+        (1, "train", "completed"),
+        (2, "query.averages", "completed"),
+        (2, "train", "completed"),
+    ]
+    assert {r.metrics["pool_pairs"] for r in of(reports, 1, "train")} == {5.0}
+    assert {r.metrics["pool_pairs"] for r in of(reports, 2, "train")} == {6.0}
+
+
+def test_noise_is_drawn_once(federation):
+    run = federation(*EVERYBODY, "strategy.pool_source=noise", "rounds=3")
+    reports = watched(run)
+    assert {r.work.down_bytes for r in of(reports, 2, "train")} == {MODEL}
+    assert torch.equal(tensors_of(run.grid.store.get(1))["pool_x"], run.strategy.pool["x"])
+    plain = federation(*EVERYBODY)
+    list(plain.rounds())
+    assert not torch.allclose(plain.strategy.pool["x"], run.strategy.pool["x"], atol=0.1)
+
+
 # --- the client's side -----------------------------------------------------------------------------------------------
 
 
@@ -247,6 +361,8 @@ def test_clipping_and_noise_change_what_leaves_the_device():
         ("strategy.group_size=4", r"strategy\.group_size must be all or at least 5 .*, got 4"),
         ("strategy.group_size=some", r"strategy\.group_size must be all or at least 5"),
         ("strategy.min_group_size=0", r"strategy\.min_group_size must be at least 1, got 0"),
+        ("strategy.pool_source=own", r"strategy\.pool_source.*'own'.*local"),
+        ("strategy.pool_source=local strategy.exclude_own=true", r"exclude_own=true leaves nothing of"),
         ("strategy.pool_dtype=int8", r"strategy\.pool_dtype.*'int8'.*uint8"),
         ("trainer.mix_ratio=1", r"trainer\.mix_ratio must be in \[0, 1\), got 1"),
         ("trainer.average_noise=-1", r"trainer\.average_noise must be at least 0"),
@@ -256,7 +372,7 @@ def test_clipping_and_noise_change_what_leaves_the_device():
 )
 def test_wrong_settings_are_refused_in_a_sentence(run, wrong: str, sentence: str):
     with pytest.raises(ConfigError, match=sentence):
-        run("method=naivemix", wrong)
+        run("method=naivemix", *wrong.split())
 
 
 def test_halves_of_different_methods_say_what_is_missing(run, tmp_path):

@@ -53,7 +53,7 @@ TINY = [
     "engine.device=cpu",
 ]
 # What a model is fed, where it is not a vector of numbers; a model that is not here takes blobs of 6 features.
-IMAGES = ("fbnet", "femnist_cnn", "lenet5", "nb201", "resnet8", "small_cnn", "vgg")
+IMAGES = ("convnet", "fbnet", "femnist_cnn", "lenet5", "nb201", "resnet8", "small_cnn", "vgg")
 SMALLER = {
     "vgg": ["model.width=2", "model.hidden=4"],
     "resnet8": ["model.width=4", "model.groups=2"],
@@ -280,8 +280,7 @@ def test_reported_flops_are_those_that_torch_counts(trainer: str, model: str):
             spoken(federation)
         return
     worker, (first, part) = Worker(federation.world), spoken(federation)
-    if worker.trainer.own_network:  # it prices networks when it first meets them, which is no work of the client
-        worker._answer(worker.context(first, part, 1), part, "train")
+    worker._answer(worker.context(first, part, 1), part, "train")  # what it prices when it first meets it is no work
     client = worker.context(first, part, 1)
     assert len(client.data.train) % 4
     with counter() as counted:
@@ -297,8 +296,7 @@ def test_a_method_reports_the_flops_of_what_it_sends_and_trains(method: str):
     settings = compose([*TINY, f"method={method}", *NEEDS.get(f"method={method}", []), "cohort=7"])
     federation = Federation(build_world(json.dumps(settings)), instantiate(settings, "engine", client_app=client_app))
     worker, (first, part) = Worker(federation.world), spoken(federation)
-    if worker.trainer.own_network:  # it prices networks when it first meets them, which is no work of the client
-        worker._answer(worker.context(first, part, 1), part, "train")
+    worker._answer(worker.context(first, part, 1), part, "train")  # what it prices when it first meets it is no work
     client = worker.context(first, part, 1)
     with counter() as counted:
         worker._answer(client, part, "train")
@@ -407,7 +405,11 @@ def test_every_experiment_composes(experiment: str):
 
 
 @pytest.mark.parametrize(
-    "group", ["workload", "model", "fleet", "strategy", "trainer", "partition", "latency", "compression", "uplink"]
+    "group",
+    [
+        *("workload", "model", "fleet", "strategy", "trainer", "partition", "stream", "latency"),
+        *("compression", "uplink"),
+    ],
 )
 def test_every_constructor_takes_exactly_what_its_config_says(group: str):
     """A key of a yaml that no constructor takes, or of another type, is a mistake in the file."""
@@ -415,11 +417,13 @@ def test_every_constructor_takes_exactly_what_its_config_says(group: str):
 
     given = {
         "workload": ("model", "partition", "num_clients", "seed"),
+        "stream": ("workload", "rounds", "evaluate_every", "seed"),
         "fleet": ("num_clients", "seed"),
     }.get(group, ())
     for option in options(group):
         path = ["workload.path=plain"] if option == "bundle" else []
         path += ["latency.weights=w.npz"] if option == "help" else []
+        path += ["stream.bundles=[plain]"] if option == "domains" else []
         tree = compose([f"{group}={option}", *path])[group]
         if group == "model":
             tree.pop("memory_format", None)  # read by `model_factory`, which has its own test

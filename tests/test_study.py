@@ -24,7 +24,8 @@ import yaml
 
 from fedsim import cli, study_run
 from fedsim.errors import ConfigError
-from fedsim.paired import interval
+from fedsim.paired import interval, rows
+from fedsim.report import RoundReport
 from fedsim.settings import compose
 from fedsim.study import plan, read_study, studies
 from fedsim.study_picture import MOST_LINES, curve, shown
@@ -45,6 +46,7 @@ FILE: dict[str, Any] = {
 FAKE = """
 import json, sys, yaml
 from pathlib import Path
+from fedsim.report import RoundReport
 from fedsim.settings import compose
 settings = compose(sys.argv[2:])
 out, ratio, seed = Path(settings["out"]), settings["trainer"].get("mix_ratio", 0.0), settings["seed"]
@@ -55,8 +57,9 @@ out.mkdir(parents=True)
 first = {"round": 0, "now_s": 0, "round_s": 0, "cohort": [], "outcomes": {}, "metrics": {"accuracy": 0}}
 last = first | {"round": 1, "now_s": 10, "down_bytes": 60, "up_bytes": 40, "joules": 2.0}
 last["metrics"] = {"accuracy": 0.5 + ratio + seed / 100}
+summary = {"final": last["metrics"], "seed": seed, "peak_memory_bytes": 10 * seed}
 (out / "rounds.jsonl").write_text("".join(json.dumps(r) + chr(10) for r in (first, last)))
-(out / "summary.json").write_text(json.dumps({"final": last["metrics"], "seed": seed}))
+(out / "summary.json").write_text(json.dumps(summary))
 with open("started", "a") as file:
     print(sys.argv[-1], file=file)
 """
@@ -292,8 +295,7 @@ def test_two_studies_cannot_run_in_one_folder(file, fedsim):
     assert started() == []
 
 
-@pytest.mark.parametrize("sent, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_study_and_its_runs_and_keeps_what_is_finished(file, sent: signal.Signals, code: int):
+def test_ctrl_c_ends_the_study_and_its_runs_and_keeps_what_is_finished(file):
     """Real runs: the first ends at once, the second has more rounds than anybody waits for."""
     arms = {"Short": ["rounds=1"], "Long": ["rounds=1000000"]}
     command = [sys.executable, "-m", "fedsim.cli", "study", file(arms=arms, seeds=[1]), "--jobs", "1"]
@@ -303,13 +305,13 @@ def test_a_signal_ends_the_study_and_its_runs_and_keeps_what_is_finished(file, s
         while not (long.exists() and long.read_bytes().count(b"\n") > 2) and time.monotonic() < end:
             assert process.poll() is None, process.communicate()
             time.sleep(0.05)
-        process.send_signal(sent)
+        process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=30)
     finally:
         process.kill()
         process.wait()
-    assert process.returncode == code
-    assert "everything written so far stays" in err
+    assert process.returncode == 130
+    assert err == "fedsim: interrupted; everything written so far stays\n"
     assert Path("runs/mine/short/seed-1/summary.json").exists()
     assert json.loads((long.parent / "failure.json").read_text())["error"] == "Terminated"
     left = [
@@ -332,7 +334,7 @@ def test_a_curve_is_the_mean_over_seeds_at_each_evaluation(file, fedsim):
     fedsim("study", file())
     study = read_study("mine.yaml")
     result = collect(study, plan(study, Path("runs/mine")))
-    x, mean, spread = curve(result.runs["Plain"], "traffic_bytes")
+    x, mean, spread = curve(result.runs["Plain"], "traffic_bytes", "accuracy")
     assert x.tolist() == [0, 100]
     assert mean.tolist() == pytest.approx([0, 0.515])
     assert spread.tolist() == pytest.approx([0, 0.01 / math.sqrt(2)])
@@ -342,11 +344,24 @@ def test_with_many_arms_the_best_are_drawn_and_the_compared_one(file, fedsim):
     ratios = [round(0.05 * n, 2) for n in range(1, MOST_LINES + 3)]
     grid = {"overrides": ["method=local_mixup"], "grid": {"trainer.mix_ratio": ratios}}
     arms = {"Plain": ["method=fedavg"], "R {mix_ratio}": grid}
-    assert fedsim("study", file(arms=arms, seeds=[1], x=["joules", "final.accuracy"]), "--jobs", "8")[0] == 0
+    assert fedsim("study", file(arms=arms, seeds=[1], x=["joules", "peak_memory_bytes"]), "--jobs", "8")[0] == 0
     study = read_study("mine.yaml")
-    drawn = shown(collect(study, plan(study, Path("runs/mine"))))
+    result = collect(study, plan(study, Path("runs/mine")))
+    assert set(result.columns["peak_memory_bytes"]) == {10.0}
+    drawn = shown(result)
     assert drawn == ["Plain", *(f"R {ratio}" for ratio in ratios[3:])]
 
 
 def test_one_seed_has_no_interval():
     assert interval([0.1]) == math.inf
+
+
+def test_arms_are_judged_by_the_metric_that_the_study_names(tmp_path):
+    rounds = [
+        RoundReport.of(n, float(n), 1.0, [], {"accuracy": 0.5, "client_accuracy": value}, 0.0)
+        for n, value in ((1, 0.2), (2, 0.6), (3, 0.8))
+    ]
+    (row,) = rows({"Plain": {1: rounds}}, 2, "Plain", "client_accuracy")
+    assert row.mean == pytest.approx(0.7)
+    with pytest.raises(ConfigError, match=r"metric of the runs 'client_acuracy'.*client_accuracy"):
+        rows({"Plain": {1: rounds}}, 2, "Plain", "client_acuracy")

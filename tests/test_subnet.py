@@ -11,11 +11,12 @@ from torch.nn import functional as F
 from clients.app import Worker
 from devices.profile import load_profile
 from fedsim.errors import ConfigError
-from fedsim.messages import ARRAYS, broadcast_of, payload_bytes, record_of, tensors_of
+from fedsim.messages import ARRAYS, ClientUpdate, broadcast_of, payload_bytes, record_of, tensors_of
 from fedsim.network import Enrolled
 from fedsim.report import weights_sha256
 from fedsim.settings import build_world
 from fedsim.slices import BITS, KEPT
+from strategies.edge import EdgeStrategy, masked_mean
 from strategies.subnet import average
 
 WIDE = ("fleet=uniform", "trainer.momentum=0.5", "trainer.weight_decay=0.001", "trainer.batch_size=4")
@@ -66,6 +67,22 @@ def test_disjoint_parts_keep_their_owners_values_and_others_the_old_ones():
     assert torch.equal(mean[[1, 3], 3:], yours)
     assert torch.equal(mean[[0, 2], 3:], old["w"][[0, 2], 3:])
     assert torch.equal(mean[[1, 3], :3], old["w"][[1, 3], :3])
+
+
+def test_single_weights_are_averaged_over_those_whose_mask_holds_them():
+    """Held by both, by one, by none: (10 + 3 x 20) / 4, 20, 7."""
+    old = {"w": torch.full((3,), 7.0), "b": torch.tensor([1.0])}
+    mine, yours = torch.tensor([10.0, 9.0, 9.0]), torch.full((3,), 20.0)
+    masks = [torch.tensor([True, False, False]), torch.tensor([True, True, False])]
+    parts = [(1.0, {"w": mine, "b": torch.tensor([2.0])}, {"w": masks[0]})]
+    parts += [(3.0, {"w": yours, "b": torch.tensor([6.0])}, {"w": masks[1]})]
+    mean = masked_mean(old, parts)
+    assert mean["w"].tolist() == [17.5, 20.0, 7.0]
+    assert mean["b"].tolist() == [5.0]
+    ones = [(n, tensors, {"w": torch.ones(3, dtype=torch.bool)}) for n, tensors, _ in parts]
+    updates = [ClientUpdate(i, int(n), tensors) for i, (n, tensors, _) in enumerate(ones)]
+    plain = EdgeStrategy().combine(1, updates)
+    assert all(torch.equal(masked_mean(old, ones)[name], plain[name]) for name in plain)
 
 
 def start(federation, *overrides: str):

@@ -131,6 +131,20 @@ def test_buffers_and_integers_travel_whole():
     torch.testing.assert_close(back["w"], weights["w"])
 
 
+def test_tensors_that_stay_away_or_change_shape_are_no_obstacle():
+    """A personal head that is not sent, and a part that the client cut itself: the rest is compressed."""
+    received = {"body": torch.zeros(4), "head": torch.ones(3), "cut": torch.ones(6)}
+    weights = {"body": torch.ones(4), "cut": torch.tensor([2.0, 5.0])}
+    record = compressed(UpdateCompressor(bits=8), weights, received, set(received), {}, DRAW)
+    assert set(record) == {VALUES, SCALE, "update:which", "cut"}
+    answer = {ARRAYS: record}
+    decompress(answer, {ARRAYS: record_of(received)})
+    back = tensors_of(answer[ARRAYS])
+    assert list(back) == ["body", "cut"]
+    assert torch.equal(back["body"], weights["body"])
+    assert torch.equal(back["cut"], weights["cut"])
+
+
 def test_a_residual_of_another_part_of_the_network_is_dropped():
     state = {RESIDUAL: torch.ones(7)}
     received = {"w": torch.zeros(4)}
@@ -244,6 +258,11 @@ def test_records_of_a_compressed_reply(federation):
     assert payload_bytes(answer) == record_bytes(answer[ARRAYS])
     assert set(answer[STATE]) == {RESIDUAL}
     assert np.dtype(answer[ARRAYS][VALUES].dtype) == np.int8
+
+
+def test_a_wrong_setting_stops_before_the_run(federation):
+    with pytest.raises(DeviceError, match=r"uplink.ratio must be in \(0, 1\], got 2"):
+        federation("uplink=topk", "uplink.ratio=2")
 
 
 @pytest.mark.parametrize(

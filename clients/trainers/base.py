@@ -30,6 +30,7 @@ class WorkLog:
     def __init__(self, memory_bytes: int):
         self.memory_bytes = memory_bytes
         self.peak_memory_bytes = 0
+        self.stored_bytes = 0
         self.judged: NetworkCost | None = None  # the network that the client would use, once it was judged
         # By identity of the network: hashing its fields at every step would cost more than the counting.
         self._passes: dict[tuple[int, int], tuple[NetworkCost, list[int]]] = {}
@@ -44,6 +45,10 @@ class WorkLog:
         if peak_bytes > self.memory_bytes:
             raise OutOfMemoryError(f"needs {peak_bytes} bytes at its peak, the device has {self.memory_bytes}")
 
+    def store(self, stored_bytes: int) -> None:
+        """Declares what the device keeps between rounds beside the tensors of its state: examples that they name."""
+        self.stored_bytes = stored_bytes
+
     def add(self, network: NetworkCost, batch: int, forwards: int = 0, backwards: int = 0) -> None:
         """Counts passes through `network` with batches of `batch` examples."""
         key = (id(network), batch)
@@ -56,7 +61,7 @@ class WorkLog:
     def work(self, storage_bytes: int = 0) -> Work:
         """All that was counted, in the order in which it first came."""
         passes = tuple(Passes(network, batch, *counts) for (_, batch), (network, counts) in self._passes.items())
-        return Work(passes, self.peak_memory_bytes, storage_bytes)
+        return Work(passes, self.peak_memory_bytes, storage_bytes + self.stored_bytes)
 
 
 @dataclass

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from clients.trainers.mixup import OWN, PARTNER, Entrance, PoolTrainer, cross_entropy
 from devices.cost import NetworkCost
 from devices.errors import unknown
 from fedsim.errors import ConfigError
+from fedsim.tangents import along
 from fedsim.workload import Tensors, Workload
 
 TAYLOR = "taylor"
@@ -55,13 +55,10 @@ def forward_mode(logits: Logits, u: Tensor, direction: Tensor, y: Tensor, partne
 
     Arguments and results as in `double_backward`. The cross-entropy's own derivative is softmax - label.
     """
-    with forward_ad.dual_level():
-        z, slope = forward_ad.unpack_dual(logits(forward_ad.make_dual(u, direction.expand_as(u).contiguous())))
-    if slope is None:
-        raise NotImplementedError("the network does not pass on forward derivatives")
+    z, slope = along(logits, u, direction)
     flat = slope.flatten(0, -2)
-    along = (z.flatten(0, -2).softmax(-1) * flat).sum(-1) - flat.gather(-1, y.reshape(-1, 1)).squeeze(-1)
-    return cross_entropy(z, y), cross_entropy(z, partner_y), along.mean()
+    rise = (z.flatten(0, -2).softmax(-1) * flat).sum(-1) - flat.gather(-1, y.reshape(-1, 1)).squeeze(-1)
+    return cross_entropy(z, y), cross_entropy(z, partner_y), rise.mean()
 
 
 def central_difference(logits: Logits, u: Tensor, direction: Tensor, y: Tensor, partner_y: Tensor) -> Terms:
@@ -85,7 +82,7 @@ def central_difference(logits: Logits, u: Tensor, direction: Tensor, y: Tensor, 
     return (own[0] + own[1]) / 2, (other[0] + other[1]) / 2, taylor
 
 
-FORMS = {"double": double_backward, "forward": forward_mode, "central": central_difference}  # the usual first
+FORMS = {"forward": forward_mode, "double": double_backward, "central": central_difference}  # the cheapest first
 
 
 @contextmanager
@@ -114,24 +111,25 @@ class FedMixTrainer(PoolTrainer):
     Args:
         mix_ratio: lambda. The expansion needs it small: about half of what is good for NaiveMix.
         taylor_scale: "l1" takes scale = ratio (1 - ratio), as the expansion gives it and public code has it; "paper"
-            takes ratio, as the equation is transcribed. They differ by ratio^2.
+            takes ratio, as the equation is transcribed. They differ by ratio^2. "none" leaves T out, to see what it is
+            worth: a step is then one pass.
         taylor_form: "double", "forward" or "central", equal ways to T of two passes each; "auto" takes the first that
             the model supports, and central for recurrent networks, whose fused kernels have no second derivative.
         pool: arguments of PoolTrainer.
     """
 
     partner_terms = (PARTNER, TAYLOR)
-    passes = 2
 
     def __init__(self, mix_ratio: float, taylor_scale: str = "l1", taylor_form: str = "auto", **pool: Any):
         super().__init__(mix_ratio, **pool)
         for key, value, allowed in (
-            ("taylor_scale", taylor_scale, ("l1", "paper")),
+            ("taylor_scale", taylor_scale, ("l1", "paper", "none")),
             ("taylor_form", taylor_form, ("auto", *FORMS)),
         ):
             if value not in allowed:
                 raise ConfigError(unknown(f"value for trainer.{key}", value, allowed))
-        self.scale = mix_ratio * (1 - mix_ratio) if taylor_scale == "l1" else mix_ratio
+        self.scale = {"l1": mix_ratio * (1 - mix_ratio), "paper": mix_ratio, "none": 0.0}[taylor_scale]
+        self.passes = 2 if self.scale else 1
         self.taylor_form = self.form = taylor_form
 
     def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:
@@ -140,7 +138,8 @@ class FedMixTrainer(PoolTrainer):
         Raises:
             ConfigError: if the model does not support the form that was asked for.
         """
-        if not self.mix_ratio:
+        if not self.scale:
+            super().setup(workload, model, network)
             return
         recurrent = any(isinstance(part, nn.RNNBase) for part in model.modules())
         usual = ["central"] if recurrent else list(FORMS)
@@ -171,10 +170,15 @@ class FedMixTrainer(PoolTrainer):
     def mixed(self, model: nn.Module, batch: Tensors) -> tuple[Tensor, Tensors]:
         """The first-order expansion; arguments and results as in MixupTrainer."""
         ratio, entrance = self.mix_ratio, Entrance(model, batch["x"])
+        if not self.scale:
+            z = entrance.logits((1 - ratio) * entrance(batch["x"]))
+            own, partner = cross_entropy(z, batch["y"]), cross_entropy(z, batch["partner_y"])
+            terms = {OWN: own, PARTNER: partner, TAYLOR: torch.zeros_like(own)}
+            return (1 - ratio) * own + ratio * partner, terms
         form = "double" if self.form == "auto" else self.form
         with nullcontext() if form == "central" else twice_differentiable(model):
             x, direction = entrance(batch["x"]), entrance(batch["partner_x"])
-            terms = FORMS[form](entrance.logits, (1 - ratio) * x, direction, batch["y"], batch["partner_y"])
-        own, partner, taylor = terms
+            found = FORMS[form](entrance.logits, (1 - ratio) * x, direction, batch["y"], batch["partner_y"])
+        own, partner, taylor = found
         loss = (1 - ratio) * own + ratio * partner + self.scale * taylor
         return loss, {OWN: own, PARTNER: partner, TAYLOR: taylor}

@@ -28,7 +28,8 @@ from fedsim.messages import Broadcast, ClientUpdate
 from fedsim.workload import Tensors, Workload
 
 QUESTION, AVERAGES, ROOM, POOL = "averages", "averages", "room", "pool"
-SIZE, KEPT = "pool-size", "pool-kept"
+SIZE, KEPT, DROPPED = "pool-size", "pool-kept", "pool-dropped"
+VERSION = "data_version"
 OWN, PARTNER = "own_loss", "partner_loss"
 
 
@@ -107,6 +108,7 @@ class MixupTrainer(FedProxTrainer):
 
     def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:
         """Prices a step on mixed examples, from one that runs on a copy of the model."""
+        super().setup(workload, model, network)
         if not self.mix_ratio:
             return
         sample = workload.sample(4)
@@ -184,9 +186,11 @@ class MixupTrainer(FedProxTrainer):
 class PoolTrainer(MixupTrainer):
     """Mixes with means of all clients' examples: answers the server's question for its own, keeps the pool it is sent.
 
-    Records: averages, up, once: x [groups, *input] and y [groups, classes] (uint8 also low, step [groups]); room, up,
-    once: bytes [] int64 that the device has left beside training. pool, down: pairs of all clients, in the form of
-    averages, to be put behind the first `pool-kept` that the client has, which makes `pool-size` in all.
+    Records: averages, up, when asked: x [groups, *input] and y [groups, classes] (uint8 also low, step [groups]); room,
+    up with them: bytes [] int64 that the device has left beside training, and version [] int64 of the data. pool, down:
+    pairs of all clients, in the form of averages, to be put behind the first `pool-kept` of those that the client has
+    and that are not among the rows [pairs] int64 of pool-dropped, down, which makes `pool-size` in all. Updates carry
+    the metric data_version.
 
     Args:
         mix_ratio: see MixupTrainer.
@@ -217,7 +221,8 @@ class PoolTrainer(MixupTrainer):
         network = self.network or client.network
         step_bytes = peak_memory_bytes(network, min(self.batch_size, len(data)), 1.0 if self.momentum else 0.0)
         room = max(0, client.profile.memory_bytes - step_bytes)
-        records: dict[str, Tensors] = {ROOM: {"bytes": torch.tensor(room)}}
+        facts = {"bytes": torch.tensor(room), "version": torch.tensor(self.data_version(client))}
+        records: dict[str, Tensors] = {ROOM: facts}
         if len(data) < size or size < int(asked["min-group-size"]):
             return records
         tokens = not data.gather(torch.arange(1))["x"].is_floating_point()
@@ -228,6 +233,10 @@ class PoolTrainer(MixupTrainer):
         if asked["pool-dtype"] == "uint8":
             pairs |= to_uint8(pairs["x"])
         return {**records, AVERAGES: pairs}
+
+    def data_version(self, client: ClientContext) -> int:
+        """Changes with the client's examples, so that the server asks for new averages."""
+        return client.data.version
 
     def protect(self, pairs: Tensors, draw: torch.Generator) -> Tensors:
         """Clips and blurs averages before they leave the device."""
@@ -253,17 +262,23 @@ class PoolTrainer(MixupTrainer):
         self.check_settings(task)
         self.keep_pool(client, task)
         update = super().fit(client, task)
-        return replace(update, metrics={**update.metrics, "pool_pairs": float(self.pairs(client))})
+        facts = {"pool_pairs": float(self.pairs(client)), VERSION: float(self.data_version(client))}
+        return replace(update, metrics={**update.metrics, **facts})
 
     def keep_pool(self, client: ClientContext, task: Broadcast) -> None:
         """Puts the new pairs behind those that are kept; counted as storage from now on."""
         if SIZE not in task.settings:
             raise ConfigError(f"{type(self).__name__} got no pool of averages; take its server half, strategy=mafl")
         kept, size = int(task.settings[KEPT]), int(task.settings[SIZE])
+        dropped = task.extras.get(DROPPED, {}).get("rows", torch.zeros(0, dtype=torch.long))
         new = task.extras.get(POOL, {})
         for name in new or [n for n in client.state if n.startswith(f"{POOL}_")]:
             key = name if not new else f"{POOL}_{name}"
-            parts = [client.state[key][:kept]] if key in client.state else []
+            parts = []
+            if key in client.state:
+                stays = torch.ones(len(client.state[key]), dtype=torch.bool)
+                stays[dropped] = False
+                parts = [client.state[key][stays][:kept]]
             client.state[key] = torch.cat([*parts, *([new[name]] if new else [])])
         if self.pairs(client) != size:
             raise ValueError(f"the pool should have {size} pairs and has {self.pairs(client)}")

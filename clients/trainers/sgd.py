@@ -7,18 +7,19 @@ clients.trainers.batched.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from clients.trainers import batched
 from clients.trainers.base import ClientContext, LocalTrainer
+from devices.cost import NetworkCost
 from devices.errors import unknown
 from devices.meter import peak_memory_bytes
 from fedsim.errors import ConfigError
 from fedsim.messages import Broadcast, ClientUpdate
-from fedsim.workload import Tensors
+from fedsim.workload import Tensors, Workload
 
 Arrays = tuple[Tensor, ...] | list[Tensor]
 
@@ -34,6 +35,7 @@ class SGDTrainer(LocalTrainer):
         momentum, weight_decay: as in torch.optim.SGD; momentum starts at zero in each round.
         lr_decay: factor on the learning rate per round.
         clip_norm: largest gradient norm of a step; None does not clip.
+        task_decay: factor on the learning rate per task, where the workload is a stream.
     """
 
     pure_loss = True  # `loss` is a function of parameters, batch and broadcast; a class that overrides it says so anew
@@ -49,6 +51,7 @@ class SGDTrainer(LocalTrainer):
         weight_decay: float = 0.0,
         lr_decay: float = 1.0,
         clip_norm: float | None = None,
+        task_decay: float = 1.0,
     ):
         _require("trainer.lr", lr, lr > 0, "greater than 0")
         _require("trainer.batch_size", batch_size, batch_size >= 1, "at least 1")
@@ -58,10 +61,16 @@ class SGDTrainer(LocalTrainer):
         _require("trainer.weight_decay", weight_decay, weight_decay >= 0, "at least 0")
         _require("trainer.lr_decay", lr_decay, 0 < lr_decay <= 1, "in (0, 1]")
         _require("trainer.clip_norm", clip_norm, clip_norm is None or clip_norm > 0, "null or greater than 0")
-        self.lr, self.batch_size = lr, batch_size
+        _require("trainer.task_decay", task_decay, 0 < task_decay <= 1, "in (0, 1]")
+        self.lr, self.batch_size, self.task_decay = lr, batch_size, task_decay
+        self.phase_of: Callable[[int], int] = lambda round: 0
         self.local_epochs, self.local_steps = local_epochs, local_steps
         self.momentum, self.weight_decay = momentum, weight_decay
         self.lr_decay, self.clip_norm = lr_decay, clip_norm
+
+    def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:
+        """Asks the workload which task a round belongs to."""
+        self.phase_of = workload.phase
 
     def fit(self, client: ClientContext, task: Broadcast) -> ClientUpdate:
         """The local loop; reports one forward and one backward pass per step."""
@@ -130,7 +139,8 @@ class SGDTrainer(LocalTrainer):
 
     def learning_rate(self, task: Broadcast) -> float:
         """Learning rate of this round; a strategy's `lr` setting comes before the trainer's own."""
-        return float(task.settings.get("lr", self.lr)) * self.lr_decay ** (task.round - 1)
+        lr = float(task.settings.get("lr", self.lr)) * self.lr_decay ** (task.round - 1)
+        return lr * self.task_decay ** self.phase_of(task.round)
 
     def batches(self, client: ClientContext, task: Broadcast) -> Iterator[Tensors]:
         """Shuffled batches of the client's training examples: tensors with leading size `batch_size` or less."""
@@ -138,15 +148,27 @@ class SGDTrainer(LocalTrainer):
 
     def shuffled(self, client: ClientContext, purpose: str, epochs: int, steps: int | None = None) -> Iterator[Tensors]:
         """Batches of so many epochs, or of `steps` if it is given, in an order that `purpose` draws."""
-        data, steps_left = client.data.train, steps
+        for order in self.orders(client, purpose, self.batch_size, epochs, steps):
+            yield from client.data.train.gather_batches(order, self.batch_size)
+
+    def rows(self, client: ClientContext, batch_size: int, epochs: int) -> Iterator[Tensor]:
+        """Places of the examples of each batch, [batch_size or less] int64; `local_steps` ends the epochs."""
+        for order in self.orders(client, "batches", batch_size, epochs, self.local_steps):
+            yield from order.split(batch_size)
+
+    def orders(
+        self, client: ClientContext, purpose: str, batch_size: int, epochs: int, steps: int | None
+    ) -> Iterator[Tensor]:
+        """The order of each epoch, [examples] int64; with `steps`, epochs until there are so many batches."""
         shuffle = client.stream(purpose)
-        for _ in range(epochs if steps_left is None else steps_left):  # an epoch has at least one step
-            for batch in data.gather_batches(torch.randperm(len(data), generator=shuffle), self.batch_size):
-                if steps_left is not None:
-                    if steps_left == 0:
-                        return
-                    steps_left -= 1
-                yield batch
+        for _ in range(epochs if steps is None else steps):  # an epoch has at least one step
+            order = torch.randperm(len(client.data.train), generator=shuffle)
+            if steps is not None:
+                order = order[: steps * batch_size]
+                steps -= -(-len(order) // batch_size)
+            yield order
+            if steps == 0:
+                return
 
     def loss(self, client: ClientContext, batch: Tensors, task: Broadcast) -> Tensor:
         """The objective of one step, a scalar."""

@@ -45,14 +45,14 @@ def global_masks(weights: Mapping[str, Tensor], sparsity: float, floor: float = 
     free: dict[str, Tensor] = {}
     for name, weight in weights.items():
         reserved = max(1, math.ceil(floor * weight.numel() - 1e-9)) if floor else 0
-        order = weight.detach().abs().flatten().argsort(stable=True)
+        order = weight.detach().cpu().abs().flatten().argsort(stable=True)
         free[name] = order[: weight.numel() - reserved].sort().values
     most = sum(map(len, free.values()))
     if count > most:
         raise DeviceError(
             f"sparsity {sparsity:g} removes {count} weights, but floor={floor:g} leaves only {most} to remove"
         )
-    magnitudes = torch.cat([weights[name].detach().abs().flatten()[index] for name, index in free.items()])
+    magnitudes = torch.cat([weights[name].detach().cpu().abs().flatten()[index] for name, index in free.items()])
     gone = torch.zeros(most, dtype=torch.bool)
     gone[magnitudes.argsort(stable=True)[:count]] = True
     masks = {}

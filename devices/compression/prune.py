@@ -32,7 +32,7 @@ def channel_scores(groups: ChannelGroups, state: Mapping[str, Tensor]) -> dict[s
     scores = {}
     for name, group in groups.groups.items():
         filters = [
-            state[key].detach().double().abs().movedim(dim, 0).flatten(1).mean(1)[coupling.entries].mean(1)
+            state[key].detach().cpu().double().abs().movedim(dim, 0).flatten(1).mean(1)[coupling.entries].mean(1)
             for coupling in group.couplings
             for key, dim in coupling.dims
             if coupling.side == "out" and state[key].dim() > 1

@@ -25,12 +25,18 @@ class MLP(nn.Module):
         num_classes: size of the output.
         hidden: width of each hidden layer; empty gives a linear model.
         norm: of each hidden layer, before its ReLU: "batch", "layer" or None.
+        dropout: probability of dropping a hidden unit; 0 adds no layer.
     """
 
     takes_tokens = False
 
     def __init__(
-        self, input_shape: Sequence[int], num_classes: int, hidden: Sequence[int] = (64,), norm: str | None = None
+        self,
+        input_shape: Sequence[int],
+        num_classes: int,
+        hidden: Sequence[int] = (64,),
+        norm: str | None = None,
+        dropout: float = 0.0,
     ):
         super().__init__()
         if not isinstance(hidden, Sequence) or isinstance(hidden, str):
@@ -38,11 +44,14 @@ class MLP(nn.Module):
         if norm is not None and norm not in NORMS:
             raise ConfigError(unknown("value for model.norm of model mlp", norm, [*NORMS, "null"]))
         positive("mlp", num_classes=num_classes, **{f"hidden[{i}]": width for i, width in enumerate(hidden)})
+        if not 0 <= dropout < 1:
+            raise ConfigError(f"model.dropout of model mlp must be in [0, 1), got {dropout}")
         widths = [math.prod(input_shape), *hidden]
         layers: list[nn.Module] = [nn.Flatten()]
         for i in range(len(hidden)):
             normalise = [NORMS[norm](widths[i + 1])] if norm is not None else []
             layers += [nn.Linear(widths[i], widths[i + 1]), *normalise, nn.ReLU()]
+            layers += [nn.Dropout(dropout)] if dropout else []
         self.body = nn.Sequential(*layers)
         self.head = nn.Linear(widths[-1], num_classes)
 

@@ -1,0 +1,85 @@
+"""Elastic weight consolidation (EWC): weights that mattered for earlier tasks are held where they were.
+
+Source: Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", PNAS 2017, equation 3. The penalty
+is the sum of one quadratic per task; the server keeps their sum (strategy=ewc). Records: see `strategies.ewc`. May
+import: what `clients.trainers.sgd` may, clients.trainers.gradients.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clients.trainers.base import ClientContext
+from clients.trainers.gradients import per_sample, scoring
+from clients.trainers.sgd import SGDTrainer
+from fedsim.errors import ConfigError
+from fedsim.messages import Broadcast
+from fedsim.workload import Tensors
+
+QUESTION, FISHER, PENALTY = "fisher", "fisher", "penalty"
+
+
+def fisher(client: ClientContext, weights: dict[str, nn.Parameter], batch: Tensors, at_once: int) -> Tensor:
+    """Mean squared gradient of the log-likelihood of single examples, [weights].
+
+    Args:
+        client: whose model is looked at, in evaluation mode.
+        weights: of which.
+        batch: n examples with their own labels.
+        at_once: examples whose gradients are held at a time.
+    """
+    total = torch.zeros(sum(p.numel() for p in weights.values()), dtype=torch.float64)
+    with scoring(client.model):
+        for rows in torch.arange(len(batch["y"])).split(at_once):
+            part = {key: t[rows] for key, t in batch.items()}
+            total += per_sample(client.workload, client.model, part, weights).double().square().sum(0).cpu()
+    return (total / len(batch["y"])).float()
+
+
+class EWCTrainer(SGDTrainer):
+    """Adds penalty / 2 times sum_i F_i (w_i - w*_i)^2 over the weights and the earlier tasks.
+
+    Args:
+        penalty: lambda.
+        fisher_examples: of a task, from which its F is computed; None: all that are on the device.
+        sgd: arguments of SGDTrainer.
+    """
+
+    pure_loss = False
+
+    def __init__(self, penalty: float = 100.0, fisher_examples: int | None = 200, **sgd: Any):
+        super().__init__(**sgd)
+        if penalty < 0:
+            raise ConfigError(f"trainer.penalty must be at least 0, got {penalty!r}")
+        if fisher_examples is not None and fisher_examples < 1:
+            raise ConfigError(f"trainer.fisher_examples must be null or at least 1, got {fisher_examples!r}")
+        self.penalty, self.fisher_examples = penalty, fisher_examples
+
+    def loss(self, client: ClientContext, batch: Tensors, task: Broadcast) -> Tensor:
+        """Workload loss and, after the first task, the quadratics, multiplied out."""
+        loss = super().loss(client, batch, task)
+        if not self.penalty or PENALTY not in task.extras:
+            return loss
+        record, weights = task.extra(PENALTY), torch.cat([p.flatten() for p in client.parameters])
+        curvature, centre = (record[key].to(client.device) for key in ("curvature", "weighted"))
+        inside = (curvature * weights.square() - 2 * centre * weights).sum() + float(record["constant"])
+        return loss + self.penalty / 2 * inside
+
+    def answer(self, client: ClientContext, question: str, task: Broadcast) -> dict[str, Tensors]:
+        """F of the task that has just ended, at the weights that came, from examples that are still on the device."""
+        if question != QUESTION:
+            return super().answer(client, question, task)
+        workload = client.workload
+        names = workload.arrivals(client.client_id, workload.part(client.round - 1))
+        most = len(names) if self.fisher_examples is None else self.fisher_examples
+        names = names[torch.randperm(len(names), generator=client.stream("fisher"))[:most]]
+        batch = {key: t.to(client.device) for key, t in workload.recall(client.client_id, names).items()}
+        weights = {name: p for name, p in client.model.named_parameters() if p.requires_grad}
+        at_once = min(len(names), self.batch_size)
+        held = client.network.parameter_bytes * (2 + at_once) + at_once * client.network.activation_bytes
+        client.log.reserve(held)
+        client.log.add(client.network, at_once, forwards=-(-len(names) // at_once), backwards=-(-len(names) // at_once))
+        return {FISHER: {"curvature": fisher(client, weights, batch, at_once), "examples": torch.tensor(len(names))}}

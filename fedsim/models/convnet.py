@@ -1,0 +1,51 @@
+"""A few strided convolutions and a linear head: the smallest network that learns small images.
+
+May import: torch, `fedsim.models.shapes`, `fedsim.errors`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from fedsim.errors import ConfigError
+from fedsim.models.shapes import image_shape, positive
+
+
+class ConvNet(nn.Module):
+    """3x3 convolutions of stride 2 (padding 1), each with ReLU; a linear head on what is left of the image.
+
+    Args:
+        input_shape: channels, height, width; at least 4x4.
+        num_classes: size of the output.
+        channels: of each convolution.
+        dropout: probability of dropping a feature before the head.
+    """
+
+    takes_tokens = False
+
+    def __init__(
+        self, input_shape: Sequence[int], num_classes: int, channels: Sequence[int] = (12, 24), dropout: float = 0.0
+    ):
+        super().__init__()
+        before, height, width = image_shape("convnet", input_shape, smallest=4)
+        if not isinstance(channels, Sequence) or isinstance(channels, str) or not channels:
+            raise ConfigError(f"model.channels of model convnet must be a list, e.g. [12, 24], got {channels!r}")
+        positive("convnet", num_classes=num_classes, **{f"channels[{i}]": c for i, c in enumerate(channels)})
+        if not 0 <= dropout < 1:
+            raise ConfigError(f"model.dropout of model convnet must be in [0, 1), got {dropout}")
+        layers: list[nn.Module] = []
+        for after in channels:
+            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.ReLU()]
+            before, height, width = after, -(-height // 2), -(-width // 2)
+        self.body = nn.Sequential(*layers, nn.Flatten(), *([nn.Dropout(dropout)] if dropout else []))
+        self.head = nn.Linear(before * height * width, num_classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the head sees: [batch, channels[-1] * height * width / 4^len(channels)]."""
+        return self.body(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [batch, classes] of x [batch, channels, height, width]."""
+        return self.head(self.features(x))
