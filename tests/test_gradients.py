@@ -68,6 +68,7 @@ def problem(name: str) -> tuple[Workload, nn.Module, Tensors]:
         "linear": lambda **s: MLP(**s, hidden=[]),
         "mlp": lambda **s: MLP(**s, hidden=[9, 7], dropout=0.2),
         "convnet": lambda **s: ConvNet(**s, channels=[3, 5]),
+        "normed": lambda **s: ConvNet(**s, channels=[4, 6], groups=2),
         "resnet": lambda **s: ResNet(**s, depth=8, width=4, groups=2),
         "depthwise": Depthwise,
     }
@@ -80,7 +81,7 @@ def problem(name: str) -> tuple[Workload, nn.Module, Tensors]:
     return workload, model, {key: t.double() if t.is_floating_point() else t for key, t in batch.items()}
 
 
-PROBLEMS = ("linear", "mlp", "convnet", "resnet", "depthwise", "letters")
+PROBLEMS = ("linear", "mlp", "convnet", "normed", "resnet", "depthwise", "letters")
 
 
 def by_hand(workload: Workload, model: nn.Module, batch: Tensors, weights: list[Tensor]) -> Tensor:

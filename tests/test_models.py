@@ -9,6 +9,7 @@ from torch import nn
 from fedsim.data.blobs import Blobs
 from fedsim.errors import ConfigError
 from fedsim.models.char_lstm import CharLSTM
+from fedsim.models.convnet import ConvNet
 from fedsim.models.femnist_cnn import FemnistCNN
 from fedsim.models.lenet import LeNet5
 from fedsim.models.mlp import MLP
@@ -92,6 +93,12 @@ def test_resnet_depth_counts_its_layers(depth: int, blocks: int):
     assert len(ResNet(IMAGES, 10, depth=depth).blocks) == blocks
 
 
+def test_convnet_has_a_norm_behind_every_convolution_only_where_asked():
+    kinds = [type(m) for m in ConvNet(IMAGES, 10, channels=[4, 6], groups=2).body]
+    assert kinds == [nn.Conv2d, nn.GroupNorm, nn.ReLU] * 2 + [nn.Flatten]
+    assert [type(m) for m in ConvNet(IMAGES, 10).body] == [nn.Conv2d, nn.ReLU] * 2 + [nn.Flatten]
+
+
 @pytest.mark.parametrize(
     "make, sentence",
     [
@@ -103,6 +110,8 @@ def test_resnet_depth_counts_its_layers(depth: int, blocks: int):
         (lambda: ResNet((3, 3, 3), 10), "model resnet needs images .* of at least 4x4"),
         (lambda: ResNet(IMAGES, 10, depth=10), r"model.depth of model resnet must be 8, 14, .* \(6n \+ 2\), got 10"),
         (lambda: ResNet(IMAGES, 10, groups=5), "model.groups of model resnet must divide model.width=16, got 5"),
+        (lambda: ConvNet(IMAGES, 10, groups=5), r"model.groups of model convnet must .*channels=\[12, 24\], got 5"),
+        (lambda: ConvNet(IMAGES, 10, groups=-1), "model.groups of model convnet must be a whole number of at least 1"),
         (lambda: CharLSTM((1, 28, 28), 10), "model char_lstm needs sequences of token ids"),
         (lambda: CharLSTM((80,), 65, hidden=0), "model.hidden of model char_lstm must be a whole number"),
         (lambda: MLP((4,), 2, hidden=64), r"model.hidden of model mlp must be a list of widths, e.g. \[64\], got 64"),

@@ -21,12 +21,18 @@ class ConvNet(nn.Module):
         num_classes: size of the output.
         channels: of each convolution.
         dropout: probability of dropping a feature before the head.
+        groups: of a GroupNorm between each convolution and its ReLU; 0: none, else a divisor of all channels.
     """
 
     takes_tokens = False
 
     def __init__(
-        self, input_shape: Sequence[int], num_classes: int, channels: Sequence[int] = (12, 24), dropout: float = 0.0
+        self,
+        input_shape: Sequence[int],
+        num_classes: int,
+        channels: Sequence[int] = (12, 24),
+        dropout: float = 0.0,
+        groups: int = 0,
     ):
         super().__init__()
         before, height, width = image_shape("convnet", input_shape, smallest=4)
@@ -35,9 +41,16 @@ class ConvNet(nn.Module):
         positive("convnet", num_classes=num_classes, **{f"channels[{i}]": c for i, c in enumerate(channels)})
         if not 0 <= dropout < 1:
             raise ConfigError(f"model.dropout of model convnet must be in [0, 1), got {dropout}")
+        if groups:
+            positive("convnet", groups=groups)
+            if any(c % groups for c in channels):
+                raise ConfigError(
+                    f"model.groups of model convnet must divide model.channels={list(channels)}, got {groups}"
+                )
         layers: list[nn.Module] = []
         for after in channels:
-            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.ReLU()]
+            norm = [nn.GroupNorm(groups, after)] if groups else []
+            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), *norm, nn.ReLU()]
             before, height, width = after, -(-height // 2), -(-width // 2)
         self.body = nn.Sequential(*layers, nn.Flatten(), *([nn.Dropout(dropout)] if dropout else []))
         self.head = nn.Linear(before * height * width, num_classes)
