@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from clients.state import ClientState
 from clients.trainers.base import ClientContext, LocalTrainer, OutOfMemoryError, WorkLog
 from devices.compression.plan import CompressionPlan, Recipe
-from devices.cost import NetworkCost, Passes, Work, pack_works
+from devices.cost import NetworkCost, Work, pack_works
 from fedsim.deployment import CALIBRATION, calibration
 from fedsim.engines.blocks import BlockSum
 from fedsim.engines.memory import keep_freed_memory
@@ -219,19 +219,19 @@ class Worker:
             metrics, judged = self.trainer.evaluate(client, task), client.log.judged
             if judged is None:
                 return metrics
-            seconds = self.world.latency.compute_s(Work((Passes(judged, 1, 1),)), client.profile)
-            return {"latency_ms": 1e3 * seconds, "flops": judged.forward_flops, **metrics}
+            latency_ms = self.world.latency.inference_ms(judged, client.profile)
+            return {"latency_ms": latency_ms, "flops": judged.forward_flops, **metrics}
         recipe = self.compression.recipe(client.profile)
         batches = calibration(client.data.train)
-        compressed = self.compression.apply(self.model, self.workload.sample(2)["x"].to(self.device), recipe, batches)
+        deployed = self.compression.apply(self.model, self.workload.sample(2)["x"].to(self.device), recipe, batches)
         if recipe not in self.networks:
-            self.networks[recipe] = self._price(compressed.shape, "compressed")
+            self.networks[recipe] = self._price(deployed.shape, "compressed")
         network = self.networks[recipe]
         if recipe.bits < 32:
             client.log.add(network, 1, forwards=min(len(client.data.train), CALIBRATION[0] * CALIBRATION[1]))
-        seconds = self.world.latency.compute_s(Work((Passes(network, 1, 1),)), client.profile)
-        own = replace(client, model=compressed.model, network=network)
-        return {**self.trainer.evaluate(own, task), **compressed.facts(), "latency_ms": 1e3 * seconds}
+        latency_ms = self.world.latency.inference_ms(network, client.profile)
+        own = replace(client, model=deployed.model, network=network)
+        return {**self.trainer.evaluate(own, task), **deployed.facts(), "latency_ms": latency_ms}
 
     def _fit(self, client: ClientContext, task: Broadcast, model: ArrayRecord) -> RecordDict:
         if not self.model.training:

@@ -165,6 +165,10 @@ class LatencyModel(ABC):
     def compute_s(self, work: Work, device: DeviceProfile) -> float:
         """Seconds that the passes of `work` take on `device`, without jitter."""
 
+    def inference_ms(self, network: NetworkCost, device: DeviceProfile) -> float:
+        """Milliseconds that one forward pass of one example takes on `device`, without jitter."""
+        return 1e3 * self.compute_s(Work((Passes(network, 1, 1),)), device)
+
     def cost(self, work: Work, device: DeviceProfile, jitter: Jitter = Jitter()) -> Cost:
         """Prices one client's round.
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from devices.compression.plan import CompressionPlan, Recipe
-from devices.cost import Passes, Work
 from devices.errors import DeviceError
 from devices.fleet import Fleet
 from devices.latency import int8_ms
@@ -54,8 +53,7 @@ def deployments(world: World, model: nn.Module) -> list[dict[str, Any]]:
         predicted, integers = {}, {}
         for profile in world.fleet.profiles:
             if profile.name in devices:
-                work = Work((Passes(cost, 1, 1),))
-                predicted[profile.name] = 1e3 * world.latency.compute_s(work, profile)
+                predicted[profile.name] = world.latency.inference_ms(cost, profile)
                 if recipe.bits == 8 and (ms := int8_ms(cost, 1, profile)) is not None:
                     integers[profile.name] = ms
         entries.append(

@@ -59,14 +59,20 @@ class EdgeStrategy(FedAvg):
         weights = tensors_of(arrays)
         messages = list(super().configure_train(server_round, arrays, config, grid))
         self.prepare(server_round, arrays, grid)
+        self.fill(messages, server_round, grid, weights, arrays)
+        return messages
+
+    def fill(
+        self, messages: Iterable[Message], round: int, grid: EdgeGrid, weights: Tensors, arrays: ArrayRecord
+    ) -> None:
+        """Gives each message its client's broadcast; `arrays` is the packed form of `weights`."""
         packed = {id(weights): (weights, arrays)}  # what several clients get is packed once; held, so that ids stay
         for message in messages:
-            broadcast = self.broadcast(server_round, grid.client(message.metadata.dst_node_id), weights)
+            broadcast = self.broadcast(round, grid.client(message.metadata.dst_node_id), weights)
             own = broadcast.weights
             if id(own) not in packed:
                 packed[id(own)] = (own, record_of(own))
             message.content = content_of(broadcast, packed[id(own)][1])
-        return messages
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]

@@ -22,7 +22,6 @@ from flwr.serverapp import Grid
 from devices.compression.channels import Kept
 from devices.compression.gates import Gates, mean_jaccard_distance
 from devices.compression.prune import largest_ratio
-from devices.cost import Passes, Work
 from devices.errors import DeviceError, unknown
 from fedsim.errors import ConfigError
 from fedsim.messages import Broadcast, ClientUpdate
@@ -123,15 +122,11 @@ class PPPStrategy(WidthStrategy):
             return float(self.fixed)
         if self.latency_budget_ms is None:
             return super().ratio(client)
-        latency = self.world.latency
-        return largest_ratio(
-            lambda ratio: (
-                1e3
-                * latency.compute_s(Work((Passes(self.slices.cost(self.plan.at_ratio(ratio)), 1, 1),)), client.profile)
-            ),
-            self.latency_budget_ms,
-            self.levels,
-        )
+
+        def needs_ms(ratio: float) -> float:
+            return self.world.latency.inference_ms(self.slices.cost(self.plan.at_ratio(ratio)), client.profile)
+
+        return largest_ratio(needs_ms, self.latency_budget_ms, self.levels)
 
     def ratio_now(self, round: int, client: Enrolled) -> float:
         """The keep ratio of a round: it falls from 1 to the client's own in the first rounds."""

@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 
 from devices.compression.channels import Kept, grid
 from fedsim.errors import ConfigError
-from fedsim.messages import Broadcast, ClientUpdate, content_of, record_of, tensors_of
+from fedsim.messages import Broadcast, ClientUpdate, tensors_of
 from fedsim.network import EdgeGrid, Enrolled
 from fedsim.settings import World, build_world
 from fedsim.slices import BITS, KEPT, Slices
@@ -68,12 +68,9 @@ class SubnetStrategy(EdgeStrategy):
         own = update.extras.get(KEPT)
         return groups.indices(groups.unpack(own[BITS]) if own is not None else self.sent[update.client_id])
 
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """FedAvg's cohort, each client with its part."""
+    def prepare(self, round: int, arrays: ArrayRecord, grid: EdgeGrid) -> None:
+        """Takes the weights of the round."""
         self.open(arrays, grid)
-        return super().configure_train(server_round, arrays, config, grid)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -81,12 +78,7 @@ class SubnetStrategy(EdgeStrategy):
         """FedAvg's choice of clients; each judges the part that its device trains."""
         messages = list(super().configure_evaluate(server_round, arrays, config, grid))
         self.open(arrays, grid)
-        packed: dict[int, ArrayRecord] = {}
-        for message in messages:
-            part = self.broadcast(server_round, self.grid.client(message.metadata.dst_node_id), self.weights)
-            if id(part.weights) not in packed:
-                packed[id(part.weights)] = record_of(part.weights)
-            message.content = content_of(part, packed[id(part.weights)])
+        self.fill(messages, server_round, self.grid, self.weights, arrays)
         return messages
 
     def open(self, arrays: ArrayRecord, grid: Grid) -> None:

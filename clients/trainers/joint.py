@@ -25,15 +25,9 @@ class JointTrainer(SGDTrainer):
     """
 
     def batches(self, client: ClientContext, task: Broadcast) -> Iterator[Tensors]:
-        workload, draw = client.workload, client.stream("joint")
-        parts = [workload.arrivals(client.client_id, part) for part in range(workload.part(EVER) + 1)]
-        names, steps_left = torch.cat(parts), self.local_steps
-        for _ in range(self.local_epochs if steps_left is None else steps_left):
-            some = names[torch.randperm(len(names), generator=draw)[: len(client.data.train)]]
-            every = {key: t.to(client.device) for key, t in workload.recall(client.client_id, some).items()}
-            for rows in torch.arange(len(some)).split(self.batch_size):
-                if steps_left is not None:
-                    if steps_left == 0:
-                        return
-                    steps_left -= 1
-                yield {key: t[rows] for key, t in every.items()}
+        workload, size = client.workload, self.batch_size
+        names = torch.cat([workload.arrivals(client.client_id, part) for part in range(workload.part(EVER) + 1)])
+        for order in self.orders(client, "joint", size, self.local_epochs, self.local_steps, among=len(names)):
+            every = workload.recall(client.client_id, names[order])
+            for rows in torch.arange(len(order)).split(size):
+                yield {key: t[rows].to(client.device) for key, t in every.items()}

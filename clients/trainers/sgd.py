@@ -157,12 +157,21 @@ class SGDTrainer(LocalTrainer):
             yield from order.split(batch_size)
 
     def orders(
-        self, client: ClientContext, purpose: str, batch_size: int, epochs: int, steps: int | None
+        self,
+        client: ClientContext,
+        purpose: str,
+        batch_size: int,
+        epochs: int,
+        steps: int | None,
+        among: int | None = None,
     ) -> Iterator[Tensor]:
-        """The order of each epoch, [examples] int64; with `steps`, epochs until there are so many batches."""
-        shuffle = client.stream(purpose)
+        """The order of each epoch, [examples] int64; with `steps`, epochs until there are so many batches.
+
+        An epoch is as long as the client's examples, and draws from so many: from `among` where it is given.
+        """
+        shuffle, size = client.stream(purpose), len(client.data.train)
         for _ in range(epochs if steps is None else steps):  # an epoch has at least one step
-            order = torch.randperm(len(client.data.train), generator=shuffle)
+            order = torch.randperm(size if among is None else among, generator=shuffle)[:size]
             if steps is not None:
                 order = order[: steps * batch_size]
                 steps -= -(-len(order) // batch_size)
