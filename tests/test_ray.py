@@ -175,9 +175,20 @@ def is_alive(process: psutil.Process, name: str = "") -> bool:
         return False
 
 
-def workers(pid: int | None = None) -> list[psutil.Process]:
-    """The worker processes below this or another one."""
-    return [p for p in descendants(pid) if is_alive(p, "ray::RayWorker")]
+def workers() -> list[psutil.Process]:
+    """The worker processes below this one."""
+    return [p for p in descendants() if is_alive(p, "ray::RayWorker")]
+
+
+def with_worker(pid: int) -> list[psutil.Process]:
+    """The processes below another one, seen at a moment when a worker, which may just be replaced, is among them."""
+    end = time.monotonic() + 30
+    while True:
+        below = descendants(pid)
+        if any(is_alive(p, "ray::RayWorker") for p in below):
+            return below
+        assert time.monotonic() < end, below
+        time.sleep(0.05)
 
 
 def both_at_work(run: Callable[[], object], spies: Path) -> list[psutil.Process]:
@@ -328,8 +339,7 @@ def test_interrupted_runs_end_within_seconds_and_leave_nothing(tmp_path):
                 assert time.monotonic() < end
                 time.sleep(0.05)
         for run, number, code in zip(runs, (signal.SIGINT, signal.SIGTERM), (130, 143), strict=True):
-            started, began = descendants(run.pid), time.monotonic()
-            assert workers(run.pid)
+            started, began = with_worker(run.pid), time.monotonic()
             (os.killpg if number == signal.SIGINT else os.kill)(run.pid, number)
             _, said = run.communicate(timeout=60)
             assert time.monotonic() - began < 5
