@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+import shlex
 import signal
 import sys
 import time
@@ -36,6 +37,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(devices_app, name="devices")
 
 INTERRUPTED, TERMINATED = 130, 143
+_folders: list[Path] = []  # of the run that is going on
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 RUN_EPILOG = """
 [bold]Examples[/bold]
@@ -156,6 +158,26 @@ def replay(
     raise typer.Exit(0 if result.outcome == "completed" else 1)
 
 
+@app.command(context_settings=PASS_THROUGH)
+def resume(
+    ctx: typer.Context,
+    run: Annotated[Path, typer.Argument(help="Folder of a run that was interrupted, killed or has failed.")],
+) -> None:
+    """Go on with a run from its last checkpoint, to the same result as if it had never stopped.
+
+    Its engine may be another one; everything else is as it was. A run without a checkpoint starts anew.
+
+    Example: fedsim resume runs/20261121-101500-fedavg-digits engine=ray engine.workers=2
+    """
+    from fedsim.settings import on_engine, settings_of_run
+
+    settings = on_engine(settings_of_run(run), ctx.args)
+    if (run / "summary.json").is_file():
+        _console().print(f"{run} has finished: nothing is left to do", highlight=False, soft_wrap=True)
+        return
+    run_one(settings, run)
+
+
 @app.command()
 def doctor() -> None:
     """Check this installation: versions, GPU, data, writable folders, and a run of a few seconds.
@@ -236,9 +258,9 @@ def main() -> None:
     except (exceptions.Abort, KeyboardInterrupt):
         code = INTERRUPTED
     except Terminated:
-        _give_up("terminated; everything written so far stays", TERMINATED, None)
+        _give_up(f"terminated; {_what_stays()}", TERMINATED, None)
     if code == INTERRUPTED:  # click's own answer to Ctrl-C
-        _give_up("interrupted; everything written so far stays", INTERRUPTED, None)
+        _give_up(f"interrupted; {_what_stays()}", INTERRUPTED, None)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -249,6 +271,11 @@ class Terminated(BaseException):
 def _terminate(*_: object) -> NoReturn:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would cut the closing short
     raise Terminated
+
+
+def _what_stays() -> str:
+    go_on = [f"; go on with: fedsim resume {shlex.quote(str(f))}" for f in _folders if (f / "config.yaml").is_file()]
+    return "everything written so far stays" + "".join(go_on)
 
 
 def _give_up(text: str, code: int, error: BaseException | None) -> None:
@@ -374,20 +401,22 @@ def _hydra_settings(overrides: list[str], sweeping: bool) -> list[str]:
     return [*fixed, f"hydra.sweep.dir={folder}", "hydra.sweep.subdir=."]  # run_one makes the folder of each run
 
 
-def run_one(settings: dict[str, Any]) -> dict[str, Any]:
-    """One experiment with its progress bar and closing table."""
+def run_one(settings: dict[str, Any], unfinished: Path | None = None) -> dict[str, Any]:
+    """One experiment with its progress bar and closing table; `unfinished` is the folder that holds its beginning."""
     from fedsim.console import closing_lines, closing_table, progress_bar
     from fedsim.federation import run as run_federation
     from fedsim.report import read_rounds, run_folder
 
     _forget_worlds()
-    console, folder = _console(), run_folder(settings)
+    console, folder = _console(), unfinished or run_folder(settings)
     engine = build_engine(settings)
+    _folders[:] = [folder]
     try:
         with progress_bar(console, settings["rounds"]) as (watch, observe):
-            summary = run_federation(settings, engine, folder, watch, observe)
+            summary = run_federation(settings, engine, folder, watch, observe, resume=unfinished is not None)
     finally:
         engine.close()
+    _folders.clear()
     console.print(closing_table(read_rounds(folder)))
     for line in closing_lines(summary, folder):
         console.print(line, highlight=False, soft_wrap=True)

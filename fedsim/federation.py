@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import platform
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +22,9 @@ from flwr.serverapp.exception import AppExitException
 from flwr.serverapp.strategy import Strategy
 
 from devices.errors import DeviceError
+from fedsim import checkpoint
 from fedsim import metrics as figures
+from fedsim.checkpoint import restore_strategy, strategy_state
 from fedsim.deployment import check_plan, deployments
 from fedsim.engines.blocks import is_plain_mean, mean_is_all
 from fedsim.errors import ConfigError, RunError
@@ -79,20 +82,44 @@ class Federation:
             observe=observe,
         )
 
-    def rounds(self) -> Iterator[tuple[RoundReport, list[ClientReport]]]:
-        """Round 0 (the untrained model), then training rounds until one of the limits is reached."""
-        settings, clock = self.settings, self.grid.clock
-        started = time.perf_counter()
-        yield self.report(0, 0.0, self.judge(0), started)
-        for number in range(1, settings["rounds"] + 1):
-            started, start_s = time.perf_counter(), clock.now_s
+    def rounds(self, after: RoundReport | None = None) -> Iterator[tuple[RoundReport, list[ClientReport]]]:
+        """Round 0 (the untrained model), then training rounds until one of the limits is reached.
+
+        Args:
+            after: the last round that is behind us (see `restore`); None begins with round 0.
+        """
+        settings, clock, last = self.settings, self.grid.clock, after
+        if last is None:
+            started = time.perf_counter()
+            last, clients = self.report(0, 0.0, self.judge(0), started)
+            yield last, clients
+        while not self.is_last(last):
+            number, started, start_s = last.round + 1, time.perf_counter(), clock.now_s
             metrics = self.train(number)
             over = settings["max_simulated_s"] is not None and clock.now_s >= settings["max_simulated_s"]
             if over or number % settings["evaluate_every"] == 0 or number == settings["rounds"]:
                 metrics |= self.judge(number) | self.ask_clients(number)
-            yield self.report(number, start_s, metrics, started)
-            if over or metrics.get(figures.ACCURACY, 0.0) >= (settings["target_accuracy"] or 2.0):
-                return
+            last, clients = self.report(number, start_s, metrics, started)
+            yield last, clients
+
+    def is_last(self, report: RoundReport) -> bool:
+        """Whether one of the limits was reached in this round."""
+        settings = self.settings
+        late = settings["max_simulated_s"] is not None and report.now_s >= settings["max_simulated_s"]
+        good = report.metrics.get(figures.ACCURACY, 0.0) >= (settings["target_accuracy"] or 2.0)
+        return report.round >= settings["rounds"] or (report.round > 0 and (late or good))
+
+    def state(self) -> dict[str, Any]:
+        """Between two rounds, what the rounds to come depend on, beside the settings and `arrays`."""
+        return {"grid": self.grid.state(), "strategy": strategy_state(self.strategy)}
+
+    def restore(self, arrays: ArrayRecord, state: dict[str, Any] | None) -> None:
+        """Goes on where another federation with the same settings was; without a state, where no round follows."""
+        self.arrays = arrays
+        if state is None:
+            return
+        self.grid.restore(state["grid"])
+        restore_strategy(self.strategy, state["strategy"])
 
     def train(self, number: int) -> dict[str, float]:
         """One training exchange and the new global weights; without replies the weights stay."""
@@ -172,34 +199,64 @@ def run(
     out: Path,
     watch: Watch | None = None,
     observe: Callable[[int], None] | None = None,
+    resume: bool = False,
 ) -> dict[str, Any]:
     """Runs one experiment into the folder `out` and returns its summary.
+
+    Args:
+        settings: of the run.
+        engine: the Grid that runs clients.
+        out: the run folder.
+        watch: called with each round that has ended.
+        observe: called with each client's id as its reply comes in.
+        resume: `out` holds the beginning of this run: go on from its checkpoint, or from the start where it has none.
 
     Raises:
         ConfigError, DataError: before anything is written.
         ClientError: when a client fails; what was written so far stays, with `failure.json`.
     """
-    check_free(out)
+    if not resume:
+        check_free(out)
     federation = Federation(build_world(json.dumps(settings)), engine, observe)
-    folder = RunFolder(out, settings)
-    reports: list[RoundReport] = []
-    totals, started = Totals(), time.perf_counter()
+    saved = checkpoint.load(out) if resume else None
+    folder = RunFolder(out, settings, resume, -1 if saved is None else saved.round)
+    reports, totals, started = folder.before, Totals(), time.perf_counter()
+    if saved is not None:
+        federation.restore(saved.weights, saved.state.get("federation"))
+        totals = Totals(**saved.state["totals"])
+    began, keeper = len(reports), checkpoint.Checkpoints(out, settings["checkpoint_s"])
+
+    def keep(ended: bool = False) -> None:
+        state: dict[str, Any] = {"totals": vars(totals)}
+        if not ended:
+            state["federation"] = federation.state()
+        try:
+            keeper.write(checkpoint.Saved(reports[-1].round, federation.arrays, state, versions()))
+        except checkpoint.NotKeptError as error:
+            keeper.every_s = None
+            warnings.warn(f"this run keeps no checkpoints: {error}, which no checkpoint can hold", stacklevel=2)
+
     try:
-        for report, clients in federation.rounds():
+        for report, clients in federation.rounds(reports[-1] if reports else None):
             folder.add(report, clients)
             totals.add(report, clients)
             reports.append(report)
             if watch:
                 watch(report)
+            if keeper.due:
+                folder.flush()
+                keep()
         summary = summarise(settings, reports, totals, federation.arrays, time.perf_counter() - started)
         workload = federation.world.workload
         summary |= workload.figures(reports)
         if entries := federation.deploy():
             summary["compression"] = entries
+        folder.flush()
+        keep(ended=True)
         folder.finish(summary, workload.pictures(reports))
     except BaseException as error:
         # Halves that do not belong together are seen when they first meet: still a wrong setting, so nothing stays.
-        if isinstance(error, ConfigError | DeviceError) and len(reports) <= 1:
+        if isinstance(error, ConfigError | DeviceError) and not began and len(reports) <= 1:
             folder.discard()
         else:
             folder.fail(error)

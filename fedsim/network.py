@@ -108,6 +108,10 @@ class ClientStore:
     def commit(self, client_id: int, state: ArrayRecord) -> None:
         self._states[client_id] = state
 
+    def all(self) -> dict[int, ArrayRecord]:
+        """The states by client."""
+        return dict(self._states)
+
     def __len__(self) -> int:
         return len(self._states)
 
@@ -237,6 +241,16 @@ class EdgeGrid(Grid):
         """The reports of all exchanges since the last call."""
         reports, self.reports = self.reports, []
         return reports
+
+    def state(self) -> dict[str, Any]:
+        """Between two rounds, everything that later results depend on."""
+        return {"now_s": self.clock.now_s, "clients": self.store.all()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on where another grid of the same run was."""
+        self.clock.now_s = state["now_s"]
+        for client_id, kept in state["clients"].items():
+            self.store.commit(client_id, kept)
 
     # --- one exchange, step by step -----------------------------------------------------------------------------
 

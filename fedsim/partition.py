@@ -181,17 +181,24 @@ class Natural(Partition):
     Args:
         min_examples: smallest owner that becomes a client.
         max_clients: most owners to use when `num_clients` is not given; None uses all.
+        classes_per_client: how many of its classes a client keeps, drawn for each; None keeps all, and an owner with
+            fewer keeps what it has. The examples of the others are left out.
     """
 
     by_owner = True
 
-    def __init__(self, min_examples: int = 1, max_clients: int | None = None):
+    def __init__(self, min_examples: int = 1, max_clients: int | None = None, classes_per_client: int | None = None):
         self.min_examples = _at_least_one("min_examples", min_examples)
         self.max_clients = None if max_clients is None else _at_least_one("max_clients", max_clients)
+        self.classes_per_client = (
+            None if classes_per_client is None else _at_least_one("classes_per_client", classes_per_client)
+        )
 
     def split(
         self, labels: np.ndarray, owners: np.ndarray | None, num_clients: int | None, rng: np.random.Generator
     ) -> list[np.ndarray]:
+        if self.classes_per_client is not None:
+            _one_label_each(labels, "natural with classes_per_client", "partition.classes_per_client=null")
         if owners is None:
             raise DataError(
                 "partition natural needs data that say who made each example, and these do not: use another partition "
@@ -217,7 +224,15 @@ class Natural(Partition):
         client_of = client_of_owner[owner_of]
         nobodys = np.flatnonzero(~named[owner_of])
         client_of[nobodys] = rng.permutation(np.arange(len(nobodys)) % wanted)
-        return _group(client_of, wanted + 1)[:wanted]
+        parts = _group(client_of, wanted + 1)[:wanted]
+        if self.classes_per_client is None:
+            return parts
+        return [part[self._keeps(labels[part], rng)] for part in parts]
+
+    def _keeps(self, labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Which examples of an owner stay, [n] bool: those of some of its classes."""
+        assert self.classes_per_client is not None
+        return np.isin(labels, rng.permutation(np.unique(labels))[: self.classes_per_client])
 
 
 def _at_least_one(key: str, value: int) -> int:
@@ -241,11 +256,11 @@ def _enough(examples: int, num_clients: int | None, each: int) -> int:
     return int(num_clients)
 
 
-def _one_label_each(labels: np.ndarray, name: str) -> None:
+def _one_label_each(labels: np.ndarray, name: str, instead: str = "partition=natural, iid or quantity") -> None:
     if labels.ndim != 1:
         raise ConfigError(
             f"partition {name} needs one label per example, but these are sequences of {labels.shape[-1]} labels: "
-            "use partition=natural, iid or quantity"
+            f"use {instead}"
         )
 
 

@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedsim.errors import ConfigError
 from fedsim.federation import Federation
 from fedsim.messages import STATE, Instruction, pack_cohort, unpack_cohort
 from fedsim.report import kept_instruction
-from fedsim.settings import Settings, build_world, check, compose
+from fedsim.settings import Settings, build_world, on_engine, settings_of_run
 
 
 @dataclass(frozen=True)
@@ -38,18 +37,7 @@ def settings_of(folder: Path) -> Settings:
     Raises:
         ConfigError: if the folder holds no run or its settings are wrong.
     """
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise ConfigError(f"{folder} holds no run: there is no config.yaml in it")
-    try:
-        settings = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(settings, dict):
-        raise ConfigError(f"{path} holds no settings")
-    check(settings)
-    local, kept = compose(["engine=local"])["engine"], ("threads", "device", "batch_clients")
-    return check({**settings, "engine": {**local, **{key: settings["engine"][key] for key in kept}}})
+    return on_engine(settings_of_run(folder), ["engine=local"])
 
 
 def instruction_of(

@@ -6,6 +6,7 @@ safetensors, torch, yaml, fedsim.network's reports. Heavy libraries are imported
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shlex
@@ -200,24 +201,59 @@ class RunFolder:
     Args:
         path: created with its parents; must not hold another run.
         settings: written to `config.yaml`, enough to repeat the run.
+        resume: the folder holds the beginning of this run.
+        last: then, the last round that stays; what came after it is taken away, to be written again.
+
+    Attributes:
+        before: the rounds that are there already.
+
+    Raises:
+        ConfigError: if the folder is taken, cannot be made, or its run is going on.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any]):
+    def __init__(self, path: Path, settings: dict[str, Any], resume: bool = False, last: int = -1):
         import yaml
         from torch.utils.tensorboard import SummaryWriter
 
-        check_free(path)
+        if not resume:
+            check_free(path)
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            (path / "clients").mkdir()
+            (path / "clients").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"out={path} cannot be made: {error.strerror}; name another folder") from error
         self.path = path
-        write_atomic(path / "config.yaml", yaml.safe_dump({**settings, "out": None}, sort_keys=False))
-        self._rounds = (path / "rounds.jsonl").open("a")
-        self._events = SummaryWriter(str(path / "tensorboard"))
+        self._rounds = (path / "rounds.jsonl").open("a+")
+        try:
+            fcntl.flock(self._rounds, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with this process, however it ends
+        except OSError:
+            self._rounds.close()
+            raise ConfigError(f"the run in {path} is going on just now; wait for it, or end it") from None
+        self.before = self._cut_back(last)
+        if not resume:
+            write_atomic(path / "config.yaml", yaml.safe_dump({**settings, "out": None}, sort_keys=False))
+        self._events = SummaryWriter(str(path / "tensorboard"), purge_step=last + 1 if resume else None)
         self._rows: list[dict[str, Any]] = []
         self._flushed_at = time.monotonic()
+
+    def _cut_back(self, last: int) -> list[RoundReport]:
+        """Takes away what was written after round `last`; the rounds that stay.
+
+        Raises:
+            ConfigError: if some of those are missing.
+        """
+        stay = [report for report in read_rounds(self.path) if report.round <= last]
+        if len(stay) != last + 1:
+            raise ConfigError(f"{self.path / 'rounds.jsonl'} lacks rounds that {self.path / 'checkpoint'} goes on from")
+        for table in (self.path / "clients").iterdir():
+            if table.suffix != ".parquet" or int(table.stem.split("-")[1]) > last:
+                table.unlink()
+        self._rounds.truncate(sum(len(line) for line in self._lines(len(stay))))
+        for name in ("failure.json", FAILED_CLIENT, ITS_ARRAYS):
+            (self.path / name).unlink(missing_ok=True)
+        return stay
+
+    def _lines(self, count: int) -> list[bytes]:
+        return (self.path / "rounds.jsonl").read_bytes().splitlines(keepends=True)[:count]
 
     def add(self, report: RoundReport, clients: Sequence[ClientReport]) -> None:
         """Writes one round; the client rows follow in batches of about 20 s, one Parquet file each."""
@@ -341,14 +377,17 @@ def _row(c: ClientReport) -> dict[str, Any]:
     }
 
 
+@dataclass
 class Totals:
     """Running sums over a run that the summary needs; memory grows with the clients seen, not with rounds."""
 
-    def __init__(self) -> None:
-        self.outcomes: Counter[str] = Counter()
-        self.joules, self.wait_joules = 0.0, 0.0
-        self.down_bytes, self.up_bytes, self.peak_memory_bytes = 0, 0, 0
-        self.client_joules: Counter[int] = Counter()
+    outcomes: Counter[str] = field(default_factory=Counter)
+    joules: float = 0.0
+    wait_joules: float = 0.0
+    down_bytes: int = 0
+    up_bytes: int = 0
+    peak_memory_bytes: int = 0
+    client_joules: Counter[int] = field(default_factory=Counter)
 
     def add(self, report: RoundReport, clients: Sequence[ClientReport]) -> None:
         """Adds one round."""

@@ -39,6 +39,7 @@ GROUPS = (
 NEEDED = tuple(group for group in GROUPS if group not in ("method", "experiment"))  # presets leave no settings behind
 PRIMARY = "run"
 FREE_MAPS = ("fleet.devices",)  # whose keys are the user's own: giving the map replaces it
+RESULTS_HANG_ON = ("threads", "device", "batch_clients")  # of the engine's settings, in the last bits
 FORMAT, FORMATS = "memory_format", ("contiguous", "channels_last")
 WORLDS = 4  # kept per process: `fedsim bench` has a few runs open at a time, everything else one
 
@@ -171,6 +172,60 @@ def from_run_config(run_config: dict[str, Any]) -> Settings:
     return compose(shlex.split(str(run_config.get("overrides", ""))))
 
 
+def settings_of_run(folder: Path) -> Settings:
+    """The settings of an earlier run; what its version did not know yet is as it was then.
+
+    Raises:
+        ConfigError: if the folder holds no run or its settings are wrong.
+    """
+    import yaml
+
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{folder} holds no run: there is no config.yaml in it")
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path} holds no settings")
+    return check(completed(settings))
+
+
+def completed(settings: Settings) -> Settings:
+    """Settings of an earlier version with what came later: a new setting's default is what was done before it."""
+    choices = settings.get("choices")
+    if not isinstance(choices, dict) or not choices or all(key in settings for key in _known_keys()):
+        return settings
+    usual = compose([])
+    groups = {group: usual["choices"][group] for group in GROUPS if group not in choices}
+    return {**usual, **settings, "choices": {**choices, **groups}}
+
+
+def on_engine(settings: Settings, overrides: Sequence[str]) -> Settings:
+    """The same run elsewhere: with other settings of the engine, as far as they cannot change a result.
+
+    Raises:
+        ConfigError: for any other setting.
+    """
+    engine, name = dict(settings["engine"]), settings["choices"]["engine"]
+    for text in overrides:
+        key = _parsed(text).key_or_group
+        if key != "engine" and not key.startswith("engine."):
+            raise ConfigError(f"{text} cannot be given: only the engine of a run may change, e.g. engine=ray")
+        if key.removeprefix("engine.") in RESULTS_HANG_ON:
+            raise ConfigError(f"{key} cannot change: the last bits of results depend on it")
+    if overrides:
+        chosen = compose([f"engine={name}", *overrides])
+        given = {_parsed(text).key_or_group for text in overrides}
+        if "engine" in given:
+            fixed = {key: engine[key] for key in RESULTS_HANG_ON}
+            engine, name = {**chosen["engine"], **fixed}, chosen["choices"]["engine"]
+        else:
+            engine |= {key: value for key, value in chosen["engine"].items() if f"engine.{key}" in given}
+    return check({**settings, "engine": engine, "choices": {**settings["choices"], "engine": name}})
+
+
 def resolve(config: Any, choices: Any) -> Settings:
     """Plain checked settings from a composed config; `choices` says which option each group took.
 
@@ -188,7 +243,7 @@ def resolve(config: Any, choices: Any) -> Settings:
         raise ConfigError(f"{missing[0]} must be given, e.g. {missing[0]}=...")
     settings = OmegaConf.to_container(config, resolve=True)
     assert isinstance(settings, dict)
-    return check(settings)  # type: ignore[arg-type]
+    return check(completed(settings))  # type: ignore[arg-type]
 
 
 @contextmanager
@@ -281,6 +336,7 @@ def check(settings: Settings) -> Settings:
     _number(settings, "target_accuracy", above=0.0, most=1.0, optional=True)
     for key in ("threads", "batch_clients"):
         _number(settings["engine"], key, whole=True, least=1, prefix="engine.")
+    _number(settings, "checkpoint_s", least=0.0, optional=True)
     _choice(settings, "on_client_error", ("stop", "drop"))
     private = settings["private"]
     if not isinstance(private, list) or not all(isinstance(name, str) and name for name in private):

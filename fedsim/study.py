@@ -20,7 +20,7 @@ from devices.profile import UniqueKeys
 from fedsim.errors import ConfigError
 from fedsim.metrics import ACCURACY
 from fedsim.parameters import said
-from fedsim.settings import Settings, asked, compose, config_dir, try_out
+from fedsim.settings import Settings, asked, completed, compose, config_dir, try_out
 
 KEYS = ("title", "base", "seeds", "arms", "against", "metric", "x", "last", "columns")
 ARM_KEYS = ("overrides", "grid")
@@ -305,10 +305,9 @@ def is_finished(run: Planned) -> bool:
     if not (run.folder / "summary.json").is_file():
         return False
     try:
-        there = yaml.safe_load((run.folder / "config.yaml").read_text())
+        changed = _changed(run)
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"{run.folder} is not a run that can be read: {' '.join(str(error).split())}") from error
-    changed = _difference(there, {**run.settings, "out": None})
     if changed:
         key, before, now = changed
         raise ConfigError(
@@ -316,6 +315,20 @@ def is_finished(run: Planned) -> bool:
             "name another folder with --out, or remove that one"
         )
     return True
+
+
+def can_go_on(run: Planned) -> bool:
+    """Whether the run's folder holds its beginning, with a checkpoint."""
+    try:
+        return (run.folder / "checkpoint").exists() and _changed(run) is None
+    except (OSError, yaml.YAMLError):
+        return False
+
+
+def _changed(run: Planned) -> tuple[str, Any, Any] | None:
+    """The first setting in which what the folder holds differs from what the study asks for."""
+    there = yaml.safe_load((run.folder / "config.yaml").read_text())
+    return _difference(completed(there) if isinstance(there, dict) else there, {**run.settings, "out": None})
 
 
 def _difference(there: Any, asked: Any, prefix: str = "") -> tuple[str, Any, Any] | None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedsim.errors import ConfigError
-from fedsim.study import Planned, is_finished
+from fedsim.study import Planned, can_go_on, is_finished
 
 POLL_S, END_S = 0.2, 10.0  # between looks at the runs; that they have to close their folders
 COMMAND = (sys.executable, "-m", "fedsim.cli")
@@ -82,6 +82,8 @@ def study_folder(out: Path) -> Iterator[int]:
 def run_study(runs: Sequence[Planned], jobs: int, lock: int, watch: Watch) -> Progress:
     """Runs those that are not finished, `jobs` at a time, in their order; a failing one does not stop the others.
 
+    One that was cut short goes on from its checkpoint.
+
     However this ends, its processes have ended too.
 
     Raises:
@@ -112,12 +114,16 @@ def run_study(runs: Sequence[Planned], jobs: int, lock: int, watch: Watch) -> Pr
 
 def _start(run: Planned, lock: int) -> _Running:
     """A process in a session of its own: Ctrl-C reaches the study alone, which then ends its runs."""
-    _set_aside(run.folder)
+    if can_go_on(run):
+        command = ["resume", str(run.folder)]
+    else:
+        command = run.command
+        _set_aside(run.folder)
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     log = run.folder.with_name(f"{run.folder.name}.log")
     with log.open("wb") as file:
         process = subprocess.Popen(
-            [*COMMAND, *run.command],
+            [*COMMAND, *command],
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -129,7 +135,7 @@ def _start(run: Planned, lock: int) -> _Running:
 
 
 def _set_aside(folder: Path) -> None:
-    """Renames what an interrupted or failed run has left, so that nothing is lost and the folder is free."""
+    """Renames what a run without a checkpoint has left, so that nothing is lost and the folder is free."""
     if folder.exists():
         names = (folder.with_name(f"{folder.name}.unfinished-{number}") for number in range(1, 1000))
         folder.rename(next(name for name in names if not name.exists()))

@@ -6,7 +6,7 @@ May import: flwr, torch, devices, fedsim (not clients).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -23,7 +23,13 @@ class EdgeStrategy(FedAvg):
     """Override `broadcast` to say what each client gets, `combine` to make new weights of what came back.
 
     Both see tensors; packing, sampling and byte counting stay here and in the grid. Arguments are those of FedAvg.
+
+    Attributes:
+        derived: names of attributes that a checkpoint leaves out: they are made anew, or good for one round. All others
+            hold numbers, texts, tensors and records, and lists, tuples, sets and dicts of them.
     """
+
+    derived: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, **sampling: Any):
         super().__init__(**sampling)

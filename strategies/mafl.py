@@ -12,7 +12,7 @@ May import: flwr, torch, numpy, devices, fedsim (not clients).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -59,6 +59,8 @@ class Mafl(FedAvg):
     Raises:
         ConfigError: for a setting that is not allowed.
     """
+
+    derived: ClassVar[frozenset[str]] = frozenset({"grid", "sent"})
 
     def __init__(
         self,

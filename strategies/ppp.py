@@ -59,6 +59,7 @@ class PPPStrategy(WidthStrategy):
         ConfigError: for a setting that is not allowed.
     """
 
+    derived = WidthStrategy.derived | {"plan"}
     gates: Tensors
 
     def __init__(
@@ -99,7 +100,7 @@ class PPPStrategy(WidthStrategy):
     def open(self, arrays: ArrayRecord, grid: Grid) -> None:
         """As for all parts of networks; at the first round, makes fresh gates."""
         super().open(arrays, grid)
-        if hasattr(self, "gates"):
+        if hasattr(self, "plan"):
             return
         try:
             with torch.random.fork_rng(devices=[]):
@@ -107,7 +108,8 @@ class PPPStrategy(WidthStrategy):
                 self.plan = Gates(self.slices.model, self.slices.groups, self.gate_hidden, self.budget_conditioned)
         except DeviceError as error:
             raise ConfigError(f"{error}; take another model or another method") from error
-        self.gates = {name: t.detach() for name, t in self.plan.state_dict().items()}
+        if not hasattr(self, "gates"):  # else they come from a checkpoint
+            self.gates = {name: t.detach() for name, t in self.plan.state_dict().items()}
 
     # --- what a client gets -------------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ MASK = "mask"
 class SubFedAvg(EdgeStrategy):
     """The mean over those who keep a coordinate; where nobody does, it stays. Without masks this is the plain mean."""
 
+    derived = frozenset({"weights"})
     weights: Tensors
 
     def broadcast(self, round: int, client: Enrolled, weights: Tensors) -> Broadcast:

@@ -35,6 +35,7 @@ class SubnetStrategy(EdgeStrategy):
         sent: by client, the channels that it was given in this round.
     """
 
+    derived = frozenset({"grid", "slices", "world", "weights", "sent", "_parts"})
     slices: Slices
     world: World
     weights: Tensors

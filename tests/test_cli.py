@@ -483,6 +483,7 @@ def test_unknown_commands_are_one_sentence(fedsim: Callable[..., Ended]):
         ["run"],
         ["bench"],
         ["replay"],
+        ["resume"],
         ["study"],
         ["doctor"],
         ["data", "list"],
@@ -504,7 +505,18 @@ def test_every_command_is_covered_by_the_help_test():
     import typer
 
     group = typer.main.get_command(cli.app)
-    assert set(group.commands) == {"run", "flwr", "paired", "study", "bench", "replay", "doctor", "data", "devices"}  # type: ignore[attr-defined]
+    assert set(group.commands) == {
+        "run",
+        "flwr",
+        "paired",
+        "study",
+        "bench",
+        "replay",
+        "resume",
+        "doctor",
+        "data",
+        "devices",
+    }  # type: ignore[attr-defined]
     assert set(group.commands["data"].commands) == {"list", "describe", "averages"}  # type: ignore[attr-defined]
     assert set(group.commands["devices"].commands) == set(DEVICES)  # type: ignore[attr-defined]
 
@@ -582,7 +594,7 @@ def test_a_signal_ends_the_run_within_five_seconds_and_keeps_what_is_written(
     _, alive = psutil.wait_procs(family, timeout=0.5)
     assert not alive
     assert (run.returncode, out) == (code, "")
-    assert err == f"fedsim: {sentence}; everything written so far stays\n"
+    assert err == f"fedsim: {sentence}; everything written so far stays; go on with: fedsim resume out\n"
     assert [r.round for r in read_rounds(Path("out"))][:3] == [0, 1, 2]
     assert json.loads(Path("out/failure.json").read_text())["error"] == error
     assert not Path("out/summary.json").exists()

@@ -96,6 +96,22 @@ def test_natural_draws_as_many_owners_as_asked():
     assert len(Natural(max_clients=9).split(LABELS, OWNERS, None, rng())) == 9
 
 
+def test_natural_client_keeps_all_examples_of_some_classes():
+    whole = Natural().split(LABELS, OWNERS, None, rng())
+    parts = Natural(classes_per_client=2).split(LABELS, OWNERS, None, rng())
+    for own, kept in zip(whole, parts, strict=True):
+        assert len(np.unique(LABELS[kept])) == 2
+        assert kept.tolist() == own[np.isin(LABELS[own], np.unique(LABELS[kept]))].tolist()
+    assert len(np.unique(np.concatenate([LABELS[kept] for kept in parts]))) == 10
+    all_kept = Natural(classes_per_client=10).split(LABELS, OWNERS, None, rng())
+    assert [kept.tolist() for kept in all_kept] == [own.tolist() for own in whole]
+
+
+def test_sequences_have_no_classes_to_keep():
+    with pytest.raises(ConfigError, match=r"sequences of 8 labels: use partition.classes_per_client=null"):
+        Natural(classes_per_client=2).split(np.zeros((600, 8), int), OWNERS, None, rng())
+
+
 @pytest.mark.parametrize("partition", [Iid(), Quantity(1.0), Natural()], ids=lambda p: type(p).__name__)
 def test_sequences_are_split_by_whatever_needs_no_label(partition: Partition):
     parts = partition.split(np.zeros((600, 8), int), OWNERS, 25, rng())

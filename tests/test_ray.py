@@ -310,6 +310,12 @@ def test_client_app_that_fails_as_a_whole_is_named(session, result):
 # --- what is started, and what is left ---------------------------------------------------------------------------
 
 
+def test_workers_get_as_much_of_a_busy_machine_as_this_process(pair, result):
+    result(pair, "rounds=1")
+    assert workers()
+    assert {p.nice() for p in workers()} == {psutil.Process().nice()}
+
+
 def test_nothing_listens_beyond_this_machine(pair, result):
     result(pair, "rounds=1")
     every = descendants()

@@ -48,6 +48,9 @@ import json, sys, yaml
 from pathlib import Path
 from fedsim.report import RoundReport
 from fedsim.settings import compose
+if sys.argv[1] == "resume":
+    Path(sys.argv[2], "checkpoint").rename(Path(sys.argv[2], "summary.json"))
+    sys.exit()
 settings = compose(sys.argv[2:])
 out, ratio, seed = Path(settings["out"]), settings["trainer"].get("mix_ratio", 0.0), settings["seed"]
 if settings["name"] == "fails" and seed == 2:
@@ -242,6 +245,27 @@ def test_only_what_is_missing_is_run_and_an_unfinished_folder_is_set_aside(file,
     assert fedsim("study", "mine.yaml", "--seeds", "1")[0] == 0
     assert started() == ["out=runs/mine/local-0.1/seed-1", "out=runs/mine/plain/seed-1"]
     assert Path("runs/mine/local-0.1/seed-1.unfinished-1/config.yaml").exists()
+
+
+def test_a_run_with_a_checkpoint_goes_on_from_it(file, fedsim):
+    fedsim("study", file(), "--seeds", "1")
+    rows = fedsim("study", "mine.yaml", "--seeds", "1", "--report")[1]
+    folder = Path("runs/mine/local-0.1/seed-1")
+    (folder / "summary.json").rename(folder / "checkpoint")
+    assert "unfinished" in fedsim("study", "mine.yaml", "--seeds", "1", "--dry-run")[1]
+    Path("started").unlink()
+    code, out, _ = fedsim("study", "mine.yaml", "--seeds", "1")
+    assert (code, started()) == (0, [])  # nothing began anew
+    assert out.endswith(rows)
+    assert not folder.with_name("seed-1.unfinished-1").exists()
+
+
+def test_a_checkpoint_of_other_settings_is_set_aside(file, fedsim):
+    fedsim("study", file(), "--seeds", "1")
+    for path in Path("runs/mine").glob("*/seed-1/summary.json"):
+        path.rename(path.with_name("checkpoint"))
+    assert fedsim("study", "mine.yaml", "--seeds", "1", "trainer.lr=0.3")[0] == 0
+    assert len(list(Path("runs/mine").glob("*/seed-1.unfinished-1"))) == 3
 
 
 def test_another_setting_in_the_same_folder_is_refused(file, fedsim):

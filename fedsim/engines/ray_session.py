@@ -26,7 +26,8 @@ from fedsim.errors import RunError
 ANSWER_S = 5.0  # host seconds within which a cluster must answer
 # Of a private instance. Replies below 8 MiB go within Ray's own messages, for a quarter of the CPU time of shared
 # memory; objects in it are freed at once, or the next ones touch fresh pages, of which every process maps its share.
-SYSTEM = {"max_direct_call_object_size": 2**23, "free_objects_batch_size": 1}
+# Ray would make workers 15 nicer than this process: beside any other load they would hardly get on.
+SYSTEM = {"max_direct_call_object_size": 2**23, "free_objects_batch_size": 1, "worker_niceness": 0}
 LONGEST_FOLDER = 40  # characters; the paths of Ray's sockets add 62, and Unix allows 107
 HELPERS = ("monitor", "log_monitor", "dashboard")  # Ray's names; of no use without a cluster, dashboard and shown logs
 GONE_S = 1.0  # host seconds that processes get to end by themselves
