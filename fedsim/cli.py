@@ -53,7 +53,7 @@ fedsim run -m strategy=fedavg,fedadam seed=1,2,3
 fedsim run --config-path $PWD/runs/A --config-name config out=B     (repeats run A)
 
 [bold]Settings[/bold]: rounds= seed= cohort= num_clients= over_selection= deadline_s= target_accuracy= max_simulated_s=
-evaluate_every= evaluate_clients= on_client_error= out= name=
+evaluate_every= evaluate_clients= checkpoint_s= on_client_error= out= name=
 
 [bold]Groups[/bold]: {groups}
 
@@ -176,6 +176,27 @@ def resume(
         _console().print(f"{run} has finished: nothing is left to do", highlight=False, soft_wrap=True)
         return
     run_one(settings, run)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="Folder of the run.")]) -> None:
+    """Write the page of a run anew, as far as it is: report.html in its folder, which needs nothing else.
+
+    Example: fedsim report runs/20261121-101500-fedavg-digits
+    """
+    import json
+
+    from fedsim.errors import DataError
+    from fedsim.page import write_page
+    from fedsim.settings import build_world, settings_of_run
+
+    settings, console = settings_of_run(run), _console()
+    try:
+        workload = build_world(json.dumps(settings)).workload
+    except DataError as error:
+        console.print(f"without the split of the data: {error}", highlight=False, soft_wrap=True)
+        workload = None
+    console.print(f"page: {write_page(run, workload)}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -403,9 +424,13 @@ def _hydra_settings(overrides: list[str], sweeping: bool) -> list[str]:
 
 def run_one(settings: dict[str, Any], unfinished: Path | None = None) -> dict[str, Any]:
     """One experiment with its progress bar and closing table; `unfinished` is the folder that holds its beginning."""
+    import json
+
     from fedsim.console import closing_lines, closing_table, progress_bar
     from fedsim.federation import run as run_federation
+    from fedsim.page import write_page
     from fedsim.report import read_rounds, run_folder
+    from fedsim.settings import build_world
 
     _forget_worlds()
     console, folder = _console(), unfinished or run_folder(settings)
@@ -417,6 +442,7 @@ def run_one(settings: dict[str, Any], unfinished: Path | None = None) -> dict[st
     finally:
         engine.close()
     _folders.clear()
+    write_page(folder, build_world(json.dumps(settings)).workload)
     console.print(closing_table(read_rounds(folder)))
     for line in closing_lines(summary, folder):
         console.print(line, highlight=False, soft_wrap=True)

@@ -20,7 +20,7 @@ from fedsim.errors import ConfigError
 from fedsim.metrics import ACCURACY
 from fedsim.report import RoundReport, read_rounds
 
-IGNORED = ("seed", "out", "name", "choices")  # settings in which runs of one row may differ
+IGNORED = ("seed", "out", "name", "choices", "checkpoint_s")  # settings in which runs of one row may differ
 
 
 @dataclass(frozen=True)

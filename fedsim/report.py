@@ -44,6 +44,7 @@ WRITTEN = (
     "failure.json",
     "checkpoint",
     "pictures",
+    "report.html",
     FAILED_CLIENT,
     ITS_ARRAYS,
 )

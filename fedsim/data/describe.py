@@ -18,6 +18,7 @@ from fedsim.workload import Workload
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 LOOKED_AT = 2000  # clients that summaries and histograms look at; evenly spaced when there are more
 NAMED_COLOURS = 20  # classes that can be told apart by colour
@@ -73,8 +74,13 @@ def summary_lines(workload: Workload) -> list[str]:
     return lines
 
 
-def split_picture(workload: Workload, path: str | Path, limit: int = 50) -> None:
-    """Draws the labels of the first `limit` clients and the sizes of all as a PNG.
+def split_picture(workload: Workload, path: str | Path) -> None:
+    """Draws the split as a PNG; see `draw_split`."""
+    draw_split(workload).savefig(path, format="png")
+
+
+def draw_split(workload: Workload, limit: int = 50) -> Figure:
+    """The labels of the first `limit` clients and the sizes of all.
 
     Up to 20 classes are stacked bars, more a map; sequences show the sizes only. Above 2000 clients the histogram shows
     2000 evenly spaced ones.
@@ -104,7 +110,7 @@ def split_picture(workload: Workload, path: str | Path, limit: int = 50) -> None
     left.xaxis.set_major_locator(MaxNLocator(10, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
     _draw_sizes(right, sizes, workload.num_clients)
     figure.suptitle(f"{workload.name}: clients {workload.num_clients}, classes {workload.num_classes}")
-    figure.savefig(path, format="png")
+    return figure
 
 
 def list_workloads() -> list[WorkloadRow]:

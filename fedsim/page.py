@@ -1,0 +1,204 @@
+"""A run as one page that needs nothing else: `report.html`, made from what the run folder holds.
+
+May import: jinja2, pandas, yaml (all lazily), fedsim's page_pictures, console, reports and data descriptions.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedsim.console import energy, simulated, size
+from fedsim.errors import ConfigError
+from fedsim.pricing import OUTCOMES
+from fedsim.report import RoundReport, read_rounds, write_atomic
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from fedsim.workload import Workload
+
+PAGE, TEMPLATE = "report.html", "page.html"
+SLOWEST = 8  # clients in the table of stragglers
+OF_AN_EXCHANGE = "Seconds and joules are of a completed exchange: a client that is asked to train, or to judge a model."
+WHO_CLOSED = (
+    "The clients that were most often the last of a round whose reply was taken: without a deadline, it took as long "
+    "as they did."
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of texts under a header; the first column stands to the left."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A section of the page.
+
+    Attributes:
+        pictures: addresses that hold the pictures themselves.
+        note: what to know when reading it.
+    """
+
+    title: str
+    pictures: Sequence[str] = ()
+    table: Table | None = None
+    note: str = ""
+
+
+def write_page(folder: Path, workload: Workload | None = None) -> Path:
+    """Writes the page of a run, finished or not, into its folder.
+
+    Args:
+        folder: of the run.
+        workload: its data, for the picture of the split; None leaves that out.
+
+    Raises:
+        ConfigError: if the folder holds no run.
+    """
+    import jinja2
+    import pandas as pd
+    import yaml
+
+    if not (folder / "config.yaml").is_file() or not (folder / "rounds.jsonl").is_file():
+        raise ConfigError(f"{folder} holds no run: config.yaml or rounds.jsonl is not in it")
+    rounds = read_rounds(folder)
+    tables = [pd.read_parquet(path) for path in sorted((folder / "clients").glob("*.parquet"))]
+    config = (folder / "config.yaml").read_text()
+    summary = _json(folder / "summary.json")
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    html = environment.from_string(files("fedsim").joinpath(TEMPLATE).read_text(encoding="utf-8")).render(
+        title=_title(yaml.safe_load(config)["choices"], summary),
+        folder=str(folder),
+        figures=_figures(summary) if summary else [],
+        failure=_json(folder / "failure.json"),
+        parts=_parts(folder, rounds, pd.concat(tables) if tables else None, summary, workload),
+        config=config,
+        summary=json.dumps(summary, indent=1) if summary else "",
+    )
+    write_atomic(folder / PAGE, html)
+    return folder / PAGE
+
+
+def _json(path: Path) -> dict[str, Any]:
+    read: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return read
+
+
+def _title(choices: dict[str, Any], summary: dict[str, Any]) -> str:
+    method = summary.get("method") or choices.get("method") or choices["strategy"]
+    return f"{method} on {choices['workload']}, fleet {choices['fleet']}"
+
+
+def _figures(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """What one wants to know first: name, figure, what it is of."""
+    final, best, outcomes, joules = summary["final"], summary["best"], summary["outcomes"], summary["energy_j"]
+    traffic = summary["down_bytes"] + summary["up_bytes"]
+    asked = sum(outcomes.values())
+    found = [
+        ("accuracy", _percent(final["accuracy"]), f"best {_percent(best['accuracy'])} in round {best['round']}"),
+        ("simulated time", simulated(summary["simulated_s"]), f"{summary['rounds']} rounds"),
+        ("energy", energy(joules["total"]), f"busiest client {energy(joules['max_client'])}"),
+        ("waiting", energy(joules["waiting"]), "for rounds to close, beside that energy"),
+        ("traffic", size(traffic), f"down {size(summary['down_bytes'])}, up {size(summary['up_bytes'])}"),
+        ("peak memory", size(summary["peak_memory_bytes"]), "of the busiest device"),
+        ("completed", f"{outcomes['completed']} of {asked}", "clients that were asked to train"),
+    ]
+    if target := summary["to_target"]:
+        spent = f"{simulated(target['simulated_s'])}, {energy(target['energy_j'])}"
+        found.append((f"to {_percent(target['accuracy'])}", f"round {target['round']}", spent))
+    return found
+
+
+def _percent(share: float | None) -> str:
+    return "not judged" if share is None else f"{100 * share:.1f} %"
+
+
+def _parts(
+    folder: Path,
+    rounds: list[RoundReport],
+    rows: pd.DataFrame | None,
+    summary: dict[str, Any],
+    workload: Workload | None,
+) -> list[Part]:
+    from fedsim.page_pictures import as_svg, curves, outcomes, time_by_device
+
+    parts = []
+    if (picture := curves(rounds)) is not None:
+        parts.append(Part("What accuracy took", [as_svg(picture)]))
+    own = [_png(path) for path in sorted((folder / "pictures").glob("*.png"))]
+    if own:
+        parts.append(Part("Tasks", own))
+    if rows is not None and not rows.empty:
+        picture = time_by_device(rows)
+        shown = [as_svg(picture)] if picture else []
+        parts.append(Part("Where the time of a device goes", shown, _devices(rows), OF_AN_EXCHANGE))
+        if (stragglers := _stragglers(rows)) is not None:
+            parts.append(Part("Stragglers", (), stragglers, WHO_CLOSED))
+    if (picture := outcomes(rounds)) is not None:
+        parts.append(Part("What became of the clients that were asked", [as_svg(picture)]))
+    if summary.get("compression"):
+        parts.append(Part("What each kind of device runs", (), _deployed(summary["compression"])))
+    if workload is not None:
+        from fedsim.data.describe import draw_split
+
+        parts.append(Part("How the data are split", [as_svg(draw_split(workload))]))
+    return parts
+
+
+def _png(path: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def _devices(rows: pd.DataFrame) -> Table:
+    """A line per device: who was asked, what became of them, and what a completed exchange took."""
+    seen = [outcome for outcome in OUTCOMES if (rows["outcome"] == outcome).any()]
+    header = ["device", "clients", "asked", *(o.replace("_", " ") for o in seen), "median s", "95 % s", "mean J"]
+    lines = []
+    for device, group in rows.groupby("device"):
+        done = group[group["outcome"] == "completed"]
+        counts = [str(int((group["outcome"] == outcome).sum())) for outcome in seen]
+        took = [_short(v) for v in (*done["total_s"].quantile([0.5, 0.95]), done["joules"].mean())]
+        peak, kept = size(group["peak_memory_bytes"].max()), size(group["storage_bytes"].max())
+        lines.append([str(device), str(group["client"].nunique()), str(len(group)), *counts, *took, peak, kept])
+    return Table([*header, "peak memory", "storage"], lines)
+
+
+def _stragglers(rows: pd.DataFrame) -> Table | None:
+    """The clients that closed most rounds."""
+    done = rows[(rows["phase"] == "train") & (rows["outcome"] == "completed")]
+    if done.empty:
+        return None
+    last = done.sort_values(["round", "total_s", "client"]).groupby("round").tail(1)
+    lines = []
+    order = last.groupby("client").size().sort_values(ascending=False, kind="stable").head(SLOWEST)
+    for client, closed in order.items():
+        own = done[done["client"] == client]
+        means = [_short(own[f"{phase}_s"].mean()) for phase in ("down", "compute", "up", "total")]
+        share = f"{closed} of {last['round'].nunique()}"
+        lines.append([f"client {client}", str(own["device"].iloc[0]), share, str(len(own)), *means])
+    return Table(["client", "device", "rounds closed", "completed", "down s", "compute s", "up s", "total s"], lines)
+
+
+def _deployed(entries: Sequence[dict[str, Any]]) -> Table:
+    names = list(dict.fromkeys(key for entry in entries for key in entry))
+    return Table(
+        [name.replace("_", " ") for name in names],
+        [
+            [_short(entry[n]) if isinstance(entry.get(n), float) else str(entry.get(n, "")) for n in names]
+            for entry in entries
+        ],
+    )
+
+
+def _short(value: Any) -> str:
+    return "" if value != value else f"{value:.3g}"
