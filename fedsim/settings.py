@@ -236,14 +236,15 @@ def resolve(config: Any, choices: Any) -> Settings:
     config = config.copy()
     with open_dict(config):
         config.pop("hydra", None)
-        if not config.get("choices"):
+        earlier = bool(config.get("choices"))
+        if not earlier:
             config.choices = {group: choices.get(group) for group in GROUPS}
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise ConfigError(f"{missing[0]} must be given, e.g. {missing[0]}=...")
     settings = OmegaConf.to_container(config, resolve=True)
     assert isinstance(settings, dict)
-    return check(completed(settings))  # type: ignore[arg-type]
+    return check(completed(settings) if earlier else settings)  # type: ignore[arg-type]
 
 
 @contextmanager
