@@ -39,6 +39,7 @@ class Memory:
         self.names = client.state.get(NAMES, NONE)  # [m] int64
         self.phases = client.state.get(PHASES, NONE)  # in which each was learned, [m] int64
         self.most = len(self.names)  # held at once
+        self.drawn = NONE  # places of the batch that was drawn last
         self._examples: Tensors | None = None
 
     def __len__(self) -> int:
@@ -103,7 +104,9 @@ class Memory:
     def batches(self, size: int, draw: torch.Generator) -> Iterator[Tensor]:
         """Places of batches of at most `size`, in shuffled passes over all, without end."""
         while len(self.names):
-            yield from torch.randperm(len(self.names), generator=draw).split(size)
+            for places in torch.randperm(len(self.names), generator=draw).split(size):
+                self.drawn = places
+                yield places
 
 
 def recall(client: ClientContext, names: Tensor) -> Tensors:
