@@ -300,6 +300,7 @@ def summarise(
         "down_bytes": totals.down_bytes,
         "up_bytes": totals.up_bytes,
         "peak_memory_bytes": totals.peak_memory_bytes,
+        "storage_bytes": totals.storage_bytes,
         "outcomes": {outcome: totals.outcomes[outcome] for outcome in OUTCOMES},
         "to_target": figures.to_target(reports, settings["target_accuracy"]),
         "host_s": host_s,

@@ -113,6 +113,8 @@ def _figures(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("peak memory", size(summary["peak_memory_bytes"]), "of the busiest device"),
         ("completed", f"{outcomes['completed']} of {asked}", "clients that were asked to train"),
     ]
+    if summary["storage_bytes"]:
+        found.append(("storage", size(summary["storage_bytes"]), "kept on a device between rounds, at most"))
     if target := summary["to_target"]:
         spent = f"{simulated(target['simulated_s'])}, {energy(target['energy_j'])}"
         found.append((f"to {_percent(target['accuracy'])}", f"round {target['round']}", spent))

@@ -55,6 +55,7 @@ class RoundReport:
     """One round, one line of `rounds.jsonl`. Round 0 is the untrained model.
 
     `joules` is energy for download, compute and upload of all clients; waiting for the round to close is apart.
+    `storage_bytes` is the most that a device of the round keeps: coresets, personal layers.
     `outcomes` lists the clients of the training exchange by what became of them.
     """
 
@@ -68,6 +69,7 @@ class RoundReport:
     joules: float = 0.0
     wait_joules: float = 0.0
     peak_memory_bytes: int = 0
+    storage_bytes: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
     host_s: float = 0.0
 
@@ -95,6 +97,7 @@ class RoundReport:
             joules=sum(c.joules for c in clients),
             wait_joules=sum(c.wait_joules for c in clients),
             peak_memory_bytes=max((c.work.peak_memory_bytes for c in clients), default=0),
+            storage_bytes=max((c.work.storage_bytes for c in clients), default=0),
             metrics=metrics,
             host_s=host_s,
         )
@@ -327,6 +330,7 @@ class RunFolder:
             "round/down_bytes": report.down_bytes,
             "round/up_bytes": report.up_bytes,
             "round/peak_memory_bytes": report.peak_memory_bytes,
+            "round/storage_bytes": report.storage_bytes,
             **outcomes,
         }
         from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
@@ -388,6 +392,7 @@ class Totals:
     down_bytes: int = 0
     up_bytes: int = 0
     peak_memory_bytes: int = 0
+    storage_bytes: int = 0
     client_joules: Counter[int] = field(default_factory=Counter)
 
     def add(self, report: RoundReport, clients: Sequence[ClientReport]) -> None:
@@ -398,5 +403,6 @@ class Totals:
         self.down_bytes += report.down_bytes
         self.up_bytes += report.up_bytes
         self.peak_memory_bytes = max(self.peak_memory_bytes, report.peak_memory_bytes)
+        self.storage_bytes = max(self.storage_bytes, report.storage_bytes)
         for c in clients:
             self.client_joules[c.client] += c.joules  # type: ignore[assignment]

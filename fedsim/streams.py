@@ -50,6 +50,7 @@ class Arrivals(Examples):
         stream: changes them.
         client: whose noise falls on them; None for held-out examples, which stay clean.
         seen: how many phases a judge counts as seen; None in training.
+        part: in which they arrive, for noise that falls anew; None for held-out examples.
     """
 
     def __init__(
@@ -60,9 +61,11 @@ class Arrivals(Examples):
         stream: Stream,
         client: int | None = None,
         seen: int | None = None,
+        part: int | None = None,
     ):
         super().__init__({}, rows)
         self.own, self.tasks, self.stream, self.client, self.seen = own, tasks, stream, client, seen
+        self.part = part
 
     def __len__(self) -> int:
         return len(self.tasks)
@@ -74,6 +77,8 @@ class Arrivals(Examples):
         if self.client is not None and self.stream.noise_share:
             batch["x"] = self.stream.blot(batch["x"], self.client, len(self.own), rows, tasks)
         batch = self.stream.change(batch)
+        if self.part is not None and self.client is not None and self.stream.fresh_noise:
+            batch["x"] = self.stream.freshened(batch["x"], self.client, self.part, rows, tasks)
         if self.seen is not None:
             batch[SEEN] = torch.full_like(tasks, self.seen)
         return batch
@@ -111,7 +116,11 @@ class Stream(Workload):
         rest_share: share that every other class keeps, in (0, 1].
         long_tail: f in (0, 1]; the c-th of C classes, in a drawn order, keeps the share f^(c / (C - 1)).
         noise_share: share of training inputs replaced by Gaussian noise (mean 0, deviation 1); labels stay.
+        fresh_noise: deviation of Gaussian noise that falls on every training input as it arrives, anew in every part:
+            an endless stream, whose examples cannot be recalled.
         max_per_class: training examples that a client keeps of each class and task; None keeps all.
+        test_per_class: test examples of each class and task that judge the global model; None: all. T tasks are judged
+            T / 2 times each: on Rotated MNIST with all of them that is half the work of a run with few images.
         forward_transfer: judge the task that comes next, too (and all of them before the first).
 
     Raises:
@@ -134,7 +143,9 @@ class Stream(Workload):
         rest_share: float = 1.0,
         long_tail: float = 1.0,
         noise_share: float = 0.0,
+        fresh_noise: float = 0.0,
         max_per_class: int | None = None,
+        test_per_class: int | None = None,
         forward_transfer: bool = True,
     ):
         super().__init__(workload.model_factory, seed)
@@ -150,7 +161,9 @@ class Stream(Workload):
         _require("rest_share", rest_share, 0 < rest_share <= 1, "in (0, 1]")
         _require("long_tail", long_tail, 0 < long_tail <= 1, "in (0, 1]")
         _require("noise_share", noise_share, 0 <= noise_share <= 1, "in [0, 1]")
+        _require("fresh_noise", fresh_noise, fresh_noise >= 0, "at least 0")
         _require("max_per_class", max_per_class, max_per_class is None or max_per_class >= 1, "null or at least 1")
+        _require("test_per_class", test_per_class, test_per_class is None or test_per_class >= 1, "null or at least 1")
         if rounds % tasks:
             near = max(1, round(rounds / tasks)) * tasks
             raise ConfigError(f"rounds must be a multiple of stream.tasks={tasks}, got {rounds}; try rounds={near}")
@@ -170,7 +183,8 @@ class Stream(Workload):
         self.input_shape, self.num_classes = workload.input_shape, workload.num_classes
         self.tasks, self.incremental, self.order, self.arrival = tasks, incremental, order, arrival
         self.blur, self.noise_share, self.max_per_class = blur, noise_share, max_per_class
-        self.forward_transfer = forward_transfer
+        self.test_per_class, self.forward_transfer = test_per_class, forward_transfer
+        self.fresh_noise, self.endless = fresh_noise, fresh_noise > 0
         self.shares = [1.0 if full_classes is None or c in full_classes else rest_share for c in classes]
         for place, c in enumerate(generator(seed, "stream", "tail").permutation(len(classes))):
             self.shares[c] *= long_tail ** (place / max(1, len(classes) - 1))
@@ -242,7 +256,7 @@ class Stream(Workload):
         held = [torch.nonzero(self.belongs(task, labels)).flatten() for task in seen]
         test_tasks = torch.cat([torch.full_like(h, task) for h, task in zip(held, seen, strict=True)])
         test = Arrivals(own.test, torch.cat(held), test_tasks, self, seen=phase + 1)
-        return ClientData(Arrivals(own.train, rows, tasks, self, client_id), test)
+        return ClientData(Arrivals(own.train, rows, tasks, self, client_id, part=part), test)
 
     def arrivals(self, client_id: int, part: int) -> Tensor:
         """Task * examples + row for each training example of the part."""
@@ -250,6 +264,15 @@ class Stream(Workload):
         return tasks * len(self._own(client_id).train) + rows
 
     def recall(self, client_id: int, names: Tensor) -> Tensors:
+        """See Workload.
+
+        Raises:
+            DataError: of an endless stream, which does not make the same example twice.
+        """
+        if self.endless:
+            raise DataError(
+                f"stream.fresh_noise={self.fresh_noise} makes examples anew: they cannot be recalled by name"
+            )
         own = self._own(client_id).train
         kept = Arrivals(own, names % len(own), names // len(own), self, client_id)
         return kept.gather(torch.arange(len(names)))
@@ -313,6 +336,14 @@ class Stream(Workload):
                 x[place] = torch.from_numpy(draw.standard_normal(tuple(x.shape[1:]), dtype=np.float32))
         return x
 
+    def freshened(self, x: Tensor, client: int, part: int, rows: Tensor, tasks: Tensor) -> Tensor:
+        """Inputs [b, ...] with the noise of the part in which they arrive."""
+        noise = torch.empty(x.shape)
+        for place, (row, task) in enumerate(zip(rows.tolist(), tasks.tolist(), strict=True)):
+            draw = generator(self.seed, "stream", "fresh", client, part, task, row)
+            noise[place] = torch.from_numpy(draw.standard_normal(tuple(x.shape[1:]), dtype=np.float32))
+        return x + self.fresh_noise * noise.to(x.device)
+
     # --- model, objective and judgement ---------------------------------------------------------------------------
 
     def build_model(self) -> nn.Module:
@@ -336,8 +367,14 @@ class Stream(Workload):
         return logits
 
     def held_out(self, task: int, seen: int | None = None) -> Arrivals:
-        """The test examples of a task."""
-        rows = torch.nonzero(self.belongs(task, self.inner.test.labels)).flatten()
+        """The test examples of a task; with `test_per_class`, the same draw for all tasks that share examples."""
+        labels = self.inner.test.labels
+        rows = torch.nonzero(self.belongs(task, labels)).flatten()
+        if self.test_per_class is not None:
+            order = torch.from_numpy(generator(self.seed, "stream", "judged").permutation(len(labels)))
+            drawn = order[torch.isin(order, rows)]
+            first = [drawn[labels[drawn] == c][: self.test_per_class] for c in labels[rows].unique().tolist()]
+            rows = torch.cat(first).sort().values
         return Arrivals(self.inner.test, rows, torch.full_like(rows, task), self, seen=seen)
 
     def judge(self, model: nn.Module, round: int) -> dict[str, float]:

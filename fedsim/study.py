@@ -25,7 +25,8 @@ from fedsim.settings import Settings, asked, completed, compose, config_dir, try
 KEYS = ("title", "base", "seeds", "arms", "against", "metric", "x", "last", "columns")
 ARM_KEYS = ("overrides", "grid")
 AXES = ("rounds", "simulated_s", "joules", "traffic_bytes")
-WHOLE = ("down_bytes", "up_bytes", "peak_memory_bytes", "host_s")  # of `summary.json`, known before a run
+# Of `summary.json`, known before a run.
+WHOLE = ("down_bytes", "up_bytes", "peak_memory_bytes", "storage_bytes", "host_s")
 OWN = {"seed": "--seeds, or seeds in the file", "out": "--out"}  # settings that a study gives its runs
 METRICS = "metrics."  # columns that begin so are the last value of a metric of the rounds
 

@@ -122,6 +122,7 @@ class Workload(ABC):
         input_shape: of one example as the network is fed, e.g. (1, 28, 28), or (80,) for token sequences.
         num_classes: size of the output.
         test: the held-out examples that the global model is judged on; no client trains on them.
+        endless: training examples are made as they arrive, and `recall` cannot give them again.
     """
 
     name: str
@@ -129,6 +130,7 @@ class Workload(ABC):
     input_shape: tuple[int, ...]
     num_classes: int
     test: Examples
+    endless = False
 
     def __init__(self, model: ModelFactory, seed: int):
         self.model_factory, self.seed = model, seed

@@ -15,6 +15,7 @@ from fedsim.settings import build_world, compose, instantiate
 from fedsim.workload import ClientData, Examples
 
 BLOBS = ("workload=blobs", "workload.examples_per_client=20", "workload.input_shape=[3,32,32]")
+STREAM = ("workload=digits", "stream=split_classes", "stream.tasks=2", "stream.order=shuffled")
 UNEQUAL = ("workload=digits", "partition=dirichlet", "partition.alpha=0.5")
 COMMON = (
     "num_clients=12",
@@ -28,7 +29,7 @@ COMMON = (
 
 
 def settings(*overrides: str, k: int = 1):
-    data = () if "workload=blobs" in overrides else UNEQUAL
+    data = () if any(o.startswith("workload=") for o in overrides) else UNEQUAL
     return compose([*data, *COMMON, *overrides, f"engine.batch_clients={k}"])
 
 
@@ -51,6 +52,7 @@ def in_dtype(client, dtype: torch.dtype):
         ["model=mlp", "trainer.local_steps=5"],
         ["model=femnist_cnn", "model.hidden=16"],
         ["model=resnet8", "model.width=8"],
+        [*STREAM, "model=mlp", "method=finetune"],
         [*BLOBS, "model=vgg", "model.width=4", "model.hidden=16", "trainer.lr=0.003"],
     ],
     ids=lambda overrides: " ".join(overrides[-3:]),
@@ -125,6 +127,7 @@ class Frank(Curious):
     [
         (["trainer._target_=test_batched.Curious"], "Curious does not train by a pure function"),
         (["trainer._target_=test_batched.Frank"], "Frank does not train by a pure function"),
+        ([*STREAM, "model=mlp", "method=ocs"], "OCSTrainer does not train by a pure function"),
         (
             [*BLOBS, "model=vgg", "model.dropout=0.1"],
             "VGG uses dropout, which would be drawn differently",

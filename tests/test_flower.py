@@ -133,6 +133,27 @@ def test_gives_the_bytes_of_the_local_run_and_listens_on_loopback_only(flwr, tmp
 
 
 @real
+def test_a_stream_of_tasks_gives_the_bytes_of_the_local_run(flwr, tmp_path: Path):
+    """Coresets ride in the clients' state, and the question that ends a task is an exchange of its own."""
+    overrides = [
+        *("workload=digits", "partition=iid", "num_clients=4", "cohort=3", "rounds=5", "engine.device=cpu"),
+        *("stream=split_classes", "stream.order=shuffled", "method=ocs", "trainer.local_epochs=1"),
+        *("trainer.memory_size=20", "trainer.warm_start=2"),
+    ]
+    command = flwr(*overrides, "--workers", "2")
+    code, _, err = command.ended()
+    assert (code, err) == (0, "")
+    folder = next((tmp_path / "cwd" / "runs").iterdir())
+    local = run(compose(overrides), LocalGrid(client_app), tmp_path / "local")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["weights_sha256"] == local["weights_sha256"]
+    assert summary["continual"] == local["continual"]
+    assert lines(folder) == lines(tmp_path / "local")
+    assert max(report.storage_bytes for report in read_rounds(folder)) > 20 * 64  # the coresets were there
+    assert command.left() == []
+
+
+@real
 def test_a_bundle_that_fails_ends_with_the_sentence_and_its_log(flwr, tmp_path: Path):
     """The checkout's own bundle: its copies of the packages are what runs, on server and clients."""
     command = flwr(*TINY, "trainer.lr=1e30", "out=failed", "--app", str(PROJECT), "--workers", "1")

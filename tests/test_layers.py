@@ -19,7 +19,7 @@ MODULES = {
 }
 BASES = ("clients.app", "clients.state", "clients.trainers.base", "strategies.edge", "strategies.tasks")
 # No trainers but what several of them are made of: functions, and the memory that rehearsal methods share.
-BASES += ("clients.trainers.gradients", "clients.trainers.memory", "clients.trainers.selection")
+BASES += tuple(f"clients.trainers.{part}" for part in ("gradients", "memory", "recalled", "samples", "selection"))
 # A method's own words; the classes of Flower's that only average are listed once, in PLAIN_MEANS of engines/blocks.py.
 METHOD_NAMES = {
     path.stem for group in ("method", "strategy", "trainer") for path in (ROOT / "configs" / group).iterdir()

@@ -22,7 +22,8 @@ from fedsim.settings import from_run_config
 
 KEYS = {
     *("method", "workload", "fleet", "seed", "rounds", "final", "best", "simulated_s", "energy_j", "down_bytes"),
-    *("up_bytes", "peak_memory_bytes", "outcomes", "to_target", "host_s", "weights_sha256", "versions"),
+    *("up_bytes", "peak_memory_bytes", "storage_bytes", "outcomes", "to_target", "host_s", "weights_sha256"),
+    "versions",
 }
 
 
@@ -72,6 +73,7 @@ def test_client_rows_sum_up_to_their_round(run, tmp_path, monkeypatch, flush_row
         assert (own["joules"].sum(), own["wait_joules"].sum()) == pytest.approx((report.joules, report.wait_joules))
         assert (own["down_bytes"].sum(), own["up_bytes"].sum()) == (report.down_bytes, report.up_bytes)
         assert own["peak_memory_bytes"].max() == report.peak_memory_bytes
+        assert own["storage_bytes"].max() == report.storage_bytes
         assert tuple(trained["client"]) == report.cohort
         for outcome, clients in report.outcomes.items():
             assert tuple(trained[trained["outcome"] == outcome]["client"]) == clients
@@ -120,6 +122,7 @@ def test_summary_adds_up_what_the_rounds_say(run, tmp_path):
     assert summary["energy_j"]["max_client"] == pytest.approx(rows.groupby("client")["joules"].sum().max())
     assert (summary["down_bytes"], summary["up_bytes"]) == (rows["down_bytes"].sum(), rows["up_bytes"].sum())
     assert summary["peak_memory_bytes"] == rows["peak_memory_bytes"].max()
+    assert summary["storage_bytes"] == rows["storage_bytes"].max()
     assert summary["outcomes"] == {"completed": 12, "late": 6, "offline": 0, "out_of_memory": 0, "failed": 0}
     assert summary["to_target"] is None
     assert {"python", "fedsim", "torch", "flwr", "numpy"} <= set(summary["versions"])

@@ -197,6 +197,16 @@ def test_the_mean_is_over_the_tasks_seen_so_far_and_the_next_one_is_judged_too()
     assert all(f"task_{s}_accuracy" in workload.judge(model, 0) for s in range(5))
 
 
+def test_a_part_of_the_test_examples_judges_each_task_and_tasks_that_share_examples_alike():
+    every, some = stream("stream=rotated"), stream("stream=rotated", "stream.test_per_class=7")
+    held = [some.held_out(task) for task in range(5)]
+    assert held[0].labels.bincount().tolist() == [7] * 10
+    assert all(torch.equal(held[0].rows, other.rows) for other in held)
+    assert set(held[0].rows.tolist()) < set(every.held_out(0).rows.tolist())
+    assert stream("stream.test_per_class=7").held_out(3).labels.bincount().tolist() == [0] * 6 + [7, 7]
+    assert "accuracy" in some.judge(some.build_model(), 2)
+
+
 def report_of(path: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (path / "rounds.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in HOST_FIELDS} for line in lines]

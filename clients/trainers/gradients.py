@@ -32,6 +32,7 @@ from fedsim.errors import ConfigError
 from fedsim.workload import Tensors, Workload
 
 MODES = ("full", "full_vmap", "chunked", "last_layer", "features")
+WITHOUT_BACKWARD = ("last_layer", "features")
 Layer = nn.Linear | nn.Conv2d
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
@@ -91,13 +92,19 @@ def products(
 def mean_gradient(mode: str, workload: Workload, model: nn.Module, batch: Tensors) -> Tensor:
     """Gradient of the mean loss of a batch in the space of `mode`, flat: [weights] or [classes * (features + 1)]."""
     if mode == "last_layer":
-        error, features = last_layer(workload, model, batch)
-        flat, inputs = error.flatten(0, -2), features.flatten(0, -2)
-        parts = [(flat.T @ inputs).flatten(), *([flat.sum(0)] if head_of(model).bias is not None else [])]
-        return torch.cat(parts) / len(flat)
+        return mean_of_outputs(mode, model, *last_layer(workload, model, batch))
     if mode == "features":
-        return feature_gradients(workload, model, batch).mean(0)
+        return mean_of_outputs(mode, model, *last_layer(workload, model, batch))
     return _flat(workload, model, batch, space(model))
+
+
+def mean_of_outputs(mode: str, model: nn.Module, error: Tensor, features: Tensor) -> Tensor:
+    """`mean_gradient` in the two modes without a backward pass, from what `last_layer` gave."""
+    flat, inputs = error.flatten(0, -2), features.flatten(0, -2)
+    if mode == "features":
+        return flat.mean(0) @ head_of(model).weight.detach()
+    parts = [(flat.T @ inputs).flatten(), *([flat.sum(0)] if head_of(model).bias is not None else [])]
+    return torch.cat(parts) / len(flat)
 
 
 def _flat(workload: Workload, model: nn.Module, batch: Tensors, weights: dict[str, nn.Parameter]) -> Tensor:
@@ -185,13 +192,17 @@ def last_layer(workload: Workload, model: nn.Module, batch: Tensors) -> tuple[Te
         logits = workload.logits(model, batch)
     finally:
         hook.remove()
+    return error_of(logits, batch["y"]), seen[-1]
+
+
+def error_of(logits: Tensor, y: Tensor) -> Tensor:
+    """Softmax - label, [n, classes] or [n, steps, classes], for labels that are classes or probabilities."""
     error = logits.softmax(-1)
-    y = batch["y"]
-    if y.is_floating_point():
-        error = error - y
-    else:
-        error.scatter_add_(-1, y.unsqueeze(-1), torch.full_like(error[..., :1], -1.0))
-    return error, seen[-1]
+    return (
+        error - y
+        if y.is_floating_point()
+        else error.scatter_add_(-1, y.unsqueeze(-1), -torch.ones_like(error[..., :1]))
+    )
 
 
 @torch.no_grad()
@@ -359,11 +370,16 @@ def log_products(
 
 def log_mean_gradient(log: WorkLog, network: NetworkCost, mode: str, outputs: Outputs, n: int) -> None:
     """Reports what `mean_gradient` of `n` examples costs."""
-    if mode in ("last_layer", "features"):
+    if mode in WITHOUT_BACKWARD:
         log.add(network, n, forwards=1)
-        log.add(matrix_product(outputs.classes * max(1, outputs.steps), outputs.features), n, forwards=1)
+        log_mean_of_outputs(log, outputs, n)
     else:
         log.add(network, n, forwards=1, backwards=1)
+
+
+def log_mean_of_outputs(log: WorkLog, outputs: Outputs, n: int) -> None:
+    """Reports what `mean_of_outputs` of `n` examples costs."""
+    log.add(matrix_product(outputs.classes * max(1, outputs.steps), outputs.features), n, forwards=1)
 
 
 class LayerSize(NamedTuple):
@@ -390,7 +406,7 @@ class Outputs:
     def held(self, mode: str, n: int, chunk: int) -> int:
         """Bytes of what scoring `n` examples keeps at once, beside the passes themselves."""
         pairs = 4 * n * n
-        if mode in ("last_layer", "features"):
+        if mode in WITHOUT_BACKWARD:
             return 4 * n * (self.classes + self.features) * max(1, self.steps) + pairs
         if mode == "full" and self.layers:
             kept = sum(

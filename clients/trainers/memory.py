@@ -1,7 +1,8 @@
 """The examples that a client keeps from earlier tasks: their names in its state, their tensors while it trains.
 
 The device stores inputs as bytes; the simulation keeps their names (`Workload.arrivals`) and asks for the examples when
-a round needs them. May import: torch, fedsim, clients.trainers.base.
+a round needs them, or takes them from the state, where they are stored. May import: torch, fedsim,
+clients.trainers.base, clients.trainers.samples.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from clients.trainers import samples
 from clients.trainers.base import ClientContext
 from fedsim.workload import Tensors, in_format
 
@@ -39,6 +41,7 @@ class Memory:
         self.names = client.state.get(NAMES, NONE)  # [m] int64
         self.phases = client.state.get(PHASES, NONE)  # in which each was learned, [m] int64
         self.most = len(self.names)  # held at once
+        self.drawn = NONE  # places of the batch that was drawn last
         self._examples: Tensors | None = None
 
     def __len__(self) -> int:
@@ -103,7 +106,9 @@ class Memory:
     def batches(self, size: int, draw: torch.Generator) -> Iterator[Tensor]:
         """Places of batches of at most `size`, in shuffled passes over all, without end."""
         while len(self.names):
-            yield from torch.randperm(len(self.names), generator=draw).split(size)
+            for places in torch.randperm(len(self.names), generator=draw).split(size):
+                self.drawn = places
+                yield places
 
 
 def recall(client: ClientContext, names: Tensor) -> Tensors:
@@ -113,5 +118,6 @@ def recall(client: ClientContext, names: Tensor) -> Tensors:
         return {key: t[:0] for key, t in some.items()}
     like = client.data.train.gather(torch.arange(1))["x"]
     last = like.dim() == 4 and not like.is_contiguous()
-    batch = client.workload.recall(client.client_id, names)
+    here = samples.NAMES in client.state
+    batch = samples.stored(client, names) if here else client.workload.recall(client.client_id, names)
     return {key: in_format(t.to(client.device), "channels_last" if last else "contiguous") for key, t in batch.items()}

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from clients.trainers.base import ClientContext
 from clients.trainers.gradients import (
     MODES,
+    WITHOUT_BACKWARD,
     Outputs,
     Products,
     log_mean_gradient,
+    log_mean_of_outputs,
     log_products,
     mean_gradient,
     outputs_of,
@@ -29,6 +31,7 @@ from clients.trainers.gradients import (
     scoring,
 )
 from clients.trainers.memory import Memory
+from clients.trainers.recalled import Recalled
 from clients.trainers.replay import ReplayTrainer
 from clients.trainers.selection import Pool, balanced
 from devices.cost import NetworkCost
@@ -89,7 +92,8 @@ class OCSTrainer(ReplayTrainer):
         diversity: see `scores`.
         warm_start: r2c; in the first pass, as many batches of a task are drawn at random instead.
         ref_source: "all": the coreset's gradient is that of all of it, anew for every batch; "batch": of the batch
-            that is replayed just then.
+            that is replayed just then; "replayed": of all of it, each example as it was when it was last replayed,
+            which costs no pass (grad_mode last_layer and features only).
         ref_scope: "local"; "global": of the federation's coresets, which the server sends (strategy=ocs).
         final_pick: how candidates become the coreset: "random" (public code) or "score" (S + V).
         shrink_pick: how an old coreset is cut: "score" (S + V under the new weights, public code) or "random".
@@ -114,7 +118,7 @@ class OCSTrainer(ReplayTrainer):
         for key, value, allowed in (
             ("grad_mode", grad_mode, MODES),
             ("diversity", diversity, ("exclude_self", "code")),
-            ("ref_source", ref_source, ("all", "batch")),
+            ("ref_source", ref_source, ("all", "batch", "replayed")),
             ("ref_scope", ref_scope, ("local", "global")),
             ("final_pick", final_pick, ("random", "score")),
             ("shrink_pick", shrink_pick, ("score", "random")),
@@ -129,14 +133,20 @@ class OCSTrainer(ReplayTrainer):
             raise ConfigError(
                 f"trainer.stream_size must be at least trainer.batch_size={self.batch_size}, got {stream_size}"
             )
+        if ref_source == "replayed" and (grad_mode not in WITHOUT_BACKWARD or not self.replay_weight):
+            raise ConfigError(
+                "trainer.ref_source=replayed needs the outputs of replay steps alone: trainer.grad_mode=last_layer or "
+                f"features, and trainer.replay_weight above 0; got {grad_mode} and {self.replay_weight}"
+            )
         self.tau, self.stream_size, self.grad_mode, self.chunk = tau, stream_size, grad_mode, chunk
         self.diversity, self.warm_start = diversity, warm_start
         self.ref_source, self.ref_scope = ref_source, ref_scope
         self.final_pick, self.shrink_pick = final_pick, shrink_pick
         self.outputs = Outputs(0, 0, 0, 0)
         self.reference: Tensor | None = None  # what the server sent to the client that trains just now
+        self.recalled: Recalled | None = None
         self.seen = self.per_pass = 0
-        self.terms: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.terms: list[Tensor] = []
         self.draw = torch.Generator()
 
     def selections(self) -> tuple[str, ...]:
@@ -169,6 +179,10 @@ class OCSTrainer(ReplayTrainer):
         self.seen = int(client.state.get(SEEN, torch.tensor(0)))
         self.per_pass = self.seen + -(-len(client.data.train) // self.stream_size)
         self.terms, self.draw = [], client.stream("warm-start")
+        self.recalled = None
+        if self.ref_source == "replayed" and self.tau and len(memory) and self.ref_scope == "local":
+            self.recalled = Recalled(client.workload, client.model, memory)
+            client.log.add(client.network, len(memory), forwards=1)
 
     def choose(self, client: ClientContext, batch: Tensors, memory: Memory, kept: Tensors | None) -> Tensor | None:
         """Algorithm 1, lines 5 to 8: kappa at random while the task is new, else those with the highest score."""
@@ -180,7 +194,7 @@ class OCSTrainer(ReplayTrainer):
             return torch.randperm(size, generator=self.draw)[: self.batch_size].sort().values
         terms = scores(self.products(client, batch, memory, kept), self.tau, self.diversity)
         chosen = best(terms[0] + terms[1] + self.tau * terms[2], self.batch_size)
-        self.terms.append((terms[0][chosen].mean(), terms[1][chosen].mean(), terms[2][chosen].mean()))
+        self.terms.append(torch.stack(terms)[:, chosen].mean(1))
         return chosen
 
     def products(self, client: ClientContext, batch: Tensors, memory: Memory, kept: Tensors | None) -> Products:
@@ -188,13 +202,25 @@ class OCSTrainer(ReplayTrainer):
         n, mode, workload, model = len(batch["y"]), self.grad_mode, client.workload, client.model
         with scoring(model):
             reference = self.reference if self.tau else None
-            if reference is None and self.tau and len(memory) and self.ref_scope == "local":
+            if self.recalled is not None:
+                reference = self.recalled.mean_gradient(mode)
+                log_mean_of_outputs(client.log, self.outputs, len(memory))
+            elif reference is None and self.tau and len(memory) and self.ref_scope == "local":
                 past = kept if self.ref_source == "batch" and kept is not None else memory.examples()
                 reference = mean_gradient(mode, workload, model, past)
                 log_mean_gradient(client.log, client.network, mode, self.outputs, len(past["y"]))
             found = products(mode, workload, model, batch, reference, self.chunk)
         log_products(client.log, client.network, mode, self.outputs, n, reference is not None, self.chunk)
         return found
+
+    def gradients(
+        self, client: ClientContext, task: Broadcast, batch: Tensors, kept: Tensors | None
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """A step with replay; with ref_source=replayed, what the network makes of the replayed part is kept."""
+        if self.recalled is None or kept is None:
+            return super().gradients(client, task, batch, kept)
+        with self.recalled.watching():
+            return super().gradients(client, task, batch, kept)
 
     def turn(self, client: ClientContext) -> None:
         before = client.state.get("phase")
@@ -203,7 +229,7 @@ class OCSTrainer(ReplayTrainer):
             client.state[SEEN] = torch.tensor(0)
 
     def measured(self) -> dict[str, float]:
-        means = torch.tensor(self.terms).mean(0).tolist() if self.terms else [0.0, 0.0, 0.0]
+        means = torch.stack(self.terms).mean(0).tolist() if self.terms else [0.0, 0.0, 0.0]
         return dict(zip(("similarity", "diversity", "affinity"), means, strict=True))
 
     def finish(self, client: ClientContext, task: Broadcast, memory: Memory, update: ClientUpdate) -> ClientUpdate:
@@ -247,4 +273,6 @@ class OCSTrainer(ReplayTrainer):
         n = min(self.stream_size, len(client.data.train))
         if n > self.batch_size:
             step = peak_memory_bytes(client.network, n, 1.0 if self.momentum else 0.0)
-            client.log.reserve(step + self.outputs.held(self.grad_mode, n, self.chunk))
+            recalled = len(memory) if memory is not None and self.ref_source == "replayed" else 0
+            outputs = 4 * recalled * (self.outputs.classes + self.outputs.features)
+            client.log.reserve(step + self.outputs.held(self.grad_mode, n, self.chunk) + outputs)

@@ -2,8 +2,9 @@
 
 The base of all methods with a memory. Source: Chaudhry et al., "On Tiny Episodic Memories in Continual Learning", 2019
 (joint steps); the rules of `clients.trainers.selection`. State: memory_names, memory_phases [memory] int64;
-candidate_names [candidates] int64, phase [] of the task that is being learned. Nothing of it is ever sent. May import:
-what `clients.trainers.sgd` may, clients.trainers.memory, clients.trainers.selection.
+candidate_names [candidates] int64, phase [] of the task that is being learned; those of clients.trainers.samples.
+Nothing of it is ever sent. May import: what `clients.trainers.sgd` may, clients.trainers.memory,
+clients.trainers.samples, clients.trainers.selection.
 """
 
 from __future__ import annotations
@@ -13,18 +14,20 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from clients.trainers import samples
 from clients.trainers.base import ClientContext
 from clients.trainers.memory import CANDIDATES, NONE, PHASE, Memory, example_bytes, recall
 from clients.trainers.selection import RULES, Pool, balanced, pick
 from clients.trainers.sgd import SGDTrainer
+from devices.cost import NetworkCost
 from devices.errors import unknown
 from devices.meter import peak_memory_bytes
 from fedsim.errors import ConfigError
 from fedsim.messages import Broadcast, ClientUpdate
 from fedsim.seeding import generator
-from fedsim.workload import Tensors
+from fedsim.workload import Tensors, Workload
 
 PART = "part"
 END_OF_TASK = "end_of_task"  # the question that makes a client pick from the task that has ended
@@ -43,11 +46,13 @@ class ReplayTrainer(SGDTrainer):
         budget_bytes: for the kept examples; None: no limit in bytes.
         budget_share: the same as a share of the device's memory; None: no such limit.
         input_bytes: for each number of a stored input; 1: quantised to eight bits.
+        store: "names": the simulation fetches examples again as they were, and only counts their bytes; "samples": they
+            are in the client's state, quantised to eight bits, and with them the candidates.
         replay_weight: lambda; 0 never touches the memory.
         replay_batch_size: of memory batches; None: as the batches of the current task.
         selection: one of the RULES.
         candidate_size: examples of a task that are picked from at most; None: all. Where a task comes in chunks, they
-            are stored and count towards the memory.
+            are stored and count towards the memory, as they do with store=samples.
         class_balanced: pick as many of every class; public code does so for some rules only.
         sgd: arguments of SGDTrainer.
 
@@ -63,6 +68,7 @@ class ReplayTrainer(SGDTrainer):
         budget_bytes: int | None = None,
         budget_share: float | None = None,
         input_bytes: int = 1,
+        store: str = "names",
         replay_weight: float = 1.0,
         replay_batch_size: int | None = None,
         selection: str = "uniform",
@@ -83,6 +89,11 @@ class ReplayTrainer(SGDTrainer):
             raise ConfigError("one of trainer.memory_size, budget_bytes and budget_share must say how much to keep")
         if selection not in self.selections():
             raise ConfigError(unknown("value for trainer.selection", selection, self.selections()))
+        if store not in ("names", "samples"):
+            raise ConfigError(unknown("value for trainer.store", store, ("names", "samples")))
+        if store == "samples" and input_bytes != 1:
+            raise ConfigError(f"trainer.input_bytes must be 1 with trainer.store=samples, got {input_bytes}")
+        self.store = store
         self.memory_size, self.budget_bytes, self.budget_share = memory_size, budget_bytes, budget_share
         self.input_bytes, self.replay_weight, self.selection = input_bytes, replay_weight, selection
         self.replay_batch_size = replay_batch_size or self.batch_size
@@ -91,6 +102,21 @@ class ReplayTrainer(SGDTrainer):
     def selections(self) -> tuple[str, ...]:
         """What `selection` may be."""
         return tuple(RULES)
+
+    def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:
+        """Looks whether kept examples can be fetched again.
+
+        Raises:
+            ConfigError: where the stream is endless and only names would be kept; for samples that are no numbers.
+        """
+        super().setup(workload, model, network)
+        if workload.endless and self.store == "names":
+            raise ConfigError(
+                f"examples of {workload.name} are made anew as they arrive and cannot be fetched again: set "
+                "trainer.store=samples"
+            )
+        if self.store == "samples" and not workload.sample(1)["x"].is_floating_point():
+            raise ConfigError(f"trainer.store=samples quantises numbers, and {workload.name} feeds tokens: set names")
 
     # --- the local loop -----------------------------------------------------------------------------------------
 
@@ -118,6 +144,7 @@ class ReplayTrainer(SGDTrainer):
                 last_pass.append(names)
         self.collect(client, memory, torch.cat(last_pass))
         memory.save()
+        self.put_away(client, memory)
         self.declare(client, memory)
         metrics = {"train_loss": float(torch.stack(losses).mean()), "memory_examples": float(len(memory))}
         update = ClientUpdate(client.client_id, used, client.weights, metrics | self.measured())
@@ -187,7 +214,7 @@ class ReplayTrainer(SGDTrainer):
     def capacity(self, client: ClientContext) -> int:
         """J_k: examples that fit into the budget of this client's device."""
         limits = [] if self.memory_size is None else [self.memory_size]
-        one = example_bytes(client, self.input_bytes)
+        one = self.example_bytes(client)
         if self.budget_bytes is not None:
             limits.append(self.budget_bytes // one)
         if self.budget_share is not None:
@@ -202,9 +229,10 @@ class ReplayTrainer(SGDTrainer):
             self.end(client, before)
         client.state[PHASE] = torch.tensor(now)
         memory = Memory(client, self.capacity(client))
-        if self.in_chunks(client) and len(memory):
+        if (self.store == "samples" or self.in_chunks(client)) and len(memory):
             self.shrink(client, memory, memory.capacity // (len(memory.phases.unique()) + 1))
             memory.save()
+        self.put_away(client, memory)
 
     def in_chunks(self, client: ClientContext) -> bool:
         """Whether examples of this round are gone in the next one of the same task."""
@@ -250,7 +278,7 @@ class ReplayTrainer(SGDTrainer):
         """Adds to the candidates; above their number, an even draw of all that came stays."""
         names = torch.cat([client.state.get(CANDIDATES, NONE), names]).unique()
         most = len(names) if self.candidate_size is None else self.candidate_size
-        if self.in_chunks(client) or self._was_in_chunks(client):
+        if self.stores_candidates(client):
             most = min(most, memory.capacity - len(memory))
         if len(names) > most:
             phase = int(client.state[PHASE])
@@ -258,6 +286,16 @@ class ReplayTrainer(SGDTrainer):
             numbers = generator(client.seed, "candidates", phase, client.client_id).random(int(names.max()) + 1)
             names = names[torch.from_numpy(numbers[names.numpy()].argsort()[:most])].sort().values
         client.state[CANDIDATES] = names
+
+    def stores_candidates(self, client: ClientContext) -> bool:
+        """Whether the candidates of this round would be gone if they were not stored."""
+        return self.store == "samples" or self.in_chunks(client) or self._was_in_chunks(client)
+
+    def put_away(self, client: ClientContext, memory: Memory) -> None:
+        """With store=samples, puts what is kept into the client's state and drops all else from it."""
+        if self.store == "samples":
+            held = torch.cat([memory.names, client.state.get(CANDIDATES, NONE)])
+            samples.store(client, held, memory.capacity)
 
     def _was_in_chunks(self, client: ClientContext) -> bool:
         return client.round > 1 and self.in_chunks(replace(client, round=client.round - 1))
@@ -273,11 +311,17 @@ class ReplayTrainer(SGDTrainer):
         return {}
 
     def declare(self, client: ClientContext, memory: Memory) -> None:
-        """Says what the device stores: kept examples and, where a task comes in chunks, candidates."""
-        stored = len(memory)
-        if self.in_chunks(client) or self._was_in_chunks(client):
-            stored += len(client.state.get(CANDIDATES, NONE))
-        client.log.store(stored * example_bytes(client, self.input_bytes))
+        """Says what the device stores beside the client's state: kept examples and candidates that have to be."""
+        if self.store == "samples":  # they are in the state
+            return
+        stored = len(memory) + (len(client.state.get(CANDIDATES, NONE)) if self.stores_candidates(client) else 0)
+        client.log.store(stored * self.example_bytes(client))
+
+    def example_bytes(self, client: ClientContext) -> int:
+        """What one kept example takes on the device."""
+        if self.store == "samples":
+            return samples.example_bytes(client.workload.input_shape)
+        return example_bytes(client, self.input_bytes)
 
     def reserve(self, client: ClientContext, memory: Memory | None = None) -> None:
         """Declares the memory of a step on both batches."""

@@ -1,0 +1,54 @@
+"""What a network last made of every kept example: the coreset's gradient without a pass of its own.
+
+A replay step sends a part of the memory through the network anyway. Its outputs are kept, so that the mean over all
+examples is known at every step, each as it was when it was last replayed: the idea of Le Roux et al., "A Stochastic
+Gradient Method with an Exponential Convergence Rate for Finite Training Sets" (SAG), NeurIPS 2012. May import: torch,
+fedsim, clients.trainers.gradients, clients.trainers.memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from clients.trainers.gradients import error_of, head_of, last_layer, mean_of_outputs, scoring
+from clients.trainers.memory import Memory
+from fedsim.workload import Workload
+
+OUTPUTS = nn.Identity()  # a network that has been passed already
+
+
+class Recalled:
+    """Softmax - label [m, classes] and the head's inputs [m, features] of every kept example.
+
+    Args:
+        workload: its logits.
+        model: sees all examples once, in evaluation mode; those of later steps as the step saw them, dropout included.
+        memory: with at least one example, all of one label.
+    """
+
+    def __init__(self, workload: Workload, model: nn.Module, memory: Memory):
+        self.workload, self.model, self.memory = workload, model, memory
+        with scoring(model):
+            self.error, self.features = last_layer(workload, model, memory.examples())
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Inside, the model takes one step whose last examples are those that were drawn from the memory last."""
+        places = self.memory.drawn
+        seen: list[tuple[Tensor, Tensor]] = []
+        hook = head_of(self.model).register_forward_hook(lambda _, inputs, outputs: seen.append((inputs[0], outputs)))
+        try:
+            yield
+        finally:
+            hook.remove()
+        features, outputs = (t[-len(places) :].detach() for t in seen[-1])
+        batch = {**self.memory.batch(places), "x": outputs}
+        self.error[places] = error_of(self.workload.logits(OUTPUTS, batch), batch["y"])
+        self.features[places] = features
+
+    def mean_gradient(self, mode: str) -> Tensor:
+        """As gradients.mean_gradient in the modes `last_layer` and `features`."""
+        return mean_of_outputs(mode, self.model, self.error, self.features)
