@@ -27,6 +27,7 @@ from clients.state import ClientState
 from clients.trainers.base import ClientContext, LocalTrainer, OutOfMemoryError, WorkLog
 from devices.compression.plan import CompressionPlan, Recipe
 from devices.cost import NetworkCost, Work, pack_works
+from devices.profile import DeviceProfile
 from fedsim.deployment import CALIBRATION, calibration
 from fedsim.engines.blocks import BlockSum
 from fedsim.engines.memory import keep_freed_memory
@@ -216,11 +217,11 @@ class Worker:
     def _judge(self, client: ClientContext, task: Broadcast) -> dict[str, float]:
         """The trainer's judgement of what the client's device runs, with its sizes and predicted latency."""
         if not self.compression.active or not len(client.data.test):
-            metrics, judged = self.trainer.evaluate(client, task), client.log.judged
-            if judged is None:
-                return metrics
-            latency_ms = self.world.latency.inference_ms(judged, client.profile)
-            return {"latency_ms": latency_ms, "flops": judged.forward_flops, **metrics}
+            metrics = self.trainer.evaluate(client, task)
+            prices: dict[str, float] = {}
+            for name, network in client.log.judged.items():
+                prices |= self._predicted(network, client.profile, name)
+            return {**prices, **metrics}
         recipe = self.compression.recipe(client.profile)
         batches = calibration(client.data.train)
         deployed = self.compression.apply(self.model, self.workload.sample(2)["x"].to(self.device), recipe, batches)
@@ -229,9 +230,16 @@ class Worker:
         network = self.networks[recipe]
         if recipe.bits < 32:
             client.log.add(network, 1, forwards=min(len(client.data.train), CALIBRATION[0] * CALIBRATION[1]))
-        latency_ms = self.world.latency.inference_ms(network, client.profile)
         own = replace(client, model=deployed.model, network=network)
-        return {**self.trainer.evaluate(own, task), **deployed.facts(), "latency_ms": latency_ms}
+        metrics = self.trainer.evaluate(own, task)
+        return {**metrics, **deployed.facts(), **self._predicted(network, client.profile)}
+
+    def _predicted(self, network: NetworkCost, own: DeviceProfile, name: str = "") -> dict[str, float]:
+        """FLOPs of one inference and its milliseconds on the client's device, and on each kind that the fleet has."""
+        latency, end = self.world.latency, f"_{name}" if name else ""
+        found = {f"latency_ms{end}": latency.inference_ms(network, own), f"flops{end}": float(network.forward_flops)}
+        kinds = self.fleet.profiles if len(self.fleet.profiles) > 1 else ()
+        return found | {f"latency_ms_on_{p.name}{end}": latency.inference_ms(network, p) for p in kinds}
 
     def _fit(self, client: ClientContext, task: Broadcast, model: ArrayRecord) -> RecordDict:
         if not self.model.training:

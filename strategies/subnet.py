@@ -33,6 +33,7 @@ class SubnetStrategy(EdgeStrategy):
         world: of the run; likewise.
         weights: the global ones of this round; not to be changed in place.
         sent: by client, the channels that it was given in this round.
+        judging: whether broadcasts are for an evaluation.
     """
 
     slices: Slices
@@ -42,6 +43,7 @@ class SubnetStrategy(EdgeStrategy):
     def __init__(self, **sampling: Any):
         super().__init__(**sampling)
         self.sent: dict[int, Kept] = {}
+        self.judging = False
         self._parts: dict[bytes, tuple[Kept, Tensors, dict[str, Tensors]]] = {}
 
     def choose(self, round: int, client: Enrolled) -> Kept:
@@ -78,7 +80,11 @@ class SubnetStrategy(EdgeStrategy):
         """FedAvg's choice of clients; each judges the part that its device trains."""
         messages = list(super().configure_evaluate(server_round, arrays, config, grid))
         self.open(arrays, grid)
-        self.fill(messages, server_round, self.grid, self.weights, arrays)
+        self.judging = True
+        try:
+            self.fill(messages, server_round, self.grid, self.weights, arrays)
+        finally:
+            self.judging = False
         return messages
 
     def open(self, arrays: ArrayRecord, grid: Grid) -> None:

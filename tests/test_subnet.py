@@ -148,6 +148,51 @@ def test_every_method_says_how_long_the_network_takes_that_a_client_runs(federat
     assert seconds[0] - seconds[1] == pytest.approx(72 / rate.flops_per_s)
 
 
+BESIDE = ("evaluate_clients=3", "rounds=1", "workload.client_test_fraction=0.5", "trainer.judged_at=[0.25,0.5,1.0]")
+
+
+def test_one_run_tells_the_accuracy_and_the_price_of_every_width(federation):
+    """MLP 6-8-3 as above: 36 FLOPs with 2 of 8 units, 72 with 4 (the clients' own part), 144 with all."""
+    net = ("model.hidden=[8]", "workload.input_shape=[6]", "workload.num_classes=3")
+    made = federation("method=heterofl", *HALF, *net, *BESIDE)
+    (*_, (report, clients)) = made.rounds()
+    found = report.metrics
+    flops = [found[f"client_flops{end}"] for end in ("", "_at_0.25", "_at_0.5", "_at_1.0")]
+    assert flops == [72, 36, 72, 144]
+    assert found["client_accuracy"] == found["client_accuracy_at_0.5"]
+    assert found["client_latency_ms_at_0.25"] < found["client_latency_ms"] == found["client_latency_ms_at_0.5"]
+    judged = [client for client in clients if client.phase == "evaluate"]
+    assert all(c.work.passes[0].network.name == "0.5 of its channels" and len(c.work.passes) == 1 for c in judged)
+    groups, weights = made.strategy.slices.groups, tensors_of(made.arrays)
+    worker = Worker(made.world)
+    for client in judged:
+        data = made.world.workload.client_data(client.client).test
+        for ratio in (0.25, 0.5, 1.0):
+            model = groups.build(worker.model, groups.first(ratio))
+            model.load_state_dict(groups.slice(weights, groups.first(ratio)))
+            expected = made.world.workload.evaluate(model, data)["accuracy"]
+            assert client.metrics[f"accuracy_at_{ratio}"] == expected
+
+
+def test_clients_networks_are_priced_on_every_kind_of_device_of_the_fleet(federation):
+    """The same networks on two devices: the mean over the clients differs by device, whoever owns it."""
+    devices = ("~fleet.devices.reference", "+fleet.devices.pixel2=1", "+fleet.devices.raspberry_pi_4=1")
+    own = ("method=heterofl", "strategy.assign=random", "strategy.levels=[0.5,1.0]", "model=lenet5", *IMAGES)
+    made = federation(*own, *devices, *BESIDE, "latency=structured", "evaluate_clients=6")
+    (*_, (report, clients)) = made.rounds()
+    latency, slices = made.world.latency, made.strategy.slices
+    assert {made.world.fleet[client].name for client in range(6)} == {"pixel2", "raspberry_pi_4"}
+    for client in (c for c in clients if c.phase == "evaluate"):
+        ratio = made.strategy.own_ratio(Enrolled(client.client, made.world.fleet[client.client]))
+        cost = slices.cost(slices.groups.first(ratio))
+        for name in ("pixel2", "raspberry_pi_4"):
+            ms = latency.inference_ms(cost, load_profile(name))
+            assert client.metrics[f"latency_ms_on_{name}"] == pytest.approx(ms)
+            least = latency.inference_ms(slices.cost(slices.groups.first(0.25)), load_profile(name))
+            assert client.metrics[f"latency_ms_on_{name}_at_0.25"] == pytest.approx(least)
+    assert report.metrics["client_latency_ms_on_pixel2"] > report.metrics["client_latency_ms_on_raspberry_pi_4"]
+
+
 def test_scaler_acts_in_training_only(federation):
     _, worker, first, part = start(federation, "method=heterofl", *HALF, "trainer.mask_labels=false")
     client = worker.context(first, part, 1)
@@ -268,6 +313,11 @@ def test_wrong_settings_are_one_sentence(federation, overrides, sentence):
 def test_halves_that_do_not_belong_together_say_so(federation):
     with pytest.raises(ConfigError, match="got no part of the network"):
         list(federation("method=heterofl", "strategy=edge_mean").rounds())
+
+
+def test_wrong_ratios_to_be_judged_at_are_refused(federation):
+    with pytest.raises(ConfigError, match=r"trainer\.judged_at must be keep ratios in \(0, 1\], got \[1.5\]"):
+        federation("method=heterofl", "trainer.judged_at=[1.5]")
 
 
 def test_batch_norms_are_refused_by_ordered_dropout(settings):
