@@ -89,6 +89,7 @@ class Federation:
             metrics = self.train(number)
             over = settings["max_simulated_s"] is not None and clock.now_s >= settings["max_simulated_s"]
             if over or number % settings["evaluate_every"] == 0 or number == settings["rounds"]:
+                self.complete(number)
                 metrics |= self.judge(number) | self.ask_clients(number)
             yield self.report(number, start_s, metrics, started)
             if over or metrics.get(figures.ACCURACY, 0.0) >= (settings["target_accuracy"] or 2.0):
@@ -131,6 +132,11 @@ class Federation:
         self.grid.round = number
         with seeded_globals(self.seed, "cohort", number):
             return list(self.strategy.configure_train(number, self.shared, ConfigRecord(), self.grid))
+
+    def complete(self, number: int) -> None:
+        """Lets a strategy of ours finish the weights before they are judged; Flower's own have no such step."""
+        if hasattr(self.strategy, "complete"):
+            self.take(self.strategy.complete(number, self.shared, self.grid))
 
     def judge(self, number: int) -> dict[str, float]:
         """Accuracy and loss of the global model on held-out examples, on the server, at no simulated cost.

@@ -95,9 +95,9 @@ class PPPStrategy(WidthStrategy):
         self.masks: dict[int, Kept] = {}  # by client, the channels that its gates last asked for
         self.distance = 0.0
 
-    def open(self, arrays: ArrayRecord, grid: Grid) -> None:
+    def open(self, weights: Tensors, grid: Grid) -> None:
         """As for all parts of networks; at the first round, makes fresh gates."""
-        super().open(arrays, grid)
+        super().open(weights, grid)
         if hasattr(self, "gates"):
             return
         try:
