@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from flwr.app import ArrayRecord, Message
 
-from devices.compression.channels import BATCH_NORMS
+from devices.compression.channel_graph import BATCH_NORMS
 from fedsim.messages import content_of, record_of, tensors_of
 from fedsim.network import EdgeGrid
 from strategies.edge import mean_by_coordinate

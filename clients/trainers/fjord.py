@@ -16,7 +16,8 @@ from torch.func import functional_call
 
 from clients.trainers.base import ClientContext
 from clients.trainers.subnet import SubnetTrainer
-from devices.compression.channels import BATCH_NORMS, Kept
+from devices.compression.channel_graph import BATCH_NORMS
+from devices.compression.channels import Kept
 from devices.compression.distil import Remembering, divergence
 from devices.cost import NetworkCost
 from fedsim.errors import ConfigError

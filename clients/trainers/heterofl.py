@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from clients.trainers.base import ClientContext
 from clients.trainers.subnet import SubnetTrainer
-from devices.compression.channels import BATCH_NORMS, Kept
+from devices.compression.channel_graph import BATCH_NORMS
+from devices.compression.channels import Kept
 from fedsim.messages import Broadcast
 from fedsim.workload import Tensors
 
