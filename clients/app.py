@@ -12,6 +12,7 @@ import math
 import traceback
 from collections import OrderedDict
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import replace
 from functools import lru_cache
 from itertools import groupby
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from clients.state import ClientState
 from clients.trainers.base import ClientContext, LocalTrainer, OutOfMemoryError, WorkLog
-from devices.compression.plan import CompressionPlan, Recipe
+from devices.compression.plan import CompressionPlan, Pruned, Recipe
 from devices.cost import NetworkCost, Work, pack_works
 from devices.profile import DeviceProfile
 from fedsim.deployment import CALIBRATION, calibration
@@ -107,6 +108,7 @@ class Worker:
         self._data_bytes = 0
         self._shared: tuple[ArrayRecord, Tensors] | None = None
         self._shared_flat: torch.Tensor | None = None
+        self._pruned: tuple[ArrayRecord | None, dict[Recipe, Pruned]] = (None, {})
 
     def _price(self, model: nn.Module, name: str) -> NetworkCost:
         """What one example costs in a network: FLOPs and memory of a step, and its layers where they can be traced."""
@@ -223,16 +225,26 @@ class Worker:
                 prices |= self._predicted(network, client.profile, name)
             return {**prices, **metrics}
         recipe = self.compression.recipe(client.profile)
-        batches = calibration(client.data.train)
-        deployed = self.compression.apply(self.model, self.workload.sample(2)["x"].to(self.device), recipe, batches)
+        deployed = self.compression.finish(self._pruned_by(recipe), recipe, calibration(client.data.train))
         if recipe not in self.networks:
             self.networks[recipe] = self._price(deployed.shape, "compressed")
         network = self.networks[recipe]
         if recipe.bits < 32:
             client.log.add(network, 1, forwards=min(len(client.data.train), CALIBRATION[0] * CALIBRATION[1]))
-        own = replace(client, model=deployed.model, network=network)
+        shared = deployed.model is not self.model  # with other clients: what a trainer does to it is for this one only
+        own = replace(client, model=deepcopy(deployed.model) if shared else self.model, network=network)
         metrics = self.trainer.evaluate(own, task)
         return {**metrics, **deployed.facts(), **self._predicted(network, client.profile)}
+
+    def _pruned_by(self, recipe: Recipe) -> Pruned:
+        """The model as devices with this recipe share it; once for all clients that were sent the same weights."""
+        record = self._shared[0] if self._shared else None
+        if self._pruned[0] is not record or self.initial:  # with private tensors each client's model is another
+            self._pruned = (record, {})
+        made = self._pruned[1]
+        if recipe not in made:
+            made[recipe] = self.compression.prune(self.model, self.workload.sample(2)["x"].to(self.device), recipe)
+        return made[recipe]
 
     def _predicted(self, network: NetworkCost, own: DeviceProfile, name: str = "") -> dict[str, float]:
         """FLOPs of one inference and its milliseconds on the client's device, and on each kind that the fleet has."""
