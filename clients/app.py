@@ -12,6 +12,7 @@ import math
 import traceback
 from collections import OrderedDict
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import replace
 from functools import lru_cache
 from itertools import groupby
@@ -25,8 +26,9 @@ from torch import Tensor, nn
 
 from clients.state import ClientState
 from clients.trainers.base import ClientContext, LocalTrainer, OutOfMemoryError, WorkLog
-from devices.compression.plan import CompressionPlan, Recipe
+from devices.compression.plan import CompressionPlan, Pruned, Recipe
 from devices.cost import NetworkCost, Work, pack_works
+from devices.profile import DeviceProfile
 from fedsim.deployment import CALIBRATION, calibration
 from fedsim.engines.blocks import BlockSum
 from fedsim.engines.memory import keep_freed_memory
@@ -106,6 +108,7 @@ class Worker:
         self._data_bytes = 0
         self._shared: tuple[ArrayRecord, Tensors] | None = None
         self._shared_flat: torch.Tensor | None = None
+        self._pruned: tuple[ArrayRecord | None, dict[Recipe, Pruned]] = (None, {})
 
     def _price(self, model: nn.Module, name: str) -> NetworkCost:
         """What one example costs in a network: FLOPs and memory of a step, and its layers where they can be traced."""
@@ -216,22 +219,39 @@ class Worker:
     def _judge(self, client: ClientContext, task: Broadcast) -> dict[str, float]:
         """The trainer's judgement of what the client's device runs, with its sizes and predicted latency."""
         if not self.compression.active or not len(client.data.test):
-            metrics, judged = self.trainer.evaluate(client, task), client.log.judged
-            if judged is None:
-                return metrics
-            latency_ms = self.world.latency.inference_ms(judged, client.profile)
-            return {"latency_ms": latency_ms, "flops": judged.forward_flops, **metrics}
+            metrics = self.trainer.evaluate(client, task)
+            prices: dict[str, float] = {}
+            for name, network in client.log.judged.items():
+                prices |= self._predicted(network, client.profile, name)
+            return {**prices, **metrics}
         recipe = self.compression.recipe(client.profile)
-        batches = calibration(client.data.train)
-        deployed = self.compression.apply(self.model, self.workload.sample(2)["x"].to(self.device), recipe, batches)
+        deployed = self.compression.finish(self._pruned_by(recipe), recipe, calibration(client.data.train))
         if recipe not in self.networks:
             self.networks[recipe] = self._price(deployed.shape, "compressed")
         network = self.networks[recipe]
         if recipe.bits < 32:
             client.log.add(network, 1, forwards=min(len(client.data.train), CALIBRATION[0] * CALIBRATION[1]))
-        latency_ms = self.world.latency.inference_ms(network, client.profile)
-        own = replace(client, model=deployed.model, network=network)
-        return {**self.trainer.evaluate(own, task), **deployed.facts(), "latency_ms": latency_ms}
+        shared = deployed.model is not self.model  # with other clients: what a trainer does to it is for this one only
+        own = replace(client, model=deepcopy(deployed.model) if shared else self.model, network=network)
+        metrics = self.trainer.evaluate(own, task)
+        return {**metrics, **deployed.facts(), **self._predicted(network, client.profile)}
+
+    def _pruned_by(self, recipe: Recipe) -> Pruned:
+        """The model as devices with this recipe share it; once for all clients that were sent the same weights."""
+        record = self._shared[0] if self._shared else None
+        if self._pruned[0] is not record or self.initial:  # with private tensors each client's model is another
+            self._pruned = (record, {})
+        made = self._pruned[1]
+        if recipe not in made:
+            made[recipe] = self.compression.prune(self.model, self.workload.sample(2)["x"].to(self.device), recipe)
+        return made[recipe]
+
+    def _predicted(self, network: NetworkCost, own: DeviceProfile, name: str = "") -> dict[str, float]:
+        """FLOPs of one inference and its milliseconds on the client's device, and on each kind that the fleet has."""
+        latency, end = self.world.latency, f"_{name}" if name else ""
+        found = {f"latency_ms{end}": latency.inference_ms(network, own), f"flops{end}": float(network.forward_flops)}
+        kinds = self.fleet.profiles if len(self.fleet.profiles) > 1 else ()
+        return found | {f"latency_ms_on_{p.name}{end}": latency.inference_ms(network, p) for p in kinds}
 
     def _fit(self, client: ClientContext, task: Broadcast, model: ArrayRecord) -> RecordDict:
         if not self.model.training:

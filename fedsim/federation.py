@@ -98,6 +98,7 @@ class Federation:
             metrics = self.train(number)
             over = settings["max_simulated_s"] is not None and clock.now_s >= settings["max_simulated_s"]
             if over or number % settings["evaluate_every"] == 0 or number == settings["rounds"]:
+                self.complete(number)
                 metrics |= self.judge(number) | self.ask_clients(number)
             last, clients = self.report(number, start_s, metrics, started)
             yield last, clients
@@ -158,6 +159,13 @@ class Federation:
         self.grid.round = number
         with seeded_globals(self.seed, "cohort", number):
             return list(self.strategy.configure_train(number, self.shared, ConfigRecord(), self.grid))
+
+    def complete(self, number: int) -> None:
+        """Lets a strategy of ours finish the weights before they are judged; Flower's own have no such step."""
+        if hasattr(self.strategy, "complete"):
+            shared = self.shared
+            if (completed := self.strategy.complete(number, shared, self.grid)) is not shared:
+                self.take(completed)
 
     def judge(self, number: int) -> dict[str, float]:
         """Accuracy and loss of the global model on held-out examples, on the server, at no simulated cost.

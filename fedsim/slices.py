@@ -24,6 +24,7 @@ from fedsim.workload import Tensors, Workload
 
 NETWORKS = 32  # static networks kept per process; others are built anew
 KEPT, BITS = "kept", "bits"  # the extra record that says which channels a part of the network has
+RATIO = "keep-ratio"  # the setting that says how much of the network a client is to use
 
 
 def price(workload: Workload, model: nn.Module, name: str, device: torch.device | str = "cpu") -> NetworkCost:

@@ -23,7 +23,7 @@ from fedsim.parameters import said
 from fedsim.settings import Settings, asked, completed, compose, config_dir, try_out
 
 KEYS = ("title", "base", "seeds", "arms", "against", "metric", "x", "last", "columns")
-ARM_KEYS = ("overrides", "grid")
+ARM_KEYS = ("overrides", "grid", "of", "suffix")
 AXES = ("rounds", "simulated_s", "joules", "traffic_bytes")
 # Of `summary.json`, known before a run.
 WHOLE = ("down_bytes", "up_bytes", "peak_memory_bytes", "storage_bytes", "host_s")
@@ -38,10 +38,16 @@ class Arm:
     Attributes:
         label: what a reader sees.
         overrides: of `configs/run.yaml`, those of the study first.
+        family: the label without values of a grid, or a number at its end; a picture joins the points of a family.
+        of: label of the arm whose runs have this one's metrics too; empty for an arm with runs of its own.
+        suffix: where `of` is given: how the names of these metrics end; without it they are named as usual.
     """
 
     label: str
     overrides: tuple[str, ...]
+    family: str = ""
+    of: str = ""
+    suffix: str = ""
 
     @property
     def slug(self) -> str:
@@ -62,6 +68,7 @@ class Study:
             by its dotted path), against which an arm's score is a point.
         last: evaluations that make a score.
         columns: further values of `summary.json` by dotted path, or `metrics.NAME` of a metric of the rounds.
+        sources: arms that have no row, but whose runs have the metrics of some that do.
     """
 
     name: str
@@ -73,6 +80,7 @@ class Study:
     last: int = 4
     metric: str = ACCURACY
     columns: tuple[str, ...] = ()
+    sources: tuple[Arm, ...] = ()
 
     def only(self, labels: Sequence[str]) -> Study:
         """The same study with some arms: those with a label, or whose label begins with it; all when none is given.
@@ -86,7 +94,14 @@ class Study:
             if not found:
                 raise ConfigError(unknown(f"arm of study {self.name}", label, [a.label for a in self.arms]))
             chosen += found
-        return replace(self, arms=tuple(a for a in self.arms if a in chosen)) if labels else self
+        needed = {arm.of for arm in chosen} - {arm.label for arm in chosen}
+        sources = tuple(a for a in (*self.arms, *self.sources) if a.label in needed)
+        return replace(self, arms=tuple(a for a in self.arms if a in chosen), sources=sources) if labels else self
+
+    @property
+    def trained(self) -> tuple[Arm, ...]:
+        """The arms that have runs: those of the table, and those that only others are read from."""
+        return tuple(arm for arm in (*self.arms, *self.sources) if not arm.of)
 
 
 @dataclass(frozen=True)
@@ -146,7 +161,7 @@ def read_study(name: str, overrides: Sequence[str] = (), seeds: Sequence[int] = 
     study = Study(
         name=path.stem,
         title=str(tree["title"]),
-        arms=tuple(Arm(a.label, (*base, *a.overrides, *overrides)) for a in arms),
+        arms=tuple(a if a.of else replace(a, overrides=(*base, *a.overrides, *overrides)) for a in arms),
         seeds=tuple(seeds) or _seeds(path, tree.get("seeds", [1])),
         against=str(tree.get("against", arms[0].label)),
         x=_texts(path, "x", tree.get("x", ["rounds", "simulated_s"])),
@@ -190,7 +205,11 @@ def _checked(path: Path, study: Study) -> Study:
                 f"{path}: {unknown('axis in x', axis, (*AXES, *WHOLE))}, or a dotted path in summary.json"
             )
     folders: dict[str, str] = {}
+    trained = [arm.label for arm in study.trained]
     for arm in study.arms:
+        if arm.of and arm.of not in trained:
+            raise ConfigError(f"{path}: {unknown(f'arm with runs in arms.{arm.label}.of', arm.of, trained)}")
+    for arm in study.trained:
         if arm.slug in folders:
             both = f"{folders[arm.slug]!r} and {arm.label!r}"
             raise ConfigError(f"{path}: arms {both} would share the folder {arm.slug}; rename one")
@@ -206,8 +225,9 @@ def _checked(path: Path, study: Study) -> Study:
 
 def _expanded(path: Path, label: str, entry: Any) -> Iterator[Arm]:
     """The arms of an entry: one, or one for each point of its grid."""
+    family = re.sub(r",?\s*(\{[^}]*\}|[0-9.]+$)", "", label).strip() or label
     if not isinstance(entry, dict):
-        yield Arm(label, _texts(path, f"arms.{label}", entry))
+        yield Arm(label, _texts(path, f"arms.{label}", entry), family)
         return
     for key in entry:
         if key not in ARM_KEYS:
@@ -215,18 +235,36 @@ def _expanded(path: Path, label: str, entry: Any) -> Iterator[Arm]:
     overrides, grid = _texts(path, f"arms.{label}.overrides", entry.get("overrides", [])), entry.get("grid", {})
     if not isinstance(grid, dict) or not all(isinstance(values, list) and values for values in grid.values()):
         raise ConfigError(f"{path}: arms.{label}.grid must be a map of settings to lists of values, got {said(grid)}")
+    of, suffix = entry.get("of", ""), entry.get("suffix", "")
+    if not isinstance(of, str) or not isinstance(suffix, str) or bool(of) != bool(suffix) or (of and overrides):
+        raise ConfigError(
+            f"{path}: arms.{label} either has runs by overrides, or names an arm in `of` and in `suffix` how the "
+            f"metrics end that its runs have for this one, got {said(entry)}"
+        )
     for point in itertools.product(*grid.values()):
         values = dict(zip(grid, (_value(v) for v in point), strict=True))
-        yield Arm(_labelled(label, values), (*overrides, *(f"{key}={value}" for key, value in values.items())))
+        name = _labelled(label, values)
+        if of:
+            yield Arm(name, (), family, _placed(of, values)[0], _placed(suffix, values)[0])
+        else:
+            yield Arm(name, (*overrides, *(f"{key}={value}" for key, value in values.items())), family)
 
 
 def _labelled(label: str, values: Mapping[str, str]) -> str:
     """The label with the values in the place of {key} (or the key's last word), others behind it."""
+    label, others = _placed(label, values)
+    return " ".join([label, *(f"{key.rpartition('.')[2]}={value}" for key, value in others.items())])
+
+
+def _placed(text: str, values: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+    """The text with the values in their places, and those that have none."""
+    others = {}
     for key, value in values.items():
-        short = key.rpartition(".")[2]
-        places = [p for p in (f"{{{key}}}", f"{{{short}}}") if p in label]
-        label = label.replace(places[0], value) if places else f"{label} {short}={value}"
-    return label
+        places = [p for p in (f"{{{key}}}", f"{{{key.rpartition('.')[2]}}}") if p in text]
+        text = text.replace(places[0], value) if places else text
+        if not places:
+            others[key] = value
+    return text, others
 
 
 def _value(value: Any) -> str:
@@ -268,7 +306,7 @@ def plan(study: Study, out: Path) -> list[Planned]:
         ConfigError: for the first arm whose settings are wrong; its sentence names the arm.
     """
     composed: dict[Arm, Settings] = {}
-    for arm in study.arms:
+    for arm in study.trained:
         try:
             composed[arm] = compose([*arm.overrides, f"seed={study.seeds[0]}"])
             _try_out(composed[arm])
@@ -278,7 +316,7 @@ def plan(study: Study, out: Path) -> list[Planned]:
     return [
         Planned(arm, seed, _seeded(arm, composed[arm], seed), out / arm.slug / f"seed-{seed}")
         for seed in study.seeds
-        for arm in study.arms
+        for arm in study.trained
     ]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from devices.errors import unknown
 from fedsim.errors import ConfigError
 from fedsim.paired import Row, rows
 from fedsim.report import RoundReport, read_rounds, write_atomic
-from fedsim.study import AXES, METRICS, Planned, Study, is_finished
+from fedsim.study import AXES, METRICS, Arm, Planned, Study, is_finished
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,11 @@ def collect(study: Study, runs: Sequence[Planned]) -> Result:
         if is_finished(run):
             summary = json.loads((run.folder / "summary.json").read_text())
             found.setdefault(run.arm.label, []).append(Finished(run, read_rounds(run.folder), summary))
-    found = {arm.label: found[arm.label] for arm in study.arms if arm.label in found}
+    found = {
+        arm.label: [_read_as(arm, one) for one in found[arm.of or arm.label]]
+        for arm in study.arms
+        if (arm.of or arm.label) in found
+    }
     compared = rows(
         {label: {f.run.seed: f.rounds for f in finished} for label, finished in found.items()},
         study.last,
@@ -72,6 +76,17 @@ def collect(study: Study, runs: Sequence[Planned]) -> Result:
     paths = [*study.columns, *(axis for axis in study.x if axis not in AXES)]
     columns = {path: [mean_of(path, finished) for finished in found.values()] for path in paths}
     return Result(study, compared, columns, found)
+
+
+def _read_as(arm: Arm, finished: Finished) -> Finished:
+    """A run as an arm sees it: one that has none of its own sees the metrics with its suffix, by their usual names."""
+    if not arm.of:
+        return finished
+    rounds = [
+        replace(r, metrics={n.removesuffix(arm.suffix): v for n, v in r.metrics.items() if n.endswith(arm.suffix)})
+        for r in finished.rounds
+    ]
+    return replace(finished, rounds=rounds)
 
 
 def check_columns(result: Result) -> None:
@@ -125,7 +140,10 @@ def write_result(result: Result, failed: Mapping[str, str], out: Path) -> None:
         "failed": dict(failed),
     }
     write_atomic(out / "study.json", json.dumps(_finite(tree), indent=1, ensure_ascii=False) + "\n")
-    flat = [{**{k: v for k, v in arm.items() if k not in ("overrides", "scores")}, **_by_seed(arm)} for arm in arms]
+    flat = [
+        {**{k: v for k, v in arm.items() if k not in ("overrides", "of", "suffix", "scores")}, **_by_seed(arm)}
+        for arm in arms
+    ]
     write_atomic(out / "study.csv", pd.DataFrame(flat).to_csv(index=False))
 
 
@@ -135,6 +153,7 @@ def _record(result: Result, number: int) -> dict[str, Any]:
     return {
         "arm": row.label,
         "overrides": arm.overrides,
+        **({"of": arm.of, "suffix": arm.suffix} if arm.of else {}),
         "scores": {str(seed): score for seed, score in row.scores.items()},
         "mean": row.mean,
         "std": row.deviation,

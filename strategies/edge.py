@@ -5,14 +5,16 @@ May import: flwr, torch, devices, fedsim (not clients).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
+from torch import Tensor
 
+from devices.compression.channels import grid as entries
 from fedsim.errors import ConfigError
 from fedsim.messages import NUM_EXAMPLES, Broadcast, ClientUpdate, content_of, record_of, tensors_of, update_of
 from fedsim.network import EdgeGrid, Enrolled
@@ -38,8 +40,12 @@ class EdgeStrategy(FedAvg):
         """What `client` gets in this round; `weights` are the global ones and must not be changed in place."""
         return Broadcast(round, weights)
 
-    def prepare(self, round: int, arrays: ArrayRecord, grid: EdgeGrid) -> None:
-        """Exchanges before those of a round, after its cohort is drawn; `arrays` are the global weights."""
+    def prepare(self, round: int, weights: Tensors, arrays: ArrayRecord, grid: EdgeGrid) -> None:
+        """Exchanges before those of a round, after its cohort is drawn; `arrays` are the global weights, packed."""
+
+    def complete(self, round: int, arrays: ArrayRecord, grid: EdgeGrid) -> ArrayRecord:
+        """The global weights as they are judged; for what is made of them only then, by exchanges of its own."""
+        return arrays
 
     def combine(self, round: int, updates: list[ClientUpdate]) -> Tensors:
         """New global weights from the accepted updates, in client order: here their mean weighted by examples.
@@ -64,7 +70,7 @@ class EdgeStrategy(FedAvg):
             raise ConfigError(f"{type(self).__name__} needs fedsim's EdgeGrid, got {type(grid).__name__}")
         weights = tensors_of(arrays)
         messages = list(super().configure_train(server_round, arrays, config, grid))
-        self.prepare(server_round, arrays, grid)
+        self.prepare(server_round, weights, arrays, grid)
         self.fill(messages, server_round, grid, weights, arrays)
         return messages
 
@@ -92,25 +98,39 @@ class EdgeStrategy(FedAvg):
         return record_of(self.combine(server_round, updates)), metrics
 
 
-def masked_mean(weights: Tensors, parts: Sequence[tuple[float, Tensors, Tensors]]) -> Tensors:
-    """The mean of each single weight over those whose mask holds it; unchanged where nobody's does.
+Places = (
+    Tensor | Mapping[int, Tensor]
+)  # of a part's tensor in the whole one: a mask of its shape, or entries by dimension
 
-    Sums in float64 and in the order given, as `EdgeStrategy.combine` does: with masks of ones it is that mean, bit for
+
+def mean_by_coordinate(weights: Tensors, parts: Sequence[tuple[float, Tensors, Mapping[str, Places]]]) -> Tensors:
+    """The mean of each single weight over the parts that hold it; unchanged where none does.
+
+    Sums in float64 and in the order given, as `EdgeStrategy.combine` does: of whole tensors it is that mean, bit for
     bit. Integers are rounded.
 
     Args:
         weights: the global ones.
-        parts: of each client its weight (examples), its tensors, and by name masks of their shapes, True where a value
-            counts; a tensor without a mask counts as a whole.
+        parts: of each client its weight (examples), its tensors, and by name where they belong: a mask of the tensor's
+            own shape, True where a value counts, or the entries that it has of some dimensions, as
+            `ChannelGroups.indices` gives them; a tensor that is not named counts as a whole.
     """
     mean = {}
     for name, old in weights.items():
         held, total = torch.zeros(old.shape, dtype=torch.float64), torch.zeros(old.shape, dtype=torch.float64)
-        shares = [masks[name].double() * weight if name in masks else weight for weight, _, masks in parts]
-        for share in shares:
-            held += share
-        for share, (_, tensors, _) in zip(shares, parts, strict=True):
-            total += tensors[name].double() * (share / held).nan_to_num(0.0)
+        shares = [_share(weight, places.get(name, {}), old) for weight, _, places in parts]
+        for place, share in shares:
+            held[place] += share
+        for (place, share), (_, tensors, _) in zip(shares, parts, strict=True):
+            total[place] += tensors[name].double() * (share / held[place]).nan_to_num(0.0)
         new = (total if old.is_floating_point() else total.round()).to(old.dtype)
         mean[name] = torch.where(held > 0, new, old)
     return mean
+
+
+def _share(weight: float, places: Places, old: Tensor) -> tuple[Any, float | Tensor]:
+    """Where in the whole tensor a part counts, and how much."""
+    if isinstance(places, Tensor):
+        return ..., places.double() * weight
+    whole = all(len(index) == old.shape[dim] for dim, index in places.items())
+    return (... if whole else entries(places, old.shape, old.device)), weight

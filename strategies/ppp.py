@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 
 from devices.compression.channels import Kept
@@ -27,13 +27,13 @@ from fedsim.errors import ConfigError
 from fedsim.messages import Broadcast, ClientUpdate
 from fedsim.network import Enrolled
 from fedsim.seeding import derive
-from fedsim.slices import BITS, KEPT
+from fedsim.slices import BITS, KEPT, RATIO
 from fedsim.workload import Tensors
 from strategies.edge import EdgeStrategy
 from strategies.widths import WidthStrategy
 
 GATES, MASK, SHARE = "gates", "mask", "share"  # extra records
-RATIO, MASKED = "keep-ratio", "masked"  # settings for the trainer
+MASKED = "masked"  # setting for the trainer
 TRAINING = ("full", "masked")
 
 
@@ -94,12 +94,11 @@ class PPPStrategy(WidthStrategy):
         self.masked, self.warmup = train_mode == "masked", warmup
         self.gate_hidden, self.budget_conditioned = gate_hidden, budget_conditioned
         self.masks: dict[int, Kept] = {}  # by client, the channels that its gates last asked for
-        self.judging = False
         self.distance = 0.0
 
-    def open(self, arrays: ArrayRecord, grid: Grid) -> None:
+    def open(self, weights: Tensors, grid: Grid) -> None:
         """As for all parts of networks; at the first round, makes fresh gates."""
-        super().open(arrays, grid)
+        super().open(weights, grid)
         if hasattr(self, "plan"):
             return
         try:
@@ -114,7 +113,10 @@ class PPPStrategy(WidthStrategy):
     # --- what a client gets -------------------------------------------------------------------------------------------
 
     def choose(self, round: int, client: Enrolled) -> Kept:
-        """All channels, or in masked training those that the client's gates last asked for."""
+        """All channels, or in masked training those that the client's gates last asked for.
+
+        For an evaluation all: the client prunes the network for itself.
+        """
         known = self.masks if self.masked and not self.judging else {}
         return known.get(client.client_id) or self.slices.groups.all()
 
@@ -132,9 +134,7 @@ class PPPStrategy(WidthStrategy):
 
     def ratio_now(self, round: int, client: Enrolled) -> float:
         """The keep ratio of a round: it falls from 1 to the client's own in the first rounds."""
-        if client.client_id not in self._ratios:
-            self._ratios[client.client_id] = self.ratio(client)
-        own = self._ratios[client.client_id]
+        own = self.own_ratio(client)
         if self.judging:
             return own if self.deploy_ratio is None else float(self.deploy_ratio)
         falling = self.warmup * self.world.settings["rounds"]
@@ -150,16 +150,6 @@ class PPPStrategy(WidthStrategy):
             kept = [self.plan.masks(mask) for mask in self.masks.values()]
             extras[SHARE] = {n: torch.stack([one[n] for one in kept]).float().mean(0) for n in self.plan.names}
         return replace(part, extras=extras, settings={RATIO: ratio, MASKED: self.masked})
-
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """FedAvg's choice of clients; each gets the whole network, which it prunes for itself."""
-        self.judging = True
-        try:
-            return list(super().configure_evaluate(server_round, arrays, config, grid))
-        finally:
-            self.judging = False
 
     # --- what comes back ----------------------------------------------------------------------------------------------
 

@@ -15,14 +15,14 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 
-from devices.compression.channels import Kept, grid
+from devices.compression.channels import Kept
 from fedsim.errors import ConfigError
 from fedsim.messages import Broadcast, ClientUpdate, tensors_of
 from fedsim.network import EdgeGrid, Enrolled
 from fedsim.settings import World, build_world
 from fedsim.slices import BITS, KEPT, Slices
 from fedsim.workload import Tensors
-from strategies.edge import EdgeStrategy
+from strategies.edge import EdgeStrategy, mean_by_coordinate
 
 
 class SubnetStrategy(EdgeStrategy):
@@ -33,6 +33,7 @@ class SubnetStrategy(EdgeStrategy):
         world: of the run; likewise.
         weights: the global ones of this round; not to be changed in place.
         sent: by client, the channels that it was given in this round.
+        judging: whether broadcasts are for an evaluation.
     """
 
     derived = frozenset({"grid", "slices", "world", "weights", "sent", "_parts"})
@@ -43,6 +44,7 @@ class SubnetStrategy(EdgeStrategy):
     def __init__(self, **sampling: Any):
         super().__init__(**sampling)
         self.sent: dict[int, Kept] = {}
+        self.judging = False
         self._parts: dict[bytes, tuple[Kept, Tensors, dict[str, Tensors]]] = {}
 
     def choose(self, round: int, client: Enrolled) -> Kept:
@@ -61,7 +63,7 @@ class SubnetStrategy(EdgeStrategy):
 
     def combine(self, round: int, updates: list[ClientUpdate]) -> Tensors:
         """The mean over those who hold a coordinate, in client order and float64; integers are rounded."""
-        return average(self.weights, [(u.num_examples, u.weights, self.indices(u)) for u in updates])
+        return mean_by_coordinate(self.weights, [(u.num_examples, u.weights, self.indices(u)) for u in updates])
 
     def indices(self, update: ClientUpdate) -> dict[str, dict[int, torch.Tensor]]:
         """Where an update's tensors belong: its own choice of channels where it says one, else what it was sent."""
@@ -69,20 +71,24 @@ class SubnetStrategy(EdgeStrategy):
         own = update.extras.get(KEPT)
         return groups.indices(groups.unpack(own[BITS]) if own is not None else self.sent[update.client_id])
 
-    def prepare(self, round: int, arrays: ArrayRecord, grid: EdgeGrid) -> None:
+    def prepare(self, round: int, weights: Tensors, arrays: ArrayRecord, grid: EdgeGrid) -> None:
         """Takes the weights of the round."""
-        self.open(arrays, grid)
+        self.open(weights, grid)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """FedAvg's choice of clients; each judges the part that its device trains."""
         messages = list(super().configure_evaluate(server_round, arrays, config, grid))
-        self.open(arrays, grid)
-        self.fill(messages, server_round, self.grid, self.weights, arrays)
+        self.open(tensors_of(arrays), grid)
+        self.judging = True
+        try:
+            self.fill(messages, server_round, self.grid, self.weights, arrays)
+        finally:
+            self.judging = False
         return messages
 
-    def open(self, arrays: ArrayRecord, grid: Grid) -> None:
+    def open(self, weights: Tensors, grid: Grid) -> None:
         """Takes the weights of a round; at the first, finds the channel groups.
 
         Raises:
@@ -94,31 +100,4 @@ class SubnetStrategy(EdgeStrategy):
         if not hasattr(self, "slices"):
             self.world = build_world(str(grid.settings["json"]))
             self.slices = Slices(self.world.workload)
-        self.weights, self._parts = tensors_of(arrays), {}
-
-
-def average(weights: Tensors, parts: list[tuple[float, Tensors, dict[str, dict[int, torch.Tensor]]]]) -> Tensors:
-    """Mean of tensors that lie in different places of the dense ones.
-
-    Args:
-        weights: the dense tensors, returned where no part has a value.
-        parts: weight of the part, its tensors, and by name and dimension the places where they belong, as
-            `ChannelGroups.indices` gives them.
-    """
-    mean = {}
-    for name, old in weights.items():
-        places = [_places(old, indices.get(name, {})) for _, _, indices in parts]
-        held = torch.zeros(old.shape, dtype=torch.float64)
-        for (weight, _, _), place in zip(parts, places, strict=True):
-            held[place] += weight
-        total = torch.zeros(old.shape, dtype=torch.float64)
-        for (weight, tensors, _), place in zip(parts, places, strict=True):
-            total[place] += tensors[name].double() * (weight / held[place])
-        new = (total if old.is_floating_point() else total.round()).to(old.dtype)
-        mean[name] = torch.where(held > 0, new, old)
-    return mean
-
-
-def _places(old: torch.Tensor, indices: dict[int, torch.Tensor]) -> Any:
-    whole = all(len(index) == old.shape[dim] for dim, index in indices.items())
-    return ... if whole else grid(indices, old.shape, old.device)
+        self.weights, self._parts = weights, {}

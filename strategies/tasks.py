@@ -42,7 +42,7 @@ class TaskStrategy(EdgeStrategy):
     def learn(self, arrays: ArrayRecord, replies: list[Message]) -> None:
         """Takes the answers that were accepted, in client order; `arrays` are the weights that they speak of."""
 
-    def prepare(self, round: int, arrays: ArrayRecord, grid: EdgeGrid) -> None:
+    def prepare(self, round: int, weights: Tensors, arrays: ArrayRecord, grid: EdgeGrid) -> None:
         """Before the first round of a task, the question about the task before."""
         if (round - 1) % self.rounds_per_task or not self.trained:
             return

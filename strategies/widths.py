@@ -7,6 +7,7 @@ section 3. May import: what `strategies.subnet` may.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from devices.compression.channels import Kept
@@ -14,8 +15,11 @@ from devices.compression.prune import largest_ratio
 from devices.errors import unknown
 from devices.profile import KINDS, profile_names
 from fedsim.errors import ConfigError
+from fedsim.messages import Broadcast
 from fedsim.network import Enrolled
 from fedsim.seeding import generator
+from fedsim.slices import RATIO
+from fedsim.workload import Tensors
 from strategies.subnet import SubnetStrategy
 
 RULES = ("tier", "latency", "random")
@@ -62,10 +66,24 @@ class WidthStrategy(SubnetStrategy):
         self._ratios: dict[int, float] = {}
 
     def choose(self, round: int, client: Enrolled) -> Kept:
-        """The first channels at the client's ratio, the same in every round."""
+        """The first channels at the client's ratio, the same in every round; for an evaluation the widest it needs."""
+        own = self.own_ratio(client)
+        return self.slices.groups.first(max([own, *self._judged_at()]) if self.judging else own)
+
+    def broadcast(self, round: int, client: Enrolled, weights: Tensors) -> Broadcast:
+        """The client's part; where it is judged at other ratios too, with its own."""
+        part = super().broadcast(round, client, weights)
+        wider = self.judging and self._judged_at()
+        return replace(part, settings={RATIO: self.own_ratio(client)}) if wider else part
+
+    def own_ratio(self, client: Enrolled) -> float:
+        """The keep ratio of a client, found once."""
         if client.client_id not in self._ratios:
             self._ratios[client.client_id] = self.ratio(client)
-        return self.slices.groups.first(self._ratios[client.client_id])
+        return self._ratios[client.client_id]
+
+    def _judged_at(self) -> list[float]:
+        return list(self.world.settings["trainer"].get("judged_at", []))
 
     def ratio(self, client: Enrolled) -> float:
         """The keep ratio of a client."""

@@ -13,6 +13,7 @@ from devices.profile import LatencyFacts, load_profile
 from devices.trace import KINDS, trace
 from fedsim.deployment import calibration
 from fedsim.errors import ConfigError
+from fedsim.messages import tensors_of
 from fedsim.models.lenet import LeNet5
 from fedsim.workload import Examples
 
@@ -114,6 +115,23 @@ def test_client_rows_say_what_their_device_runs(federation):
         assert row.metrics["wire_bytes"] > 0
         assert row.metrics["latency_ms"] > 0
         assert row.work.flops > 0
+
+
+def test_clients_share_what_does_not_depend_on_their_data(federation, monkeypatch):
+    """Six clients of one recipe: one pruning an exchange; integers are each client's own."""
+    pruned, calls = CompressionPlan.prune, []
+    monkeypatch.setattr(CompressionPlan, "prune", lambda *a, **k: calls.append(1) or pruned(*a, **k))
+    own = ("compression=quantise", "compression.keep=0.5", "evaluate_clients=6", "rounds=2")
+    made = federation(*LENET, *own, "workload.client_test_fraction=0.25")
+    rows = [c for _, clients in made.rounds() for c in clients if c.phase == "evaluate"]
+    assert (len(rows), len(calls)) == (12, 2)
+    plan = CompressionPlan(keep=0.5, bits=8)
+    made.model.load_state_dict(tensors_of(made.arrays))
+    example = made.world.workload.sample(2)["x"]
+    for row in rows[6:]:
+        data = made.world.workload.client_data(row.client)
+        alone = plan.apply(made.model, example, Recipe(0.5, 0.0, 8), calibration(data.train))
+        assert made.world.workload.evaluate(alone.model, data.test)["loss"] == pytest.approx(row.metrics["loss"])
 
 
 def test_a_run_without_compression_says_nothing_of_it(run):

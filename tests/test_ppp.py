@@ -512,6 +512,35 @@ def test_magnitude_and_random_masks_need_no_gates(federation):
         assert all(0.4 < metrics["keep_ratio"] < 0.6 for _, _, metrics in found.values())
 
 
+@pytest.mark.parametrize("ratio", [0.5, 1.0])
+def test_one_run_tells_what_other_masks_and_ratios_would_give(federation, ratio):
+    """Each figure is that of the cut network; with ratio 1 there are no gates, and masks are chosen by magnitude."""
+    mask = "personal" if ratio < 1 else "magnitude"
+    made = federation(
+        *(*PPP, *MODELS["lenet5"], *JUDGED, f"strategy.ratio={ratio}", "trainer.mask_mode=topk"),
+        *(f"trainer.mask={mask}", "trainer.controls=[random]", "trainer.judged_at=[0.25,1.0]"),
+    )
+    made = perturbed(made)
+    worker, found = judge(made)
+    trainer, groups = worker.trainer, worker.trainer.slices.groups
+    for client, part, metrics in found.values():
+        task = worker._task(client, part)
+        for name, control, at in (
+            ("_at_0.25", mask, 0.25),
+            ("_random_at_0.25", "random", 0.25),
+            ("_at_1.0", mask, 1.0),
+        ):
+            kept = trainer.deployed(client, task, control, at)
+            model = groups.build(worker.model, kept)
+            model.load_state_dict(groups.slice(task.weights, kept))
+            assert metrics[f"accuracy{name}"] == client.workload.evaluate(model, client.data.test)["accuracy"]
+            assert metrics[f"flops{name}"] == trainer.slices.cost(kept).forward_flops
+        assert metrics["flops_at_0.25"] == metrics["flops_random_at_0.25"] < metrics["flops_at_1.0"]
+        assert metrics["flops_at_1.0"] == worker.network.forward_flops
+        judged = [p for p in client.log.work().passes if p.batch == 1]
+        assert len(judged) == 1, "masks that are only compared with are no work of the device"
+
+
 def test_personal_masks_without_gates_are_refused(federation):
     made = federation(*PPP, *JUDGED, "strategy.ratio=1.0", "strategy.deploy_ratio=0.5")
     with pytest.raises(ConfigError, match="needs trained gates"):
@@ -523,7 +552,7 @@ def test_slower_devices_get_smaller_networks_by_predicted_latency(federation):
         *("method=ppp", "strategy.ratio=null", "strategy.latency_budget_ms=1.0", "latency=structured", "model=vgg"),
         *("fleet=mixed", "num_clients=40", "cohort=3", *IMAGES),
     )
-    made.strategy.open(made.arrays, made.grid)
+    made.strategy.open(tensors_of(made.arrays), made.grid)
     strategy, latency = made.strategy, made.world.latency
 
     def predicted(ratio, device):

@@ -175,7 +175,9 @@ STREAM = (
 )
 
 
-@pytest.mark.parametrize("method", ["ocs", "ocs stream.fresh_noise=0.5 trainer.store=samples", "ewc", "agem", "lwf", "gss"])
+@pytest.mark.parametrize(
+    "method", ["ocs", "ocs stream.fresh_noise=0.5 trainer.store=samples", "ewc", "agem", "lwf", "gss"]
+)
 def test_a_stream_goes_on_in_the_middle_of_a_task_and_between_two(go, tmp_path: Path, method: str):
     chosen = [*STREAM, *f"method={method}".split()]
     go("whole", *chosen)

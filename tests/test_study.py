@@ -28,7 +28,7 @@ from fedsim.paired import interval, rows
 from fedsim.report import RoundReport
 from fedsim.settings import compose
 from fedsim.study import plan, read_study, studies
-from fedsim.study_picture import MOST_LINES, curve, shown
+from fedsim.study_picture import MOST_LINES, curve, families, shown
 from fedsim.study_result import collect
 
 BASE = ["workload=blobs", "fleet=uniform", "latency=flops", "num_clients=6", "cohort=3", "rounds=2"]
@@ -59,8 +59,9 @@ out.mkdir(parents=True)
 (out / "config.yaml").write_text(yaml.safe_dump({**settings, "out": None}))
 first = {"round": 0, "now_s": 0, "round_s": 0, "cohort": [], "outcomes": {}, "metrics": {"accuracy": 0}}
 last = first | {"round": 1, "now_s": 10, "down_bytes": 60, "up_bytes": 40, "joules": 2.0}
-last["metrics"] = {"accuracy": 0.5 + ratio + seed / 100}
-summary = {"final": last["metrics"], "seed": seed, "peak_memory_bytes": 10 * seed}
+last["metrics"] = {"accuracy": 0.5 + ratio + seed / 100, "accuracy_at_0.3": 0.3, "accuracy_at_0.7": 0.7}
+last["metrics"]["ms_at_0.3"] = 3.0
+summary = {"final": {"accuracy": last["metrics"]["accuracy"]}, "seed": seed, "peak_memory_bytes": 10 * seed}
 (out / "rounds.jsonl").write_text("".join(json.dumps(r) + chr(10) for r in (first, last)))
 (out / "summary.json").write_text(json.dumps(summary))
 with open("started", "a") as file:
@@ -140,7 +141,7 @@ def test_every_shipped_study_can_be_planned():
     assert studies()
     for name in studies():
         study = read_study(name)
-        assert len(plan(study, Path("out"))) == len(study.arms) * len(study.seeds)
+        assert len(plan(study, Path("out"))) == len(study.trained) * len(study.seeds)
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
@@ -156,6 +157,16 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "seed twice": ({"seeds": [1, 1]}, "a seed is there twice"),
     "last": ({"last": 0}, "last must be a whole number of at least 1, got 0"),
     "one folder": ({"arms": {"A b": [], "a-b": []}}, "arms 'A b' and 'a-b' would share the folder a-b"),
+    "of nobody": ({"arms": {"A": [], "B": {"of": "C", "suffix": "_x"}}}, r"arm with runs in arms\.B\.of 'C'"),
+    "of a reading": (
+        {"arms": {"A": [], "B": {"of": "A", "suffix": "_x"}, "C": {"of": "B", "suffix": "_y"}}},
+        r"arm with runs in arms\.C\.of 'B' \(allowed: A\)",
+    ),
+    "of without suffix": ({"arms": {"A": [], "B": {"of": "A"}}}, r"arms\.B either has runs by overrides, or names"),
+    "of with overrides": (
+        {"arms": {"A": [], "B": {"of": "A", "suffix": "_x", "overrides": ["rounds=1"]}}},
+        r"arms\.B either has runs by overrides, or names",
+    ),
     "seed as override": ({"base": ["seed=3"]}, "seed= belongs to the study"),
     "setting": ({"arms": {"A": ["cohrt=3"]}}, "did you mean 'cohort'"),
     "trainer": ({"arms": {"A": ["trainer.lr=0"]}}, r"trainer\.lr must be greater than 0"),
@@ -351,6 +362,34 @@ def _links(path: Path) -> str:
         return ""
 
 
+# --- arms that are read from other arms' runs -------------------------------------------------------------------------
+
+READ = {
+    "Plain": ["method=fedavg"],
+    "Cut {ratio}": {"of": "Plain", "suffix": "_at_{ratio}", "grid": {"ratio": [0.3, 0.7]}},
+    "Local 0.2": ["method=local_mixup", "trainer.mix_ratio=0.2"],
+}
+
+
+def test_one_run_serves_every_arm_that_is_read_from_it(file, fedsim):
+    """Two arms have runs; the others see the metrics that end with their suffix, and lack those that do not."""
+    columns = ["metrics.ms", "peak_memory_bytes"]
+    assert fedsim("study", file(arms=READ, seeds=[1, 2], columns=columns))[0] == 0
+    assert len(started()) == 4
+    plain, low, high, _ = json.loads(Path("runs/mine/study.json").read_text())["arms"]
+    assert (low["arm"], low["of"], low["suffix"], low["overrides"]) == ("Cut 0.3", "Plain", "_at_0.3", [])
+    assert (low["mean"], high["mean"]) == (pytest.approx(0.3), pytest.approx(0.7))
+    assert low["difference"] == pytest.approx(0.3 - plain["mean"])
+    assert (plain["metrics.ms"], low["metrics.ms"], high["metrics.ms"]) == (None, 3.0, None)
+    assert low["peak_memory_bytes"] == plain["peak_memory_bytes"] == 15
+
+
+def test_an_arm_that_is_read_brings_the_runs_of_its_source_with_it(file, fedsim):
+    assert fedsim("study", file(arms=READ, seeds=[1]), "--only", "Cut 0.7")[0] == 0
+    assert started() == ["out=runs/mine/plain/seed-1"]
+    assert [arm["arm"] for arm in json.loads(Path("runs/mine/study.json").read_text())["arms"]] == ["Cut 0.7"]
+
+
 # --- picture ---------------------------------------------------------------------------------------------------------
 
 
@@ -374,6 +413,15 @@ def test_with_many_arms_the_best_are_drawn_and_the_compared_one(file, fedsim):
     assert set(result.columns["peak_memory_bytes"]) == {10.0}
     drawn = shown(result)
     assert drawn == ["Plain", *(f"R {ratio}" for ratio in ratios[3:])]
+
+
+def test_points_of_one_family_are_joined(file, fedsim):
+    """A family is a label without its grid values or the number at its end."""
+    arms = {**READ, "Local 0.4": ["method=local_mixup", "trainer.mix_ratio=0.4"]}
+    assert fedsim("study", file(arms=arms, seeds=[1, 2], x=["peak_memory_bytes"]))[0] == 0
+    study = read_study("mine.yaml")
+    found = families(collect(study, plan(study, Path("runs/mine"))))
+    assert found == {"Plain": ["Plain"], "Cut": ["Cut 0.3", "Cut 0.7"], "Local": ["Local 0.2", "Local 0.4"]}
 
 
 def test_one_seed_has_no_interval():

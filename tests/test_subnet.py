@@ -16,8 +16,7 @@ from fedsim.network import Enrolled
 from fedsim.report import weights_sha256
 from fedsim.settings import build_world
 from fedsim.slices import BITS, KEPT
-from strategies.edge import EdgeStrategy, masked_mean
-from strategies.subnet import average
+from strategies.edge import EdgeStrategy, mean_by_coordinate
 
 WIDE = ("fleet=uniform", "trainer.momentum=0.5", "trainer.weight_decay=0.001", "trainer.batch_size=4")
 IMAGES = ("workload.input_shape=[1,12,12]", "model.memory_format=channels_last")
@@ -52,7 +51,7 @@ def test_each_coordinate_is_the_mean_of_those_who_hold_it_by_hand():
         (1.0, {"w": torch.full((2, 2), 10.0), "n": torch.tensor([2])}, {"w": {0: torch.tensor([0, 1])}}),
         (3.0, {"w": torch.full((2, 2), 20.0), "n": torch.tensor([4])}, {"w": {0: torch.tensor([1, 2])}}),
     ]
-    mean = average(old, parts)
+    mean = mean_by_coordinate(old, parts)
     assert mean["w"][:, 0].tolist() == [10.0, 17.5, 20.0, 7.0]
     assert mean["n"].tolist() == [4]  # 3.5 to even
     assert mean["n"].dtype == torch.int64
@@ -62,7 +61,7 @@ def test_disjoint_parts_keep_their_owners_values_and_others_the_old_ones():
     old = {"w": torch.randn(4, 6)}
     mine, yours = torch.randn(2, 3), torch.randn(2, 3)
     a, b = {0: torch.tensor([0, 2]), 1: torch.tensor([0, 1, 2])}, {0: torch.tensor([1, 3]), 1: torch.tensor([3, 4, 5])}
-    mean = average(old, [(5.0, {"w": mine}, {"w": a}), (9.0, {"w": yours}, {"w": b})])["w"]
+    mean = mean_by_coordinate(old, [(5.0, {"w": mine}, {"w": a}), (9.0, {"w": yours}, {"w": b})])["w"]
     assert torch.equal(mean[[0, 2], :3], mine)
     assert torch.equal(mean[[1, 3], 3:], yours)
     assert torch.equal(mean[[0, 2], 3:], old["w"][[0, 2], 3:])
@@ -76,13 +75,13 @@ def test_single_weights_are_averaged_over_those_whose_mask_holds_them():
     masks = [torch.tensor([True, False, False]), torch.tensor([True, True, False])]
     parts = [(1.0, {"w": mine, "b": torch.tensor([2.0])}, {"w": masks[0]})]
     parts += [(3.0, {"w": yours, "b": torch.tensor([6.0])}, {"w": masks[1]})]
-    mean = masked_mean(old, parts)
+    mean = mean_by_coordinate(old, parts)
     assert mean["w"].tolist() == [17.5, 20.0, 7.0]
     assert mean["b"].tolist() == [5.0]
     ones = [(n, tensors, {"w": torch.ones(3, dtype=torch.bool)}) for n, tensors, _ in parts]
     updates = [ClientUpdate(i, int(n), tensors) for i, (n, tensors, _) in enumerate(ones)]
     plain = EdgeStrategy().combine(1, updates)
-    assert all(torch.equal(masked_mean(old, ones)[name], plain[name]) for name in plain)
+    assert all(torch.equal(mean_by_coordinate(old, ones)[name], plain[name]) for name in plain)
 
 
 def start(federation, *overrides: str):
@@ -146,6 +145,51 @@ def test_every_method_says_how_long_the_network_takes_that_a_client_runs(federat
     rate = load_profile("reference")
     seconds = [found[name]["client_latency_ms"] / 1e3 for name in ("dense", "half")]
     assert seconds[0] - seconds[1] == pytest.approx(72 / rate.flops_per_s)
+
+
+BESIDE = ("evaluate_clients=3", "rounds=1", "workload.client_test_fraction=0.5", "trainer.judged_at=[0.25,0.5,1.0]")
+
+
+def test_one_run_tells_the_accuracy_and_the_price_of_every_width(federation):
+    """MLP 6-8-3 as above: 36 FLOPs with 2 of 8 units, 72 with 4 (the clients' own part), 144 with all."""
+    net = ("model.hidden=[8]", "workload.input_shape=[6]", "workload.num_classes=3")
+    made = federation("method=heterofl", *HALF, *net, *BESIDE)
+    (*_, (report, clients)) = made.rounds()
+    found = report.metrics
+    flops = [found[f"client_flops{end}"] for end in ("", "_at_0.25", "_at_0.5", "_at_1.0")]
+    assert flops == [72, 36, 72, 144]
+    assert found["client_accuracy"] == found["client_accuracy_at_0.5"]
+    assert found["client_latency_ms_at_0.25"] < found["client_latency_ms"] == found["client_latency_ms_at_0.5"]
+    judged = [client for client in clients if client.phase == "evaluate"]
+    assert all(c.work.passes[0].network.name == "0.5 of its channels" and len(c.work.passes) == 1 for c in judged)
+    groups, weights = made.strategy.slices.groups, tensors_of(made.arrays)
+    worker = Worker(made.world)
+    for client in judged:
+        data = made.world.workload.client_data(client.client).test
+        for ratio in (0.25, 0.5, 1.0):
+            model = groups.build(worker.model, groups.first(ratio))
+            model.load_state_dict(groups.slice(weights, groups.first(ratio)))
+            expected = made.world.workload.evaluate(model, data)["accuracy"]
+            assert client.metrics[f"accuracy_at_{ratio}"] == expected
+
+
+def test_clients_networks_are_priced_on_every_kind_of_device_of_the_fleet(federation):
+    """The same networks on two devices: the mean over the clients differs by device, whoever owns it."""
+    devices = ("~fleet.devices.reference", "+fleet.devices.pixel2=1", "+fleet.devices.raspberry_pi_4=1")
+    own = ("method=heterofl", "strategy.assign=random", "strategy.levels=[0.5,1.0]", "model=lenet5", *IMAGES)
+    made = federation(*own, *devices, *BESIDE, "latency=structured", "evaluate_clients=6")
+    (*_, (report, clients)) = made.rounds()
+    latency, slices = made.world.latency, made.strategy.slices
+    assert {made.world.fleet[client].name for client in range(6)} == {"pixel2", "raspberry_pi_4"}
+    for client in (c for c in clients if c.phase == "evaluate"):
+        ratio = made.strategy.own_ratio(Enrolled(client.client, made.world.fleet[client.client]))
+        cost = slices.cost(slices.groups.first(ratio))
+        for name in ("pixel2", "raspberry_pi_4"):
+            ms = latency.inference_ms(cost, load_profile(name))
+            assert client.metrics[f"latency_ms_on_{name}"] == pytest.approx(ms)
+            least = latency.inference_ms(slices.cost(slices.groups.first(0.25)), load_profile(name))
+            assert client.metrics[f"latency_ms_on_{name}_at_0.25"] == pytest.approx(least)
+    assert report.metrics["client_latency_ms_on_pixel2"] > report.metrics["client_latency_ms_on_raspberry_pi_4"]
 
 
 def test_scaler_acts_in_training_only(federation):
@@ -216,7 +260,7 @@ def test_slower_devices_get_narrower_networks_by_predicted_latency(federation):
         *("method=heterofl", "strategy.assign=latency", "strategy.step_ms=10.0", "latency=structured", "model=lenet5"),
         *("fleet=mixed", "num_clients=40", "cohort=3", *IMAGES),
     )
-    made.strategy.open(made.arrays, made.grid)
+    made.strategy.open(tensors_of(made.arrays), made.grid)
     slices, latency = made.strategy.slices, made.world.latency
     slow, fast = load_profile("raspberry_pi_zero_2w"), load_profile("raspberry_pi_4")
     limit = made.strategy.step_ms = slices.step_ms(slices.groups.all(), 4, latency, fast)
@@ -229,7 +273,7 @@ def test_slower_devices_get_narrower_networks_by_predicted_latency(federation):
 
 def test_random_widths_are_fixed_per_client_and_use_every_level(federation):
     made = federation("method=heterofl", "strategy.assign=random", "num_clients=60")
-    made.strategy.open(made.arrays, made.grid)
+    made.strategy.open(tensors_of(made.arrays), made.grid)
     drawn = [made.strategy.ratio(made.grid.client(i)) for i in range(60)]
     assert set(drawn) == set(made.strategy.levels)
     assert drawn == [made.strategy.ratio(made.grid.client(i)) for i in range(60)]
@@ -268,6 +312,90 @@ def test_wrong_settings_are_one_sentence(federation, overrides, sentence):
 def test_halves_that_do_not_belong_together_say_so(federation):
     with pytest.raises(ConfigError, match="got no part of the network"):
         list(federation("method=heterofl", "strategy=edge_mean").rounds())
+
+
+def test_wrong_ratios_to_be_judged_at_are_refused(federation):
+    with pytest.raises(ConfigError, match=r"trainer\.judged_at must be keep ratios in \(0, 1\], got \[1.5\]"):
+        federation("method=heterofl", "trainer.judged_at=[1.5]")
+
+
+# --- static batch norm ------------------------------------------------------------------------------------------------
+
+NORMED = ("method=heterofl", "model=convnet", "model.channels=[4,6]", "model.batch_norm=true", *IMAGES)
+NORMED = (*NORMED, "strategy.assign=random", "strategy.levels=[0.5,1.0]", "workload.examples_per_client=9")
+MOMENTS = ("running_mean", "running_var")
+
+
+def statistics(weights) -> dict[str, torch.Tensor]:
+    return {name: t for name, t in weights.items() if name.endswith((*MOMENTS, "num_batches_tracked"))}
+
+
+def test_static_norms_keep_no_statistics_in_training(federation):
+    made = federation(*NORMED, "rounds=2", "evaluate_every=9")
+    before = statistics(tensors_of(made.arrays))
+    for number in (1, 2):
+        made.train(number)
+        assert all(torch.equal(t, before[name]) for name, t in statistics(tensors_of(made.arrays)).items())
+    moving = federation(*NORMED, "trainer.static_norm=false")
+    moving.train(1)
+    assert all(not torch.equal(t, before[name]) for name, t in statistics(tensors_of(moving.arrays)).items())
+
+
+def test_statistics_are_those_of_the_clients_data_by_channel(federation):
+    """Eight examples in batches of four, first layer: mean and unbiased variance of each batch, by hand.
+
+    Channels that only the wide clients hold are the mean over these, all others over everybody, by examples.
+    """
+    made = federation(*NORMED, "evaluate_every=9")
+    made.train(1)
+    weights, sent = tensors_of(made.arrays), made.strategy
+    made.complete(1)
+    after, workload = tensors_of(made.arrays), made.world.workload
+    sums = {moment: torch.zeros(4) for moment in MOMENTS}
+    held = torch.zeros(4)
+    for client in range(6):
+        width = len(sent.sent[client]["body.0"])
+        assert width in (2, 4)
+        x = workload.client_data(client).train
+        x = x.gather(torch.arange(len(x)))["x"]
+        assert len(x) == 8
+        for batch in x.split(4):
+            out = F.conv2d(batch, weights["body.0.weight"], weights["body.0.bias"], stride=2, padding=1)[:, :width]
+            if width < 4:
+                out = out / (width / 4)  # HeteroFL's scaler
+            sums["running_mean"][:width] += out.mean((0, 2, 3))
+            sums["running_var"][:width] += out.var((0, 2, 3))
+            held[:width] += 1
+    assert held[0] > held[3] > 0
+    for moment, total in sums.items():
+        torch.testing.assert_close(after[f"body.1.{moment}"], total / held, rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(t, weights[name]) for name, t in after.items() if not name.endswith(MOMENTS))
+
+
+def test_asking_for_statistics_costs_a_pass_and_goes_on_the_wire(federation):
+    made = federation(*NORMED, "rounds=1")
+    (*_, (_, clients)) = made.rounds()
+    asked = [client for client in clients if client.phase == "query.statistics"]
+    assert [client.client for client in asked] == list(range(6))
+    for client in asked:
+        assert sum(p.forwards * p.batch for p in client.work.passes) == 8
+        assert all(p.backwards == 0 for p in client.work.passes)
+        channels = sum(len(kept) for kept in made.strategy.sent[client.client].values())
+        assert client.work.up_bytes == 2 * 4 * channels + 8
+    without = federation("method=heterofl", "model=lenet5", *IMAGES, "rounds=1")
+    (*_, (_, clients)) = without.rounds()
+    assert {client.phase for client in clients} == {"train"}
+
+
+def test_collected_statistics_judge_better_than_none(federation):
+    """Untouched statistics are 0 and 1; the same weights with those of the data fit separable blobs."""
+    own = ("workload.separation=16", "trainer.mask_labels=false", "trainer.lr=0.1", "cohort=6", "evaluate_every=9")
+    made = federation(*NORMED, *own)
+    for number in range(1, 5):
+        made.train(number)
+    before = made.judge(4)["loss"]
+    made.complete(4)
+    assert made.judge(4)["loss"] < before
 
 
 def test_batch_norms_are_refused_by_ordered_dropout(settings):

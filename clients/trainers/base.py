@@ -31,7 +31,7 @@ class WorkLog:
         self.memory_bytes = memory_bytes
         self.peak_memory_bytes = 0
         self.stored_bytes = 0
-        self.judged: NetworkCost | None = None  # the network that the client would use, once it was judged
+        self.judged: dict[str, NetworkCost] = {}  # networks that were judged: "" is the client's own, others by name
         # By identity of the network: hashing its fields at every step would cost more than the counting.
         self._passes: dict[tuple[int, int], tuple[NetworkCost, list[int]]] = {}
 
@@ -130,7 +130,7 @@ class LocalTrainer:
         if len(data):
             client.log.reserve(client.network.parameter_bytes)
             client.log.add(client.network, 1, forwards=len(data))
-            client.log.judged = client.network
+            client.log.judged[""] = client.network
         return client.workload.evaluate(client.model, data)
 
     def answer(self, client: ClientContext, question: str, task: Broadcast) -> dict[str, Tensors]:

@@ -8,7 +8,6 @@ divergence from the widest. May import: what `clients.trainers.subnet` may.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +16,9 @@ from torch.func import functional_call
 
 from clients.trainers.base import ClientContext
 from clients.trainers.subnet import SubnetTrainer
-from devices.compression.channels import BATCH_NORMS, Kept
-from devices.compression.distil import divergence
+from devices.compression.channel_graph import BATCH_NORMS
+from devices.compression.channels import Kept
+from devices.compression.distil import Remembering, divergence
 from devices.cost import NetworkCost
 from fedsim.errors import ConfigError
 from fedsim.messages import Broadcast
@@ -83,7 +83,8 @@ class FjORDTrainer(SubnetTrainer):
             return super().loss(client, batch, task)
         client.log.add(self.slices.cost(choice), size, forwards=1, backwards=1)
         tensors = self.slices.groups.within(dict(client.model.named_parameters()), choice, kept)
-        narrow = _Remembering(partial(functional_call, self.slices.network(choice).train(), tensors))
+        network = self.slices.network(choice).train()
+        narrow = Remembering(lambda x: functional_call(network, tensors, (x,)))
         loss = client.workload.loss(narrow, batch)  # type: ignore[arg-type]
         if not self.distil:
             return loss
@@ -94,16 +95,3 @@ class FjORDTrainer(SubnetTrainer):
 
     def log_step(self, client: ClientContext, batch: int) -> None:
         """Nothing: `loss` has said what ran."""
-
-
-class _Remembering:
-    """A model whose last output can be read: the workload's loss gives none."""
-
-    logits: Tensor
-
-    def __init__(self, call: Any):
-        self.call = call
-
-    def __call__(self, x: Tensor) -> Tensor:
-        self.logits = self.call((x,))
-        return self.logits

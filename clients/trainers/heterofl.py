@@ -1,9 +1,9 @@
 """HeteroFL: a client trains the first channels of every layer, with outputs scaled as if all were there.
 
 Source: Diao et al., "HeteroFL: Computation and Communication Efficient Federated Learning for Heterogeneous Clients",
-ICLR 2021, section 3. Differs: networks with batch norm average their running statistics per coordinate instead of
-collecting them at the end (static batch norm); the networks here use group norms. May import: what
-`clients.trainers.subnet` may.
+ICLR 2021, section 3. Batch norms are static (sBN): in training they normalise by the batch and keep no statistics,
+which are collected when the weights are judged, see `strategies.heterofl`. May import: what `clients.trainers.subnet`
+may.
 """
 
 from __future__ import annotations
@@ -15,9 +15,13 @@ from torch import Tensor, nn
 
 from clients.trainers.base import ClientContext
 from clients.trainers.subnet import SubnetTrainer
+from devices.compression.channel_graph import BATCH_NORMS
 from devices.compression.channels import Kept
 from fedsim.messages import Broadcast
 from fedsim.workload import Tensors
+
+STATISTICS, EXAMPLES = "statistics", "examples"
+MOMENTS = ("running_mean", "running_var")
 
 
 class HeteroFLTrainer(SubnetTrainer):
@@ -26,15 +30,18 @@ class HeteroFLTrainer(SubnetTrainer):
     Args:
         scale: divide what a narrowed layer gives by its share of channels, in training only.
         mask_labels: logits of classes that the client has no example of are 0 in training.
-        sgd: arguments of SGDTrainer.
+        static_norm: batch norms keep no running statistics in training; without, they are averaged like weights.
+        subnet: arguments of SubnetTrainer.
     """
 
-    def __init__(self, scale: bool = True, mask_labels: bool = True, **sgd: Any):
-        super().__init__(**sgd)
-        self.scale, self.mask_labels = scale, mask_labels
+    def __init__(self, scale: bool = True, mask_labels: bool = True, static_norm: bool = True, **subnet: Any):
+        super().__init__(**subnet)
+        self.scale, self.mask_labels, self.static_norm = scale, mask_labels, static_norm
 
     def prepare(self, network: nn.Module, kept: Kept) -> None:
-        """Hangs the scaler on every layer that makes channels of a narrowed group."""
+        """Hangs the scaler on every layer that makes channels of a narrowed group, and makes batch norms static."""
+        for norm in _batch_norms(network).values():
+            norm.track_running_stats = not self.static_norm  # with statistics at hand, evaluation still uses them
         for name, group in self.slices.groups.groups.items():
             share = len(kept[name]) / group.channels
             if not self.scale or share == 1:
@@ -56,3 +63,30 @@ class HeteroFLTrainer(SubnetTrainer):
             return super().loss(client, batch, task)
         finally:
             handle.remove()
+
+    @torch.no_grad()
+    def answer(self, client: ClientContext, question: str, task: Broadcast) -> dict[str, Tensors]:
+        """For "statistics": means and variances of the batches of the client's own examples, through its part.
+
+        Batches differ by one example at most, and count alike; a client with a single example says nothing.
+        """
+        if question != STATISTICS:
+            return super().answer(client, question, task)
+        narrowed = self.narrowed(client, self.kept(task), task.weights)
+        norms, examples = _batch_norms(narrowed.model), len(client.data.train)
+        client.log.reserve(narrowed.network.parameter_bytes)
+        if examples > 1:
+            for norm in norms.values():
+                norm.reset_running_stats()
+                norm.track_running_stats, norm.momentum = True, None  # the mean over all batches
+            for rows in torch.arange(examples).tensor_split(-(-examples // max(2, self.batch_size))):
+                narrowed.model(client.data.train.gather(rows)["x"])
+                client.log.add(narrowed.network, len(rows), forwards=1)
+            for norm in norms.values():
+                norm.track_running_stats = False
+        found = {f"{name}.{m}": getattr(norm, m).clone() for name, norm in norms.items() for m in MOMENTS}
+        return {STATISTICS: {**found, EXAMPLES: torch.tensor(examples if examples > 1 else 0)}}
+
+
+def _batch_norms(network: nn.Module) -> dict[str, Any]:
+    return {name: m for name, m in network.named_modules() if isinstance(m, BATCH_NORMS) and m.running_mean is not None}

@@ -36,11 +36,11 @@ from devices.meter import peak_memory_bytes
 from fedsim.errors import ConfigError
 from fedsim.messages import Broadcast, ClientUpdate
 from fedsim.seeding import torch_generator
-from fedsim.slices import BITS, KEPT, price
+from fedsim.slices import BITS, KEPT, RATIO, price
 from fedsim.workload import Tensors, Workload
 
 GATES, MASK, SHARE = "gates", "mask", "share"  # extra records
-RATIO, MASKED = "keep-ratio", "masked"  # settings of the strategy
+MASKED = "masked"  # setting of the strategy
 MASKS = ("personal", "other", "global", "random", "magnitude")
 CONTROLS = (*MASKS[1:], "gates", "dense")
 REGULARISERS = ("per_layer", "flops")
@@ -58,14 +58,15 @@ class PPPTrainer(SubnetTrainer):
             prototype of all clients, "random" a permutation of the own mask, "magnitude" the filters with the largest
             weights; all at the personal mask's channel counts but "other" and "global", which choose by mask_mode.
             "other" and "global" are ORACLES: they read other clients' examples, and no bytes are counted for that.
-        controls: further masks, "gates" (per example) or "dense", judged beside as `accuracy_NAME`; at no cost.
+        controls: further masks, "gates" (per example) or "dense", judged beside as `accuracy_NAME`; at no cost. At
+            the ratios of `judged_at` they are judged too, as `accuracy_NAME_at_RATIO`.
         support: m, examples of the client's own training part that make its prototype.
         beta: weight of the budget.
         reg_mode: "per_layer" sums (mean gate - ratio)^2 over the layers; "flops" takes one mean, weighted by FLOPs.
         diversity: gamma, weight of the likeness of the client's prototype to the share of clients that keep a channel.
         levels: with conditioned gates in full training: keep ratios that each step draws from; empty takes its own.
         gate_noise: logistic noise on the gates in training.
-        sgd: arguments of SGDTrainer.
+        subnet: arguments of SubnetTrainer.
     """
 
     known_settings = SubnetTrainer.known_settings | {RATIO, MASKED}
@@ -81,9 +82,9 @@ class PPPTrainer(SubnetTrainer):
         diversity: float = 0.0,
         levels: Sequence[float] = (),
         gate_noise: bool = False,
-        **sgd: Any,
+        **subnet: Any,
     ):
-        super().__init__(**sgd)
+        super().__init__(**subnet)
         for key, value, allowed in (
             ("mask_mode", mask_mode, MODES),
             ("mask", mask, MASKS),
@@ -212,10 +213,17 @@ class PPPTrainer(SubnetTrainer):
         metrics = super(SubnetTrainer, self).evaluate(narrowed, task)
         metrics["keep_ratio"] = self.plan.keep_ratio(own)
         aside = replace(client, log=type(client.log)(client.log.memory_bytes))  # controls are no work of the device
-        for name in self.controls:
-            network = self.control(aside, task, name, ratio)
-            metrics[f"accuracy_{name}"] = client.workload.evaluate(network, client.data.test)["accuracy"]
+        for name, control, at in self.beside(ratio):
+            self.judge_beside(self.control(aside, task, control, at), name, metrics)
+        client.log.judged |= aside.log.judged
         return metrics
+
+    def beside(self, ratio: float) -> Iterator[tuple[str, str, float]]:
+        """What is judged beside the client's own network: its name in the metrics, the control, the keep ratio."""
+        yield from ((control, control, ratio) for control in self.controls)
+        for at in self.judged_at:
+            yield f"at_{float(at)}", self.mask, at
+            yield from ((f"{control}_at_{float(at)}", control, at) for control in self.controls if control != "dense")
 
     def deployed(self, client: ClientContext, task: Broadcast, mask: str, ratio: float) -> Kept:
         """The channels that a client deploys under a mask of MASKS; with keep ratio 1 all of them."""
@@ -253,16 +261,17 @@ class PPPTrainer(SubnetTrainer):
                 masks[name] = torch.zeros(len(counted)).bool().index_fill_(0, best[: int(counted.sum())], True)
         return gates.kept(masks)
 
-    def control(self, client: ClientContext, task: Broadcast, name: str, ratio: float) -> nn.Module:
-        """The network of a control of CONTROLS."""
-        groups = self.slices.groups
+    def control(self, client: ClientContext, task: Broadcast, name: str, ratio: float) -> ClientContext:
+        """The client with the network of a control, and its price."""
         if name in MASKS:
-            return self.narrowed(client, self.deployed(client, task, name, ratio), task.weights).model
-        dense = self.narrowed(client, groups.all(), task.weights).model
+            return self.narrowed(client, self.deployed(client, task, name, ratio), task.weights)
+        groups = self.slices.groups
+        dense = self.narrowed(client, groups.all(), task.weights)
         if name == "dense" or ratio == 1 or GATES not in task.extras:
             return dense
         gates = self.gates(task)
-        return GatedNetwork(dense, gates).through(PerSample(gates, ratio))
+        network = GatedNetwork(dense.model, gates).through(PerSample(gates, ratio))
+        return replace(dense, model=network, network=self.gated_cost(gates, groups.all()))
 
     def personal(self, client: ClientContext, gates: Gates, held: Kept, ratio: float) -> Personal:
         """The masks that the client's support gives; one forward pass, which the device pays for."""

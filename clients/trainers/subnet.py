@@ -7,7 +7,9 @@ fedsim.slices.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,16 +20,28 @@ from devices.compression.channels import Kept
 from devices.cost import NetworkCost
 from fedsim.errors import ConfigError
 from fedsim.messages import Broadcast, ClientUpdate
-from fedsim.slices import BITS, KEPT, Slices
+from fedsim.slices import BITS, KEPT, RATIO, Slices
 from fedsim.workload import Tensors, Workload
 
 
 class SubnetTrainer(SGDTrainer):
-    """SGD on the part of the network that the server sends; arguments are those of SGDTrainer."""
+    """SGD on the part of the network that the server sends.
+
+    Args:
+        judged_at: keep ratios at which a client is judged beside its own, as metrics NAME_at_RATIO. That is no work of
+            its device, though its download then holds the widest of them.
+        sgd: arguments of SGDTrainer.
+    """
 
     own_network = True
     pure_loss = False
     slices: Slices
+
+    def __init__(self, judged_at: Sequence[float] = (), **sgd: Any):
+        super().__init__(**sgd)
+        if not all(isinstance(ratio, int | float) and 0 < ratio <= 1 for ratio in judged_at):
+            raise ConfigError(f"trainer.judged_at must be keep ratios in (0, 1], got {list(judged_at)}")
+        self.judged_at = tuple(judged_at)
 
     def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:
         """Finds the channel groups of the model."""
@@ -44,8 +58,22 @@ class SubnetTrainer(SGDTrainer):
         return replace(update, metrics={**update.metrics, "keep_ratio": self.slices.groups.keep_ratio(kept)})
 
     def evaluate(self, client: ClientContext, task: Broadcast) -> dict[str, float]:
-        """Metrics of the part, which is what this device would run."""
-        return super().evaluate(self.narrowed(client, self.kept(task), task.weights), task)
+        """Metrics of the part that this device would run, and of other widths where those are asked for."""
+        groups, sent = self.slices.groups, self.kept(task)
+        own = groups.first(float(task.settings[RATIO])) if RATIO in task.settings else sent
+        metrics = super().evaluate(self.part(client, task, own, sent), task)
+        for ratio in self.judged_at if len(client.data.test) else ():
+            self.judge_beside(self.part(client, task, groups.first(ratio), sent), f"at_{float(ratio)}", metrics)
+        return metrics
+
+    def part(self, client: ClientContext, task: Broadcast, kept: Kept, sent: Kept) -> ClientContext:
+        """The client with the network of some of the channels that were sent."""
+        return self.narrowed(client, kept, self.slices.groups.within(task.weights, kept, sent))
+
+    def judge_beside(self, client: ClientContext, name: str, metrics: dict[str, float]) -> None:
+        """Adds the accuracy of another network than the client's own, which is no work of its device."""
+        metrics[f"accuracy_{name}"] = client.workload.evaluate(client.model, client.data.test)["accuracy"]
+        client.log.judged[name] = client.network
 
     def kept(self, task: Broadcast) -> Kept:
         """The channels that the server sent.

@@ -14,7 +14,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from devices.compression.channels import CONVOLUTIONS, TRANSPOSED, ChannelGroup, ChannelGroups, Kept
+from devices.compression.channel_graph import CONVOLUTIONS, TRANSPOSED, ChannelGroup
+from devices.compression.channels import ChannelGroups, Kept
 from devices.errors import DeviceError, unknown
 
 MODES = ("threshold", "topk")

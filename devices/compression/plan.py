@@ -70,6 +70,21 @@ class Compressed:
         return {name: float(getattr(self, name)) for name in names}
 
 
+@dataclass(frozen=True)
+class Pruned:
+    """A network without the channels and weights that a recipe removes: what all devices that follow it share.
+
+    Attributes:
+        network: with zeros where weights are gone; the model itself where nothing is.
+        shape: see `Compressed`.
+        keep_ratio: see `Compressed`.
+    """
+
+    network: nn.Module
+    shape: nn.Module
+    keep_ratio: float
+
+
 class CompressionPlan:
     """Which recipe each device follows.
 
@@ -132,6 +147,11 @@ class CompressionPlan:
         Raises:
             DeviceError: for networks whose channels cannot be removed.
         """
+        return self.finish(self.prune(model, example, recipe), recipe, batches)
+
+    @torch.no_grad()
+    def prune(self, model: nn.Module, example: Tensor, recipe: Recipe) -> Pruned:
+        """The first half of `apply`, which depends on no device's data."""
         network, keep_ratio = model, 1.0
         if recipe.keep < 1:
             groups = ChannelGroups.find(model, example)
@@ -140,16 +160,22 @@ class CompressionPlan:
                 kept = strongest(groups, channel_scores(groups, model.state_dict()), recipe.keep, self.round_to)
             network, keep_ratio = groups.build(model, kept), groups.keep_ratio(kept)
         shape = network
-        state = network.state_dict()
         if recipe.sparsity:
+            state = network.state_dict()
             masks = global_masks({name: state[name] for name in prunable(network)}, recipe.sparsity, self.floor)
-            state = apply_masks(state, masks)
-            network = _loaded(network, state)
-        dense, bits = dense_bytes(state), {}
+            network = _loaded(network, apply_masks(state, masks))
+        return Pruned(network, shape, keep_ratio)
+
+    @torch.no_grad()
+    def finish(self, pruned: Pruned, recipe: Recipe, batches: Iterable[Tensor] = ()) -> Compressed:
+        """The second half of `apply`: integers, from the inputs of one device."""
+        network, state, bits = pruned.network, dict(pruned.network.state_dict()), {}
+        dense = dense_bytes(state)
         if recipe.bits < 32:
             result = quantise(network, batches, recipe.bits, recipe.bits)
             network, state, bits = result.model, result.tensors, result.bits
-        return Compressed(network, shape, keep_ratio, dense, nonzero_bytes(state, bits), wire_bytes(state, bits))
+        sizes = dense, nonzero_bytes(state, bits), wire_bytes(state, bits)
+        return Compressed(network, pruned.shape, pruned.keep_ratio, *sizes)
 
 
 def _loaded(network: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:

@@ -22,6 +22,7 @@ class ConvNet(nn.Module):
         channels: of each convolution.
         dropout: probability of dropping a feature before the head.
         groups: of a GroupNorm between each convolution and its ReLU; 0: none, else a divisor of all channels.
+        batch_norm: a BatchNorm there instead.
     """
 
     takes_tokens = False
@@ -33,6 +34,7 @@ class ConvNet(nn.Module):
         channels: Sequence[int] = (12, 24),
         dropout: float = 0.0,
         groups: int = 0,
+        batch_norm: bool = False,
     ):
         super().__init__()
         before, height, width = image_shape("convnet", input_shape, smallest=4)
@@ -47,9 +49,11 @@ class ConvNet(nn.Module):
                 raise ConfigError(
                     f"model.groups of model convnet must divide model.channels={list(channels)}, got {groups}"
                 )
+        if groups and batch_norm:
+            raise ConfigError(f"model.batch_norm of model convnet takes the place of model.groups, got {groups} groups")
         layers: list[nn.Module] = []
         for after in channels:
-            norm = [nn.GroupNorm(groups, after)] if groups else []
+            norm = [nn.GroupNorm(groups, after)] if groups else [nn.BatchNorm2d(after)] if batch_norm else []
             layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), *norm, nn.ReLU()]
             before, height, width = after, -(-height // 2), -(-width // 2)
         self.body = nn.Sequential(*layers, nn.Flatten(), *([nn.Dropout(dropout)] if dropout else []))

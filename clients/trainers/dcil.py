@@ -1,0 +1,58 @@
+"""DCIL: a sparse network and the dense one around it train together and teach each other; masks move as they do.
+
+Source: Kim et al., "Dynamic Collective Intelligence Learning: Finding Efficient Sparse Model via Refined Gradients for
+Pruned Weights", arXiv 2109.04660, and its code. Differs: the server averages clients' dense weights, and the dense
+network's own norms stay on the device; targets get no 1e-7; the share of weights that every layer keeps is new. May
+import: what `clients.trainers.two_paths` may.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from clients.trainers.base import ClientContext
+from clients.trainers.two_paths import TwoPathTrainer
+from devices.compression.distil import divergence
+from devices.compression.two_paths import prunable_first
+from fedsim.errors import ConfigError
+from fedsim.messages import Broadcast
+from fedsim.workload import Tensors
+
+
+class DCILTrainer(TwoPathTrainer):
+    """Cross-entropy of both networks, and after some rounds the divergence of each from the other.
+
+    Pruned are convolutions; where there are none, linear layers but the last.
+
+    Args:
+        distil_after: rounds before the networks teach each other (E_kl of the code, in rounds).
+        two_paths: arguments of TwoPathTrainer.
+    """
+
+    def __init__(self, distil_after: int, **two_paths: Any):
+        super().__init__(**two_paths)
+        if distil_after < 0:
+            raise ConfigError(f"trainer.distil_after must be at least 0, got {distil_after!r}")
+        self.distil_after = distil_after
+
+    def names(self, model: nn.Module) -> list[str]:
+        """Weights of convolutions."""
+        return prunable_first(model)
+
+    def teaches(self, task: Broadcast) -> bool:
+        """Always."""
+        return True
+
+    def loss(self, client: ClientContext, batch: Tensors, task: Broadcast) -> Tensor:
+        """CE(part) + CE(full), plus T^2 KL both ways."""
+        workload, (part, full) = client.workload, self.networks(client)
+        loss = workload.loss(part, batch) + workload.loss(full, batch)  # type: ignore[arg-type]
+        if task.round <= self.distil_after:
+            return loss
+        return (
+            loss
+            + divergence(part.logits, full.logits, self.temperature)
+            + divergence(full.logits, part.logits, self.temperature)
+        )

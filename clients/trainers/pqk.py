@@ -1,0 +1,75 @@
+"""PQK: a network is pruned and quantised as it trains, then taught by itself with its unimportant weights put back.
+
+After Kim, Chang and Kwak, "PQK: Model Compression via Pruning, Quantization, and Knowledge Distillation", Interspeech
+2021: a reconstruction from the abstract, with the routing of gradients of DCIL's code (same first author); its tables
+were not to be had, so no figure here is the paper's. May import: what `clients.trainers.two_paths` may.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from clients.trainers.base import ClientContext
+from clients.trainers.two_paths import TwoPathTrainer
+from devices.compression.distil import divergence
+from devices.compression.masks import RULES, prunable
+from devices.errors import unknown
+from fedsim.errors import ConfigError
+from fedsim.messages import Broadcast
+from fedsim.workload import Tensors
+
+WIDTHS = (*range(2, 9), 32)
+
+
+class PQKTrainer(TwoPathTrainer):
+    """Phase 1, until sparsity is final: the student's cross-entropy. Phase 2: the teacher's too, and its divergence.
+
+    Args:
+        bits: of the student's weights, with the step 2 mean |w| / sqrt(Q) for each output channel; 32: floats.
+        activation_bits: of what its layers read, over the range of each batch; 32: floats.
+        distil: lambda, weight of the student's divergence from the teacher.
+        teacher: weight of the teacher's cross-entropy; with distil 0 too there is no teacher.
+        phase1_grad: "masked" lets no gradient reach pruned weights in phase 1; "ste" lets all of it.
+        two_paths: arguments of TwoPathTrainer.
+    """
+
+    def __init__(
+        self,
+        bits: int = 8,
+        activation_bits: int = 8,
+        distil: float = 1.0,
+        teacher: float = 1.0,
+        phase1_grad: str = "masked",
+        **two_paths: Any,
+    ):
+        super().__init__(**two_paths)
+        for key, value in (("bits", bits), ("activation_bits", activation_bits)):
+            if value not in WIDTHS:
+                raise ConfigError(f"trainer.{key} must be 32 or from 2 to 8, got {value!r}")
+        for key, weight in (("distil", distil), ("teacher", teacher)):
+            if weight < 0:
+                raise ConfigError(f"trainer.{key} must be at least 0, got {weight!r}")
+        if phase1_grad not in RULES:
+            raise ConfigError(unknown("value for trainer.phase1_grad", phase1_grad, RULES))
+        self.bits, self.activation_bits = bits, activation_bits
+        self.distil, self.teacher, self.phase1_grad = distil, teacher, phase1_grad
+
+    def names(self, model: nn.Module) -> list[str]:
+        """Weights of convolutions and linear layers."""
+        return prunable(model)
+
+    def teaches(self, task: Broadcast) -> bool:
+        """In phase 2."""
+        return task.round > self.prune_rounds and bool(self.distil or self.teacher)
+
+    def loss(self, client: ClientContext, batch: Tensors, task: Broadcast) -> Tensor:
+        """CE(student), in phase 2 plus CE(teacher) and lambda T^2 KL(teacher || student)."""
+        workload, first = client.workload, task.round <= self.prune_rounds
+        student, teacher = self.networks(client, self.phase1_grad if first else "masked")
+        loss = workload.loss(student, batch)  # type: ignore[arg-type]
+        if not self.teaches(task):
+            return loss
+        loss = loss + self.teacher * workload.loss(teacher, batch)  # type: ignore[arg-type]
+        return loss + self.distil * divergence(student.logits, teacher.logits, self.temperature)
