@@ -220,5 +220,5 @@ def _console() -> Console:
 
     from rich.console import Console
 
-    console = Console()
-    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=PRINTED)
+    console = Console(markup=False)  # labels and settings such as private=[head] are no markup
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=PRINTED, markup=False)
