@@ -592,7 +592,7 @@ def test_a_private_head_learns_in_the_channels_that_the_mask_keeps(federation):
     own = ("private=[head]", "trainer.mask_mode=topk", "model=mlp", "model.hidden=[8]", "trainer.weight_decay=0.1")
     made = federation(*MASKED, *own, "workload.client_test_fraction=0.5", "evaluate_clients=6")
     head, stored = "head.weight", {}
-    for number, worker, replies in uplinks(made, 3):
+    for _, worker, replies in uplinks(made, 3):
         for client, content, answer in replies:
             after = tensors_of(answer[STATE])[f"private.{head}"]
             kept = worker.trainer.slices.groups.unpack(tensors_of(answer[KEPT])[BITS])["body.1"]
