@@ -56,6 +56,7 @@ class Enrolment:
         sigma: leave-one-out relative error on the references.
         train_ratio: seconds of a training step over seconds of a forward pass, by layer kind.
         held_out: (network, batch, precision, predicted ms, measured ms).
+        savings: (pruned network, batch, predicted, measured): share of the time of the dense one that pruning saves.
         gmacs_per_s: median rate over the references at batch 1.
     """
 
@@ -69,12 +70,18 @@ class Enrolment:
     sigma: float = 0.0
     train_ratio: dict[str, float] = field(default_factory=dict)
     held_out: list[tuple[str, int, str, float, float]] = field(default_factory=list)
+    savings: list[tuple[str, int, float, float]] = field(default_factory=list)
     gmacs_per_s: float = 0.0
 
     def error(self, precision: str = "fp32") -> float:
         """Mean relative error on the held-out networks; 0 when there are none."""
         errors = [abs(p - m) / m for _, _, what, p, m in self.held_out if what == precision]
         return statistics.fmean(errors) if errors else 0.0
+
+    def savings_met(self, within: float = 0.2) -> tuple[int, int]:
+        """How many predicted savings have the sign of the measured one, and how many are so close to it, relatively."""
+        signs = sum(predicted * measured > 0 for *_, predicted, measured in self.savings)
+        return signs, sum(abs(p - m) <= within * abs(m) for *_, p, m in self.savings)
 
     def rank(self, precision: str = "fp32") -> float:
         """Spearman correlation of predicted and measured over the held-out networks."""
@@ -110,11 +117,13 @@ def _enroll(repeats: int, threads: int, watch: Watch) -> Enrolment:
     result = Enrolment(threads, os.getloadavg()[0])
     chosen = references(tables)
     judged = [(name, batch) for name in HELD_OUT for batch in BATCHES]
-    result.forward = measure({key: _forward(*key) for key in [*chosen, *judged]}, repeats, "forward", watch)
+    dense = [(_dense(name), batch) for name, batch in judged if _dense(name)]
+    forward = dict.fromkeys([*chosen, *judged, *dense])
+    result.forward = measure({key: _forward(*key) for key in forward}, repeats, "forward", watch, threads)
     steps = {(name, TRAIN_BATCH): _step(name, TRAIN_BATCH) for name in dict.fromkeys(name for name, _ in chosen)}
-    result.train = measure(steps, max(5, repeats // 3), "training step", watch)
+    result.train = measure(steps, max(5, repeats // 3), "training step", watch, threads)
     quantised = {key: run for key in [*chosen, *judged] if (run := _quantised(*key)) is not None}
-    result.int8 = measure(quantised, repeats, "int8", watch)
+    result.int8 = measure(quantised, repeats, "int8", watch, threads)
 
     predictor = _fit(tables, {key: result.forward[key] for key in chosen})
     result.coefficients, result.sigma = predictor.coefficients.tolist(), float(predictor.sigma)
@@ -124,6 +133,10 @@ def _enroll(repeats: int, threads: int, watch: Watch) -> Enrolment:
     for name, batch in judged:
         predicted = float(predictor.predict(tables[name].features(batch)[None])[0])
         result.held_out.append((name, batch, "fp32", predicted, result.forward[name, batch].ms))
+        if _dense(name):
+            whole = float(predictor.predict(tables[_dense(name)].features(batch)[None])[0])
+            measured = result.forward[name, batch].ms / result.forward[_dense(name), batch].ms
+            result.savings.append((name, batch, 1 - predicted / whole, 1 - measured))
     if result.int8:
         int8 = _fit(tables, {key: result.int8[key] for key in chosen if key in result.int8})
         result.int8_coefficients = int8.coefficients.tolist()
@@ -132,6 +145,11 @@ def _enroll(repeats: int, threads: int, watch: Watch) -> Enrolment:
                 predicted = float(int8.predict(tables[name].features(batch)[None])[0])
                 result.held_out.append((name, batch, "int8", predicted, result.int8[name, batch].ms))
     return result
+
+
+def _dense(name: str) -> str:
+    """The network that a pruned one was; empty for others."""
+    return name.partition("-keep")[0] if ZOO[name].family == "pruned" else ""
 
 
 def _fit(tables: Mapping[str, Any], timings: Mapping[tuple[str, int], Timing]) -> StructuredPredictor:
@@ -155,20 +173,24 @@ def _train_ratio(tables: Mapping[str, Any], result: Enrolment) -> dict[str, floa
 
 
 def measure(
-    runs: Mapping[tuple[str, int], Callable[[], None]], repeats: int, what: str, watch: Watch
+    runs: Mapping[tuple[str, int], Callable[[], None]], repeats: int, what: str, watch: Watch, threads: int = 1
 ) -> dict[tuple[str, int], Timing]:
-    """Times every run: warm-up, samples in turns, and up to two more rounds for those that came out noisy."""
-    inner = {key: _warm_up(run) for key, run in runs.items()}
+    """Times every run: warm-up, samples in turns, and up to two more rounds for those that came out noisy.
+
+    With one thread it is that thread's own CPU time: what else the host does then lengthens nothing but the wait.
+    """
+    clock = time.thread_time if threads == 1 else time.perf_counter
+    inner = {key: _warm_up(run, clock) for key, run in runs.items()}
     timings: dict[tuple[str, int], Timing] = {}
     left: Sequence[tuple[str, int]] = list(runs)
     for attempt in range(3):
         samples: dict[tuple[str, int], list[float]] = {key: [] for key in left}
         for number in range(repeats):
             for key in left:
-                started = time.perf_counter()
+                started = clock()
                 for _ in range(inner[key]):
                     runs[key]()
-                samples[key].append((time.perf_counter() - started) * 1e3 / inner[key])
+                samples[key].append((clock() - started) * 1e3 / inner[key])
             watch(f"{what}, attempt {attempt + 1}", number + 1, repeats)
         for key, times in samples.items():
             timing = _timing(times)
@@ -185,13 +207,13 @@ def _timing(samples: Sequence[float]) -> Timing:
     return Timing(float(middle), float((high - low) / middle))
 
 
-def _warm_up(run: Callable[[], None]) -> int:
+def _warm_up(run: Callable[[], None], clock: Callable[[], float]) -> int:
     """Runs until the caches are warm; returns how often to run within one sample."""
     for _ in range(3):
         run()
-    started = time.perf_counter()
+    started = clock()
     run()
-    return max(1, round(SAMPLE_S / max(1e-6, time.perf_counter() - started)))
+    return max(1, round(SAMPLE_S / max(1e-6, clock() - started)))
 
 
 def _forward(name: str, batch: int) -> Callable[[], None]:

@@ -481,7 +481,7 @@ def _console() -> Any:
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # folders may have names that the terminal cannot show
-    return Console()
+    return Console(markup=False)  # settings such as private=[head] are no markup
 
 
 if __name__ == "__main__":

@@ -147,8 +147,15 @@ def enroll(
     for network_name, batch, precision, predicted, measured in result.held_out:
         off = f"{abs(predicted - measured) / measured:.1%}"
         rows.add_row(network_name, str(batch), precision, f"{predicted:.3f}", f"{measured:.3f}", off)
+    saved = table("pruned network", "batch", "predicted saving", "measured saving")
+    for network_name, batch, predicted, measured in result.savings:
+        saved.add_row(network_name, str(batch), f"{predicted:.1%}", f"{measured:.1%}")
     console = _console()
     console.print(rows)
+    console.print(saved)
+    signs, close = result.savings_met()
+    of = len(result.savings)
+    console.print(f"savings: sign right in {signs} of {of}, within a fifth of the measured in {close}", highlight=False)
     error = result.error()
     int8 = ", no int8 backend"
     if result.int8_coefficients:

@@ -110,4 +110,4 @@ def _wrong(text: str) -> Exception:
 def _console() -> Any:
     from rich.console import Console
 
-    return Console()
+    return Console(markup=False)

@@ -34,4 +34,4 @@ def paired(
         costs = [simulated(row.simulated_s), energy(row.joules), size(row.traffic_bytes)]
         scores = " ".join(f"{100 * s:.1f}" for s in row.scores.values())
         shown.add_row(row.label, scores, f"{100 * row.mean:.2f}", *compared, *costs)
-    Console().print(shown)
+    Console(markup=False).print(shown)

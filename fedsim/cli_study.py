@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fedsim.study_run import Progress, Watch
 
 PRINTED = 150  # columns of what is not printed to a terminal
+HEADING = 15  # characters of a line of a heading, so that the arms keep their room
 
 
 def study(
@@ -195,7 +196,7 @@ def _costs(result: Result) -> dict[str, list[str]]:
     """Cells by column: what a run of each arm took, and the study's own columns."""
     from fedsim.console import energy, simulated, size
 
-    columns = {path: [_figure(v) for v in values] for path, values in result.columns.items()}
+    columns = {_heading(path): [_figure(v) for v in values] for path, values in result.columns.items()}
     return {
         "time": [simulated(row.simulated_s) for row in result.rows],
         "energy": [energy(row.joules) for row in result.rows],
@@ -203,6 +204,15 @@ def _costs(result: Result) -> dict[str, list[str]]:
         "rounds": [f"{row.rounds:g}" for row in result.rows],
         **columns,
     }
+
+
+def _heading(path: str) -> str:
+    """A value's path as a narrow heading of several lines."""
+    from textwrap import wrap
+
+    from fedsim.study import METRICS
+
+    return "\n".join(wrap(path.removeprefix(METRICS).replace("_", " "), HEADING))
 
 
 def _figure(value: float) -> str:
@@ -220,5 +230,5 @@ def _console() -> Console:
 
     from rich.console import Console
 
-    console = Console()
-    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=PRINTED)
+    console = Console(markup=False)  # labels and settings such as private=[head] are no markup
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=PRINTED, markup=False)

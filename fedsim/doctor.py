@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 Check = tuple[str, bool, str]  # what, whether it is fine, what was found
 PACKAGES = (
@@ -41,7 +42,7 @@ def examine(console: Console, make_engine: Callable[[dict[str, Any]], Any]) -> i
     with console.status("examining"):
         for what, good, found in _checks(make_engine):
             fine &= good
-            table.add_row(what, "ok" if good else "[red]FAILED[/red]", found)
+            table.add_row(what, "ok" if good else Text("FAILED", style="red"), found)
     console.print(table)
     return 0 if fine else 1
 

@@ -153,4 +153,4 @@ def _draw_points(
             error = [100 * row.deviation if len(row.scores) > 1 else 0.0 for _, row in points]
             x, y = [x for x, _ in points], [100 * row.mean for _, row in points]
             panel.errorbar(x, y, yerr=error, label=family, markersize=5, capsize=2, elinewidth=0.7, **styles[family])
-    panel.set_xlabel(axis.removeprefix(METRICS).replace("_", " "))
+    panel.set_xlabel(axis.removeprefix(METRICS).replace("_", " "), fontsize="small")

@@ -369,6 +369,15 @@ def test_a_sweep_makes_a_folder_per_run_and_a_table(arguments: list[str], fedsim
     assert "seed=2" in ended.out
 
 
+def test_what_a_run_is_called_is_printed_as_it_is(fedsim: Callable[..., Ended]):
+    """A list in brackets is no markup."""
+    ended = fedsim("run", "-m", *SHORT, "private=[head],[first]", "out=sweep")
+    assert "fedavg private=[head] on digits" in ended.out
+    table = ended.out[ended.out.rindex("overrides") :]
+    assert "private=[head]" in table
+    assert "private=[first]" in table
+
+
 def test_a_sweep_without_a_folder_goes_below_runs(fedsim: Callable[..., Ended]):
     assert fedsim("run", "-m", *SHORT, "trainer.lr=0.1,0.2").code == 0
     (sweep,) = Path("runs").iterdir()

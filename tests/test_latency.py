@@ -225,7 +225,7 @@ def test_references_are_never_held_out_and_span_every_kind():
     assert np.all(sums.any(axis=1))
 
 
-def test_noisy_measurements_are_repeated_and_the_quietest_round_counts():
+def test_noisy_measurements_are_repeated_and_the_quietest_round_counts(monkeypatch):
     """The run is slow at every third call of the first round only: its quartiles are far apart, later ones are not."""
     clock = {"now": 0.0, "calls": 0}
 
@@ -233,14 +233,28 @@ def test_noisy_measurements_are_repeated_and_the_quietest_round_counts():
         clock["calls"] += 1
         clock["now"] += 0.004 if clock["calls"] < 20 and clock["calls"] % 2 else 0.002
 
-    original = enroll.time.perf_counter
-    enroll.time.perf_counter = lambda: clock["now"]
-    try:
-        timing = enroll.measure({("net", 1): run}, 12, "test", lambda what, done, of: None)["net", 1]
-    finally:
-        enroll.time.perf_counter = original
+    monkeypatch.setattr(enroll.time, "thread_time", lambda: clock["now"])
+    timing = enroll.measure({("net", 1): run}, 12, "test", lambda what, done, of: None)["net", 1]
     assert timing.ms == pytest.approx(2.0)
     assert not timing.noisy
+
+
+def test_one_thread_is_timed_by_its_own_work_and_several_by_the_wall(monkeypatch):
+    """Each call takes 2 ms of its thread and 6 ms on the wall, since others use the host too."""
+    calls = {"number": 0}
+
+    def run() -> None:
+        calls["number"] += 1
+
+    monkeypatch.setattr(enroll.time, "thread_time", lambda: 0.002 * calls["number"])
+    monkeypatch.setattr(enroll.time, "perf_counter", lambda: 0.006 * calls["number"])
+    found = [enroll.measure({("net", 1): run}, 3, "test", lambda what, done, of: None, n)["net", 1].ms for n in (1, 2)]
+    assert found == [pytest.approx(2.0), pytest.approx(6.0)]
+
+
+def test_savings_that_have_the_sign_and_nearly_the_size_are_counted():
+    savings = [("a", 1, 0.5, 0.45), ("b", 1, 0.5, 0.4), ("c", 1, 0.1, -0.1), ("d", 1, 0.4, 0.5)]
+    assert enroll.Enrolment(1, 0.0, savings=savings).savings_met() == (3, 2)  # 0.05 of 0.09, 0.1 of 0.08, 0.1 of 0.1
 
 
 def test_enrolment_writes_a_profile_that_prices(monkeypatch, tmp_path):
@@ -253,6 +267,11 @@ def test_enrolment_writes_a_profile_that_prices(monkeypatch, tmp_path):
     profile = load_profile(path)
     assert (profile.name, profile.kind) == ("here", "host")
     assert {name for name, *_ in result.held_out} == set(HELD_OUT)
+    pruned = {name for name, network in ZOO.items() if network.family == "pruned"}
+    assert {(name, batch) for name, batch, *_ in result.savings} == {(n, b) for n in pruned for b in enroll.BATCHES}
+    for name, batch, _, measured in result.savings:
+        whole = result.forward[name.partition("-keep")[0], batch].ms
+        assert measured == pytest.approx(1 - result.forward[name, batch].ms / whole)
     cost = NetworkCost("r", 0, 0, 0, 0, layers=trace(ZOO["resnet-24"].build(), ZOO["resnet-24"].example(1)).rows)
     forward, step = step_ms(cost, 8, profile)
     assert 0 < forward < step

@@ -587,6 +587,37 @@ def test_a_private_head_stays_whole_on_the_device(federation, mode):
                 assert not torch.equal(kept[name], tensors_of(made.arrays)[name])
 
 
+def test_a_private_head_learns_in_the_channels_that_the_mask_keeps(federation):
+    """Columns of removed channels stay as they were; the client is judged with its own head, cut by its own mask."""
+    own = ("private=[head]", "trainer.mask_mode=topk", "model=mlp", "model.hidden=[8]", "trainer.weight_decay=0.1")
+    made = federation(*MASKED, *own, "workload.client_test_fraction=0.5", "evaluate_clients=6")
+    head, stored = "head.weight", {}
+    for _, worker, replies in uplinks(made, 3):
+        for client, content, answer in replies:
+            after = tensors_of(answer[STATE])[f"private.{head}"]
+            kept = worker.trainer.slices.groups.unpack(tensors_of(answer[KEPT])[BITS])["body.1"]
+            gone = [channel for channel in range(8) if channel not in kept.tolist()]
+            assert len(gone) == 4
+            assert torch.equal(after[:, gone], worker.initial[head][:, gone]), "decay would have moved them too"
+            assert not torch.equal(after[:, kept], worker.initial[head][:, kept])
+            stored[client] = RecordDict({**content, STATE: answer[STATE]})
+    made.instructions(4)
+    worker = Worker(made.world)
+    for message in made.strategy.configure_evaluate(4, made.shared, ConfigRecord(), made.grid):
+        client = message.metadata.dst_node_id
+        if client not in stored:
+            continue
+        part = RecordDict({**message.content, STATE: stored[client][STATE]})
+        context = worker.context(client, part, 4)
+        metrics = worker._answer(context, part, "evaluate")["metrics"]
+        task, groups = worker._task(context, part), worker.trainer.slices.groups
+        assert torch.equal(task.weights[head], tensors_of(stored[client][STATE])[f"private.{head}"])
+        kept = worker.trainer.deployed(context, task, "personal", 0.5)
+        model = groups.build(worker.model, kept)
+        model.load_state_dict(groups.slice(task.weights, kept))
+        assert metrics["accuracy"] == context.workload.evaluate(model, context.data.test)["accuracy"]
+
+
 def test_levels_are_drawn_for_conditioned_gates(federation):
     own = (*PPP, *MODELS["lenet5"], "strategy.budget_conditioned=true", "trainer.levels=[0.3,1.0]")
     _, worker, _part, client, task = start(federation, *own, "trainer.local_epochs=8")
