@@ -9,12 +9,12 @@ import base64
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsim.console import energy, simulated, size
 from fedsim.errors import ConfigError
+from fedsim.page_template import HTML
 from fedsim.pricing import OUTCOMES
 from fedsim.report import RoundReport, read_rounds, write_atomic
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from fedsim.workload import Workload
 
-PAGE, TEMPLATE = "report.html", "page.html"
+PAGE = "report.html"
 SLOWEST = 8  # clients in the table of stragglers
 OF_AN_EXCHANGE = "Seconds and joules are of a completed exchange: a client that is asked to train, or to judge a model."
 WHO_CLOSED = (
@@ -76,7 +76,7 @@ def write_page(folder: Path, workload: Workload | None = None) -> Path:
     config = (folder / "config.yaml").read_text()
     summary = _json(folder / "summary.json")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    html = environment.from_string(files("fedsim").joinpath(TEMPLATE).read_text(encoding="utf-8")).render(
+    html = environment.from_string(HTML).render(
         title=_title(yaml.safe_load(config)["choices"], summary),
         folder=str(folder),
         figures=_figures(summary) if summary else [],

@@ -1,3 +1,6 @@
+"""The HTML of a run's page, for jinja2: a module, because Flower's bundles leave .html files out."""
+
+HTML = """\
 <!doctype html>
 <html lang="en">
 <head>
@@ -5,11 +8,12 @@
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ title }}</title>
 <style>
-  body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; margin: 0 auto; max-width: 68rem; padding: 1.5rem; }
+  body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; }
+  body { margin: 0 auto; max-width: 68rem; padding: 1.5rem; }
   h1 { font-size: 1.5rem; margin: 0; }
   h2 { font-size: 1.1rem; margin: 2.2rem 0 .6rem; border-bottom: 1px solid #ddd; padding-bottom: .2rem; }
   .where, .note, figcaption { color: #666; font-size: .9rem; }
-  .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(10rem, 1fr)); gap: .8rem; margin: 1.2rem 0; padding: 0; }
+  .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(10rem, 1fr)); gap: .8rem; margin: 1.2rem 0; }
   .figures div { border: 1px solid #ddd; border-radius: .4rem; padding: .6rem .8rem; }
   .figures dt { color: #666; font-size: .85rem; }
   .figures dd { margin: 0; }
@@ -66,3 +70,4 @@
 {% endif %}
 </body>
 </html>
+"""
