@@ -232,7 +232,7 @@ def run(
     if saved is not None:
         federation.restore(saved.weights, saved.state.get("federation"))
         totals = Totals(**saved.state["totals"])
-    began, keeper = len(reports), checkpoint.Checkpoints(out, settings["checkpoint_s"])
+    keeper = checkpoint.Checkpoints(out, settings["checkpoint_s"])
 
     def keep(ended: bool = False) -> None:
         state: dict[str, Any] = {"totals": vars(totals)}
@@ -264,7 +264,7 @@ def run(
         folder.finish(summary, workload.pictures(reports))
     except BaseException as error:
         # Halves that do not belong together are seen when they first meet: still a wrong setting, so nothing stays.
-        if isinstance(error, ConfigError | DeviceError) and not began and len(reports) <= 1:
+        if isinstance(error, ConfigError | DeviceError) and not resume and len(reports) <= 1:
             folder.discard()
         else:
             folder.fail(error)

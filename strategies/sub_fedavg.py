@@ -14,7 +14,7 @@ import torch
 from fedsim.messages import Broadcast, ClientUpdate
 from fedsim.network import Enrolled
 from fedsim.workload import Tensors
-from strategies.edge import EdgeStrategy
+from strategies.edge import EdgeStrategy, mean_by_coordinate
 
 MASK = "mask"
 
@@ -32,17 +32,11 @@ class SubFedAvg(EdgeStrategy):
 
     def combine(self, round: int, updates: list[ClientUpdate]) -> Tensors:
         """Per coordinate, in client order and float64."""
-        mean = super().combine(round, updates)
-        for name in updates[0].extra(MASK):
-            old = self.weights[name]
-            total, held = torch.zeros(old.shape, dtype=torch.float64), torch.zeros(old.shape, dtype=torch.float64)
-            masks = [unpacked(update.extra(MASK)[name], old) for update in updates]
-            for update, mask in zip(updates, masks, strict=True):
-                held += update.num_examples * mask
-            for update, mask in zip(updates, masks, strict=True):
-                total += update.weights[name].double() * (update.num_examples * mask / held.clamp(min=1))
-            mean[name] = torch.where(held > 0, total.to(old.dtype), old)
-        return mean
+        parts = []
+        for update in updates:
+            masks = {name: unpacked(bits, self.weights[name]) for name, bits in update.extra(MASK).items()}
+            parts.append((update.num_examples, update.weights, masks))
+        return mean_by_coordinate(self.weights, parts)
 
 
 def unpacked(bits: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
