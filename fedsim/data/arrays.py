@@ -5,7 +5,7 @@ May import: numpy, torch, `fedsim.workload`, `fedsim.partition`, `fedsim.seeding
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -26,6 +26,8 @@ LAYOUT = {
     "audio": "[n, samples] or [n, frames, features]",
     "tabular": "[n, features]",
 }
+Features = Callable[[Tensor], Tensor]  # of [n, ...] float32
+STATISTICS_BYTES = 2**25  # of examples whose features are held at once
 FULL_SCALE = {torch.uint8: 255.0, torch.int16: 32768.0}
 
 
@@ -50,11 +52,14 @@ class Prepare:
 
     Args:
         kind: what the examples are.
+        features: makes of the scaled examples what is fed, row by row.
         mean, std: subtracted and divided by afterwards, shaped to broadcast against one prepared example.
     """
 
-    def __init__(self, kind: Kind, mean: Tensor | None = None, std: Tensor | None = None):
-        self.kind, self.mean, self.std = kind, mean, std
+    def __init__(
+        self, kind: Kind, features: Features | None = None, mean: Tensor | None = None, std: Tensor | None = None
+    ):
+        self.kind, self.features, self.mean, self.std = kind, features, mean, std
 
     def __call__(self, batch: Tensors) -> Tensors:
         """`batch["x"]` [b, ...] raw to float32 (text: int64); everything else is passed on."""
@@ -67,6 +72,8 @@ class Prepare:
         x = x.to(torch.float32, memory_format=torch.contiguous_format)
         if scale:
             x = x / scale
+        if self.features is not None:
+            x = self.features(x)
         if self.mean is not None and self.std is not None:
             x = (x - self.mean) / self.std
         return {**batch, "x": x}
@@ -91,6 +98,7 @@ class ArrayWorkload(Workload):
         seed: of the run.
         input_range: "unit" scales integers to [0, 1] (audio: [-1, 1)); "standard" also brings every channel of the
             training part (images), the whole (audio) or every feature (tabular) to mean 0 and standard deviation 1.
+        features: makes of sound [n, samples] in [-1, 1) what the network is fed, e.g. `LogMel`; None: the samples.
         client_test_fraction: share of its own examples that a client holds out, in [0, 1); at least one always trains.
         default_clients: population size when `num_clients` does not say.
         source: what errors call the data, e.g. "bundle data/mnist"; the name when empty.
@@ -115,6 +123,7 @@ class ArrayWorkload(Workload):
         client_test_fraction: float = 0.1,
         default_clients: int = 100,
         source: str = "",
+        features: Features | None = None,
     ):
         super().__init__(model, seed)
         source = source or name
@@ -124,6 +133,10 @@ class ArrayWorkload(Workload):
             raise ConfigError(f"workload.input_range must be unit or standard, got {input_range!r}")
         if input_range == "standard" and kind == "text":
             raise ConfigError(f"workload.input_range=standard is for numbers and {source} holds tokens: set it to unit")
+        if features is not None and (kind != "audio" or train.x.ndim != 2):
+            raise ConfigError(
+                f"workload.features is for sound, and {source} holds {kind} {list(train.x.shape)}; set it to null"
+            )
         check_fraction(client_test_fraction)
         train = check_arrays(train, kind, len(classes), f"{source}, train part")
         test = check_arrays(test, kind, len(classes), f"{source}, test part")
@@ -140,7 +153,8 @@ class ArrayWorkload(Workload):
                 raise DataError(f"{source}: client is {ours} in the train part but {theirs} in the test part")
         self.name, self.kind, self.classes = name, kind, list(classes)
         self.num_classes, self.client_test_fraction = len(self.classes), client_test_fraction
-        self.prepare = Prepare(kind, *(_channel_statistics(train.x, kind) if input_range == "standard" else ()))
+        statistics = _channel_statistics(train.x, kind, features) if input_range == "standard" else (None, None)
+        self.prepare = Prepare(kind, features, *statistics)
         self.train_tensors = {"x": torch.from_numpy(train.x), "y": torch.from_numpy(train.y)}
         self.test = Examples({"x": torch.from_numpy(test.x), "y": torch.from_numpy(test.y)}, prepare=self.prepare)
         self.input_shape = tuple(self.test.gather(torch.tensor([0]))["x"].shape[1:])
@@ -266,24 +280,31 @@ def _describe(array: np.ndarray) -> str:
     return f"{array.dtype} {list(array.shape[1:])}"
 
 
-def _channel_statistics(x: np.ndarray, kind: Kind) -> tuple[Tensor, Tensor]:
+def _channel_statistics(x: np.ndarray, kind: Kind, features: Features | None) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the prepared examples, shaped to broadcast against one of them.
 
     Summed by numpy, not torch, so that the number of threads cannot change the last bit.
     """
     channels = x.shape[-1] if kind == "tabular" or (kind == "image" and x.ndim == 4) else 1
-    total, squares, count = np.zeros(channels), np.zeros(channels), x.size / channels
-    for piece in np.array_split(x, max(1, x.size // 2**20)):  # a float64 copy of all might not fit
-        rows = piece.reshape(-1, channels).astype(np.float64)
+    scale = 1.0 if features else FULL_SCALE.get(torch.from_numpy(x[:1]).dtype, 1.0)
+    total, squares, count = np.zeros(channels), np.zeros(channels), 0
+    for piece in _features_of(x, kind, features) if features else np.array_split(x, max(1, x.size // 2**20)):
+        rows = piece.reshape(-1, channels).astype(np.float64)  # of all, it might not fit
         total += rows.sum(0)
         squares += np.einsum("ij,ij->j", rows, rows)
-    scale = FULL_SCALE.get(torch.from_numpy(x[:1]).dtype, 1.0)
+        count += len(rows)
     mean = total / count
     std = np.sqrt(np.maximum(squares / count - mean**2, 0)) / scale
     std[std < 1e-6] = 1  # a channel that never changes becomes zero
     shape = {"image": (-1, 1, 1), "tabular": (-1,), "audio": (), "text": ()}[kind]
     mean_of, std_of = (torch.tensor(values, dtype=torch.float32).reshape(shape) for values in (mean / scale, std))
     return mean_of, std_of
+
+
+def _features_of(x: np.ndarray, kind: Kind, features: Features) -> Iterable[np.ndarray]:
+    prepare = Prepare(kind, features)
+    for rows in torch.from_numpy(x).split(max(1, STATISTICS_BYTES // (4 * x[0].size))):
+        yield prepare({"x": rows})["x"].numpy()
 
 
 def _rows_of_owners(test_owners: np.ndarray, owners_of_clients: list[np.ndarray]) -> list[np.ndarray | None]:

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from fedsim.data.arrays import LAYOUT, Arrays, ArrayWorkload, Kind
+from fedsim.data.arrays import LAYOUT, Arrays, ArrayWorkload, Features, Kind
 from fedsim.errors import DataError
 from fedsim.partition import Partition
 from fedsim.workload import ModelFactory
@@ -32,7 +32,7 @@ class Bundle(ArrayWorkload):
     Args:
         path: the folder, or the bare name of one in $FEDSIM_DATA or ./data.
         name: of the workload.
-        model, partition, num_clients, seed, input_range, client_test_fraction, default_clients: see
+        model, partition, num_clients, seed, input_range, client_test_fraction, default_clients, features: see
             `ArrayWorkload`.
 
     Raises:
@@ -50,9 +50,12 @@ class Bundle(ArrayWorkload):
         input_range: Literal["unit", "standard"] = "unit",
         client_test_fraction: float = 0.1,
         default_clients: int = 100,
+        features: Features | None = None,
     ):
         folder = find_bundle(path)
         train, test, classes, kind = read_bundle(folder)
+        if features is not None:
+            _check_rate(folder, features)
         super().__init__(
             name,
             train,
@@ -67,6 +70,7 @@ class Bundle(ArrayWorkload):
             client_test_fraction=client_test_fraction,
             default_clients=default_clients,
             source=f"bundle {folder}",
+            features=features,
         )
 
     @staticmethod
@@ -159,16 +163,30 @@ def _read_part(path: Path) -> Arrays:
     return part
 
 
-def _read_meta(folder: Path) -> tuple[list[str], Kind]:
+def _check_rate(folder: Path, features: Features) -> None:
+    """Refuses a front-end for another sample rate than the one that meta.json names, if it names one."""
+    said, wanted = _meta(folder).get("sample_rate_hz"), getattr(features, "sample_rate_hz", None)
+    if None not in (said, wanted) and said != wanted:
+        raise DataError(
+            f"bundle {folder} has {said} samples a second; set workload.features.sample_rate_hz to that, not {wanted}"
+        )
+
+
+def _meta(folder: Path) -> dict[str, Any]:
     path = folder / "meta.json"
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} is not readable JSON ({_short(error)})") from None
-    classes = meta.get("classes") if isinstance(meta, dict) else None
+    return meta if isinstance(meta, dict) else {}
+
+
+def _read_meta(folder: Path) -> tuple[list[str], Kind]:
+    path, meta = folder / "meta.json", _meta(folder)
+    classes = meta.get("classes")
     if not isinstance(classes, list) or not classes or not all(isinstance(c, str | int) for c in classes):
         raise DataError(f"{path} must hold `classes`, a list with the name of every class")
-    kind = meta.get("kind")
+    kind: Any = meta.get("kind")
     if kind not in get_args(Kind):
         allowed = "; ".join(f"{kind} {layout}" for kind, layout in LAYOUT.items())
         raise DataError(f"{path} must hold `kind`, what x is ({allowed}), got {kind!r}")

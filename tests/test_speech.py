@@ -1,0 +1,235 @@
+"""Keyword spotting: BC-ResNet and the first residual networks against their published sizes, and the log-mel front-end.
+
+Sources: as in the modules; sizes from the papers' tables and, to the last parameter, by hand.
+"""
+
+import json
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from devices.compression.channels import ChannelGroups
+from fedsim.data.arrays import Arrays, ArrayWorkload
+from fedsim.data.bundle import Bundle
+from fedsim.data.log_mel import LogMel
+from fedsim.errors import ConfigError, DataError
+from fedsim.models.bcresnet import BCResNet, BroadcastedBlock, SubSpectralNorm
+from fedsim.models.speech_resnet import SpeechResNet
+from fedsim.partition import Iid, Natural
+
+SHAPE = (1, 40, 101)
+
+
+def noisy_norms(model: nn.Module) -> nn.Module:
+    """In evaluation mode, with statistics that are not those of a fresh model."""
+    draw = torch.Generator().manual_seed(3)
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.normal_(0, 0.1, generator=draw)
+            m.running_var.uniform_(0.5, 1.5, generator=draw)
+    return model.eval()
+
+
+# --- networks -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "tau, published, parameters", [(1, 9.2, 9232), (1.5, 17.2, 17154), (2, 27.3, 27284), (3, 54.2, 54168)]
+)
+def test_bcresnet_has_the_published_size(tau: float, published: float, parameters: int):
+    """69 c^2 + 552.5 c + 4 c K + K with c = 8 tau: weights of 105 tensors, and 90 of statistics."""
+    model = BCResNet(SHAPE, 12, tau)
+    c, size = 8 * tau, sum(p.numel() for p in model.parameters())
+    assert size == parameters == 69 * c**2 + 552.5 * c + 4 * c * 12 + 12
+    assert round(size / 1000, 1) == published
+    assert (len(list(model.parameters())), len(list(model.buffers()))) == (105, 90)
+
+
+@pytest.mark.parametrize("tau, parameters", [(6, 187_812), (8, 321_068), (0.625, 4585)])
+def test_wider_and_narrower_ones_too(tau: float, parameters: int):
+    assert sum(p.numel() for p in BCResNet(SHAPE, 12, tau).parameters()) == parameters
+
+
+@pytest.mark.parametrize(
+    "depth, width, parameters",
+    [(8, 45, 110_307), (8, 19, 19_905), (15, 45, 237_882), (15, 19, 42_648), (26, 45, 438_357), (26, 19, 78_387)],
+)
+def test_speech_resnets_have_the_published_sizes(depth: int, width: int, parameters: int):
+    model = SpeechResNet(SHAPE, 12, depth, width)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert model(torch.randn(2, *SHAPE)).shape == (2, 12)
+
+
+def test_speech_resnet_computes_what_its_definition_says():
+    """res8 with two pairs written out: a map joins the next pair's sum before it is normalised."""
+    model = noisy_norms(SpeechResNet(SHAPE, 3, width=5))
+    x = torch.nn.functional.avg_pool2d(model.stem(torch.ones(1, *SHAPE)).relu(), (3, 4))
+    first = x
+    x = model.norms[0](model.convs[0](x).relu())
+    second = model.convs[1](x).relu() + first
+    x = model.norms[2](model.convs[2](model.norms[1](second)).relu())
+    third = model.convs[3](x).relu() + second
+    x = model.norms[4](model.convs[4](model.norms[3](third)).relu())
+    x = model.norms[5](model.convs[5](x).relu() + third)
+    torch.testing.assert_close(model(torch.ones(1, *SHAPE)), model.head(x.mean((2, 3))))
+
+
+def test_shapes_of_the_stages():
+    model, seen = BCResNet(SHAPE, 12, 8).eval(), []
+    for part in (model.stem, *[model.blocks[i] for i in (1, 3, 7, 11)], model.tail):
+        part.register_forward_hook(lambda module, args, out: seen.append(tuple(out.shape[1:])))
+    assert model(torch.randn(1, *SHAPE)).shape == (1, 12)
+    assert seen == [(128, 20, 101), (64, 20, 101), (96, 10, 101), (128, 5, 101), (160, 5, 101), (256, 1, 101)]
+
+
+@pytest.mark.parametrize("frames", [51, 201])
+def test_any_number_of_frames_will_do(frames: int):
+    assert BCResNet(SHAPE, 12)(torch.randn(2, 1, 40, frames)).shape == (2, 12)
+
+
+@pytest.mark.parametrize("width, before", [(8, 8), (8, 16)])
+def test_a_block_without_its_branch_over_time(width: int, before: int):
+    """relu(x + h), or relu(h) where the width changes."""
+    block = noisy_norms(BroadcastedBlock(before, width, 1, 2, 5, 0.1))
+    nn.init.zeros_(block.over_time[3].weight)
+    x = torch.randn(2, before, 20, 11)
+    h = block.over_frequency(block.widen(x))
+    torch.testing.assert_close(block(x), torch.relu(h + x if width == before else h), rtol=0, atol=0)
+
+
+def test_the_branch_over_time_is_the_same_for_all_frequencies():
+    block, sums = noisy_norms(BroadcastedBlock(8, 8, 1, 4, 5, 0.1)), []
+    x = torch.randn(2, 8, 20, 30)
+    block.over_time.register_forward_hook(lambda module, args, out: sums.append(out))
+    h, y = block.over_frequency(x), block(x)
+    assert sums[0].shape == (2, 8, 1, 30)
+    torch.testing.assert_close(y, torch.relu(x + h + sums[0].expand(-1, -1, 20, -1)))
+
+
+def test_an_impulse_reaches_56_frames_and_no_further():
+    """5x5 stem: 2; dilations 1, 2, 4, 8 in 2, 2, 4, 4 blocks: 2 + 4 + 16 + 32."""
+    torch.manual_seed(0)
+    model = noisy_norms(BCResNet((1, 40, 201), 12)).double()  # the rim is faint
+    quiet, impulse = torch.zeros(1, 1, 40, 201).double(), torch.zeros(1, 1, 40, 201).double()
+    impulse[..., 100] = 100.0
+    with torch.no_grad():
+        changed = (model.blocks(model.stem(quiet)) != model.blocks(model.stem(impulse))).any(2).any(1)[0]
+    first, last = changed.nonzero().flatten().aminmax()
+    assert 100 - 56 <= first < 50
+    assert 150 < last <= 100 + 56
+
+
+def test_one_band_is_batch_norm_and_bands_do_not_see_each_other():
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, 10, 7)
+    assert torch.equal(SubSpectralNorm(4, 1)(x), nn.BatchNorm2d(4)(x))
+    norm, louder = SubSpectralNorm(4, 5).train(), x.clone()
+    louder[:, :, 2:4] *= 3  # the second band
+    torch.testing.assert_close(norm(x), norm(louder), rtol=0, atol=1e-4)
+    assert norm.norm.running_var[1] > 1.5 * norm.norm.running_var[0]  # channel 0, bands 1 and 0
+
+
+def test_half_of_the_channels_can_be_removed():
+    """What Torch-Pruning leaves of the widest one; the narrow network computes what the silenced one does."""
+    groups = ChannelGroups.find(BCResNet(SHAPE, 12, 8), torch.randn(2, *SHAPE))
+    small = groups.build(BCResNet(SHAPE, 12, 8), groups.first(0.5, round_to=8))
+    assert sum(p.numel() for p in small.parameters()) == 89_884
+
+
+@pytest.mark.parametrize(
+    "make, sentence",
+    [
+        (partial(BCResNet, (1, 32, 101), 12), "32 frequencies leave 16 rows in between, .* 40 frequencies fit"),
+        (partial(BCResNet, (1, 24, 101), 12, bands=3), "needs 5 rows behind its stages, and 24 frequencies leave 3"),
+        (
+            partial(BCResNet, SHAPE, 12, tau=1.3),
+            "model.tau of model bcresnet must be a positive multiple of 1/8, got 1.3",
+        ),
+        (partial(BCResNet, SHAPE, 12, dropout=1), r"model.dropout of model bcresnet must be in \[0, 1\)"),
+        (partial(BCResNet, (16000,), 12), "model bcresnet needs images"),
+        (partial(SpeechResNet, SHAPE, 12, depth=9), "model.depth of model speech_resnet must be 8, 15 or 26, got 9"),
+    ],
+)
+def test_what_does_not_fit_is_named(make, sentence: str):
+    with pytest.raises(ConfigError, match=sentence):
+        make()
+
+
+# --- spectrograms ---------------------------------------------------------------------------------------------------
+
+
+def test_a_second_becomes_101_frames_of_40_bands_and_silence_the_floor():
+    mel = LogMel()(torch.zeros(2, 16000))
+    assert mel.shape == (2, *SHAPE)
+    torch.testing.assert_close(mel, torch.full_like(mel, math.log(1e-6)))
+
+
+def test_twice_the_amplitude_adds_ln_4():
+    sound = 0.1 * torch.randn(1, 16000, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(
+        LogMel()(2 * sound) - LogMel()(sound), torch.full((1, *SHAPE), math.log(4)), atol=1e-2, rtol=0
+    )
+
+
+def test_a_tone_is_loudest_in_its_band():
+    """1 kHz is 1000 of 2840 mel (2595 log10(1 + f / 700)): band 13.4 of 40 + 1."""
+    tone = torch.sin(2 * math.pi * 1000 * torch.arange(16000) / 16000)[None]
+    assert LogMel()(tone)[0, 0, :, 50].argmax() == 13
+
+
+def test_a_clip_does_not_depend_on_its_batch():
+    sound, mel = torch.randn(7, 4000, generator=torch.Generator().manual_seed(0)), LogMel()
+    assert torch.equal(mel(sound)[3:4], mel(sound[3:4]))
+
+
+@pytest.mark.parametrize(
+    "wrong, sentence",
+    [
+        ({"mels": 0}, "workload.features.mels must be a whole number of at least 1, got 0"),
+        ({"fft": 400}, "workload.features.fft must be at least workload.features.window=480, got 400"),
+        ({"floor": 0}, "workload.features.floor must be above 0, got 0"),
+    ],
+)
+def test_wrong_settings_of_the_front_end(wrong: dict, sentence: str):
+    with pytest.raises(ConfigError, match=sentence):
+        LogMel(**wrong)
+
+
+def sound_workload(**settings) -> ArrayWorkload:
+    x = np.random.default_rng(0).integers(-3000, 3000, (12, 1600)).astype(np.int16)
+    part = Arrays(x, np.arange(12) % 3)
+    front_end = LogMel(mels=20, fft=256, window=200, hop=80)
+    make = partial(BCResNet, bands=1) if settings.pop("net", False) else SpeechResNet
+    settings = {"features": front_end, "client_test_fraction": 0.0, **settings}
+    return ArrayWorkload("w", part, part, ["a", "b", "c"], "audio", make, Iid(), num_clients=2, seed=1, **settings)
+
+
+def test_sound_is_kept_as_it_came_and_fed_as_spectrograms():
+    workload = sound_workload()
+    data = workload.client_data(0).train
+    assert (data.tensors["x"].dtype, workload.input_shape) == (torch.int16, (1, 20, 21))
+    expected = LogMel(mels=20, fft=256, window=200, hop=80)(data.tensors["x"][data.rows[:1]] / 32768)
+    assert torch.equal(data.gather(torch.tensor([0]))["x"], expected)
+
+
+def test_standard_is_of_the_spectrograms():
+    x = torch.cat(
+        [sound_workload(input_range="standard").client_data(c).train.materialise().tensors["x"] for c in (0, 1)]
+    )
+    torch.testing.assert_close(torch.stack([x.mean(), x.std()]), torch.tensor([0.0, 1.0]), atol=1e-3, rtol=0)
+
+
+def test_front_ends_are_for_sound_only_and_for_its_sample_rate(tmp_path):
+    part = Arrays(np.zeros((4, 8), np.float32), np.zeros(4, int))
+    with pytest.raises(ConfigError, match=r"workload.features is for sound, and w holds tabular \[4, 8\]"):
+        ArrayWorkload("w", part, part, ["a"], "tabular", SpeechResNet, Iid(), 2, seed=1, features=LogMel())
+    for split in ("train", "test"):
+        np.savez(tmp_path / f"{split}.npz", x=np.zeros((4, 800), np.int16), y=np.zeros(4, int), client=np.arange(4))
+    meta = {"classes": ["a"], "kind": "audio", "sample_rate_hz": 8000}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(DataError, match=r"has 8000 samples a second; set workload.features.sample_rate_hz to that"):
+        Bundle(str(tmp_path), SpeechResNet, Natural(), 2, seed=1, features=LogMel())
