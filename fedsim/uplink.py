@@ -1,8 +1,9 @@
 """What clients send back, made smaller on the device and whole again before any strategy sees it.
 
-A client's reply holds the difference to the weights that it was sent; buffers and integers travel as they are. What
-compression lost stays on the device as `uplink.residual`, and is stored with the reply like all state: a client that is
-not sampled, is late or fails keeps the one it had. May import: torch, flwr.app, devices and fedsim.messages.
+A client's reply holds the difference to the weights that it was sent. Buffers (statistics of batch norms) and counts
+travel as they are, in one array each; beside 8-bit values, buffers in half precision. What compression lost stays on
+the device as `uplink.residual`, and is stored with the reply like all state: a client that is not sampled, is late or
+fails keeps the one it had. May import: torch, flwr.app, devices and fedsim.messages.
 """
 
 from __future__ import annotations
@@ -20,7 +21,14 @@ from fedsim.messages import ARRAYS, from_array, tensors_of, to_array
 from fedsim.workload import Tensors
 
 VALUES, INDEX, SCALE = "update:values", "update:index", "update:scale"
-WHICH = "update:which"  # a bit per tensor that was sent, 1 where it came compressed; left out where that is plain
+BUFFERS, COUNTS = "update:buffers", "update:counts"
+# Two bits per tensor that was sent: first of all of them whether it came compressed, then whether it is in BUFFERS or
+# COUNTS. Left out where every tensor that does not come under its own name is compressed.
+WHICH = "update:which"
+PACKED = {torch.float32: BUFFERS, torch.int64: COUNTS}
+PACKED_AS = {"float32": BUFFERS, "int64": COUNTS}  # by the names that arrays give their types
+KEYS = {VALUES, INDEX, SCALE, WHICH, BUFFERS, COUNTS}
+HALF = torch.finfo(torch.float16).max
 RESIDUAL = "uplink.residual"
 
 
@@ -39,18 +47,13 @@ def compressed(
         weights: after training.
         received: before it.
         parameters: names of the tensors that may be compressed. Others travel whole, and so do those that are not
-            float32 or came in another shape.
+            float32 or came in another shape; these under their own names.
         state: of the client.
         draw: for random places and rounding.
     """
-    names = [
-        name
-        for name, before in received.items()
-        if name in parameters
-        and name in weights
-        and before.dtype == torch.float32
-        and weights[name].shape == before.shape
-    ]
+    same = [name for name, t in received.items() if name in weights and _alike(t, weights[name])]
+    names = [name for name in same if name in parameters and received[name].dtype == torch.float32]
+    beside = [name for name in same if name not in parameters and received[name].dtype in PACKED]
     sizes = [received[name].numel() for name in names]
     changes = [(weights[name].detach() - received[name]).reshape(-1).cpu() for name in names]
     update = torch.cat([torch.empty(0), *changes])
@@ -60,9 +63,16 @@ def compressed(
     if compressor.error_feedback:
         state[RESIDUAL] = update - restore(packed, sizes)
     arrays = {VALUES: packed.values, INDEX: packed.index, SCALE: packed.scale}
-    whole = {name: tensor for name, tensor in weights.items() if name not in set(names)}
-    if any(name not in weights for name in received):
-        arrays[WHICH] = torch.from_numpy(np.packbits([name in names for name in received]))
+    for dtype, key in PACKED.items():
+        some = [weights[name].detach().reshape(-1).cpu() for name in beside if received[name].dtype == dtype]
+        arrays[key] = torch.cat([torch.empty(0, dtype=dtype), *some])
+    buffers = arrays[BUFFERS]
+    if compressor.bits < 32 and len(buffers) and float(buffers.abs().max()) <= HALF:
+        arrays[BUFFERS] = buffers.half()
+    whole = {name: tensor for name, tensor in weights.items() if name not in {*names, *beside}}
+    if beside or any(name not in weights for name in received):
+        flags = [name in some for some in (set(names), set(beside)) for name in received]
+        arrays[WHICH] = torch.from_numpy(np.packbits(flags))
     every = {name: t for name, t in arrays.items() if len(t) or name == VALUES} | whole
     return ArrayRecord({name: to_array(t.detach().cpu().numpy()) for name, t in every.items()})
 
@@ -77,10 +87,10 @@ def decompress(answer: RecordDict, sent: RecordDict) -> None:
     record, model = answer.get(ARRAYS), sent.get(ARRAYS)
     if not isinstance(record, ArrayRecord) or not isinstance(model, ArrayRecord) or VALUES not in record:
         return
-    names = [name for name in model if name not in record]
+    names, beside = [name for name in model if name not in record], []
     if WHICH in record:
-        flags = np.unpackbits(from_array(record[WHICH]), count=len(model))
-        names = [name for name, flag in zip(model, flags, strict=True) if flag]
+        flags = np.unpackbits(from_array(record[WHICH]), count=2 * len(model)).reshape(2, -1).astype(bool)
+        names, beside = ([name for name, flag in zip(model, row, strict=True) if flag] for row in flags)
     sizes = [prod(model[name].shape) for name in names]
     own = tensors_of(ArrayRecord({key: record[key] for key in (VALUES, INDEX, SCALE) if key in record}))
     nothing = torch.empty(0, dtype=torch.int32)
@@ -90,6 +100,16 @@ def decompress(answer: RecordDict, sent: RecordDict) -> None:
         name: to_array(from_array(model[name]) + part.reshape(model[name].shape))
         for name, part in zip(names, parts, strict=True)
     }
-    whole = {name: array for name, array in record.items() if name not in (VALUES, INDEX, SCALE, WHICH)}
+    for key in (BUFFERS, COUNTS):
+        if key in record:
+            mine = [name for name in beside if PACKED_AS[model[name].dtype] == key]
+            values, ends = from_array(record[key]), np.cumsum([prod(model[name].shape) for name in mine])
+            for name, part in zip(mine, np.split(values, ends[:-1]), strict=True):
+                changed[name] = to_array(part.astype(model[name].dtype).reshape(model[name].shape))
+    whole = {name: array for name, array in record.items() if name not in KEYS}
     both = changed | whole
     answer[ARRAYS] = ArrayRecord({name: both.pop(name) for name in model if name in both} | both)
+
+
+def _alike(received: Tensor, tensor: Tensor) -> bool:
+    return received.shape == tensor.shape and received.dtype == tensor.dtype
