@@ -6,9 +6,11 @@ Sources: as in the modules; sizes from the papers' tables and, to the last param
 import json
 import math
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from torch import nn
 
@@ -16,6 +18,7 @@ from devices.compression.channels import ChannelGroups
 from fedsim.data.arrays import Arrays, ArrayWorkload
 from fedsim.data.bundle import Bundle
 from fedsim.data.log_mel import LogMel
+from fedsim.data.speech_commands import FOLDER, KEYWORDS, SpeechCommands
 from fedsim.errors import ConfigError, DataError
 from fedsim.models.bcresnet import BCResNet, BroadcastedBlock, SubSpectralNorm
 from fedsim.models.speech_resnet import SpeechResNet
@@ -233,3 +236,69 @@ def test_front_ends_are_for_sound_only_and_for_its_sample_rate(tmp_path):
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(DataError, match=r"has 8000 samples a second; set workload.features.sample_rate_hz to that"):
         Bundle(str(tmp_path), SpeechResNet, Natural(), 2, seed=1, features=LogMel())
+
+
+# --- the official files -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def official(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Six clips of each of 12 words by six speakers, the last two for testing, and one background recording."""
+    folder = tmp_path / FOLDER
+    held: dict[str, list[str]] = {"testing": [], "validation": []}
+    for number, word in enumerate((*KEYWORDS, "bed", "cat")):
+        (folder / word).mkdir(parents=True)
+        for speaker in range(6):
+            name = f"{word}/{speaker:08x}_nohash_0.wav"
+            soundfile.write(folder / name, np.full(100 + speaker, 100 * number + speaker, np.int16), 16000)
+            if speaker >= 3:
+                held["testing" if speaker > 3 else "validation"].append(name)
+    (folder / "_background_noise_").mkdir()
+    soundfile.write(folder / "_background_noise_" / "hum.wav", np.full(20000, 3000, np.int16), 16000)
+    for name, lines in held.items():
+        (folder / f"{name}_list.txt").write_text("\n".join(lines) + "\n")
+    monkeypatch.setenv("FEDSIM_DATA", str(tmp_path))
+    return folder
+
+
+def speech_commands(**settings) -> SpeechCommands:
+    return SpeechCommands(SpeechResNet, Natural(1), None, seed=1, features=LogMel(), **settings)
+
+
+def test_official_files_become_twelve_classes_by_speaker(official: Path):
+    """3 speakers x 10 keywords, a tenth as many other words and as many seconds of noise, given to the speakers."""
+    workload = speech_commands()
+    y, x = workload.train_tensors["y"], workload.train_tensors["x"]
+    assert torch.bincount(y, minlength=12).tolist() == [3] * 12
+    assert workload.num_clients == 3
+    assert workload.classes == [*KEYWORDS, "_unknown_", "_silence_"]
+    assert (x.shape, x.dtype) == ((36, 16000), torch.int16)
+    row = int((y == 3).nonzero()[1])  # "down", by the second speaker
+    assert x[row].tolist() == [301] * 101 + [0] * 15899
+    assert set((x[y == 10, 0] // 100).tolist()) <= {10, 11}
+    loud = x[y == 11].float().std(1), x[y == 11].float().mean(1)
+    assert bool((loud[0] == 0).all())
+    assert bool(((loud[1] >= 0) & (loud[1] <= 3000)).all())
+    assert torch.bincount(workload.test.labels, minlength=12).tolist() == [2] * 12
+    again = speech_commands()
+    assert torch.equal(again.train_tensors["x"], x)
+
+
+def test_all_words_of_the_official_files(official: Path):
+    workload = speech_commands(classes=35)
+    assert workload.classes == sorted((*KEYWORDS, "bed", "cat"))
+    assert torch.bincount(workload.train_tensors["y"]).tolist() == [3] * 12
+
+
+def test_what_is_wrong_with_the_official_files(official: Path, monkeypatch):
+    with pytest.raises(ConfigError, match=r"workload.classes of workload speech_commands must be 12 or 35, got 10"):
+        speech_commands(classes=10)
+    soundfile.write(official / "yes" / "00000000_nohash_0.wav", np.zeros(100, np.int16), 8000)
+    with pytest.raises(DataError, match="must have one channel of 16000 samples a second, got 8000"):
+        speech_commands()
+    (official / "yes" / "00000000_nohash_0.wav").write_bytes(b"RIFF")
+    with pytest.raises(DataError, match=r"00000000_nohash_0.wav cannot be read: "):
+        speech_commands()
+    monkeypatch.setenv("FEDSIM_DATA", str(official))
+    with pytest.raises(DataError, match=r"speech_commands is not here or broken: set workload.download=true or put"):
+        speech_commands()
