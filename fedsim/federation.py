@@ -230,6 +230,7 @@ def run(
     folder = RunFolder(out, settings, resume, -1 if saved is None else saved.round)
     reports, totals, started = folder.before, Totals(), time.perf_counter()
     if saved is not None:
+        _compare_versions(saved.versions)
         federation.restore(saved.weights, saved.state.get("federation"))
         totals = Totals(**saved.state["totals"])
     keeper = checkpoint.Checkpoints(out, settings["checkpoint_s"])
@@ -334,6 +335,16 @@ def versions() -> dict[str, str]:
     """What the figures may depend on."""
     names = ("fedsim", "torch", "flwr", "numpy")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def _compare_versions(before: dict[str, str]) -> None:
+    """Warns of libraries that are not those that the run began with."""
+    now = versions()
+    if changed := [
+        f"{name} {before[name]}, now {now[name]}" for name in now if before.get(name, now[name]) != now[name]
+    ]:
+        others = "; ".join(changed)
+        warnings.warn(f"this run began with {others}: its last bits may differ from an unbroken one's", stacklevel=3)
 
 
 def _plain(metrics: MetricRecord | None) -> dict[str, float]:

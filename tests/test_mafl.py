@@ -246,6 +246,14 @@ class Changing(NaiveMixTrainer):
         return replace(client, data=replace(client.data, train=Examples({**train.tensors, "x": x})))
 
 
+def test_the_other_strategy_finishes_the_weights_before_they_are_judged(federation):
+    """As HeteroFL does with its batch norms; one without that step leaves them."""
+    made = federation("method=naivemix")
+    assert made.strategy.complete(1, made.arrays, made.grid) is made.arrays
+    made.strategy.server.complete = lambda round, arrays, grid: (round, len(arrays), grid)
+    assert made.strategy.complete(3, made.arrays, made.grid) == (3, len(made.arrays), made.grid)
+
+
 def test_who_has_new_data_is_asked_again_and_everybody_drops_its_old_averages(federation):
     """Its reply of round 2 says so; in round 3 it alone is asked, and the new pair goes to all, behind the others."""
     run = federation(*EVERYBODY, "trainer._target_=test_mafl.Changing", "rounds=4")

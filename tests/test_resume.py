@@ -1,6 +1,7 @@
 """A run that was cut short goes on to the same bytes, whatever it was doing when it ended."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -125,6 +126,30 @@ def test_a_reached_limit_stays_reached(go, tmp_path: Path):
     assert len(ran) < 50
     assert go("whole", resume=True) == []
     assert [r.round for r in read_rounds(tmp_path / "whole")] == ran
+
+
+def test_other_libraries_than_before_are_named(go, tmp_path: Path):
+    go("cut", until=2)
+    (state,) = (tmp_path / "cut").glob("checkpoint/*/state.json")
+    state.write_text(re.sub('"torch": "[^"]*"', '"torch": "1.0"', state.read_text()))
+    with pytest.warns(UserWarning, match=f"this run began with torch 1.0, now {torch.__version__}".split("+")[0]):
+        go("cut", resume=True)
+
+
+def test_a_resumed_run_is_never_discarded(go, tmp_path: Path, monkeypatch):
+    """Not even by an error that would leave nothing of a run that begins."""
+
+    def refuse(*args, **kwargs):
+        raise ConfigError("no")
+
+    go("cut", until=0)
+    monkeypatch.setattr(Federation, "train", refuse)
+    with pytest.raises(ConfigError, match="no"):
+        go("cut", resume=True)
+    assert (tmp_path / "cut" / "rounds.jsonl").exists()
+    with pytest.raises(ConfigError, match="no"):
+        go("new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_without_a_checkpoint_the_run_starts_anew(go, tmp_path: Path):
