@@ -36,14 +36,25 @@ def test_balanced_counts_differ_by_at_most_one(name: str):
 
 def test_leftovers_go_to_the_classes_that_have_more():
     labels = torch.tensor([0] * 10 + [1] * 1 + [2] * 4)
-    assert quotas(labels, 9) == {0: 4, 1: 1, 2: 4}
-    assert quotas(labels, 50) == {0: 10, 1: 1, 2: 4}
+    assert quotas(labels, 9, draw()) == {0: 4, 1: 1, 2: 4}
+    assert quotas(labels, 50, draw()) == {0: 10, 1: 1, 2: 4}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_with_more_classes_than_places_every_class_has_its_chance(name: str):
+    """Two of three classes, and each of them with some seeds: no class is left out because of its number."""
+    some = pool()
+    chosen = [some.labels[pick(name, some, 2, draw(seed), True)].tolist() for seed in range(30)]
+    assert all(len(set(classes)) == 2 for classes in chosen)
+    assert {c for classes in chosen for c in classes} == {0, 1, 2}
+    assert {classes[0] for classes in chosen} == {0, 1, 2}
 
 
 def test_balanced_takes_the_first_of_every_class_in_turn():
     labels = torch.tensor([0, 0, 0, 1, 1, 2])
-    order = torch.tensor([2, 5, 1, 0, 4, 3])
-    assert balanced(labels, order, 5).tolist() == [2, 4, 5, 1, 3]
+    order = torch.tensor([5, 2, 1, 0, 4, 3])
+    assert balanced(labels, order, 5).tolist() == [5, 2, 4, 1, 3]
+    assert balanced(labels, order, 2).tolist() == [5, 2]
 
 
 def test_seeding_never_takes_a_copy_while_anything_else_is_left():

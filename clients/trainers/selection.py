@@ -142,7 +142,7 @@ def herd(points: Tensor, size: int) -> Tensor:
 def icarl(pool: Pool, size: int, draw: torch.Generator) -> Tensor:
     """Herding on features to the mean of each class, classes in turn. Source: Rebuffi et al., "iCaRL", CVPR 2017."""
     labels, order = pool.labels.cpu(), []
-    for c in labels.unique().tolist():
+    for c in _in_random_order(labels.unique(), draw).tolist():
         own = torch.nonzero(labels == c).flatten()
         order.append(own[herd(pool.features[own], min(size, len(own)))])
     turns = torch.cat([torch.arange(len(o)) for o in order])
@@ -181,17 +181,19 @@ RULES: dict[str, Rule] = {
 MODEL_FREE = ("uniform", "kmeans_features", "kcenter_features")
 
 
-def quotas(labels: Tensor, size: int) -> dict[int, int]:
+def quotas(labels: Tensor, size: int, draw: torch.Generator) -> dict[int, int]:
     """How many of each class make `size` examples: as even as the classes allow, the rest to those that have more.
 
     Args:
         labels: of the pool, [n].
         size: how many in all; at most n are given.
+        draw: for the classes that get one more, or any at all where there are more classes than examples to keep.
 
     Returns:
-        Class to count, in order of the classes; counts differ by at most one where every class has enough.
+        Class to count, in random order of the classes; counts differ by at most one where every class has enough.
     """
-    classes, counts = labels.unique(return_counts=True)
+    classes = _in_random_order(labels.unique(), draw)
+    counts = (labels == classes[:, None]).sum(1)
     given = torch.zeros_like(counts)
     for _ in range(min(size, len(labels))):
         open_ = torch.nonzero(given < counts).flatten()
@@ -199,8 +201,12 @@ def quotas(labels: Tensor, size: int) -> dict[int, int]:
     return dict(zip(classes.tolist(), given.tolist(), strict=True))
 
 
+def _in_random_order(classes: Tensor, draw: torch.Generator) -> Tensor:
+    return classes[torch.randperm(len(classes), generator=draw)]
+
+
 def balanced(labels: Tensor, order: Tensor, size: int) -> Tensor:
-    """The first of every class in turn, in `order`, until there are `size`.
+    """The first of every class in turn, each turn in `order`, until there are `size`.
 
     Args:
         labels: of the pool, [n].
@@ -215,8 +221,7 @@ def balanced(labels: Tensor, order: Tensor, size: int) -> Tensor:
     for c in ordered.unique():
         own = torch.nonzero(ordered == c).flatten()
         turn[own] = torch.arange(len(own), device=own.device)
-    key = turn * (int(ordered.max()) + 1 if len(ordered) else 1) + ordered
-    return order[key.argsort(stable=True)[:size]]
+    return order[turn.argsort(stable=True)[:size]]
 
 
 def pick(name: str, pool: Pool, size: int, draw: torch.Generator, class_balanced: bool) -> Tensor:
@@ -229,7 +234,7 @@ def pick(name: str, pool: Pool, size: int, draw: torch.Generator, class_balanced
     labels, order = pool.labels.cpu(), []
     if name not in MODEL_FREE:
         _ = pool.outputs  # once for all classes
-    for c, count in quotas(labels, size).items():
+    for c, count in quotas(labels, size, draw).items():
         own = torch.nonzero(labels == c).flatten()
         if count:
             order.append(own[rule(pool.part(own), count, draw)])
