@@ -61,3 +61,15 @@ def test_averages_of_lines_are_mixed_behind_the_embedding(tmp_path, method: str)
     metrics = json.loads((tmp_path / "run" / "rounds.jsonl").read_text().splitlines()[-1])["metrics"]
     assert metrics["pool_pairs"] == 12
     assert ("taylor" in metrics) == (method == "fedmix")
+
+
+def test_keywords_are_learned_from_spectrograms(tmp_path):
+    """3,659 clips of 12 classes, judged on other speakers. Seeds 1-3 reach 0.232, 0.191, 0.249; chance is 0.09."""
+    overrides = ["workload=kws", "workload.input_range=standard", "partition=iid", "num_clients=4", "cohort=4"]
+    overrides += ["model=speech_resnet", "model.width=19", "trainer.lr=0.02", "trainer.momentum=0.9"]
+    overrides += ["trainer.batch_size=16", "trainer.local_epochs=1", "rounds=3", "evaluate_every=3", "fleet=uniform"]
+    untrained, summary = federate(tmp_path / "run", *overrides)
+    assert untrained["accuracy"] < 0.12
+    assert summary["final"]["accuracy"] > 0.14
+    speakers = build_world(json.dumps(compose(["workload=kws", "partition.min_examples=10"]))).workload
+    assert speakers.num_clients > 100

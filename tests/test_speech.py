@@ -15,6 +15,9 @@ import torch
 from torch import nn
 
 from devices.compression.channels import ChannelGroups
+from devices.compression.kernels import int8_network, integer_operators
+from devices.compression.masks import apply_masks, global_masks, prunable
+from devices.compression.sizes import dense_bytes, nonzero_bytes
 from fedsim.data.arrays import Arrays, ArrayWorkload
 from fedsim.data.bundle import Bundle
 from fedsim.data.log_mel import LogMel
@@ -141,6 +144,23 @@ def test_half_of_the_channels_can_be_removed():
     groups = ChannelGroups.find(BCResNet(SHAPE, 12, 8), torch.randn(2, *SHAPE))
     small = groups.build(BCResNet(SHAPE, 12, 8), groups.first(0.5, round_to=8))
     assert sum(p.numel() for p in small.parameters()) == 89_884
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make, operators", [(BCResNet, 60), (partial(SpeechResNet, width=48), 10)])
+def test_they_run_on_int8_kernels(make, operators: int):
+    torch.manual_seed(0)
+    model, x = noisy_norms(make(SHAPE, 12)), torch.randn(8, *SHAPE)
+    network = int8_network(model, x)
+    assert len(integer_operators(network)) >= operators
+    assert float((network(x) - model(x)).abs().mean() / model(x).abs().mean()) < 0.1
+
+
+def test_a_fifth_of_the_weights_in_int8_takes_a_twentieth_of_the_bytes():
+    model = BCResNet(SHAPE, 12)
+    weights = {name: model.get_parameter(name) for name in prunable(model)}
+    kept = apply_masks(weights, global_masks(weights, 0.8, floor=0.03))
+    assert nonzero_bytes(kept, dict.fromkeys(kept, 8)) <= 0.06 * dense_bytes(weights)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ The workflow is deprecated in torch and may move: only `int8_network` has to cha
 from __future__ import annotations
 
 import warnings
+from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ def int8_network(model: nn.Module, example: Tensor, tokens: bool = False) -> nn.
             if tokens:
                 network = quantize_dynamic(model, {nn.LSTM, nn.Linear}, dtype=torch.qint8)
             else:
-                prepared = prepare_fx(model, get_default_qconfig_mapping(engine()), (example,))
+                prepared = prepare_fx(_affine(model), get_default_qconfig_mapping(engine()), (example,))
                 prepared(example)
                 network = convert_fx(prepared)
             network(example)
@@ -50,6 +51,16 @@ def int8_network(model: nn.Module, example: Tensor, tokens: bool = False) -> nn.
             f"network {type(model).__name__} has no int8 operator after quantising: it still runs in floats"
         )
     return network
+
+
+def _affine(model: nn.Module) -> nn.Module:
+    """A copy in which every batch norm has a scale and an offset: torch's workflow takes no others."""
+    copy = deepcopy(model)
+    for norm in copy.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and not norm.affine and norm.running_var is not None:
+            norm.affine, norm.weight = True, nn.Parameter(torch.ones_like(norm.running_var))
+            norm.bias = nn.Parameter(torch.zeros_like(norm.running_var))
+    return copy
 
 
 def integer_operators(network: nn.Module) -> list[str]:
