@@ -107,6 +107,17 @@ def test_convnet_has_a_norm_behind_every_convolution_only_where_asked():
     assert [type(m) for m in ConvNet(IMAGES, 10).body] == [nn.Conv2d, nn.ReLU] * 2 + [nn.Flatten]
 
 
+@pytest.mark.parametrize("height", [4, 7, 8, 32])
+def test_convnet_with_pools_ends_in_an_average(height: int):
+    """All but the last convolution are followed by a pool, the last by the mean over the image."""
+    model = ConvNet((1, height, height), 10, channels=[4, 6, 8], pool=True)
+    kinds = [type(m) for m in model.body]
+    assert kinds == [nn.Conv2d, nn.ReLU, nn.MaxPool2d] * 2 + [nn.Conv2d, nn.ReLU, nn.AdaptiveAvgPool2d, nn.Flatten]
+    assert all(m.stride == (1, 1) for m in model.body if isinstance(m, nn.Conv2d))
+    assert model(torch.rand(2, 1, height, height)).shape == (2, 10)
+    assert model.head.in_features == 8
+
+
 @pytest.mark.parametrize(
     "make, sentence",
     [

@@ -1,4 +1,4 @@
-"""A few strided convolutions and a linear head: the smallest network that learns small images.
+"""A few strided or pooled convolutions and a linear head: the smallest network that learns small images.
 
 May import: torch, `fedsim.models.shapes`, `fedsim.errors`.
 """
@@ -14,7 +14,7 @@ from fedsim.models.shapes import image_shape, positive
 
 
 class ConvNet(nn.Module):
-    """3x3 convolutions of stride 2 (padding 1), each with ReLU; a linear head on what is left of the image.
+    """3x3 convolutions (padding 1), each of stride 2 and with ReLU; a linear head on what is left of the image.
 
     Args:
         input_shape: channels, height, width; at least 4x4.
@@ -23,6 +23,8 @@ class ConvNet(nn.Module):
         dropout: probability of dropping a feature before the head.
         groups: of a GroupNorm between each convolution and its ReLU; 0: none, else a divisor of all channels.
         batch_norm: a BatchNorm there instead.
+        pool: convolutions of stride 1, with a maximum over 2x2 behind all but the last and an average over the image
+            behind that one; slower, and better at small images.
     """
 
     takes_tokens = False
@@ -35,6 +37,7 @@ class ConvNet(nn.Module):
         dropout: float = 0.0,
         groups: int = 0,
         batch_norm: bool = False,
+        pool: bool = False,
     ):
         super().__init__()
         before, height, width = image_shape("convnet", input_shape, smallest=4)
@@ -52,15 +55,20 @@ class ConvNet(nn.Module):
         if groups and batch_norm:
             raise ConfigError(f"model.batch_norm of model convnet takes the place of model.groups, got {groups} groups")
         layers: list[nn.Module] = []
-        for after in channels:
+        for number, after in enumerate(channels, 1):
             norm = [nn.GroupNorm(groups, after)] if groups else [nn.BatchNorm2d(after)] if batch_norm else []
-            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), *norm, nn.ReLU()]
+            layers += [nn.Conv2d(before, after, 3, stride=1 if pool else 2, padding=1), *norm, nn.ReLU()]
+            if pool and number < len(channels) and min(height, width) > 1:
+                layers.append(nn.MaxPool2d(2, ceil_mode=True))
             before, height, width = after, -(-height // 2), -(-width // 2)
+        if pool:
+            layers.append(nn.AdaptiveAvgPool2d(1))
+            height = width = 1
         self.body = nn.Sequential(*layers, nn.Flatten(), *([nn.Dropout(dropout)] if dropout else []))
         self.head = nn.Linear(before * height * width, num_classes)
 
     def features(self, x: Tensor) -> Tensor:
-        """What the head sees: [batch, channels[-1] * height * width / 4^len(channels)]."""
+        """What the head sees: [batch, channels[-1] * height * width / 4^len(channels)]; with `pool`, channels[-1]."""
         return self.body(x)
 
     def forward(self, x: Tensor) -> Tensor:
