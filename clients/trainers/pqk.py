@@ -27,7 +27,7 @@ class PQKTrainer(TwoPathTrainer):
     """Phase 1, until sparsity is final: the student's cross-entropy. Phase 2: the teacher's too, and its divergence.
 
     Args:
-        bits: of the student's weights, with the step 2 mean |w| / sqrt(Q) for each output channel; 32: floats.
+        bits: of the student's pruned weights, with the step 2 mean |w| / sqrt(Q) for each output channel; 32: floats.
         activation_bits: of what its layers read, over the range of each batch; 32: floats.
         distil: lambda, weight of the student's divergence from the teacher.
         teacher: weight of the teacher's cross-entropy; with distil 0 too there is no teacher.
@@ -57,8 +57,9 @@ class PQKTrainer(TwoPathTrainer):
         self.distil, self.teacher, self.phase1_grad = distil, teacher, phase1_grad
 
     def names(self, model: nn.Module) -> list[str]:
-        """Weights of convolutions and linear layers."""
-        return prunable(model)
+        """Weights of convolutions and linear layers; of several, the last is the classifier of both networks."""
+        names = prunable(model)
+        return names[:-1] or names
 
     def teaches(self, task: Broadcast) -> bool:
         """In phase 2."""
