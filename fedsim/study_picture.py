@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MOST_LINES, MOST_FAMILIES = 12, 19  # in a panel; so many families can be told apart
+LETTERS = 11  # of a title, to an inch
 # Okabe and Ito, "Color Universal Design", 2008: told apart by all common kinds of colour vision. Black is the arm
 # that the others are compared with.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -78,7 +80,8 @@ def draw_study(result: Result, path: Path) -> None:
     seeds = ", ".join(map(str, study.seeds))
     spread = f"{'bars' if points else 'bands'}: their standard deviation"
     over = f"means of seeds {seeds}; {spread}" if len(study.seeds) > 1 else f"seed {seeds}"
-    figure.suptitle(f"{study.title}\n{over}{note}", fontsize="medium")
+    wide = int(LETTERS * figure.get_figwidth())
+    figure.suptitle("\n".join(fill(line, wide) for line in (study.title, over + note)), fontsize="medium")
     figure.savefig(path, format="png")
 
 
