@@ -69,9 +69,10 @@ def compressed(
     buffers = arrays[BUFFERS]
     if compressor.bits < 32 and len(buffers) and float(buffers.abs().max()) <= HALF:
         arrays[BUFFERS] = buffers.half()
-    whole = {name: tensor for name, tensor in weights.items() if name not in {*names, *beside}}
+    small, packs = set(names), set(beside)
+    whole = {name: tensor for name, tensor in weights.items() if name not in small and name not in packs}
     if beside or any(name not in weights for name in received):
-        flags = [name in some for some in (set(names), set(beside)) for name in received]
+        flags = [name in some for some in (small, packs) for name in received]
         arrays[WHICH] = torch.from_numpy(np.packbits(flags))
     every = {name: t for name, t in arrays.items() if len(t) or name == VALUES} | whole
     return ArrayRecord({name: to_array(t.detach().cpu().numpy()) for name, t in every.items()})
