@@ -42,7 +42,7 @@ def gradients(result: Tensor, model: nn.Module) -> list[Tensor]:
 @pytest.mark.parametrize("path", [p for p in CONFIGS if p.stem != "char_lstm"], ids=lambda path: path.stem)
 def test_every_model_as_torch_has_it(path: Path):
     model = from_config(path).double()
-    assert_as_torch(model, batch_for(model).double()[:3])
+    assert_as_torch(model, batch_for(path).double()[:3])
 
 
 class Odd(nn.Module):
