@@ -140,7 +140,8 @@ def test_the_start_commands_make_a_cluster_that_trains_on_both_nodes(cluster: st
     nodes, data, threads = zip(*json.loads(done.stdout), strict=True)
     assert (len(set(nodes)), {Path(folder).name for folder in data}, set(threads)) == (2, {"data"}, {"1"})
 
-    overrides = ["workload=blobs", "num_clients=8", "cohort=6", "rounds=10", "engine.device=cpu"]
+    # Long enough for the worker of the second node to come up: the first one does not wait for it.
+    overrides = ["workload=blobs", "num_clients=8", "cohort=6", "rounds=150", "evaluate_every=150", "engine.device=cpu"]
     command = [str(BIN / "fedsim"), "run", *overrides, "engine=ray", f"engine.address={cluster}", "out=cluster"]
     run = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     raylets: set[int] = set()
