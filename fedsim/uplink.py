@@ -26,7 +26,7 @@ BUFFERS, COUNTS = "update:buffers", "update:counts"
 # COUNTS. Left out where every tensor that does not come under its own name is compressed.
 WHICH = "update:which"
 PACKED = {torch.float32: BUFFERS, torch.int64: COUNTS}
-PACKED_AS = {"float32": BUFFERS, "int64": COUNTS}  # by the names that arrays give their types
+PACKED_AS = {str(dtype).removeprefix("torch."): key for dtype, key in PACKED.items()}  # as arrays call their types
 KEYS = {VALUES, INDEX, SCALE, WHICH, BUFFERS, COUNTS}
 HALF = torch.finfo(torch.float16).max
 RESIDUAL = "uplink.residual"

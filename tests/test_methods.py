@@ -19,6 +19,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from hydra.utils import get_class
+from test_models import SPEECH
 from torch import nn
 
 from clients.app import ClientState, Worker
@@ -288,7 +289,7 @@ def test_reported_flops_are_those_that_torch_counts(trainer: str, model: str):
         with pytest.raises(ConfigError, match=r"cannot be narrowed: layer '"):
             spoken(federation)
         return
-    if trainer == "fjord" and model in ("bcresnet", "speech_resnet"):
+    if trainer == "fjord" and model in SPEECH:
         with pytest.raises(ConfigError, match="batch statistics differ"):
             Worker(federation.world)
         return

@@ -226,9 +226,8 @@ def sound_workload(**settings) -> ArrayWorkload:
     x = np.random.default_rng(0).integers(-3000, 3000, (12, 1600)).astype(np.int16)
     part = Arrays(x, np.arange(12) % 3)
     front_end = LogMel(mels=20, fft=256, window=200, hop=80)
-    make = partial(BCResNet, bands=1) if settings.pop("net", False) else SpeechResNet
     settings = {"features": front_end, "client_test_fraction": 0.0, **settings}
-    return ArrayWorkload("w", part, part, ["a", "b", "c"], "audio", make, Iid(), num_clients=2, seed=1, **settings)
+    return ArrayWorkload("w", part, part, ["a", "b", "c"], "audio", SpeechResNet, Iid(), 2, seed=1, **settings)
 
 
 def test_sound_is_kept_as_it_came_and_fed_as_spectrograms():

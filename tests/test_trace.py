@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision.models
+from test_models import SPEECH
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
@@ -21,8 +22,7 @@ from fedsim.settings import model_factory, model_settings
 CONFIGS = Path(__file__).parent.parent / "configs"
 VISION = ["resnet18", "mobilenet_v2", "mobilenet_v3_small", "shufflenet_v2_x1_0", "squeezenet1_1", "efficientnet_b0"]
 VISION += ["vit_b_16"]
-SPEECH = dict.fromkeys(("bcresnet", "speech_resnet"), (1, 40, 101))
-IMAGES = {"femnist_cnn": (1, 28, 28), "char_lstm": (12,), **SPEECH}
+IMAGES = {"femnist_cnn": (1, 28, 28), "char_lstm": (12,), **dict.fromkeys(SPEECH, (1, 40, 101))}
 
 
 def row(table: LayerTable, kind: str) -> tuple[float, ...]:

@@ -145,8 +145,7 @@ def icarl(pool: Pool, size: int, draw: torch.Generator) -> Tensor:
     for c in _in_random_order(labels.unique(), draw).tolist():
         own = torch.nonzero(labels == c).flatten()
         order.append(own[herd(pool.features[own], min(size, len(own)))])
-    turns = torch.cat([torch.arange(len(o)) for o in order])
-    return torch.cat(order)[turns.argsort(stable=True)][:size]
+    return _in_turns(order, size)
 
 
 def entropy(pool: Pool, size: int, draw: torch.Generator) -> Tensor:
@@ -205,6 +204,12 @@ def _in_random_order(classes: Tensor, draw: torch.Generator) -> Tensor:
     return classes[torch.randperm(len(classes), generator=draw)]
 
 
+def _in_turns(groups: list[Tensor], size: int) -> Tensor:
+    """The first of every group, then the second of each, until there are `size`."""
+    turns = torch.cat([torch.arange(len(group)) for group in groups])
+    return torch.cat(groups)[turns.argsort(stable=True)[:size]]
+
+
 def balanced(labels: Tensor, order: Tensor, size: int) -> Tensor:
     """The first of every class in turn, each turn in `order`, until there are `size`.
 
@@ -238,5 +243,4 @@ def pick(name: str, pool: Pool, size: int, draw: torch.Generator, class_balanced
         own = torch.nonzero(labels == c).flatten()
         if count:
             order.append(own[rule(pool.part(own), count, draw)])
-    every = torch.cat(order)
-    return every[balanced(labels[every], torch.arange(len(every)), size)]
+    return _in_turns(order, size)

@@ -47,7 +47,7 @@ class LogMel:
             raise ConfigError(f"workload.features.floor must be above 0, got {floor!r}")
         from torchaudio.transforms import MelSpectrogram
 
-        self.sample_rate_hz, self.fft, self.floor = sample_rate_hz, fft, floor
+        self.sample_rate_hz, self.floor = sample_rate_hz, floor
         self.mel = MelSpectrogram(sample_rate_hz, n_fft=fft, win_length=window, hop_length=hop, n_mels=mels)
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -13,13 +13,14 @@ import numpy as np
 import numpy.typing as npt
 
 from fedsim.data.arrays import Arrays, ArrayWorkload, Features
-from fedsim.data.bundle import bundle_names, data_roots
+from fedsim.data.official import Official
 from fedsim.errors import ConfigError, DataError
 from fedsim.partition import Partition
 from fedsim.seeding import generator
 from fedsim.workload import ModelFactory
 
 FOLDER, NOISE = Path("SpeechCommands", "speech_commands_v0.02"), "_background_noise_"
+OFFICIAL = Official("speech_commands", str(FOLDER), "kws", "workload=kws")
 KEYWORDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
 UNKNOWN, SILENCE = "_unknown_", "_silence_"
 SAMPLES = 16000  # of a clip: one second
@@ -72,7 +73,7 @@ class SpeechCommands(ArrayWorkload):
     ):
         if classes not in (12, 35):
             raise ConfigError(f"workload.classes of workload speech_commands must be 12 or 35, got {classes!r}")
-        where = _find_root(root)
+        where = OFFICIAL.root(root)
         train, test = (_list(where, subset, download) for subset in ("training", "testing"))
         words = [*KEYWORDS, UNKNOWN, SILENCE] if classes == 12 else sorted({clip.word for clip in train})
         noise = _noise(where / FOLDER / NOISE) if classes == 12 else []
@@ -95,35 +96,21 @@ class SpeechCommands(ArrayWorkload):
     @staticmethod
     def locate(settings: Mapping[str, Any]) -> tuple[str, bool, str]:
         """Kind, whether the data are here, and where or how to get them."""
-        root = _find_root(settings.get("root"))
-        found = (root / FOLDER).is_dir()
-        return "audio", found, str(root / FOLDER) if found else _how_to_get(root)
-
-
-def _find_root(root: str | None) -> Path:
-    roots = [Path(root).expanduser()] if root else data_roots()
-    return next((r for r in roots if (r / FOLDER).is_dir()), roots[0])
-
-
-def _how_to_get(root: Path) -> str:
-    bundle = ", or use the bundle: workload=kws" if "kws" in bundle_names() else ""
-    return f"set workload.download=true or put the official files into {root / FOLDER}{bundle}"
+        here, where = OFFICIAL.found(settings.get("root"))
+        return "audio", here, where
 
 
 def _list(root: Path, subset: str, download: bool) -> list[Clip]:
     from torchaudio.datasets import SPEECHCOMMANDS
 
-    try:
+    def facts() -> list[tuple[str, int, str, str, int]]:
         if download:
             root.mkdir(parents=True, exist_ok=True)
         files = SPEECHCOMMANDS(root, download=download, subset=subset)
-        facts = [files.get_metadata(i) for i in range(len(files))]
-    except (RuntimeError, OSError, ValueError) as error:  # absent, broken, or the download failed
-        if download:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise DataError(f"speech_commands could not be downloaded into {root}: {reason}") from None
-        raise DataError(f"speech_commands is not here or broken: {_how_to_get(root)}") from None
-    return [Clip(root / FOLDER.parts[0] / path, word, speaker) for path, _, word, speaker, _ in facts]
+        return [files.get_metadata(i) for i in range(len(files))]
+
+    found = OFFICIAL.read(facts, root, download)
+    return [Clip(root / FOLDER.parts[0] / path, word, speaker) for path, _, word, speaker, _ in found]
 
 
 def _read(clips: Sequence[Clip], words: Sequence[str], noise: Sequence[Sound], subset: str) -> Arrays:
@@ -146,9 +133,9 @@ def _read(clips: Sequence[Clip], words: Sequence[str], noise: Sequence[Sound], s
             recording = noise[int(draw.integers(len(noise)))]
             start = int(draw.integers(len(recording) - SAMPLES + 1))
             x[row] = recording[start : start + SAMPLES] * draw.random()
-    number = {word: i for i, word in enumerate(words)}
-    labels = [number.get(clip.word, number.get(UNKNOWN, 0)) for clip in chosen] + silent * [number.get(SILENCE, 0)]
-    return Arrays(x, np.array(labels), np.array([clip.speaker for clip in chosen] + silent * [""], dtype=str))
+    said = [clip.word if clip.word in words else UNKNOWN for clip in chosen] + silent * [SILENCE]
+    speakers = [clip.speaker for clip in chosen] + silent * [""]
+    return Arrays(x, np.array([words.index(word) for word in said]), np.array(speakers, dtype=str))
 
 
 def _noise(folder: Path) -> list[Sound]:

@@ -7,31 +7,19 @@ torchvision checks the files against their published MD5 before it unpickles CIF
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 
 from devices.errors import unknown
 from fedsim.data.arrays import Arrays, ArrayWorkload
-from fedsim.data.bundle import bundle_names, data_roots
-from fedsim.errors import ConfigError, DataError
+from fedsim.data.official import Official
+from fedsim.errors import ConfigError
 from fedsim.partition import Partition
 from fedsim.workload import ModelFactory
 
-
-class Official(NamedTuple):
-    """How torchvision calls a data set and in which folder of the root its files lie."""
-
-    class_name: str
-    folder: str
-
-
-OFFICIAL = {
-    "cifar10": Official("CIFAR10", "cifar-10-batches-py"),
-    "cifar100": Official("CIFAR100", "cifar-100-python"),
-    "mnist": Official("MNIST", "MNIST/raw"),
-}
+CLASSES = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "mnist": "MNIST"}  # as torchvision calls them
+FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python", "mnist": "MNIST/raw"}
 
 
 class Torchvision(ArrayWorkload):
@@ -63,9 +51,9 @@ class Torchvision(ArrayWorkload):
         client_test_fraction: float = 0.1,
         default_clients: int = 100,
     ):
-        if dataset not in OFFICIAL:
-            raise ConfigError(unknown("workload.dataset", dataset, OFFICIAL))
-        train, test, classes = _read(dataset, _find_root(dataset, root), download)
+        if dataset not in CLASSES:
+            raise ConfigError(unknown("workload.dataset", dataset, CLASSES))
+        train, test, classes = _read(dataset, root, download)
         super().__init__(
             name or dataset,
             train,
@@ -84,33 +72,21 @@ class Torchvision(ArrayWorkload):
     @staticmethod
     def locate(settings: Mapping[str, Any]) -> tuple[str, bool, str]:
         """Kind, whether the data are here, and where or how to get them."""
-        dataset = str(settings["dataset"])
-        root = _find_root(dataset, settings.get("root"))
-        if (root / OFFICIAL[dataset].folder).is_dir():
-            return "image", True, str(root / OFFICIAL[dataset].folder)
-        return "image", False, _how_to_get(dataset, root)
+        here, where = _official(str(settings["dataset"])).found(settings.get("root"))
+        return "image", here, where
 
 
-def _find_root(dataset: str, root: str | None) -> Path:
-    roots = [Path(root).expanduser()] if root else data_roots()
-    return next((r for r in roots if (r / OFFICIAL[dataset].folder).is_dir()), roots[0])
+def _official(dataset: str) -> Official:
+    return Official(dataset, FOLDERS[dataset], dataset, f"workload=bundle workload.path={dataset}")
 
 
-def _how_to_get(dataset: str, root: Path) -> str:
-    bundle = f", or use the bundle: workload=bundle workload.path={dataset}" if dataset in bundle_names() else ""
-    return f"set workload.download=true or put the official files into {root / OFFICIAL[dataset].folder}{bundle}"
-
-
-def _read(dataset: str, root: Path, download: bool) -> tuple[Arrays, Arrays, list[str]]:
+def _read(dataset: str, given: str | None, download: bool) -> tuple[Arrays, Arrays, list[str]]:
     import torchvision
 
-    make = getattr(torchvision.datasets, OFFICIAL[dataset].class_name)
-    try:
-        sets = [make(root=str(root), train=train, download=download) for train in (True, False)]
-    except (RuntimeError, OSError) as error:  # absent, broken, or the download failed
-        if download:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise DataError(f"{dataset} could not be downloaded into {root}: {reason}") from None
-        raise DataError(f"{dataset} is not here or broken: {_how_to_get(dataset, root)}") from None
+    make, files = getattr(torchvision.datasets, CLASSES[dataset]), _official(dataset)
+    root = files.root(given)
+    sets = files.read(
+        lambda: [make(root=str(root), train=train, download=download) for train in (True, False)], root, download
+    )
     train, test = (Arrays(np.asarray(part.data), np.asarray(part.targets)) for part in sets)
     return train, test, [str(name) for name in sets[0].classes]

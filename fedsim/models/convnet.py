@@ -58,7 +58,7 @@ class ConvNet(nn.Module):
         for number, after in enumerate(channels, 1):
             norm = [nn.GroupNorm(groups, after)] if groups else [nn.BatchNorm2d(after)] if batch_norm else []
             layers += [nn.Conv2d(before, after, 3, stride=1 if pool else 2, padding=1), *norm, nn.ReLU()]
-            if pool and number < len(channels) and min(height, width) > 1:
+            if pool and number < len(channels):
                 layers.append(nn.MaxPool2d(2, ceil_mode=True))
             before, height, width = after, -(-height // 2), -(-width // 2)
         if pool:
