@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -117,7 +117,18 @@ class Jitter:
 
 @dataclass(frozen=True)
 class Cost:
-    """What the work costs on a device: seconds and joules of each phase, and whether it fits into memory."""
+    """What the work costs on a device: seconds and joules of each phase, and whether it fits into memory.
+
+    After a transfer the radio stays awake for a while, its tail: first beside the computation, then after the upload.
+    The tail takes energy and no time, as nobody waits for it.
+
+    Attributes:
+        compute_tail_s: seconds of the tail after the download; the upload ends it, if it lasts that long.
+        up_tail_s: seconds of the tail after the upload.
+        tail_watts: what the radio draws in its tail, beside the draw of the device.
+        down_share: part of the download that took place; below 1 where the client stopped during it.
+        up_share: the same of the upload.
+    """
 
     down_s: float = 0.0
     compute_s: float = 0.0
@@ -126,31 +137,54 @@ class Cost:
     compute_joules: float = 0.0
     up_joules: float = 0.0
     fits: bool = field(default=True)
+    compute_tail_s: float = 0.0
+    up_tail_s: float = 0.0
+    tail_watts: float = 0.0
+    down_share: float = 1.0
+    up_share: float = 1.0
 
     @property
     def total_s(self) -> float:
         return self.down_s + self.compute_s + self.up_s
 
     @property
+    def tail_s(self) -> float:
+        return self.compute_tail_s + self.up_tail_s
+
+    @property
+    def tail_joules(self) -> float:
+        return self.tail_s * self.tail_watts
+
+    @property
     def joules(self) -> float:
-        return self.down_joules + self.compute_joules + self.up_joules
+        return self.down_joules + self.compute_joules + self.up_joules + self.tail_joules
 
     def until(self, elapsed_s: float) -> Cost:
-        """The part of this cost that is spent when the client stops after `elapsed_s` seconds."""
+        """The part of this cost that is spent when the client stops after `elapsed_s` seconds.
+
+        An upload that was cut short has no tail after it.
+        """
+        if elapsed_s >= self.total_s:
+            return self
         left = max(0.0, elapsed_s)
         spent = []
         for seconds in (self.down_s, self.compute_s, self.up_s):
             spent.append(min(seconds, left))
             left -= spent[-1]
         down_s, compute_s, up_s = spent
-        return Cost(
-            down_s,
-            compute_s,
-            up_s,
-            self.down_joules * _share(down_s, self.down_s),
-            self.compute_joules * _share(compute_s, self.compute_s),
-            self.up_joules * _share(up_s, self.up_s),
-            self.fits,
+        down_share, up_share = _share(down_s, self.down_s), _share(up_s, self.up_s)
+        return replace(
+            self,
+            down_s=down_s,
+            compute_s=compute_s,
+            up_s=up_s,
+            down_joules=self.down_joules * down_share,
+            compute_joules=self.compute_joules * _share(compute_s, self.compute_s),
+            up_joules=self.up_joules * up_share,
+            compute_tail_s=min(self.compute_tail_s, compute_s),
+            up_tail_s=0.0,
+            down_share=self.down_share * down_share,
+            up_share=self.up_share * up_share,
         )
 
 
@@ -169,23 +203,32 @@ class LatencyModel(ABC):
         """Milliseconds that one forward pass of one example takes on `device`, without jitter."""
         return 1e3 * self.compute_s(Work((Passes(network, 1, 1),)), device)
 
+    def compute_joules(self, work: Work, device: DeviceProfile, compute_s: float) -> float:
+        """Joules that the passes of `work` take on `device` when they last `compute_s` seconds, jitter included."""
+        return compute_s * device.compute_watts
+
     def cost(self, work: Work, device: DeviceProfile, jitter: Jitter = Jitter()) -> Cost:
         """Prices one client's round.
 
-        Seconds: transfer is round-trip time plus bytes over bandwidth, times its jitter; compute is `compute_s` times
-        its jitter. Joules are seconds times the watts of the phase.
+        Seconds: a transfer is its set-up in round trips plus bytes over bandwidth, times its jitter; compute is
+        `compute_s` times its jitter. Joules: a transfer takes its seconds times the watts of its direction, and so much
+        for each byte; compute takes `compute_joules`; then there is the tail of the radio, see `Cost`.
         """
-        down_s = (device.rtt_s + work.down_bytes / device.down_bytes_per_s) * jitter.down
-        up_s = (device.rtt_s + work.up_bytes / device.up_bytes_per_s) * jitter.up
+        setup_s = device.setup_round_trips * device.rtt_s
+        down_s = (setup_s + work.down_bytes / device.down_bytes_per_s) * jitter.down
+        up_s = (setup_s + work.up_bytes / device.up_bytes_per_s) * jitter.up
         compute_s = self.compute_s(work, device) * jitter.compute
         return Cost(
             down_s,
             compute_s,
             up_s,
-            down_s * device.rx_watts,
-            compute_s * device.compute_watts,
-            up_s * device.tx_watts,
+            down_s * device.rx_watts + work.down_bytes * device.rx_joules_per_byte,
+            self.compute_joules(work, device, compute_s),
+            up_s * device.tx_watts + work.up_bytes * device.tx_joules_per_byte,
             fits=work.peak_memory_bytes <= device.memory_bytes,
+            compute_tail_s=min(device.tail_s, compute_s),
+            up_tail_s=device.tail_s,
+            tail_watts=device.tail_watts,
         )
 
 

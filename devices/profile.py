@@ -77,7 +77,7 @@ class DeviceProfile:
         memory_bytes: what training may use: RAM times the usable fraction, less the runtime.
         down_bytes_per_s: bandwidth to the device.
         up_bytes_per_s: bandwidth from the device.
-        rtt_s: round-trip time, paid once per transfer.
+        rtt_s: round-trip time.
         jitter_sigma: sigma of the lognormal factor on a transfer's seconds.
         compute_jitter_sigma: sigma of the lognormal factor on a computation's seconds.
         compute_watts: while training.
@@ -87,6 +87,11 @@ class DeviceProfile:
         failures_per_min: rate of crashes while at work; 0 never crashes.
         speed: how much faster this one unit is than its model; `flops_per_s` has it already, `latency` has not.
         latency: measured latencies, or None.
+        setup_round_trips: round trips before the first byte of a transfer: connection, encryption, request.
+        rx_joules_per_byte: what a received byte takes beside `rx_watts`.
+        tx_joules_per_byte: what a sent byte takes beside `tx_watts`.
+        tail_watts: what the radio draws beside the rest of the device while it stays awake after a transfer.
+        tail_s: for how long it does.
     """
 
     name: str
@@ -105,6 +110,11 @@ class DeviceProfile:
     failures_per_min: float = 0.0
     speed: float = 1.0
     latency: LatencyFacts | None = None
+    setup_round_trips: float = 1.0
+    rx_joules_per_byte: float = 0.0
+    tx_joules_per_byte: float = 0.0
+    tail_watts: float = 0.0
+    tail_s: float = 0.0
 
 
 Rule = tuple[str, Callable[[float], bool]]  # how the sentence says it, and the test

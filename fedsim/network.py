@@ -371,8 +371,9 @@ class EdgeGrid(Grid):
         work, metrics = reply.work, {}
         if phase == "train" and work.flops:
             self._flops[reply.client] = work.flops
-        if reply.cost.up_s == 0.0:
-            work = replace(work, up_bytes=0)
+        if reply.cost.down_share < 1 or reply.cost.up_share < 1:  # only the bytes that went before it stopped
+            down_bytes, up_bytes = work.down_bytes * reply.cost.down_share, work.up_bytes * reply.cost.up_share
+            work = replace(work, down_bytes=round(down_bytes), up_bytes=round(up_bytes))
         if reply.content is not None and METRICS in reply.content:
             metrics = dict(reply.content[METRICS])
         if reply.outcome == "completed":

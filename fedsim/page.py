@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 
 PAGE = "report.html"
 SLOWEST = 8  # clients in the table of stragglers
-OF_AN_EXCHANGE = "Seconds and joules are of a completed exchange: a client that is asked to train, or to judge a model."
+OF_AN_EXCHANGE = (
+    "Seconds and joules are of a completed exchange: a client that is asked to train, or to judge a model. Tail J is "
+    "what its radio takes while it stays awake after a transfer; it is part of mean J."
+)
+JOULES = ("down", "compute", "up", "tail")  # the parts of a client's joules; runs of fedsim 0.1 have their sum alone
 WHO_CLOSED = (
     "The clients that were most often the last of a round whose reply was taken: without a deadline, it took as long "
     "as they did."
@@ -164,12 +168,15 @@ def _png(path: Path) -> str:
 def _devices(rows: pd.DataFrame) -> Table:
     """A line per device: who was asked, what became of them, and what a completed exchange took."""
     seen = [outcome for outcome in OUTCOMES if (rows["outcome"] == outcome).any()]
+    parts = [part for part in JOULES if f"{part}_joules" in rows]
     header = ["device", "clients", "asked", *(o.replace("_", " ") for o in seen), "median s", "95 % s", "mean J"]
+    header += [f"{part} J" for part in parts]
     lines = []
     for device, group in rows.groupby("device"):
         done = group[group["outcome"] == "completed"]
         counts = [str(int((group["outcome"] == outcome).sum())) for outcome in seen]
         took = [_short(v) for v in (*done["total_s"].quantile([0.5, 0.95]), done["joules"].mean())]
+        took += [_short(done[f"{part}_joules"].mean()) for part in parts]
         peak, kept = size(group["peak_memory_bytes"].max()), size(group["storage_bytes"].max())
         lines.append([str(device), str(group["client"].nunique()), str(len(group)), *counts, *took, peak, kept])
     return Table([*header, "peak memory", "storage"], lines)

@@ -54,7 +54,8 @@ WRITTEN = (
 class RoundReport:
     """One round, one line of `rounds.jsonl`. Round 0 is the untrained model.
 
-    `joules` is energy for download, compute and upload of all clients; waiting for the round to close is apart.
+    `joules` is energy for download, compute, upload and radio tails of all clients, of which `tail_joules` for the
+    tails; waiting for the round to close is apart.
     `storage_bytes` is the most that a device of the round keeps: coresets, personal layers.
     `outcomes` lists the clients of the training exchange by what became of them.
     """
@@ -68,6 +69,7 @@ class RoundReport:
     up_bytes: int = 0
     joules: float = 0.0
     wait_joules: float = 0.0
+    tail_joules: float = 0.0
     peak_memory_bytes: int = 0
     storage_bytes: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
@@ -96,6 +98,7 @@ class RoundReport:
             up_bytes=sum(c.work.up_bytes for c in clients),
             joules=sum(c.joules for c in clients),
             wait_joules=sum(c.wait_joules for c in clients),
+            tail_joules=sum(c.cost.tail_joules for c in clients),
             peak_memory_bytes=max((c.work.peak_memory_bytes for c in clients), default=0),
             storage_bytes=max((c.work.storage_bytes for c in clients), default=0),
             metrics=metrics,
@@ -327,6 +330,7 @@ class RunFolder:
             **{f"metric/{key}": value for key, value in report.metrics.items()},
             "round/simulated_s": report.round_s,
             "round/energy_j": report.joules,
+            "round/tail_energy_j": report.tail_joules,
             "round/down_bytes": report.down_bytes,
             "round/up_bytes": report.up_bytes,
             "round/peak_memory_bytes": report.peak_memory_bytes,
@@ -347,7 +351,8 @@ def _schema() -> Any:
     texts = ("phase", "device", "outcome", "reason", "metrics", "work")
     whole = ("round", "client", "num_examples", "down_bytes", "up_bytes", "peak_memory_bytes", "storage_bytes")
     columns = [
-        "round phase client device outcome reason start_s down_s compute_s up_s wait_s total_s joules wait_joules",
+        "round phase client device outcome reason start_s down_s compute_s up_s wait_s total_s",
+        "down_joules compute_joules up_joules tail_joules joules wait_joules",
         "down_bytes up_bytes peak_memory_bytes storage_bytes flops num_examples metrics work",
     ]
     kinds = {**dict.fromkeys(texts, pa.string()), **dict.fromkeys(whole, pa.int64())}
@@ -369,6 +374,10 @@ def _row(c: ClientReport) -> dict[str, Any]:
         "up_s": c.cost.up_s,
         "wait_s": c.wait_s,
         "total_s": c.cost.total_s,
+        "down_joules": c.cost.down_joules,
+        "compute_joules": c.cost.compute_joules,
+        "up_joules": c.cost.up_joules,
+        "tail_joules": c.cost.tail_joules,
         "joules": c.joules,
         "wait_joules": c.wait_joules,
         "down_bytes": c.work.down_bytes,

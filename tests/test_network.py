@@ -236,6 +236,13 @@ def test_client_that_is_offline_at_the_start_gets_nothing_and_pays_nothing():
     assert exchange(grid)[0] == [0, 1, 2]
 
 
+@pytest.mark.parametrize(("leaves_s", "down_bytes", "up_bytes"), [(0.03, 250_000, 0), (1.185, 1_000_000, 750_000)])
+def test_transfer_that_is_cut_short_counts_the_bytes_that_went(leaves_s: float, down_bytes: int, up_bytes: int):
+    """Client 2 leaves after 0.03 of its 0.12 s down, or after 0.12 + 0.9 s and 0.165 of its 0.22 s up."""
+    _, reports = exchange(edge(availability=windows({2: (0.0, leaves_s)})))
+    assert (reports[2].work.down_bytes, reports[2].work.up_bytes) == (down_bytes, up_bytes)
+
+
 def test_client_that_goes_offline_pays_until_then_and_uploads_nothing():
     """Client 2 leaves at 0.57 s: after 0.12 s of download at 2 W and half of its 0.9 s of training at 10 W."""
     grid = edge(availability=windows({2: (0.0, 0.57)}))

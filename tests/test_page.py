@@ -70,6 +70,17 @@ def test_tables_add_up_to_the_rows(run, tmp_path: Path):
     assert sum(int(row[done]) for row in table.rows) == (rows["outcome"] == "completed").sum()
 
 
+def test_energy_is_split_where_the_rows_split_it():
+    """Runs of fedsim 0.1 have one column of joules, and their page stays as it was."""
+    old = pandas.DataFrame([client(1, 1, 2.0)])
+    new = old.assign(down_joules=0.1, compute_joules=0.2, up_joules=0.3, tail_joules=0.4)
+    assert "tail J" not in _devices(old).header
+    table = _devices(new)
+    start = table.header.index("mean J")
+    assert table.header[start : start + 5] == ["mean J", "down J", "compute J", "up J", "tail J"]
+    assert table.rows[0][start : start + 5] == ["1", "0.1", "0.2", "0.3", "0.4"]
+
+
 def client(number: int, round: int, total_s: float, outcome: str = "completed") -> dict:
     parts = {"down_s": total_s / 4, "compute_s": total_s / 2, "up_s": total_s / 4, "wait_s": 0.0, "total_s": total_s}
     who = {"round": round, "phase": "train", "client": number, "device": f"phone{number % 2}", "outcome": outcome}

@@ -57,6 +57,12 @@ def test_last_line_that_was_cut_is_left_out(run, tmp_path):
     assert read_rounds(tmp_path) == whole[:-1]
 
 
+def test_round_written_before_tails_were_priced_has_none():
+    line = json.loads(reports.RoundReport(1, 2.0, 2.0, joules=3.0).to_json())
+    del line["tail_joules"]
+    assert reports.RoundReport.from_json(json.dumps(line)).tail_joules == 0
+
+
 # --- client rows -------------------------------------------------------------------------------------------------
 
 
@@ -71,6 +77,9 @@ def test_client_rows_sum_up_to_their_round(run, tmp_path, monkeypatch, flush_row
         own = rows[rows["round"] == report.round]
         trained = own[own["phase"] == "train"]
         assert (own["joules"].sum(), own["wait_joules"].sum()) == pytest.approx((report.joules, report.wait_joules))
+        assert own["tail_joules"].sum() == pytest.approx(report.tail_joules)
+        parts = [f"{part}_joules" for part in ("down", "compute", "up", "tail")]
+        assert own[parts].sum(axis=1).to_numpy() == pytest.approx(own["joules"].to_numpy())
         assert (own["down_bytes"].sum(), own["up_bytes"].sum()) == (report.down_bytes, report.up_bytes)
         assert own["peak_memory_bytes"].max() == report.peak_memory_bytes
         assert own["storage_bytes"].max() == report.storage_bytes
