@@ -1,37 +1,35 @@
 """What a device can do: its rate, memory, network and power, read from a YAML file that says where each number is from.
 
-May import: the standard library, yaml and this package. The shipped devices are `devices/profiles/*.yaml`; a user's own
-file has the same keys:
+May import: the standard library and this package. The shipped devices are `devices/profiles/*.yaml`; a user's own file
+has the same keys, all of them in `devices.profile_file.FIGURES`. A number is plain, or {value, provenance, source}:
 
     name: my_board
     kind: sbc
-    compute: {rate_gmacs_per_s: {value: 2.0, provenance: measured, source: "my bench"}, jitter_sigma: {...}}
-    memory: {ram_mb: {...}, usable_fraction: {...}, runtime_mb: {...}}
-    network: {down_mbps: {...}, up_mbps: {...}, rtt_ms: {...}, jitter_sigma: {...}}
-    power: {compute_w: {...}, rx_w: {...}, tx_w: {...}, idle_w: {...}}
-    reliability: {failures_per_min: {...}}   # may be left out: the device never crashes
+    soc: BCM2711                             # may be left out, like `isa: arm`
+    compute: {rate_gmacs_per_s: {value: 2.0, provenance: measured, source: "my bench"}, jitter_sigma: 0.15}
+    memory: {ram_mb: 4096, usable_fraction: 0.6, runtime_mb: 120}
+    network: {down_mbps: 72, up_mbps: 38, rtt_ms: 21, jitter_sigma: 0.2}
+    power: {compute_w: 6.4, rx_w: 3.2, tx_w: 3.4, idle_w: 2.7}
+    reliability: {failures_per_min: 0}       # may be left out: the device never crashes
     latency: ...                             # may be left out: see `LatencyFacts`; then only `latency=flops` can price
 """
 
 from __future__ import annotations
 
-import math
 import reprlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from devices.errors import DeviceError, unknown
+from devices.profile_file import FIGURES, PROVENANCES, Reader, Rule, read_yaml
 
 SHIPPED = Path(__file__).parent / "profiles"
-KINDS = ("phone", "sbc", "laptop", "desktop_gpu", "server_cpu", "accelerator", "host")
-PROVENANCES = ("measured", "dataset", "datasheet", "assumed")
-
+KINDS = ("phone", "sbc", "laptop", "gpu", "server_cpu", "accelerator", "mcu", "embedded", "host")
+OLD_KINDS = {"desktop_gpu": "gpu"}  # names of fedsim 0.1
+ISAS = ("arm", "x86", "gpu", "mcu", "none")
 BYTES_PER_MB = 2**20  # of memory, as RAM is sold
-BYTES_PER_MBIT = 1e6 / 8  # of network, as links are sold
 
 
 @dataclass(frozen=True)
@@ -92,6 +90,16 @@ class DeviceProfile:
         tx_joules_per_byte: what a sent byte takes beside `tx_watts`.
         tail_watts: what the radio draws beside the rest of the device while it stays awake after a transfer.
         tail_s: for how long it does.
+        soc: the chip, e.g. "BCM2711"; empty where the file does not say it.
+        isa: one of `ISAS`, "none" where the file does not say it.
+        threads: that compute; `flops_per_s`, `peak_macs_per_s` and `compute_watts` are of so many.
+        peak_macs_per_s: multiply-adds in fp32 that the hardware could do, or None.
+        memory_bytes_per_s: bandwidth of the memory in theory, or None.
+        base_watts: of a GPU that runs a kernel, without its arithmetic, or None.
+        joules_per_mac: of a multiply-add, beside `base_watts`.
+        joules_per_byte: of a byte of activations and weights, beside `base_watts`.
+        spread_sigma: sigma of the lognormal factor between the bandwidths of clients with this device.
+        assumed: keys of the file whose figure nobody measured, defaults included, e.g. "power.tail_s".
     """
 
     name: str
@@ -115,24 +123,23 @@ class DeviceProfile:
     tx_joules_per_byte: float = 0.0
     tail_watts: float = 0.0
     tail_s: float = 0.0
+    soc: str = ""
+    isa: str = "none"
+    threads: int = 1
+    peak_macs_per_s: float | None = None
+    memory_bytes_per_s: float | None = None
+    base_watts: float | None = None
+    joules_per_mac: float = 0.0
+    joules_per_byte: float = 0.0
+    spread_sigma: float = 0.6
+    assumed: tuple[str, ...] = ()
 
 
-Rule = tuple[str, Callable[[float], bool]]  # how the sentence says it, and the test
-_POSITIVE: Rule = ("above 0", lambda value: value > 0)
-_FROM_ZERO: Rule = ("0 or above", lambda value: value >= 0)
-_FRACTION: Rule = ("in (0, 1]", lambda value: 0 < value <= 1)
+_POSITIVE: Rule = ("a finite number above 0", lambda value: value > 0)
+_FROM_ZERO: Rule = ("a finite number 0 or above", lambda value: value >= 0)
 
-SECTIONS: Mapping[str, Mapping[str, Rule]] = {
-    "compute": {"rate_gmacs_per_s": _POSITIVE, "jitter_sigma": _FROM_ZERO},
-    "memory": {"ram_mb": _POSITIVE, "usable_fraction": _FRACTION, "runtime_mb": _FROM_ZERO},
-    "network": {"down_mbps": _POSITIVE, "up_mbps": _POSITIVE, "rtt_ms": _FROM_ZERO, "jitter_sigma": _FROM_ZERO},
-    "power": {"compute_w": _FROM_ZERO, "rx_w": _FROM_ZERO, "tx_w": _FROM_ZERO, "idle_w": _FROM_ZERO},
-    "reliability": {"failures_per_min": _FROM_ZERO},
-}
-OPTIONAL = ("reliability",)
 REFERENCE_SPACES = {"nb201": (6, "01234"), "fbnet": (22, "012345678")}  # operations of a network, and their ids
 COEFFICIENTS = 29  # of a structured predictor: four sums for each of seven layer kinds, and a constant
-FORM = f"{{value: ..., provenance: {'|'.join(PROVENANCES)}, source: ...}}"
 
 
 def profile_names() -> tuple[str, ...]:
@@ -152,43 +159,76 @@ def load_profile(path_or_name: str | Path) -> DeviceProfile:
             wrong = unknown("device", path_or_name, profile_names())
             raise DeviceError(f"{wrong}; a file of your own is given by its path, ending in .yaml")
         path = SHIPPED / f"{path_or_name}.yaml"
-    return parse_profile(_read(path), str(path))
+    return parse_profile(read_yaml(path), str(path))
+
+
+def kind_named(word: str) -> str:
+    """The kind that a word stands for; kinds of fedsim 0.1 have new names."""
+    return OLD_KINDS.get(word, word)
 
 
 def parse_profile(tree: Any, file: str) -> DeviceProfile:
-    """Checks what a profile file says and turns it into bytes, seconds and watts; `file` is named in errors."""
-    required = [section for section in SECTIONS if section not in OPTIONAL]
-    _check_keys(file, "", tree, ("name", "kind", "latency", *SECTIONS), ("name", "kind", *required))
-    name, kind = tree["name"], tree["kind"]
-    if not isinstance(name, str) or not name:
-        raise DeviceError(f"{file}: key 'name' must be text, got {name!r}")
-    if kind not in KINDS:
-        raise DeviceError(f"{file}: {unknown('kind', kind, KINDS)}")
-    compute, memory, network, power = (_section(file, section, tree[section]) for section in required)
-    reliability = _section(file, "reliability", tree["reliability"]) if "reliability" in tree else {}
-    memory_bytes = int((memory["ram_mb"] * memory["usable_fraction"] - memory["runtime_mb"]) * BYTES_PER_MB)
-    if memory_bytes <= 0:
-        raise DeviceError(
-            f"{file}: nothing is left for training: memory.runtime_mb ({memory['runtime_mb']:g}) must be below "
+    """Checks what a profile file says and turns it into bytes, seconds and watts; `file` is named in errors.
+
+    Raises:
+        DeviceError: with everything that is wrong in the file.
+    """
+    reader = Reader(file)
+    sections = tuple(section for section in FIGURES if section != "reliability")
+    allowed = ("name", "kind", "soc", "isa", "latency", *FIGURES)
+    if not reader.check_map("", tree, allowed, ("name", "kind", *sections)):
+        reader.finish()
+    name, soc = reader.text(tree, "name"), reader.text(tree, "soc")
+    kind = reader.choice(tree, "kind", KINDS, also=OLD_KINDS)
+    isa = reader.choice(tree, "isa", ISAS, default="none")
+    given = {
+        section: reader.section(section, tree[section], FIGURES[section]) for section in FIGURES if section in tree
+    }
+    latency = _latency_of(reader, tree["latency"]) if "latency" in tree else None
+    memory_bytes = _memory_bytes(reader, given.get("memory", {}))
+    reader.finish()
+    fields, assumed = _fields(given, reader.assumed)
+    return DeviceProfile(
+        name=name, kind=kind, soc=soc, isa=isa, memory_bytes=memory_bytes, latency=latency, assumed=assumed, **fields
+    )
+
+
+def _fields(given: Mapping[str, Mapping[str, float]], assumed: Iterable[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Fields of a DeviceProfile from the figures of a file and the defaults of the rest; keys of the assumed ones."""
+    fields: dict[str, Any] = {}
+    found = []
+    for section, figures in FIGURES.items():
+        for key, figure in figures.items():
+            name, value = f"{section}.{key}", given.get(section, {}).get(key, figure.default)
+            if value is None:
+                continue
+            if name in assumed or key not in given.get(section, {}):
+                found.append(name)
+            if section != "memory":
+                fields[figure.field] = figure.in_si(value)
+    return fields, tuple(found)
+
+
+def _memory_bytes(reader: Reader, memory: Mapping[str, float]) -> int:
+    """What is left for training, noted as a problem if that is nothing; 0 where a figure is missing or wrong."""
+    if len(memory) < len(FIGURES["memory"]) or any(value != value for value in memory.values()):
+        return 0
+    left = int((memory["ram_mb"] * memory["usable_fraction"] - memory["runtime_mb"]) * BYTES_PER_MB)
+    if left <= 0:
+        reader.problems.append(
+            f"nothing is left for training: memory.runtime_mb ({memory['runtime_mb']:g}) must be below "
             f"memory.ram_mb ({memory['ram_mb']:g}) times memory.usable_fraction ({memory['usable_fraction']:g})"
         )
-    return DeviceProfile(
-        name=name,
-        kind=kind,
-        flops_per_s=2e9 * compute["rate_gmacs_per_s"],
-        memory_bytes=memory_bytes,
-        down_bytes_per_s=BYTES_PER_MBIT * network["down_mbps"],
-        up_bytes_per_s=BYTES_PER_MBIT * network["up_mbps"],
-        rtt_s=network["rtt_ms"] / 1e3,
-        jitter_sigma=network["jitter_sigma"],
-        compute_jitter_sigma=compute["jitter_sigma"],
-        compute_watts=power["compute_w"],
-        rx_watts=power["rx_w"],
-        tx_watts=power["tx_w"],
-        idle_watts=power["idle_w"],
-        failures_per_min=reliability.get("failures_per_min", 0.0),
-        latency=_latency(file, tree["latency"]) if "latency" in tree else None,
-    )
+    return left
+
+
+def _latency_of(reader: Reader, tree: Any) -> LatencyFacts | None:
+    """The latency section; its first problem joins those of the rest."""
+    try:
+        return _latency(reader.file, tree)
+    except DeviceError as error:
+        reader.problems.append(str(error).removeprefix(f"{reader.file}: "))
+        return None
 
 
 def _latency(file: str, tree: Any) -> LatencyFacts:
@@ -265,70 +305,14 @@ def _plain(file: str, key: str, value: Any, rule: Rule = _POSITIVE) -> float:
     return _number(file, key, {"value": value, "provenance": "dataset", "source": "beside it"}, rule)
 
 
-class UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that stands twice in one map; YAML itself would silently take the last one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """The map of a node, with its keys checked."""
-        keys = [key.value for key, _ in node.value]
-        for number, key in enumerate(keys):
-            if key in keys[:number]:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is there twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def _read(path: Path) -> Any:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise DeviceError(f"{path}: there is no such device file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DeviceError(f"{path}: cannot be read as a text file: {error}") from None
-    try:
-        return yaml.load(text, UniqueKeys)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date
-        raise DeviceError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
-
-
 def _check_keys(file: str, prefix: str, tree: Any, allowed: Iterable[str], required: Iterable[str]) -> None:
-    if not isinstance(tree, dict):
-        where = f"key {prefix.rstrip('.')!r}" if prefix else "the file"
-        raise DeviceError(f"{file}: {where} must be a map with {', '.join(required)}, got {reprlib.repr(tree)}")
-    for key in tree:
-        if key not in allowed:
-            raise DeviceError(f"{file}: {unknown('key', f'{prefix}{key}', [f'{prefix}{k}' for k in allowed])}")
-    for key in required:
-        if key not in tree:
-            form = f"; write it as {FORM}" if prefix else ""
-            raise DeviceError(f"{file}: key '{prefix}{key}' is missing{form}")
-
-
-def _section(file: str, section: str, tree: Any) -> dict[str, float]:
-    rules = SECTIONS[section]
-    _check_keys(file, f"{section}.", tree, rules, rules)
-    return {key: _number(file, f"{section}.{key}", tree[key], rule) for key, rule in rules.items()}
+    reader = Reader(file)
+    reader.check_map(prefix.rstrip("."), tree, allowed, required)
+    reader.finish()
 
 
 def _number(file: str, key: str, entry: Any, rule: Rule) -> float:
-    fields = ("value", "provenance", "source")
-    if not isinstance(entry, dict):
-        raise DeviceError(f"{file}: key {key!r} must be {FORM}, got {reprlib.repr(entry)}")
-    _check_keys(file, f"{key}.", entry, fields, fields)
-    if entry["provenance"] not in PROVENANCES:
-        raise DeviceError(f"{file}: {unknown(f'{key}.provenance', entry['provenance'], PROVENANCES)}")
-    if not isinstance(entry["source"], str) or not entry["source"].strip():
-        raise DeviceError(f"{file}: key '{key}.source' must say where the value is from, got {entry['source']!r}")
-    value, (allowed, holds) = entry["value"], rule
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise DeviceError(f"{file}: key '{key}.value' must be a number {allowed}, got {value!r}{_notation(value)}")
-    if not (math.isfinite(value) if isinstance(value, float) else abs(value) < 1e300) or not holds(value):
-        raise DeviceError(f"{file}: key '{key}.value' must be a finite number {allowed}, got {value!r}")
-    return float(value)
-
-
-def _notation(value: object) -> str:
-    """YAML 1.1 reads 1e9 as text, which looks like a number to everyone else."""
-    try:
-        return f" (YAML reads this as text; write {float(value):f})" if isinstance(value, str) else ""
-    except ValueError:
-        return ""
+    reader = Reader(file)
+    value = reader.number(key, entry, rule)
+    reader.finish()
+    return value

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from devices.errors import unknown
-from devices.profile import UniqueKeys
+from devices.profile_file import UniqueKeys
 from fedsim.errors import ConfigError
 from fedsim.metrics import ACCURACY
 from fedsim.parameters import said

@@ -13,7 +13,7 @@ from typing import Any
 from devices.compression.channels import Kept
 from devices.compression.prune import largest_ratio
 from devices.errors import unknown
-from devices.profile import KINDS, profile_names
+from devices.profile import KINDS, kind_named, profile_names
 from fedsim.errors import ConfigError
 from fedsim.messages import Broadcast
 from fedsim.network import Enrolled
@@ -60,9 +60,10 @@ class WidthStrategy(SubnetStrategy):
         for name, ratio in (tiers or {}).items():
             if not _is_ratio(ratio):
                 raise ConfigError(f"strategy.tiers.{name} must be in (0, 1], got {ratio!r}")
-            if name not in KINDS and name not in profile_names():
+            if kind_named(name) not in KINDS and name not in profile_names():
                 raise ConfigError(unknown("device or kind in strategy.tiers", name, [*KINDS, *profile_names()]))
-        self.levels, self.assign, self.tiers, self.step_ms = list(levels), assign, dict(tiers or {}), step_ms
+        self.tiers = {kind_named(name): ratio for name, ratio in (tiers or {}).items()}
+        self.levels, self.assign, self.step_ms = list(levels), assign, step_ms
         self._ratios: dict[int, float] = {}
 
     def choose(self, round: int, client: Enrolled) -> Kept:

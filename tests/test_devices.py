@@ -12,6 +12,7 @@ import yaml
 from devices.cost import FlopsLatency, Jitter, NetworkCost, Passes, Work
 from devices.errors import DeviceError
 from devices.profile import KINDS, PROVENANCES, SHIPPED, load_profile, profile_names
+from devices.profile_file import FIGURES, Reader
 
 WORK = Work(
     (Passes(NetworkCost("net", 1e6, 2e6, 0, 0), 10, 100, 100),), 2**32, down_bytes=10_000_000, up_bytes=5_000_000
@@ -167,18 +168,18 @@ def edited(tmp_path, key: str, value: object) -> str:
 
 
 RATE = "compute.rate_gmacs_per_s"
-NUMBER = f"key '{RATE}.value' must be a number above 0, got"
-FINITE = f"key '{RATE}.value' must be a finite number above 0, got"
+BOUNDS = "a number from 0.000001 to 10000000 (1e9 multiply-adds per s on small networks, in effect)"
+NUMBER = f"key '{RATE}.value' must be {BOUNDS}, got"
 
 
 @pytest.mark.parametrize(
     ("key", "value", "sentence"),
     [
-        (f"{RATE}.value", 0, f"{FINITE} 0"),
-        (f"{RATE}.value", -2.5, f"{FINITE} -2.5"),
-        (f"{RATE}.value", math.inf, f"{FINITE} inf"),
-        (f"{RATE}.value", math.nan, f"{FINITE} nan"),
-        (f"{RATE}.value", 10**400, f"{FINITE} 1000"),
+        (f"{RATE}.value", 0, f"{NUMBER} 0"),
+        (f"{RATE}.value", -2.5, f"{NUMBER} -2.5"),
+        (f"{RATE}.value", math.inf, f"{NUMBER} inf"),
+        (f"{RATE}.value", math.nan, f"{NUMBER} nan"),
+        (f"{RATE}.value", 10**400, f"{NUMBER} 1000"),
         (f"{RATE}.value", True, f"{NUMBER} True"),
         (f"{RATE}.value", None, f"{NUMBER} None"),
         (f"{RATE}.value", "fast", f"{NUMBER} 'fast'"),
@@ -187,18 +188,36 @@ FINITE = f"key '{RATE}.value' must be a finite number above 0, got"
         (f"{RATE}.provenance", "guessed", f"unknown {RATE}.provenance 'guessed' (allowed: assumed, dataset,"),
         (f"{RATE}.source", "", f"key '{RATE}.source' must say where the value is from, got ''"),
         (f"{RATE}.unit", "x", f"unknown key '{RATE}.unit'"),
-        (RATE, 5.0, f"key '{RATE}' must be {{value: ..., provenance: measured|dataset|datasheet|assumed, source"),
-        (RATE, ..., f"key '{RATE}' is missing"),
+        (RATE, "fast", f"key '{RATE}' must be {BOUNDS}, or {{value: ..., provenance: measured|dataset|datasheet|"),
+        (RATE, [5.0], f"key '{RATE}' must be {BOUNDS}, or {{value: ..., provenance: measured|dataset|datasheet|"),
+        (RATE, 2e7, f"key '{RATE}' must be {BOUNDS}, got 20000000.0"),
+        (RATE, ..., f"key '{RATE}' is missing; write a number, or {{value: ..., provenance: measured|dataset|"),
         ("compute.rate_gmac_per_s", 1, f"unknown key 'compute.rate_gmac_per_s'; did you mean '{RATE}'?"),
         ("compute", 3, "key 'compute' must be a map with rate_gmacs_per_s, jitter_sigma, got 3"),
         ("power", ..., "key 'power' is missing"),
         ("powr", {}, "unknown key 'powr'; did you mean 'power'?"),
         ("kind", "phon", "unknown kind 'phon'; did you mean 'phone'?"),
+        (
+            "compute.threads",
+            2.5,
+            "key 'compute.threads' must be a whole number from 1 to 4096 (threads that compute), got",
+        ),
+        ("power.tail_s", 61, "key 'power.tail_s' must be a number from 0 to 60 (s that the radio stays awake after"),
+        ("isa", "ARM", "unknown isa 'ARM' (allowed: arm, gpu, mcu, none, x86)"),
+        ("soc", 2711, "key 'soc' must be text, got 2711"),
         ("kind", ["phone"], "unknown kind \"['phone']\""),
         ("name", 5, "key 'name' must be text, got 5"),
-        ("memory.usable_fraction.value", 1.5, "key 'memory.usable_fraction.value' must be a finite number in (0, 1], "),
+        (
+            "memory.usable_fraction.value",
+            1.5,
+            "key 'memory.usable_fraction.value' must be a number from 0.001 to 1 (share of it",
+        ),
         ("memory.runtime_mb.value", 4096, "memory.runtime_mb (4096) must be below memory.ram_mb (4096) times memory."),
-        ("network.rtt_ms.value", -1, "key 'network.rtt_ms.value' must be a finite number 0 or above, got -1"),
+        (
+            "network.rtt_ms.value",
+            -1,
+            "key 'network.rtt_ms.value' must be a number from 0 to 10000 (ms of a round trip to the server), got -1",
+        ),
     ],
 )
 def test_wrong_device_file_is_refused_with_its_name_and_key(tmp_path, key: str, value: object, sentence: str):
@@ -207,6 +226,99 @@ def test_wrong_device_file_is_refused_with_its_name_and_key(tmp_path, key: str, 
         load_profile(path)
     assert str(caught.value).startswith(f"{path}: ")
     assert "\n" not in str(caught.value)
+
+
+def test_everything_that_is_wrong_in_a_file_is_told_at_once(tmp_path):
+    path = tmp_path / "mine.yaml"
+    tree = yaml.safe_load((SHIPPED / "reference.yaml").read_text())
+    tree["kind"], tree["power"]["compute_w"]["value"], tree["network"]["up_mbps"] = "fone", 5000, "slow"
+    tree["compute"]["treads"] = tree["compute"].pop("rate_gmacs_per_s")
+    tree["latency"]["scaled"]["device"] = "pixel4"
+    path.write_text(yaml.safe_dump(tree))
+    with pytest.raises(DeviceError) as caught:
+        load_profile(path)
+    first, *others = str(caught.value).splitlines()
+    assert first == f"{path}: 6 problems:"
+    assert [other.split()[0] for other in others] == ["1.", "2.", "3.", "4.", "5.", "6."]
+    text = str(caught.value)
+    assert "unknown kind 'fone'; did you mean 'phone'?" in text
+    assert "unknown key 'compute.treads'; did you mean 'compute.threads'?" in text
+    assert "key 'compute.rate_gmacs_per_s' is missing" in text
+    assert "key 'network.up_mbps' must be a number from 0.001 to 100000 (Mbit/s from the device), or {value" in text
+    assert "key 'power.compute_w.value' must be a number from 0 to 2000 (W of the whole device while training)" in text
+    assert "unknown device 'pixel4'; did you mean 'pixel3'?" in text
+
+
+@pytest.mark.parametrize(("section", "key"), [(section, key) for section in FIGURES for key in FIGURES[section]])
+def test_bounds_of_a_figure_are_allowed_and_what_is_beyond_is_not(section: str, key: str):
+    figure = FIGURES[section][key]
+    beyond = [figure.low - 1 if figure.low else -1e-9, math.nextafter(figure.high, math.inf), math.inf, math.nan]
+    for value in (figure.low, figure.high, *beyond):
+        reader = Reader("mine.yaml")
+        reader.section(section, {key: value}, {key: figure})
+        assert bool(reader.problems) == (value not in (figure.low, figure.high))
+
+
+def test_devices_at_both_ends_of_the_market_are_within_the_bounds(tmp_path):
+    """A microcontroller with 2 KB at 16 MHz on a slow radio, and a server card of 1,000 W with 192 GB on 100 Gbit/s."""
+    small = {"rate": 5e-5, "ram": 0.002, "mbps": 0.005, "rtt": 5000, "watts": 0.02}
+    large = {"rate": 1.2e6, "ram": 196_608, "mbps": 100_000, "rtt": 0.01, "watts": 1000}
+    for of in (small, large):
+        (tmp_path / "mine.yaml").write_text(
+            f"""
+            name: mine
+            kind: mcu
+            compute: {{rate_gmacs_per_s: {of["rate"]:f}, jitter_sigma: 0}}
+            memory: {{ram_mb: {of["ram"]}, usable_fraction: 0.9, runtime_mb: 0}}
+            network: {{down_mbps: {of["mbps"]}, up_mbps: {of["mbps"]}, rtt_ms: {of["rtt"]}, jitter_sigma: 0.5}}
+            power: {{compute_w: {of["watts"]}, rx_w: {of["watts"]}, tx_w: {of["watts"]}, idle_w: 0.00001}}
+            """
+        )
+        assert load_profile(tmp_path / "mine.yaml").compute_watts == of["watts"]
+
+
+def test_plain_numbers_are_assumed_and_so_are_defaults(tmp_path):
+    profile = load_profile(edited(tmp_path, RATE, 5))
+    assert profile.flops_per_s == 10e9
+    assert RATE in profile.assumed
+    assert {"compute.threads", "network.setup_round_trips", "power.tail_s"} < set(profile.assumed)
+    assert not {"compute.peak_gmacs_per_s", "power.base_w", "power.pj_per_mac"} & set(profile.assumed)
+    known = edited(tmp_path, RATE, {"value": 5, "provenance": "recalled", "source": "a page"})
+    assert RATE not in load_profile(known).assumed
+
+
+def test_profile_of_the_old_schema_costs_what_it_did():
+    """One round trip per transfer, no joules for bytes, no tail, one thread."""
+    old = load_profile("reference")
+    assert (old.setup_round_trips, old.threads, old.isa, old.soc) == (1, 1, "none", "")
+    assert (old.rx_joules_per_byte, old.tx_joules_per_byte, old.tail_watts, old.tail_s) == (0, 0, 0, 0)
+    assert (old.peak_macs_per_s, old.memory_bytes_per_s, old.base_watts) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "field", "in_si"),
+    [
+        ("compute.threads", 4, "threads", 4),
+        ("compute.peak_gmacs_per_s", 24, "peak_macs_per_s", 24e9),
+        ("compute.memory_gb_per_s", 12.8, "memory_bytes_per_s", 12.8e9),
+        ("network.setup_round_trips", 3, "setup_round_trips", 3),
+        ("network.spread_sigma", 0.54, "spread_sigma", 0.54),
+        ("power.rx_mw_per_mbps", 13, "rx_joules_per_byte", 13e-3 / 125_000),  # W for 1 Mbit/s, which is 125,000 bytes/s
+        ("power.tx_mw_per_mbps", 82, "tx_joules_per_byte", 82e-3 / 125_000),
+        ("power.tail_w", 1.06, "tail_watts", 1.06),
+        ("power.tail_s", 11.6, "tail_s", 11.6),
+        ("power.base_w", 90, "base_watts", 90),
+        ("power.pj_per_mac", 3, "joules_per_mac", 3e-12),
+        ("power.pj_per_byte", 40, "joules_per_byte", 40e-12),
+        ("soc", "BCM2711", "soc", "BCM2711"),
+        ("isa", "arm", "isa", "arm"),
+        ("kind", "desktop_gpu", "kind", "gpu"),
+        ("kind", "mcu", "kind", "mcu"),
+    ],
+)
+def test_key_of_a_file_ends_in_its_field(tmp_path, key: str, value: object, field: str, in_si: object):
+    found = getattr(load_profile(edited(tmp_path, key, value)), field)
+    assert found == (pytest.approx(in_si) if isinstance(in_si, float) else in_si)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from fedsim.report import weights_sha256
 from fedsim.settings import build_world
 from fedsim.slices import BITS, KEPT
 from strategies.edge import EdgeStrategy, mean_by_coordinate
+from strategies.widths import WidthStrategy
 
 WIDE = ("fleet=uniform", "trainer.momentum=0.5", "trainer.weight_decay=0.001", "trainer.batch_size=4")
 IMAGES = ("workload.input_shape=[1,12,12]", "model.memory_format=channels_last")
@@ -409,3 +410,7 @@ def test_records_are_those_that_the_docstring_names(federation):
     assert {name for name, r in part.items() if not isinstance(r, ConfigRecord)} == {ARRAYS, KEPT}
     assert isinstance(part, RecordDict)
     assert record_of({BITS: made.strategy.slices.groups.pack(made.strategy.sent[first])}) == part[KEPT]
+
+
+def test_tier_of_graphics_cards_may_have_its_old_name():
+    assert WidthStrategy([1.0, 0.5], tiers={"desktop_gpu": 0.5}).tiers == {"gpu": 0.5}

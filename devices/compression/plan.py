@@ -18,7 +18,7 @@ from devices.compression.prune import ROUND_TO, channel_scores, strongest
 from devices.compression.quantise import quantise
 from devices.compression.sizes import dense_bytes, nonzero_bytes, wire_bytes
 from devices.errors import DeviceError, unknown
-from devices.profile import KINDS, DeviceProfile, profile_names
+from devices.profile import KINDS, DeviceProfile, kind_named, profile_names
 
 ORDERS = ("strongest", "first")
 
@@ -116,13 +116,13 @@ class CompressionPlan:
         self.usual = Recipe(keep, sparsity, bits)
         self.tiers: dict[str, Recipe] = {}
         for name, tier in (tiers or {}).items():
-            if name not in KINDS and name not in profile_names():
+            if kind_named(name) not in KINDS and name not in profile_names():
                 raise DeviceError(unknown("device or kind in compression.tiers", name, [*KINDS, *profile_names()]))
             for key in tier:
                 if key not in vars(self.usual):
                     raise DeviceError(unknown(f"setting in compression.tiers.{name}", key, vars(self.usual)))
             changes: dict[str, Any] = dict(tier)
-            self.tiers[name] = replace(self.usual, **changes)
+            self.tiers[kind_named(name)] = replace(self.usual, **changes)
         self.order, self.round_to, self.floor = order, round_to, floor
 
     @property

@@ -1,0 +1,291 @@
+"""The YAML file of a device or a link: which numbers it may hold, within which bounds, and what is wrong in one.
+
+May import: the standard library, yaml and this package. `FIGURES` is the whole schema: checks, defaults and the
+comments of `fedsim devices new` come from it.
+"""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from devices.errors import DeviceError, unknown
+
+PROVENANCES = ("measured", "dataset", "datasheet", "derived", "recalled", "assumed")
+FORM = f"{{value: ..., provenance: {'|'.join(PROVENANCES)}, source: ...}}"
+BYTES_PER_MBIT = 1e6 / 8  # of network, as links are sold
+JOULES_PER_BYTE = 8e-9  # one mW per Mbit/s: 1e-3 J for each 1e6 bits
+MAX_RAM_MB = 4 * 2**20  # 4 TB
+
+Rule = tuple[str, Callable[[float], bool]]  # how the sentence says it, and the test
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number of a file; its bounds are wide enough for every device that is sold, and catch a wrong unit.
+
+    Attributes:
+        field: of a `DeviceProfile` or `Link`, where the number goes times `scale`.
+        meaning: unit and meaning in a few words.
+        low, high: the least and the most that is allowed.
+        required: whether the file must have it.
+        default: what counts where it is left out; None leaves the field as it is.
+        whole: no fractions.
+    """
+
+    field: str
+    meaning: str
+    low: float
+    high: float
+    required: bool = True
+    default: float | None = None
+    scale: float = 1.0
+    whole: bool = False
+
+    @property
+    def rule(self) -> Rule:
+        """The bounds as a sentence and a test."""
+        kind = "a whole number" if self.whole else "a number"
+        sentence = f"{kind} from {_plain(self.low)} to {_plain(self.high)} ({self.meaning})"
+        return sentence, lambda x: self.low <= x <= self.high and not (self.whole and x != int(x))
+
+    def in_si(self, value: float) -> float:
+        """The number in the unit of its field."""
+        return int(value) if self.whole else value * self.scale
+
+
+def _optional(field: str, meaning: str, low: float, high: float, default: float | None, scale: float = 1.0) -> Figure:
+    return Figure(field, meaning, low, high, False, default, scale)
+
+
+NETWORK: Mapping[str, Figure] = {
+    "down_mbps": Figure("down_bytes_per_s", "Mbit/s to the device", 1e-3, 1e5, scale=BYTES_PER_MBIT),
+    "up_mbps": Figure("up_bytes_per_s", "Mbit/s from the device", 1e-3, 1e5, scale=BYTES_PER_MBIT),
+    "rtt_ms": Figure("rtt_s", "ms of a round trip to the server", 0, 10_000, scale=1e-3),
+    "jitter_sigma": Figure("jitter_sigma", "sigma of the lognormal factor on a transfer's seconds", 0, 3),
+    "setup_round_trips": _optional(
+        "setup_round_trips", "round trips before the first byte; TCP, TLS 1.3 and request are 3", 0, 20, 1
+    ),
+    "spread_sigma": _optional("spread_sigma", "sigma of the lognormal factor between clients' bandwidths", 0, 3, 0.6),
+}
+RADIO: Mapping[str, Figure] = {
+    "rx_mw_per_mbps": _optional(
+        "rx_joules_per_byte", "mW for each Mbit/s received, beside rx_w", 0, 1e5, 0, JOULES_PER_BYTE
+    ),
+    "tx_mw_per_mbps": _optional(
+        "tx_joules_per_byte", "mW for each Mbit/s sent, beside tx_w", 0, 1e5, 0, JOULES_PER_BYTE
+    ),
+    "tail_w": _optional("tail_watts", "W of the radio awake after a transfer, beside the device", 0, 20, 0),
+    "tail_s": _optional("tail_s", "s that the radio stays awake after a transfer", 0, 60, 0),
+}
+FIGURES: Mapping[str, Mapping[str, Figure]] = {
+    "compute": {
+        "rate_gmacs_per_s": Figure(
+            "flops_per_s", "1e9 multiply-adds per s on small networks, in effect", 1e-6, 1e7, scale=2e9
+        ),
+        "jitter_sigma": Figure("compute_jitter_sigma", "sigma of the lognormal factor on compute seconds", 0, 3),
+        "threads": Figure("threads", "threads that compute", 1, 4096, False, 1, whole=True),
+        "peak_gmacs_per_s": _optional(
+            "peak_macs_per_s", "1e9 multiply-adds per s in fp32 at these threads, in theory", 1e-6, 1e7, None, 1e9
+        ),
+        "memory_gb_per_s": _optional(
+            "memory_bytes_per_s", "1e9 bytes per s of the memory, in theory", 1e-3, 1e5, None, 1e9
+        ),
+    },
+    "memory": {
+        "ram_mb": Figure("ram_mb", "MB of 2**20 bytes; a card's own for a GPU", 1e-3, MAX_RAM_MB),
+        "usable_fraction": Figure("usable_fraction", "share of it that training may take", 1e-3, 1),
+        "runtime_mb": Figure("runtime_mb", "MB that the training runtime takes of that share", 0, MAX_RAM_MB),
+    },
+    "network": NETWORK,
+    "power": {
+        "compute_w": Figure("compute_watts", "W of the whole device while training", 0, 2000),
+        "rx_w": Figure("rx_watts", "W of the whole device while receiving", 0, 2000),
+        "tx_w": Figure("tx_watts", "W of the whole device while sending", 0, 2000),
+        "idle_w": Figure("idle_watts", "W of the whole device while waiting", 0, 2000),
+        **RADIO,
+        "base_w": _optional("base_watts", "W of a GPU that runs a kernel, without its arithmetic", 0, 2000, None),
+        "pj_per_mac": _optional("joules_per_mac", "pJ of a multiply-add, beside base_w", 0, 1e7, None, 1e-12),
+        "pj_per_byte": _optional(
+            "joules_per_byte", "pJ of a byte of activations and weights, beside base_w", 0, 1e6, None, 1e-12
+        ),
+    },
+    "reliability": {"failures_per_min": _optional("failures_per_min", "crashes per minute at work", 0, 60, 0)},
+}
+
+
+class Reader:
+    """Takes values out of a file's tree and notes what is wrong, so that a user hears of all of it at once.
+
+    Args:
+        file: named in the error.
+
+    Attributes:
+        problems: one sentence each.
+        assumed: keys whose provenance is `assumed`; a plain number has that one.
+    """
+
+    def __init__(self, file: str):
+        self.file = file
+        self.problems: list[str] = []
+        self.assumed: list[str] = []
+
+    def check_map(self, key: str, tree: Any, allowed: Iterable[str], required: Iterable[str], form: str = "") -> bool:
+        """Notes keys that are unknown or missing; whether `tree` is a map at all.
+
+        Args:
+            key: of the map itself, "" for the whole file.
+            tree: what came.
+            allowed: its keys.
+            required: those that must be there.
+            form: how a missing one is written.
+        """
+        allowed, required = list(allowed), list(required)
+        if not isinstance(tree, dict):
+            where = f"key {key!r}" if key else "the file"
+            self.problems.append(f"{where} must be a map with {', '.join(required)}, got {reprlib.repr(tree)}")
+            return False
+        prefix = f"{key}." if key else ""
+        strange = [str(k) for k in tree if k not in allowed]
+        names = [f"{prefix}{k}" for k in allowed]
+        self.problems += [unknown("key", f"{prefix}{k}", names) for k in strange]
+        meant = {near for k in strange for near in get_close_matches(f"{prefix}{k}", names, n=1)}
+        for k in required:
+            if k not in tree and f"{prefix}{k}" not in meant:
+                self.problems.append(f"key '{prefix}{k}' is missing{form}")
+        return True
+
+    def number(self, key: str, entry: Any, rule: Rule) -> float:
+        """A plain number or {value, provenance, source}; not a number if that is wrong."""
+        sentence, holds = rule
+        provenance: Any = "assumed"
+        value = entry
+        if isinstance(entry, dict):
+            fields, before = ("value", "provenance", "source"), len(self.problems)
+            self.check_map(key, entry, fields, fields, f"; write it as {FORM}")
+            value, provenance = entry.get("value"), entry.get("provenance")
+            if "provenance" in entry and provenance not in PROVENANCES:
+                self.problems.append(unknown(f"{key}.provenance", provenance, PROVENANCES))
+            if "source" in entry and (not isinstance(entry["source"], str) or not entry["source"].strip()):
+                self.problems.append(f"key '{key}.source' must say where the value is from, got {entry['source']!r}")
+            if "value" not in entry:
+                return math.nan
+            where = f"{key}.value"
+            failed = len(self.problems) > before
+        else:
+            where, failed = key, False
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            form = "" if isinstance(entry, dict) else f", or {FORM}"
+            self.problems.append(f"key {where!r} must be {sentence}{form}, got {_shown(value)}{_notation(value)}")
+            return math.nan
+        if not (math.isfinite(value) if isinstance(value, float) else abs(value) < 1e300) or not holds(value):
+            self.problems.append(f"key {where!r} must be {sentence}, got {_shown(value)}")
+            return math.nan
+        if provenance == "assumed" and not failed:
+            self.assumed.append(key)
+        return float(value)
+
+    def section(
+        self, key: str, tree: Any, figures: Mapping[str, Figure], free: Iterable[str] = (), besides: Iterable[str] = ()
+    ) -> dict[str, float]:
+        """The numbers of a map of figures that are there, by key.
+
+        Args:
+            key: of the map.
+            tree: what came.
+            figures: what it may hold.
+            free: required figures that may be missing this time.
+            besides: keys that are no figures.
+        """
+        required = [k for k, figure in figures.items() if figure.required and k not in free]
+        if not self.check_map(key, tree, (*figures, *besides), required, f"; write a number, or {FORM}"):
+            return {}
+        return {k: self.number(f"{key}.{k}", tree[k], figure.rule) for k, figure in figures.items() if k in tree}
+
+    def text(self, tree: Mapping[str, Any], key: str) -> str:
+        """A text; empty where there is none."""
+        if key in tree and (not isinstance(tree[key], str) or not tree[key].strip()):
+            self.problems.append(f"key {key!r} must be text, got {_shown(tree[key])}")
+        return str(tree.get(key, ""))
+
+    def choice(
+        self,
+        tree: Mapping[str, Any],
+        key: str,
+        options: Iterable[str],
+        default: str = "",
+        also: Mapping[str, str] | None = None,
+    ) -> str:
+        """One of some words; `also` has older words for them."""
+        options, word = list(options), tree.get(key, default)
+        if isinstance(word, str) and also and word in also:
+            return also[word]
+        if key in tree and word not in options:
+            self.problems.append(unknown(key, word, options))
+        return str(word)
+
+    def finish(self) -> None:
+        """Ends the reading.
+
+        Raises:
+            DeviceError: if something is wrong: one line, or a list under a line that names the file.
+        """
+        if len(self.problems) == 1:
+            raise DeviceError(f"{self.file}: {self.problems[0]}")
+        if self.problems:
+            listed = "".join(f"\n  {number}. {problem}" for number, problem in enumerate(self.problems, 1))
+            raise DeviceError(f"{self.file}: {len(self.problems)} problems:{listed}")
+
+
+class UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that stands twice in one map; YAML itself would silently take the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The map of a node, with its keys checked."""
+        keys = [key.value for key, _ in node.value]
+        for number, key in enumerate(keys):
+            if key in keys[:number]:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds.
+
+    Raises:
+        DeviceError: if there is none, or it cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise DeviceError(f"{path}: there is no such device file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DeviceError(f"{path}: cannot be read as a text file: {error}") from None
+    try:
+        return yaml.load(text, UniqueKeys)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date
+        raise DeviceError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _plain(value: float) -> str:
+    """A bound as one writes it in YAML, without an exponent."""
+    return f"{value:.6f}".rstrip("0").rstrip(".")
+
+
+def _shown(value: object) -> str:
+    return reprlib.repr(value) if isinstance(value, dict | list | int) else repr(value)
+
+
+def _notation(value: object) -> str:
+    """YAML 1.1 reads 1e9 as text, which looks like a number to everyone else."""
+    try:
+        return f" (YAML reads this as text; write {float(value):f})" if isinstance(value, str) else ""
+    except ValueError:
+        return ""
