@@ -17,6 +17,7 @@ from devices.availability import Always, Availability
 from devices.cost import Jitter
 from devices.draws import stream, uniforms
 from devices.errors import DeviceError
+from devices.links import load_link
 from devices.profile import DeviceProfile, load_profile
 
 _NORMAL = NormalDist()
@@ -36,10 +37,13 @@ class Fleet:
         seed: of every draw.
         availability: builds an Availability when called with `num_clients` and `seed`.
         speed_sigma: sigma of the lognormal factor on a client's FLOPs per second, fixed for the run.
-        network_sigma: sigma of the lognormal factor on a client's bandwidth, one draw for both ways, fixed for the run.
+        network_sigma: sigma of the lognormal factor on a client's bandwidth, one draw for both ways, fixed for the run;
+            None takes the spread of each device's own link.
+        link: a link of `devices.links` for every phone, in place of the network and radio of its profile, whatever the
+            file says there; devices at home or in an office keep theirs. None leaves phones as they are.
 
     Raises:
-        DeviceError: for an unknown device, a bad file, share or sigma.
+        DeviceError: for an unknown device, a bad file, share or sigma, an unknown link, or a link without phones.
     """
 
     def __init__(
@@ -50,19 +54,25 @@ class Fleet:
         seed: int,
         availability: Callable[..., Availability] = Always,
         speed_sigma: float = 0.15,
-        network_sigma: float = 0.6,
+        network_sigma: float | None = 0.6,
+        link: str | None = None,
     ):
         if isinstance(num_clients, bool) or not isinstance(num_clients, int) or num_clients < 1:
             raise DeviceError(f"fleet {name!r}: num_clients must be a whole number from 1 up, got {num_clients!r}")
         for key, sigma in (("speed_sigma", speed_sigma), ("network_sigma", network_sigma)):
-            if not _is_number(sigma) or sigma < 0:
+            if sigma is None and key == "network_sigma":
+                continue
+            if sigma is None or not _is_number(sigma) or sigma < 0:
                 raise DeviceError(f"fleet {name!r}: {key} must be a number from 0 up, got {sigma!r}")
         self.name, self.num_clients, self.seed = name, num_clients, seed
-        self.profiles, edges = _drawable(name, devices)
+        profiles, edges = _drawable(name, devices)
+        self.profiles = profiles if link is None else _linked(name, profiles, link)
         kinds = np.searchsorted(edges, stream(seed, "device").random(num_clients), side="right")
         self.device = kinds.astype(np.int16)  # [num_clients], index into profiles
         self.speed = _factors(seed, "speed", speed_sigma, num_clients)
-        self.bandwidth = _factors(seed, "bandwidth", network_sigma, num_clients)
+        spreads = np.array([profile.spread_sigma for profile in self.profiles])  # [devices]
+        spread = spreads[self.device] if network_sigma is None else network_sigma
+        self.bandwidth = _factors(seed, "bandwidth", spread, num_clients)
         self.availability = availability(num_clients=num_clients, seed=seed)
         self._seen: dict[int, DeviceProfile] = {}  # profiles of the clients asked for lately
 
@@ -150,8 +160,16 @@ def _drawable(name: str, devices: Mapping[str, float]) -> tuple[tuple[DeviceProf
     return profiles, shares[:-1] / shares[-1]
 
 
-def _factors(seed: int, purpose: str, sigma: float, num_clients: int) -> np.ndarray:
-    """Lognormal factors with median 1, [num_clients] float32."""
+def _linked(name: str, profiles: tuple[DeviceProfile, ...], link: str) -> tuple[DeviceProfile, ...]:
+    """The profiles, with the phones on another link."""
+    if not any(profile.kind == "phone" for profile in profiles):
+        raise DeviceError(f"fleet {name!r}: link is for phones and there are none; leave out link={link!r}")
+    chosen = load_link(link)
+    return tuple(chosen.of(profile) if profile.kind == "phone" else profile for profile in profiles)
+
+
+def _factors(seed: int, purpose: str, sigma: float | np.ndarray, num_clients: int) -> np.ndarray:
+    """Lognormal factors with median 1, [num_clients] float32; sigma is one for all, or [num_clients]."""
     return np.exp(sigma * stream(seed, purpose).standard_normal(num_clients)).astype(np.float32)
 
 

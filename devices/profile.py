@@ -8,10 +8,14 @@ has the same keys, all of them in `devices.profile_file.FIGURES`. A number is pl
     soc: BCM2711                             # may be left out, like `isa: arm`
     compute: {rate_gmacs_per_s: {value: 2.0, provenance: measured, source: "my bench"}, jitter_sigma: 0.15}
     memory: {ram_mb: 4096, usable_fraction: 0.6, runtime_mb: 120}
-    network: {down_mbps: 72, up_mbps: 38, rtt_ms: 21, jitter_sigma: 0.2}
+    network: {down_mbps: 72, up_mbps: 38, rtt_ms: 21, jitter_sigma: 0.2}   # or {link: wifi}, see below
     power: {compute_w: 6.4, rx_w: 3.2, tx_w: 3.4, idle_w: 2.7}
     reliability: {failures_per_min: 0}       # may be left out: the device never crashes
     latency: ...                             # may be left out: see `LatencyFacts`; then only `latency=flops` can price
+
+`network.link` names a link of `devices/links.yaml` and stands for all figures of the network and the radio, rx_w and
+tx_w among them. Figures that stand beside it win, one by one; rx_w and tx_w hold at every rate, so they win over the
+slopes rx_mw_per_mbps and tx_mw_per_mbps of the link too.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from devices.errors import DeviceError, unknown
+from devices.links import Link, load_link
 from devices.profile_file import FIGURES, PROVENANCES, Reader, Rule, read_yaml
 
 SHIPPED = Path(__file__).parent / "profiles"
@@ -99,6 +104,7 @@ class DeviceProfile:
         joules_per_mac: of a multiply-add, beside `base_watts`.
         joules_per_byte: of a byte of activations and weights, beside `base_watts`.
         spread_sigma: sigma of the lognormal factor between the bandwidths of clients with this device.
+        link: name of the link that the network and radio figures come from, or None.
         assumed: keys of the file whose figure nobody measured, defaults included, e.g. "power.tail_s".
     """
 
@@ -132,6 +138,7 @@ class DeviceProfile:
     joules_per_mac: float = 0.0
     joules_per_byte: float = 0.0
     spread_sigma: float = 0.6
+    link: str | None = None
     assumed: tuple[str, ...] = ()
 
 
@@ -181,28 +188,53 @@ def parse_profile(tree: Any, file: str) -> DeviceProfile:
     name, soc = reader.text(tree, "name"), reader.text(tree, "soc")
     kind = reader.choice(tree, "kind", KINDS, also=OLD_KINDS)
     isa = reader.choice(tree, "isa", ISAS, default="none")
+    link, free = _link(reader, tree.get("network"))
     given = {
-        section: reader.section(section, tree[section], FIGURES[section]) for section in FIGURES if section in tree
+        section: reader.section(section, tree[section], figures, free, ("link",) if section == "network" else ())
+        for section, figures in FIGURES.items()
+        if section in tree
     }
     latency = _latency_of(reader, tree["latency"]) if "latency" in tree else None
     memory_bytes = _memory_bytes(reader, given.get("memory", {}))
     reader.finish()
-    fields, assumed = _fields(given, reader.assumed)
+    fields, assumed = _fields(given, reader.assumed, link)
     return DeviceProfile(
         name=name, kind=kind, soc=soc, isa=isa, memory_bytes=memory_bytes, latency=latency, assumed=assumed, **fields
     )
 
 
-def _fields(given: Mapping[str, Mapping[str, float]], assumed: Iterable[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Fields of a DeviceProfile from the figures of a file and the defaults of the rest; keys of the assumed ones."""
-    fields: dict[str, Any] = {}
-    found = []
+def _link(reader: Reader, network: Any) -> tuple[Link | None, tuple[str, ...]]:
+    """The link that a network section names, and the keys that may be missing beside it."""
+    if not isinstance(network, dict) or "link" not in network:
+        return None, ()
+    free = ("down_mbps", "up_mbps", "rtt_ms", "jitter_sigma", "rx_w", "tx_w")
+    try:
+        return load_link(network["link"]), free
+    except DeviceError as error:
+        reader.problems.append(f"key 'network.link': {error}")
+        return None, free
+
+
+def _fields(
+    given: Mapping[str, Mapping[str, float]], assumed: Iterable[str], link: Link | None
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Fields of a DeviceProfile from the figures of a file, its link, and the defaults; keys of the assumed ones."""
+    power = given["power"]
+    fields: dict[str, Any] = link.fields(power["idle_w"]) if link else {}
+    for way in ("rx", "tx"):
+        if f"{way}_w" in power:
+            fields.pop(f"{way}_joules_per_byte", None)
+    linked, found = set(fields), []
     for section, figures in FIGURES.items():
         for key, figure in figures.items():
-            name, value = f"{section}.{key}", given.get(section, {}).get(key, figure.default)
+            name, own = f"{section}.{key}", given.get(section, {}).get(key)
+            if own is None and figure.field in linked:
+                found += [name] if link and name in link.assumed else []
+                continue
+            value = figure.default if own is None else own
             if value is None:
                 continue
-            if name in assumed or key not in given.get(section, {}):
+            if own is None or name in assumed:
                 found.append(name)
             if section != "memory":
                 fields[figure.field] = figure.in_si(value)
