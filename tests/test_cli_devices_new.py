@@ -1,0 +1,105 @@
+"""`fedsim devices new`: the file that it writes is a device of one's own."""
+
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pandas
+import pytest
+import yaml
+
+from devices.profile import SHIPPED, load_profile, profile_names
+from devices.profile_file import FIGURES
+from fedsim import cli
+from fedsim.cli_devices_new import commented_profile
+
+
+@pytest.fixture
+def new(tmp_path: Path, monkeypatch, capsys):
+    """Calls `fedsim devices new ARGS` in an empty folder; its code, and what it printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["fedsim", "devices", "new", *arguments])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        shown = capsys.readouterr()
+        return int(end.value.code or 0), shown.out + shown.err
+
+    return call
+
+
+@pytest.mark.parametrize("like", profile_names())
+def test_copy_of_a_shipped_device_equals_it_but_for_the_name(tmp_path: Path, like: str):
+    path = tmp_path / "mine.yaml"
+    path.write_text(commented_profile("mine", like))
+    assert load_profile(path) == replace(load_profile(like), name="mine")
+
+
+def test_copy_has_every_key_with_its_meaning_and_its_source():
+    """Those that the device leaves out stand behind a '# '; latencies are copied as they stand."""
+    text = commented_profile("mine", "raspberry_pi_4")
+    for figures in FIGURES.values():
+        for key, figure in figures.items():
+            assert f"{key}: " in text
+            assert f"  # {figure.meaning}\n" in text
+    assert "Pi Dramble benchmark table, as repeated by other pages, cores loaded" in text
+    shipped = (SHIPPED / "raspberry_pi_4.yaml").read_text()
+    assert text[text.index("latency:") :] == shipped[shipped.index("latency:") :]
+
+
+def test_figures_that_were_left_out_may_be_taken_in(tmp_path: Path):
+    path = tmp_path / "mine.yaml"
+    text = commented_profile("mine", "raspberry_pi_4")
+    for key, default in (("tail_s", "0"), ("base_w", "..."), ("setup_round_trips", "1")):
+        text = text.replace(f"# {key}: {default}", f"{key}: 3")
+    path.write_text(text.replace("  # link: ...", "  link: wifi"))
+    mine = load_profile(path)
+    assert (mine.tail_s, mine.base_watts, mine.setup_round_trips, mine.link) == (3, 3, 3, "wifi")
+
+
+def test_device_on_a_link_is_copied_with_it(tmp_path: Path):
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    tree = yaml.safe_load(commented_profile("first", "pixel3"))
+    tree |= {"network": {"link": "mobile", "rtt_ms": 50}, "power": {"compute_w": 3, "idle_w": 0.3}, "soc": "yes"}
+    del tree["reliability"], tree["latency"]
+    first.write_text(yaml.safe_dump(tree))
+    second.write_text(commented_profile("second", str(first)))
+    assert load_profile(second) == replace(load_profile(first), name="second")
+
+
+def test_command_writes_the_file_once_and_says_how_to_use_it(new):
+    code, said = new("my_board", "--like", "raspberry_pi_4")
+    assert code == 0
+    assert f"'fleet.devices={{{Path('my_board.yaml').resolve()}: 1}}'" in said
+    Path("my_board.yaml").write_text("mine")
+    code, said = new("my_board", "--like", "pixel3")
+    assert (code, said) == (2, "fedsim: my_board.yaml is there already; name another profile with --out or remove it\n")
+    assert Path("my_board.yaml").read_text() == "mine"
+
+
+def test_command_that_it_prints_runs_on_the_new_device(new, monkeypatch):
+    _, said = new("my_board", "--like", "raspberry_pi_4", "--out", "board.yaml")
+    use = shlex.split(said.split("use it: ")[1])
+    monkeypatch.setattr(sys, "argv", [*use, "workload=blobs", "rounds=1", "evaluate_every=1", "out=run"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert not end.value.code
+    rows = pandas.concat(pandas.read_parquet(path) for path in Path("run/clients").iterdir())
+    assert set(rows["device"]) == {"my_board"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["my_board", "--like", "raspberry_pi"], "unknown device 'raspberry_pi'; did you mean 'raspberry_pi_4'"),
+        (["../board", "--like", "pixel3"], "NAME must be letters, digits, '_', '-' and '.', and no shipped device"),
+        (["pixel3", "--like", "pixel3"], "no shipped device, got 'pixel3'"),
+        (["board", "--like", "pixel3", "--out", "board.txt"], "--out must end in .yaml or .yml, got 'board.txt'"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_writes_nothing(new, arguments: list[str], sentence: str):
+    code, said = new(*arguments)
+    assert (code, sentence in said, said.count("\n")) == (2, True, 1)
+    assert list(Path().iterdir()) == []
