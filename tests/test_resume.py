@@ -13,6 +13,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
+from conftest import DAILY
 from flwr.app import ArrayRecord, ConfigRecord
 from test_methods import NEEDS
 from test_methods import TINY as BLOBS
@@ -30,7 +31,7 @@ from fedsim.settings import build_world, compose, on_engine, options, settings_o
 
 FEDSIM = str(Path(sys.executable).parent / "fedsim")
 # Late and absent clients, personal layers, clients that judge: all that a run can keep between rounds.
-RICH = ("method=ditto", "evaluate_clients=2", "deadline_s=2", "fleet=phones", "rounds=5")
+RICH = ("method=ditto", "evaluate_clients=2", "deadline_s=2", "fleet=phones", *DAILY, "rounds=5")
 
 
 class EndError(Exception):
