@@ -244,11 +244,13 @@ class EdgeGrid(Grid):
 
     def state(self) -> dict[str, Any]:
         """Between two rounds, everything that later results depend on."""
-        return {"now_s": self.clock.now_s, "clients": self.store.all()}
+        clock = {"now_s": self.clock.now_s, "round_began_s": self.clock.round_began_s}
+        return {**clock, "clients": self.store.all()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Goes on where another grid of the same run was."""
         self.clock.now_s = state["now_s"]
+        self.clock.round_began_s = state.get("round_began_s")  # not in older checkpoints
         for client_id, kept in state["clients"].items():
             self.store.commit(client_id, kept)
 

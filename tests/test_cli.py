@@ -116,6 +116,7 @@ MISTAKES = {
     "true rounds": ("rounds=true", "rounds must be a whole number", "got true"),
     "accuracy above one": ("target_accuracy=2", "target_accuracy", "at most 1", "got 2"),
     "deadline in the past": ("deadline_s=-1", "deadline_s must be a number greater than 0, or null, got -1"),
+    "rounds without an end": ("round_every_s=0", "round_every_s must be a number greater than 0, or null, got 0"),
     "infinite deadline": ("deadline_s=inf", "deadline_s must be a number", "inf"),
     "cohort above population": ("cohort=1000", "cohort must be at most the 20 clients there are, got 1000"),
     "judges above population": ("evaluate_clients=21", "evaluate_clients must be at most the 20 clients"),

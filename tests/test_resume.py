@@ -129,6 +129,31 @@ def test_a_reached_limit_stays_reached(go, tmp_path: Path):
     assert [r.round for r in read_rounds(tmp_path / "whole")] == ran
 
 
+@pytest.mark.parametrize("limit", ["max_simulated_s=null", "max_simulated_s=300"])
+def test_rounds_with_time_between_them_go_on_where_they_were(go, tmp_path: Path, limit: str):
+    """Also where the last round has ended long before the limit that no other one can start before."""
+    given = (*RICH, "round_every_s=100.1", limit)
+    go("whole", *given)
+    assert len(read_rounds(tmp_path / "whole")) == (4 if "300" in limit else 6)
+    go("cut", *given, until=1)
+    go("cut", resume=True, until=2)
+    go("cut", resume=True)
+    assert comparable(tmp_path / "cut") == comparable(tmp_path / "whole")
+    (tmp_path / "cut" / "summary.json").unlink()
+    assert go("cut", resume=True) == []
+    assert comparable(tmp_path / "cut") == comparable(tmp_path / "whole")
+
+
+def test_a_checkpoint_from_before_there_was_an_interval_is_read(federation):
+    run = federation("deadline_s=2")
+    list(run.rounds())
+    state = run.state()
+    del state["grid"]["round_began_s"]
+    other = federation("deadline_s=2")
+    other.restore(run.arrays, state)
+    assert (other.grid.clock.now_s, other.grid.clock.round_began_s) == (run.grid.clock.now_s, None)
+
+
 def test_other_libraries_than_before_are_named(go, tmp_path: Path):
     go("cut", until=2)
     (state,) = (tmp_path / "cut").glob("checkpoint/*/state.json")
