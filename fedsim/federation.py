@@ -22,6 +22,7 @@ from flwr.serverapp.exception import AppExitException
 from flwr.serverapp.strategy import Strategy
 
 from devices.errors import DeviceError
+from devices.fleet import Fleet
 from fedsim import checkpoint
 from fedsim import metrics as figures
 from fedsim.checkpoint import restore_strategy, strategy_state
@@ -262,7 +263,8 @@ def run(
                 folder.flush()
                 keep()
         summary = summarise(settings, reports, totals, federation.arrays, time.perf_counter() - started)
-        workload = federation.world.workload
+        workload, fleet = federation.world.workload, federation.world.fleet
+        summary |= participation(reports, fleet)
         summary |= workload.figures(reports)
         if entries := federation.deploy():
             summary["compression"] = entries
@@ -321,6 +323,19 @@ def summarise(
         "host_s": host_s,
         "weights_sha256": weights_sha256(arrays),
         "versions": versions(),
+    }
+
+
+def participation(reports: list[RoundReport], fleet: Fleet) -> dict[str, Any]:
+    """How many clients took part in the training, and warnings that some of them could not."""
+    count, seconds, rhythm_s = len(figures.took_part(reports)), reports[-1].now_s, fleet.availability.rhythm_s
+    warned = []
+    if rhythm_s is not None and seconds < rhythm_s:
+        short = f"clients of this fleet are online at hours of their own, and the run took {seconds:.4g} simulated s"
+        warned = [f"{short}: who slept then never took part; round_every_s=600 starts six rounds an hour"]
+    return {
+        "clients": {"population": len(fleet), "took_part": count, "never": len(fleet) - count},
+        "warnings": warned,
     }
 
 
