@@ -32,6 +32,8 @@ from fedsim.settings import build_world, compose, on_engine, options, settings_o
 FEDSIM = str(Path(sys.executable).parent / "fedsim")
 # Late and absent clients, personal layers, clients that judge: all that a run can keep between rounds.
 RICH = ("method=ditto", "evaluate_clients=2", "deadline_s=2", "fleet=phones", *DAILY, "rounds=5")
+# Two of six replies are not taken: what is private goes on all the same, what the upload owes does not.
+SURPLUS = ("method=ditto", "uplink=topk", "cohort=4", "over_selection=1.5", "fleet.network_sigma=0.6", "rounds=5")
 
 
 class EndError(Exception):
@@ -77,6 +79,14 @@ def go(settings, tmp_path: Path):
 
 
 # --- the same bytes ----------------------------------------------------------------------------------------------
+
+
+def test_what_is_kept_of_replies_that_were_not_taken_goes_on_too(go, tmp_path: Path):
+    go("whole", *SURPLUS)
+    go("cut", *SURPLUS, until=2)
+    go("cut", resume=True)
+    assert comparable(tmp_path / "cut") == comparable(tmp_path / "whole")
+    assert comparable(tmp_path / "cut")[2]["outcomes"]["late"] == 10
 
 
 @pytest.mark.parametrize("until", [0, 1, 3])
@@ -262,11 +272,12 @@ def test_a_killed_command_goes_on_elsewhere(tmp_path: Path, monkeypatch):
 
 
 @pytest.mark.ray
-def test_the_rest_may_run_on_another_engine(go, tmp_path: Path):
+@pytest.mark.parametrize("given", [RICH, SURPLUS], ids=["rich", "surplus"])
+def test_the_rest_may_run_on_another_engine(go, tmp_path: Path, given: tuple[str, ...]):
     from fedsim.engines.ray import RayGrid
 
-    go("whole", *RICH)
-    go("cut", *RICH, until=2)
+    go("whole", *given)
+    go("cut", *given, until=2)
     chosen = on_engine(settings_of_run(tmp_path / "cut"), ["engine=ray", "engine.workers=2"])
     with RayGrid(app, workers=2) as engine:
         federations.run(chosen, engine, tmp_path / "cut", resume=True)
