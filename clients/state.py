@@ -15,8 +15,13 @@ from fedsim.workload import Tensors
 class ClientState(Tensors):
     """Named tensors that stay on the device from round to round.
 
-    They count as device storage, not as traffic. Keep them small: a coreset is indices, not images. What a trainer
-    changes here is stored only when the server accepts the client's reply; a late or crashed round leaves no trace.
+    They count as device storage, not as traffic. Keep them small: a coreset is indices, not images.
+
+    What a trainer changes here in `fit` or `answer` stays with the client once its local work has ended, whether or not
+    the server takes the reply: a personal model does not wait for a deadline. A round in which the client fails,
+    crashes, runs out of memory or leaves before that leaves no trace, and what `evaluate` changes is never stored.
+    Names that begin with OF_REPLY are for what must agree with the server's books, such as what a compressed update
+    still owes: they are stored only when the server takes the reply, else the client has those it had before.
     """
 
     @classmethod

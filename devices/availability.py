@@ -22,7 +22,14 @@ LOOK_AHEAD_SLOTS = 10_000
 
 
 class Availability(ABC):
-    """Whether each of `num_clients` clients is online at a simulated time, in seconds from the start of the run."""
+    """Whether each of `num_clients` clients is online at a simulated time, in seconds from the start of the run.
+
+    Attributes:
+        rhythm_s: seconds after which the habits of clients repeat, at most a day: a shorter run meets only some of
+            them. None where there is no such rhythm.
+    """
+
+    rhythm_s: float | None = None
 
     def __init__(self, num_clients: int, seed: int):
         self.num_clients, self.seed = num_clients, seed
@@ -103,6 +110,7 @@ class Diurnal(Availability):
         spread_s = 3600 * _number("availability.spread_hours", spread_hours, 0, 24)
         phase = stream(seed, "diurnal").random(num_clients)
         self.opens_s = (start_s + spread_s * phase).astype(np.float32)  # [num_clients], in [0, 48 h)
+        self.rhythm_s = DAY_S if self.window_s < DAY_S else None
 
     def _end_s(self, client_id: int, now_s: float) -> float | None:
         if self.window_s >= DAY_S:
@@ -137,6 +145,7 @@ class Trace(Availability):
         self.starts_s = np.concatenate([starts for starts, _, _ in entries])  # [spells]
         self.ends_s = np.concatenate([ends for _, ends, _ in entries])  # [spells]
         self.finish_s = np.array([finish for _, _, finish in entries])  # [entries]
+        self.rhythm_s = min(DAY_S, float(self.finish_s.max()))
 
     def _end_s(self, client_id: int, now_s: float) -> float | None:
         entry = client_id % len(self.finish_s)

@@ -16,10 +16,24 @@ class RoundTiming:
 
 
 class SimClock:
-    """The clock of a run; only `close_round` and `advance` move it."""
+    """The clock of a run; only `begin_round`, `close_round` and `advance` move it.
 
-    def __init__(self, now_s: float = 0.0):
-        self.now_s = now_s
+    Attributes:
+        round_began_s: when the last round began; None before the first.
+    """
+
+    def __init__(self, now_s: float = 0.0, round_began_s: float | None = None):
+        self.now_s, self.round_began_s = now_s, round_began_s
+
+    def next_round_s(self, every_s: float | None) -> float:
+        """When the next round can begin: now, but at the earliest `every_s` after the beginning of the one before."""
+        if every_s is None or self.round_began_s is None:
+            return self.now_s
+        return max(self.now_s, self.round_began_s + every_s)
+
+    def begin_round(self, every_s: float | None = None) -> None:
+        """Lets time pass until the next round can begin. Nobody takes part in the time between two rounds."""
+        self.now_s = self.round_began_s = self.next_round_s(every_s)
 
     def close_round(
         self, arrival_s: Mapping[int, float], deadline_s: float | None = None, keep: int | None = None

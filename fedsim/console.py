@@ -109,11 +109,12 @@ def closing_table(reports: Sequence[RoundReport]) -> Table:
 
 
 def closing_lines(summary: dict[str, Any], folder: Path) -> list[str]:
-    """Results, outcomes, the way to the target, and where the folder is: one line each."""
+    """Results, outcomes, who was never met, the way to the target, and where the folder is: one line each."""
     accuracy = summary["final"]["accuracy"]
     text = f"{accuracy:.4f}" if accuracy is not None else "not evaluated"
     seconds, traffic = summary["simulated_s"], summary["down_bytes"] + summary["up_bytes"]
     counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in summary["outcomes"].items() if count)
+    clients = summary["clients"]
     lines = [
         f"{summary['method']} on {summary['workload']}, fleet {summary['fleet']}: "
         f"test accuracy {text} after {summary['rounds']} rounds",
@@ -121,6 +122,8 @@ def closing_lines(summary: dict[str, Any], folder: Path) -> list[str]:
         f"{summary['energy_j']['total']:.1f} joules, "
         f"{traffic / 1e6:.2f} megabytes, peak memory {size(summary['peak_memory_bytes'])}",
         f"clients: {counts}; the busiest spent {energy(summary['energy_j']['max_client'])}",
+        f"clients that never took part: {clients['never']} of {clients['population']}",
+        *(f"warning: {text}" for text in summary["warnings"]),
     ]
     target = summary["to_target"]
     if target:

@@ -22,6 +22,7 @@ from flwr.serverapp.exception import AppExitException
 from flwr.serverapp.strategy import Strategy
 
 from devices.errors import DeviceError
+from devices.fleet import Fleet
 from fedsim import checkpoint
 from fedsim import metrics as figures
 from fedsim.checkpoint import restore_strategy, strategy_state
@@ -66,6 +67,7 @@ class Federation:
         self.strategy = build_strategy(settings, world.workload.num_clients)
         self.model = world.workload.build_model().to(pick_device(settings["engine"]["device"]))
         self.arrays = record_of(self.model.state_dict())
+        self.has_ended = False  # it was restored from its end
         self.private = private_names(self.model, settings["private"])
         check_plan(instantiate(settings, "compression"), self.model, world.workload.sample(2)["x"], world.fleet)
         self.grid = EdgeGrid(
@@ -94,10 +96,10 @@ class Federation:
             last, clients = self.report(0, 0.0, self.judge(0), started)
             yield last, clients
         while not self.is_last(last):
+            clock.begin_round(settings["round_every_s"])
             number, started, start_s = last.round + 1, time.perf_counter(), clock.now_s
             metrics = self.train(number)
-            over = settings["max_simulated_s"] is not None and clock.now_s >= settings["max_simulated_s"]
-            if over or number % settings["evaluate_every"] == 0 or number == settings["rounds"]:
+            if self.is_over or number % settings["evaluate_every"] == 0 or number == settings["rounds"]:
                 self.complete(number)
                 metrics |= self.judge(number) | self.ask_clients(number)
             last, clients = self.report(number, start_s, metrics, started)
@@ -106,9 +108,14 @@ class Federation:
     def is_last(self, report: RoundReport) -> bool:
         """Whether one of the limits was reached in this round."""
         settings = self.settings
-        late = settings["max_simulated_s"] is not None and report.now_s >= settings["max_simulated_s"]
         good = report.metrics.get(figures.ACCURACY, 0.0) >= (settings["target_accuracy"] or 2.0)
-        return report.round >= settings["rounds"] or (report.round > 0 and (late or good))
+        return self.has_ended or report.round >= settings["rounds"] or (report.round > 0 and (self.is_over or good))
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the simulated time is used up before another round can begin."""
+        limit_s, clock = self.settings["max_simulated_s"], self.grid.clock
+        return limit_s is not None and clock.next_round_s(self.settings["round_every_s"]) >= limit_s
 
     def state(self) -> dict[str, Any]:
         """Between two rounds, what the rounds to come depend on, beside the settings and `arrays`."""
@@ -116,7 +123,7 @@ class Federation:
 
     def restore(self, arrays: ArrayRecord, state: dict[str, Any] | None) -> None:
         """Goes on where another federation with the same settings was; without a state, where no round follows."""
-        self.arrays = arrays
+        self.arrays, self.has_ended = arrays, state is None
         if state is None:
             return
         self.grid.restore(state["grid"])
@@ -256,7 +263,8 @@ def run(
                 folder.flush()
                 keep()
         summary = summarise(settings, reports, totals, federation.arrays, time.perf_counter() - started)
-        workload = federation.world.workload
+        workload, fleet = federation.world.workload, federation.world.fleet
+        summary |= participation(reports, fleet)
         summary |= workload.figures(reports)
         if entries := federation.deploy():
             summary["compression"] = entries
@@ -315,6 +323,19 @@ def summarise(
         "host_s": host_s,
         "weights_sha256": weights_sha256(arrays),
         "versions": versions(),
+    }
+
+
+def participation(reports: list[RoundReport], fleet: Fleet) -> dict[str, Any]:
+    """How many clients took part in the training, and warnings that some of them could not."""
+    count, seconds, rhythm_s = len(figures.took_part(reports)), reports[-1].now_s, fleet.availability.rhythm_s
+    warned = []
+    if rhythm_s is not None and seconds < rhythm_s:
+        short = f"clients of this fleet are online at hours of their own, and the run took {seconds:.4g} simulated s"
+        warned = [f"{short}: who slept then never took part; round_every_s=600 starts six rounds an hour"]
+    return {
+        "clients": {"population": len(fleet), "took_part": count, "never": len(fleet) - count},
+        "warnings": warned,
     }
 
 

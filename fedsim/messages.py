@@ -4,7 +4,8 @@
 that several clients share travel once, each client's own beside them. May import: flwr.app, numpy, torch.
 
 Record names on the wire (per client): `arrays` weights, `config` settings, `metrics` numbers, `state` what
-the client keeps (never counted as traffic), and any further ArrayRecord is an extra of the method.
+the client keeps (never counted as traffic), and any further ArrayRecord is an extra of the method. What `state` names
+with OF_REPLY before it belongs to the exchange with the server, all else to the client alone.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from fedsim.workload import Tensors
 Scalar = int | float | bool | str
 ARRAYS, CONFIG, METRICS, STATE = "arrays", "config", "metrics", "state"
 COHORT, SETTINGS = "cohort", "settings"
+OF_REPLY = "reply."  # state that holds only if the server takes the reply that it was made with
 PACKED = "packed"  # the one key of an ArrayRecord whose tensors were joined
 PACKED_LAST = "packed-channels-last"  # the same, with every tensor of four dimensions as [n, h, w, c]
 NUM_EXAMPLES = "num-examples"

@@ -28,6 +28,11 @@ def best(reports: Sequence[RoundReport]) -> dict[str, Any]:
     return {"accuracy": top.metrics[ACCURACY], "round": top.round} if top else {"accuracy": None, "round": None}
 
 
+def took_part(reports: Sequence[RoundReport]) -> set[int]:
+    """The clients that completed the training of at least one round."""
+    return {client for report in reports for client in report.outcomes.get("completed", ())}
+
+
 def to_target(reports: Sequence[RoundReport], target_accuracy: float | None) -> dict[str, Any] | None:
     """Round, seconds, joules and bytes until the test accuracy first reaches the target; None if it never does."""
     if target_accuracy is None:

@@ -2,7 +2,7 @@
 
 `EdgeGrid` is a Flower `Grid` with stable client ids 0..N-1 over any engine's `Grid`. It weighs messages, asks who is
 online, packs clients into cohort messages, prices their work, keeps the simulated clock, withholds late replies and
-commits client state. May import: flwr, devices, and fedsim's clock, messages, seeding-free parts. Never a method.
+stores client state. May import: flwr, devices, and fedsim's clock, messages, seeding-free parts. Never a method.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
@@ -28,8 +28,10 @@ from fedsim.messages import (
     ARRAYS,
     METRICS,
     NUM_EXAMPLES,
+    OF_REPLY,
     STATE,
     Instruction,
+    array_record,
     arrays_in,
     pack_cohort,
     payload_bytes,
@@ -90,6 +92,7 @@ class _Reply:
     outcome: Outcome = "failed"
     reason: str = NO_REPLY
     cost: Cost = field(default_factory=Cost)
+    work_ended: bool = False
 
 
 _Answer = tuple[int, RecordDict, Work, Outcome, str, str]  # client, content, work, outcome, reason, traceback
@@ -97,7 +100,7 @@ _BlockSum = tuple[int, list[int], float, RecordDict]  # block, clients, weight, 
 
 
 class ClientStore:
-    """What clients keep between rounds; owned by the driver, committed only with an accepted reply."""
+    """What clients keep between rounds; owned by the driver, stored at the end of an exchange (see `ClientState`)."""
 
     def __init__(self) -> None:
         self._states: dict[int, ArrayRecord] = {}
@@ -105,8 +108,20 @@ class ClientStore:
     def get(self, client_id: int) -> ArrayRecord | None:
         return self._states.get(client_id)
 
-    def commit(self, client_id: int, state: ArrayRecord) -> None:
-        self._states[client_id] = state
+    def commit(self, client_id: int, state: ArrayRecord, accepted: bool = True) -> None:
+        """Stores a client's state; of a reply that was not accepted, without what is of the reply."""
+        if not accepted:
+            before = self._states.get(client_id, ArrayRecord())
+            own = {name: array for name, array in state.items() if not name.startswith(OF_REPLY)}
+            owed = {name: array for name, array in before.items() if name.startswith(OF_REPLY)}
+            state = array_record(own | owed)
+        if state or client_id in self._states:
+            self._states[client_id] = state
+
+    def restore(self, states: Mapping[int, ArrayRecord]) -> None:
+        """Takes the states of a checkpoint, also of one that calls what is of the reply by its older names."""
+        for client_id, state in states.items():
+            self.commit(client_id, array_record({_moved(name): array for name, array in state.items()}))
 
     def all(self) -> dict[int, ArrayRecord]:
         """The states by client."""
@@ -171,6 +186,9 @@ class EdgeGrid(Grid):
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """One exchange: sends each client its message, lets simulated time pass, returns the accepted replies.
+
+        A client that is asleep when it is asked costs nobody time or energy: the server knows it at once, without the
+        seconds until a connection that is not there would time out.
 
         Args:
             messages: instructions addressed by client id, at most one per client.
@@ -244,13 +262,14 @@ class EdgeGrid(Grid):
 
     def state(self) -> dict[str, Any]:
         """Between two rounds, everything that later results depend on."""
-        return {"now_s": self.clock.now_s, "clients": self.store.all()}
+        clock = {"now_s": self.clock.now_s, "round_began_s": self.clock.round_began_s}
+        return {**clock, "clients": self.store.all()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Goes on where another grid of the same run was."""
         self.clock.now_s = state["now_s"]
-        for client_id, kept in state["clients"].items():
-            self.store.commit(client_id, kept)
+        self.clock.round_began_s = state.get("round_began_s")  # not in older checkpoints
+        self.store.restore(state["clients"])
 
     # --- one exchange, step by step -----------------------------------------------------------------------------
 
@@ -296,6 +315,7 @@ class EdgeGrid(Grid):
                 reply.content, reply.work = content, replace(work, down_bytes=reply.work.down_bytes)
                 priced = prices.of(client, reply.work, outcome, reason)
                 reply.outcome, reply.reason, reply.cost = priced.outcome, priced.reason, priced.cost
+                reply.work_ended = priced.work_ended
                 if self.observe:
                     self.observe(client)
             if total is not None and sums is not None:
@@ -376,10 +396,8 @@ class EdgeGrid(Grid):
             work = replace(work, down_bytes=round(down_bytes), up_bytes=round(up_bytes))
         if reply.content is not None and METRICS in reply.content:
             metrics = dict(reply.content[METRICS])
-        if reply.outcome == "completed":
-            assert reply.content is not None
-            if STATE in reply.content:
-                self.store.commit(reply.client, _arrays(reply.content, STATE))
+        if reply.work_ended and reply.content is not None and STATE in reply.content:
+            self.store.commit(reply.client, _arrays(reply.content, STATE), reply.outcome == "completed")
         self.reports.append(
             ClientReport(
                 round=self.round,
@@ -526,6 +544,13 @@ def _cut(
             end += 1
         yield units[start:end]
         start, left = end, left - count
+
+
+def _moved(name: str) -> str:
+    """The present name of a tensor in a client's state."""
+    if name == "uplink.residual":
+        return f"{OF_REPLY}residual"
+    return f"{OF_REPLY}{name}" if name.startswith("pool_") else name
 
 
 def _arrays(content: RecordDict, name: str = ARRAYS) -> ArrayRecord:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedsim.console import energy, simulated, size
 from fedsim.errors import ConfigError
+from fedsim.metrics import took_part
 from fedsim.page_template import HTML
 from fedsim.pricing import OUTCOMES
 from fedsim.report import RoundReport, read_rounds, write_atomic
@@ -83,7 +84,8 @@ def write_page(folder: Path, workload: Workload | None = None) -> Path:
     html = environment.from_string(HTML).render(
         title=_title(yaml.safe_load(config)["choices"], summary),
         folder=str(folder),
-        figures=_figures(summary) if summary else [],
+        figures=[*(_figures(summary) if summary else []), _never(rounds, summary, workload)],
+        warnings=summary.get("warnings", []),
         failure=_json(folder / "failure.json"),
         parts=_parts(folder, rounds, pd.concat(tables) if tables else None, summary, workload),
         config=config,
@@ -123,6 +125,16 @@ def _figures(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
         spent = f"{simulated(target['simulated_s'])}, {energy(target['energy_j'])}"
         found.append((f"to {_percent(target['accuracy'])}", f"round {target['round']}", spent))
     return found
+
+
+def _never(rounds: list[RoundReport], summary: dict[str, Any], workload: Workload | None) -> tuple[str, str, str]:
+    """Clients that took part in no round; where nobody says how many there are, those that did."""
+    count = len(took_part(rounds))
+    population = summary.get("clients", {}).get("population") or (workload.num_clients if workload else None)
+    so_far = "" if summary else ", so far"
+    if population is None:
+        return "took part", str(count), f"clients that completed a round{so_far}"
+    return "never took part", f"{population - count} of {population}", f"clients that completed no round{so_far}"
 
 
 def _percent(share: float | None) -> str:

@@ -20,6 +20,7 @@ HTML = """\
   .figures .value { font-size: 1.35rem; font-weight: 600; }
   .figures .of { color: #666; font-size: .85rem; }
   .failure { background: #fdecea; border-left: 4px solid #d55e00; padding: .6rem .9rem; }
+  .warning { background: #fdf6e3; border-left: 4px solid #e69f00; padding: .6rem .9rem; }
   .wide { overflow-x: auto; }
   table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
   th, td { text-align: right; padding: .25rem .6rem; border-bottom: 1px solid #eee; white-space: nowrap; }
@@ -35,13 +36,14 @@ HTML = """\
 {% if failure %}
 <p class="failure">{{ failure.error }}: {{ failure.reason }}</p>
 {% endif %}
-{% if figures %}
+{% for text in warnings %}
+<p class="warning">{{ text }}</p>
+{% endfor %}
 <dl class="figures">
 {% for name, value, of in figures %}
   <div><dt>{{ name }}</dt><dd class="value">{{ value }}</dd><dd class="of">{{ of }}</dd></div>
 {% endfor %}
 </dl>
-{% endif %}
 {% for part in parts %}
 <section>
 <h2>{{ part.title }}</h2>

@@ -18,11 +18,18 @@ OUTCOMES: tuple[Outcome, ...] = ("completed", "late", "offline", "out_of_memory"
 
 @dataclass(frozen=True)
 class Priced:
-    """What became of a client by itself, before the round closes."""
+    """What became of a client by itself, before the round closes.
+
+    Attributes:
+        cost: what it spent, until its end where that came early.
+        work_ended: it had computed all when its part in the round ended, though perhaps not sent it: what it has for
+            itself is stored. False for a client that ran out of memory or failed in its own work.
+    """
 
     outcome: Outcome
     reason: str = ""
     cost: Cost = field(default_factory=Cost)
+    work_ended: bool = False
 
     def arrives(self, limit_s: float | None) -> bool:
         """Whether the reply is there `limit_s` seconds after the round began."""
@@ -53,8 +60,10 @@ class Prices:
             return Priced("failed", reason, cost.until(cost.down_s + cost.compute_s))
         leaves_s = self.fleet.online_until(client, self.start_s) - self.start_s
         crashes_s = self.fleet.crash_s(client, self.round)
-        if min(leaves_s, crashes_s) < cost.total_s:
+        gone_s = min(leaves_s, crashes_s)
+        if gone_s < cost.total_s:
             offline = leaves_s <= crashes_s
             reason = "went offline during the round" if offline else "crashed during the round"
-            return Priced("offline" if offline else "failed", reason, cost.until(min(leaves_s, crashes_s)))
-        return Priced(outcome, reason, cost)
+            work_ended = gone_s >= cost.down_s + cost.compute_s  # a device stores its results before it sends them
+            return Priced("offline" if offline else "failed", reason, cost.until(gone_s), work_ended)
+        return Priced(outcome, reason, cost, work_ended=True)

@@ -54,6 +54,7 @@ WRITTEN = (
 class RoundReport:
     """One round, one line of `rounds.jsonl`. Round 0 is the untrained model.
 
+    `round_s` begins when the round does: the time before it that `round_every_s` lets pass is in `now_s` only.
     `joules` is energy for download, compute, upload and radio tails of all clients, of which `tail_joules` for the
     tails; waiting for the round to close is apart.
     `storage_bytes` is the most that a device of the round keeps: coresets, personal layers.

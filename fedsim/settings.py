@@ -333,6 +333,7 @@ def check(settings: Settings) -> Settings:
     _number(settings, "evaluate_every", whole=True, least=1)
     _number(settings, "evaluate_clients", whole=True, least=0)
     _number(settings, "deadline_s", above=0.0, optional=True)
+    _number(settings, "round_every_s", above=0.0, optional=True)
     _number(settings, "max_simulated_s", above=0.0, optional=True)
     _number(settings, "target_accuracy", above=0.0, most=1.0, optional=True)
     for key in ("threads", "batch_clients"):

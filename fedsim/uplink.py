@@ -2,8 +2,8 @@
 
 A client's reply holds the difference to the weights that it was sent. Buffers (statistics of batch norms) and counts
 travel as they are, in one array each; beside 8-bit values, buffers in half precision. What compression lost stays on
-the device as `uplink.residual`, and is stored with the reply like all state: a client that is not sampled, is late or
-fails keeps the one it had. May import: torch, flwr.app, devices and fedsim.messages.
+the device as `reply.residual`, which belongs to the reply: a client that is not sampled, is late or fails keeps the one
+it had, since nothing of its update has reached the server. May import: torch, flwr.app, devices and fedsim.messages.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from flwr.app import ArrayRecord, RecordDict
 from torch import Tensor
 
 from devices.compression.updates import Packed, UpdateCompressor, restore
-from fedsim.messages import ARRAYS, from_array, tensors_of, to_array
+from fedsim.messages import ARRAYS, OF_REPLY, from_array, tensors_of, to_array
 from fedsim.workload import Tensors
 
 VALUES, INDEX, SCALE = "update:values", "update:index", "update:scale"
@@ -29,7 +29,7 @@ PACKED = {torch.float32: BUFFERS, torch.int64: COUNTS}
 PACKED_AS = {str(dtype).removeprefix("torch."): key for dtype, key in PACKED.items()}  # as arrays call their types
 KEYS = {VALUES, INDEX, SCALE, WHICH, BUFFERS, COUNTS}
 HALF = torch.finfo(torch.float16).max
-RESIDUAL = "uplink.residual"
+RESIDUAL = f"{OF_REPLY}residual"
 
 
 def compressed(

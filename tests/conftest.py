@@ -33,6 +33,9 @@ TINY = (
     "rounds=2",
 )
 
+# Clients sleep eight hours a day, each at hours of its own.
+DAILY = ("fleet.availability._target_=devices.availability.Diurnal", "+fleet.availability.hours=16")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_quiet_process():

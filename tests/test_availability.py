@@ -75,6 +75,13 @@ def test_bernoulli_looks_ten_thousand_slots_ahead_at_most():
     assert Bernoulli(1, 0, p=math.nextafter(1, 0), slot_s=2).online_until(0, 7.0) == (3 + 10_000) * 2
 
 
+def test_a_rhythm_is_a_day_or_the_length_of_a_trace(tmp_path):
+    long = {"1": {"active": [0], "inactive": [5], "finish_time": 200_000}}
+    built = [Always(1, 0), Bernoulli(1, 0), Diurnal(1, 0, hours=24), Diurnal(1, 0)]
+    assert [availability.rhythm_s for availability in built] == [None, None, None, DAY_S]
+    assert [Trace(1, 0, trace(tmp_path, tree)).rhythm_s for tree in (TWO, long)] == [100, DAY_S]
+
+
 def test_draws_follow_the_seed_and_the_client_but_not_the_number_of_clients():
     def pattern(num_clients: int, seed: int, client: int) -> list[bool]:
         bernoulli = Bernoulli(num_clients, seed, p=0.5)

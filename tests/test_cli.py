@@ -22,6 +22,7 @@ from fedsim.settings import compose
 
 FEDSIM = Path(sys.executable).with_name("fedsim")
 DEVICES = ["list", "show", "new", "predict", "enroll", "evaluate", "compare", "train-help"]
+DAILY = "fleet.availability._target_=devices.availability.Diurnal +fleet.availability.hours"
 SHORT = ["rounds=1", "cohort=2", "trainer.local_epochs=1", "fleet=uniform"]
 
 
@@ -115,6 +116,7 @@ MISTAKES = {
     "true rounds": ("rounds=true", "rounds must be a whole number", "got true"),
     "accuracy above one": ("target_accuracy=2", "target_accuracy", "at most 1", "got 2"),
     "deadline in the past": ("deadline_s=-1", "deadline_s must be a number greater than 0, or null, got -1"),
+    "rounds without an end": ("round_every_s=0", "round_every_s must be a number greater than 0, or null, got 0"),
     "infinite deadline": ("deadline_s=inf", "deadline_s must be a number", "inf"),
     "cohort above population": ("cohort=1000", "cohort must be at most the 20 clients there are, got 1000"),
     "judges above population": ("evaluate_clients=21", "evaluate_clients must be at most the 20 clients"),
@@ -124,8 +126,8 @@ MISTAKES = {
     "unknown device": ("fleet.devices={pixell3: 1}", "unknown device 'pixell3'", "did you mean 'pixel3'?"),
     "negative share": ("fleet.devices={pixel3: -1}", "the share of 'pixel3' must be a number above 0, got -1"),
     "fleet as number": ("fleet.devices=3", "fleet.devices must be a map, got 3"),
-    "hours of no day": ("fleet.availability.hours=30", "availability.hours must be a number in (0, 24], got 30"),
-    "hours in words": ("fleet.availability.hours=x", "fleet.availability.hours must be a finite number, got 'x'"),
+    "hours of no day": (f"{DAILY}=30", "availability.hours must be a number in (0, 24], got 30"),
+    "hours in words": (f"{DAILY}=x", "fleet.availability.hours must be a finite number, got 'x'"),
     "images too small": ("model=lenet5", "model lenet5 needs images", "12x12", "try model=mlp"),
     "numbers for words": ("model=char_lstm", "model char_lstm needs sequences of token ids"),
     "empty layer": ("model.hidden=[0]", "model.hidden[0] of model mlp must be a whole number of at least 1, got 0"),

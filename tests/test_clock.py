@@ -68,6 +68,25 @@ def test_round_without_replies_takes_no_time():
     assert (timing.on_time, timing.late, timing.round_s, clock.now_s) == ((), (), 0.0, 3.0)
 
 
+def test_rounds_begin_a_while_after_each_other():
+    """Every 10 s: rounds of 4, 13 and 1 s begin at 0, 10, 23 (the second one was longer) and 33 s."""
+    clock, began_s = SimClock(), []
+    for round_s in (4.0, 13.0, 1.0, 1.0):
+        clock.begin_round(10.0)
+        began_s.append(clock.now_s)
+        clock.advance(round_s)
+    assert began_s == [0.0, 10.0, 23.0, 33.0]
+    assert (clock.now_s, clock.next_round_s(10.0), clock.next_round_s(None)) == (34.0, 43.0, 34.0)
+
+
+def test_without_an_interval_rounds_follow_at_once():
+    clock = SimClock(3.0)
+    clock.begin_round()
+    clock.advance(2.0)
+    clock.begin_round(None)
+    assert clock.now_s == 5.0
+
+
 def test_advance_lets_time_pass():
     clock = SimClock(1.5)
     clock.advance(2.0)

@@ -246,6 +246,32 @@ def test_run_stops_when_its_simulated_time_is_over(federation):
     assert ["accuracy" in report.metrics for report in reports] == [True, False, True]
 
 
+def test_a_round_waits_for_its_time_and_nobody_pays_for_that(federation):
+    """Rounds of t s, every 100 s: they begin at 0, 100, 200 and end t later; training and joules are as without."""
+    usual, waiting = federation("rounds=3"), federation("rounds=3", "round_every_s=100")
+    (_, *plain), (_, *spread) = ([*run.rounds()] for run in (usual, waiting))
+    assert [round(report.now_s - report.round_s, 9) for report, _ in spread] == [0, 100, 200]
+    assert [rows[0].start_s for _, rows in spread] == [0, 100, 200]
+    for (report, _), (late, _) in zip(plain, spread, strict=True):
+        assert late.round_s == pytest.approx(report.round_s)
+        assert (late.joules, late.wait_joules) == (report.joules, report.wait_joules)
+    assert weights_sha256(usual.arrays) == weights_sha256(waiting.arrays)
+
+
+def test_a_round_that_is_longer_than_the_interval_starts_the_next_at_once(federation):
+    usual, short = federation("rounds=3"), federation("rounds=3", "round_every_s=0.001")
+    assert [r.now_s for r, _ in usual.rounds()] == [r.now_s for r, _ in short.rounds()]
+
+
+@pytest.mark.parametrize(("limit_s", "last"), [(100.0, 1), (100.001, 2), (200.0, 2), (None, 4)])
+def test_a_round_that_would_start_after_the_end_does_not_start(federation, limit_s: float | None, last: int):
+    """Rounds start at 0, 100, 200 and 300 s; the last one is judged, whatever `evaluate_every` says."""
+    run = federation("rounds=4", "round_every_s=100", f"max_simulated_s={limit_s or 'null'}", "evaluate_every=9")
+    reports = [report for report, _ in run.rounds()]
+    assert reports[-1].round == last
+    assert ["accuracy" in report.metrics for report in reports] == [True, *[False] * (last - 1), True]
+
+
 def test_model_is_judged_every_few_rounds_and_in_the_last(federation):
     reports = [report for report, _ in federation("rounds=5", "evaluate_every=2").rounds()]
     assert [report.round for report in reports if "accuracy" in report.metrics] == [0, 2, 4, 5]

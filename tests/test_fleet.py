@@ -11,7 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import configs
-from devices.availability import Bernoulli
+from devices.availability import DAY_S, Bernoulli, Diurnal
 from devices.cost import FlopsLatency, Jitter
 from devices.errors import DeviceError
 from devices.fleet import Fleet
@@ -35,8 +35,10 @@ def test_every_shipped_fleet_is_built_from_its_configuration(config: Path):
 
 
 def test_availability_is_overridden_key_by_key():
-    phones = build(next(path for path in FLEETS if path.stem == "phones"), availability={"hours": 24})
-    assert phones.online_until(3, 0.0) == math.inf
+    phones = next(path for path in FLEETS if path.stem == "phones")
+    daily = {"_target_": "devices.availability.Diurnal", "hours": 16}
+    assert build(phones).online_until(3, 0.0) == math.inf
+    assert 0 < build(phones, availability=daily).online_until(0, 0.0) <= DAY_S
 
 
 def test_uniform_fleet_is_the_reference_device_without_any_chance():
@@ -84,7 +86,7 @@ def test_name_and_kind_are_those_of_the_device():
 
 def test_million_clients_take_ten_bytes_each():
     """int16 device, float32 speed and bandwidth: 2 + 4 + 4 bytes; diurnal adds a float32."""
-    fleet = build(next(path for path in FLEETS if path.stem == "phones"), num_clients=1_000_000)
+    fleet = Fleet("f", PHONES, 1_000_000, seed=1, availability=Diurnal)
     assert sum(array.nbytes for array in (fleet.device, fleet.speed, fleet.bandwidth)) == 10_000_000
     assert fleet.availability.opens_s.nbytes == 4_000_000
     assert fleet[999_999].kind == "phone"

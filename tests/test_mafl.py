@@ -127,7 +127,7 @@ def test_pool_is_every_client_s_mean_in_client_order(federation):
     assert torch.allclose(run.strategy.pool["x"], means, atol=1e-6)
     assert run.strategy.owners.tolist() == list(range(6))
     kept = tensors_of(run.grid.store.get(2))
-    assert torch.equal(kept["pool_x"], run.strategy.pool["x"])
+    assert torch.equal(kept["reply.pool_x"], run.strategy.pool["x"])
 
 
 def test_a_client_that_shares_too_few_examples_shares_nothing(federation):
@@ -265,7 +265,7 @@ def test_who_has_new_data_is_asked_again_and_everybody_drops_its_old_averages(fe
     assert run.strategy.owners.tolist() == [0, 1, RETIRED, 3, 4, 5, 2]
     pool = run.strategy.pool["x"]
     assert torch.allclose(pool[6], pool[2] + 1, atol=1e-5)
-    assert torch.equal(tensors_of(run.grid.store.get(4))["pool_x"], pool[[0, 1, 3, 4, 5, 6]])
+    assert torch.equal(tensors_of(run.grid.store.get(4))["reply.pool_x"], pool[[0, 1, 3, 4, 5, 6]])
     assert {r.metrics["pool_pairs"] for r in of(reports, 4, "train")} == {6.0}
 
 
@@ -278,7 +278,7 @@ def test_a_local_pool_is_a_client_s_own_averages(federation):
     assert {r.work.down_bytes for r in of(reports, 1, "train")} == {MODEL + PAIR}
     for client in range(6):
         kept = tensors_of(run.grid.store.get(client))
-        assert torch.equal(kept["pool_x"], run.strategy.pool["x"][client : client + 1])
+        assert torch.equal(kept["reply.pool_x"], run.strategy.pool["x"][client : client + 1])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "uint8"])
@@ -343,7 +343,7 @@ def test_noise_is_drawn_once(federation):
     run = federation(*EVERYBODY, "strategy.pool_source=noise", "rounds=3")
     reports = watched(run)
     assert {r.work.down_bytes for r in of(reports, 2, "train")} == {MODEL}
-    assert torch.equal(tensors_of(run.grid.store.get(1))["pool_x"], run.strategy.pool["x"])
+    assert torch.equal(tensors_of(run.grid.store.get(1))["reply.pool_x"], run.strategy.pool["x"])
     plain = federation(*EVERYBODY)
     list(plain.rounds())
     assert not torch.allclose(plain.strategy.pool["x"], run.strategy.pool["x"], atol=0.1)

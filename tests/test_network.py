@@ -278,7 +278,7 @@ def test_crash_ends_the_clients_round_and_costs_what_it_spent(tmp_path):
         else:
             assert report.outcome == "completed"
             assert report.cost.total_s == pytest.approx(full_s[client])
-    assert sorted(rounds_kept(grid)) == accepted
+    assert sorted(rounds_kept(grid)) == [c for c in range(30) if crashed[c] >= full_s[c] - 0.22]
 
 
 def test_client_without_memory_dies_after_its_download():
@@ -453,11 +453,64 @@ def test_state_travels_with_the_reply_and_comes_back():
     assert rounds_kept(grid) == {0: 1, 1: 2}
 
 
-def test_late_clients_state_is_not_kept():
-    grid = edge(deadline_s=1.3)
+def owing(client: int, part: RecordDict) -> Answer:
+    """Counts its rounds twice: for itself, and in what is of the reply."""
+    content, work, outcome = update(client, part)
+    rounds = from_array(part["state"]["reply.rounds"]) if "reply.rounds" in part.get("state", {}) else np.array(0)
+    content["state"] = ArrayRecord({**content["state"], "reply.rounds": to_array(rounds + 1)})
+    return content, work, outcome
+
+
+def rounds_taken(grid: EdgeGrid) -> dict[int, int]:
+    """How many accepted replies each client remembers."""
+    taken = {client: state.get("reply.rounds") for client, state in grid.store.all().items()}
+    return {client: int(from_array(rounds)) for client, rounds in taken.items() if rounds is not None}
+
+
+@pytest.mark.parametrize("averages", [False, True])
+@pytest.mark.parametrize("phase", ["train", "query.sums"])
+def test_late_client_keeps_its_own_and_what_is_of_the_reply_rolls_back(averages: bool, phase: str):
+    """Client 3 is late at 1.3 s, in time at 1.6 s."""
+    grid = edge(answer=owing, deadline_s=1.3, averages=averages)
+    exchange(grid, phase=phase)
+    assert rounds_taken(grid) == {0: 1, 1: 1, 2: 1}
+    grid.deadline_s = 1.6
+    exchange(grid, phase=phase)
+    grid.deadline_s = 1.3
+    exchange(grid, phase=phase)
+    assert rounds_kept(grid) == {0: 3, 1: 3, 2: 3, 3: 3}
+    assert rounds_taken(grid) == {0: 3, 1: 3, 2: 3, 3: 1}
+
+
+def test_client_that_was_not_among_the_first_keeps_its_own():
+    grid = edge(answer=owing, keep=2)
     exchange(grid)
+    assert (rounds_kept(grid), rounds_taken(grid)) == ({0: 1, 1: 1, 2: 1, 3: 1}, {0: 1, 1: 1})
+
+
+@pytest.mark.parametrize(("gone_s", "kept"), [(0.11, {}), (0.41, {}), (0.43, {0: 1}), (0.63, {0: 1})])
+@pytest.mark.parametrize("outcome", ["offline", "failed"])
+def test_client_that_leaves_or_crashes_while_it_sends_has_learned(outcome, gone_s: float, kept, monkeypatch):
+    """Client 0 receives until 0.12 s, computes until 0.42 s, sends until 0.64 s."""
+    grid = edge(answer=owing, availability=windows({0: (0.0, gone_s)} if outcome == "offline" else {}))
+    if outcome == "failed":
+        monkeypatch.setattr(grid.fleet, "crash_s", lambda client, round: gone_s)
+    _, reports = exchange(grid, [0])
+    assert reports[0].outcome == outcome
+    assert (rounds_kept(grid), rounds_taken(grid)) == (kept, {})
+
+
+def test_failing_and_dropped_clients_store_nothing():
+    grid = edge(answer=one_fails, on_client_error="drop", deadline_s=1.0)
     exchange(grid)
-    assert rounds_kept(grid) == {0: 2, 1: 2, 2: 2}
+    assert rounds_kept(grid) == {0: 1, 1: 1, 3: 1}
+
+
+def test_older_checkpoints_name_what_is_of_the_reply_otherwise():
+    names = {"uplink.residual": "reply.residual", "pool_x": "reply.pool_x", "private.pool_x": "private.pool_x"}
+    grid = edge()
+    grid.restore({"now_s": 3.0, "clients": {2: ArrayRecord({name: to_array(np.zeros(1)) for name in names})}})
+    assert list(grid.store.get(2)) == list(names.values())
 
 
 def test_state_is_not_traffic_and_not_shown_to_the_strategy():

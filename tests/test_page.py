@@ -1,6 +1,7 @@
 """The page of a run: whole by itself, right in its figures, and there for runs that have not finished."""
 
 import base64
+import itertools
 import json
 import re
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pandas
 import pytest
+from conftest import DAILY
 
 from fedsim import cli
 from fedsim.errors import ConfigError
@@ -132,6 +134,18 @@ def test_a_run_that_failed_has_a_page_that_says_so(run, tmp_path: Path):
     text = write_page(tmp_path).read_text()
     assert "ClientError: &lt;b&gt;client&lt;/b&gt; 3 failed" in text
     assert "How the data are split" not in text
+    took = len({c for r in read_rounds(tmp_path) for c in r.outcomes.get("completed", ())})
+    assert (str(took), "clients that completed a round, so far") in itertools.pairwise(Page(text).texts["dd"])
+
+
+def test_the_page_says_who_never_took_part_and_that_the_run_was_short(run, settings, tmp_path: Path):
+    summary = run(*COSTS, *DAILY)
+    workload = build_world(json.dumps(settings(*COSTS, *DAILY))).workload
+    for finished in (True, False):
+        page = Page(write_page(tmp_path, workload).read_text())
+        assert f"{summary['clients']['never']} of 6" in page.texts["dd"]
+        assert (summary["warnings"][0] in page.texts["p"]) == finished
+        (tmp_path / "summary.json").unlink(missing_ok=True)
 
 
 def test_a_stream_shows_its_tasks(run, tmp_path: Path):

@@ -317,10 +317,24 @@ def test_a_client_goes_on_with_its_own_tensors_and_is_judged_with_them():
     assert all(torch.equal(t, initial[name]) for name, t in worker.slots.items())
 
 
-def test_a_late_reply_leaves_the_private_part_as_it_was():
-    federation = federate("method=fedrep", "deadline_s=1e-9", "rounds=2")
-    assert {c.outcome for c in federation.clients} == {"late"}
-    assert len(federation.grid.store) == 0
+@pytest.mark.parametrize("method, group", [("fedrep", "private"), ("ditto", "personal"), ("lg_fedavg", "private")])
+def test_a_slow_phone_personalises_under_a_deadline(method: str, group: str):
+    """Nobody is in time: the global weights stay, and what is private goes on from round to round as it would alone."""
+    settings = (f"method={method}", "cohort=6", "trainer.lr=0.2", "trainer.local_epochs=1")
+    late = federate(*settings, "deadline_s=1e-9", "rounds=2")
+    assert {c.outcome for c in late.clients} == {"late"}
+    assert sorted(late.grid.store.all()) == list(range(6))
+    message = late.instructions(1)[0]  # the weights of round 0 still
+    worker, number = Worker(late.world), message.metadata.dst_node_id
+    state = ClientState()
+    for round in (1, 2):
+        part = RecordDict({**message.content, **({STATE: state.pack()} if state else {})})
+        client = worker.context(number, part, round)
+        worker._answer(client, part, "train")
+        state = client.state
+    kept, by_hand = of(group, state_of(late, number)), of(group, state)
+    assert kept.keys() == by_hand.keys() != set()
+    assert all(torch.equal(t, by_hand[name]) for name, t in kept.items())
 
 
 def test_private_tensors_that_are_no_numbers_fail_their_client():

@@ -22,7 +22,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import TINY
+from conftest import DAILY, TINY
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
 import clients.app
@@ -206,13 +206,13 @@ def both_at_work(run: Callable[[], object], spies: Path) -> list[psutil.Process]
 
 @pytest.mark.parametrize("strategy", ["fedavg", "krum", "fedmedian"])
 def test_two_workers_give_the_bytes_of_one_process(pair, result, local, strategy: str):
-    overrides = (f"strategy={strategy}", "fleet=phones", "evaluate_clients=2", "num_clients=20", "cohort=9")
+    overrides = (f"strategy={strategy}", "fleet=phones", *DAILY, "evaluate_clients=2", "num_clients=20", "cohort=9")
     assert result(pair, *overrides) == local(*overrides)
 
 
 def test_averages_and_their_pool_travel_as_in_one_process(pair, result, local):
     """Extra records, what clients keep of them, and who missed the deadline and is sent them again."""
-    overrides = ("method=fedmix", "fleet=phones", "num_clients=20", "cohort=9", "rounds=4", "deadline_s=0.09")
+    overrides = ("method=fedmix", "fleet=phones", *DAILY, "num_clients=20", "cohort=9", "rounds=4", "deadline_s=0.09")
     weights, rounds = local(*overrides)
     assert {outcome for r in rounds for outcome in r["outcomes"]} == {"completed", "late", "offline"}
     assert result(pair, *overrides) == (weights, rounds)

@@ -8,12 +8,14 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from conftest import DAILY
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from clients.app import app
 from clients.trainers.sgd import SGDTrainer
 from fedsim import federation as federations
 from fedsim import report as reports
+from fedsim.console import closing_lines
 from fedsim.engines.local import LocalGrid
 from fedsim.errors import ClientError, ConfigError
 from fedsim.messages import record_of
@@ -23,7 +25,7 @@ from fedsim.settings import from_run_config
 KEYS = {
     *("method", "workload", "fleet", "seed", "rounds", "final", "best", "simulated_s", "energy_j", "down_bytes"),
     *("up_bytes", "peak_memory_bytes", "storage_bytes", "outcomes", "to_target", "host_s", "weights_sha256"),
-    "versions",
+    *("versions", "clients", "warnings"),
 }
 
 
@@ -145,6 +147,31 @@ def test_summary_says_what_the_target_took(run, tmp_path):
     assert (target["round"], target["simulated_s"]) == (rounds[-1].round, rounds[-1].now_s)
     assert (target["down_bytes"], target["up_bytes"]) == (summary["down_bytes"], summary["up_bytes"])
     assert target["energy_j"] == pytest.approx(summary["energy_j"]["total"])
+
+
+def test_summary_counts_who_never_took_part_also_when_the_run_was_resumed(settings, run, tmp_path):
+    """12 clients, of which 3 a round are asked: by the rows, those that completed no training."""
+    given = ("num_clients=12", "deadline_s=0.0418", "fleet.network_sigma=0.6", "evaluate_clients=9", "checkpoint_s=0")
+    summary = run(*given)
+    rows = pd.read_parquet(tmp_path / "clients")
+    done = rows[(rows["phase"] == "train") & (rows["outcome"] == "completed")]["client"].nunique()
+    assert 0 < done < rows["client"].nunique()
+    assert summary["clients"] == {"population": 12, "took_part": done, "never": 12 - done}
+    assert summary["warnings"] == []
+    (tmp_path / "summary.json").unlink()
+    again = federations.run(settings(*given), LocalGrid(app), tmp_path, resume=True)
+    assert again["clients"] == summary["clients"]
+    assert f"clients that never took part: {12 - done} of 12" in closing_lines(again, tmp_path)
+
+
+def test_a_run_shorter_than_a_day_of_its_clients_warns(run, tmp_path):
+    """Two rounds of a day at least end after the second has begun, at 24 h."""
+    (warning,) = run(*DAILY, out=tmp_path / "short")["warnings"]
+    assert warning.startswith("clients of this fleet are online at hours of their own, and the run took 0.0")
+    long = run(*DAILY, "round_every_s=86400", out=tmp_path / "long")
+    assert long["simulated_s"] > 86400
+    assert long["warnings"] == []
+    assert f"warning: {warning}" in closing_lines({**long, "warnings": [warning]}, tmp_path)
 
 
 def test_target_that_is_not_reached_took_nothing(run):

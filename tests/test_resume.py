@@ -13,6 +13,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
+from conftest import DAILY
 from flwr.app import ArrayRecord, ConfigRecord
 from test_methods import NEEDS
 from test_methods import TINY as BLOBS
@@ -30,7 +31,9 @@ from fedsim.settings import build_world, compose, on_engine, options, settings_o
 
 FEDSIM = str(Path(sys.executable).parent / "fedsim")
 # Late and absent clients, personal layers, clients that judge: all that a run can keep between rounds.
-RICH = ("method=ditto", "evaluate_clients=2", "deadline_s=2", "fleet=phones", "rounds=5")
+RICH = ("method=ditto", "evaluate_clients=2", "deadline_s=2", "fleet=phones", *DAILY, "rounds=5")
+# Two of six replies are not taken: what is private goes on all the same, what the upload owes does not.
+SURPLUS = ("method=ditto", "uplink=topk", "cohort=4", "over_selection=1.5", "fleet.network_sigma=0.6", "rounds=5")
 
 
 class EndError(Exception):
@@ -76,6 +79,14 @@ def go(settings, tmp_path: Path):
 
 
 # --- the same bytes ----------------------------------------------------------------------------------------------
+
+
+def test_what_is_kept_of_replies_that_were_not_taken_goes_on_too(go, tmp_path: Path):
+    go("whole", *SURPLUS)
+    go("cut", *SURPLUS, until=2)
+    go("cut", resume=True)
+    assert comparable(tmp_path / "cut") == comparable(tmp_path / "whole")
+    assert comparable(tmp_path / "cut")[2]["outcomes"]["late"] == 10
 
 
 @pytest.mark.parametrize("until", [0, 1, 3])
@@ -126,6 +137,31 @@ def test_a_reached_limit_stays_reached(go, tmp_path: Path):
     assert len(ran) < 50
     assert go("whole", resume=True) == []
     assert [r.round for r in read_rounds(tmp_path / "whole")] == ran
+
+
+@pytest.mark.parametrize("limit", ["max_simulated_s=null", "max_simulated_s=300"])
+def test_rounds_with_time_between_them_go_on_where_they_were(go, tmp_path: Path, limit: str):
+    """Also where the last round has ended long before the limit that no other one can start before."""
+    given = (*RICH, "round_every_s=100.1", limit)
+    go("whole", *given)
+    assert len(read_rounds(tmp_path / "whole")) == (4 if "300" in limit else 6)
+    go("cut", *given, until=1)
+    go("cut", resume=True, until=2)
+    go("cut", resume=True)
+    assert comparable(tmp_path / "cut") == comparable(tmp_path / "whole")
+    (tmp_path / "cut" / "summary.json").unlink()
+    assert go("cut", resume=True) == []
+    assert comparable(tmp_path / "cut") == comparable(tmp_path / "whole")
+
+
+def test_a_checkpoint_from_before_there_was_an_interval_is_read(federation):
+    run = federation("deadline_s=2")
+    list(run.rounds())
+    state = run.state()
+    del state["grid"]["round_began_s"]
+    other = federation("deadline_s=2")
+    other.restore(run.arrays, state)
+    assert (other.grid.clock.now_s, other.grid.clock.round_began_s) == (run.grid.clock.now_s, None)
 
 
 def test_other_libraries_than_before_are_named(go, tmp_path: Path):
@@ -236,11 +272,12 @@ def test_a_killed_command_goes_on_elsewhere(tmp_path: Path, monkeypatch):
 
 
 @pytest.mark.ray
-def test_the_rest_may_run_on_another_engine(go, tmp_path: Path):
+@pytest.mark.parametrize("given", [RICH, SURPLUS], ids=["rich", "surplus"])
+def test_the_rest_may_run_on_another_engine(go, tmp_path: Path, given: tuple[str, ...]):
     from fedsim.engines.ray import RayGrid
 
-    go("whole", *RICH)
-    go("cut", *RICH, until=2)
+    go("whole", *given)
+    go("cut", *given, until=2)
     chosen = on_engine(settings_of_run(tmp_path / "cut"), ["engine=ray", "engine.workers=2"])
     with RayGrid(app, workers=2) as engine:
         federations.run(chosen, engine, tmp_path / "cut", resume=True)

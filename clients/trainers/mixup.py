@@ -24,10 +24,11 @@ from devices.cost import NetworkCost
 from devices.meter import measure, peak_memory_bytes
 from fedsim.data.averages import averages, from_uint8, to_uint8
 from fedsim.errors import ConfigError
-from fedsim.messages import Broadcast, ClientUpdate
+from fedsim.messages import OF_REPLY, Broadcast, ClientUpdate
 from fedsim.workload import Tensors, Workload
 
 QUESTION, AVERAGES, ROOM, POOL = "averages", "averages", "room", "pool"
+HELD = f"{OF_REPLY}{POOL}_"  # state: the pool as the server believes it to be with the client
 SIZE, KEPT, DROPPED = "pool-size", "pool-kept", "pool-dropped"
 VERSION = "data_version"
 OWN, PARTNER = "own_loss", "partner_loss"
@@ -272,20 +273,19 @@ class PoolTrainer(MixupTrainer):
         kept, size = int(task.settings[KEPT]), int(task.settings[SIZE])
         dropped = task.extras.get(DROPPED, {}).get("rows", torch.zeros(0, dtype=torch.long))
         new = task.extras.get(POOL, {})
-        for name in new or [n for n in client.state if n.startswith(f"{POOL}_")]:
-            key = name if not new else f"{POOL}_{name}"
+        for key in [f"{HELD}{name}" for name in new] or [name for name in client.state if name.startswith(HELD)]:
             parts = []
             if key in client.state:
                 stays = torch.ones(len(client.state[key]), dtype=torch.bool)
                 stays[dropped] = False
                 parts = [client.state[key][stays][:kept]]
-            client.state[key] = torch.cat([*parts, *([new[name]] if new else [])])
+            client.state[key] = torch.cat([*parts, *([new[key.removeprefix(HELD)]] if new else [])])
         if self.pairs(client) != size:
             raise ValueError(f"the pool should have {size} pairs and has {self.pairs(client)}")
 
     def pairs(self, client: ClientContext) -> int:
         """How many averages the client holds."""
-        return len(client.state.get(f"{POOL}_y", ()))
+        return len(client.state.get(f"{HELD}y", ()))
 
     def mixes(self, client: ClientContext) -> bool:
         return super().mixes(client) and self.pairs(client) > 0
@@ -294,7 +294,7 @@ class PoolTrainer(MixupTrainer):
         """One pair of the pool for the whole batch."""
         row = int(torch.randint(self.pairs(client), (), generator=draw))
         names = ("x", "y", "low", "step")
-        pair = {n: client.state[f"{POOL}_{n}"][row : row + 1] for n in names if f"{POOL}_{n}" in client.state}
+        pair = {n: client.state[f"{HELD}{n}"][row : row + 1] for n in names if f"{HELD}{n}" in client.state}
         x = from_uint8(pair) if "step" in pair else pair["x"]
         return {"partner_x": x.to(client.device), "partner_y": pair["y"].to(client.device)}
 

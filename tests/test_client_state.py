@@ -1,0 +1,111 @@
+"""What a client keeps when the server does not take its reply, whatever the method."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from test_methods import NEEDS
+
+from clients.app import app
+from clients.trainers.base import WorkLog
+from fedsim.engines.local import LocalGrid
+from fedsim.federation import Federation
+from fedsim.messages import OF_REPLY, STATE, from_array, unpack_cohort
+from fedsim.settings import build_world, compose, options
+
+# Two tasks with phases and parts, so that methods that rehearse have something to keep.
+TINY = [
+    *("workload=blobs", "workload.num_classes=4", "workload.input_shape=[6]", "workload.examples_per_client=12"),
+    *("workload.test_examples=20", "model=mlp", "model.hidden=[5]", "fleet=uniform", "engine.device=cpu"),
+    *("num_clients=4", "cohort=4", "rounds=4", "trainer.batch_size=4", "trainer.local_epochs=1"),
+    *("stream=split_classes", "stream.tasks=2", "uplink=topk", "uplink.ratio=0.1"),
+]
+# Methods whose clients have something of their own that changes in the third round.
+PERSONAL = ("ditto", "fedbn", "fedrep", "lg_fedavg")
+REHEARSING = ("agem", "coreset", "gss", "lwf", "ocs", "reservoir")
+
+State = dict[str, bytes]
+
+
+class Listener(LocalGrid):
+    """The engine in this process; remembers the last state that each client has sent back."""
+
+    def __init__(self) -> None:
+        super().__init__(app)
+        self.computed: dict[int, State] = {}
+
+    def send_and_receive(self, messages, **kwargs):
+        for reply in super().send_and_receive(messages, **kwargs):
+            header, parts = unpack_cohort(reply.content)
+            for fact, part in zip(header["clients"], parts, strict=False):
+                if STATE in part:
+                    self.computed[fact["client"]] = bytes_of(part[STATE])
+            yield reply
+
+
+def bytes_of(record) -> State:
+    return {name: from_array(array).tobytes() for name, array in (record or {}).items()}
+
+
+def own(state: State) -> State:
+    return {name: data for name, data in state.items() if not name.startswith(OF_REPLY)}
+
+
+def of_reply(state: State) -> State:
+    return {name: data for name, data in state.items() if name.startswith(OF_REPLY)}
+
+
+def federation_of(method: str, *overrides: str) -> Federation:
+    needs = NEEDS.get(f"method={method}", [])
+    settings = compose([*TINY, f"method={method}", *needs, *overrides])
+    return Federation(build_world(json.dumps(settings)), Listener())
+
+
+def states(run: Federation) -> dict[int, State]:
+    return {client: bytes_of(state) for client, state in run.grid.store.all().items()}
+
+
+def after(method: str, *, averages: bool, rounds: int = 2) -> Federation:
+    """A federation after some rounds in time."""
+    run = federation_of(method)
+    run.grid.averages &= averages
+    for number in range(1, rounds + 1):
+        run.train(number)
+    run.grid.take_reports()
+    return run
+
+
+@pytest.mark.parametrize("averages", [True, False], ids=["sums", "updates"])
+@pytest.mark.parametrize("method", options("method"))
+def test_a_late_client_keeps_what_it_has_computed_and_owes_what_it_owed(method: str, averages: bool):
+    """Round 3 is the first of a new task: everything that can change in a state does."""
+    run = after(method, averages=averages)
+    before = states(run)
+    run.grid.deadline_s = 1e-9
+    run.train(3)
+    reports = [r for r in run.grid.take_reports() if r.phase == "train"]
+    assert {r.outcome for r in reports} == {"late"}
+    computed, stored = run.grid.engine.computed, states(run)
+    assert set(stored) == {r.client for r in reports}
+    for client, state in stored.items():
+        assert own(state) == own(computed[client])
+        assert of_reply(state) == of_reply(before[client]) != of_reply(computed[client])
+        assert (own(state) != own(before[client])) == (method in PERSONAL + REHEARSING)
+
+
+@pytest.mark.parametrize("method", ["ditto", "fedrep", "ocs", "fedmix"])
+@pytest.mark.parametrize("ends", ["crash", "memory", "leave"])
+def test_a_client_whose_work_did_not_end_stores_nothing(method: str, ends: str, monkeypatch):
+    run = after(method, averages=True)
+    before = states(run)
+    if ends == "crash":
+        monkeypatch.setattr(run.grid.fleet, "crash_s", lambda client, number: 1e-9)
+    elif ends == "leave":
+        monkeypatch.setattr(run.grid.fleet, "online_until", lambda client, now_s: now_s + 1e-9)
+    else:
+        monkeypatch.setattr("clients.app.WorkLog", lambda memory_bytes: WorkLog(10))
+    run.train(3)
+    outcomes = {r.outcome for r in run.grid.take_reports()}
+    assert outcomes == {{"crash": "failed", "memory": "out_of_memory", "leave": "offline"}[ends]}
+    assert states(run) == before
