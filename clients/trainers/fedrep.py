@@ -59,6 +59,7 @@ class FedRepTrainer(SGDTrainer):
                 name=f"{network.name}, {what} part",
                 backward_flops=cost.backward_flops,
                 activation_bytes=cost.activation_bytes,
+                step_bytes=cost.step_bytes,
                 backward_share=cost.backward_flops / network.backward_flops,
             )
 

@@ -112,14 +112,18 @@ class MixupTrainer(FedProxTrainer):
         if not self.mix_ratio:
             return
         sample = workload.sample(4)
-        partner = self.sample_partner(workload, model, sample)
-        cost = measure(model, lambda m, batch: self.mixed(m, {**batch, **partner})[0], sample, network.name)
+
+        def loss(model: nn.Module, batch: Tensors) -> Tensor:
+            return self.mixed(model, {**batch, **self.sample_partner(workload, model, batch)})[0]
+
+        cost = measure(model, loss, sample, network.name)
         self.network = replace(
             network,
             name=f"{network.name}, {type(self).__name__}",
             forward_flops=cost.forward_flops / self.passes,
             backward_flops=cost.backward_flops / self.passes,
             activation_bytes=cost.activation_bytes,
+            step_bytes=cost.step_bytes,
         )
 
     def sample_partner(self, workload: Workload, model: nn.Module, sample: Tensors) -> Tensors:

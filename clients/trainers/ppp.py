@@ -198,7 +198,7 @@ class PPPTrainer(SubnetTrainer):
         """Declares the memory of a step; both paths are held until the backward pass."""
         network, batch = client.network, min(self.batch_size, len(client.data.train))
         if isinstance(client.model, GatedNetwork):
-            network = replace(network, activation_bytes=2 * network.activation_bytes)
+            network = network.twice()
         client.log.reserve(peak_memory_bytes(network, batch, 1.0 if self.momentum else 0.0))
 
     # --- deployment ---------------------------------------------------------------------------------------------------

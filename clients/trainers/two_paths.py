@@ -175,7 +175,7 @@ class TwoPathTrainer(SGDTrainer):
             return client.network
         if self._twice is None or self._twice[0] is not client.network:
             one = client.network
-            self._twice = (one, replace(one, activation_bytes=2 * one.activation_bytes))
+            self._twice = (one, one.twice())
         return self._twice[1]
 
     def log_step(self, client: ClientContext, batch: int) -> None:
