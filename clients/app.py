@@ -230,7 +230,8 @@ class Worker:
             self.networks[recipe] = self._price(deployed.shape, "compressed")
         network = self.networks[recipe]
         if recipe.bits < 32:
-            client.log.add(network, 1, forwards=min(len(client.data.train), CALIBRATION[0] * CALIBRATION[1]))
+            batches, size = CALIBRATION
+            client.log.add_examples(network, min(len(client.data.train), batches * size), size)
         shared = deployed.model is not self.model  # with other clients: what a trainer does to it is for this one only
         own = replace(client, model=deepcopy(deployed.model) if shared else self.model, network=network)
         metrics = self.trainer.evaluate(own, task)

@@ -192,6 +192,11 @@ def peak_memory_bytes(cost: NetworkCost, batch: int, optimiser_bytes_per_paramet
     return round(most_bytes(moments, batch) + optimiser_bytes_per_parameter_byte * cost.parameter_bytes)
 
 
+def inference_memory_bytes(cost: NetworkCost, batch: int) -> int:
+    """Most memory that judging a batch holds; the weights alone where `inference_bytes` were not measured."""
+    return most_bytes(cost.inference_bytes or ((cost.parameter_bytes, 0),), batch)
+
+
 def most_bytes(moments: Moments, batch: int) -> int:
     """The fullest of the moments with so many examples."""
     return max(fixed + batch * each for fixed, each in moments)

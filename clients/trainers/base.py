@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from clients.state import ClientState
 from devices.cost import NetworkCost, Passes, Work
+from devices.meter import inference_memory_bytes
 from devices.profile import DeviceProfile
 from fedsim.messages import Broadcast, ClientUpdate
 from fedsim.seeding import torch_generator
-from fedsim.workload import ClientData, Tensors, Workload
+from fedsim.workload import JUDGED_AT_ONCE, ClientData, Tensors, Workload
 
 
 class OutOfMemoryError(RuntimeError):
@@ -57,6 +58,26 @@ class WorkLog:
         counts = self._passes[key][1]
         counts[0] += forwards
         counts[1] += backwards
+
+    def add_examples(self, network: NetworkCost, count: int, batch: int, backward: bool = False) -> None:
+        """Counts one pass of each of `count` examples, in batches of `batch` and a smaller last one."""
+        full, rest = divmod(count, batch)
+        for size, passes in ((batch, full), (rest, 1 if rest else 0)):
+            if passes:
+                self.add(network, size, forwards=passes, backwards=passes if backward else 0)
+
+    def judge(self, network: NetworkCost, count: int) -> None:
+        """Declares the memory and the passes of judging `network` on so many examples.
+
+        Memory: weights, buffers, the batch and the activations that an inference of it holds at once.
+
+        Raises:
+            OutOfMemoryError: when the device has less.
+        """
+        if count:
+            batch = min(count, JUDGED_AT_ONCE)
+            self.reserve(inference_memory_bytes(network, batch))
+            self.add_examples(network, count, JUDGED_AT_ONCE)
 
     def work(self, storage_bytes: int = 0) -> Work:
         """All that was counted, in the order in which it first came."""
@@ -128,8 +149,7 @@ class LocalTrainer:
         """Metrics of the client's model on its own held-out part; empty when it has none."""
         data = client.data.test
         if len(data):
-            client.log.reserve(client.network.parameter_bytes)
-            client.log.add(client.network, 1, forwards=len(data))
+            client.log.judge(client.network, len(data))
             client.log.judged[""] = client.network
         return client.workload.evaluate(client.model, data)
 

@@ -81,5 +81,5 @@ class EWCTrainer(SGDTrainer):
         at_once = min(len(names), self.batch_size)
         held = client.network.parameter_bytes * (2 + at_once) + at_once * client.network.activation_bytes
         client.log.reserve(held)
-        client.log.add(client.network, at_once, forwards=-(-len(names) // at_once), backwards=-(-len(names) // at_once))
+        client.log.add_examples(client.network, len(names), at_once, backward=True)
         return {FISHER: {"curvature": fisher(client, weights, batch, at_once), "examples": torch.tensor(len(names))}}

@@ -32,7 +32,7 @@ from devices.compression.gates import (
 from devices.compression.prune import channel_scores
 from devices.cost import NetworkCost
 from devices.errors import DeviceError, unknown
-from devices.meter import peak_memory_bytes
+from devices.meter import inference_memory_bytes, peak_memory_bytes
 from fedsim.errors import ConfigError
 from fedsim.messages import Broadcast, ClientUpdate
 from fedsim.seeding import torch_generator
@@ -277,7 +277,7 @@ class PPPTrainer(SubnetTrainer):
         """The masks that the client's support gives; one forward pass, which the device pays for."""
         x = self.supported(client.data.train, client.seed, client.client_id)
         cost = self.gated_cost(gates, held)
-        client.log.reserve(cost.parameter_bytes)
+        client.log.reserve(inference_memory_bytes(cost, len(x)))
         client.log.add(cost, len(x), forwards=1)
         return personal_masks(GatedNetwork(client.model, gates, held), x.to(client.device), ratio, self.mask_mode)
 

@@ -145,7 +145,7 @@ class SubFedAvgTrainer(SGDTrainer):
         changed = sum(int((mask != self.early[name]).sum()) for name, mask in late.items()) / entries
         if changed <= self.least_change or 1 - alive(late) > self.target + 1e-9 or not len(judged):
             return False
-        client.log.add(client.network, 1, forwards=len(judged))
+        client.log.judge(client.network, len(judged))
         return client.workload.evaluate(client.model, judged)["accuracy"] > self.least_accuracy
 
 
