@@ -43,9 +43,9 @@ class NetworkCost:
         return cls(**{**facts, **{key: tuple(map(tuple, value)) for key, value in rows.items()}})
 
     def twice(self) -> NetworkCost:
-        """A step on two passes: the activations of both are held until the backward pass."""
+        """A step on two passes: activations of both wait for the backward pass, and one's gradients for the other's."""
         more = self.activation_bytes
-        moments = tuple((fixed, each + more) for fixed, each in self.step_bytes)
+        moments = tuple((fixed + self.parameter_bytes, each + more) for fixed, each in self.step_bytes)
         return replace(self, activation_bytes=2 * more, step_bytes=moments)
 
 

@@ -31,6 +31,10 @@ class AGemTrainer(ReservoirTrainer):
         reservoir: arguments of ReservoirTrainer; replay_weight 0 never looks at the memory.
     """
 
+    def copies(self, client: ClientContext, task: Broadcast) -> float:
+        """The gradient of the memory, the projected one, and the products on the way there."""
+        return super().copies(client, task) + 3.0
+
     def gradients(
         self, client: ClientContext, task: Broadcast, batch: Tensors, kept: Tensors | None
     ) -> tuple[tuple[Tensor, ...], Tensor]:

@@ -16,6 +16,8 @@ from fedsim.messages import Broadcast, ClientUpdate
 from fedsim.seeding import torch_generator
 from fedsim.workload import JUDGED_AT_ONCE, ClientData, Tensors, Workload
 
+RECEIVED = "received weights"  # what a trainer or the uplink holds, see `WorkLog.hold`
+
 
 class OutOfMemoryError(RuntimeError):
     """The device cannot hold what the trainer asked for; counted as an outcome, never a crash of the run."""
@@ -30,18 +32,24 @@ class WorkLog:
 
     def __init__(self, memory_bytes: int):
         self.memory_bytes = memory_bytes
+        self._held: dict[str, int] = {}
         self.peak_memory_bytes = 0
         self.stored_bytes = 0
         self.judged: dict[str, NetworkCost] = {}  # networks that were judged: "" is the client's own, others by name
         # By identity of the network: hashing its fields at every step would cost more than the counting.
         self._passes: dict[tuple[int, int], tuple[NetworkCost, list[int]]] = {}
 
+    def hold(self, name: str, held_bytes: int) -> None:
+        """Declares what stays in memory from now on, beside all that is reserved; once per name."""
+        self._held[name] = held_bytes
+
     def reserve(self, peak_bytes: int) -> None:
-        """Declares memory before it is used.
+        """Declares memory before it is used, without what `hold` has declared.
 
         Raises:
             OutOfMemoryError: when the device has less.
         """
+        peak_bytes += sum(self._held.values())
         self.peak_memory_bytes = max(self.peak_memory_bytes, peak_bytes)
         if peak_bytes > self.memory_bytes:
             raise OutOfMemoryError(f"needs {peak_bytes} bytes at its peak, the device has {self.memory_bytes}")

@@ -80,7 +80,7 @@ class FedRepTrainer(SGDTrainer):
         if not self.private:
             return super().fit(client, task)
         self.check_settings(task)
-        self.reserve(client)
+        self.reserve(client, task)
         metrics = {}
         if self.head_epochs:
             with self.only(client.model, private=True):

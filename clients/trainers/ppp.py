@@ -32,7 +32,7 @@ from devices.compression.gates import (
 from devices.compression.prune import channel_scores
 from devices.cost import NetworkCost
 from devices.errors import DeviceError, unknown
-from devices.meter import inference_memory_bytes, peak_memory_bytes
+from devices.meter import inference_memory_bytes
 from fedsim.errors import ConfigError
 from fedsim.messages import Broadcast, ClientUpdate
 from fedsim.seeding import torch_generator
@@ -139,7 +139,7 @@ class PPPTrainer(SubnetTrainer):
                 narrowed = self.narrowed(client, own, self.slices.groups.within(weights, own, held))
             narrowed = self.gated(narrowed, gates, own)
             extras[GATES] = {name: t.detach() for name, t in gates.state_dict().items()}
-        self.reserve(narrowed)
+        self.reserve(narrowed, task)
         train_loss = self.train(narrowed, task, self.batches(narrowed, task))
         groups = self.slices.groups
         if masked:
@@ -194,12 +194,12 @@ class PPPTrainer(SubnetTrainer):
         passes = 2 if isinstance(client.model, GatedNetwork) else 1
         client.log.add(client.network, batch, forwards=passes, backwards=passes)
 
-    def reserve(self, client: ClientContext) -> None:
+    def reserve(self, client: ClientContext, task: Broadcast) -> None:
         """Declares the memory of a step; both paths are held until the backward pass."""
         network, batch = client.network, min(self.batch_size, len(client.data.train))
         if isinstance(client.model, GatedNetwork):
             network = network.twice()
-        client.log.reserve(peak_memory_bytes(network, batch, 1.0 if self.momentum else 0.0))
+        client.log.reserve(self.step_bytes(network, batch, self.copies(client, task)))
 
     # --- deployment ---------------------------------------------------------------------------------------------------
 
