@@ -25,7 +25,7 @@ from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
 from clients.state import ClientState
-from clients.trainers.base import ClientContext, LocalTrainer, OutOfMemoryError, WorkLog
+from clients.trainers.base import RECEIVED, ClientContext, LocalTrainer, OutOfMemoryError, WorkLog
 from devices.compression.plan import CompressionPlan, Pruned, Recipe
 from devices.cost import NetworkCost, Work, pack_works
 from devices.profile import DeviceProfile
@@ -165,6 +165,8 @@ class Worker:
             return [self._one(client_id, part, round, "train") for client_id, part in zip(ids, parts, strict=True)]
         self.model.train()
         answered = []
+        for client, task in zip(clients, tasks, strict=True):
+            self._reserve_upload(client, task)
         updates = self.trainer.fit_together(clients, tasks)
         for client, part, task, update in zip(clients, parts, tasks, updates, strict=True):
             weights = self._shared_part(client, update.weights, _record(part, ARRAYS))
@@ -230,7 +232,8 @@ class Worker:
             self.networks[recipe] = self._price(deployed.shape, "compressed")
         network = self.networks[recipe]
         if recipe.bits < 32:
-            client.log.add(network, 1, forwards=min(len(client.data.train), CALIBRATION[0] * CALIBRATION[1]))
+            batches, size = CALIBRATION
+            client.log.add_examples(network, min(len(client.data.train), batches * size), size)
         shared = deployed.model is not self.model  # with other clients: what a trainer does to it is for this one only
         own = replace(client, model=deepcopy(deployed.model) if shared else self.model, network=network)
         metrics = self.trainer.evaluate(own, task)
@@ -256,6 +259,7 @@ class Worker:
     def _fit(self, client: ClientContext, task: Broadcast, model: ArrayRecord) -> RecordDict:
         if not self.model.training:
             self.model.train()
+        self._reserve_upload(client, task)
         update = self.trainer.fit(client, task)
         packed = None
         if update.weights is self.slots and self.flat is not None and self._shared_flat is not None:
@@ -264,6 +268,15 @@ class Worker:
         if not _finite(weights):
             raise FloatingPointError(NOT_FINITE)
         return self._packed(client, task, update, weights)
+
+    def _reserve_upload(self, client: ClientContext, task: Broadcast) -> None:
+        """Declares what making the update takes: the received weights, and the copies of what stays or is packed."""
+        weights = sum(t.nbytes for t in task.weights.values())
+        if self.initial:  # kept, and looked through for NaN
+            client.log.reserve(weights + 2 * sum(t.nbytes for t in self.initial.values()))
+        if self.uplink.active:
+            client.log.hold(RECEIVED, weights)
+            client.log.reserve(weights + self.uplink.working_bytes(weights // 4))
 
     def _task(self, client: ClientContext, part: RecordDict) -> Broadcast:
         """The client's instruction; its private tensors stand beside the weights that were sent."""

@@ -31,12 +31,22 @@ class NetworkCost:
     layers: tuple[tuple[float, ...], ...] | None = None  # rows of a LayerTable, where the network was traced
     backward_share: float = 1.0  # of the backward pass of all layers; less where some are frozen
     encoding: str | None = None  # "space:operations" of a network of a search space, e.g. "nb201:341213"
+    # Bytes held at the fullest moments of a training step, and of an inference: (whatever the batch, per example), with
+    # weights and batch. Empty where nobody measured them.
+    step_bytes: tuple[tuple[int, int], ...] = ()
+    inference_bytes: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def from_dict(cls, facts: dict[str, Any]) -> NetworkCost:
         """From plain JSON types."""
-        layers = facts.get("layers")
-        return cls(**{**facts, "layers": tuple(map(tuple, layers)) if layers is not None else None})
+        rows = {key: facts[key] for key in ("layers", "step_bytes", "inference_bytes") if facts.get(key) is not None}
+        return cls(**{**facts, **{key: tuple(map(tuple, value)) for key, value in rows.items()}})
+
+    def twice(self) -> NetworkCost:
+        """A step on two passes: activations of both wait for the backward pass, and one's gradients for the other's."""
+        more = self.activation_bytes
+        moments = tuple((fixed + self.parameter_bytes, each + more) for fixed, each in self.step_bytes)
+        return replace(self, activation_bytes=2 * more, step_bytes=moments)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What one example costs in a network: counted by running it once, so that nobody writes FLOPs down by hand.
+"""What one example costs in a network: counted by running it, so that nobody writes FLOPs down by hand.
 
 May import: torch and this package; everything else in `devices` works without this module.
 """
@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from devices.cost import NetworkCost
 from devices.errors import DeviceError
+from devices.held import Moments, fullest_moments, lstm_kernels
 
 Loss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
 
@@ -59,20 +60,21 @@ def counter() -> FlopCounterMode:
 
 
 def measure(model: nn.Module, loss: Loss, batch: dict[str, Tensor], name: str) -> NetworkCost:
-    """Runs one forward and backward pass of `loss(model, batch)` and says what each example cost.
+    """Runs some forward and backward passes of `loss(model, batch)` and says what each example cost.
 
     It runs a copy, in training mode, on the CPU and without oneDNN, whose scratch memory differs between machines: the
     model, its gradients, buffers and mode and torch's random state stay as they are, and every host counts the same.
 
     Args:
         model: parameters that need no gradient are priced as frozen.
-        loss: must use the model and batch that it is given, and only these.
+        loss: must use the model and batch that it is given, and only these; the batch may be larger than `batch`.
         batch: tensors with the examples in the first dimension; two or more where batch norm wants them.
         name: of the network, kept in the result.
 
     Returns:
-        FLOPs and activation bytes per example. Activations are the storages that autograd keeps for the backward pass,
-        each counted once, without parameters, buffers and the batch itself; a recurrent layer is one call.
+        FLOPs and activation bytes per example, and what a step holds. Activations are the storages that autograd keeps
+        for the backward pass, each counted once, without parameters, buffers and the batch itself. A recurrent layer is
+        one call; an LSTM keeps what oneDNN's kernel does (`devices.held`).
 
     Raises:
         DeviceError: if the batch is empty.
@@ -80,12 +82,76 @@ def measure(model: nn.Module, loss: Loss, batch: dict[str, Tensor], name: str) -
     size = min((len(tensor) for tensor in batch.values()), default=0)
     if size == 0:
         raise DeviceError(f"network {name!r} cannot be measured on an empty batch; give at least one example")
-    network = deepcopy(model).cpu().train()
-    batch = {key: tensor.detach().cpu() for key, tensor in batch.items()}
+    network, batch = _copied(model, batch)
+    network.train()
+    calls = 0
+
+    def count_call(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    def step(value: Tensor) -> None:
+        if value.requires_grad:  # only what a step needs: no gradient of a tensor that the loss made itself
+            torch.autograd.grad(value, [p for p in network.parameters() if p.requires_grad], allow_unused=True)
+
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), _without_onednn():
+        # The loss has to finish before its backward pass begins: nothing of it may be held but what autograd keeps.
+        moments = _moments(network, lambda some: step(loss(network, some)), batch)
+        with lstm_kernels(network):
+            kept = _kept_bytes(network, loss, batch)
+        for module in network.modules():
+            if next(module.children(), None) is None:
+                module.register_forward_pre_hook(count_call)
+        with counter() as forward:
+            value = loss(network, batch)
+        with counter() as backward:
+            step(value)
+    return NetworkCost(
+        name=name,
+        forward_flops=forward.get_total_flops() / size,
+        backward_flops=backward.get_total_flops() / size,
+        parameter_bytes=sum(p.numel() * p.itemsize for p in network.parameters()),
+        activation_bytes=-(-kept // size),
+        calls=calls,
+        step_bytes=moments,
+    )
+
+
+def inference_bytes(model: nn.Module, loss: Loss, batch: dict[str, Tensor]) -> Moments:
+    """What judging a batch holds: as `NetworkCost.step_bytes`, in evaluation mode and without gradients.
+
+    Args:
+        model: stays as it is; a copy runs.
+        loss: see `measure`.
+        batch: see `measure`.
+    """
+    network, batch = _copied(model, batch)
+    network.eval()
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), _without_onednn():
+        return _moments(network, lambda some: loss(network, some), batch)
+
+
+def _copied(model: nn.Module, batch: dict[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]]:
+    return deepcopy(model).cpu(), {key: tensor.detach().cpu() for key, tensor in batch.items()}
+
+
+def _moments(network: nn.Module, run: Callable[[dict[str, Tensor]], object], batch: dict[str, Tensor]) -> Moments:
+    """The fullest moments of `run` on a part of the batch and on all of it; weights and batch are always there."""
+    size = len(next(iter(batch.values())))
+    if size < 4:  # a batch of one would not do for batch norm
+        batch, size = {key: torch.cat([tensor, tensor]) for key, tensor in batch.items()}, 2 * size
+    with lstm_kernels(network):
+        moments = fullest_moments(lambda some: run({key: t[:some] for key, t in batch.items()}), size // 2, size)
+    state = [*network.parameters(), *network.buffers()]
+    weights, example = sum(t.nbytes for t in state), sum(t[:1].nbytes for t in batch.values())
+    return tuple((fixed + weights, each + example) for fixed, each in moments)
+
+
+def _kept_bytes(network: nn.Module, loss: Loss, batch: dict[str, Tensor]) -> int:
+    """Bytes that autograd keeps between the forward and the backward pass."""
     own = [*network.parameters(), *network.buffers(), *batch.values()]
     excluded = {tensor.untyped_storage().data_ptr() for tensor in own}
     kept: dict[int, int] = {}  # storage -> bytes; autograd holds the storages, so no address comes twice
-    calls = 0
 
     def keep(tensor: Tensor) -> Tensor:
         if tensor._is_zerotensor():  # forward-mode derivatives have zeros without a storage
@@ -95,28 +161,10 @@ def measure(model: nn.Module, loss: Loss, batch: dict[str, Tensor], name: str) -
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor.detach()  # an output that holds itself would be a reference cycle
 
-    def count_call(*_: Any) -> None:
-        nonlocal calls
-        calls += 1
-
-    for module in network.modules():
-        if next(module.children(), None) is None:
-            module.register_forward_pre_hook(count_call)
-
-    with torch.random.fork_rng(devices=[]), torch.enable_grad(), _without_onednn():
-        with counter() as forward, saved_tensors_hooks(keep, lambda tensor: tensor):
-            value = loss(network, batch)
-        with counter() as backward:
-            if value.requires_grad:  # only what a step needs: no gradient of a tensor that the loss made itself
-                torch.autograd.grad(value, [p for p in network.parameters() if p.requires_grad], allow_unused=True)
-    return NetworkCost(
-        name=name,
-        forward_flops=forward.get_total_flops() / size,
-        backward_flops=backward.get_total_flops() / size,
-        parameter_bytes=sum(p.numel() * p.itemsize for p in network.parameters()),
-        activation_bytes=-(-sum(kept.values()) // size),
-        calls=calls,
-    )
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        value = loss(network, batch)  # held until all is counted
+    del value
+    return sum(kept.values())
 
 
 @contextmanager
@@ -131,13 +179,24 @@ def _without_onednn() -> Iterator[None]:
 
 
 def peak_memory_bytes(cost: NetworkCost, batch: int, optimiser_bytes_per_parameter_byte: float) -> int:
-    """Most memory that a training step holds: weights, gradients, optimiser state, and the activations of the batch.
+    """Most memory that a training step holds: weights, gradients, optimiser state, the batch and its activations.
 
     Args:
-        cost: of the network, from `measure`.
+        cost: of the network, from `measure`; without `step_bytes`, twice the weights and the activations are taken.
         batch: examples per step.
         optimiser_bytes_per_parameter_byte: 0 for plain SGD, 1 with momentum, 2 for Adam.
 
     The runtime is not in it: `DeviceProfile.memory_bytes` is already without.
     """
-    return round(cost.parameter_bytes * (2 + optimiser_bytes_per_parameter_byte)) + batch * cost.activation_bytes
+    moments = cost.step_bytes or ((2 * cost.parameter_bytes, cost.activation_bytes),)
+    return round(most_bytes(moments, batch) + optimiser_bytes_per_parameter_byte * cost.parameter_bytes)
+
+
+def inference_memory_bytes(cost: NetworkCost, batch: int) -> int:
+    """Most memory that judging a batch holds; the weights alone where `inference_bytes` were not measured."""
+    return most_bytes(cost.inference_bytes or ((cost.parameter_bytes, 0),), batch)
+
+
+def most_bytes(moments: Moments, batch: int) -> int:
+    """The fullest of the moments with so many examples."""
+    return max(fixed + batch * each for fixed, each in moments)

@@ -16,7 +16,7 @@ from torch import nn
 from devices.compression.channels import ChannelGroups, Kept
 from devices.cost import LatencyModel, NetworkCost, Passes, Work
 from devices.errors import DeviceError
-from devices.meter import measure
+from devices.meter import inference_bytes, measure
 from devices.profile import DeviceProfile
 from devices.trace import trace
 from fedsim.errors import ConfigError
@@ -34,6 +34,7 @@ def price(workload: Workload, model: nn.Module, name: str, device: torch.device 
         return {key: tensor.to(device) for key, tensor in workload.sample(size).items()}
 
     cost = measure(model, workload.loss, batch(4), name)
+    cost = replace(cost, inference_bytes=inference_bytes(model, workload.loss, batch(4)))
     try:
         return replace(cost, layers=trace(model, batch(1)["x"]).rows, encoding=getattr(model, "encoding", None))
     except DeviceError:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 Tensors = dict[str, Tensor]
 ModelFactory = Callable[..., nn.Module]  # called with input_shape=(...), num_classes=int
+JUDGED_AT_ONCE = 512  # examples of a batch when a model is judged
 GATHERED_BYTES = 2**19  # of batches gathered at once: they should still be in the cache when they are trained on
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -201,7 +202,7 @@ class Workload(ABC):
         return each.view(len(logits), -1).mean(1)
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, data: Examples, batch: int = 512) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, data: Examples, batch: int = JUDGED_AT_ONCE) -> dict[str, float]:
         """Accuracy and mean loss on `data`; an empty part gives an empty dict."""
         if not len(data):
             return {}

@@ -12,6 +12,7 @@ from clients.trainers.gradients import (
     MODES,
     head_of,
     log_products,
+    matrix_product,
     mean_gradient,
     outputs_of,
     per_sample,
@@ -20,6 +21,7 @@ from clients.trainers.gradients import (
     space,
 )
 from devices.meter import counter, measure
+from devices.trace import KINDS
 from fedsim.data.blobs import Blobs
 from fedsim.models.char_lstm import CharLSTM
 from fedsim.models.convnet import ConvNet
@@ -155,6 +157,14 @@ def test_the_reported_flops_are_those_that_torch_counts(name: str, mode: str):
     with scoring(model), counter() as counted:
         products(mode, workload, model, batch)
     assert log.work().flops == pytest.approx(counted.get_total_flops(), rel=0.01)
+
+
+def test_a_product_costs_its_multiply_adds_and_no_start():
+    """[n, 3] @ [3, 5]: 15 per row, 30 FLOPs; no weights, activations or calls that a device would charge for."""
+    product = matrix_product(3, 5)
+    assert (product.forward_flops, product.parameter_bytes, product.activation_bytes, product.calls) == (30, 0, 0, 0)
+    assert product.layers is not None
+    assert {kind: row for kind, row in zip(KINDS, product.layers, strict=True) if any(row)} == {"fc": (15, 0, 0, 0)}
 
 
 def test_masked_classes_have_no_gradient_in_the_closed_form():

@@ -236,7 +236,7 @@ def test_clients_are_judged_with_the_pruned_network(federation, method, zeros):
     assert metrics["wire_bytes"] == wire_bytes(tensors, bits)
     assert 0 <= metrics["accuracy_teacher"] <= 1
     passes = client.log.work().passes
-    assert [(p.forwards, p.backwards) for p in passes] == [(len(client.data.test), 0)]
+    assert [(p.batch, p.forwards, p.backwards) for p in passes] == [(len(client.data.test), 1, 0)]
 
 
 def test_nothing_pruned_and_no_integers_is_sgd_bit_for_bit(federation):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from clients.trainers.base import ClientContext
+from clients.trainers.memory import Memory
 from clients.trainers.reservoir import ReservoirTrainer
 from fedsim.messages import Broadcast
 from fedsim.workload import Tensors
@@ -30,6 +31,19 @@ class AGemTrainer(ReservoirTrainer):
     Args:
         reservoir: arguments of ReservoirTrainer; replay_weight 0 never looks at the memory.
     """
+
+    def reserve(self, client: ClientContext, task: Broadcast, memory: Memory | None = None) -> None:
+        """The batch and the memory's one after the other, the first's gradients beside the second; then the projection.
+
+        That holds both gradients, the projected one, and products on the way. The memory fills while a round trains.
+        """
+        if not self.replay_weight:
+            super().reserve(client, task, memory)
+            return
+        batch = max(min(self.batch_size, len(client.data.train)), self.replay_batch_size)
+        copies, plain = self.copies(client, task), 2.0 + (self.momentum > 0)
+        projecting = round((plain + 3.0 + copies) * client.network.parameter_bytes)
+        client.log.reserve(max(self.step_bytes(client.network, batch, copies + 1.0), projecting))
 
     def gradients(
         self, client: ClientContext, task: Broadcast, batch: Tensors, kept: Tensors | None

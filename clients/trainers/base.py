@@ -10,10 +10,13 @@ from torch import Tensor, nn
 
 from clients.state import ClientState
 from devices.cost import NetworkCost, Passes, Work
+from devices.meter import inference_memory_bytes
 from devices.profile import DeviceProfile
 from fedsim.messages import Broadcast, ClientUpdate
 from fedsim.seeding import torch_generator
-from fedsim.workload import ClientData, Tensors, Workload
+from fedsim.workload import JUDGED_AT_ONCE, ClientData, Tensors, Workload
+
+RECEIVED = "received weights"  # what a trainer or the uplink holds, see `WorkLog.hold`
 
 
 class OutOfMemoryError(RuntimeError):
@@ -29,18 +32,24 @@ class WorkLog:
 
     def __init__(self, memory_bytes: int):
         self.memory_bytes = memory_bytes
+        self._held: dict[str, int] = {}
         self.peak_memory_bytes = 0
         self.stored_bytes = 0
         self.judged: dict[str, NetworkCost] = {}  # networks that were judged: "" is the client's own, others by name
         # By identity of the network: hashing its fields at every step would cost more than the counting.
         self._passes: dict[tuple[int, int], tuple[NetworkCost, list[int]]] = {}
 
+    def hold(self, name: str, held_bytes: int) -> None:
+        """Declares what stays in memory from now on, beside all that is reserved; once per name."""
+        self._held[name] = held_bytes
+
     def reserve(self, peak_bytes: int) -> None:
-        """Declares memory before it is used.
+        """Declares memory before it is used, without what `hold` has declared.
 
         Raises:
             OutOfMemoryError: when the device has less.
         """
+        peak_bytes += sum(self._held.values())
         self.peak_memory_bytes = max(self.peak_memory_bytes, peak_bytes)
         if peak_bytes > self.memory_bytes:
             raise OutOfMemoryError(f"needs {peak_bytes} bytes at its peak, the device has {self.memory_bytes}")
@@ -57,6 +66,26 @@ class WorkLog:
         counts = self._passes[key][1]
         counts[0] += forwards
         counts[1] += backwards
+
+    def add_examples(self, network: NetworkCost, count: int, batch: int, backward: bool = False) -> None:
+        """Counts one pass of each of `count` examples, in batches of `batch` and a smaller last one."""
+        full, rest = divmod(count, batch)
+        for size, passes in ((batch, full), (rest, 1 if rest else 0)):
+            if passes:
+                self.add(network, size, forwards=passes, backwards=passes if backward else 0)
+
+    def judge(self, network: NetworkCost, count: int) -> None:
+        """Declares the memory and the passes of judging `network` on so many examples.
+
+        Memory: weights, buffers, the batch and the activations that an inference of it holds at once.
+
+        Raises:
+            OutOfMemoryError: when the device has less.
+        """
+        if count:
+            batch = min(count, JUDGED_AT_ONCE)
+            self.reserve(inference_memory_bytes(network, batch))
+            self.add_examples(network, count, JUDGED_AT_ONCE)
 
     def work(self, storage_bytes: int = 0) -> Work:
         """All that was counted, in the order in which it first came."""
@@ -128,8 +157,7 @@ class LocalTrainer:
         """Metrics of the client's model on its own held-out part; empty when it has none."""
         data = client.data.test
         if len(data):
-            client.log.reserve(client.network.parameter_bytes)
-            client.log.add(client.network, 1, forwards=len(data))
+            client.log.judge(client.network, len(data))
             client.log.judged[""] = client.network
         return client.workload.evaluate(client.model, data)
 

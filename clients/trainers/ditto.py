@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clients.trainers.base import ClientContext
-from clients.trainers.fedprox import FedProxTrainer
+from clients.trainers.base import RECEIVED, ClientContext
+from clients.trainers.fedprox import PROXIMAL_COPIES, FedProxTrainer
 from devices.cost import NetworkCost
-from devices.meter import peak_memory_bytes
 from fedsim.errors import ConfigError
 from fedsim.messages import Broadcast, ClientUpdate
 from fedsim.workload import Tensors, Workload
@@ -71,11 +70,14 @@ class DittoTrainer(FedProxTrainer):
         """The proximal term of the model that trains just now."""
         return self.proximal(client, task, self.pull) if self.personal else super().penalty(client, task)
 
-    def reserve(self, client: ClientContext) -> None:
-        """A step of the personal model, beside the received weights and the update that waits to be sent."""
-        batch_size = min(self.batch_size, len(client.data.train))
-        step_bytes = peak_memory_bytes(client.network, batch_size, 1.0 if self.momentum else 0.0)
-        client.log.reserve(step_bytes + 2 * client.network.parameter_bytes)
+    def reserve(self, client: ClientContext, task: Broadcast) -> None:
+        """The global step, then one of the personal model beside the received weights and the update to be sent."""
+        super().reserve(client, task)
+        batch_size, weights = min(self.batch_size, len(client.data.train)), client.network.parameter_bytes
+        if self.pull:
+            client.log.hold(RECEIVED, weights)
+        copies = 1.0 + (PROXIMAL_COPIES if self.pull else 0.0)
+        client.log.reserve(self.step_bytes(client.network, batch_size, copies))
 
     def evaluate(self, client: ClientContext, task: Broadcast) -> dict[str, float]:
         """Metrics of the personal model."""

@@ -61,12 +61,26 @@ class EWCTrainer(SGDTrainer):
     def loss(self, client: ClientContext, batch: Tensors, task: Broadcast) -> Tensor:
         """Workload loss and, after the first task, the quadratics, multiplied out."""
         loss = super().loss(client, batch, task)
-        if not self.penalty or PENALTY not in task.extras:
+        if not self.penalised(task):
             return loss
         record, weights = task.extra(PENALTY), torch.cat([p.flatten() for p in client.parameters])
         curvature, centre = (record[key].to(client.device) for key in ("curvature", "weighted"))
         inside = (curvature * weights.square() - 2 * centre * weights).sum() + float(record["constant"])
         return loss + self.penalty / 2 * inside
+
+    def reserve(self, client: ClientContext, task: Broadcast) -> None:
+        """A step, with the curvature and the weighted centre beside the model after the first task."""
+        if self.penalised(task):
+            client.log.hold("curvature and centre", 2 * client.network.parameter_bytes)
+        super().reserve(client, task)
+
+    def copies(self, client: ClientContext, task: Broadcast) -> float:
+        """Of the quadratics: the flat weights, twice the centre, the terms' gradients and two sums of gradients."""
+        return super().copies(client, task) + (5.0 if self.penalised(task) else 0.0)
+
+    def penalised(self, task: Broadcast) -> bool:
+        """Whether there was a task before this one, and its weights are held."""
+        return bool(self.penalty) and PENALTY in task.extras
 
     def answer(self, client: ClientContext, question: str, task: Broadcast) -> dict[str, Tensors]:
         """F of the task that has just ended, at the weights that came, from examples that are still on the device."""
@@ -81,5 +95,5 @@ class EWCTrainer(SGDTrainer):
         at_once = min(len(names), self.batch_size)
         held = client.network.parameter_bytes * (2 + at_once) + at_once * client.network.activation_bytes
         client.log.reserve(held)
-        client.log.add(client.network, at_once, forwards=-(-len(names) // at_once), backwards=-(-len(names) // at_once))
+        client.log.add_examples(client.network, len(names), at_once, backward=True)
         return {FISHER: {"curvature": fisher(client, weights, batch, at_once), "examples": torch.tensor(len(names))}}

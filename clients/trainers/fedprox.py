@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clients.trainers.base import ClientContext
+from clients.trainers.base import RECEIVED, ClientContext
 from clients.trainers.sgd import SGDTrainer
 from fedsim.errors import ConfigError
 from fedsim.messages import Broadcast
 from fedsim.workload import Tensors
+
+PROXIMAL_COPIES = 2.0
 
 
 class FedProxTrainer(SGDTrainer):
@@ -42,7 +44,21 @@ class FedProxTrainer(SGDTrainer):
 
     def penalty(self, client: ClientContext, task: Broadcast) -> Tensor | None:
         """The proximal term of the global objective, a scalar; None where mu is 0."""
-        return self.proximal(client, task, float(task.settings.get("proximal-mu", self.proximal_mu)))
+        return self.proximal(client, task, self.mu(task))
+
+    def reserve(self, client: ClientContext, task: Broadcast) -> None:
+        """A step, with the received weights beside the model where the term is there."""
+        if self.mu(task):
+            client.log.hold(RECEIVED, client.network.parameter_bytes)
+        super().reserve(client, task)
+
+    def copies(self, client: ClientContext, task: Broadcast) -> float:
+        """With the term: the differences, which autograd keeps, and their gradients beside those of the loss."""
+        return super().copies(client, task) + (PROXIMAL_COPIES if self.mu(task) else 0.0)
+
+    def mu(self, task: Broadcast) -> float:
+        """Mu of this round."""
+        return float(task.settings.get("proximal-mu", self.proximal_mu))
 
     def proximal(self, client: ClientContext, task: Broadcast, mu: float) -> Tensor | None:
         """Half of mu times the squared distance of the parameters to the broadcast weights; None where mu is 0."""

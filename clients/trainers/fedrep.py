@@ -59,6 +59,7 @@ class FedRepTrainer(SGDTrainer):
                 name=f"{network.name}, {what} part",
                 backward_flops=cost.backward_flops,
                 activation_bytes=cost.activation_bytes,
+                step_bytes=cost.step_bytes,
                 backward_share=cost.backward_flops / network.backward_flops,
             )
 
@@ -79,7 +80,7 @@ class FedRepTrainer(SGDTrainer):
         if not self.private:
             return super().fit(client, task)
         self.check_settings(task)
-        self.reserve(client)
+        self.reserve(client, task)
         metrics = {}
         if self.head_epochs:
             with self.only(client.model, private=True):

@@ -31,7 +31,7 @@ class FineTuneTrainer(SGDTrainer):
     def evaluate(self, client: ClientContext, task: Broadcast) -> dict[str, float]:
         """Fine-tunes, then judges; both are paid for. A client without held-out examples does neither."""
         if len(client.data.test) and self.tune_epochs:
-            self.reserve(client)
+            self.reserve(client, task)
             client.model.train()
             self.train(client, task, self.shuffled(client, "tune-batches", self.tune_epochs))
         return super().evaluate(client, task)

@@ -93,5 +93,9 @@ class FjORDTrainer(SubnetTrainer):
             widest = client.model(batch["x"])
         return loss + self.distil * divergence(narrow.logits, widest, self.temperature)
 
+    def copies(self, client: ClientContext, task: Broadcast) -> float:
+        """Of a narrow step: its weights and their gradients, each below three quarters of the whole."""
+        return super().copies(client, task) + (1.5 if len(self.widths(self.kept(task))) > 1 else 0.0)
+
     def log_step(self, client: ClientContext, batch: int) -> None:
         """Nothing: `loss` has said what ran."""

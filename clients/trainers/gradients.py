@@ -27,7 +27,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 
 from clients.trainers.base import WorkLog
 from devices.cost import NetworkCost
-from devices.trace import trace
+from devices.trace import KINDS
 from fedsim.errors import ConfigError
 from fedsim.workload import Tensors, Workload
 
@@ -438,10 +438,13 @@ def outputs_of(workload: Workload, model: nn.Module) -> Outputs:
 
 @lru_cache(maxsize=256)
 def matrix_product(inner: int, outer: int) -> NetworkCost:
-    """What [n, inner] @ [inner, outer] costs per row, as a network without weights to train."""
-    layer = nn.Linear(inner, outer, bias=False, device="meta")
-    rows = trace(layer, torch.empty(1, inner, device="meta")).rows
-    return NetworkCost(f"product {inner}x{outer}", 2.0 * inner * outer, 0.0, 4 * inner * outer, 0, 1, rows)
+    """What [n, inner] @ [inner, outer] costs per row: its multiply-adds, and nothing else.
+
+    A runtime would do such a product inside of the step; it is no network that somebody loads and starts.
+    """
+    macs = float(inner * outer)
+    rows = tuple((macs if kind == "fc" else 0.0, 0.0, 0.0, 0.0) for kind in KINDS)
+    return NetworkCost(f"product {inner}x{outer}", 2 * macs, 0.0, 0, 0, calls=0, layers=rows)
 
 
 def _of_rows(gradients: Tensor, reference: Tensor | None) -> Products:

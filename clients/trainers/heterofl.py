@@ -17,6 +17,7 @@ from clients.trainers.base import ClientContext
 from clients.trainers.subnet import SubnetTrainer
 from devices.compression.channel_graph import BATCH_NORMS
 from devices.compression.channels import Kept
+from devices.meter import inference_memory_bytes
 from fedsim.messages import Broadcast
 from fedsim.workload import Tensors
 
@@ -74,7 +75,7 @@ class HeteroFLTrainer(SubnetTrainer):
             return super().answer(client, question, task)
         narrowed = self.narrowed(client, self.kept(task), task.weights)
         norms, examples = _batch_norms(narrowed.model), len(client.data.train)
-        client.log.reserve(narrowed.network.parameter_bytes)
+        client.log.reserve(inference_memory_bytes(narrowed.network, min(examples, max(2, self.batch_size))))
         if examples > 1:
             for norm in norms.values():
                 norm.reset_running_stats()

@@ -88,7 +88,7 @@ class LwFTrainer(SGDTrainer):
         if self.teacher is not None:
             client.log.add(client.network, batch, forwards=1)
 
-    def reserve(self, client: ClientContext) -> None:
-        super().reserve(client)
+    def reserve(self, client: ClientContext, task: Broadcast) -> None:
         if self.teacher is not None:
-            client.log.reserve(client.log.peak_memory_bytes + client.network.parameter_bytes)
+            client.log.hold("teacher", client.network.parameter_bytes)
+        super().reserve(client, task)

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from clients.trainers.base import ClientContext
 from clients.trainers.fedprox import FedProxTrainer
 from devices.cost import NetworkCost
-from devices.meter import measure, peak_memory_bytes
+from devices.meter import measure
 from fedsim.data.averages import averages, from_uint8, to_uint8
 from fedsim.errors import ConfigError
 from fedsim.messages import OF_REPLY, Broadcast, ClientUpdate
@@ -113,14 +113,18 @@ class MixupTrainer(FedProxTrainer):
         if not self.mix_ratio:
             return
         sample = workload.sample(4)
-        partner = self.sample_partner(workload, model, sample)
-        cost = measure(model, lambda m, batch: self.mixed(m, {**batch, **partner})[0], sample, network.name)
+
+        def loss(model: nn.Module, batch: Tensors) -> Tensor:
+            return self.mixed(model, {**batch, **self.sample_partner(workload, model, batch)})[0]
+
+        cost = measure(model, loss, sample, network.name)
         self.network = replace(
             network,
             name=f"{network.name}, {type(self).__name__}",
             forward_flops=cost.forward_flops / self.passes,
             backward_flops=cost.backward_flops / self.passes,
             activation_bytes=cost.activation_bytes,
+            step_bytes=cost.step_bytes,
         )
 
     def sample_partner(self, workload: Workload, model: nn.Module, sample: Tensors) -> Tensors:
@@ -220,7 +224,7 @@ class PoolTrainer(MixupTrainer):
         asked, data = task.settings, client.data.train
         size = int(asked["group-size"]) or len(data)
         network = self.network or client.network
-        step_bytes = peak_memory_bytes(network, min(self.batch_size, len(data)), 1.0 if self.momentum else 0.0)
+        step_bytes = self.step_bytes(network, min(self.batch_size, len(data)), self.copies(client, task))
         room = max(0, client.profile.memory_bytes - step_bytes)
         facts = {"bytes": torch.tensor(room), "version": torch.tensor(self.data_version(client))}
         records: dict[str, Tensors] = {ROOM: facts}
@@ -303,8 +307,7 @@ class PoolTrainer(MixupTrainer):
         x = F.one_hot(sample["x"], embedding_of(model).num_embeddings).float() if tokens else sample["x"]
         return {"partner_x": x[:1], "partner_y": F.one_hot(sample["y"], workload.num_classes).to(x.dtype)[:1]}
 
-    def reserve(self, client: ClientContext) -> None:
+    def reserve(self, client: ClientContext, task: Broadcast) -> None:
         """A step and the pool that stays beside it."""
-        batch_size = min(self.batch_size, len(client.data.train))
-        step_bytes = peak_memory_bytes(client.network, batch_size, 1.0 if self.momentum else 0.0)
-        client.log.reserve(step_bytes + client.state.storage_bytes)
+        client.log.hold("pool", client.state.storage_bytes)
+        super().reserve(client, task)

@@ -38,7 +38,7 @@ from clients.trainers.replay import ReplayTrainer
 from clients.trainers.selection import Pool, balanced
 from devices.cost import NetworkCost
 from devices.errors import unknown
-from devices.meter import peak_memory_bytes
+from devices.meter import inference_memory_bytes
 from fedsim.errors import ConfigError
 from fedsim.messages import Broadcast, ClientUpdate
 from fedsim.workload import Tensors, Workload
@@ -269,12 +269,18 @@ class OCSTrainer(ReplayTrainer):
         similarity, apart, _ = scores(found, 0.0, self.diversity)
         return (similarity + apart).argsort(descending=True, stable=True).cpu()
 
-    def reserve(self, client: ClientContext, memory: Memory | None = None) -> None:
-        """The larger of a step and of scoring a stream batch."""
-        super().reserve(client, memory)
-        n = min(self.stream_size, len(client.data.train))
+    def reserve(self, client: ClientContext, task: Broadcast, memory: Memory | None = None) -> None:
+        """The largest of a step, of the coreset's gradient, and of scoring a stream batch against it."""
+        super().reserve(client, task, memory)
+        network, n, backward = client.network, min(self.stream_size, len(client.data.train)), False
+        copies, compared = self.copies(client, task), len(memory) if memory is not None and self.tau else 0
+        if compared:
+            backward = self.grad_mode not in WITHOUT_BACKWARD
+            past = min(compared, self.replay_batch_size) if self.ref_source == "batch" else compared
+            flat = self.step_bytes(network, past, copies + 1.0)  # beside the gradients by layer
+            client.log.reserve(flat if backward else inference_memory_bytes(network, past))
         if n > self.batch_size:
-            step = peak_memory_bytes(client.network, n, 1.0 if self.momentum else 0.0)
+            step = self.step_bytes(network, n, copies + (1.0 if backward else 0.0))
             recalled = len(memory) if memory is not None and self.ref_source == "replayed" else 0
             outputs = 4 * recalled * (self.outputs.classes + self.outputs.features)
             client.log.reserve(step + self.outputs.held(self.grad_mode, n, self.chunk) + outputs)

@@ -32,7 +32,7 @@ from devices.compression.gates import (
 from devices.compression.prune import channel_scores
 from devices.cost import NetworkCost
 from devices.errors import DeviceError, unknown
-from devices.meter import peak_memory_bytes
+from devices.meter import inference_memory_bytes
 from fedsim.errors import ConfigError
 from fedsim.messages import Broadcast, ClientUpdate
 from fedsim.seeding import torch_generator
@@ -139,7 +139,7 @@ class PPPTrainer(SubnetTrainer):
                 narrowed = self.narrowed(client, own, self.slices.groups.within(weights, own, held))
             narrowed = self.gated(narrowed, gates, own)
             extras[GATES] = {name: t.detach() for name, t in gates.state_dict().items()}
-        self.reserve(narrowed)
+        self.reserve(narrowed, task)
         train_loss = self.train(narrowed, task, self.batches(narrowed, task))
         groups = self.slices.groups
         if masked:
@@ -194,12 +194,12 @@ class PPPTrainer(SubnetTrainer):
         passes = 2 if isinstance(client.model, GatedNetwork) else 1
         client.log.add(client.network, batch, forwards=passes, backwards=passes)
 
-    def reserve(self, client: ClientContext) -> None:
+    def reserve(self, client: ClientContext, task: Broadcast) -> None:
         """Declares the memory of a step; both paths are held until the backward pass."""
         network, batch = client.network, min(self.batch_size, len(client.data.train))
         if isinstance(client.model, GatedNetwork):
-            network = replace(network, activation_bytes=2 * network.activation_bytes)
-        client.log.reserve(peak_memory_bytes(network, batch, 1.0 if self.momentum else 0.0))
+            network = network.twice()
+        client.log.reserve(self.step_bytes(network, batch, self.copies(client, task)))
 
     # --- deployment ---------------------------------------------------------------------------------------------------
 
@@ -277,7 +277,7 @@ class PPPTrainer(SubnetTrainer):
         """The masks that the client's support gives; one forward pass, which the device pays for."""
         x = self.supported(client.data.train, client.seed, client.client_id)
         cost = self.gated_cost(gates, held)
-        client.log.reserve(cost.parameter_bytes)
+        client.log.reserve(inference_memory_bytes(cost, len(x)))
         client.log.add(cost, len(x), forwards=1)
         return personal_masks(GatedNetwork(client.model, gates, held), x.to(client.device), ratio, self.mask_mode)
 

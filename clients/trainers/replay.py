@@ -23,7 +23,6 @@ from clients.trainers.selection import RULES, Pool, balanced, pick
 from clients.trainers.sgd import SGDTrainer
 from devices.cost import NetworkCost
 from devices.errors import unknown
-from devices.meter import peak_memory_bytes
 from fedsim.errors import ConfigError
 from fedsim.messages import Broadcast, ClientUpdate
 from fedsim.seeding import generator
@@ -125,7 +124,7 @@ class ReplayTrainer(SGDTrainer):
         self.check_settings(task)
         self.turn(client)
         memory = Memory(client, self.capacity(client))
-        self.reserve(client, memory)
+        self.reserve(client, task, memory)
         self.begin(client, task, memory)
         lr, velocity, losses, used, last_pass = self.learning_rate(task), None, [], 0, []
         past = memory.batches(self.replay_batch_size, client.stream("replay"))
@@ -137,6 +136,7 @@ class ReplayTrainer(SGDTrainer):
                 names, batch = names[chosen], {key: t[chosen] for key, t in batch.items()}
             gradients, loss = self.gradients(client, task, batch, kept)
             velocity = self.step(client.parameters, gradients, lr, velocity)
+            del gradients
             losses.append(loss)
             self.learned(client, memory, names, batch)
             if is_last:
@@ -306,7 +306,7 @@ class ReplayTrainer(SGDTrainer):
         """END_OF_TASK picks what is kept of the task before this round's; the answer is empty."""
         if question != END_OF_TASK:
             return super().answer(client, question, task)
-        self.reserve(client, Memory(client, self.capacity(client)))
+        self.reserve(client, task, Memory(client, self.capacity(client)))
         self.turn(client)
         return {}
 
@@ -323,11 +323,11 @@ class ReplayTrainer(SGDTrainer):
             return samples.example_bytes(client.workload.input_shape)
         return example_bytes(client, self.input_bytes)
 
-    def reserve(self, client: ClientContext, memory: Memory | None = None) -> None:
+    def reserve(self, client: ClientContext, task: Broadcast, memory: Memory | None = None) -> None:
         """Declares the memory of a step on both batches."""
         batch_size = min(self.stream_of(client)[0], self.batch_size, len(client.data.train))
         batch_size += self.replay_batch_size if memory is not None and self.replays(memory) else 0
-        client.log.reserve(peak_memory_bytes(client.network, batch_size, 1.0 if self.momentum else 0.0))
+        client.log.reserve(self.step_bytes(client.network, batch_size, self.copies(client, task)))
 
 
 def _require(key: str, value: object, holds: bool, allowed: str) -> None:

@@ -72,7 +72,7 @@ class SubFedAvgTrainer(SGDTrainer):
         self.check_settings(task)
         training, judged = self.split(client)
         self.take_mask(training)
-        self.reserve(training)
+        self.reserve(training, task)
         self.early = self.masks
         train_loss = self.train(training, task, self.batches(training, task))
         late = self.pruned(client.weights)
@@ -99,6 +99,18 @@ class SubFedAvgTrainer(SGDTrainer):
         order = torch.randperm(len(train), generator=torch_generator(client.seed, "validation", client.client_id))
         parts = [Examples(train.gather(rows)) for rows in (order[count:].sort().values, order[:count].sort().values)]
         return replace(client, data=ClientData(parts[0], client.data.test)), parts[1]
+
+    def reserve(self, client: ClientContext, task: Broadcast) -> None:
+        """A step, and pruning: magnitudes of the largest layer, sorted with their places."""
+        masks = [mask.numel() for mask in self.whole.values()]
+        client.log.hold("masks", 2 * sum(masks))  # the client's own, and those after the first epoch
+        super().reserve(client, task)
+        weights = (2 if self.momentum else 1) * client.network.parameter_bytes
+        client.log.reserve(weights + sum(masks) + 20 * max(masks))
+
+    def copies(self, client: ClientContext, task: Broadcast) -> float:
+        """The masked gradients."""
+        return super().copies(client, task) + 1.0
 
     def take_mask(self, client: ClientContext) -> None:
         """Puts the client's mask on the weights that it was sent."""
@@ -145,7 +157,7 @@ class SubFedAvgTrainer(SGDTrainer):
         changed = sum(int((mask != self.early[name]).sum()) for name, mask in late.items()) / entries
         if changed <= self.least_change or 1 - alive(late) > self.target + 1e-9 or not len(judged):
             return False
-        client.log.add(client.network, 1, forwards=len(judged))
+        client.log.judge(client.network, len(judged))
         return client.workload.evaluate(client.model, judged)["accuracy"] > self.least_accuracy
 
 

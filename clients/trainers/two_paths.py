@@ -24,7 +24,6 @@ from devices.compression.quantise import ActivationRange
 from devices.compression.sizes import dense_bytes, nonzero_bytes, wire_bytes
 from devices.compression.two_paths import TwoPaths
 from devices.cost import NetworkCost
-from devices.meter import peak_memory_bytes
 from fedsim.errors import ConfigError
 from fedsim.messages import Broadcast, ClientUpdate
 from fedsim.workload import Tensors, Workload
@@ -175,7 +174,7 @@ class TwoPathTrainer(SGDTrainer):
             return client.network
         if self._twice is None or self._twice[0] is not client.network:
             one = client.network
-            self._twice = (one, replace(one, activation_bytes=2 * one.activation_bytes))
+            self._twice = (one, one.twice())
         return self._twice[1]
 
     def log_step(self, client: ClientContext, batch: int) -> None:
@@ -183,10 +182,16 @@ class TwoPathTrainer(SGDTrainer):
         passes = 2 if self._twice is not None and client.network is self._twice[1] else 1
         client.log.add(client.network, batch, forwards=passes, backwards=passes)
 
+    def copies(self, client: ClientContext, task: Broadcast) -> float:
+        """Of what is pruned: the weights of both networks, a mask of floats for each, and the gradients of each."""
+        own = dict(client.model.named_parameters())
+        pruned = sum(own[name].nbytes for name in self.paths.names)
+        return super().copies(client, task) + 6.0 * pruned / client.network.parameter_bytes
+
     def reserve_paths(self, client: ClientContext, task: Broadcast) -> None:
         """Declares the memory of a step; both paths are held until the backward pass."""
         batch = min(self.batch_size, len(client.data.train))
-        client.log.reserve(peak_memory_bytes(self.network(client, task), batch, 1.0 if self.momentum else 0.0))
+        client.log.reserve(self.step_bytes(self.network(client, task), batch, self.copies(client, task)))
 
     # --- judging ------------------------------------------------------------------------------------------------------
 

@@ -81,6 +81,17 @@ class UpdateCompressor:
         """Whether anything is done at all."""
         return self.select != "all" or self.bits != 32
 
+    def working_bytes(self, coordinates: int) -> int:
+        """Memory that compressing an update takes at its fullest, beside the weights before and after training.
+
+        Of each float32 coordinate: the change, in its tensor and in the flat update; with error feedback the residuals
+        before and after; magnitudes (top) or places as int64, their flags and values (nonzero); owners as int64 and the
+        flag of 8-bit values.
+        """
+        each = 8 + (8 if self.error_feedback else 0) + {"top": 4, "nonzero": 15}.get(self.select, 0)
+        whole = self.bits == 8 and self.select in ("all", "nonzero")
+        return coordinates * (each + (9 if whole else 0))
+
     def compress(self, update: Tensor, sizes: Sequence[int], draw: torch.Generator) -> Packed:
         """Packs a flat update.
 
