@@ -6,39 +6,81 @@ May import: numpy, yaml, torch (where a network is traced) and this package.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import yaml
 
+from devices.calibrate import at_least, datasheet_prices
+from devices.columns import TABLE_KINDS, Physics, from_0_1
 from devices.cost import LatencyModel, NetworkCost, Passes, Work
 from devices.errors import DeviceError
+from devices.prices import Prices
+from devices.prior import IN_ORDER, Facts, recalled, shipped_prior
 from devices.profile import DeviceProfile, LatencyFacts
-from devices.trace import KINDS, LayerTable, trace
+from devices.trace import COLUMNS, KINDS, MAC_KINDS, LayerTable, trace
 
-USUAL_RATIO = 3.0  # a training step over a forward pass, where no ratio was measured (FedScale's rule)
+USUAL_RATIO = 3.0  # a training step over a forward pass, where nothing is known of a device (FedScale's rule)
+MOST_FILLED = 0.5  # share of a reference's time that kinds may take that the references do not tell apart
+USUAL_BYTES_PER_S = 10e9  # of a memory that nobody named, for weights of layers that no reference has
+NEWEST = 2024.0  # year of the runtime that a device without measurements is priced with
+MOST_THREADS = 8  # of the training rows: what more threads do to a framework's calls is not extrapolated
+
+
+@dataclass(frozen=True)
+class DevicePrices:
+    """All that a device costs.
+
+    Attributes:
+        inference: a deployed network, in the device's inference runtime.
+        forward: a forward pass of the training runtime: evaluation, teachers, side passes.
+        step: a whole training step; None for a device that cannot train.
+    """
+
+    inference: Prices
+    forward: Prices
+    step: Prices | None
 
 
 class StructuredLatency(LatencyModel):
-    """Non-negative costs per layer kind: MACs, activations, weights, calls; plus a constant per pass.
+    """Non-negative prices of multiply-adds, activations, weights and calls by layer kind, inside physical bounds.
 
-    The coefficients come from a device's own measurements. A layer kind that none of its references has is priced at
-    the device's rate on the others and their cost per call: a stated assumption, not a measurement.
+    A device's own measurements come first; what they do not tell comes from a prior over many devices, in units of the
+    device's peak and bandwidth. Training steps have prices of their own.
     """
 
     def compute_s(self, work: Work, device: DeviceProfile) -> float:
-        """Seconds of the passes: a backward pass is the step's time less the forward's, by layer kind.
+        """Seconds of the passes in the training runtime: a backward pass is the step's time less the forward's.
 
         Raises:
-            DeviceError: for a device without latencies, or a network that was not traced.
+            DeviceError: for a device without latencies or a peak, a network that was not traced, or training on a
+                device that cannot train.
         """
-        coefficients, ratios = device_coefficients(device)
-        total_ms = 0.0
+        prices, total_ms = device_prices(device), 0.0
         for p in work.passes:
-            by_kind = kind_ms(p.network, p.batch, coefficients)
-            total_ms += p.forwards * by_kind.sum() + _backwards(p) * (by_kind * (ratios - 1)).sum()
+            layers, backwards = _layers(p.network), _backwards(p)
+            forward_ms = prices.forward.ms(layers, p.batch)
+            total_ms += p.forwards * forward_ms
+            if backwards:
+                total_ms += backwards * max(0.0, _step(prices, device).ms(layers, p.batch) - forward_ms)
         return float(total_ms) / 1e3 / device.speed
+
+    def inference_ms(self, network: NetworkCost, device: DeviceProfile) -> float:
+        """Milliseconds of one forward pass of one example in the device's inference runtime."""
+        return device_prices(device).inference.ms(_layers(network), 1) / device.speed
+
+    def compute_joules(self, work: Work, device: DeviceProfile, compute_s: float) -> float:
+        """Watts times seconds; on a card with an energy model, base watts times seconds plus its multiply-adds and bytes."""
+        if device.base_watts is None:
+            return super().compute_joules(work, device, compute_s)
+        joules = device.base_watts * compute_s
+        for p in work.passes:
+            macs, moved = macs_and_bytes(_layers(p.network), p.batch)
+            times = p.forwards + (USUAL_RATIO - 1) * _backwards(p)
+            joules += times * (device.joules_per_mac * macs + device.joules_per_byte * moved)
+        return joules
 
 
 def _backwards(passes: Passes) -> float:
@@ -46,84 +88,205 @@ def _backwards(passes: Passes) -> float:
     return passes.backwards * passes.network.backward_share
 
 
+def _layers(network: NetworkCost) -> tuple[tuple[float, ...], ...]:
+    if network.layers is None:
+        raise DeviceError(f"network {network.name!r} was not traced, so only latency=flops can price it")
+    return network.layers
+
+
+def _step(prices: DevicePrices, device: DeviceProfile) -> Prices:
+    if prices.step is None:
+        raise DeviceError(
+            f"device {device.name!r} ({device.kind}) runs networks in {prices.inference.precision} only and cannot train; take another device or let it only evaluate"
+        )
+    return prices.step
+
+
 def step_ms(network: NetworkCost, batch: int, device: DeviceProfile) -> tuple[float, float]:
-    """Milliseconds of a forward pass and of a whole training step (forward, backward, update) on a device."""
-    coefficients, ratios = device_coefficients(device)
-    by_kind = kind_ms(network, batch, coefficients) / device.speed
-    return float(by_kind.sum()), float((by_kind * ratios).sum())
+    """Milliseconds of a forward pass (inference runtime) and of a whole training step on a device.
+
+    Raises:
+        DeviceError: as `StructuredLatency.compute_s`.
+    """
+    prices, layers = device_prices(device), _layers(network)
+    forward_ms = prices.inference.ms(layers, batch)
+    return forward_ms / device.speed, _step(prices, device).ms(layers, batch) / device.speed
 
 
 def int8_ms(network: NetworkCost, batch: int, device: DeviceProfile) -> float | None:
     """Milliseconds of a forward pass on integer kernels; None for a device that was not measured with them."""
-    if device.latency is None or not device.latency.int8_coefficients_ms:
+    if device.latency is None or device.latency.int8 is None:
         return None
-    fitted = np.array(device.latency.int8_coefficients_ms)
-    coefficients = np.concatenate([fitted, [0.0, 0.0, 0.0]])
-    return float(kind_ms(network, batch, coefficients).sum()) / device.speed
+    return device.latency.int8.ms(_layers(network), batch) / device.speed
 
 
-def kind_ms(network: NetworkCost, batch: int, coefficients: np.ndarray) -> np.ndarray:
-    """Milliseconds of one forward pass by layer kind and, last, the constant, [8]."""
-    return (features(network, batch) * coefficients).reshape(-1, 4).sum(1)
+def macs_and_bytes(layers: tuple[tuple[float, ...], ...], batch: int) -> tuple[float, float]:
+    """Multiply-adds of one pass, and bytes of the activations and weights that it reads and writes, in fp32."""
+    table = np.array(layers)
+    macs = batch * table[[TABLE_KINDS.index(kind) for kind in MAC_KINDS], 0].sum()
+    return float(macs), float(4 * (batch * table[:, 1].sum() + table[:, 2].sum()))
 
 
-def features(network: NetworkCost, batch: int) -> np.ndarray:
-    """The network's sums for a batch, [32]: seven kinds by four columns, and a constant in a row of its own."""
-    if network.layers is None:
-        raise DeviceError(f"network {network.name!r} was not traced, so only latency=flops can price it")
-    return _features(network.layers, batch)
-
-
-@lru_cache(maxsize=256)
-def _features(layers: tuple[tuple[float, ...], ...], batch: int) -> np.ndarray:
-    table = np.array(layers) * [batch, batch, 1, 1]
-    return np.concatenate([table.ravel(), [1.0, 0.0, 0.0, 0.0]])
-
-
-def device_coefficients(device: DeviceProfile) -> tuple[np.ndarray, np.ndarray]:
-    """Milliseconds per feature, [32], and the ratio of a training step to a forward pass by kind and constant, [8].
+def device_prices(device: DeviceProfile) -> DevicePrices:
+    """What a device costs: its own prices where it has them, those of the prior at its peak where not.
 
     Raises:
-        DeviceError: for a device whose profile has no latencies.
+        DeviceError: for a device whose profile has neither latencies nor a peak.
     """
-    if device.latency is None:
-        raise DeviceError(
-            f"device {device.name!r} has no measured latencies; add them to its profile or take latency=flops"
-        )
-    return _coefficients(device.latency)
+    facts, physical = device.latency, physics_of(device)
+    return _device_prices(device.name, device.kind, facts, physical)
 
 
 @lru_cache(maxsize=1024)
-def _coefficients(facts: LatencyFacts) -> tuple[np.ndarray, np.ndarray]:
-    fitted = np.array(facts.coefficients_ms) if facts.coefficients_ms else _fit(facts)
-    table = _with_unmeasured(fitted[:-1].reshape(len(KINDS), 4))
+def _device_prices(
+    name: str, kind: str, facts: LatencyFacts | None, physical: tuple[Physics, Facts] | None
+) -> DevicePrices:
+    if kind == "mcu":
+        if facts is None or facts.inference is None:
+            raise DeviceError(f"device {name!r} has no measured latencies; a microcontroller cannot be priced without")
+        return DevicePrices(facts.inference, facts.inference, None)
+    known = None if facts is None else facts.inference
+    old = None
+    if known is None and facts is not None and (facts.coefficients_ms or facts.references):
+        old = _of_0_1(facts)
+        known = old[0]
+    if physical is None:
+        if known is None:
+            raise DeviceError(
+                f"device {name!r} has no measured latencies and no peak (compute.peak_gmacs_per_s); "
+                "add one of them to its profile or take latency=flops"
+            )
+        return _with_own(facts, DevicePrices(known, known, old[1] if old else _times(known, USUAL_RATIO)))
+    inference = known or from_datasheet("inference", physical)
+    if old is not None and not (facts and (facts.forward or facts.step)):
+        return DevicePrices(inference, inference, old[1])
+    return _with_own(
+        facts, DevicePrices(inference, from_datasheet("forward", physical), from_datasheet("train_step", physical))
+    )
+
+
+def _with_own(facts: LatencyFacts | None, made: DevicePrices) -> DevicePrices:
+    """The device's own prices of the training runtime in the place of the general ones; a step costs its forward pass."""
+    forward = (facts.forward if facts else None) or made.forward
+    step = (facts.step if facts else None) or made.step
+    return DevicePrices(made.inference, forward, at_least(step, forward) if step is not None else None)
+
+
+def from_datasheet(what: str, physical: tuple[Physics, Facts]) -> Prices:
+    """Prices of a device without rows; `what` is inference, forward (of the training runtime) or train_step."""
+    physics, facts = physical
+    card = physics.isa == "gpu"
+    if what == "inference" and not card:
+        return datasheet_prices(shipped_prior("mobile"), physics, facts, "forward", "ncnn", True, "datasheet")
+    family = f"{'gpu' if card else 'cpu'}_{'train_step' if what == 'train_step' else 'forward'}"
+    runtime = "pytorch_cuda" if card else "pytorch"
+    own = replace(physics, winograd=card)
+    single = replace(facts, half_precision=False, threads=min(facts.threads, MOST_THREADS))
+    phase = "train_step" if what == "train_step" else "forward"
+    return datasheet_prices(
+        shipped_prior(family),
+        own,
+        single,
+        phase,
+        runtime,
+        False,
+        "datasheet" if card else "carried",  # type: ignore[arg-type]
+    )
+
+
+def physics_of(device: DeviceProfile) -> tuple[Physics, Facts] | None:
+    """What the datasheet part of a profile says; None without a peak."""
+    if device.peak_macs_per_s is None:
+        return None
+    isa = device.isa
+    if isa == "none":
+        isa = {"gpu": "gpu", "mcu": "mcu"}.get(
+            device.kind, "arm" if device.kind in ("phone", "sbc", "embedded") else "x86"
+        )
+    usual = recalled()["usual_bandwidth"]
+    kind = {"server_cpu": "server", "host": "desktop", "accelerator": "embedded"}.get(device.kind, device.kind)
+    moved = device.memory_bytes_per_s or 1e9 * usual.get(kind, usual["embedded"])
+    physics = Physics(device.peak_macs_per_s, moved, isa, device.threads, device.clock_ghz)
+    return physics, Facts(device.threads, False, device.core in IN_ORDER, isa, NEWEST)
+
+
+# --- profiles of fedsim 0.1, estimators, and devices that only HELP's tables know -------------------------------------
+
+
+def _of_0_1(facts: LatencyFacts) -> tuple[Prices, Prices]:
+    """Forward pass and step from coefficients of 0.1, or fitted to references of search spaces, without bounds."""
+    if facts.coefficients_ms:
+        rows = np.array(facts.coefficients_ms[:-1]).reshape(-1, 4)
+        table = np.array(from_0_1(rows, as_prices=True)) if len(rows) == 7 else rows
+        constant = facts.coefficients_ms[-1]
+        networks = 0
+    else:
+        table, constant = fit_references(facts)
+        networks = len(facts.references)
+    forward = Prices.of_cells(
+        table, constant_ms=float(constant), error=facts.sigma, networks=networks, rows=networks, batches=(1, 256)
+    )
     given = dict(facts.train_ratio)
-    ratios = np.array([given.get(kind, USUAL_RATIO) for kind in KINDS] + [USUAL_RATIO])
-    return np.concatenate([table.ravel(), [fitted[-1], 0.0, 0.0, 0.0]]), ratios
+    old = {"conv3x3": "conv", "grouped": "depthwise", "foldable": "elementwise"}
+    ratios = np.array([given.get(kind, given.get(old.get(kind, kind), USUAL_RATIO)) for kind in TABLE_KINDS])
+    step = replace(
+        Prices.of_cells(table * ratios[:, None], constant_ms=USUAL_RATIO * float(constant)),
+        basis="rows" if given else "assumed",
+    )
+    return forward, step
 
 
-def _fit(facts: LatencyFacts) -> np.ndarray:
+def _times(prices: Prices, ratio: float) -> Prices:
+    return replace(prices.scaled(ratio), basis="assumed", error=None)
+
+
+def fit_references(facts: LatencyFacts) -> tuple[np.ndarray, float]:
+    """Prices [10, 4] in milliseconds and a constant, for a device without a datasheet: an estimator, a user's board.
+
+    A column that is the same for all references of a space and batch would only tell the spaces apart, and is left
+    out. Kinds that the references do not tell anything of are priced like the multiply-adds of the others, with
+    weights at 10 GB/s; what was measured as free stays free.
+    """
     from devices.structured import StructuredPredictor
 
     latency_ms = np.array([ms for *_, ms in facts.references])
     sums = reference_features(facts)
-    # A column that is the same for all references of a space and batch (the classifier) would only tell the spaces
-    # apart, and its coefficient would say nothing of the layers it stands for.
     groups: dict[tuple[str, int], list[int]] = {}
     for row, (space, _, batch, _) in enumerate(facts.references):
         groups.setdefault((space, batch), []).append(row)
     varies = np.any([np.ptp(sums[rows], axis=0) > 0 for rows in groups.values()], axis=0)
     varies[-1] = True
-    return np.asarray(StructuredPredictor.fit(sums * varies, latency_ms).coefficients)
+    fitted = np.asarray(StructuredPredictor.fit(sums * varies, latency_ms).coefficients)
+    shape = (len(KINDS), len(COLUMNS))
+    table, amounts = fitted[:-1].reshape(shape), sums[:, :-1].reshape(-1, *shape)
+    measured = varies[:-1].reshape(shape).any(axis=1)
+    dense = [i for i, kind in enumerate(KINDS) if kind in MAC_KINDS]
+    known = [i for i in dense if measured[i]]
+    macs = amounts[:, known, 0].sum()
+    per_mac = float((table[known] * amounts[:, known].sum(axis=0)).sum() / macs) if known and macs else 0.0
+    filled = np.zeros(shape)
+    filled[[i for i in dense if not measured[i]]] = per_mac, 0.0, 4e3 / USUAL_BYTES_PER_S, 0.0
+    # What is filled in must not be paid twice: the references' own classifiers are in their times already.
+    spent = (amounts * filled).sum(axis=(1, 2))
+    if spent.any():
+        filled *= min(1.0, float((MOST_FILLED * latency_ms[spent > 0] / spent[spent > 0]).min()))
+        spent = (amounts * filled).sum(axis=(1, 2))
+        fitted = np.asarray(StructuredPredictor.fit(sums * varies, latency_ms - spent).coefficients)
+    return fitted[:-1].reshape(shape) + filled, float(fitted[-1])
 
 
 def reference_features(facts: LatencyFacts) -> np.ndarray:
-    """The layer sums of a device's reference networks at the batch they were measured with, [references, 29]."""
+    """The layer sums of a device's reference networks at the batch they were measured with, [references, 41]."""
     rows = []
     for space, network, batch, _ in facts.references:
-        table = np.array(_shipped_tables().get(space, {}).get(network) or traced_reference(space, network).rows)
+        table = reference_table(space, network)
         rows.append(np.append((table * [batch, batch, 1, 1]).ravel(), 1.0))
     return np.stack(rows)
+
+
+def reference_table(space: str, network: str) -> np.ndarray:
+    """The layer table of a reference network, [10, 4]."""
+    return np.array(_shipped_tables().get(space, {}).get(network) or traced_reference(space, network).rows)
 
 
 @lru_cache(maxsize=1)
@@ -144,18 +307,6 @@ def traced_reference(space: str, network: str) -> LayerTable:
 
     build = {"nb201": NB201Network, "fbnet": FBNet}[space]
     return trace(build(_ids(network), norm="batch"), torch.zeros(1, 3, 32, 32))
-
-
-def _with_unmeasured(table: np.ndarray) -> np.ndarray:
-    """Prices kinds without any coefficient like the mean of the measured ones, by MACs and by call."""
-    measured = table.any(axis=1)
-    filled = table.copy()
-    if measured.any():
-        used = table[measured]
-        for column in (0, 3):
-            positive = used[:, column][used[:, column] > 0]
-            filled[~measured, column] = positive.mean() if len(positive) else 0.0
-    return filled
 
 
 class HelpLatency(LatencyModel):

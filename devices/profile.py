@@ -26,27 +26,35 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from devices.columns import TABLE_KINDS, from_0_1
 from devices.errors import DeviceError, unknown
 from devices.links import Link, load_link
+from devices.prices import BASES, Prices
 from devices.profile_file import FIGURES, PROVENANCES, Reader, Rule, read_yaml
 
 SHIPPED = Path(__file__).parent / "profiles"
-KINDS = ("phone", "sbc", "laptop", "gpu", "server_cpu", "accelerator", "mcu", "embedded", "host")
+KINDS = ("phone", "sbc", "laptop", "desktop", "gpu", "server_cpu", "accelerator", "mcu", "embedded", "host")
 OLD_KINDS = {"desktop_gpu": "gpu"}  # names of fedsim 0.1
+PRICED = ("inference", "forward", "step", "int8")  # sections of `latency` with prices
 ISAS = ("arm", "x86", "gpu", "mcu", "none")
 BYTES_PER_MB = 2**20  # of memory, as RAM is sold
 
 
 @dataclass(frozen=True)
 class LatencyFacts:
-    """What is known of a device's latency; predictors are fitted to it when they are first asked.
+    """What is known of a device's latency.
 
     Attributes:
+        inference: prices of a forward pass of one deployed network, or None.
+        forward: prices of a forward pass in the training runtime, or None.
+        step: prices of a training step, or None.
+        int8: prices of a forward pass on integer kernels, or None.
         references: (space, network, batch, milliseconds of one forward pass); a network is the operation ids of its
             edges ("nb201", six) or layers ("fbnet", 22) in one word, e.g. "341213".
         embedding_ms: milliseconds of HELP's ten reference networks of NAS-Bench-201, or empty.
-        coefficients_ms: a fitted structured predictor, [29], or empty: then it is fitted to the references.
-        int8_coefficients_ms: the same in int8, or empty.
+        coefficients_ms: a structured predictor of fedsim 0.1, [29], or empty.
         sigma: relative error of the fitted predictor on its references (leave-one-out); None where it is not known.
         train_ratio: (layer kind, time of a training step over time of a forward pass); kinds left out count 3.
     """
@@ -54,7 +62,10 @@ class LatencyFacts:
     references: tuple[tuple[str, str, int, float], ...] = ()
     embedding_ms: tuple[float, ...] = ()
     coefficients_ms: tuple[float, ...] = ()
-    int8_coefficients_ms: tuple[float, ...] = ()
+    inference: Prices | None = None
+    forward: Prices | None = None
+    step: Prices | None = None
+    int8: Prices | None = None
     sigma: float | None = None
     train_ratio: tuple[tuple[str, float], ...] = ()
 
@@ -65,7 +76,7 @@ class LatencyFacts:
             references=tuple((space, network, batch, ms * factor) for space, network, batch, ms in self.references),
             embedding_ms=tuple(ms * factor for ms in self.embedding_ms),
             coefficients_ms=tuple(ms * factor for ms in self.coefficients_ms),
-            int8_coefficients_ms=tuple(ms * factor for ms in self.int8_coefficients_ms),
+            **{key: p.scaled(factor) for key in PRICED if (p := getattr(self, key)) is not None},
         )
 
 
@@ -97,6 +108,8 @@ class DeviceProfile:
         tail_s: for how long it does.
         soc: the chip, e.g. "BCM2711"; empty where the file does not say it.
         isa: one of `ISAS`, "none" where the file does not say it.
+        core: microarchitecture of the cores that compute, e.g. "A72"; empty where the file does not say it.
+        clock_ghz: of one of them.
         threads: that compute; `flops_per_s`, `peak_macs_per_s` and `compute_watts` are of so many.
         peak_macs_per_s: multiply-adds in fp32 that the hardware could do, or None.
         memory_bytes_per_s: bandwidth of the memory in theory, or None.
@@ -131,7 +144,9 @@ class DeviceProfile:
     tail_s: float = 0.0
     soc: str = ""
     isa: str = "none"
+    core: str = ""
     threads: int = 1
+    clock_ghz: float = 2.0
     peak_macs_per_s: float | None = None
     memory_bytes_per_s: float | None = None
     base_watts: float | None = None
@@ -146,7 +161,7 @@ _POSITIVE: Rule = ("a finite number above 0", lambda value: value > 0)
 _FROM_ZERO: Rule = ("a finite number 0 or above", lambda value: value >= 0)
 
 REFERENCE_SPACES = {"nb201": (6, "01234"), "fbnet": (22, "012345678")}  # operations of a network, and their ids
-COEFFICIENTS = 29  # of a structured predictor: four sums for each of seven layer kinds, and a constant
+COEFFICIENTS = 29  # of a predictor of fedsim 0.1: four sums for each of seven layer kinds, and a constant
 
 
 def profile_names() -> tuple[str, ...]:
@@ -160,13 +175,32 @@ def load_profile(path_or_name: str | Path) -> DeviceProfile:
     Raises:
         DeviceError: naming the file, the key, what came and what is allowed.
     """
-    path = Path(path_or_name)
+    path, variant = Path(path_or_name), ""
     if path.suffix.lower() not in (".yaml", ".yml"):
-        if str(path_or_name) not in profile_names():
+        base, _, variant = str(path_or_name).partition("@")
+        if base not in profile_names():
             wrong = unknown("device", path_or_name, profile_names())
             raise DeviceError(f"{wrong}; a file of your own is given by its path, ending in .yaml")
-        path = SHIPPED / f"{path_or_name}.yaml"
-    return parse_profile(read_yaml(path), str(path))
+        path = SHIPPED / f"{base}.yaml"
+    return parse_profile(as_variant(read_yaml(path), variant, str(path_or_name)), str(path))
+
+
+def as_variant(tree: Any, variant: str, name: str) -> Any:
+    """The tree of a device run in another way ("raspberry_pi_4@1t"): its own keys, overlaid with the variant's.
+
+    Raises:
+        DeviceError: for a variant that the device does not have.
+    """
+    if not variant:
+        return tree
+    variants = tree.get("variants", {}) if isinstance(tree, dict) else {}
+    if variant not in variants:
+        what = unknown("variant", variant, variants) if variants else f"there is no variant {variant!r}"
+        raise DeviceError(f"{name}: {what}; variants of a device are ways of running networks, e.g. on one thread")
+    made = {**tree, "name": f"{tree['name']}@{variant}"}
+    for section, values in variants[variant].items():
+        made[section] = {**made.get(section, {}), **values}
+    return made
 
 
 def kind_named(word: str) -> str:
@@ -182,10 +216,10 @@ def parse_profile(tree: Any, file: str) -> DeviceProfile:
     """
     reader = Reader(file)
     sections = tuple(section for section in FIGURES if section != "reliability")
-    allowed = ("name", "kind", "soc", "isa", "latency", *FIGURES)
+    allowed = ("name", "kind", "soc", "isa", "core", "variants", "latency", *FIGURES)
     if not reader.check_map("", tree, allowed, ("name", "kind", *sections)):
         reader.finish()
-    name, soc = reader.text(tree, "name"), reader.text(tree, "soc")
+    name, soc, core = (reader.text(tree, key) for key in ("name", "soc", "core"))
     kind = reader.choice(tree, "kind", KINDS, also=OLD_KINDS)
     isa = reader.choice(tree, "isa", ISAS, default="none")
     link, free = _link(reader, tree.get("network"))
@@ -199,7 +233,15 @@ def parse_profile(tree: Any, file: str) -> DeviceProfile:
     reader.finish()
     fields, assumed = _fields(given, reader.assumed, link)
     return DeviceProfile(
-        name=name, kind=kind, soc=soc, isa=isa, memory_bytes=memory_bytes, latency=latency, assumed=assumed, **fields
+        name=name,
+        kind=kind,
+        soc=soc,
+        isa=isa,
+        core=core,
+        memory_bytes=memory_bytes,
+        latency=latency,
+        assumed=assumed,
+        **fields,
     )
 
 
@@ -265,8 +307,8 @@ def _latency_of(reader: Reader, tree: Any) -> LatencyFacts | None:
 
 def _latency(file: str, tree: Any) -> LatencyFacts:
     """The latency section: measured references, a fitted predictor, or those of another device times a factor."""
-    keys = ("references", "embedding", "coefficients_ms", "int8_coefficients_ms", "sigma", "train_ratio", "scaled")
-    _check_keys(file, "latency.", tree, keys, ())
+    keys = (*PRICED, "references", "embedding", "coefficients_ms", "int8_coefficients_ms", "sigma", "train_ratio")
+    _check_keys(file, "latency.", tree, (*keys, "scaled"), ())
     if "scaled" in tree:
         _check_keys(file, "latency.scaled.", tree["scaled"], ("device", "factor"), ("device", "factor"))
         factor = _number(file, "latency.scaled.factor", tree["scaled"]["factor"], _POSITIVE)
@@ -277,19 +319,49 @@ def _latency(file: str, tree: Any) -> LatencyFacts:
     embedding = _sourced(file, "latency.embedding", tree["embedding"], ("ms",))["ms"] if "embedding" in tree else []
     ratios = tree.get("train_ratio", {})
     _check_keys(file, "latency.train_ratio.", ratios, tuple(ratios) if isinstance(ratios, Mapping) else (), ())
+    priced = {key: _prices(file, f"latency.{key}", tree[key]) for key in PRICED if key in tree}
+    old_int8 = _figures(file, "latency.int8_coefficients_ms", tree.get("int8_coefficients_ms"))
+    if old_int8:
+        cells = np.array(from_0_1(np.array(old_int8[:-1]).reshape(-1, 4).tolist(), as_prices=True))
+        priced["int8"] = Prices.of_cells(cells, constant_ms=old_int8[-1], precision="int8")
     facts = LatencyFacts(
         references=_references(file, tree["references"]) if "references" in tree else (),
         embedding_ms=tuple(_plain(file, "latency.embedding.ms", ms) for ms in embedding),
         coefficients_ms=_figures(file, "latency.coefficients_ms", tree.get("coefficients_ms")),
-        int8_coefficients_ms=_figures(file, "latency.int8_coefficients_ms", tree.get("int8_coefficients_ms")),
         sigma=_number(file, "latency.sigma", tree["sigma"], _FROM_ZERO) if "sigma" in tree else None,
         train_ratio=tuple((k, _number(file, f"latency.train_ratio.{k}", v, _FROM_ZERO)) for k, v in ratios.items()),
+        **priced,
     )
-    if not facts.references and not facts.coefficients_ms:
-        raise DeviceError(
-            f"{file}: latency needs references or coefficients_ms; leave the section out if there are none"
-        )
+    if not facts.references and not facts.coefficients_ms and not priced:
+        allowed = ", ".join((*PRICED[:3], "references", "coefficients_ms"))
+        raise DeviceError(f"{file}: latency needs one of {allowed}; leave the section out if there are none")
     return facts
+
+
+def _prices(file: str, key: str, tree: Any) -> Prices:
+    """One section of prices, checked."""
+    needed = ("runtime", "prices")
+    known = (*needed, "threads", "precision", "basis", "error", "rows", "networks", "batches", "largest_mmacs", "kinds")
+    known = (*known, "overlap", "extra_calls", "constant_ms", "provenance", "source")
+    _check_keys(file, f"{key}.", tree, known, needed)
+    for name in ("error", "rows", "networks", "largest_mmacs", "overlap", "extra_calls", "constant_ms", "threads"):
+        if name in tree:
+            _plain(file, f"{key}.{name}", tree[name], _FROM_ZERO)
+    if tree.get("basis", "rows") not in BASES:
+        raise DeviceError(f"{file}: {unknown(f'{key}.basis', tree['basis'], BASES)}")
+    batches = tree.get("batches", [1, 1])
+    if not isinstance(batches, list) or len(batches) != 2 or not all(isinstance(b, int) and b >= 1 for b in batches):
+        raise DeviceError(f"{file}: key '{key}.batches' must be the smallest and largest batch, got {batches!r}")
+    _check_keys(file, f"{key}.prices.", tree["prices"], TABLE_KINDS, ())
+    for kind, row in tree["prices"].items():
+        if not isinstance(row, list) or len(row) != 4:
+            raise DeviceError(
+                f"{file}: key '{key}.prices.{kind}' must be four numbers (ps per multiply-add, element and weight, "
+                f"us per call), got {reprlib.repr(row)}"
+            )
+        for value in row:
+            _plain(file, f"{key}.prices.{kind}", value, _FROM_ZERO)
+    return Prices.from_dict(tree)
 
 
 def _references(file: str, tree: Any) -> tuple[tuple[str, str, int, float], ...]:

@@ -92,6 +92,7 @@ FIGURES: Mapping[str, Mapping[str, Figure]] = {
         ),
         "jitter_sigma": Figure("compute_jitter_sigma", "sigma of the lognormal factor on compute seconds", 0, 3),
         "threads": Figure("threads", "threads that compute", 1, 4096, False, 1, whole=True),
+        "clock_ghz": _optional("clock_ghz", "GHz of a core that computes", 1e-3, 10, None),
         "peak_gmacs_per_s": _optional(
             "peak_macs_per_s", "1e9 multiply-adds per s in fp32 at these threads, in theory", 1e-6, 1e7, None, 1e9
         ),

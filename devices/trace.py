@@ -20,21 +20,25 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from devices.columns import TABLE_KINDS
 from devices.errors import DeviceError
 
-KINDS = ("conv", "pointwise", "depthwise", "pool", "elementwise", "fc", "recurrent")
+KINDS = TABLE_KINDS
 COLUMNS = ("macs", "activations", "weights", "calls")
 FEATURES = len(KINDS) * len(COLUMNS) + 1  # and a constant
-MAC_KINDS = ("conv", "pointwise", "depthwise", "fc", "recurrent")  # pool and elementwise count operations instead
+MAC_KINDS = ("conv3x3", "conv", "pointwise", "grouped", "depthwise", "fc", "recurrent")  # others count operations
 
 
 @dataclass(frozen=True)
 class LayerTable:
     """Sums over the layers of one network, by kind.
 
-    Kinds: conv (kernel above 1), pointwise (kernel 1), depthwise (any convolution in groups), pool (also means, sums
-    and maxima over dimensions), elementwise (norms, activations, adds, copies, softmax, embeddings), fc (matrix
-    products, among them the projections and the two products of attention, fused or not), recurrent.
+    Kinds: conv3x3 (dense 3x3 with stride 1, which mobile runtimes run as Winograd convolutions), conv (other dense
+    convolutions with a kernel above 1), pointwise (kernel 1), grouped (several groups with more than one channel),
+    depthwise (one channel per group), pool (also means, sums and maxima over dimensions), elementwise (activations,
+    adds, copies, softmax, other norms, embeddings), foldable (batch norms, ReLU and ReLU6, which inference runtimes
+    fold into the layer before), fc (matrix products, among them the projections and the two products of attention,
+    fused or not), recurrent.
 
     Columns: macs are multiply-adds (for pool and elementwise: element operations) per example; activations are elements
     read and written per example; weights are elements of parameters read by one pass, whatever the batch; calls are
@@ -65,7 +69,7 @@ class LayerTable:
         return sum(self.rows[KINDS.index(kind)][0] for kind in MAC_KINDS)
 
     def features(self, batch: int) -> np.ndarray:
-        """The table as a vector for one pass of `batch` examples: kind by kind its columns, then 1; [29] float64.
+        """The table as a vector for one pass of `batch` examples: kind by kind its columns, then 1; [41] float64.
 
         Raises:
             DeviceError: if the batch is below 1.
@@ -189,7 +193,7 @@ class _Place:
 
 
 class _Recorder(TorchDispatchMode):
-    """Adds every operation to `sums` [7 kinds, 4 columns], for the whole batch."""
+    """Adds every operation to `sums` [kinds, 4 columns], for the whole batch."""
 
     def __init__(self, constants: list[Tensor]):
         super().__init__()
@@ -266,6 +270,10 @@ REDUCTIONS = {
     *("mean", "sum", "amax", "amin", "max", "min", "var", "std", "var_mean", "std_mean", "prod", "logsumexp", "norm"),
     *("nansum", "linalg_vector_norm", "argmax", "argmin", "any", "all", "median", "aminmax"),
 }
+FOLDABLE = {
+    *("native_batch_norm", "_native_batch_norm_legit_no_training", "_native_batch_norm_legit", "cudnn_batch_norm"),
+    *("batch_norm", "relu", "relu_", "relu6", "hardtanh", "hardtanh_"),
+}
 PRODUCTS = {"mm": 0, "bmm": 0, "mv": 0, "dot": 0, "vdot": 0, "_int_mm": 0, "_scaled_mm": 0}
 PRODUCTS |= {"addmm": 1, "addmm_": 1, "baddbmm": 1, "baddbmm_": 1, "addmv": 1, "_addmm_activation": 1}
 
@@ -285,12 +293,22 @@ def _kind(name: str, args: Any, inputs: list[Tensor], outputs: list[Tensor]) -> 
         return "pool", written * float(np.prod(window)) ** (dims / len(window))
     if name in REDUCTIONS and written < inputs[0].numel():
         return "pool", inputs[0].numel()
-    return "elementwise", written
+    return "foldable" if name in FOLDABLE else "elementwise", written
 
 
 def _convolution(args: Any, x: Tensor, weight: Tensor, out: Tensor) -> tuple[str, float]:
-    transposed, groups = (args[6], args[8]) if len(args) > 8 else (False, args[-1])
-    kind = "depthwise" if groups > 1 else "conv" if np.prod(weight.shape[2:]) > 1 else "pointwise"
+    # aten::convolution has all nine arguments; mkldnn_convolution ends with stride, dilation, groups.
+    strides, dilations, transposed, groups = (
+        (args[3], args[5], args[6], args[8]) if len(args) > 8 else (args[-3], args[-2], False, args[-1])
+    )
+    kernel, unit = tuple(weight.shape[2:]), all(step == 1 for step in (*strides, *dilations)) and not transposed
+    if groups > 1:
+        channels = weight.shape[0] // groups if transposed else weight.shape[1]  # read by each group
+        kind = "depthwise" if channels == 1 else "grouped"
+    elif np.prod(kernel) == 1:
+        kind = "pointwise"
+    else:
+        kind = "conv3x3" if kernel == (3, 3) and unit else "conv"
     # Every weight meets every position of the side that it is slid over: the output, or the input when transposed.
     slid = x.numel() / x.shape[1] if transposed else out.numel() / out.shape[1]
     return kind, weight.numel() * slid

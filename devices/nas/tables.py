@@ -13,7 +13,7 @@ import itertools
 import numpy as np
 
 from devices.errors import DeviceError, unknown
-from devices.trace import COLUMNS, KINDS
+from devices.trace import COLUMNS, KINDS, MAC_KINDS
 
 FEATURE_SETS = ("counts", "layers")
 
@@ -35,7 +35,7 @@ def nb201_features(ops: np.ndarray, features: str = "layers") -> np.ndarray:
         features: "layers" sums the layers by kind; "counts" only counts the cell's operations.
 
     Returns:
-        [n, 29] for "layers"; [n, 5] for "counts": skips, 1x1 and 3x3 convolutions, pools, and a constant.
+        [n, 41] for "layers"; [n, 5] for "counts": skips, 1x1 and 3x3 convolutions, pools, and a constant.
 
     Raises:
         DeviceError: for ids or a shape that do not fit, or an unknown feature set.
@@ -68,7 +68,7 @@ def fbnet_features(ops: np.ndarray, features: str = "layers") -> np.ndarray:
         features: "layers" sums the layers by kind; "counts" only counts the operations over all positions.
 
     Returns:
-        [n, 29] for "layers"; [n, 9] for "counts": every operation but skip, and a constant.
+        [n, 41] for "layers"; [n, 9] for "counts": every operation but skip, and a constant.
 
     Raises:
         DeviceError: as in `nb201_features`.
@@ -96,7 +96,7 @@ def network_features(space: str, ops: np.ndarray, features: str = "layers") -> n
 def network_macs(space: str, ops: np.ndarray) -> np.ndarray:
     """Multiply-adds of each network for one example, [n]: of convolutions and the classifier, not of pools and adds."""
     rows = network_features(space, ops)[:, :-1].reshape(len(ops), len(KINDS), len(COLUMNS))
-    return rows[:, [i for i, kind in enumerate(KINDS) if kind not in ("pool", "elementwise")], 0].sum(axis=1)
+    return rows[:, [i for i, kind in enumerate(KINDS) if kind in MAC_KINDS], 0].sum(axis=1)
 
 
 def connected(space: str, ops: np.ndarray) -> np.ndarray:
@@ -120,7 +120,7 @@ def _with_constant(rows: np.ndarray) -> np.ndarray:
 
 
 def _row(kind: str, macs: float, activations: float, weights: float = 0.0) -> np.ndarray:
-    """One call of one layer as a flat table, [28]."""
+    """One call of one layer as a flat table, [40]."""
     table = np.zeros((len(KINDS), len(COLUMNS)))
     table[KINDS.index(kind)] = macs, activations, weights, 1
     return table.ravel()
@@ -128,13 +128,16 @@ def _row(kind: str, macs: float, activations: float, weights: float = 0.0) -> np
 
 def _convolution(inputs: int, outputs: int, kernel: int, side: int, stride: int = 1, groups: int = 1) -> np.ndarray:
     """A square convolution that keeps `side` pixels, or with stride 2 makes half of them."""
-    kind = "depthwise" if groups > 1 else "pointwise" if kernel == 1 else "conv"
+    if groups > 1:
+        kind = "depthwise" if groups == inputs else "grouped"
+    else:
+        kind = "pointwise" if kernel == 1 else "conv3x3" if (kernel, stride) == (3, 1) else "conv"
     weights, out_side = kernel * kernel * inputs * outputs // groups, side // stride
     return _row(kind, weights * out_side**2, inputs * side**2 + outputs * out_side**2, weights)
 
 
 def _nb201_operations() -> np.ndarray:
-    """All cells of one operation on one edge, [5 operations, 28]."""
+    """All cells of one operation on one edge, [5 operations, 40]."""
     table = np.zeros((len(NB201_OPS), len(KINDS) * len(COLUMNS)))
     for channels, side in NB201_STAGES:
         elements = channels * side**2
@@ -146,7 +149,7 @@ def _nb201_operations() -> np.ndarray:
 
 
 def _nb201_skeleton() -> np.ndarray:
-    """Stem, the two reductions and the classifier, [28]."""
+    """Stem, the two reductions and the classifier, [40]."""
     table = _convolution(3, 16, 3, 32) + _row("fc", 640, 64 + 10, 640)
     for (inputs, side), (outputs, half) in itertools.pairwise(NB201_STAGES):
         table = table + _convolution(inputs, outputs, 3, side, 2) + _convolution(outputs, outputs, 3, half)
@@ -156,7 +159,7 @@ def _nb201_skeleton() -> np.ndarray:
 
 
 def _fbnet_operations() -> tuple[np.ndarray, np.ndarray]:
-    """Each operation at each position, [22, 9, 28], and stem and head, [28]."""
+    """Each operation at each position, [22, 9, 40], and stem and head, [40]."""
     positions, inputs, side = [], 16, FBNET_SIDE
     for outputs, layers, first_stride in FBNET_STAGES:
         for layer in range(layers):

@@ -1,0 +1,656 @@
+"""Makes the shipped device profiles and priors from public tables, so that facts and not guesses are in the YAML.
+
+`devices/catalogue.yaml` says which devices there are and what no table knows of them. May import: numpy, pandas, yaml,
+torch and this package.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import yaml
+from scipy.optimize import nnls
+
+from devices.calibrate import calibrate, prices_by_kind, prices_of
+from devices.columns import IS_CALL, IS_MAC, NUM_COLUMNS, Phase, Physics, counts
+from devices.errors import DeviceError
+from devices.latency import macs_and_bytes, reference_table
+from devices.prices import Prices
+from devices.prior import COVARIATES, Facts, Prior, Sample, choose_networks, error_with, learn, recalled
+from devices.tables import LITTLE, RUNTIMES, Setting, Tables, cluster
+
+HERE = Path(__file__).parent
+FEWEST = 5  # networks of a setting with all big cores that is taken before one with fewer threads
+USUAL_THREADS = 4  # that runtimes on phones and boards take, whatever the cores
+PRIOR_NETWORKS = 15  # of a setting that the prior of mobile runtimes is learned from
+WATCHED = Callable[[str], None]
+PROVENANCE = {"r": "recalled", "a": "assumed", "d": "dataset"}
+SOURCES = "public tables of networks on devices"
+DISPATCH_SPREAD = 0.3  # of the logarithm of a framework's cost of a call, between devices of one clock
+CARD_SHARE = 20.0  # W of the host that go with a busy card
+
+# Where each family's prior starts, in physical units: multipliers of multiply-adds (conv3x3, conv, pointwise, grouped,
+# depthwise, fc), activations (dense, pointwise, depthwise, fc, pool, elementwise), weights (layers, recurrent), and
+# calls in microseconds (layers, rest, recurrent). What rows cannot tell stays near these.
+_START: Mapping[str, tuple[list[float], float, float, float, float, float]] = {
+    # multipliers, sigma, overlap, extra calls, spread of a column, spread that columns share
+    "mobile": ([0.6, 3, 1.8, 2, 5, 4.5, 2, 2, 2, 2, 3, 3, 1.1, 1, 2, 4, 2], 0.12, 1.0, 0.0, 0.3, 0.0),
+    "cpu_forward": ([1, 1.3, 2, 3, 10, 1.5, 2, 2, 3, 2, 3, 3, 1.2, 0.5, 20, 20, 3], 0.08, 1.0, 0.0, 0.8, 0.55),
+    "cpu_train_step": ([1.2, 1.3, 2, 4, 20, 1.5, 3, 3, 6, 3, 3, 8, 1.2, 0.5, 40, 40, 4], 0.08, 1.0, 0.0, 0.8, 0.55),
+    "gpu_forward": ([1, 1.5, 1.3, 5, 10, 1.2, 1, 1, 1, 1, 1, 1, 2, 1, 6, 6, 3], 0.15, 2.0, 0.0, 0.5, 0.45),
+    "gpu_train_step": ([1, 1.5, 1.3, 5, 20, 1.2, 1, 1, 1, 1, 1, 1, 2, 1, 6, 6, 3], 0.15, 2.0, 6.0, 0.5, 0.45),
+    "mcu": ([2, 2, 2, 3, 4, 2, 1, 1, 1, 1, 1, 1, 1, 1, 10, 10, 10], 0.06, 1.0, 0.0, 0.7, 0.5),
+}
+
+
+def start_of(family: str) -> tuple[Prior, np.ndarray]:
+    """Where a family's prior starts, and the covariance that counts as some devices in learning it."""
+    multipliers, sigma, overlap, calls, spread, shared = _START[family]
+    effects = np.zeros((len(COVARIATES), NUM_COLUMNS))
+    effects[0] = np.log(multipliers)
+    covariance = np.eye(NUM_COLUMNS) * spread**2 + shared**2
+    if family.startswith(
+        "cpu"
+    ):  # what a framework spends on a call was measured on small networks, and goes with the clock
+        covariance[IS_CALL] = covariance[:, IS_CALL] = 0.0
+        covariance[IS_CALL, IS_CALL] = DISPATCH_SPREAD**2
+    wide = covariance if family != "mobile" else np.eye(NUM_COLUMNS) * 0.5**2
+    return Prior(effects, wide, sigma, overlap, calls), covariance
+
+
+def of_family(settings: Sequence[Setting], family: str) -> list[Setting]:
+    """The settings that a family's prior is learned from."""
+    least = PRIOR_NETWORKS if family == "mobile" else 1
+    wanted = [s for s in settings if s.family == family and s.num_networks >= least]
+    return [s for s in wanted if family != "mobile" or s.runtime == "ncnn"]
+
+
+def learn_prior(family: str, settings: Sequence[Setting], without: str = "", start: Prior | None = None) -> Prior:
+    """The prior of a family from all devices, or from all but one; `start` goes on from the prior of all."""
+    first, spread = start_of(family)
+    samples = [s.sample for s in of_family(settings, family) if s.device != without]
+    if not samples:
+        return first
+    if start is not None:
+        return learn(samples, start, rounds=2, spread=spread)
+    return learn(samples, first, spread=spread)
+
+
+def learn_priors(settings: Sequence[Setting], watch: WATCHED = lambda text: None) -> dict[str, Prior]:
+    """All priors, with the errors that devices outside of them have with 0, 1 and 3 measured networks."""
+    priors = {}
+    for family in ("mobile", "cpu_forward", "cpu_train_step", "gpu_forward", "gpu_train_step"):
+        watch(f"learning the prior of {family}")
+        priors[family] = learn_prior(family, settings)
+    for family in ("cpu_forward", "cpu_train_step"):  # no row tells in-order cores from others: as in inference
+        effects = priors[family].effects.copy()
+        effects[COVARIATES.index("in_order")] = priors["mobile"].effects[COVARIATES.index("in_order")]
+        priors[family] = replace(priors[family], effects=effects)
+    found = unseen_errors(settings, "mobile", priors["mobile"], (0, 1, 3), watch)
+    errors = {count: float(np.median([e for _, e in rows])) for count, rows in found.items()}
+    priors["mobile"] = replace(priors["mobile"], errors=errors)
+    return priors
+
+
+def unseen_errors(
+    settings: Sequence[Setting], family: str, prior: Prior, numbers: Sequence[int], watch: WATCHED = lambda text: None
+) -> dict[int, list[tuple[Setting, float]]]:
+    """Mean error of every setting under the prior of all other devices, by number of networks measured on it.
+
+    The networks are chosen by `choose_networks`, which sees no time.
+    """
+    chosen = [s for s in of_family(settings, family) if s.num_networks >= PRIOR_NETWORKS]
+    found: dict[int, list[tuple[Setting, float]]] = {number: [] for number in numbers}
+    for device in dict.fromkeys(s.device for s in chosen):
+        watch(f"{family}: leaving out {device}")
+        others = learn_prior(family, settings, device, prior)
+        for s in chosen:
+            if s.device != device:
+                continue
+            for number in numbers:
+                picks = choose_networks(s.sample, others, number) if number else []
+                found[number].append((s, error_with(s.sample, others, picks)))
+    return found
+
+
+@dataclass(frozen=True)
+class CardEnergy:
+    """joules = base_w x seconds + joules per multiply-add and per byte; of one card, and by scale of others."""
+
+    base_w: float
+    joules_per_mac: float
+    joules_per_byte: float
+
+    def of(self, card: Mapping[str, float], measured: Mapping[str, float]) -> CardEnergy:
+        """Another card's: the part above idle scales with the range from idle to limit, arithmetic with the peak."""
+        ranges = (card["limit_w"] - card["idle_w"]) / (measured["limit_w"] - measured["idle_w"])
+        base_w = card["idle_w"] + (self.base_w - measured["idle_w"]) * ranges
+        return CardEnergy(
+            max(card["idle_w"], base_w),
+            self.joules_per_mac * ranges * measured["gmacs"] / card["gmacs"],
+            self.joules_per_byte * ranges * measured["mem_gbs"] / card["mem_gbs"],
+        )
+
+
+def energy_columns(tables: Tables, setting: Setting, seconds: np.ndarray) -> np.ndarray:
+    """Seconds, multiply-adds and bytes of each row, [rows, 3]; a training step does three passes' work."""
+    times = 3.0 if setting.phase == "train_step" else 1.0
+    rows = []
+    for name, batch, s in zip(setting.sample.networks, setting.batches, seconds, strict=True):
+        network, _, size = name.partition("@")
+        table = tables.table(network, size, RUNTIMES[setting.runtime].fused)
+        assert table is not None
+        macs, moved = macs_and_bytes(tuple(map(tuple, table)), int(batch))
+        rows.append([s, times * macs, times * moved])
+    return np.array(rows)
+
+
+def fit_energy(columns: np.ndarray, joules: np.ndarray) -> np.ndarray:
+    """Watts, joules per multiply-add and per byte, non-negative, of the least relative error, [3]."""
+    scaled = columns / joules[:, None]
+    units = scaled.max(axis=0)
+    return np.asarray(nnls(scaled / units, np.ones(len(joules)))[0] / units)
+
+
+def card_energy(tables: Tables, settings: Sequence[Setting]) -> CardEnergy:
+    """Fitted to all rows with joules: fp32, forward passes and steps of the cards that were measured."""
+    columns, joules = [], []
+    for s in settings:
+        known = np.isfinite(s.energy_mj)
+        if s.sample.physics.isa == "gpu" and s.precision == "fp32" and known.any():
+            columns.append(energy_columns(tables, s, s.sample.milliseconds / 1e3)[known])
+            joules.append(s.energy_mj[known] / 1e3)
+    if not joules:
+        raise DeviceError(f"{tables.folder}: no row of a card has energy_mj, which profiles of cards need")
+    return CardEnergy(*fit_energy(np.concatenate(columns), np.concatenate(joules)).tolist())
+
+
+class Builder:
+    """Builds profile trees from tables.
+
+    Args:
+        folder: of the tables.
+        watch: told what is being done.
+    """
+
+    def __init__(self, folder: str | Path, watch: WATCHED = lambda text: None):
+        self.tables, self.watch = Tables(folder), watch
+        self.settings = self.tables.settings()
+        self.catalogue = yaml.safe_load((HERE / "catalogue.yaml").read_text())
+        self.help_rows = yaml.safe_load((HERE / "help_rows.yaml").read_text())
+        self.priors = learn_priors(self.settings, watch)
+        self.energy = card_energy(self.tables, self.settings)
+
+    def trees(self) -> dict[str, dict[str, Any]]:
+        """Every profile of the catalogue, by name, and the control device."""
+        made = {}
+        for name, entry in self.catalogue["devices"].items():
+            self.watch(f"building {name}")
+            made[name] = self.tree(name, entry)
+        return made
+
+    def tree(self, name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+        """One profile, as YAML will hold it."""
+        facts = {**self.catalogue["defaults"].get(entry["kind"], {}), **entry}
+        key, kind = str(facts.get("key", name)), str(facts["kind"])
+        if kind == "mcu":
+            return self._microcontroller(name, facts)
+        chosen = self._inference(key)
+        compute: dict[str, Any] = {}
+        latency: dict[str, Any] = {}
+        variants: dict[str, Any] = {}
+        isa, core = str(facts.get("isa", "none")), ""
+        if not facts.get("estimator"):
+            threads = self._threads(key)
+            physical = self._physical(key, chosen, threads)
+            if physical is None:
+                raise DeviceError(f"{key}: neither the tables nor devices/peaks.yaml know its peak")
+            physics, known = physical
+            isa = known.isa if known.isa in ("arm", "x86", "gpu") else "none"
+            core = "" if isa == "gpu" else self._core(key)
+            compute = self._compute(key, physics, known, threads)
+            latency = self._latency(name, key, kind, facts, chosen, physics, known)
+            single = None if threads == 1 else self._single(key)
+            if single is not None:
+                variants["1t"] = self._variant(single, facts)
+        if facts.get("help"):
+            rows = self.help_rows[name]
+            latency["references"] = {**rows["references"], **_sourced("dataset", HELP_SOURCE)}
+            latency["embedding"] = {"ms": rows["embedding"], **_sourced("dataset", HELP_EMBEDDING)}
+        rate = self._rate(name, latency)
+        tree: dict[str, Any] = {"name": name, "kind": kind}
+        tree |= {"soc": self._soc(key)} if self._soc(key) else {}
+        tree |= {"isa": isa} if isa != "none" else {}
+        tree |= {"core": core} if core else {}
+        jitter = _figure(facts["jitter"], "assumed", "design choice: .05 to .2")
+        tree["compute"] = {"rate_gmacs_per_s": rate, "jitter_sigma": jitter, **compute}
+        tree["memory"] = self._memory(key, facts)
+        tree["network"] = {"link": facts["link"]}
+        tree["power"] = self._power(key, kind, facts)
+        tree["reliability"] = {"failures_per_min": _figure(0, "assumed", "no figure at hand; crashes are off")}
+        if latency:
+            tree["latency"] = latency
+        if variants:
+            tree["variants"] = variants
+        return tree
+
+    # --- which rows ---------------------------------------------------------------------------------------------------
+
+    def _big(self, key: str) -> int:
+        cores = self.tables.cores(key)
+        return len(cluster(cores, "big")) if cores else 1
+
+    def _candidates(self, key: str, least: int) -> list[Setting]:
+        found = [s for s in self.settings if s.device == key and s.phase == "forward" and s.cores != "little"]
+        found = [s for s in found if s.family in ("mobile", "gpu_forward") and s.precision != "tf32"]
+        return [s for s in found if s.num_networks >= least and s.sample.physics.isa in ("arm", "x86", "gpu", "none")]
+
+    def _inference(self, key: str) -> Setting | None:
+        """All big cores, float, the newest run; where that has too few networks, the setting with most."""
+        many = min(self._big(key), USUAL_THREADS)
+        full = [s for s in self._candidates(key, FEWEST) if s.threads >= many or s.family == "gpu_forward"]
+        if full:
+            return max(
+                full, key=lambda s: (s.num_networks >= PRIOR_NETWORKS, s.date, s.precision == "fp16", len(s.sample))
+            )
+        any_ = self._candidates(key, 1)
+        return max(any_, key=lambda s: (s.num_networks, s.threads, s.date)) if any_ else None
+
+    def _single(self, key: str) -> Setting | None:
+        found = [s for s in self._candidates(key, FEWEST) if s.threads == 1 and s.family == "mobile"]
+        return (
+            max(found, key=lambda s: (s.num_networks >= PRIOR_NETWORKS, s.date, s.precision == "fp16"))
+            if found
+            else None
+        )
+
+    def _threads(self, key: str) -> int:
+        """All big cores, or the most that training rows used."""
+        trained = [s.threads for s in self.settings if s.device == key and s.phase == "train_step" and s.threads > 1]
+        if trained:
+            return max(trained)
+        big = self.tables.cores(key) and cluster(self.tables.cores(key), "big")
+        alike = [core for core in big or [] if core.ghz == big[0].ghz or core.name not in LITTLE]
+        return max(1, len(alike))
+
+    def _physical(self, key: str, chosen: Setting | None, threads: int) -> tuple[Physics, Facts] | None:
+        if key in recalled()["cards"]:
+            return self.tables.physics(key, "pytorch_cuda", 1, "all", "fp32", 2024)
+        return self.tables.physics(key, "ncnn", threads, "big", "fp32", 2024)
+
+    # --- sections -----------------------------------------------------------------------------------------------------
+
+    def _latency(
+        self,
+        name: str,
+        key: str,
+        kind: str,
+        facts: Mapping[str, Any],
+        chosen: Setting | None,
+        physics: Physics,
+        known: Facts,
+    ) -> dict[str, Any]:
+        made: dict[str, Any] = {}
+        if chosen is not None:
+            own = self._section(chosen)
+            more = known.threads if chosen.family == "mobile" else chosen.threads
+            made["inference"] = own if chosen.threads >= min(more, USUAL_THREADS) else self._on_more(chosen, own, more)
+        elif facts.get("help"):
+            made["inference"] = self._help_section(name, kind, physics, known)
+        for key_of, phase in (("forward", "forward"), ("step", "train_step")):
+            rows = self._training(key, phase, kind)
+            if rows is not None:
+                made[key_of] = self._section(rows)
+        return made
+
+    def _training(self, key: str, phase: str, kind: str) -> Setting | None:
+        """Rows of the training runtime: PyTorch, in fp32, with most threads."""
+        found = [s for s in self.settings if s.device == key and s.phase == phase and s.runtime.startswith("pytorch")]
+        found = [s for s in found if s.precision == "fp32" and s.num_networks >= FEWEST]
+        return max(found, key=lambda s: (s.threads, len(s.sample))) if found else None
+
+    def _section(self, setting: Setting) -> dict[str, Any]:
+        made, found = prices_of(
+            setting.sample, self.priors[setting.family], setting.sample.physics, setting.sample.facts, setting.phase,
+            setting.runtime, RUNTIMES[setting.runtime].fused, setting.precision, setting.batches,
+        )  # fmt: skip
+        when = f", {setting.date}" if setting.date else ""
+        source = f"{setting.source}{when}: {made.rows} rows; median error on them {found.own_error:.1%}, left out {_percent(found.left_out_error)}"
+        return {**made.to_dict(), **_sourced("derived", source)}
+
+    def _on_more(self, setting: Setting, own: Mapping[str, Any], threads: int) -> dict[str, Any]:
+        """Prices of all big cores from rows with fewer: what the prior says that threads change, on what was fitted."""
+        prior = self.priors[setting.family]
+        few, phase = setting.sample, setting.phase
+        known = self.tables.physics(setting.device, setting.runtime, threads, "big", setting.precision, few.facts.year)
+        assert known is not None
+        physics, facts = known
+        change = prior.mean(facts, physics.units(phase)) - prior.mean(few.facts, few.physics.units(phase))
+        prices = calibrate(few, prior, few.physics, few.facts, phase).prices * np.exp(change)
+        low, high = physics.bounds(phase)
+        error = None if prior.errors is None else prior.errors.get(1)
+        made = Prices.of_columns(np.clip(prices, low, high), RUNTIMES[setting.runtime].fused)
+        read = Prices.from_dict(own)
+        made = replace(read, cells=made.cells, threads=threads, basis="threads", error=error)
+        source = f"{own['source']}; on {few.facts.threads} thread(s), carried to {threads} by the prior"
+        return {**made.to_dict(), **_sourced("derived", source)}
+
+    def _help_section(self, name: str, kind: str, physics: Physics, known: Facts) -> dict[str, Any]:
+        """Prices by kind from HELP's rows: its runtime and threads are not stated."""
+        rows = [
+            (at.partition("@")[0], word, int(at.partition("@")[2]), float(ms))
+            for at, networks in self.help_rows[name]["references"].items()
+            for word, ms in networks.items()
+        ]
+        tables = np.stack([reference_table(space, word) for space, word, *_ in rows])
+        ms = np.array([row[3] for row in rows])
+        spaces = [row[0] for row in rows]
+        batches = [row[2] for row in rows]
+        if kind == "gpu":
+            sample = Sample(
+                name, tuple(f"{s}:{w}" for s, w, *_ in rows),
+                np.stack([counts(t, b) for t, b in zip(tables, batches, strict=True)]), ms, physics, known,
+            )  # fmt: skip
+            made, found = prices_of(
+                sample, self.priors["gpu_forward"], physics, known, "forward", "help", False, batches=batches
+            )
+            source = f"HELP's tables: {len(rows)} rows; median error on them {found.own_error:.1%}"
+            return {**made.to_dict(), **_sourced("derived", source)}
+        family, fused = ("cpu_forward", False) if kind == "server_cpu" else ("mobile", True)
+        if fused:
+            tables = tables.copy()
+            tables[:, FOLDABLE_ROW] = 0.0
+        cells, factors, error = prices_by_kind(tables, ms, spaces, self.priors[family], physics, known)
+        macs = tables[:, MAC_ROWS, 0].sum(axis=1)
+        made = Prices.of_cells(
+            cells, runtime="help", threads=known.threads, basis="rows", rows=len(rows), networks=len(rows),
+            batches=(1, 1), largest_macs=float(macs.max()), kinds=_kinds_of(tables),
+        )  # fmt: skip
+        spaces_text = ", ".join(f"{space} {factor:.2f}" for space, factor in factors.items())
+        source = f"HELP's tables: {len(rows)} rows; median error on them {error:.1%} with a factor for each space ({spaces_text})"
+        return {**made.to_dict(), **_sourced("derived", source)}
+
+    def _variant(self, single: Setting, facts: Mapping[str, Any]) -> dict[str, Any]:
+        physics = self.tables.physics(single.device, single.runtime, 1, single.cores, "fp32", 2024)
+        assert physics is not None
+        watts, idle = float(facts["compute_w"][0]), float(facts["idle_w"][0])
+        one = round(idle + 0.45 * (watts - idle), 2)
+        return {
+            "compute": self._compute(single.device, *physics, 1),
+            "power": {"compute_w": _figure(one, "assumed", "idle plus .45 of what all cores take above it")},
+            "latency": {"inference": self._section(single)},
+        }
+
+    def _compute(self, key: str, physics: Physics, known: Facts, threads: int) -> dict[str, Any]:
+        table = key in self.tables.devices.index
+        row = self.tables.devices.loc[key] if table else None
+        source = "recalled (devices/peaks.yaml)"
+        provenance = "recalled"
+        own = recalled()["cores"].get(key) or recalled()["cards"].get(key)
+        if row is not None and isinstance(row.get("peak_derivation"), str) and not recalled()["cores"].get(key):
+            source = f"{_words(row['peak_derivation'])}; {_words(row.get('peak_source'))}"
+            provenance = "derived"
+        made = {"threads": threads} if physics.isa != "gpu" else {}
+        made |= {"clock_ghz": physics.clock_ghz} if physics.isa != "gpu" else {}
+        note = _words(row.get("mem_note")) if row is not None else ""
+        given = bool(note) and row is not None and row.get("mem_gbs_theory") == row.get("mem_gbs_theory")
+        moved = (
+            f"{note}"
+            if given
+            else "recalled (devices/peaks.yaml)"
+            if own or key in recalled()["bandwidths"]
+            else "usual of its kind"
+        )
+        how = "recalled" if moved != "usual of its kind" else "assumed"
+        return {
+            **{k: _figure(v, provenance, source) for k, v in made.items()},
+            "peak_gmacs_per_s": _figure(_round(physics.macs_per_s / 1e9), provenance, source),
+            "memory_gb_per_s": _figure(_round(physics.bytes_per_s / 1e9), how, moved),
+        }
+
+    def _memory(self, key: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+        ram = facts["ram_mb"]
+        usable, runtime = facts["usable"], facts["runtime_mb"]
+        return {
+            "ram_mb": _figure(ram, "recalled", "as sold; other sizes exist for some"),
+            "usable_fraction": _figure(usable[0], PROVENANCE[usable[1]], usable[2]),
+            "runtime_mb": _figure(runtime[0], PROVENANCE[runtime[1]], runtime[2]),
+        }
+
+    def _power(self, key: str, kind: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+        if kind != "gpu":
+            return {k: _figure(v[0], PROVENANCE[v[1]], v[2]) for k, v in _watts(facts).items()}
+        cards = recalled()["cards"]
+        card, measured = cards[key], cards["h100_sxm"]
+        own = self.energy if key == "h100_sxm" else self.energy.of(card, measured)
+        how, source = ("derived", "fitted to joules of the H100's own counter")
+        if key != "h100_sxm":
+            source = "the H100's, scaled by idle, limit, peak and bandwidth of this card"
+        idle = card["idle_w"] + CARD_SHARE / 2
+        return {
+            "compute_w": _figure(
+                card["limit_w"], "recalled", "limit of the card; joules are counted by base_w and work"
+            ),
+            "idle_w": _figure(idle, "assumed", "recalled idle of the card, and 10 W of the host"),
+            "base_w": _figure(_round(own.base_w), how, source),
+            "pj_per_mac": _figure(_round(own.joules_per_mac * 1e12), how, source),
+            "pj_per_byte": _figure(_round(own.joules_per_byte * 1e12), how, source),
+        }
+
+    def _rate(self, name: str, latency: Mapping[str, Any]) -> dict[str, Any]:
+        if name in self.help_rows:
+            source = "HELP files, median NAS-Bench-201 net (51 M MACs), batch 1"
+            return _figure(self.help_rows[name]["rate_gmacs_per_s"], "dataset", source)
+        return _figure(None, "derived", "this profile's prices, median of ten NAS-Bench-201 networks, batch 1")
+
+    def _core(self, key: str) -> str:
+        cores = cluster(self.tables.cores(key), "big")
+        return cores[0].name if cores else ""
+
+    def _soc(self, key: str) -> str:
+        if key in self.tables.devices.index:
+            soc = self.tables.devices.loc[key].get("soc")
+            if isinstance(soc, str):
+                return soc
+        for part in ("cores", "cards", "microcontrollers"):
+            if key in recalled()[part]:
+                return str(recalled()[part][key].get("soc", ""))
+        return ""
+
+    def _microcontroller(self, name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Int8 inference from MLPerf Tiny's newest results of the board; watts are joules over seconds."""
+        chip = recalled()["microcontrollers"][name]
+        frame = self.tables._csv("mlperf_tiny.csv", "device", "network", "input", "ms", "energy_mj", "backend", "date")
+        frame = frame[frame.device == facts["system"]]
+        frame = frame[frame.date == frame.date.max()]
+        timed = frame[frame.backend == "mlperf_tiny_performance"]
+        drawn = frame[frame.energy_mj.notna()]
+        watts = float(np.median(drawn.energy_mj / drawn.ms))
+        clock = chip["clock_mhz"] / 1e3
+        physics = Physics(1e9 * clock * chip["int8_macs_per_cycle"], 4e9 * clock, "mcu", 1, clock, 1, False)
+        known = Facts(1, False, True, "other", 2024)
+        tables = [self.tables.table(n, s, True) for n, s in zip(timed.network, timed.input.astype(str), strict=True)]
+        sample = Sample(
+            name, tuple(timed.network), np.stack([counts(t, 1, True) for t in tables if t is not None]),
+            timed.ms.to_numpy(float), physics, known,
+        )  # fmt: skip
+        prior = start_of("mcu")[0]
+        made, found = prices_of(sample, prior, physics, known, "forward", "mlperf_tiny", True, "int8")
+        source = f"MLPerf Tiny, {facts['system']}, {frame.date.iloc[0]}: 4 networks; median error on them {found.own_error:.1%}, left out {_percent(found.left_out_error)}"
+        usable, runtime = facts["usable"], facts["runtime_mb"]
+        recalled_source = "recalled (devices/peaks.yaml)"
+        return {
+            "name": name,
+            "kind": "mcu",
+            "soc": chip["soc"],
+            "isa": "mcu",
+            "core": chip["core"],
+            "compute": {
+                "rate_gmacs_per_s": _figure(
+                    _round(float(np.median(sample.counts[:, IS_MAC].sum(1) / sample.milliseconds / 1e6))),
+                    "derived",
+                    "median of the four networks of MLPerf Tiny",
+                ),
+                "jitter_sigma": _figure(facts["jitter"], "assumed", "bare metal"),
+                "clock_ghz": _figure(clock, "dataset", "MLPerf Tiny, system description"),
+                "peak_gmacs_per_s": _figure(_round(physics.macs_per_s / 1e9), "recalled", "int8, " + recalled_source),
+                "memory_gb_per_s": _figure(_round(physics.bytes_per_s / 1e9), "recalled", "SRAM, a word a cycle"),
+            },
+            "memory": {
+                "ram_mb": _figure(chip["sram_kb"] / 1024, "dataset", "SRAM, MLPerf Tiny, system description"),
+                "usable_fraction": _figure(usable[0], PROVENANCE[usable[1]], usable[2]),
+                "runtime_mb": _figure(runtime[0], PROVENANCE[runtime[1]], runtime[2]),
+            },
+            "network": {"link": facts["link"]},
+            "power": {
+                "compute_w": _figure(
+                    _round(watts),
+                    "dataset",
+                    f"energy over latency, MLPerf Tiny, {facts['system']}, {frame.date.iloc[0]}",
+                ),
+                "idle_w": _figure(_round(watts / 10), "assumed", "a tenth of the load"),
+            },
+            "reliability": {"failures_per_min": _figure(0, "assumed", "no figure at hand; crashes are off")},
+            "latency": {"inference": {**made.to_dict(), **_sourced("derived", source)}},
+        }
+
+
+def reference_tree() -> dict[str, Any]:
+    """The control device of the `uniform` fleet: round numbers, no jitter, no real device."""
+    why = "round number of the control device"
+    figures: Mapping[str, Mapping[str, float]] = {
+        "compute": {"rate_gmacs_per_s": 5.0, "jitter_sigma": 0, "threads": 4, "clock_ghz": 2.0, "peak_gmacs_per_s": 40, "memory_gb_per_s": 20},
+        "memory": {"ram_mb": 4096, "usable_fraction": 1.0, "runtime_mb": 0},
+        "network": {"down_mbps": 80, "up_mbps": 40, "rtt_ms": 20, "jitter_sigma": 0, "setup_round_trips": 1},
+        "power": {"compute_w": 10, "rx_w": 2, "tx_w": 2, "idle_w": 1},
+    }  # fmt: skip
+    tree: dict[str, Any] = {"name": "reference", "kind": "host", "isa": "arm"}
+    tree |= {part: {k: _figure(v, "assumed", why) for k, v in keys.items()} for part, keys in figures.items()}
+    tree["reliability"] = {"failures_per_min": _figure(0, "assumed", "no figure at hand; crashes are off")}
+    return tree
+
+
+def as_yaml(tree: Mapping[str, Any], about: str) -> str:
+    """A profile's text: a figure a line, prices a kind a line."""
+    lines = [f"# {about}. Made by `fedsim devices build`; change devices/catalogue.yaml or the tables instead."]
+    _write(tree, lines, 0)
+    return "\n".join(lines) + "\n"
+
+
+def _write(tree: Mapping[str, Any], lines: list[str], depth: int) -> None:
+    for key, value in tree.items():
+        pad, word = (
+            "  " * depth,
+            key if re.fullmatch(r"[\w.@-]+", str(key)) and not str(key)[0].isdigit() else f'"{key}"',
+        )
+        if isinstance(value, Mapping) and not (set(value) <= {"value", "provenance", "source"} or _flat(value)):
+            lines.append(f"{pad}{word}:")
+            _write(value, lines, depth + 1)
+        else:
+            lines.append(f"{pad}{word}: {_inline(value)}")
+
+
+def _flat(value: Mapping[str, Any]) -> bool:
+    return len(value) <= 1 and not any(isinstance(v, Mapping) for v in value.values())
+
+
+def _inline(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k}: {_inline(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_inline, value)) + "]"
+    if isinstance(value, str):
+        return value if re.fullmatch(r"[a-z_]+", value) else '"' + value.replace('"', "'") + '"'
+    if isinstance(value, float):
+        return f"{value:.6g}" if "e" not in f"{value:.6g}" else f"{value:.10f}".rstrip("0")
+    return str(value)
+
+
+def write_all(builder: Builder, out: Path) -> list[Path]:
+    """Writes every profile and the priors below `out`; returns the files."""
+    from devices.profile import parse_profile
+
+    (out / "profiles").mkdir(parents=True, exist_ok=True)
+    written = []
+    priors = {name: prior.to_dict() for name, prior in builder.priors.items()}
+    text = "# Priors of prices by family of runtimes, learned by `fedsim devices build`; see devices/prior.py.\n"
+    (out / "priors.yaml").write_text(text + yaml.safe_dump(priors, sort_keys=False, width=160, default_flow_style=None))
+    written.append(out / "priors.yaml")
+    entries = builder.catalogue["devices"]
+    for name, tree in {**builder.trees(), "reference": reference_tree()}.items():
+        about = (
+            entries[name]["about"] if name in entries else "The control device of the `uniform` fleet; no real device"
+        )
+        if tree["compute"]["rate_gmacs_per_s"]["value"] is None:
+            tree["compute"]["rate_gmacs_per_s"]["value"] = 1.0
+            profile = parse_profile(tree, name)
+            tree["compute"]["rate_gmacs_per_s"]["value"] = _round(_usual_rate(profile))
+        path = out / "profiles" / f"{name}.yaml"
+        path.write_text(as_yaml(tree, about))
+        written.append(path)
+    return written
+
+
+def _usual_rate(profile: Any) -> float:
+    """1e9 multiply-adds per second on the ten networks of NAS-Bench-201 that profiles are measured with, median."""
+    from devices.latency import device_prices
+
+    prices = device_prices(profile).inference
+    rates = []
+    for word in _NB201_WORDS():
+        table = tuple(map(tuple, reference_table("nb201", word)))
+        macs, _ = macs_and_bytes(table, 1)
+        rates.append(macs / prices.ms(table, 1) / 1e6)
+    return float(np.median(rates))
+
+
+@lru_cache(maxsize=1)
+def _NB201_WORDS() -> tuple[str, ...]:  # noqa: N802
+    rows = yaml.safe_load((HERE / "help_rows.yaml").read_text())
+    return tuple(rows["pixel3"]["references"]["nb201@1"])
+
+
+def _watts(facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {"compute_w": facts["compute_w"], "idle_w": facts["idle_w"]}
+
+
+def _figure(value: Any, provenance: str, source: str) -> dict[str, Any]:
+    return {"value": value, "provenance": provenance, "source": source}
+
+
+def _sourced(provenance: str, source: str) -> dict[str, str]:
+    return {"provenance": provenance, "source": source}
+
+
+def _round(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def _percent(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.1%}"
+
+
+def _words(value: Any) -> str:
+    return " ".join(value.split()) if isinstance(value, str) else ""
+
+
+def _kinds_of(tables: np.ndarray) -> tuple[str, ...]:
+    from devices.columns import TABLE_KINDS
+
+    return tuple(kind for i, kind in enumerate(TABLE_KINDS) if tables[:, i].any())
+
+
+HELP_SOURCE = "HELP's released tables (MIT), ms of one forward pass; D-optimal choice among connected networks"
+HELP_EMBEDDING = "HELP's released tables (MIT): its ten reference networks of NAS-Bench-201"
+FOLDABLE_ROW = 7
+MAC_ROWS = [0, 1, 2, 3, 4, 8, 9]
+assert calibrate is not None
+assert pd is not None
+_ = Phase
