@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import yaml
 from scipy.optimize import nnls
 
-from devices.calibrate import calibrate, prices_by_kind, prices_of
-from devices.columns import IS_CALL, IS_MAC, NUM_COLUMNS, Phase, Physics, counts
+from devices.calibrate import Calibration, calibrate, prices_by_kind, prices_of
+from devices.columns import IS_CALL, IS_MAC, NUM_COLUMNS, TABLE_KINDS, Physics, counts
 from devices.errors import DeviceError
 from devices.latency import macs_and_bytes, reference_table
 from devices.prices import Prices
 from devices.prior import COVARIATES, Facts, Prior, Sample, choose_networks, error_with, learn, recalled
 from devices.tables import LITTLE, RUNTIMES, Setting, Tables, cluster
+from devices.trace import MAC_KINDS
 
 HERE = Path(__file__).parent
 FEWEST = 5  # networks of a setting with all big cores that is taken before one with fewer threads
@@ -322,7 +322,7 @@ class Builder:
             setting.runtime, RUNTIMES[setting.runtime].fused, setting.precision, setting.batches,
         )  # fmt: skip
         when = f", {setting.date}" if setting.date else ""
-        source = f"{setting.source}{when}: {made.rows} rows; median error on them {found.own_error:.1%}, left out {_percent(found.left_out_error)}"
+        source = f"{setting.source}{when}: {made.rows} rows; {_errors(found)}"
         return {**made.to_dict(), **_sourced("derived", source)}
 
     def _on_more(self, setting: Setting, own: Mapping[str, Any], threads: int) -> dict[str, Any]:
@@ -374,7 +374,8 @@ class Builder:
             batches=(1, 1), largest_macs=float(macs.max()), kinds=_kinds_of(tables),
         )  # fmt: skip
         spaces_text = ", ".join(f"{space} {factor:.2f}" for space, factor in factors.items())
-        source = f"HELP's tables: {len(rows)} rows; median error on them {error:.1%} with a factor for each space ({spaces_text})"
+        scales = f"with a factor for each space ({spaces_text})"
+        source = f"HELP's tables: {len(rows)} rows; median error on them {error:.1%} {scales}"
         return {**made.to_dict(), **_sourced("derived", source)}
 
     def _variant(self, single: Setting, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -397,7 +398,7 @@ class Builder:
         if row is not None and isinstance(row.get("peak_derivation"), str) and not recalled()["cores"].get(key):
             source = f"{_words(row['peak_derivation'])}; {_words(row.get('peak_source'))}"
             provenance = "derived"
-        made = {"threads": threads} if physics.isa != "gpu" else {}
+        made: dict[str, float] = {"threads": threads} if physics.isa != "gpu" else {}
         made |= {"clock_ghz": physics.clock_ghz} if physics.isa != "gpu" else {}
         note = _words(row.get("mem_note")) if row is not None else ""
         given = bool(note) and row is not None and row.get("mem_gbs_theory") == row.get("mem_gbs_theory")
@@ -483,7 +484,9 @@ class Builder:
         )  # fmt: skip
         prior = start_of("mcu")[0]
         made, found = prices_of(sample, prior, physics, known, "forward", "mlperf_tiny", True, "int8")
-        source = f"MLPerf Tiny, {facts['system']}, {frame.date.iloc[0]}: 4 networks; median error on them {found.own_error:.1%}, left out {_percent(found.left_out_error)}"
+        origin = f"MLPerf Tiny, {facts['system']}, {frame.date.iloc[0]}"
+        source = f"{origin}: {found.networks} networks; {_errors(found)}"
+        rate = float(np.median(sample.counts[:, IS_MAC].sum(1) / sample.milliseconds / 1e6))
         usable, runtime = facts["usable"], facts["runtime_mb"]
         recalled_source = "recalled (devices/peaks.yaml)"
         return {
@@ -493,11 +496,7 @@ class Builder:
             "isa": "mcu",
             "core": chip["core"],
             "compute": {
-                "rate_gmacs_per_s": _figure(
-                    _round(float(np.median(sample.counts[:, IS_MAC].sum(1) / sample.milliseconds / 1e6))),
-                    "derived",
-                    "median of the four networks of MLPerf Tiny",
-                ),
+                "rate_gmacs_per_s": _figure(_round(rate), "derived", "median of the four networks of MLPerf Tiny"),
                 "jitter_sigma": _figure(facts["jitter"], "assumed", "bare metal"),
                 "clock_ghz": _figure(clock, "dataset", "MLPerf Tiny, system description"),
                 "peak_gmacs_per_s": _figure(_round(physics.macs_per_s / 1e9), "recalled", "int8, " + recalled_source),
@@ -510,11 +509,7 @@ class Builder:
             },
             "network": {"link": facts["link"]},
             "power": {
-                "compute_w": _figure(
-                    _round(watts),
-                    "dataset",
-                    f"energy over latency, MLPerf Tiny, {facts['system']}, {frame.date.iloc[0]}",
-                ),
+                "compute_w": _figure(_round(watts), "dataset", f"energy over latency, {origin}"),
                 "idle_w": _figure(_round(watts / 10), "assumed", "a tenth of the load"),
             },
             "reliability": {"failures_per_min": _figure(0, "assumed", "no figure at hand; crashes are off")},
@@ -526,7 +521,10 @@ def reference_tree() -> dict[str, Any]:
     """The control device of the `uniform` fleet: round numbers, no jitter, no real device."""
     why = "round number of the control device"
     figures: Mapping[str, Mapping[str, float]] = {
-        "compute": {"rate_gmacs_per_s": 5.0, "jitter_sigma": 0, "threads": 4, "clock_ghz": 2.0, "peak_gmacs_per_s": 40, "memory_gb_per_s": 20},
+        "compute": {
+            "rate_gmacs_per_s": 5.0, "jitter_sigma": 0, "threads": 4, "clock_ghz": 2.0,
+            "peak_gmacs_per_s": 40, "memory_gb_per_s": 20,
+        },
         "memory": {"ram_mb": 4096, "usable_fraction": 1.0, "runtime_mb": 0},
         "network": {"down_mbps": 80, "up_mbps": 40, "rtt_ms": 20, "jitter_sigma": 0, "setup_round_trips": 1},
         "power": {"compute_w": 10, "rx_w": 2, "tx_w": 2, "idle_w": 1},
@@ -633,6 +631,17 @@ def _round(value: float) -> float:
     return float(f"{value:.4g}")
 
 
+def _newest(setting: Setting) -> tuple[bool, str, bool, int]:
+    """Many networks before few, new runs before old, fp16 before fp32 of one day."""
+    sample = setting.sample
+    return setting.num_networks >= PRIOR_NETWORKS, setting.date, setting.precision == "fp16", len(sample)
+
+
+def _errors(found: Calibration) -> str:
+    own = "unknown" if found.own_error is None else f"{found.own_error:.1%}"
+    return f"median error on them {own}, left out {_percent(found.left_out_error)}"
+
+
 def _percent(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.1%}"
 
@@ -642,15 +651,10 @@ def _words(value: Any) -> str:
 
 
 def _kinds_of(tables: np.ndarray) -> tuple[str, ...]:
-    from devices.columns import TABLE_KINDS
-
     return tuple(kind for i, kind in enumerate(TABLE_KINDS) if tables[:, i].any())
 
 
 HELP_SOURCE = "HELP's released tables (MIT), ms of one forward pass; D-optimal choice among connected networks"
 HELP_EMBEDDING = "HELP's released tables (MIT): its ten reference networks of NAS-Bench-201"
-FOLDABLE_ROW = 7
-MAC_ROWS = [0, 1, 2, 3, 4, 8, 9]
-assert calibrate is not None
-assert pd is not None
-_ = Phase
+FOLDABLE_ROW = TABLE_KINDS.index("foldable")
+MAC_ROWS = [TABLE_KINDS.index(kind) for kind in MAC_KINDS]

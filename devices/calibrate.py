@@ -75,7 +75,7 @@ def prices_of(
     runtime: str,
     fused: bool,
     precision: str = "fp32",
-    batches: Sequence[int] = (1,),
+    batches: Sequence[int] | np.ndarray = (1,),
     unmeasured: str = "datasheet",
 ) -> tuple[Prices, Calibration]:
     """`calibrate`, as a set of prices for a profile; `unmeasured` is its basis where there are no rows."""
@@ -103,13 +103,13 @@ def prices_of(
     return made, found
 
 
-def _largest_macs(sample: Sample, batches: Sequence[int]) -> float:
+def _largest_macs(sample: Sample, batches: Sequence[int] | np.ndarray) -> float:
     per_row = np.broadcast_to(np.asarray(batches, float), (len(sample),)) if len(batches) in (1, len(sample)) else 1.0
     return float((sample.counts[:, IS_MAC].sum(axis=1) / per_row).max())
 
 
 def _kinds(sample: Sample) -> tuple[str, ...]:
-    """Kinds whose multiply-adds or elements any row has; recurrent and fc share a column and are told by their calls."""
+    """Kinds that any row has; recurrent and fc layers share a column of multiply-adds and are told by their calls."""
     used = sample.counts.sum(axis=0) > 0
     found = []
     for number, kind in enumerate(TABLE_KINDS):
@@ -134,7 +134,7 @@ def prices_by_kind(
     facts: Facts,
     sigma: float = 0.05,
 ) -> tuple[np.ndarray, dict[str, float], float]:
-    """Prices of every cell of a layer table [10, 4], for rows of search spaces, whose kinds differ more than columns tell.
+    """Prices of every cell of a layer table [10, 4], for rows of search spaces, in which kinds can be told apart.
 
     Every cell's price is drawn to that of its column, the columns to a wide prior; each group (search space) has a
     factor of its own.
@@ -143,6 +143,10 @@ def prices_by_kind(
         tables: layer tables of the rows, [rows, 10, 4].
         milliseconds: [rows].
         groups: of the rows.
+        prior: of the runtime that is nearest.
+        physics: of the device.
+        facts: of the device.
+        sigma: relative error that the rows are believed to have.
 
     Returns:
         Prices in milliseconds, the factors of the groups, and the median relative error on the rows.
@@ -159,8 +163,9 @@ def prices_by_kind(
     counts = tables[:, where[:, 0], where[:, 1]]
     fitted = solve(
         Problems(
-            counts[None], np.log(milliseconds)[None], np.ones((1, len(milliseconds))), low[None], high[None], mean[None],
-            np.linalg.inv(covariance), np.array([sigma]), np.ones(1), marks[None], np.full(len(names), GROUP_SIGMA),
+            counts[None], np.log(milliseconds)[None], np.ones((1, len(milliseconds))), low[None], high[None],
+            mean[None], np.linalg.inv(covariance), np.array([sigma]), np.ones(1), marks[None],
+            np.full(len(names), GROUP_SIGMA),
             is_call=np.zeros(len(column), bool),
         )
     )  # fmt: skip
@@ -182,7 +187,7 @@ def datasheet_prices(
     precision: str = "fp32",
 ) -> Prices:
     """Prices of a device without a measurement."""
-    return prices_of(None, prior, physics, facts, phase, runtime, fused, precision, unmeasured=basis)[0]
+    return prices_of(None, prior, physics, facts, phase, runtime, fused, unmeasured=basis)[0]
 
 
 def at_least(prices: Prices, floor: Prices) -> Prices:
@@ -193,10 +198,8 @@ def at_least(prices: Prices, floor: Prices) -> Prices:
     """
     if prices.overlap > floor.overlap:
         raise DeviceError("a step whose launches hide better than those of its forward pass cannot be compared with it")
-    return replace(
-        prices,
-        cells=tuple(tuple(map(max, a, b)) for a, b in zip(prices.cells, floor.cells, strict=True)),  # type: ignore[arg-type]
-    )
+    cells = tuple(tuple(map(max, a, b)) for a, b in zip(prices.cells, floor.cells, strict=True))
+    return replace(prices, cells=cells)  # type: ignore[arg-type]
 
 
 assert as_matrix(np.ones(len(IS_MAC))).shape == (len(TABLE_KINDS), 4)

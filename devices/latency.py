@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 
 from devices.calibrate import at_least, datasheet_prices
-from devices.columns import TABLE_KINDS, Physics, from_0_1
+from devices.columns import TABLE_KINDS, Phase, Physics, from_0_1
 from devices.cost import LatencyModel, NetworkCost, Passes, Work
 from devices.errors import DeviceError
 from devices.prices import Prices
@@ -72,7 +72,7 @@ class StructuredLatency(LatencyModel):
         return device_prices(device).inference.ms(_layers(network), 1) / device.speed
 
     def compute_joules(self, work: Work, device: DeviceProfile, compute_s: float) -> float:
-        """Watts times seconds; on a card with an energy model, base watts times seconds plus its multiply-adds and bytes."""
+        """Watts times seconds; on a card with an energy model, base watts times seconds plus its work."""
         if device.base_watts is None:
             return super().compute_joules(work, device, compute_s)
         joules = device.base_watts * compute_s
@@ -96,9 +96,8 @@ def _layers(network: NetworkCost) -> tuple[tuple[float, ...], ...]:
 
 def _step(prices: DevicePrices, device: DeviceProfile) -> Prices:
     if prices.step is None:
-        raise DeviceError(
-            f"device {device.name!r} ({device.kind}) runs networks in {prices.inference.precision} only and cannot train; take another device or let it only evaluate"
-        )
+        only = f"runs networks in {prices.inference.precision} only and cannot train"
+        raise DeviceError(f"device {device.name!r} ({device.kind}) {only}; take another device")
     return prices.step
 
 
@@ -166,7 +165,7 @@ def _device_prices(
 
 
 def _with_own(facts: LatencyFacts | None, made: DevicePrices) -> DevicePrices:
-    """The device's own prices of the training runtime in the place of the general ones; a step costs its forward pass."""
+    """The device's own prices of the training runtime before general ones; a step costs its forward pass at least."""
     forward = (facts.forward if facts else None) or made.forward
     step = (facts.step if facts else None) or made.step
     return DevicePrices(made.inference, forward, at_least(step, forward) if step is not None else None)
@@ -182,16 +181,9 @@ def from_datasheet(what: str, physical: tuple[Physics, Facts]) -> Prices:
     runtime = "pytorch_cuda" if card else "pytorch"
     own = replace(physics, winograd=card)
     single = replace(facts, half_precision=False, threads=min(facts.threads, MOST_THREADS))
-    phase = "train_step" if what == "train_step" else "forward"
-    return datasheet_prices(
-        shipped_prior(family),
-        own,
-        single,
-        phase,
-        runtime,
-        False,
-        "datasheet" if card else "carried",  # type: ignore[arg-type]
-    )
+    phase: Phase = "train_step" if what == "train_step" else "forward"
+    basis = "datasheet" if card else "carried"
+    return datasheet_prices(shipped_prior(family), own, single, phase, runtime, False, basis)
 
 
 def physics_of(device: DeviceProfile) -> tuple[Physics, Facts] | None:
@@ -217,7 +209,7 @@ def _of_0_1(facts: LatencyFacts) -> tuple[Prices, Prices]:
     """Forward pass and step from coefficients of 0.1, or fitted to references of search spaces, without bounds."""
     if facts.coefficients_ms:
         rows = np.array(facts.coefficients_ms[:-1]).reshape(-1, 4)
-        table = np.array(from_0_1(rows, as_prices=True)) if len(rows) == 7 else rows
+        table = np.array(from_0_1(rows.tolist(), as_prices=True))
         constant = facts.coefficients_ms[-1]
         networks = 0
     else:

@@ -31,8 +31,9 @@ class Prices:
         cells: milliseconds for each multiply-add, activation, weight and call of each kind, [10, 4].
         runtime: its name, e.g. "ncnn"; two runtimes never share a set.
         threads, precision: that it ran with.
-        basis: "rows" (fitted to at least ten networks of this device), "few rows", "one row" (a scale), "datasheet" (no
-            measurement), "threads" (from rows with another number of threads), "carried" (from other devices by peak and bandwidth), "assumed" (a stated ratio).
+        basis: "rows" (fitted to at least ten networks of this device), "few rows", "one row" (a scale), "threads" (from
+            rows with another number of threads), "datasheet" (no measurement), "carried" (from other devices by peak
+            and bandwidth), "assumed" (a stated ratio).
         error: relative error to expect on a network that was not measured; None where nobody knows it.
         rows, networks: that were measured.
         batches: smallest and largest that was measured.
@@ -75,9 +76,8 @@ class Prices:
 
     def scaled(self, factor: float) -> Prices:
         """Of a device that is `factor` times slower."""
-        return replace(
-            self, cells=tuple(tuple(x * factor for x in row) for row in self.cells), constant_ms=self.constant_ms * factor  # type: ignore[misc]
-        )  # fmt: skip
+        cells = tuple(tuple(x * factor for x in row) for row in self.cells)
+        return replace(self, cells=cells, constant_ms=self.constant_ms * factor)  # type: ignore[arg-type]
 
     def parts_ms(self, layers: tuple[tuple[float, ...], ...], batch: int) -> tuple[float, float]:
         """Milliseconds of calls and of all else in one pass, before launches hide behind work."""

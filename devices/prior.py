@@ -3,8 +3,9 @@
 A device's logarithms of (price / physical unit) are normal around a linear function of a few facts of its datasheet
 and runtime; mean and covariance are learned from many measured devices by empirical Bayes (EM: fit every device under
 the prior, then take the prior from the fits and their uncertainty). The covariance knows that a device slow at one
-thing is slow at others, so that one measured network moves all prices, and which move apart. Source: fedsim; the shipped
-numbers are learned by `fedsim devices build` and stand in `devices/priors.yaml`. May import: numpy, yaml and this package.
+thing is slow at others, so that one measured network moves all prices, and which move apart. Source: fedsim; the
+shipped numbers are learned by `fedsim devices build` and stand in `devices/priors.yaml`. May import: numpy, yaml and
+this package.
 """
 
 from __future__ import annotations
@@ -23,28 +24,10 @@ from devices.errors import DeviceError, unknown
 from devices.fitting import Problems, predict, solve
 
 IN_ORDER = frozenset(
-    [
-        "A7",
-        "A53",
-        "A55",
-        "A510",
-        "A520",
-        "A5",
-        "U74",
-        "FTC310",
-        "X60",
-        "XBurst2",
-        "GS264",
-        "LA264",
-        "Airmont",
-        "KNC",
-        "C910V",
-        "M0",
-        "M3",
-        "M4",
-        "M7",
-        "M33",
-    ]
+    (
+        *("A5", "A7", "A53", "A55", "A510", "A520", "U74", "FTC310", "X60", "XBurst2", "GS264", "LA264", "Airmont"),
+        *("KNC", "C910V", "M0", "M3", "M4", "M7", "M33"),
+    )
 )
 COVARIATES = ("one", "many_threads", "log2_threads", "half_precision", "in_order", "x86", "other_isa", "year")
 EM_ROUNDS = 12

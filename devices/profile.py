@@ -341,8 +341,8 @@ def _latency(file: str, tree: Any) -> LatencyFacts:
 def _prices(file: str, key: str, tree: Any) -> Prices:
     """One section of prices, checked."""
     needed = ("runtime", "prices")
-    known = (*needed, "threads", "precision", "basis", "error", "rows", "networks", "batches", "largest_mmacs", "kinds")
-    known = (*known, "overlap", "extra_calls", "constant_ms", "provenance", "source")
+    facts = ("threads", "precision", "basis", "error", "rows", "networks", "batches", "largest_mmacs", "kinds")
+    known = (*needed, *facts, "overlap", "extra_calls", "constant_ms", "provenance", "source")
     _check_keys(file, f"{key}.", tree, known, needed)
     for name in ("error", "rows", "networks", "largest_mmacs", "overlap", "extra_calls", "constant_ms", "threads"):
         if name in tree:

@@ -23,40 +23,13 @@ from devices.prior import IN_ORDER, Facts, Sample, recalled
 MEASUREMENTS = ("ncnn.csv", "mobile_inference.csv", "training.csv", "training_own.csv")
 LITTLE = frozenset(["A53", "A55", "A510", "A520", "FTC310", "Icestorm", "RaptorE"])
 X86 = frozenset(
-    [
-        "Zen1",
-        "Zen2",
-        "Zen3",
-        "Zen4",
-        "Zen5",
-        "CoffeeLake",
-        "TigerLakeH",
-        "KabyLake",
-        "RaptorP",
-        "RaptorE",
-        "EmeraldRapids",
-        "Airmont",
-        "KNC",
-        "CascadeLake",
-        "SkylakeSP",
-        "CascadeLakeSilver",
-    ]
+    (
+        *("Zen1", "Zen2", "Zen3", "Zen4", "Zen5", "CoffeeLake", "TigerLakeH", "KabyLake", "RaptorP", "RaptorE"),
+        *("EmeraldRapids", "Airmont", "KNC", "CascadeLake", "SkylakeSP", "CascadeLakeSilver"),
+    )
 )
-OTHER_ISA = frozenset(
-    [
-        "GS264",
-        "LA264",
-        "LA364",
-        "GS464E",
-        "GS464V",
-        "LA464",
-        "LA664",
-        "SW64",
-        "XBurst2",
-        "U74",
-        "C910V",
-        "X60",
-    ]  # LoongArch, Sunway, MIPS, RISC-V
+OTHER_ISA = frozenset(  # LoongArch, Sunway, MIPS, RISC-V
+    ("GS264", "LA264", "LA364", "GS464E", "GS464V", "LA464", "LA664", "SW64", "XBurst2", "U74", "C910V", "X60")
 )
 
 
@@ -229,7 +202,7 @@ class Tables:
     def bandwidth_gbs(self, device: str) -> float:
         """Theoretical memory bandwidth."""
         if device in self.devices.index:
-            known = self.devices.loc[device].get("mem_gbs_theory")
+            known: Any = self.devices.loc[device].get("mem_gbs_theory")
             if known == known and known is not None:
                 return float(known)
         lists = recalled()
@@ -250,7 +223,7 @@ class Tables:
         bandwidth = 1e9 * self.bandwidth_gbs(device)
         if kind.family == "gpu_forward":
             card = recalled()["cards"].get(device, {})
-            peak = self.devices.loc[device].get("peak_gmacs_all") if device in self.devices.index else None
+            peak: Any = self.devices.loc[device].get("peak_gmacs_all") if device in self.devices.index else None
             gmacs = float(peak) if peak is not None and peak == peak else card.get("gmacs")
             if not gmacs:
                 return None
@@ -327,20 +300,14 @@ class Tables:
         for row in group.itertuples():
             table = self.table(str(row.network), str(row.input), kind.fused, ncnn=runtime == "ncnn")
             if table is not None:
-                rows.append(counts(table, int(row.batch)))  # type: ignore[call-overload]
+                rows.append(counts(table, int(str(row.batch))))
                 kept.append(row.Index)
         if not rows:
             return None
         group = group.loc[kept]
         phase: Phase = "train_step" if key["phase"] == "train_step" else "forward"
-        sample = Sample(
-            device,
-            tuple(f"{n}@{i}" for n, i in zip(group.network, group.input, strict=True)),
-            np.stack(rows),
-            group.ms.to_numpy(float),
-            *known,
-            phase=phase,
-        )
+        names = tuple(f"{n}@{i}" for n, i in zip(group.network, group.input, strict=True))
+        sample = Sample(device, names, np.stack(rows), group.ms.to_numpy(float), *known, phase=phase)
         energy = group.get("energy_mj", pd.Series(np.nan, index=group.index)).to_numpy(float)
         return Setting(
             device, runtime, str(key["precision"]), int(key["threads"]) or 1, str(key["cores"]), phase,
@@ -354,7 +321,7 @@ def _year(date: str, usual: float) -> float:
     return float(match[1]) + (int(match[2]) - 1) / 12 if match and match[2] else float(match[1]) if match else usual
 
 
-def _table(row: Mapping[str, Any]) -> np.ndarray:
+def _table(row: Mapping[Any, Any]) -> np.ndarray:
     """A row of network_features.csv in our kinds: `win` is part of its conv, `grp` part of its depthwise."""
     table = np.zeros((len(TABLE_KINDS), 4))
     for j, column in enumerate(("macs", "activations", "weights", "calls")):
