@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from devices.columns import TABLE_KINDS_0_1, from_0_1
+
 if TYPE_CHECKING:
     from devices.profile import DeviceProfile
 
@@ -40,6 +42,8 @@ class NetworkCost:
     def from_dict(cls, facts: dict[str, Any]) -> NetworkCost:
         """From plain JSON types."""
         rows = {key: facts[key] for key in ("layers", "step_bytes", "inference_bytes") if facts.get(key) is not None}
+        if len(rows.get("layers", ())) == len(TABLE_KINDS_0_1):
+            rows["layers"] = from_0_1(rows["layers"])
         return cls(**{**facts, **{key: tuple(map(tuple, value)) for key, value in rows.items()}})
 
     def twice(self) -> NetworkCost:

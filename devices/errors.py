@@ -8,6 +8,9 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 
+MOST_LISTED, NEAREST = 40, 5  # names in one sentence
+
+
 class DeviceError(ValueError):
     """A device profile, fleet or trace file that cannot be used; the text says what to change."""
 
@@ -21,6 +24,9 @@ def unknown(what: str, name: object, options: Iterable[object]) -> str:
         options: the names that are allowed.
     """
     allowed = sorted(str(option) for option in options)
-    near = get_close_matches(str(name), allowed, n=1)
+    near = get_close_matches(str(name), allowed, n=NEAREST)
     hint = f"; did you mean {near[0]!r}?" if near else ""
+    if len(allowed) > MOST_LISTED:
+        others = f", near it: {', '.join(near[1:])}" if near[1:] else ""
+        return f"unknown {what} {str(name)!r}{hint} ({len(allowed)} are allowed{others})"
     return f"unknown {what} {str(name)!r}{hint} (allowed: {', '.join(allowed) or 'none'})"

@@ -180,7 +180,8 @@ def load_profile(path_or_name: str | Path) -> DeviceProfile:
         base, _, variant = str(path_or_name).partition("@")
         if base not in profile_names():
             wrong = unknown("device", path_or_name, profile_names())
-            raise DeviceError(f"{wrong}; a file of your own is given by its path, ending in .yaml")
+            how = "`fedsim devices list` shows all; a file of your own is given by its path, ending in .yaml"
+            raise DeviceError(f"{wrong}; {how}")
         path = SHIPPED / f"{base}.yaml"
     return parse_profile(as_variant(read_yaml(path), variant, str(path_or_name)), str(path))
 

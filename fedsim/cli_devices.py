@@ -14,10 +14,13 @@ from typing import Annotated, Any
 import typer
 
 from fedsim.cli_devices_new import new
+from fedsim.cli_devices_tables import build
 
 app = typer.Typer(no_args_is_help=True, help="Devices, and the latency of networks on them.")
 app.command()(new)
-DataFile = Annotated[Path, typer.Option(help="Latency table of the space (npz with devices, latency_ms, arch_ops).")]
+app.command()(build)
+TABLE = "Latency table of the space (npz with devices, latency_ms, arch_ops)."
+DataFile = Annotated[Path, typer.Option(help=TABLE)]
 DeviceSet = Annotated[
     str | None,
     typer.Option("--devices", help="A harder set of devices of fbnet: F1, F2, F3, F4 or FA; HELP's own when left out."),
@@ -176,9 +179,10 @@ def enroll(
 
 @app.command()
 def evaluate(
-    space: Annotated[str, typer.Option(help="nb201 or fbnet.")],
-    data: DataFile,
-    predictor: Annotated[str, typer.Option(help="structured, help, flops or macs.")] = "structured",
+    space: Annotated[str | None, typer.Option(help="nb201 or fbnet.")] = None,
+    data: Annotated[Path | None, typer.Option(help=TABLE)] = None,
+    tables: Annotated[Path | None, typer.Option(help="Instead of a space: a folder of public measurements.")] = None,
+    predictor: Annotated[str, typer.Option(help="structured, help, flops, macs, or profile.")] = "structured",
     measurements: Annotated[int, typer.Option(help="Networks measured on each unseen device.", min=2)] = 10,
     references: Annotated[str, typer.Option(help="chosen (D-optimal) or random.")] = "chosen",
     seeds: Annotated[int, typer.Option(help="Repetitions; figures are means.", min=1)] = 3,
@@ -187,12 +191,31 @@ def evaluate(
     prior: Prior = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Judge a predictor on devices it never saw, under HELP's protocol: Spearman, Kendall, MAPE.
+    """Judge a predictor on devices it never saw: in a search space under HELP's protocol, or on public tables.
 
     Example: fedsim devices evaluate --space nb201 --data help_nb201.npz --predictor structured --measurements 20
 
     HELP takes weights that never saw them either: --space fbnet --devices F1 --predictor help --weights f1.safetensors
+
+    The prices that runs use, inside a space: --space nb201 --data help_nb201.npz --predictor profile
+
+    The same model on well-known networks, steps and joules: fedsim devices evaluate --tables DIR
     """
+    from fedsim.cli_devices_tables import evaluate_profiles, evaluate_tables
+    from fedsim.errors import ConfigError
+
+    if tables is not None:
+        if space is not None or data is not None:
+            raise ConfigError("--tables stands alone: --space and --data judge HELP's search spaces instead")
+        evaluate_tables(tables, as_json)
+        return
+    if space is None or data is None:
+        raise ConfigError("give --space and --data (a search space), or --tables (a folder of public measurements)")
+    if predictor == "profile":
+        from devices.spaces import load_space
+
+        evaluate_profiles(load_space(space, data), as_json)
+        return
     from devices.evaluate import evaluate as judge
     from devices.spaces import load_space
     from fedsim.console import table

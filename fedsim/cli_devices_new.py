@@ -72,6 +72,7 @@ def commented_profile(name: str, like: str) -> str:
         HEAD.format(name=name, like=like, provenances=", ".join(PROVENANCES)) + f"name: {json.dumps(name)}",
         f"kind: {tree['kind']}  # one of {', '.join(KINDS)}",
         _entry("soc", tree, "the chip", "..."),
+        _entry("core", tree, "microarchitecture of the cores that compute", "..."),
         _entry("isa", tree, f"instruction set, one of {', '.join(ISAS)}", "none"),
     ]
     for section, figures in FIGURES.items():
@@ -84,7 +85,8 @@ def commented_profile(name: str, like: str) -> str:
         if section == "network":
             lines.append(f"  {_entry('link', found, LINK, '...')}")
         lines += [f"  {line}" for line in _figures(found, figures)]
-    return "\n".join(lines) + "\n" + _section_text(path.read_text(), "latency")
+    text = path.read_text()
+    return "\n".join(lines) + "\n" + _section_text(text, "latency") + _section_text(text, "variants")
 
 
 def _figures(found: Mapping[str, Any], figures: Mapping[str, Figure]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -142,13 +143,15 @@ def test_integer_kernels_are_priced_where_they_were_measured():
     """One millisecond per call of a pointwise layer, half of that in integers, on a device twice as fast."""
     from dataclasses import replace
 
+    from devices.prices import Prices
+
     rows = [[0.0] * 4 for _ in KINDS]
     rows[KINDS.index("pointwise")][3] = 6.0
     network = NetworkCost("six", 1.0, 2.0, 4, 4, layers=tuple(map(tuple, rows)))
-    figures = [0.0] * 29
-    figures[4 * KINDS.index("pointwise") + 3] = 0.5
+    cells = np.zeros((len(KINDS), 4))
+    cells[KINDS.index("pointwise"), 3] = 0.5
     profile = load_profile("pixel3")
-    measured = replace(profile, speed=2.0, latency=LatencyFacts(int8_coefficients_ms=tuple(figures)))
+    measured = replace(profile, speed=2.0, latency=LatencyFacts(int8=Prices.of_cells(cells)))
     assert int8_ms(network, 1, measured) == pytest.approx(1.5)
     assert int8_ms(network, 1, replace(profile, latency=LatencyFacts())) is None
 

@@ -13,7 +13,7 @@ from torch import nn
 from devices.errors import DeviceError
 from devices.nas.tables import fbnet_features, nb201_connected, nb201_features, network_features, network_macs
 from devices.structured import StructuredPredictor, choose_references, left_out_error, price, prior_of
-from devices.trace import KINDS, trace
+from devices.trace import FEATURES, KINDS, trace
 
 
 def networks(count: int, features: int = 6, seed: int = 0) -> np.ndarray:
@@ -92,7 +92,7 @@ def test_predictor_survives_json():
 
 
 def test_a_thousand_devices_are_priced_at_once():
-    coefficients = np.random.default_rng(0).random((1000, 29))
+    coefficients = np.random.default_rng(0).random((1000, FEATURES))
     network = trace(nn.Linear(3, 2), torch.zeros(1, 3)).features(8)[None]
     start = time.perf_counter()
     ms = price(coefficients, network)

@@ -40,19 +40,46 @@ def test_small_conv_net_is_its_layers_by_hand():
     """Input 3 x 8 x 8 = 192, after the first convolution 4 x 8 x 8 = 256, pooled 4 x 4 x 4 = 64, last 2 x 4 x 4 = 32.
 
     conv 9*3*4*64 = 6912 with 108 + 4 weights; depthwise 9*4*16 = 576 with 36; pointwise 4*2*16 = 128 with 8; pool 4*64;
-    elementwise: batch norm (256 + 256, four vectors of 4) and ReLU (256 + 256); fc 32*5 = 160 with 160 + 5.
+    foldable: batch norm (256 + 256, four vectors of 4) and ReLU (256 + 256); fc 32*5 = 160 with 160 + 5.
     """
     layers = [nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2)]
     layers += [nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False), nn.Conv2d(4, 2, 1, bias=False)]
     table = trace(nn.Sequential(*layers, nn.Flatten(), nn.Linear(32, 5)), torch.randn(7, 3, 8, 8))
-    assert row(table, "conv") == (6912, 192 + 256, 112, 1)
+    assert row(table, "conv3x3") == (6912, 192 + 256, 112, 1)
     assert row(table, "depthwise") == (576, 64 + 64, 36, 1)
     assert row(table, "pointwise") == (128, 64 + 32, 8, 1)
     assert row(table, "pool") == (256, 256 + 64, 0, 1)
-    assert row(table, "elementwise") == (512, 1024, 16, 2)
+    assert row(table, "foldable") == (512, 1024, 16, 2)
+    assert row(table, "elementwise") == row(table, "conv") == (0, 0, 0, 0)
     assert row(table, "fc") == (160, 32 + 5, 165, 1)
     assert row(table, "recurrent") == (0, 0, 0, 0)
     assert table.macs == 6912 + 576 + 128 + 160
+
+
+@pytest.mark.parametrize(
+    ("layer", "kind"),
+    [
+        (nn.Conv2d(4, 4, 3, padding=1), "conv3x3"),
+        (nn.Conv2d(4, 4, 3, padding=1, stride=2), "conv"),
+        (nn.Conv2d(4, 4, 3, padding=2, dilation=2), "conv"),
+        (nn.Conv2d(4, 4, 5, padding=2), "conv"),
+        (nn.Conv2d(4, 4, (1, 3)), "conv"),
+        (nn.Conv2d(4, 4, 1, stride=2), "pointwise"),
+        (nn.Conv2d(4, 4, 3, groups=2), "grouped"),
+        (nn.Conv2d(4, 8, 1, groups=2), "grouped"),
+        (nn.Conv2d(4, 8, 3, groups=4), "depthwise"),
+        (nn.ConvTranspose2d(4, 4, 3), "conv"),
+        (nn.ConvTranspose2d(4, 4, 3, groups=4), "depthwise"),
+        (nn.ReLU6(), "foldable"),
+        (nn.BatchNorm2d(4), "foldable"),
+        (nn.GELU(), "elementwise"),
+        (nn.GroupNorm(2, 4), "elementwise"),
+    ],
+)
+def test_each_layer_has_its_kind(layer: nn.Module, kind: str):
+    """Winograd is for dense 3x3 at stride 1; a group of one channel is depthwise; runtimes fold norms."""
+    table = trace(layer, torch.randn(2, 4, 8, 8))
+    assert [k for k in KINDS if any(row(table, k))] == [kind]
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
@@ -115,7 +142,8 @@ def test_functions_and_all_dimensions_are_seen():
 
     table = trace(Functional(), torch.randn(2, 4))
     assert row(table, "fc") == (16, 8, 16, 1)
-    assert row(table, "elementwise") == (8, 12 + 8, 0, 2)
+    assert row(table, "elementwise") == (4, 12, 0, 1)
+    assert row(table, "foldable") == (4, 8, 0, 1)
     assert trace(nn.ConvTranspose2d(2, 3, 3, 2), torch.randn(2, 2, 4, 4)).macs == 864
     assert trace(nn.Conv1d(2, 4, 3), torch.randn(2, 2, 8)).macs == 144
     assert trace(nn.Conv3d(1, 2, 2), torch.randn(2, 1, 3, 3, 3)).macs == 128
@@ -206,7 +234,7 @@ def test_table_survives_json_adds_up_and_scales_with_the_batch():
     assert table.features(5)[-1] == 1
     with pytest.raises(DeviceError, match="batch must be 1 or more, got 0"):
         table.features(0)
-    with pytest.raises(DeviceError, match="kinds conv"):
+    with pytest.raises(DeviceError, match="kinds conv3x3, conv"):
         LayerTable.from_dict({"conv": [0, 0, 0, 0]})
 
 

@@ -1,0 +1,134 @@
+"""Laws of nature: no shipped device computes faster than its datasheet allows, and more work never takes less time."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from devices.columns import STEP_MACS, TABLE_KINDS, WINOGRAD_GAIN, Physics
+from devices.cost import NetworkCost
+from devices.latency import device_prices, physics_of, step_ms
+from devices.picture import zoo_cost
+from devices.prices import MAC_CELLS, Prices
+from devices.profile import load_profile, profile_names
+from devices.zoo import ZOO
+
+BATCHES = (1, 8, 64, 512)
+ZOO_COSTS = {name: zoo_cost(name) for name in ZOO}
+SILICON = [name for name in profile_names() if load_profile(name).peak_macs_per_s is not None]
+CPUS = [name for name in SILICON if load_profile(name).kind not in ("gpu", "mcu")]
+MANY_CORES = {"epyc_7742", "vm_xeon", "xeon_gold_6226", "xeon_gold_6240"}  # see `test_time_grows_with_the_batch`
+
+
+def phases(name: str) -> dict[str, Prices]:
+    made = device_prices(load_profile(name))
+    found = {"inference": made.inference, "forward": made.forward}
+    return found if made.step is None else {**found, "step": made.step}
+
+
+def layers_of(cost: NetworkCost) -> tuple[tuple[float, ...], ...]:
+    assert cost.layers is not None
+    return cost.layers
+
+
+@pytest.mark.parametrize("name", SILICON)
+def test_nothing_is_faster_than_the_peak(name: str):
+    """Any network, image size and batch: multiply-adds at the peak are the least; Winograd saves three of four."""
+    profile = load_profile(name)
+    assert profile.peak_macs_per_s is not None
+    for phase, prices in phases(name).items():
+        peak = profile.peak_macs_per_s * (2 if prices.precision == "fp16" else 1)
+        for cost in ZOO_COSTS.values():
+            for side in (1, 4, 49):  # pixels of the image, in times those of the zoo
+                table = np.array(layers_of(cost)) * [side, side, 1, 1]
+                macs = table[list(MAC_CELLS), 0]
+                saved = macs[0] * (1 - 1 / WINOGRAD_GAIN) if phase == "inference" or profile.kind == "gpu" else 0.0
+                for batch in BATCHES:
+                    least_ms = 1e3 * batch * (macs.sum() - saved) / peak * (STEP_MACS if phase == "step" else 1)
+                    ms = prices.ms(tuple(map(tuple, table)), batch)
+                    assert ms >= least_ms * 0.999, (name, phase, cost.name, batch, side)
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_more_pixels_examples_or_layers_never_take_less_time(name: str):
+    one_more = np.zeros((len(TABLE_KINDS), 4))
+    one_more[TABLE_KINDS.index("conv")] = [1e6, 1e4, 1e3, 1]
+    for prices in phases(name).values():
+        assert min(min(row) for row in prices.cells) >= 0
+        for cost in ZOO_COSTS.values():
+            table = layers_of(cost)
+            taller = tuple(map(tuple, np.array(table) * [2, 2, 1, 1]))
+            deeper = tuple(map(tuple, np.array(table) + one_more))
+            for batch in BATCHES:
+                ms = prices.ms(table, batch)
+                assert prices.ms(table, 2 * batch) >= ms > 0
+                assert prices.ms(taller, batch) >= ms
+                assert prices.ms(deeper, batch) >= ms
+
+
+@pytest.mark.parametrize("name", CPUS)
+def test_time_grows_with_the_batch(name: str):
+    """Batch 64 takes 8 to 64 times as long as batch 1 in networks of 50 million multiply-adds or more.
+
+    On processors with eight threads and more such a network is overhead at batch 1, as it is in nature: a 41 million
+    MAC ResNet-20 was measured at 6.4 times on eight threads of a Xeon, a 150 million MAC ShuffleNet's step at 6.9.
+    """
+    least = 2 if name in MANY_CORES else 8
+    for phase, prices in phases(name).items():
+        for cost in ZOO_COSTS.values():
+            if cost.forward_flops / 2 >= 50e6:
+                ratio = prices.ms(layers_of(cost), 64) / prices.ms(layers_of(cost), 1)
+                assert least <= ratio <= 64.001, (name, phase, cost.name, ratio)
+
+
+@pytest.mark.parametrize("name", [n for n in SILICON if load_profile(n).kind != "mcu"])
+def test_a_step_costs_more_than_its_forward_pass(name: str):
+    made = phases(name)
+    for cost in ZOO_COSTS.values():
+        for batch in BATCHES:
+            assert made["step"].ms(layers_of(cost), batch) >= made["forward"].ms(layers_of(cost), batch)
+
+
+def test_devices_of_one_chip_without_rows_agree():
+    """Training steps of phones with a Snapdragon 835 come from the datasheet: within a factor 2 at equal threads."""
+    phones = [load_profile(name) for name in ("pixel2", "essential_ph1", "mi_6")]
+    assert {p.soc for p in phones} == {"Snapdragon 835"}
+    assert len({p.threads for p in phones}) == 1
+    for one in phones:
+        for other in phones:
+            ratios = [step_ms(c, 16, one)[1] / step_ms(c, 16, other)[1] for c in ZOO_COSTS.values()]
+            assert 0.5 < np.median(ratios) < 2
+
+
+def test_a_mobilenet_trains_slower_than_a_resnet_on_a_pi():
+    """Measured on a Pi 4, batch 16: a MobileNetV2 step takes 15.3 s, a ResNet-18 step 10.9 s."""
+    import torch
+    from torchvision import models
+
+    from devices.picture import traced_cost
+
+    pi, image = load_profile("raspberry_pi_4"), torch.zeros(1, 3, 224, 224)
+    mobilenet, resnet = (traced_cost("n", m(weights=None), image) for m in (models.mobilenet_v2, models.resnet18))
+    seconds = [step_ms(cost, 16, pi)[1] / 1e3 for cost in (mobilenet, resnet)]
+    assert seconds == [pytest.approx(15.3, rel=0.15), pytest.approx(10.9, rel=0.15)]
+
+
+def test_bounds_hold_for_a_device_that_claims_the_impossible():
+    """A datasheet a hundred times slower makes everything slower, whatever the prior says."""
+    fast = load_profile("pixel4")
+    assert fast.peak_macs_per_s is not None
+    slow = replace(fast, peak_macs_per_s=fast.peak_macs_per_s / 100, latency=None, name="slow")
+    for cost in ZOO_COSTS.values():
+        assert step_ms(cost, 8, slow)[1] > step_ms(cost, 8, fast)[1]
+
+
+def test_physics_of_a_profile_are_its_datasheet():
+    pi = load_profile("raspberry_pi_4")
+    known = physics_of(pi)
+    assert known is not None
+    physics, facts = known
+    assert physics == Physics(28.8e9, 12.8e9, "arm", 4, 1.8)
+    assert (facts.threads, facts.in_order, facts.isa) == (4, False, "arm")
+    little = physics_of(load_profile("raspberry_pi_3b_plus"))
+    assert little is not None
+    assert little[1].in_order
