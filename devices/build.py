@@ -20,9 +20,20 @@ from scipy.optimize import nnls
 from devices.calibrate import Calibration, calibrate, prices_by_kind, prices_of
 from devices.columns import IS_CALL, IS_MAC, NUM_COLUMNS, TABLE_KINDS, Physics, counts
 from devices.errors import DeviceError
+from devices.fitting import solve
 from devices.latency import macs_and_bytes, reference_table
 from devices.prices import Prices
-from devices.prior import COVARIATES, Facts, Prior, Sample, choose_networks, error_with, learn, recalled
+from devices.prior import (
+    COVARIATES,
+    Facts,
+    Prior,
+    Sample,
+    choose_networks,
+    error_with,
+    learn,
+    problems_of,
+    recalled,
+)
 from devices.tables import LITTLE, RUNTIMES, Setting, Tables, cluster
 from devices.trace import MAC_KINDS
 
@@ -72,15 +83,37 @@ def of_family(settings: Sequence[Setting], family: str) -> list[Setting]:
     return [s for s in wanted if family != "mobile" or s.runtime == "ncnn"]
 
 
-def learn_prior(family: str, settings: Sequence[Setting], without: str = "", start: Prior | None = None) -> Prior:
-    """The prior of a family from all devices, or from all but one; `start` goes on from the prior of all."""
+def learn_prior(
+    family: str,
+    settings: Sequence[Setting],
+    without: str = "",
+    start: Prior | None = None,
+    known: Mapping[int, np.ndarray] | None = None,
+) -> Prior:
+    """The prior of a family from all devices, or from all but one.
+
+    Args:
+        family: of runtimes.
+        settings: of the tables.
+        without: a device that is left out.
+        start: the prior of all devices, to go on from.
+        known: prices of samples under it, by the sample's id (`fits_by_id`).
+    """
     first, spread = start_of(family)
     samples = [s.sample for s in of_family(settings, family) if s.device != without]
     if not samples:
         return first
+    guess = np.stack([known[id(s)] for s in samples]) if known is not None else None
     if start is not None:
-        return learn(samples, start, rounds=2, spread=spread)
+        return learn(samples, start, rounds=2, spread=spread, guess=guess)
     return learn(samples, first, spread=spread)
+
+
+def fits_by_id(settings: Sequence[Setting], family: str, prior: Prior) -> dict[int, np.ndarray]:
+    """Prices of a family's settings under its prior, by the id of their samples."""
+    samples = [s.sample for s in of_family(settings, family)]
+    prices = solve(problems_of(samples, prior)).prices
+    return {id(sample): own for sample, own in zip(samples, prices, strict=True)}
 
 
 def learn_priors(settings: Sequence[Setting], watch: WATCHED = lambda text: None) -> dict[str, Prior]:
@@ -107,10 +140,11 @@ def unseen_errors(
     The networks are chosen by `choose_networks`, which sees no time.
     """
     chosen = [s for s in of_family(settings, family) if s.num_networks >= PRIOR_NETWORKS]
+    known = fits_by_id(settings, family, prior)
     found: dict[int, list[tuple[Setting, float]]] = {number: [] for number in numbers}
     for device in dict.fromkeys(s.device for s in chosen):
         watch(f"{family}: leaving out {device}")
-        others = learn_prior(family, settings, device, prior)
+        others = learn_prior(family, settings, device, prior, known)
         for s in chosen:
             if s.device != device:
                 continue

@@ -7,7 +7,6 @@ the same everywhere.
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-
 MOST_LISTED, NEAREST = 40, 5  # names in one sentence
 
 

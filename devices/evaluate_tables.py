@@ -17,6 +17,7 @@ from devices.build import (
     PRIOR_NETWORKS,
     energy_columns,
     fit_energy,
+    fits_by_id,
     learn_prior,
     of_family,
     unseen_errors,
@@ -91,10 +92,11 @@ def _inference(settings: Sequence[Setting], watch: Watch) -> list[Figure]:
         return []
     watch("mobile: learning the prior")
     prior = learn_prior("mobile", settings)
+    known = fits_by_id(settings, "mobile", prior)
     errors: dict[int, np.ndarray] = {}
     for device in dict.fromkeys(s.device for s in chosen):
         watch(f"mobile: networks left out on {device}")
-        others = learn_prior("mobile", settings, device, prior)
+        others = learn_prior("mobile", settings, device, prior, known)
         own = [i for i, s in enumerate(chosen) if s.device == device]
         for i, e in zip(own, left_out([chosen[i].sample for i in own], others), strict=True):
             errors[i] = e

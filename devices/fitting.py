@@ -23,6 +23,7 @@ ROUNDS = 60
 CAUCHY = 2.0
 LARGEST_STEP = 1.5  # of a logarithm in one round
 TINY = 1e-300
+TOLERANCE = 1e-8  # change of the loss, relatively, at which a problem is solved
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,8 +82,13 @@ def predict(counts: np.ndarray, prices: np.ndarray, overlap: float | np.ndarray 
     return np.asarray(larger * ((launches / larger) ** p + (work / larger) ** p) ** (1 / p))
 
 
-def solve(problems: Problems) -> Fitted:
-    """Fits all problems by Levenberg and Marquardt's method with prices that sit at a bound held there."""
+def solve(problems: Problems, guess: np.ndarray | None = None) -> Fitted:
+    """Fits all problems by Levenberg and Marquardt's method with prices that sit at a bound held there.
+
+    Args:
+        problems: to fit.
+        guess: prices to start from, [problems, k]; those of the prior's mean when left out.
+    """
     counts, mask = problems.counts, problems.mask
     size, _, columns = counts.shape
     marks = np.zeros((*mask.shape, 0)) if problems.groups is None else problems.groups
@@ -122,6 +128,8 @@ def solve(problems: Problems) -> Fitted:
         return weighted.transpose(0, 2, 1) @ jacobian + precision, gradient
 
     x = mean.copy()
+    if guess is not None:
+        x[:, :columns] = np.clip(np.log(guess), low[:, :columns], high[:, :columns])
     damping = np.full(size, 1e-2)
     off, slopes, *_ = residuals(x)
     value = loss(x, off)
@@ -137,7 +145,7 @@ def solve(problems: Problems) -> Fitted:
         new_off, new_slopes, *_ = residuals(tried)
         new_value = loss(tried, new_off)
         better = new_value <= value
-        done = np.abs(value - new_value) <= 1e-9 * (1 + value)
+        done = np.abs(value - new_value) <= TOLERANCE * (1 + value)
         x = np.where(better[:, None], tried, x)
         off = np.where(better[:, None], new_off, off)
         slopes = np.where(better[:, None, None], new_slopes, slopes)

@@ -183,12 +183,25 @@ def problems_of(samples: Sequence[Sample], prior: Prior, masks: Sequence[np.ndar
     )  # fmt: skip
 
 
-def learn(samples: Sequence[Sample], start: Prior, rounds: int = EM_ROUNDS, spread: np.ndarray | None = None) -> Prior:
+def learn(
+    samples: Sequence[Sample],
+    start: Prior,
+    rounds: int = EM_ROUNDS,
+    spread: np.ndarray | None = None,
+    guess: np.ndarray | None = None,
+) -> Prior:
     """Empirical Bayes: the prior that explains these devices, starting from another.
 
     A device counts with the square root of its number of settings. Effects are ridge regressions of the devices' log
     multipliers; the covariance is that of what is left plus the mean posterior covariance, with the starting spread
     counting as eight devices.
+
+    Args:
+        samples: of all settings.
+        start: the prior to begin with.
+        rounds: of the EM.
+        spread: covariance that counts as eight devices; that of `START_SPREAD` when left out.
+        guess: prices of the samples to start the fits from, [samples, 17].
     """
     facts = np.stack([s.facts.vector for s in samples])
     units = np.log(np.stack([s.physics.units(s.phase) for s in samples]))
@@ -201,7 +214,8 @@ def learn(samples: Sequence[Sample], start: Prior, rounds: int = EM_ROUNDS, spre
     prior = start
     floor = (np.eye(NUM_COLUMNS) * START_SPREAD**2 if spread is None else spread) * DEVICES_OF_THE_START
     for _ in range(rounds):
-        fitted = solve(problems_of(samples, prior))
+        fitted = solve(problems_of(samples, prior), guess)
+        guess = fitted.prices
         x = np.log(fitted.prices) - units
         off = x - facts @ prior.effects
         distance = np.einsum("bk,kl,bl->b", off, np.linalg.inv(prior.covariance), off)

@@ -11,8 +11,8 @@ import yaml
 
 from devices.cost import FlopsLatency, Jitter, NetworkCost, Passes, Work
 from devices.errors import DeviceError
-from devices.profile import KINDS, PROVENANCES, SHIPPED, load_profile, parse_profile, profile_names
 from devices.links import link_names
+from devices.profile import KINDS, PROVENANCES, SHIPPED, load_profile, parse_profile, profile_names
 from devices.profile_file import FIGURES, Reader
 
 WORK = Work(
