@@ -267,16 +267,12 @@ class Tables:
                 continue
             frame = self._csv(name, "device", "network", "input", "batch", "phase", "ms", "precision", "backend")
             frame = frame[~frame.network.isin(self.unusable) & frame.input.notna() & frame.ms.gt(0)]
-            frame = frame[
-                ~frame.precision.isin(["int8", "gpu"]) & frame.phase.isin(["forward", "train_step", "head_step"])
-            ]
-            frame = frame[~frame.get("cores", pd.Series("", index=frame.index)).astype(str).str.startswith("gpu:")]
-            frame = frame.assign(
-                **{
-                    key: frame[key].fillna(fill)
-                    for key, fill in (("cores", "all"), ("run", ""), ("date", ""), ("threads", 0))
-                }
-            )
+            phases = frame.phase.isin(["forward", "train_step", "head_step"])
+            frame = frame[~frame.precision.isin(["int8", "gpu"]) & phases].copy()
+            for key, usual in {"cores": "all", "run": "", "date": "", "threads": 0}.items():
+                given = frame[key] if key in frame else pd.Series(usual, index=frame.index)
+                frame[key] = given.astype(object).where(given.notna(), usual)
+            frame = frame[~frame.cores.astype(str).str.startswith("gpu:")]
             keys = ["source", "device", "backend", "precision", "threads", "cores", "phase", "run"]
             for values, group in frame.groupby(keys, sort=False):
                 setting = self._setting(dict(zip(keys, values, strict=True)), group)
