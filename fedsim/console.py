@@ -34,6 +34,10 @@ TEXTS = frozenset(
         "references",
         "network",
         "precision",
+        "source",
+        "soc",
+        "pass",
+        "runtime",
     }
 )
 
@@ -167,6 +171,11 @@ def workload_table(rows: Sequence[WorkloadRow]) -> Table:
     for row in rows:
         shown.add_row(row.name, row.kind, "yes" if row.found else "no", row.where)
     return shown
+
+
+def console() -> Console:
+    """Where commands print to; names with brackets are no markup."""
+    return Console(markup=False)
 
 
 def table(*columns: str, title: str | None = None) -> Table:
