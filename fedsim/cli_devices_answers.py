@@ -258,13 +258,14 @@ def _as_json(p: Prediction, flops: float) -> dict[str, Any]:
 
 
 def _by_kind(rows: Any, profiles: Iterable[DeviceProfile]) -> Iterator[list[DeviceProfile]]:
-    """Devices by kind, each under a line of the table that names the kind, where there are several."""
+    """Devices by kind, each kind under a line of the table that names it, where there are many."""
     from rich.text import Text
 
     groups = [(kind, list(group)) for kind, group in groupby(profiles, key=lambda p: p.kind)]
+    apart = len(groups) > 1 and sum(len(group) for _, group in groups) > NAMED_AT_MOST
     for kind, group in groups:
-        rows.add_section()
-        if len(groups) > 1:
+        if apart:
+            rows.add_section()
             rows.add_row(Text(kind, style="bold"))
         yield group
 

@@ -86,7 +86,8 @@ def fit(
             shown.print(line, highlight=False)
     for line in notes([row.prediction for result in found for row in result.rows]):
         shown.print(line, highlight=False)
-    shown.print(ROUGHLY, highlight=False)
+    if any(result.integers is None for result in found):
+        shown.print(ROUGHLY, highlight=False)
 
 
 def _memory_table(found: list[Fit], momentum: bool) -> Table:
