@@ -10,7 +10,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from devices.cost import NetworkCost
-from devices.latency import step_ms
+from devices.latency import device_prices
+from devices.predictions import predict
 from devices.profile import DeviceProfile
 from devices.trace import trace
 from devices.zoo import ZOO
@@ -40,21 +41,25 @@ def latency_picture(profile: DeviceProfile, path: str | Path, batch: int = 1) ->
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
+    can_train = device_prices(profile).step is not None
     families = list(dict.fromkeys(network.family for network in ZOO.values()))
     for number, family in enumerate(families):
         costs = [zoo_cost(name) for name, network in ZOO.items() if network.family == family]
         costs.sort(key=lambda cost: cost.forward_flops)
         mega_macs = [batch * cost.forward_flops / 2e6 for cost in costs]
-        forward, step = zip(*(step_ms(cost, batch, profile) for cost in costs), strict=True)
-        axes.plot(mega_macs, forward, "o-", color=f"C{number}", label=family)
-        axes.plot(mega_macs, step, "x:", color=f"C{number}")
+        made = [predict(cost, batch, profile) for cost in costs]
+        axes.plot(mega_macs, [p.forward.ms for p in made], "o-", color=f"C{number}", label=family)
+        steps = [p.step.ms for p in made if p.step]
+        if steps:
+            axes.plot(mega_macs, steps, "x:", color=f"C{number}")
     low, high = axes.get_xlim()
     line = [max(low, 0.05), high]
     axes.plot(line, [2e6 * m / profile.flops_per_s * 1e3 for m in line], color="grey", lw=1, label="one rate")
     axes.set(
         xscale="log", yscale="log", xlabel=f"million multiply-adds per pass (batch {batch})", ylabel="milliseconds"
     )
-    axes.set_title(f"{profile.name}: predicted latency; circles forward, crosses training step")
+    what = "circles forward, crosses training step" if can_train else "forward passes; it cannot train"
+    axes.set_title(f"{profile.name}: predicted latency; {what}")
     axes.legend(ncols=2, fontsize=8)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

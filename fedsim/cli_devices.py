@@ -13,12 +13,15 @@ from typing import Annotated, Any
 
 import typer
 
+from fedsim.cli_devices_answers import list_devices, predict, show
+from fedsim.cli_devices_fit import fit
 from fedsim.cli_devices_new import new
 from fedsim.cli_devices_tables import build
 
 app = typer.Typer(no_args_is_help=True, help="Devices, and the latency of networks on them.")
-app.command()(new)
-app.command()(build)
+app.command("list")(list_devices)
+for command in (show, predict, fit, new, build):
+    app.command()(command)
 TABLE = "Latency table of the space (npz with devices, latency_ms, arch_ops)."
 DataFile = Annotated[Path, typer.Option(help=TABLE)]
 DeviceSet = Annotated[
@@ -27,87 +30,6 @@ DeviceSet = Annotated[
 ]
 Prior = Annotated[bool, typer.Option("--prior", help="Let structured learn from the source devices too, as HELP does.")]
 UNPRICED = "-"
-
-
-@app.command("list")
-def list_devices() -> None:
-    """List the shipped devices.
-
-    Example: fedsim devices list
-    """
-    from devices.profile import load_profile, profile_names
-    from fedsim.console import table
-
-    rows = table("device", "kind", "GMAC/s", "training memory", "watts", "latencies")
-    for name in profile_names():
-        p = load_profile(name)
-        known = "none" if p.latency is None else f"{len(p.latency.references) or 'fitted'}"
-        rate, memory = f"{p.flops_per_s / 2e9:.2f}", f"{p.memory_bytes / 2**20:.0f} MiB"
-        rows.add_row(p.name, p.kind, rate, memory, f"{p.compute_watts:g}", known)
-    _console().print(rows)
-
-
-@app.command()
-def show(
-    name: Annotated[str, typer.Argument(help="A shipped device, or the path of a profile.")],
-    picture: Annotated[Path, typer.Option(help="Where the plot goes.")] = Path("device.png"),
-    batch: Annotated[int, typer.Option(help="Examples per pass.", min=1)] = 1,
-) -> None:
-    """Show a device: its figures, and a plot of predicted latency against MACs for a zoo of small networks.
-
-    Example: fedsim devices show raspberry_pi_4 --picture pi4.png
-    """
-    from dataclasses import fields
-
-    from devices.picture import latency_picture
-    from devices.profile import load_profile
-    from fedsim.console import table
-
-    profile = load_profile(name)
-    rows = table("figure", "value")
-    for field in fields(profile):
-        if field.name != "latency":
-            rows.add_row(field.name, str(getattr(profile, field.name)))
-    _console().print(rows)
-    latency_picture(profile, picture, batch)
-    _console().print(f"picture: {picture}")
-
-
-@app.command()
-def predict(
-    model: Annotated[str, typer.Option(help="A model config of fedsim, or a network of the zoo.")],
-    device: Annotated[list[str] | None, typer.Option(help="Device name or profile path; all when left out.")] = None,
-    input_shape: Annotated[str, typer.Option(help="Shape of one example, e.g. 3,32,32.")] = "3,32,32",
-    num_classes: Annotated[int, typer.Option(help="Size of the output.", min=1)] = 10,
-    batch: Annotated[int, typer.Option(help="Examples per pass.", min=1)] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-) -> None:
-    """Predict milliseconds of a forward pass and of a training step on devices, beside the one-rate figure.
-
-    Example: fedsim devices predict --model lenet5 --input-shape 1,28,28 --device pixel3 --batch 20
-    """
-    from devices.latency import step_ms
-    from devices.profile import load_profile, profile_names
-    from fedsim.console import table
-
-    network = _network(model, tuple(whole("--input-shape", n) for n in input_shape.split(",")), num_classes)
-    found: list[dict[str, Any]] = []
-    for name in device or profile_names():
-        profile = load_profile(name)
-        row: dict[str, Any] = {"device": profile.name, "forward_ms": None, "step_ms": None}
-        if profile.latency is not None:
-            row["forward_ms"], row["step_ms"] = step_ms(network, batch, profile)
-        row["one_rate_ms"] = 1e3 * batch * network.forward_flops / profile.flops_per_s
-        row["sigma"] = profile.latency.sigma if profile.latency is not None else None
-        found.append(row)
-    if as_json:
-        print(json.dumps({"model": model, "batch": batch, "flops": network.forward_flops, "devices": found}))
-        return
-    rows = table("device", "forward ms", "training step ms", "one rate, forward ms", title=f"{model}, batch {batch}")
-    for row in found:
-        figures = (row["forward_ms"], row["step_ms"], row["one_rate_ms"])
-        rows.add_row(row["device"], *(UNPRICED if f is None else f"{f:.3g}" for f in figures))
-    _console().print(rows)
 
 
 @app.command()
@@ -322,28 +244,6 @@ def train_help(
         trained = meta_train(loaded, settings, out.with_name(f"{out.name}.checkpoint"), watch)
     save_weights(trained, out)
     _console().print(f"weights: {out}; best validation Spearman {best:.3f}", highlight=False)
-
-
-def _network(model: str, input_shape: tuple[int, ...], num_classes: int) -> Any:
-    """Traces a network of the zoo or a model config of fedsim."""
-    import torch
-
-    from devices.picture import traced_cost, zoo_cost
-    from devices.zoo import ZOO
-    from fedsim.settings import model_factory, model_settings, options
-
-    if model in ZOO:
-        return zoo_cost(model)
-    if model not in options("model"):
-        from devices.errors import unknown
-        from fedsim.errors import ConfigError
-
-        raise ConfigError(unknown("model", model, [*options("model"), *ZOO]))
-    network = model_factory({"model": model_settings(model)})(input_shape=input_shape, num_classes=num_classes)
-    example = torch.zeros(
-        1, *input_shape, dtype=torch.long if getattr(network, "takes_tokens", False) else torch.float32
-    )
-    return traced_cost(model, network, example)
 
 
 def whole(option: str, text: str) -> int:

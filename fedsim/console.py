@@ -34,6 +34,10 @@ TEXTS = frozenset(
         "references",
         "network",
         "precision",
+        "source",
+        "soc",
+        "pass",
+        "runtime",
     }
 )
 
@@ -109,7 +113,7 @@ def closing_table(reports: Sequence[RoundReport]) -> Table:
 
 
 def closing_lines(summary: dict[str, Any], folder: Path) -> list[str]:
-    """Results, outcomes, who was never met, the way to the target, and where the folder is: one line each."""
+    """Results, outcomes, who was never met, how far prices are known, the way to the target, and the folder."""
     accuracy = summary["final"]["accuracy"]
     text = f"{accuracy:.4f}" if accuracy is not None else "not evaluated"
     seconds, traffic = summary["simulated_s"], summary["down_bytes"] + summary["up_bytes"]
@@ -124,6 +128,7 @@ def closing_lines(summary: dict[str, Any], folder: Path) -> list[str]:
         f"clients: {counts}; the busiest spent {energy(summary['energy_j']['max_client'])}",
         f"clients that never took part: {clients['never']} of {clients['population']}",
         *(f"warning: {text}" for text in summary["warnings"]),
+        *([f"prices: {summary['prices']['line']}"] if "prices" in summary else []),
     ]
     target = summary["to_target"]
     if target:
@@ -167,6 +172,11 @@ def workload_table(rows: Sequence[WorkloadRow]) -> Table:
     for row in rows:
         shown.add_row(row.name, row.kind, "yes" if row.found else "no", row.where)
     return shown
+
+
+def console() -> Console:
+    """Where commands print to; names with brackets are no markup."""
+    return Console(markup=False)
 
 
 def table(*columns: str, title: str | None = None) -> Table:

@@ -31,6 +31,7 @@ from fedsim.engines.blocks import is_plain_mean, mean_is_all
 from fedsim.errors import ConfigError, RunError
 from fedsim.messages import ARRAYS, METRICS, NUM_EXAMPLES, array_record, like, record_of, tensors_of
 from fedsim.network import ONE_METHOD, ClientReport, EdgeGrid
+from fedsim.price_facts import price_facts
 from fedsim.pricing import OUTCOMES
 from fedsim.report import RoundReport, RunFolder, Totals, check_free, run_folder, weights_sha256
 from fedsim.roles import private_names
@@ -269,6 +270,7 @@ def run(
         if entries := federation.deploy():
             summary["compression"] = entries
         folder.flush()
+        summary |= price_facts(out, fleet, federation.world.latency, summary["rounds"])
         keep(ended=True)
         folder.finish(summary, workload.pictures(reports))
     except BaseException as error:

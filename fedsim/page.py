@@ -86,6 +86,7 @@ def write_page(folder: Path, workload: Workload | None = None) -> Path:
         folder=str(folder),
         figures=[*(_figures(summary) if summary else []), _never(rounds, summary, workload)],
         warnings=summary.get("warnings", []),
+        prices=summary.get("prices"),
         failure=_json(folder / "failure.json"),
         parts=_parts(folder, rounds, pd.concat(tables) if tables else None, summary, workload),
         config=config,

@@ -44,6 +44,9 @@ HTML = """\
   <div><dt>{{ name }}</dt><dd class="value">{{ value }}</dd><dd class="of">{{ of }}</dd></div>
 {% endfor %}
 </dl>
+{% if prices %}
+<p class="{{ 'warning' if prices.calls_share > 0.5 else 'note' }}">prices: {{ prices.line }}</p>
+{% endif %}
 {% for part in parts %}
 <section>
 <h2>{{ part.title }}</h2>

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from devices.nas.tables import network_features
+from devices.profile import profile_names
 from devices.spaces import DEVICE_SETS, SPLITS
 from fedsim import cli
 
@@ -113,13 +114,75 @@ def test_devices_are_listed_shown_and_priced(devices, tmp_path):
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
     ended = devices("predict", "--model", "lenet5", "--input-shape", "1,28,28", "--batch", "4", "--json")
     rows = json.loads(ended.out)["devices"]
-    assert all(0 < row["forward_ms"] < row["step_ms"] for row in rows)
+    assert all(row["forward_ms"] > 0 for row in rows)
+    assert all((row["step_ms"] is None) == (row["kind"] == "mcu") for row in rows)
     assert "resnet-16" in devices("predict", "--model", "resnet-16", "--device", "pixel3").out
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["predict", "--model", "resnet-16", "--batch", "32"]])
+def test_tables_of_all_devices_fit_into_80_columns(arguments: list[str], devices, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = devices(*arguments).out.splitlines()
+    assert max(map(len, lines)) <= 80
+    cells = [line.split()[1] for line in lines if line.startswith("│")]
+    assert set(profile_names()) <= set(cells)  # no name is cut or folded
+    assert cells.index("phone") < cells.index("galaxy_a50") < cells.index("pixel3") < cells.index("raspberry_pi_4")
+
+
+def test_prediction_says_what_it_does_not_know(devices):
+    """LeNet-5 on a GPU is launches; nobody trained on a Pixel 3; the Pi 4 trained with 16 examples a step."""
+    some = ["--device", "rtx_2080ti", "--device", "pixel3", "--device", "raspberry_pi_4", "--device", "nucleo_h7a3zi"]
+    lenet = ["predict", "--model", "lenet5", "--input-shape", "1,28,28", "--batch", "20", *some]
+    out = " ".join(devices(*lenet).out.split())
+    assert "small nets are overhead: rtx_2080ti" in out
+    assert "carried from other devices by peak and bandwidth: pixel3" in out
+    assert "extrapolated step: batch 20 is outside of the references' 16 to 16: raspberry_pi_4" in out
+    assert "cannot train" in out
+    rows = json.loads(devices(*lenet, "--json").out)["devices"]
+    pi = next(row for row in rows if row["device"] == "raspberry_pi_4")
+    assert pi["step"]["remarks"] == ["batch 20 is outside of the references' 16 to 16"]
+    assert pi["step"]["error"] > 0
+    assert rows[0]["device"] == "pixel3"
+    kinds = json.loads(devices(*lenet[:-8], "--kind", "mcu", "--json").out)["devices"]
+    assert {row["kind"] for row in kinds} == {"mcu"}
+
+
+def test_figures_are_shown_with_their_sources(devices):
+    out = " ".join(devices("show", "raspberry_pi_4").out.split())
+    assert "compute.peak_gmacs_per_s │ 28.8 │ derived: 4 x 1.8 GHz" in out
+    assert "link wired" in out
+    assert "step: embedded_vision" in out
+    assert "int8" in devices("show", "nucleo_h7a3zi").out
+
+
+def test_fit_answers_for_a_phone_a_board_and_a_microcontroller(devices):
+    lenet = ["fit", "--model", "lenet5", "--input-shape", "1,28,28"]
+    some = ["--device", "raspberry_pi_4", "--device", "nucleo_h7a3zi", "--batch", "1,8"]
+    out = " ".join(devices(*lenet, *some).out.split())
+    assert "raspberry_pi_4: trains with batches up to" in out
+    assert "int8, inference only, fits: weights 60.3 kB of 2 MB flash" in out
+    board, mcu = json.loads(devices(*lenet, *some, "--json").out)["devices"]
+    assert [row["batch"] for row in board["batches"]] == [1, 8]
+    parts = board["batches"][1]["step_bytes"]
+    assert parts["total"] == sum(parts[key] for key in ("weights", "gradients", "optimizer", "activations"))
+    assert (mcu["can_train"], mcu["int8"]["fits"]) == (False, True)
+
+
+def test_own_file_is_priced_and_what_does_not_fit_gets_advice(devices, tmp_path):
+    (tmp_path / "net.py").write_text("from torch import nn\n\ndef big():\n    return nn.Linear(30_000, 10_000)\n")
+    own = ["--model", "net.py:big", "--input-shape", "30000"]
+    assert "net.py:big" in devices("predict", *own, "--device", "pixel3").out
+    out = " ".join(devices("fit", *own, "--device", "pixel3", "--momentum").out.split())
+    assert "cannot train net.py:big, not even with one example a step" in out
+    assert "times as wide would fit" in out
+    assert "galaxy_note10 (phone)" not in out  # three times 1.2 GB are more than any phone has
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["list", "--kind", "phones"], ["unknown kind 'phones'", "did you mean 'phone'"]),
+        (["fit", "--model", "lenet5", "--device", "pixel3", "--batch", "0"], ["--batch takes whole numbers"]),
         (["show", "pixl3"], ["unknown device 'pixl3'", "did you mean 'pixel3'"]),
         (["predict", "--model", "lenet55"], ["unknown model 'lenet55'", "did you mean 'lenet5'"]),
         (["predict", "--model", "lenet5", "--input-shape", "1,a"], ["--input-shape takes whole numbers", "'a'"]),

@@ -1,0 +1,95 @@
+"""What one pass of a network takes on a device, and how far that is known. May import: this package."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from devices.cost import NetworkCost, Passes, Work
+from devices.errors import DeviceError
+from devices.latency import StructuredLatency, device_prices
+from devices.prices import Prices
+from devices.profile import DeviceProfile
+
+MOSTLY_CALLS = 0.5  # share of calls above which a time says more of the runtime than of the network
+IN_WORDS = {
+    "rows": "measured",
+    "few rows": "measured on few networks",
+    "one row": "scaled to one measurement",
+    "threads": "carried from rows with another number of threads",
+    "datasheet": "from the datasheet",
+    "carried": "carried from other devices by peak",
+    "assumed": "an assumed ratio to the forward pass",
+}
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass, or one training step.
+
+    Attributes:
+        error: relative, to expect; None where nobody knows it.
+        calls_share: part of the time that is overhead of calls.
+        remarks: why this is an extrapolation; empty where measured networks surround it.
+        basis: one of `devices.prices.BASES`.
+    """
+
+    ms: float
+    joules: float
+    error: float | None
+    calls_share: float
+    remarks: tuple[str, ...]
+    runtime: str
+    threads: int
+    precision: str
+    basis: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {**vars(self), "remarks": list(self.remarks)}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Both kinds of a pass on a device; no step where it cannot train."""
+
+    device: DeviceProfile
+    batch: int
+    forward: Pass
+    step: Pass | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        step = self.step.to_dict() if self.step else None
+        return {"device": self.device.name, "kind": self.device.kind, "forward": self.forward.to_dict(), "step": step}
+
+
+def predict(network: NetworkCost, batch: int, device: DeviceProfile) -> Prediction:
+    """The time and energy of a forward pass in the inference runtime, and of a training step in the training runtime.
+
+    Raises:
+        DeviceError: for a network that was not traced, or a device that nothing is known of.
+    """
+    if network.layers is None:
+        raise DeviceError(f"network {network.name!r} was not traced, so only latency=flops can price it")
+    prices = device_prices(device)
+    forward = _passed(prices.inference, network, Passes(network, batch, 1), device)
+    step = _passed(prices.step, network, Passes(network, batch, 1, 1), device) if prices.step else None
+    return Prediction(device, batch, forward, step)
+
+
+def _passed(prices: Prices, network: NetworkCost, passes: Passes, device: DeviceProfile) -> Pass:
+    layers = network.layers
+    assert layers is not None
+    ms = prices.ms(layers, passes.batch) / device.speed
+    return Pass(
+        ms=ms,
+        joules=StructuredLatency().compute_joules(Work((passes,)), device, ms / 1e3),
+        error=prices.error,
+        calls_share=prices.calls_share(layers, passes.batch),
+        remarks=tuple(prices.remarks(layers, passes.batch)),
+        runtime=prices.runtime,
+        threads=prices.threads,
+        precision=prices.precision,
+        basis=prices.basis,
+    )

@@ -1,0 +1,78 @@
+"""What a step and an inference reserve, from shapes alone: `devices.meter` without its arithmetic.
+
+A network runs on the meta device, where tensors have sizes and no numbers: a ResNet-50 takes a second in the place of
+half a minute. May import: torch and this package.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from devices.cost import NetworkCost
+from devices.held import Moments, fullest_moments, lstm_kernels
+from devices.meter import Loss, inference_bytes, measure
+
+FUSED = ("scaled_dot_product_attention", "multi_head_attention_forward", "_native_multi_head_attention")
+
+
+class _NumbersNeededError(Exception):
+    """The network holds other tensors on the meta device than on a CPU."""
+
+
+def with_memory(cost: NetworkCost, network: nn.Module, loss: Loss, batch: dict[str, Tensor]) -> NetworkCost:
+    """The cost with what a step and an inference hold: the same as `devices.meter` measures, and so as runs reserve.
+
+    Attention kernels of a CPU hold less than their parts do, and some networks look at numbers: these run for real.
+
+    Args:
+        cost: of the network, e.g. from its layer table.
+        network: stays as it is.
+        loss: see `devices.meter.measure`.
+        batch: four examples or more.
+
+    Raises:
+        Exception: of any kind, if the network cannot be trained on this batch.
+    """
+    weights = sum(p.numel() * p.itemsize for p in network.parameters())
+    try:
+        step, judged = (_moments(network, loss, batch, training) for training in (True, False))
+    except Exception:
+        step = measure(network, loss, batch, cost.name).step_bytes
+        judged = inference_bytes(network, loss, batch)
+    return replace(cost, parameter_bytes=weights, step_bytes=step, inference_bytes=judged)
+
+
+def _moments(network: nn.Module, loss: Loss, batch: dict[str, Tensor], training: bool) -> Moments:
+    own = deepcopy(network).to("meta").train(training)
+    given = {key: tensor.to("meta") for key, tensor in batch.items()}
+    parameters = [p for p in own.parameters() if p.requires_grad]
+
+    def run(some: int) -> None:
+        with _NoFusedAttention() if training else nullcontext():
+            value = loss(own, {key: tensor[:some] for key, tensor in given.items()})
+        if training:
+            torch.autograd.grad(value, parameters, allow_unused=True)
+
+    size = len(next(iter(given.values())))
+    with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(training), lstm_kernels(own):
+        moments = fullest_moments(run, size // 2, size)
+    state = sum(t.nbytes for t in (*own.parameters(), *own.buffers()))
+    example = sum(t[:1].nbytes for t in given.values())
+    return tuple((fixed + state, each + example) for fixed, each in moments)
+
+
+class _NoFusedAttention(TorchFunctionMode):
+    """Stops where attention runs, whose kernel on a CPU is another one than on the meta device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Calls `func`, unless it is attention."""
+        if getattr(func, "__name__", "") in FUSED:
+            raise _NumbersNeededError
+        return func(*args, **(kwargs or {}))
