@@ -1,4 +1,4 @@
-"""Latency models that know the network, the profiles they are fitted to, and the measurement of a host."""
+"""Latency models that know the network, and the profiles they are fitted to."""
 
 import json
 import math
@@ -11,7 +11,6 @@ import pytest
 import torch
 import yaml
 
-from devices import enroll
 from devices.cost import NetworkCost, Passes, Work, pack_works, unpack_works
 from devices.errors import DeviceError
 from devices.latency import (
@@ -24,7 +23,7 @@ from devices.latency import (
 )
 from devices.profile import SHIPPED, DeviceProfile, LatencyFacts, load_profile, parse_profile, profile_names
 from devices.trace import KINDS, trace
-from devices.zoo import HELD_OUT, ZOO, zoo_network
+from devices.zoo import ZOO, zoo_network
 
 CONV, FC = KINDS.index("conv"), KINDS.index("fc")
 
@@ -202,7 +201,7 @@ def test_help_prices_networks_of_its_space_only(tmp_path):
         latency.compute_s(one, device(facts(conv_macs=1.0)))
 
 
-# --- zoo and enrolment ---------------------------------------------------------------------------------------------
+# --- zoo -----------------------------------------------------------------------------------------------------------
 
 
 def test_the_zoo_runs_and_spans_every_layer_kind():
@@ -214,65 +213,3 @@ def test_the_zoo_runs_and_spans_every_layer_kind():
     assert spanned.all()
     with pytest.raises(DeviceError, match="unknown zoo network 'resnt-16'; did you mean 'resnet-16'"):
         zoo_network("resnt-16")
-
-
-def test_references_are_never_held_out_and_span_every_kind():
-    tables = {name: trace(z.build(), z.example(1)) for name, z in ZOO.items()}
-    chosen = enroll.references(tables)
-    assert len(set(chosen)) == len(chosen) == enroll.REFERENCES
-    assert not {name for name, _ in chosen} & set(HELD_OUT)
-    sums = sum(np.array(tables[name].rows) for name, _ in chosen)
-    assert np.all(sums.any(axis=1))
-
-
-def test_noisy_measurements_are_repeated_and_the_quietest_round_counts(monkeypatch):
-    """The run is slow at every third call of the first round only: its quartiles are far apart, later ones are not."""
-    clock = {"now": 0.0, "calls": 0}
-
-    def run() -> None:
-        clock["calls"] += 1
-        clock["now"] += 0.004 if clock["calls"] < 20 and clock["calls"] % 2 else 0.002
-
-    monkeypatch.setattr(enroll.time, "thread_time", lambda: clock["now"])
-    timing = enroll.measure({("net", 1): run}, 12, "test", lambda what, done, of: None)["net", 1]
-    assert timing.ms == pytest.approx(2.0)
-    assert not timing.noisy
-
-
-def test_one_thread_is_timed_by_its_own_work_and_several_by_the_wall(monkeypatch):
-    """Each call takes 2 ms of its thread and 6 ms on the wall, since others use the host too."""
-    calls = {"number": 0}
-
-    def run() -> None:
-        calls["number"] += 1
-
-    monkeypatch.setattr(enroll.time, "thread_time", lambda: 0.002 * calls["number"])
-    monkeypatch.setattr(enroll.time, "perf_counter", lambda: 0.006 * calls["number"])
-    found = [enroll.measure({("net", 1): run}, 3, "test", lambda what, done, of: None, n)["net", 1].ms for n in (1, 2)]
-    assert found == [pytest.approx(2.0), pytest.approx(6.0)]
-
-
-def test_savings_that_have_the_sign_and_nearly_the_size_are_counted():
-    savings = [("a", 1, 0.5, 0.45), ("b", 1, 0.5, 0.4), ("c", 1, 0.1, -0.1), ("d", 1, 0.4, 0.5)]
-    assert enroll.Enrolment(1, 0.0, savings=savings).savings_met() == (3, 2)  # 0.05 of 0.09, 0.1 of 0.08, 0.1 of 0.1
-
-
-def test_enrolment_writes_a_profile_that_prices(monkeypatch, tmp_path):
-    """With few samples: the figures are rough, the profile is whole."""
-    result = enroll.enroll(repeats=3)
-    watts = {"compute_w": 30.0, "rx_w": 10.0, "tx_w": 10.0, "idle_w": 7.0}
-    tree = enroll.profile_tree("here", result, "today", {"down_mbps": 80.0, "up_mbps": 40.0, "rtt_ms": 20.0}, watts)
-    path = tmp_path / "here.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    profile = load_profile(path)
-    assert (profile.name, profile.kind) == ("here", "host")
-    assert {name for name, *_ in result.held_out} == set(HELD_OUT)
-    pruned = {name for name, network in ZOO.items() if network.family == "pruned"}
-    assert {(name, batch) for name, batch, *_ in result.savings} == {(n, b) for n in pruned for b in enroll.BATCHES}
-    for name, batch, _, measured in result.savings:
-        whole = result.forward[name.partition("-keep")[0], batch].ms
-        assert measured == pytest.approx(1 - result.forward[name, batch].ms / whole)
-    cost = NetworkCost("r", 0, 0, 0, 0, layers=trace(ZOO["resnet-24"].build(), ZOO["resnet-24"].example(1)).rows)
-    forward, step = step_ms(cost, 8, profile)
-    assert 0 < forward < step
-    assert set(result.train_ratio) == set(KINDS)
