@@ -13,10 +13,12 @@ from typing import Annotated, Any
 
 import typer
 
+from fedsim.cli_devices_calibrate import calibrate
 from fedsim.cli_devices_new import new
 
 app = typer.Typer(no_args_is_help=True, help="Devices, and the latency of networks on them.")
 app.command()(new)
+app.command()(calibrate)
 DataFile = Annotated[Path, typer.Option(help="Latency table of the space (npz with devices, latency_ms, arch_ops).")]
 DeviceSet = Annotated[
     str | None,
