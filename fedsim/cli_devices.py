@@ -14,13 +14,14 @@ from typing import Annotated, Any
 import typer
 
 from fedsim.cli_devices_answers import list_devices, predict, show
+from fedsim.cli_devices_calibrate import calibrate
 from fedsim.cli_devices_fit import fit
 from fedsim.cli_devices_new import new
 from fedsim.cli_devices_tables import build
 
 app = typer.Typer(no_args_is_help=True, help="Devices, and the latency of networks on them.")
 app.command("list")(list_devices)
-for command in (show, predict, fit, new, build):
+for command in (show, predict, fit, new, calibrate, build):
     app.command()(command)
 TABLE = "Latency table of the space (npz with devices, latency_ms, arch_ops)."
 DataFile = Annotated[Path, typer.Option(help=TABLE)]
@@ -86,11 +87,16 @@ def enroll(
     console.print(f"savings: sign right in {signs} of {of}, within a fifth of the measured in {close}", highlight=False)
     error = result.error()
     int8 = ", no int8 backend"
-    if result.int8_coefficients:
+    if "int8" in result.prices:
         int8 = f", int8 {result.error('int8'):.1%} (Spearman {result.rank('int8'):.3f})"
+    step = f", training step {result.error('step'):.1%} (Spearman {result.rank('step'):.3f})"
     known = f"leave-one-out on the references {result.sigma:.1%}"
     ranks = f"(Spearman {result.rank():.3f})"
-    console.print(f"held-out error: fp32 {error:.1%} {ranks}{int8}; {known}", highlight=False)
+    console.print(f"held-out error: fp32 {error:.1%} {ranks}{step}{int8}; {known}", highlight=False, soft_wrap=True)
+    for family in dict.fromkeys(family for family, *_ in result.unseen):
+        gone = {what: off for own, what, off in result.unseen if own == family}
+        text = f"fp32 {gone['fp32']:.1%}, training step {gone['step']:.1%}; fitted without any of its networks"
+        console.print(f"unseen family {family}: {text}", highlight=False, soft_wrap=True)
     use = f"use it: 'fleet.devices={{{path.resolve()}: 1}}'"
     console.print(f"profile: {path} ({use})", highlight=False, soft_wrap=True)
     if error > limit:

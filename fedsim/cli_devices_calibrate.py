@@ -1,0 +1,394 @@
+"""`fedsim devices calibrate`: prices of a device from rows that one measured on it oneself, be it a single one.
+
+May import: devices, torch, yaml, and fedsim's settings and console (inside the functions, so that `--help` answers at
+once).
+"""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from devices.calibrate import Calibration
+    from devices.columns import Physics
+    from devices.cost import NetworkCost
+    from devices.prices import Prices
+    from devices.prior import Facts
+    from devices.profile import DeviceProfile
+
+NEEDED = ("network", "input", "batch", "phase", "ms")
+PHASES = ("forward", "train_step")
+PRECISIONS = ("fp32", "fp16")
+LEAVE_OUT = 3  # networks from which on leaving one out says something
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the file: a pass that was measured."""
+
+    network: str
+    input: str
+    batch: int
+    phase: str
+    ms: float
+    threads: int
+    cost: NetworkCost
+
+    @property
+    def layers(self) -> tuple[tuple[float, ...], ...]:
+        assert self.cost.layers is not None
+        return self.cost.layers
+
+
+def calibrate(
+    device: Annotated[str, typer.Argument(help="A shipped device, or the path of a profile, with a peak.")],
+    rows: Annotated[Path, typer.Option(help="CSV with network, input, batch, phase, ms and, if not all, threads.")],
+    out: Annotated[Path | None, typer.Option(help="Profile to write; DEVICE_calibrated.yaml when left out.")] = None,
+    runtime: Annotated[str | None, typer.Option(help="Of forward rows, e.g. ncnn; the device's when left out.")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32 or fp16; the device's when left out.")] = None,
+    num_classes: Annotated[int, typer.Option(help="Outputs of networks that are model configs.", min=1)] = 10,
+) -> None:
+    """Fit a device's prices to rows of yours, pulled to what its datasheet says; one row is enough to begin with.
+
+    A network is a model config of fedsim, a network of the zoo, torchvision.models.NAME, or FILE.py:CLASS.
+
+    Example: fedsim devices calibrate raspberry_pi_4 --rows mine.csv --out my-pi.yaml
+    """
+    import yaml
+
+    from devices.errors import DeviceError
+    from devices.profile import load_profile, parse_profile
+    from fedsim.report import write_atomic
+
+    profile = load_profile(device)
+    path = out or Path(f"{profile.name.replace('@', '_')}_calibrated.yaml")
+    if path.suffix not in (".yaml", ".yml"):
+        raise DeviceError(f"--out must end in .yaml or .yml, got {str(path)!r}")
+    if path.exists():
+        raise DeviceError(f"{path} is there already; name another profile with --out or remove it")
+    physics = _physics(profile, device)
+    measured = read_rows(rows, num_classes, profile.threads)
+    fitted = _fit(profile, *physics, measured, runtime, precision)
+    tree = _tree(device, path.stem, profile, measured[0].threads, fitted, rows)
+    after = parse_profile(tree, str(path))
+    about = f"# {profile.name}, calibrated with {rows.name} by `fedsim devices calibrate`.\n"
+    write_atomic(path, about + yaml.safe_dump(tree, sort_keys=False, width=120, default_flow_style=None))
+    _report(profile, after, measured, fitted, path)
+
+
+def _report(
+    before: DeviceProfile, after: DeviceProfile, rows: Sequence[Row], fitted: Sequence[_Section], path: Path
+) -> None:
+    from rich.console import Console
+
+    from fedsim.console import table
+
+    shown = table("network", "input", "batch", "phase", "measured ms", "before", "after")
+    for row in rows:
+        figures = []
+        for profile in (before, after):
+            prices = next(section for section in fitted if section.phase == row.phase).of(profile)
+            figures.append("-" if prices is None else _with_error(prices.ms(row.layers, row.batch), row.ms))
+        shown.add_row(row.network, row.input, str(row.batch), row.phase, f"{row.ms:.4g}", *figures)
+    console = Console()
+    console.print(shown)
+    for section in fitted:
+        found, prices = section.calibration, section.prices
+        text = f"{section.phase} ({prices.runtime}, {prices.precision}): {found.networks} network(s), {prices.basis}"
+        if found.networks >= LEAVE_OUT and found.left_out_error is not None:
+            text += f"; leave-one-out error {found.left_out_error:.1%}"
+        console.print(text, highlight=False)
+    use = f"use it: 'fleet.devices={{{path.resolve()}: 1}}'"
+    console.print(f"profile: {path} ({use})", highlight=False, soft_wrap=True)
+
+
+def _with_error(predicted: float, measured: float) -> str:
+    return f"{predicted:.4g} ({predicted / measured - 1:+.0%})"
+
+
+# --- the file ------------------------------------------------------------------------------------------------------
+
+
+def read_rows(path: Path, num_classes: int, threads: int) -> list[Row]:
+    """The rows of a file, with their networks traced.
+
+    Args:
+        path: of the CSV.
+        num_classes: of networks that are model configs.
+        threads: of the device: of rows that do not name theirs.
+
+    Raises:
+        DeviceError: naming the line, for what is missing or wrong.
+    """
+    from devices.errors import DeviceError, unknown
+
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, skipinitialspace=True)
+            lines = [(reader.line_num, line) for line in reader]
+            columns = reader.fieldnames or ()
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DeviceError(f"{path}: cannot be read as CSV: {error}") from None
+    if missing := [column for column in NEEDED if column not in columns]:
+        raise DeviceError(f"{path}: lacks the column {missing[0]!r}; a file of rows has {', '.join(NEEDED)}")
+    if not lines:
+        raise DeviceError(f"{path}: has no rows; one measured network is the least")
+    found: list[Row] = []
+    known: dict[tuple[str, str], NetworkCost] = {}
+    for number, line in lines:
+        where, values = f"{path}, line {number}", {key: (line[key] or "").strip() for key in NEEDED}
+        if values["phase"] not in PHASES:
+            raise DeviceError(f"{where}: {unknown('phase', values['phase'], PHASES)}")
+        key = (values["network"], values["input"])
+        if key not in known:
+            try:
+                known[key] = _cost(*key, num_classes)
+            except ValueError as error:
+                raise DeviceError(f"{where}: {error}") from None
+        own = _whole(where, "threads", (line.get("threads") or "").strip() or str(threads))
+        if own > threads:
+            raise DeviceError(f"{where}: threads must be at most the device's {threads}, got {own}")
+        if found and own != found[0].threads:
+            raise DeviceError(
+                f"{where}: all rows of a file must have the same threads, got {found[0].threads} and {own}"
+            )
+        batch, ms = _whole(where, "batch", values["batch"]), _positive(where, "ms", values["ms"])
+        found.append(Row(*key, batch, values["phase"], ms, own, known[key]))
+    return found
+
+
+def _whole(where: str, column: str, text: str) -> int:
+    from devices.errors import DeviceError
+
+    if not text.isdecimal() or int(text) < 1:
+        raise DeviceError(f"{where}: {column} must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _positive(where: str, column: str, text: str) -> float:
+    from devices.errors import DeviceError
+
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise DeviceError(f"{where}: {column} must be a number above 0, got {text!r}")
+    return value
+
+
+def _cost(name: str, size: str, num_classes: int) -> NetworkCost:
+    """Builds a network for an input "3x224x224" and traces it.
+
+    Raises:
+        ValueError: where there is no such network, or it does not take that input.
+    """
+    import torch
+
+    from devices.errors import DeviceError, unknown
+    from devices.picture import traced_cost, zoo_cost
+    from devices.zoo import IMAGE, SEQUENCE, ZOO
+    from fedsim.cli_devices import _network
+    from fedsim.settings import options
+
+    numbers = size.split("x")
+    if not all(n.isdecimal() and int(n) > 0 for n in numbers):
+        raise DeviceError(f"input must be the shape of one example, e.g. 3x224x224, got {size!r}")
+    shape = tuple(map(int, numbers))
+    if name in ZOO:
+        own = SEQUENCE if ZOO[name].tokens else IMAGE
+        if shape != own:
+            raise DeviceError(f"zoo network {name!r} takes input {'x'.join(map(str, own))}, got {size}")
+        return zoo_cost(name)
+    if name.startswith("torchvision.models."):
+        network = _torchvision(name.removeprefix("torchvision.models."))
+    elif ".py:" in name:
+        network = _own_class(name)
+    elif name in options("model"):
+        cost: NetworkCost = _network(name, shape, num_classes)
+        return cost
+    else:
+        others = ("torchvision.models.NAME", "FILE.py:CLASS")
+        raise DeviceError(unknown("network", name, [*options("model"), *ZOO, *others]))
+    tokens = getattr(network, "takes_tokens", False)
+    return traced_cost(name, network.eval(), torch.zeros(1, *shape, dtype=torch.long if tokens else torch.float32))
+
+
+def _torchvision(name: str) -> Any:
+    from torchvision import models
+
+    from devices.errors import DeviceError, unknown
+
+    names = models.list_models(models)
+    if name not in names:
+        raise DeviceError(unknown("network of torchvision.models", name, names))
+    extra = {"aux_logits": False, "init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    return models.get_model(name, weights=None, **extra)
+
+
+def _own_class(name: str) -> Any:
+    """The network that a class of a file makes without arguments."""
+    import importlib.util
+
+    from torch import nn
+
+    from devices.errors import DeviceError
+
+    file, _, word = name.rpartition(":")
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    if spec is None or spec.loader is None or not Path(file).is_file():
+        raise DeviceError(f"network {name!r}: there is no file {file}")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        network = getattr(module, word)()
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DeviceError(f"network {name!r} cannot be made without arguments: {reason}") from error
+    if not isinstance(network, nn.Module):
+        raise DeviceError(f"network {name!r} must be a torch module, got {type(network).__name__}")
+    return network
+
+
+# --- the fit -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Section:
+    """Prices that were fitted, for some sections of a profile."""
+
+    phase: str
+    names: tuple[str, ...]  # keys of `latency`
+    prices: Prices
+    calibration: Calibration
+
+    def of(self, profile: DeviceProfile) -> Prices | None:
+        """What a profile takes for these passes."""
+        from devices.latency import device_prices
+
+        prices = device_prices(profile)
+        return {"inference": prices.inference, "forward": prices.forward, "step": prices.step}[self.names[0]]
+
+
+def _physics(profile: DeviceProfile, device: str) -> tuple[Physics, Facts]:
+    from devices.errors import DeviceError
+    from devices.latency import physics_of
+
+    if profile.kind == "mcu":
+        raise DeviceError(f"device {device!r} is a microcontroller; calibrate takes devices that run a framework")
+    known = physics_of(profile)
+    if known is None:
+        raise DeviceError(
+            f"device {device!r} has no peak (compute.peak_gmacs_per_s), which prices are bounded by; add it to its "
+            "profile: threads times GHz times multiply-adds per cycle"
+        )
+    return known
+
+
+def _fit(
+    profile: DeviceProfile,
+    physics: Physics,
+    facts: Facts,
+    rows: Sequence[Row],
+    runtime: str | None,
+    precision: str | None,
+) -> list[_Section]:
+    """Prices for each phase that was measured."""
+    import numpy as np
+
+    from devices.calibrate import prices_of
+    from devices.columns import counts
+    from devices.errors import DeviceError, unknown
+    from devices.latency import MOST_THREADS
+    from devices.prior import Sample, shipped_prior
+    from devices.tables import RUNTIMES
+
+    own = None if profile.latency is None else profile.latency.inference
+    card = physics.isa == "gpu"
+    training = "pytorch_cuda" if card else "pytorch"
+    # The runtime of HELP's tables is not known, so nobody can measure with it.
+    fitting = [name for name, kind in RUNTIMES.items() if card == (kind.family == "gpu_forward") and name != "help"]
+    usual = own.runtime if own is not None and own.runtime in fitting else training if card else "ncnn"
+    asked = runtime or usual
+    if asked not in fitting:
+        raise DeviceError(unknown(f"runtime for {profile.name}", asked, fitting))
+    inferred = precision or (own.precision if own is not None and own.runtime == asked else "fp32")
+    if inferred not in PRECISIONS:
+        raise DeviceError(unknown("precision", inferred, PRECISIONS))
+    share = rows[0].threads / profile.threads
+    physics = replace(physics, macs_per_s=physics.macs_per_s * share, threads=rows[0].threads)
+    facts = replace(facts, threads=rows[0].threads)
+    found = []
+    for phase in PHASES:
+        own_rows = [row for row in rows if row.phase == phase]
+        if not own_rows:
+            continue
+        step = phase == "train_step"
+        name = training if step else asked
+        kind, half = RUNTIMES[name], not step and inferred == "fp16"
+        gain = 2 if half and not card else 1
+        here = replace(
+            physics, winograd=kind.winograd, macs_per_s=physics.macs_per_s * gain, element_bytes=2 if half else 4
+        )
+        most = facts.threads if card or kind.family == "mobile" else MOST_THREADS
+        known = replace(facts, half_precision=half, threads=min(facts.threads, most))
+        prior = shipped_prior(("gpu" if card else "cpu") + "_train_step" if step else kind.family)
+        sample = Sample(
+            profile.name,
+            tuple(f"{row.network}@{row.input}" for row in own_rows),
+            np.stack([counts(row.layers, row.batch, kind.fused) for row in own_rows]),
+            np.array([row.ms for row in own_rows]),
+            here,
+            known,
+            "train_step" if step else "forward",
+        )
+        prices, reached = prices_of(
+            sample, prior, here, known, sample.phase, name, kind.fused, "fp16" if half else "fp32",
+            [row.batch for row in own_rows],
+        )  # fmt: skip
+        deployed = name != training or own is None or own.runtime in (name, "help")
+        passes = (("inference",) if deployed else ()) + (("forward",) if name == training else ())
+        prices = replace(prices, threads=facts.threads)
+        found.append(_Section(phase, ("step",) if step else passes, prices, reached))
+    return found
+
+
+def _tree(
+    device: str, name: str, profile: DeviceProfile, threads: int, fitted: Sequence[_Section], rows: Path
+) -> dict[str, Any]:
+    """The device's profile with the sections that were fitted."""
+    from devices.profile import PRICED, SHIPPED, as_variant, read_yaml
+
+    path = Path(device)
+    if path.suffix.lower() not in (".yaml", ".yml"):
+        base, _, variant = device.partition("@")
+        tree = as_variant(read_yaml(SHIPPED / f"{base}.yaml"), variant, device)
+    else:
+        tree = read_yaml(path)
+    tree = {key: value for key, value in tree.items() if key != "variants"} | {"name": name}
+    latency = dict(tree.get("latency", {}))
+    if "scaled" in latency:  # its prices stand in another device's file
+        facts = profile.latency
+        latency = {key: prices.to_dict() for key in PRICED if (prices := getattr(facts, key)) is not None}
+    source = f"fedsim devices calibrate, {time.strftime('%Y-%m-%d')}, {rows.name}"
+    for section in fitted:
+        for key in section.names:
+            latency[key] = {**section.prices.to_dict(), "provenance": "measured", "source": source}
+    tree["latency"] = latency
+    if threads != profile.threads:
+        assert profile.peak_macs_per_s is not None
+        peak = float(f"{profile.peak_macs_per_s / 1e9 * threads / profile.threads:.4g}")
+        of = {"provenance": "derived", "source": f"{profile.name}'s, for the {threads} thread(s) of {rows.name}"}
+        tree["compute"] = {
+            **tree["compute"],
+            "threads": {"value": threads, **of},
+            "peak_gmacs_per_s": {"value": peak, **of},
+        }
+    return tree
