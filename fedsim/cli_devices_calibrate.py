@@ -190,13 +190,9 @@ def _cost(name: str, size: str, num_classes: int) -> NetworkCost:
     Raises:
         ValueError: where there is no such network, or it does not take that input.
     """
-    import torch
-
-    from devices.errors import DeviceError, unknown
-    from devices.picture import traced_cost, zoo_cost
+    from devices.errors import DeviceError
     from devices.zoo import IMAGE, SEQUENCE, ZOO
-    from fedsim.cli_devices import _network
-    from fedsim.settings import options
+    from fedsim.own_model import named_model, traced
 
     numbers = size.split("x")
     if not all(n.isdecimal() and int(n) > 0 for n in numbers):
@@ -206,55 +202,8 @@ def _cost(name: str, size: str, num_classes: int) -> NetworkCost:
         own = SEQUENCE if ZOO[name].tokens else IMAGE
         if shape != own:
             raise DeviceError(f"zoo network {name!r} takes input {'x'.join(map(str, own))}, got {size}")
-        return zoo_cost(name)
-    if name.startswith("torchvision.models."):
-        network = _torchvision(name.removeprefix("torchvision.models."))
-    elif ".py:" in name:
-        network = _own_class(name)
-    elif name in options("model"):
-        cost: NetworkCost = _network(name, shape, num_classes)
-        return cost
-    else:
-        others = ("torchvision.models.NAME", "FILE.py:CLASS")
-        raise DeviceError(unknown("network", name, [*options("model"), *ZOO, *others]))
-    tokens = getattr(network, "takes_tokens", False)
-    return traced_cost(name, network.eval(), torch.zeros(1, *shape, dtype=torch.long if tokens else torch.float32))
-
-
-def _torchvision(name: str) -> Any:
-    from torchvision import models
-
-    from devices.errors import DeviceError, unknown
-
-    names = models.list_models(models)
-    if name not in names:
-        raise DeviceError(unknown("network of torchvision.models", name, names))
-    extra = {"aux_logits": False, "init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    return models.get_model(name, weights=None, **extra)
-
-
-def _own_class(name: str) -> Any:
-    """The network that a class of a file makes without arguments."""
-    import importlib.util
-
-    from torch import nn
-
-    from devices.errors import DeviceError
-
-    file, _, word = name.rpartition(":")
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    if spec is None or spec.loader is None or not Path(file).is_file():
-        raise DeviceError(f"network {name!r}: there is no file {file}")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        network = getattr(module, word)()
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DeviceError(f"network {name!r} cannot be made without arguments: {reason}") from error
-    if not isinstance(network, nn.Module):
-        raise DeviceError(f"network {name!r} must be a torch module, got {type(network).__name__}")
-    return network
+        return traced(named_model(name))
+    return traced(named_model(name, shape, num_classes))
 
 
 # --- the fit -------------------------------------------------------------------------------------------------------
