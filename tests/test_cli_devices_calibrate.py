@@ -134,7 +134,10 @@ def test_networks_come_from_four_places(calibrate, tmp_path):
         ("network,input,batch,phase\n", ["lacks the column 'ms'"]),
         (f"{HEAD}\n", ["has no rows"]),
         (f"{HEAD}\nresnt-16,3x32x32,1,forward,4\n", ["line 2", "unknown model 'resnt-16'; did you mean 'resnet-16'"]),
-        (f"{HEAD}\ntorchvision.models.resnt18,3x32x32,1,forward,4\n", ["'resnt18'; did you mean 'resnet18'"]),
+        (
+            f"{HEAD}\ntorchvision.models.resnt18,3x32x32,1,forward,4\n",
+            ["'torchvision.models.resnt18'; did you mean 'torchvision.models.resnet18'"],
+        ),
         (f"{HEAD}\nmine.py:Net,3x32x32,1,forward,4\n", ["there is no file mine.py"]),
         (f"{HEAD}\nresnet-16,3x32x32,1,forward,-4\n", ["line 2: ms must be a number above 0, got '-4'"]),
         (f"{HEAD}\nresnet-16,3x32x32,1,forward,nan\n", ["ms must be a number above 0, got 'nan'"]),
