@@ -13,10 +13,13 @@ from typing import Annotated, Any
 
 import typer
 
+from fedsim.cli_devices_fleet import links, population
 from fedsim.cli_devices_new import new
 
 app = typer.Typer(no_args_is_help=True, help="Devices, and the latency of networks on them.")
 app.command()(new)
+app.command()(links)
+app.command()(population)
 DataFile = Annotated[Path, typer.Option(help="Latency table of the space (npz with devices, latency_ms, arch_ops).")]
 DeviceSet = Annotated[
     str | None,
