@@ -21,7 +21,7 @@ from fedsim.report import WRITTEN, read_rounds
 from fedsim.settings import compose
 
 FEDSIM = Path(sys.executable).with_name("fedsim")
-DEVICES = ["list", "show", "new", "predict", "enroll", "evaluate", "compare", "train-help"]
+DEVICES = ["list", "show", "new", "links", "population", "predict", "enroll", "evaluate", "compare", "train-help"]
 DAILY = "fleet.availability._target_=devices.availability.Diurnal +fleet.availability.hours"
 SHORT = ["rounds=1", "cohort=2", "trainer.local_epochs=1", "fleet=uniform"]
 
