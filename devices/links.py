@@ -56,6 +56,16 @@ class Link:
     tail_s: float = 0.0
     assumed: tuple[str, ...] = ()
 
+    @property
+    def down_joules_per_mb(self) -> float:
+        """Joules of the radio for receiving 10^6 bytes at the median rate, without set-up and tail."""
+        return 1e6 * (self.rx_base_watts / self.down_bytes_per_s + self.rx_joules_per_byte)
+
+    @property
+    def up_joules_per_mb(self) -> float:
+        """The same for sending."""
+        return 1e6 * (self.tx_base_watts / self.up_bytes_per_s + self.tx_joules_per_byte)
+
     def fields(self, idle_watts: float) -> dict[str, Any]:
         """The fields of a device with this link and these idle watts."""
         given = dict(vars(self))

@@ -16,12 +16,13 @@ import typer
 from fedsim.cli_devices_answers import list_devices, predict, show
 from fedsim.cli_devices_calibrate import calibrate
 from fedsim.cli_devices_fit import fit
+from fedsim.cli_devices_fleet import links, population
 from fedsim.cli_devices_new import new
 from fedsim.cli_devices_tables import build
 
 app = typer.Typer(no_args_is_help=True, help="Devices, and the latency of networks on them.")
 app.command("list")(list_devices)
-for command in (show, predict, fit, new, calibrate, build):
+for command in (show, predict, fit, new, calibrate, links, population, build):
     app.command()(command)
 TABLE = "Latency table of the space (npz with devices, latency_ms, arch_ops)."
 DataFile = Annotated[Path, typer.Option(help=TABLE)]

@@ -33,6 +33,7 @@ TEXTS = frozenset(
         "predictor",
         "references",
         "network",
+        "link",
         "precision",
         "source",
         "soc",

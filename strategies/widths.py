@@ -13,7 +13,8 @@ from typing import Any
 from devices.compression.channels import Kept
 from devices.compression.prune import largest_ratio
 from devices.errors import unknown
-from devices.profile import KINDS, kind_named, profile_names
+from devices.population import group_names, groups_of
+from devices.profile import kind_named
 from fedsim.errors import ConfigError
 from fedsim.messages import Broadcast
 from fedsim.network import Enrolled
@@ -30,9 +31,10 @@ class WidthStrategy(SubnetStrategy):
 
     Args:
         levels: the ratios there are, each in (0, 1].
-        assign: tier takes the ratio of the device's name or kind in `tiers`; latency the largest one whose predicted
+        assign: tier takes the ratio of the device in `tiers`; latency the largest one whose predicted
             training step takes at most `step_ms`; random an equal draw per client, fixed for the run.
-        tiers: ratio by device name or kind, a name before a kind; 1 where nothing is said.
+        tiers: ratio by name, tier (low, mid, high: `devices.population`) or kind of device, the narrowest first; 1
+            where nothing is said.
         step_ms: for assign=latency: what a training step of the trainer's batch size may take.
 
     Raises:
@@ -60,8 +62,8 @@ class WidthStrategy(SubnetStrategy):
         for name, ratio in (tiers or {}).items():
             if not _is_ratio(ratio):
                 raise ConfigError(f"strategy.tiers.{name} must be in (0, 1], got {ratio!r}")
-            if kind_named(name) not in KINDS and name not in profile_names():
-                raise ConfigError(unknown("device or kind in strategy.tiers", name, [*KINDS, *profile_names()]))
+            if kind_named(name) not in group_names():
+                raise ConfigError(unknown("device, tier or kind in strategy.tiers", name, group_names()))
         self.tiers = {kind_named(name): ratio for name, ratio in (tiers or {}).items()}
         self.levels, self.assign, self.step_ms = list(levels), assign, step_ms
         self._ratios: dict[int, float] = {}
@@ -92,7 +94,7 @@ class WidthStrategy(SubnetStrategy):
             draw = generator(self.world.settings["seed"], "width", client.client_id)
             return self.levels[int(draw.integers(len(self.levels)))]
         if self.assign == "tier":
-            return float(self.tiers.get(client.profile.name, self.tiers.get(client.profile.kind, 1.0)))
+            return float(next((self.tiers[name] for name in groups_of(client.profile) if name in self.tiers), 1.0))
         batch, latency = int(self.world.settings["trainer"].get("batch_size", 1)), self.world.latency
         assert self.step_ms is not None
         return largest_ratio(

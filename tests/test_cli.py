@@ -21,7 +21,8 @@ from fedsim.report import WRITTEN, read_rounds
 from fedsim.settings import compose
 
 FEDSIM = Path(sys.executable).with_name("fedsim")
-DEVICES = ["list", "show", "predict", "fit", "new", "calibrate", "build", "enroll", "evaluate", "compare", "train-help"]
+DEVICES = ["list", "show", "predict", "fit", "new", "calibrate", "links", "population", "build"]
+DEVICES += ["enroll", "evaluate", "compare", "train-help"]
 DAILY = "fleet.availability._target_=devices.availability.Diurnal +fleet.availability.hours"
 SHORT = ["rounds=1", "cohort=2", "trainer.local_epochs=1", "fleet=uniform"]
 

@@ -211,3 +211,22 @@ def test_a_table_with_nan_names_the_network_and_the_device(devices, table, tmp_p
     ended = devices("evaluate", "--space", "nb201", "--data", "bad.npz")
     assert (ended.code, ended.err.count("\n")) == (2, 1)
     assert "network 7 on 1080ti_256 is nan" in ended.err
+
+
+def test_links_are_listed_in_eighty_columns(devices, monkeypatch):
+    """mobile: 345 mW at 3.75 MB/s and 13.03 mW per Mbit/s are .092 + .104 J/MB; the tail is 1.06 W for 11.6 s."""
+    monkeypatch.setenv("COLUMNS", "80")
+    ended = devices("links")
+    (mobile,) = [line for line in ended.out.splitlines() if " mobile " in line]
+    assert mobile.replace("│", "").split() == ["mobile", "30.0", "9.4", "40", "0.20", "1.13", "12.30"]
+    assert (ended.code, max(map(len, ended.out.splitlines())) <= 80) == (0, True)
+
+
+def test_population_is_counted_from_a_list(devices, tmp_path):
+    columns = "phone,soc,ram_gb,year,android,cpu_int8_score,cpu_float_score,fp32_score,fp16_score,int8_score,ai_score"
+    rows = ["A,Snapdragon 845,4,2018,9,1,2100,1,1,1,1", "B,Snapdragon 20,1,2016,6,1,200,1,1,1,1"]
+    (tmp_path / "phones_ai_benchmark.csv").write_text("\n".join([columns, *rows]))
+    ended = devices("population", "--data", str(tmp_path), "--out", "p.yaml")
+    assert "1 of 2 phones of 2016 to 2019 have the SoC of a shipped device: 50%" in ended.out
+    assert "pixel3: {phones: 0.33, tier: " in (tmp_path / "p.yaml").read_text()
+    assert devices("population", "--data", "elsewhere").code == 2

@@ -41,6 +41,20 @@ def test_availability_is_overridden_key_by_key():
     assert 0 < build(phones, availability=daily).online_until(0, 0.0) <= DAY_S
 
 
+@pytest.mark.parametrize(
+    ("fleet", "first"),
+    [
+        ("desktops", ["xeon_gold_6240", "xeon_silver_4210r", "xeon_gold_6240", "xeon_silver_4210r", "gtx_1080ti"]),
+        ("help_phones", ["galaxy_a50", "galaxy_a50", "galaxy_a50", "galaxy_a50", "essential_ph1"]),
+        ("mixed", ["pixel2", "galaxy_a50", "essential_ph1", "pixel2", "raspberry_pi_zero_2w"]),
+    ],
+)
+def test_fleet_of_before_is_drawn_as_before(fleet: str, first: list[str]):
+    """The five phones were `fleet=phones` of 0.1; results of old seeds hang on these draws."""
+    drawn = build(next(path for path in FLEETS if path.stem == fleet))
+    assert [drawn.device_name(client) for client in range(len(first))] == first
+
+
 def test_uniform_fleet_is_the_reference_device_without_any_chance():
     fleet = build(next(path for path in FLEETS if path.stem == "uniform"))
     assert all(profile == load_profile("reference") for profile in fleet)
@@ -141,7 +155,7 @@ def test_online_of_a_client_out_of_range_is_refused():
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"devices": {"pixel": 1}}, "unknown device 'pixel'; did you mean 'pixel3'?"),
+        ({"devices": {"pixell3": 1}}, "unknown device 'pixell3'; did you mean 'pixel3'?"),
         ({"devices": {}}, "fleet 'f': devices must name at least one device and its share"),
         ({"devices": {"pixel3": 0}}, "fleet 'f': the share of 'pixel3' must be a number above 0, got 0; leave out"),
         ({"devices": {"pixel3": True}}, "fleet 'f': the share of 'pixel3' must be a number above 0, got True"),

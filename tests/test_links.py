@@ -118,7 +118,7 @@ def test_link_of_a_fleet_is_for_its_phones():
     assert (phone.compute_watts, phone.flops_per_s) == (before.compute_watts, before.flops_per_s)
     assert "network.jitter_sigma" in phone.assumed
     assert not {"network.down_mbps", "power.rx_w", "power.tail_s"} & set(phone.assumed)
-    assert {fleet[client].link for client in range(20)} == {None, "5g_mmwave_us"}
+    assert {fleet[client].link for client in range(20)} == {board.link, "5g_mmwave_us"}
 
 
 def test_spread_of_a_link_is_that_of_its_clients():

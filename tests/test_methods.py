@@ -381,7 +381,7 @@ def test_every_latency_model_runs_a_round(latency: str, tmp_path: Path):
     """HELP gets untrained weights and a network of its space: what it says is wrong, but it says something."""
     if latency == "help":
         save_weights(first_weights("nb201", HelpSettings(seed=2)), tmp_path / "help.safetensors")
-        own = [f"latency.weights={tmp_path / 'help.safetensors'}", "fleet=sbc"]
+        own = [f"latency.weights={tmp_path / 'help.safetensors'}", "fleet=help_phones"]
         result = federate(f"latency={latency}", *own, base=fitting("nb201"))
     else:
         result = federate(f"latency={latency}", "rounds=1")

@@ -18,7 +18,8 @@ from devices.compression.prune import ROUND_TO, channel_scores, strongest
 from devices.compression.quantise import quantise
 from devices.compression.sizes import dense_bytes, nonzero_bytes, wire_bytes
 from devices.errors import DeviceError, unknown
-from devices.profile import KINDS, DeviceProfile, kind_named, profile_names
+from devices.population import group_names, groups_of
+from devices.profile import DeviceProfile, kind_named
 
 ORDERS = ("strongest", "first")
 
@@ -90,7 +91,8 @@ class CompressionPlan:
 
     Args:
         keep, sparsity, bits: of devices that `tiers` does not name.
-        tiers: recipes by name or kind of device, a name before a kind; what one leaves out is taken from above.
+        tiers: recipes by name, tier (low, mid, high: `devices.population`) or kind of device, the narrowest first; what
+            one leaves out is taken from above.
         order: which channels stay: the strongest by L1 norm, or the first, as a width multiplier has them.
         round_to: channel counts are rounded up to a multiple of this.
         floor: share of its weights that every layer keeps under a mask.
@@ -116,8 +118,8 @@ class CompressionPlan:
         self.usual = Recipe(keep, sparsity, bits)
         self.tiers: dict[str, Recipe] = {}
         for name, tier in (tiers or {}).items():
-            if kind_named(name) not in KINDS and name not in profile_names():
-                raise DeviceError(unknown("device or kind in compression.tiers", name, [*KINDS, *profile_names()]))
+            if kind_named(name) not in group_names():
+                raise DeviceError(unknown("device, tier or kind in compression.tiers", name, group_names()))
             for key in tier:
                 if key not in vars(self.usual):
                     raise DeviceError(unknown(f"setting in compression.tiers.{name}", key, vars(self.usual)))
@@ -132,7 +134,7 @@ class CompressionPlan:
 
     def recipe(self, profile: DeviceProfile) -> Recipe:
         """What a device follows."""
-        return self.tiers.get(profile.name, self.tiers.get(profile.kind, self.usual))
+        return next((self.tiers[name] for name in groups_of(profile) if name in self.tiers), self.usual)
 
     @torch.no_grad()
     def apply(self, model: nn.Module, example: Tensor, recipe: Recipe, batches: Iterable[Tensor] = ()) -> Compressed:

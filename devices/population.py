@@ -1,0 +1,213 @@
+"""Which phones people had: a list of phones turned into shares of the shipped devices, by their SoC.
+
+`devices/population.yaml` holds the shares; `fedsim devices population` makes it from the list. May import: numpy, yaml
+and this package.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import yaml
+
+from devices.errors import DeviceError
+from devices.profile import KINDS, SHIPPED, DeviceProfile, profile_names
+from devices.profile_file import read_yaml
+
+FILE = Path(__file__).parent / "population.yaml"
+LIST = "phones_ai_benchmark.csv"
+YEARS = (2016, 2019)
+TIERS = ("low", "mid", "high")
+MAKERS = ("HiSilicon ", "Hisilicon ")  # words of the list that our profiles leave out
+CORES = (" Octa", " Quad", " Dual")
+SAME = {"Exynos 9611": "Exynos 9610", "Kirin 990 5G": "Kirin 990"}  # their scores in the list differ by 1 %
+# Newer than the list, so that no share is known: each counts as this many phones.
+NEWER = ("mi_10", "mi_11", "snapdragon_8_gen_2", "dimensity_9300")
+NEWER_PHONES = 3.0
+
+HEAD = """\
+# Shares of phones: how many models of {first} to {last} in a public list have the SoC of a shipped device. Made by
+# `fedsim devices population`. A model counts once, however many were sold and however often it was measured; where
+# several devices have one SoC, each takes an equal part. The list is of Android phones and ends early in 2020: newer
+# devices are `assumed`. `score` is the median float score on the CPU; tiers are thirds of the phones covered, by that
+# score, cut between SoCs. The list: AI Benchmark (ai-benchmark.com), results of early 2020.
+"""
+
+
+@dataclass(frozen=True)
+class Phone:
+    """A model of the list with one SoC; `score` is the median of its float scores on the CPU."""
+
+    name: str
+    soc: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one device stands for.
+
+    Attributes:
+        phones: models of the list, or what is assumed.
+        tier: low, mid or high.
+        soc: as in the profile.
+        score: median CPU float score of the SoC's phones; None where the list has none.
+        provenance: dataset or assumed.
+    """
+
+    phones: float
+    tier: str
+    soc: str
+    score: float | None
+    provenance: str
+
+
+@dataclass(frozen=True)
+class Population:
+    """Shares of devices, and how much of the list they cover.
+
+    Attributes:
+        listed: phones of the years in the list.
+        covered: those whose SoC a shipped device has.
+        covered_by_third: the covered part of the slowest, the middle and the fastest third of the listed phones.
+        devices: by device name, slowest first.
+    """
+
+    listed: int
+    covered: int
+    covered_by_third: Sequence[float]
+    devices: Mapping[str, Share]
+
+    @property
+    def coverage(self) -> float:
+        """The covered part of the listed phones."""
+        return self.covered / self.listed
+
+    def of_tier(self, tier: str) -> float:
+        """The part of the fleet in a tier."""
+        return sum(s.phones for s in self.devices.values() if s.tier == tier) / self.phones()
+
+    def phones(self, provenance: str | None = None) -> float:
+        """Phones that all devices stand for, or those with one provenance."""
+        return sum(s.phones for s in self.devices.values() if provenance in (None, s.provenance))
+
+    def as_yaml(self) -> str:
+        """The text of `devices/population.yaml`."""
+        lines = [HEAD.format(first=YEARS[0], last=YEARS[1]) + f"listed: {self.listed}", f"covered: {self.covered}"]
+        lines += [f"covered_by_third: [{', '.join(f'{part:g}' for part in self.covered_by_third)}]", "devices:"]
+        for name, s in self.devices.items():
+            score = "null" if s.score is None else f"{s.score:g}"
+            facts = f'phones: {s.phones:g}, tier: {s.tier}, soc: "{s.soc}", score: {score}, provenance: {s.provenance}'
+            lines.append(f"  {name}: {{{facts}}}")
+        return "\n".join(lines) + "\n"
+
+    def as_fleet(self) -> str:
+        """The `devices` of a fleet with these shares, tier by tier, as lines of its configuration."""
+        lines = ["devices:"]
+        for tier in TIERS:
+            lines.append(f"  # {tier}: {self.of_tier(tier):.0%} of the fleet")
+            for name, s in self.devices.items():
+                if s.tier == tier:
+                    about = f"{s.soc}, assumed" if s.provenance == "assumed" else s.soc
+                    lines.append(f"  {name}: {s.phones:g}  # {about}")
+        return "\n".join(lines) + "\n"
+
+
+@cache
+def population() -> Population:
+    """The shipped population."""
+    tree = read_yaml(FILE)
+    devices = {name: Share(**share) for name, share in tree["devices"].items()}
+    return Population(tree["listed"], tree["covered"], tree["covered_by_third"], devices)
+
+
+def tier_of(device: str) -> str | None:
+    """The tier of a phone of the population, low, mid or high; None for any other device."""
+    share = population().devices.get(device.partition("@")[0])
+    return share.tier if share else None
+
+
+def groups_of(device: DeviceProfile) -> tuple[str, ...]:
+    """The words that settings by tier may call a device, the narrowest first: its name, its tier, its kind."""
+    tier = tier_of(device.name)
+    return (device.name, device.kind) if tier is None else (device.name, tier, device.kind)
+
+
+def group_names() -> tuple[str, ...]:
+    """All words that settings by tier may use."""
+    return (*KINDS, *TIERS, *profile_names())
+
+
+def from_list(phones: Sequence[Phone], devices: Mapping[str, str]) -> Population:
+    """Counts the phones of a list by the devices that have their SoC.
+
+    Args:
+        phones: of the years wanted.
+        devices: the SoC of each shipped phone.
+
+    Raises:
+        DeviceError: if no phone has the SoC of a device.
+    """
+    covered = [phone for phone in phones if phone.soc in devices.values()]
+    if not covered:
+        raise DeviceError(f"none of {len(phones)} phones has the SoC of a shipped device")
+    edges = _thirds(covered)
+    shares: dict[str, Share] = {}
+    for soc in sorted({phone.soc for phone in covered}):
+        scores = [phone.score for phone in covered if phone.soc == soc]
+        owners = [name for name, own in devices.items() if own == soc]
+        tier = TIERS[int(np.searchsorted(edges, median(scores)))]
+        for name in owners:
+            shares[name] = Share(round(len(scores) / len(owners), 2), tier, soc, round(median(scores)), "dataset")
+    order = sorted(shares, key=lambda name: (shares[name].score, name))
+    newer = {name: Share(NEWER_PHONES, TIERS[-1], devices[name], None, "assumed") for name in NEWER if name in devices}
+    third_of = np.searchsorted(_thirds(phones), [phone.score for phone in phones])
+    has_device = np.array([phone.soc in devices.values() for phone in phones])
+    thirds = [has_device[third_of == third] for third in range(3)]
+    by_third = [round(float(third.sum() / max(1, len(third))), 2) for third in thirds]
+    return Population(len(phones), len(covered), by_third, {**{name: shares[name] for name in order}, **newer})
+
+
+def read_list(data: Path) -> list[Phone]:
+    """The phones of the years in the list of a folder: one per model and SoC, whatever the times it was measured.
+
+    Raises:
+        DeviceError: for a folder without the list.
+    """
+    path = data / LIST
+    if not path.is_file():
+        raise DeviceError(f"{path} is not there; --data is the folder with {LIST}")
+    scores: dict[tuple[str, str], list[float]] = {}
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if YEARS[0] <= int(row["year"]) <= YEARS[1]:
+                scores.setdefault((row["phone"], soc_named(row["soc"])), []).append(float(row["cpu_float_score"]))
+    return [Phone(*key, median(values)) for key, values in scores.items()]
+
+
+def soc_named(text: str) -> str:
+    """The name that our profiles give to a SoC of the list."""
+    for word in MAKERS:
+        text = text.removeprefix(word)
+    for word in CORES:
+        text = text.removesuffix(word)
+    text = text.replace(" Plus", "+") if text.startswith("Snapdragon 8") else text
+    return SAME.get(text, text)
+
+
+def shipped_socs() -> dict[str, str]:
+    """The SoC of each shipped phone; of one that may have either of two, the first."""
+    trees: dict[str, Any] = {name: yaml.safe_load((SHIPPED / f"{name}.yaml").read_text()) for name in profile_names()}
+    return {name: tree["soc"].split(" or ")[0] for name, tree in trees.items() if tree["kind"] == "phone"}
+
+
+def _thirds(phones: Sequence[Phone]) -> np.ndarray:
+    """The two scores that part the phones into thirds."""
+    return np.quantile([phone.score for phone in phones], [1 / 3, 2 / 3])
