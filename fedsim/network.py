@@ -38,7 +38,7 @@ from fedsim.messages import (
     unpack_cohort,
     unpacked,
 )
-from fedsim.pricing import Outcome, Prices
+from fedsim.pricing import Outcome, Prices, RadioTails
 from fedsim.uplink import decompress
 
 NO_REPLY, NOT_THERE = "the engine returned no reply", "offline when the round began"
@@ -166,7 +166,7 @@ class EdgeGrid(Grid):
         self.settings = ConfigRecord({"json": config_json})
         self.seed, self.deadline_s, self.keep, self.averages = seed, deadline_s, keep, averages
         self.on_client_error, self.batch_clients, self.observe = on_client_error, batch_clients, observe
-        self.clock, self.store = SimClock(), ClientStore()
+        self.clock, self.store, self.tails = SimClock(), ClientStore(), RadioTails()
         self.round = 0
         self.reports: list[ClientReport] = []
         self.accepted: tuple[int, ...] = ()  # clients of the last exchange, also where one mean stands for all
@@ -263,13 +263,15 @@ class EdgeGrid(Grid):
     def state(self) -> dict[str, Any]:
         """Between two rounds, everything that later results depend on."""
         clock = {"now_s": self.clock.now_s, "round_began_s": self.clock.round_began_s}
-        return {**clock, "clients": self.store.all()}
+        self.tails.forget(self.clock.now_s)
+        return {**clock, "clients": self.store.all(), "awake_until_s": dict(self.tails.awake_until_s)}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Goes on where another grid of the same run was."""
         self.clock.now_s = state["now_s"]
         self.clock.round_began_s = state.get("round_began_s")  # not in older checkpoints
         self.store.restore(state["clients"])
+        self.tails.awake_until_s = dict(state.get("awake_until_s", {}))
 
     # --- one exchange, step by step -----------------------------------------------------------------------------
 
@@ -286,6 +288,7 @@ class EdgeGrid(Grid):
     def _run(self, asked: list[Message], phase: str, total: _RoundSum | None) -> list[_Reply]:
         """Lets the engine serve the clients that are online and prices what they did; replies are in client order."""
         now_s = self.clock.now_s
+        self.tails.forget(now_s)
         prices = Prices(self.fleet, self.latency, self.round, now_s)
         sizes: dict[int, int] = {}  # payload by content object: stock strategies send one object to all
         replies: dict[int, _Reply] = {}
@@ -314,7 +317,8 @@ class EdgeGrid(Grid):
                 decompress(content, reply.message.content)
                 reply.content, reply.work = content, replace(work, down_bytes=reply.work.down_bytes)
                 priced = prices.of(client, reply.work, outcome, reason)
-                reply.outcome, reply.reason, reply.cost = priced.outcome, priced.reason, priced.cost
+                reply.outcome, reply.reason = priced.outcome, priced.reason
+                reply.cost = self.tails.contact(client, now_s, priced.cost)
                 reply.work_ended = priced.work_ended
                 if self.observe:
                     self.observe(client)

@@ -6,7 +6,7 @@ clients as the edge grid does. May import: devices.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from devices.cost import Cost, LatencyModel, Work
@@ -34,6 +34,31 @@ class Priced:
     def arrives(self, limit_s: float | None) -> bool:
         """Whether the reply is there `limit_s` seconds after the round began."""
         return self.outcome == "completed" and (limit_s is None or self.cost.total_s <= limit_s)
+
+
+class RadioTails:
+    """Until when each client's radio is awake after its last transfer, which that contact has paid for.
+
+    A contact that begins before does not pay for those seconds again: rounds that follow each other within the tail
+    keep a radio awake once, however many they are. Only clients that are awake are kept.
+    """
+
+    def __init__(self) -> None:
+        self.awake_until_s: dict[int, float] = {}
+
+    def contact(self, client: int, start_s: float, cost: Cost) -> Cost:
+        """The cost of a contact, less the tail that the last one paid for and that this one cuts short."""
+        if cost.tail_watts == 0 or cost.total_s == 0:
+            return cost
+        overlap_s = max(0.0, self.awake_until_s.get(client, start_s) - start_s)
+        self.awake_until_s[client] = start_s + cost.total_s + cost.up_tail_s
+        up_s = max(0.0, cost.up_tail_s - overlap_s)
+        left_s = overlap_s - (cost.up_tail_s - up_s)
+        return replace(cost, up_tail_s=up_s, compute_tail_s=max(0.0, cost.compute_tail_s - left_s))
+
+    def forget(self, now_s: float) -> None:
+        """Drops the clients whose radios sleep at `now_s`."""
+        self.awake_until_s = {c: until_s for c, until_s in self.awake_until_s.items() if until_s > now_s}
 
 
 @dataclass(frozen=True)

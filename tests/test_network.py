@@ -21,7 +21,7 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 
 from clients.trainers.sgd import SGDTrainer
 from devices.availability import Always, Availability
-from devices.cost import FlopsLatency, NetworkCost, Passes, Work, pack_works
+from devices.cost import Cost, FlopsLatency, NetworkCost, Passes, Work, pack_works
 from devices.fleet import Fleet
 from devices.profile import SHIPPED
 from fedsim.data.blobs import Blobs
@@ -29,6 +29,7 @@ from fedsim.engines.local import LocalGrid
 from fedsim.errors import ClientError, RunError
 from fedsim.messages import from_array, pack_cohort, to_array, unpack_cohort
 from fedsim.network import EMPTY_ROUND_S, ClientReport, EdgeGrid
+from fedsim.pricing import RadioTails
 
 WEIGHTS = ArrayRecord({"w": to_array(np.zeros(250_000, np.float32))})
 NETWORK = NetworkCost("net", 1e6, 2e6, 0, 0)
@@ -595,3 +596,25 @@ def test_stock_mean_refuses_metrics_that_only_some_clients_sent():
         RunError, match=r"^client 1 reported metrics \['gap', 'train_loss'\], client 0 \['train_loss'\]"
     ):
         exchange(edge(answer=answer, averages=True))
+
+
+def test_rounds_that_follow_each_other_keep_a_radio_awake_once():
+    """Tail 10 s at 2 W. Contacts of 1 s each at 0, 3 and 30 s: the second pays 10 s less the 8 that the first had
+    paid for (its tail ran from 1 to 11 s), the third all of it; another client pays for itself.
+    """
+    tails = RadioTails()
+    cost = Cost(down_s=0.5, up_s=0.5, up_tail_s=10.0, tail_watts=2.0)
+    first, second, third = (tails.contact(7, start_s, cost) for start_s in (0.0, 3.0, 30.0))
+    assert [c.tail_joules for c in (first, second, third)] == [20.0, 4.0, 20.0]
+    assert tails.contact(8, 3.0, cost).tail_joules == 20.0
+    tails.forget(41.0)
+    assert tails.awake_until_s == {}
+
+
+def test_what_overlaps_a_cut_upload_is_taken_from_the_tail_beside_the_computation():
+    """The contact ended in its upload, so it has 3 s of tail beside the computation only: 2 of them were paid for."""
+    tails = RadioTails()
+    tails.awake_until_s[1] = 12.0
+    cut = Cost(down_s=1.0, compute_s=3.0, up_s=0.2, compute_tail_s=3.0, tail_watts=1.0)
+    assert tails.contact(1, 10.0, cut).tail_joules == 1.0
+    assert tails.awake_until_s == {1: pytest.approx(14.2)}
