@@ -200,7 +200,10 @@ def as_variant(tree: Any, variant: str, name: str) -> Any:
         raise DeviceError(f"{name}: {what}; variants of a device are ways of running networks, e.g. on one thread")
     made = {**tree, "name": f"{tree['name']}@{variant}"}
     for section, values in variants[variant].items():
-        made[section] = {**made.get(section, {}), **values}
+        kept = made.get(section, {})
+        if section == "latency":  # other passes were measured in the device's usual way
+            kept = {key: rows for key, rows in kept.items() if key in ("references", "embedding")}
+        made[section] = {**kept, **values}
     return made
 
 
