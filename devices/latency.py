@@ -168,7 +168,11 @@ def _with_own(facts: LatencyFacts | None, made: DevicePrices) -> DevicePrices:
     """The device's own prices of the training runtime before general ones; a step costs its forward pass at least."""
     forward = (facts.forward if facts else None) or made.forward
     step = (facts.step if facts else None) or made.step
-    return DevicePrices(made.inference, forward, at_least(step, forward) if step is not None else None)
+    if step is None:
+        return DevicePrices(made.inference, forward, None)
+    # A step that nobody measured here holds a forward pass, so it costs what one was measured at, in whatever runtime.
+    floor = at_least(forward, made.inference) if step.basis == "carried" else forward
+    return DevicePrices(made.inference, forward, at_least(step, floor))
 
 
 def from_datasheet(what: str, physical: tuple[Physics, Facts]) -> Prices:
