@@ -224,7 +224,7 @@ def broken_device(text: str) -> bytes:
 @pytest.mark.parametrize(
     "text, word",
     [
-        ("negative power", "key 'power.compute_w.value' must be a finite number 0 or above, got -3"),
+        ("negative power", "key 'power.compute_w.value' must be a number from 0 to 2000 (W of the whole device"),
         ("unknown key", "did you mean 'power.compute_w'?"),
         ("no source", "key 'power.compute_w.source' is missing"),
         ("no yaml", "is not valid YAML"),

@@ -22,7 +22,6 @@ from devices.compression.gates import (
     mean_jaccard_distance,
     personal_masks,
 )
-from devices.cost import Passes, Work
 from devices.meter import counter
 from devices.profile import load_profile
 from fedsim.errors import ConfigError
@@ -452,10 +451,7 @@ def test_every_client_is_judged_with_its_cut_network_and_priced_for_it(federatio
         assert last.network.parameter_bytes == sum(4 * p.numel() for p in small.parameters())
         assert last.network.layers != worker.network.layers
         assert (last.batch, last.forwards, last.backwards) == (len(client.data.test), 1, 0)
-        seconds = made.world.latency.compute_s(
-            replace(client.log.work(), passes=(replace(last, batch=1),)), client.profile
-        )
-        assert metrics["latency_ms"] == pytest.approx(1e3 * seconds)
+        assert metrics["latency_ms"] == pytest.approx(made.world.latency.inference_ms(last.network, client.profile))
         assert all(p.backwards == 0 for p in client.log.work().passes)
         assert STATE not in part
 
@@ -556,9 +552,7 @@ def test_slower_devices_get_smaller_networks_by_predicted_latency(federation):
     strategy, latency = made.strategy, made.world.latency
 
     def predicted(ratio, device):
-        return 1e3 * latency.compute_s(
-            Work((Passes(strategy.slices.cost(strategy.plan.at_ratio(ratio)), 1, 1),)), device
-        )
+        return latency.inference_ms(strategy.slices.cost(strategy.plan.at_ratio(ratio)), device)
 
     slow, fast = load_profile("raspberry_pi_zero_2w"), load_profile("raspberry_pi_4")
     strategy.latency_budget_ms = predicted(1.0, fast)
