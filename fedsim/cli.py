@@ -18,8 +18,8 @@ import typer
 
 from fedsim.cli_averages import averages
 from fedsim.cli_devices import app as devices_app
-from fedsim.cli_devices import whole as _whole
 from fedsim.cli_flower import flwr
+from fedsim.cli_options import whole as _whole
 from fedsim.cli_paired import paired
 from fedsim.cli_study import study
 

@@ -31,7 +31,7 @@ def averages(
 
     from rich.console import Console
 
-    from fedsim.cli_devices import whole
+    from fedsim.cli_options import whole
     from fedsim.console import size, table
     from fedsim.data.averages import averages_picture, exposures
     from fedsim.errors import ConfigError

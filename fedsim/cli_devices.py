@@ -19,6 +19,7 @@ from fedsim.cli_devices_fit import fit
 from fedsim.cli_devices_fleet import links, population
 from fedsim.cli_devices_new import new
 from fedsim.cli_devices_tables import build
+from fedsim.cli_options import whole
 
 app = typer.Typer(no_args_is_help=True, help="Devices, and the latency of networks on them.")
 app.command("list")(list_devices)
@@ -251,14 +252,6 @@ def train_help(
         trained = meta_train(loaded, settings, out.with_name(f"{out.name}.checkpoint"), watch)
     save_weights(trained, out)
     _console().print(f"weights: {out}; best validation Spearman {best:.3f}", highlight=False)
-
-
-def whole(option: str, text: str) -> int:
-    from fedsim.errors import ConfigError
-
-    if not text.strip().isdigit() or int(text) < 1:
-        raise ConfigError(f"{option} takes whole numbers of at least 1, separated by commas, got {text!r}")
-    return int(text)
 
 
 def _console() -> Any:

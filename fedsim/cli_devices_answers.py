@@ -177,7 +177,7 @@ def of_kind(names: Sequence[str] | None, kind: str | None) -> list[DeviceProfile
 
 def shape_of(text: str | None) -> tuple[int, ...] | None:
     """What --input-shape says."""
-    from fedsim.cli_devices import whole
+    from fedsim.cli_options import whole
 
     return tuple(whole("--input-shape", n) for n in text.split(",")) if text else None
 

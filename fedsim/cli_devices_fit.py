@@ -55,7 +55,7 @@ def fit(
     """
     from devices.fit import fit as judge
     from devices.profile import load_profile, profile_names
-    from fedsim.cli_devices import whole
+    from fedsim.cli_options import whole
     from fedsim.console import console
     from fedsim.own_model import measured, named_model
 

@@ -132,7 +132,7 @@ def test_weights_do_not_depend_on_how_clients_are_put_into_messages(federation, 
     for clients, alone in ((1, False), (6, False), (16, False), (16, True)):
         monkeypatch.setattr(network, "CLIENTS_PER_MESSAGE", clients)
         run = federation(
-            *("num_clients=80", "cohort=70", "rounds=1", "trainer.batch_size=8", "fleet=mixed", "deadline_s=0.08"),
+            *("num_clients=80", "cohort=70", "rounds=1", "trainer.batch_size=8", "fleet=mixed", "deadline_s=0.2"),
             *DAILY,
         )
         engine = run.grid.engine

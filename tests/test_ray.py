@@ -212,7 +212,7 @@ def test_two_workers_give_the_bytes_of_one_process(pair, result, local, strategy
 
 def test_averages_and_their_pool_travel_as_in_one_process(pair, result, local):
     """Extra records, what clients keep of them, and who missed the deadline and is sent them again."""
-    overrides = ("method=fedmix", "fleet=phones", *DAILY, "num_clients=20", "cohort=9", "rounds=4", "deadline_s=0.09")
+    overrides = ("method=fedmix", "fleet=phones", *DAILY, "num_clients=20", "cohort=9", "rounds=4", "deadline_s=0.26")
     weights, rounds = local(*overrides)
     assert {outcome for r in rounds for outcome in r["outcomes"]} == {"completed", "late", "offline"}
     assert result(pair, *overrides) == (weights, rounds)
