@@ -317,8 +317,7 @@ class EdgeGrid(Grid):
                 decompress(content, reply.message.content)
                 reply.content, reply.work = content, replace(work, down_bytes=reply.work.down_bytes)
                 priced = prices.of(client, reply.work, outcome, reason)
-                reply.outcome, reply.reason = priced.outcome, priced.reason
-                reply.cost = self.tails.contact(client, now_s, priced.cost)
+                reply.outcome, reply.reason, reply.cost = priced.outcome, priced.reason, priced.cost
                 reply.work_ended = priced.work_ended
                 if self.observe:
                     self.observe(client)
@@ -333,6 +332,8 @@ class EdgeGrid(Grid):
             raise ClientError(
                 f"the engine returned no reply for clients {missing[:5]} in round {self.round} (seed {self.seed})"
             )
+        for reply in online:  # once each, and not as replies come: an engine may answer for a client twice
+            reply.cost = self.tails.contact(reply.client, now_s, reply.cost)
         return [replies[m.metadata.dst_node_id] for m in asked]
 
     def _messages(self, online: Sequence[_Reply], phase: str, total: _RoundSum | None) -> list[Message]:
