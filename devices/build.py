@@ -18,7 +18,7 @@ import yaml
 from scipy.optimize import nnls
 
 from devices.calibrate import Calibration, calibrate, prices_by_kind, prices_of
-from devices.columns import IS_CALL, IS_MAC, NUM_COLUMNS, TABLE_KINDS, Physics, counts
+from devices.columns import FOLDABLE, IS_CALL, IS_MAC, MAC_ROWS, NUM_COLUMNS, TABLE_KINDS, Physics, counts
 from devices.errors import DeviceError
 from devices.fitting import solve
 from devices.latency import macs_and_bytes, reference_table
@@ -35,7 +35,6 @@ from devices.prior import (
     recalled,
 )
 from devices.tables import LITTLE, RUNTIMES, Setting, Tables, cluster
-from devices.trace import MAC_KINDS
 
 HERE = Path(__file__).parent
 FEWEST = 5  # networks of a setting with all big cores that is taken before one with fewer threads
@@ -43,7 +42,6 @@ USUAL_THREADS = 4  # that runtimes on phones and boards take, whatever the cores
 PRIOR_NETWORKS = 15  # of a setting that the prior of mobile runtimes is learned from
 WATCHED = Callable[[str], None]
 PROVENANCE = {"r": "recalled", "a": "assumed", "d": "dataset"}
-SOURCES = "public tables of networks on devices"
 DISPATCH_SPREAD = 0.3  # of the logarithm of a framework's cost of a call, between devices of one clock
 CARD_SHARE = 20.0  # W of the host that go with a busy card
 
@@ -67,9 +65,7 @@ def start_of(family: str) -> tuple[Prior, np.ndarray]:
     effects = np.zeros((len(COVARIATES), NUM_COLUMNS))
     effects[0] = np.log(multipliers)
     covariance = np.eye(NUM_COLUMNS) * spread**2 + shared**2
-    if family.startswith(
-        "cpu"
-    ):  # what a framework spends on a call was measured on small networks, and goes with the clock
+    if family.startswith("cpu"):  # a framework's cost of a call is known from small networks, and goes with the clock
         covariance[IS_CALL] = covariance[:, IS_CALL] = 0.0
         covariance[IS_CALL, IS_CALL] = DISPATCH_SPREAD**2
     wide = covariance if family != "mobile" else np.eye(NUM_COLUMNS) * 0.5**2
@@ -243,7 +239,7 @@ class Builder:
         isa, core = str(facts.get("isa", "none")), ""
         if not facts.get("estimator"):
             threads = self._threads(key)
-            physical = self._physical(key, chosen, threads)
+            physical = self._physical(key, threads)
             if physical is None:
                 raise DeviceError(f"{key}: neither the tables nor devices/peaks.yaml know its peak")
             physics, known = physical
@@ -258,7 +254,7 @@ class Builder:
             rows = self.help_rows[name]
             latency["references"] = {**rows["references"], **_sourced("dataset", HELP_SOURCE)}
             latency["embedding"] = {"ms": rows["embedding"], **_sourced("dataset", HELP_EMBEDDING)}
-        rate = self._rate(name, latency)
+        rate = self._rate(name)
         tree: dict[str, Any] = {"name": name, "kind": kind}
         tree |= {"soc": self._soc(key)} if self._soc(key) else {}
         tree |= {"isa": isa} if isa != "none" else {}
@@ -291,19 +287,13 @@ class Builder:
         many = min(self._big(key), USUAL_THREADS)
         full = [s for s in self._candidates(key, FEWEST) if s.threads >= many or s.family == "gpu_forward"]
         if full:
-            return max(
-                full, key=lambda s: (s.num_networks >= PRIOR_NETWORKS, s.date, s.precision == "fp16", len(s.sample))
-            )
+            return max(full, key=_newest)
         any_ = self._candidates(key, 1)
         return max(any_, key=lambda s: (s.num_networks, s.threads, s.date)) if any_ else None
 
     def _single(self, key: str) -> Setting | None:
         found = [s for s in self._candidates(key, FEWEST) if s.threads == 1 and s.family == "mobile"]
-        return (
-            max(found, key=lambda s: (s.num_networks >= PRIOR_NETWORKS, s.date, s.precision == "fp16"))
-            if found
-            else None
-        )
+        return max(found, key=_newest, default=None)
 
     def _threads(self, key: str) -> int:
         """All big cores, or the most that training rows used."""
@@ -314,7 +304,7 @@ class Builder:
         alike = [core for core in big or [] if core.ghz == big[0].ghz or core.name not in LITTLE]
         return max(1, len(alike))
 
-    def _physical(self, key: str, chosen: Setting | None, threads: int) -> tuple[Physics, Facts] | None:
+    def _physical(self, key: str, threads: int) -> tuple[Physics, Facts] | None:
         if key in recalled()["cards"]:
             return self.tables.physics(key, "pytorch_cuda", 1, "all", "fp32", 2024)
         return self.tables.physics(key, "ncnn", threads, "big", "fp32", 2024)
@@ -400,7 +390,7 @@ class Builder:
         family, fused = ("cpu_forward", False) if kind == "server_cpu" else ("mobile", True)
         if fused:
             tables = tables.copy()
-            tables[:, FOLDABLE_ROW] = 0.0
+            tables[:, FOLDABLE] = 0.0
         cells, factors, error = prices_by_kind(tables, ms, spaces, self.priors[family], physics, known)
         macs = tables[:, MAC_ROWS, 0].sum(axis=1)
         made = Prices.of_cells(
@@ -436,13 +426,8 @@ class Builder:
         made |= {"clock_ghz": physics.clock_ghz} if physics.isa != "gpu" else {}
         note = _words(row.get("mem_note")) if row is not None else ""
         given = bool(note) and row is not None and row.get("mem_gbs_theory") == row.get("mem_gbs_theory")
-        moved = (
-            f"{note}"
-            if given
-            else "recalled (devices/peaks.yaml)"
-            if own or key in recalled()["bandwidths"]
-            else "usual of its kind"
-        )
+        listed = own or key in recalled()["bandwidths"]
+        moved = note if given else "recalled (devices/peaks.yaml)" if listed else "usual of its kind"
         how = "recalled" if moved != "usual of its kind" else "assumed"
         return {
             **{k: _figure(v, provenance, source) for k, v in made.items()},
@@ -461,7 +446,7 @@ class Builder:
 
     def _power(self, key: str, kind: str, facts: Mapping[str, Any]) -> dict[str, Any]:
         if kind != "gpu":
-            return {k: _figure(v[0], PROVENANCE[v[1]], v[2]) for k, v in _watts(facts).items()}
+            return {k: _figure(v[0], PROVENANCE[v[1]], v[2]) for k in ("compute_w", "idle_w") for v in [facts[k]]}
         cards = recalled()["cards"]
         card, measured = cards[key], cards["h100_sxm"]
         own = self.energy if key == "h100_sxm" else self.energy.of(card, measured)
@@ -479,7 +464,7 @@ class Builder:
             "pj_per_byte": _figure(_round(own.joules_per_byte * 1e12), how, source),
         }
 
-    def _rate(self, name: str, latency: Mapping[str, Any]) -> dict[str, Any]:
+    def _rate(self, name: str) -> dict[str, Any]:
         if name in self.help_rows:
             source = "HELP files, median NAS-Bench-201 net (51 M MACs), batch 1"
             return _figure(self.help_rows[name]["rate_gmacs_per_s"], "dataset", source)
@@ -578,10 +563,8 @@ def as_yaml(tree: Mapping[str, Any], about: str) -> str:
 
 def _write(tree: Mapping[str, Any], lines: list[str], depth: int) -> None:
     for key, value in tree.items():
-        pad, word = (
-            "  " * depth,
-            key if re.fullmatch(r"[\w.@-]+", str(key)) and not str(key)[0].isdigit() else f'"{key}"',
-        )
+        plain = re.fullmatch(r"[\w.@-]+", str(key)) and not str(key)[0].isdigit()
+        pad, word = "  " * depth, key if plain else f'"{key}"'
         if isinstance(value, Mapping) and not (set(value) <= {"value", "provenance", "source"} or _flat(value)):
             lines.append(f"{pad}{word}:")
             _write(value, lines, depth + 1)
@@ -636,7 +619,7 @@ def _usual_rate(profile: Any) -> float:
 
     prices = device_prices(profile).inference
     rates = []
-    for word in _NB201_WORDS():
+    for word in _nb201_words():
         table = tuple(map(tuple, reference_table("nb201", word)))
         macs, _ = macs_and_bytes(table, 1)
         rates.append(macs / prices.ms(table, 1) / 1e6)
@@ -644,13 +627,9 @@ def _usual_rate(profile: Any) -> float:
 
 
 @lru_cache(maxsize=1)
-def _NB201_WORDS() -> tuple[str, ...]:  # noqa: N802
+def _nb201_words() -> tuple[str, ...]:
     rows = yaml.safe_load((HERE / "help_rows.yaml").read_text())
     return tuple(rows["pixel3"]["references"]["nb201@1"])
-
-
-def _watts(facts: Mapping[str, Any]) -> dict[str, Any]:
-    return {"compute_w": facts["compute_w"], "idle_w": facts["idle_w"]}
 
 
 def _figure(value: Any, provenance: str, source: str) -> dict[str, Any]:
@@ -690,5 +669,3 @@ def _kinds_of(tables: np.ndarray) -> tuple[str, ...]:
 
 HELP_SOURCE = "HELP's released tables (MIT), ms of one forward pass; D-optimal choice among connected networks"
 HELP_EMBEDDING = "HELP's released tables (MIT): its ten reference networks of NAS-Bench-201"
-FOLDABLE_ROW = TABLE_KINDS.index("foldable")
-MAC_ROWS = [TABLE_KINDS.index(kind) for kind in MAC_KINDS]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from devices.columns import _CELLS, IS_CALL, IS_MAC, TABLE_KINDS, Phase, Physics, as_matrix
+from devices.columns import _CELLS, IS_CALL, IS_MAC, TABLE_KINDS, Phase, Physics
 from devices.errors import DeviceError
 from devices.fitting import Problems, predict, solve
 from devices.prices import Prices
@@ -113,13 +113,8 @@ def _kinds(sample: Sample) -> tuple[str, ...]:
     used = sample.counts.sum(axis=0) > 0
     found = []
     for number, kind in enumerate(TABLE_KINDS):
-        column = (
-            _CELLS[number, 3]
-            if kind == "recurrent"
-            else _CELLS[number, 0]
-            if _CELLS[number, 0] >= 0
-            else _CELLS[number, 1]
-        )
+        macs, elements, _, calls = _CELLS[number]
+        column = calls if kind == "recurrent" else macs if macs >= 0 else elements
         if used[column]:
             found.append(kind)
     return tuple(found)
@@ -184,7 +179,6 @@ def datasheet_prices(
     runtime: str,
     fused: bool,
     basis: str,
-    precision: str = "fp32",
 ) -> Prices:
     """Prices of a device without a measurement."""
     return prices_of(None, prior, physics, facts, phase, runtime, fused, unmeasured=basis)[0]
@@ -200,6 +194,3 @@ def at_least(prices: Prices, floor: Prices) -> Prices:
         raise DeviceError("a step whose launches hide better than those of its forward pass cannot be compared with it")
     cells = tuple(tuple(map(max, a, b)) for a, b in zip(prices.cells, floor.cells, strict=True))
     return replace(prices, cells=cells)  # type: ignore[arg-type]
-
-
-assert as_matrix(np.ones(len(IS_MAC))).shape == (len(TABLE_KINDS), 4)

@@ -19,6 +19,8 @@ TABLE_KINDS = (
     *("conv3x3", "conv", "pointwise", "grouped", "depthwise", "pool", "elementwise", "foldable", "fc", "recurrent"),
 )
 FOLDABLE = TABLE_KINDS.index("foldable")
+MAC_KINDS = tuple(k for k in TABLE_KINDS if k not in ("pool", "elementwise", "foldable"))  # others count operations
+MAC_ROWS = [TABLE_KINDS.index(kind) for kind in MAC_KINDS]  # of a layer table
 TABLE_KINDS_0_1 = ("conv", "pointwise", "depthwise", "pool", "elementwise", "fc", "recurrent")
 MACS = ("conv3x3", "conv", "pointwise", "grouped", "depthwise", "fc")
 ACTIVATIONS = ("dense", "pointwise", "depthwise", "fc", "pool", "elementwise")
@@ -29,7 +31,6 @@ COLUMNS = tuple(f"{section}.{name}" for section, names in SECTIONS.items() for n
 NUM_COLUMNS = len(COLUMNS)
 IS_CALL = np.array([column.startswith("us_per_call") for column in COLUMNS])
 IS_MAC = np.array([column.startswith("ps_per_mac") for column in COLUMNS])
-MS_PER_UNIT = np.where(IS_CALL, 1e-3, 1e-9)  # of the units that profiles are written in: ps, and us for calls
 
 Phase = Literal["forward", "train_step"]
 Isa = Literal["arm", "x86", "gpu", "mcu", "none"]

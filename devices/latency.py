@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 
 from devices.calibrate import at_least, datasheet_prices
-from devices.columns import TABLE_KINDS, Phase, Physics, from_0_1
+from devices.columns import MAC_ROWS, TABLE_KINDS, Phase, Physics, from_0_1
 from devices.cost import LatencyModel, NetworkCost, Passes, Work
 from devices.errors import DeviceError
 from devices.prices import Prices
@@ -122,7 +122,7 @@ def int8_ms(network: NetworkCost, batch: int, device: DeviceProfile) -> float | 
 def macs_and_bytes(layers: tuple[tuple[float, ...], ...], batch: int) -> tuple[float, float]:
     """Multiply-adds of one pass, and bytes of the activations and weights that it reads and writes, in fp32."""
     table = np.array(layers)
-    macs = batch * table[[TABLE_KINDS.index(kind) for kind in MAC_KINDS], 0].sum()
+    macs = batch * table[MAC_ROWS, 0].sum()
     return float(macs), float(4 * (batch * table[:, 1].sum() + table[:, 2].sum()))
 
 

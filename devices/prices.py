@@ -8,18 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 
-from devices.columns import MS_PER_UNIT, NUM_COLUMNS, TABLE_KINDS, as_matrix
+from devices.columns import MAC_ROWS, TABLE_KINDS, as_matrix
 
 BASES = ("rows", "few rows", "one row", "threads", "datasheet", "carried", "assumed")
 CELL_UNITS_MS = np.array([1e-9, 1e-9, 1e-9, 1e-3])  # of the prices in a profile: ps, ps, ps, us
 FAR = 3.0  # networks beyond so many times the largest reference are extrapolated
 CALLS_COLUMN = 3
-MAC_CELLS = tuple(TABLE_KINDS.index(kind) for kind in TABLE_KINDS if kind not in ("pool", "elementwise", "foldable"))
 MIN_SHARE = 0.02  # a kind that takes less of a pass is not worth a remark
 
 
@@ -62,7 +61,6 @@ class Prices:
     @classmethod
     def of_columns(cls, prices: np.ndarray, fused: bool, **facts: Any) -> Prices:
         """From prices of the cost columns [17] in milliseconds."""
-        assert len(prices) == NUM_COLUMNS == len(MS_PER_UNIT)
         return cls.of_cells(as_matrix(prices, fused), **facts)
 
     @classmethod
@@ -70,9 +68,10 @@ class Prices:
         """From prices of each cell of a layer table, [10, 4] in milliseconds."""
         return cls(tuple(tuple(map(float, row)) for row in np.asarray(cells)), **facts)  # type: ignore[misc]
 
-    @property
+    @cached_property
     def matrix(self) -> np.ndarray:
-        return _matrix(self.cells)
+        """The cells as an array, [10, 4]."""
+        return np.array(self.cells)
 
     def scaled(self, factor: float) -> Prices:
         """Of a device that is `factor` times slower."""
@@ -128,7 +127,7 @@ class Prices:
         low, high = self.batches
         if not low <= batch <= high:
             found.append(f"batch {batch} is outside of the references' {low} to {high}")
-        macs = float(np.array(layers)[list(MAC_CELLS), 0].sum())
+        macs = float(np.array(layers)[MAC_ROWS, 0].sum())
         if macs > FAR * self.largest_macs:
             found.append(
                 f"{macs / 1e6:.0f} million MACs against {self.largest_macs / 1e6:.0f} of the largest reference"
@@ -167,11 +166,6 @@ class Prices:
             facts["largest_macs"] = 1e6 * float(tree["largest_mmacs"])
         cells = np.array([tree["prices"].get(kind, [0.0] * 4) for kind in TABLE_KINDS], float) * CELL_UNITS_MS
         return cls.of_cells(cells, **facts)
-
-
-@lru_cache(maxsize=4096)
-def _matrix(cells: tuple[tuple[float, ...], ...]) -> np.ndarray:
-    return np.array(cells)
 
 
 @lru_cache(maxsize=1024)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from devices.columns import NUM_COLUMNS, TABLE_KINDS, Phase, Physics, counts
+from devices.columns import TABLE_KINDS, Phase, Physics, counts
 from devices.errors import DeviceError
 from devices.prior import IN_ORDER, Facts, Sample, recalled
 
@@ -355,4 +355,3 @@ def _traced(network: str, size: str, constructor: str) -> np.ndarray | None:
 
 
 _TOKENS = ("char_lstm_2x256",)
-assert NUM_COLUMNS == 17

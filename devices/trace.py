@@ -20,13 +20,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from devices.columns import TABLE_KINDS
+from devices.columns import MAC_KINDS, TABLE_KINDS
 from devices.errors import DeviceError
 
 KINDS = TABLE_KINDS
 COLUMNS = ("macs", "activations", "weights", "calls")
 FEATURES = len(KINDS) * len(COLUMNS) + 1  # and a constant
-MAC_KINDS = ("conv3x3", "conv", "pointwise", "grouped", "depthwise", "fc", "recurrent")  # others count operations
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from devices.columns import STEP_MACS, TABLE_KINDS, WINOGRAD_GAIN, Physics
+from devices.columns import MAC_ROWS, STEP_MACS, TABLE_KINDS, WINOGRAD_GAIN, Physics
 from devices.cost import NetworkCost
 from devices.latency import device_prices, physics_of, step_ms
 from devices.picture import zoo_cost
-from devices.prices import MAC_CELLS, Prices
+from devices.prices import Prices
 from devices.profile import load_profile, profile_names
 from devices.zoo import ZOO
 
@@ -41,7 +41,7 @@ def test_nothing_is_faster_than_the_peak(name: str):
         for cost in ZOO_COSTS.values():
             for side in (1, 4, 49):  # pixels of the image, in times those of the zoo
                 table = np.array(layers_of(cost)) * [side, side, 1, 1]
-                macs = table[list(MAC_CELLS), 0]
+                macs = table[MAC_ROWS, 0]
                 saved = macs[0] * (1 - 1 / WINOGRAD_GAIN) if phase == "inference" or profile.kind == "gpu" else 0.0
                 for batch in BATCHES:
                     least_ms = 1e3 * batch * (macs.sum() - saved) / peak * (STEP_MACS if phase == "step" else 1)
