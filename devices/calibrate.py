@@ -52,13 +52,20 @@ def calibrate(sample: Sample | None, prior: Prior, physics: Physics, facts: Fact
     networks = len(set(sample.networks))
     chosen, left = prior, None
     if networks > 1:
-        tried = [replace(prior, sigma=sigma) for sigma in (SIGMAS if networks >= MANY else (prior.sigma,))]
-        errors = [float(np.mean(left_out([sample], p)[0])) for p in tried]
-        chosen, left = tried[int(np.argmin(errors))], min(errors)
+        chosen, errors = best_believed(sample, prior, SIGMAS if networks >= MANY else (prior.sigma,))
+        left = float(np.mean(errors))
     problems = problems_of([sample], chosen)
     prices = solve(problems).prices[0]
     ms = predict(problems.counts[0, : len(sample)], prices, chosen.overlap)
     return Calibration(prices, float(np.median(np.abs(ms / sample.milliseconds - 1))), left, networks)
+
+
+def best_believed(sample: Sample, prior: Prior, sigmas: Sequence[float] = SIGMAS) -> tuple[Prior, np.ndarray]:
+    """The prior with the believed error of rows that predicts left-out networks best, and each row's error then."""
+    tried = [replace(prior, sigma=sigma) for sigma in sigmas]
+    errors = [left_out([sample], p)[0] for p in tried]
+    best = int(np.argmin([e.mean() for e in errors]))
+    return tried[best], errors[best]
 
 
 def basis_of(networks: int) -> str:

@@ -7,7 +7,7 @@ all other devices. May import: numpy, scipy and this package.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,10 +22,9 @@ from devices.build import (
     of_family,
     unseen_errors,
 )
-from devices.calibrate import MANY, SIGMAS
+from devices.calibrate import MANY, best_believed
 from devices.errors import DeviceError
-from devices.fitting import predict, solve
-from devices.prior import Prior, error_with, left_out, problems_of
+from devices.prior import error_with, left_out, left_out_ms
 from devices.tables import Setting, Tables
 
 if TYPE_CHECKING:
@@ -120,14 +119,8 @@ def _other_runtimes(settings: Sequence[Setting], watch: Watch) -> list[Figure]:
     for s in judged:
         watch(str(s))
         prior = learn_prior("mobile", settings, s.device)
-        found.append(of_rows(f"{s}, network left out", own_left_out(s, prior)))
+        found.append(of_rows(f"{s}, network left out", best_believed(s.sample, prior)[1]))
     return found
-
-
-def own_left_out(setting: Setting, prior: Prior) -> np.ndarray:
-    """Errors of left-out networks, with the believed error of rows as `calibrate` chooses it."""
-    tried = [left_out([setting.sample], replace(prior, sigma=sigma))[0] for sigma in SIGMAS]
-    return tried[int(np.argmin([e.mean() for e in tried]))]
 
 
 def _with_batches(settings: Sequence[Setting], family: str, watch: Watch) -> list[Figure]:
@@ -137,7 +130,7 @@ def _with_batches(settings: Sequence[Setting], family: str, watch: Watch) -> lis
             continue
         watch(str(s))
         prior = learn_prior(family, settings, s.device)
-        found.append(of_rows(f"{s}, network left out", own_left_out(s, prior)))
+        found.append(of_rows(f"{s}, network left out", best_believed(s.sample, prior)[1]))
         carried = error_with(s.sample, prior, [])
         found.append(Figure("  carried from the other devices", 1, len(s.sample), carried, carried))
     return found
@@ -155,12 +148,7 @@ def _joules(tables: Tables, settings: Sequence[Setting], watch: Watch) -> list[F
         watch(f"joules of {s}")
         has = np.isfinite(s.energy_mj)
         prior = learn_prior(s.family, settings, s.device)
-        predicted_ms = s.sample.milliseconds.copy()
-        for name in dict.fromkeys(s.sample.networks):
-            out = np.array([n == name for n in s.sample.networks])
-            problems = problems_of([s.sample], prior, [np.where(out, 0.0, 1.0)])
-            prices = solve(problems).prices[0]
-            predicted_ms[out] = predict(problems.counts[0, : len(s.sample)][out], prices, prior.overlap)
+        (predicted_ms,) = left_out_ms([s.sample], prior)
         measured = energy_columns(tables, s, s.sample.milliseconds / 1e3)[has]
         predicted = energy_columns(tables, s, predicted_ms / 1e3)[has]
         names = np.array(s.sample.networks)[has]

@@ -58,6 +58,11 @@ class Problems:
     group_sigma: np.ndarray | None = None
     is_call: np.ndarray = field(default_factory=lambda: IS_CALL)
 
+    @property
+    def usual(self) -> np.ndarray:
+        """Logarithms of the prices that the prior says, inside the bounds, [problems, k]."""
+        return np.clip(self.mean, np.log(self.low), np.log(self.high))
+
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
@@ -78,6 +83,11 @@ def predict(counts: np.ndarray, prices: np.ndarray, overlap: float | np.ndarray 
     p = np.asarray(overlap, float)
     if np.all(p == 1):
         return np.asarray(launches + work)
+    return _together(launches, work, p)
+
+
+def _together(launches: np.ndarray, work: np.ndarray, p: np.ndarray) -> np.ndarray:
+    """(launches^p + work^p)^(1/p), whatever their size."""
     larger = np.maximum(np.maximum(launches, work), TINY)
     return np.asarray(larger * ((launches / larger) ** p + (work / larger) ** p) ** (1 / p))
 
@@ -95,24 +105,21 @@ def solve(problems: Problems, guess: np.ndarray | None = None) -> Fitted:
     extra = marks.shape[2]
     low = np.concatenate([np.log(problems.low), np.full((size, extra), -np.inf)], axis=1)
     high = np.concatenate([np.log(problems.high), np.full((size, extra), np.inf)], axis=1)
-    mean = np.concatenate(
-        [np.clip(problems.mean, low[:, :columns], high[:, :columns]), np.zeros((size, extra))], axis=1
-    )
+    mean = np.concatenate([problems.usual, np.zeros((size, extra))], axis=1)
     precision = np.zeros((size, columns + extra, columns + extra))
     precision[:, :columns, :columns] = problems.precision
     if extra and problems.group_sigma is not None:
         precision[:, range(columns, columns + extra), range(columns, columns + extra)] = problems.group_sigma**-2.0
     p, is_call = problems.overlap[:, None], problems.is_call
 
-    def residuals(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def residuals(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         parts = counts * np.exp(x[:, None, :columns])
         launches = np.maximum(parts[:, :, is_call].sum(2), TINY)
         work = np.maximum(parts[:, :, ~is_call].sum(2), TINY)
-        larger = np.maximum(launches, work)
-        ms = larger * ((launches / larger) ** p + (work / larger) ** p) ** (1 / p)
+        ms = _together(launches, work, p)
         off = np.log(ms) + np.einsum("bng,bg->bn", marks, x[:, columns:]) - problems.log_ms
         shares = np.where(is_call, ((launches / ms) ** p / launches)[:, :, None], ((work / ms) ** p / work)[:, :, None])
-        return off * mask, parts * shares, launches, work
+        return off * mask, parts * shares
 
     def loss(x: np.ndarray, off: np.ndarray) -> np.ndarray:
         r = off / problems.sigma[:, None]
@@ -131,7 +138,7 @@ def solve(problems: Problems, guess: np.ndarray | None = None) -> Fitted:
     if guess is not None:
         x[:, :columns] = np.clip(np.log(guess), low[:, :columns], high[:, :columns])
     damping = np.full(size, 1e-2)
-    off, slopes, *_ = residuals(x)
+    off, slopes = residuals(x)
     value = loss(x, off)
     unit = np.eye(columns + extra)
     for _ in range(ROUNDS):
@@ -142,7 +149,7 @@ def solve(problems: Problems, guess: np.ndarray | None = None) -> Fitted:
         matrix = np.where(held[:, :, None] | held[:, None, :], 0.0, matrix) + held[:, :, None] * unit
         step = np.linalg.solve(matrix, np.where(held, 0.0, -gradient)[:, :, None])[:, :, 0]
         tried = np.clip(x + np.clip(step, -LARGEST_STEP, LARGEST_STEP), low, high)
-        new_off, new_slopes, *_ = residuals(tried)
+        new_off, new_slopes = residuals(tried)
         new_value = loss(tried, new_off)
         better = new_value <= value
         done = np.abs(value - new_value) <= TOLERANCE * (1 + value)

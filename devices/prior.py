@@ -34,6 +34,7 @@ EM_ROUNDS = 12
 RIDGE = 1.0  # on the effect of a fact, in devices
 DEVICES_OF_THE_START = 8.0  # weight of the starting covariance, in devices
 START_SPREAD = 0.3
+AT_ONCE = 2000  # problems that are solved together
 TAILS = 8.0  # degrees of freedom: a device that is unlike all others hardly moves the prior
 
 
@@ -230,6 +231,12 @@ def learn(
 
 def left_out(samples: Sequence[Sample], prior: Prior) -> list[np.ndarray]:
     """Relative error of each row when its network is left out of the fit, for each sample."""
+    predicted = left_out_ms(samples, prior)
+    return [np.abs(ms / s.milliseconds - 1) for ms, s in zip(predicted, samples, strict=True)]
+
+
+def left_out_ms(samples: Sequence[Sample], prior: Prior) -> list[np.ndarray]:
+    """Milliseconds of each row as predicted when its network is left out of the fit, for each sample."""
     tasks, masks, rows = [], [], []
     for number, s in enumerate(samples):
         names = np.array(s.networks)
@@ -238,18 +245,18 @@ def left_out(samples: Sequence[Sample], prior: Prior) -> list[np.ndarray]:
             tasks.append(s)
             masks.append(np.where(out, 0.0, 1.0))
             rows.append((number, out))
-    errors = [np.zeros(len(s)) for s in samples]
-    for start in range(0, len(tasks), 2000):
-        part = slice(start, start + 2000)
+    predicted = [np.zeros(len(s)) for s in samples]
+    for start in range(0, len(tasks), AT_ONCE):
+        part = slice(start, start + AT_ONCE)
         problems = problems_of(tasks[part], prior, masks[part])
         fitted = solve(problems)
         for i, (number, out) in enumerate(rows[part]):
-            s = samples[number]
-            ms = predict(problems.counts[i, : len(s)][out], fitted.prices[i], prior.overlap)
+            size = len(samples[number])
+            ms = predict(problems.counts[i, :size][out], fitted.prices[i], prior.overlap)
             if problems.groups is not None:
-                ms = ms * np.exp(problems.groups[i, : len(s)][out] @ np.log(fitted.factors[i]))
-            errors[number][out] = np.abs(ms / s.milliseconds[out] - 1)
-    return errors
+                ms = ms * np.exp(problems.groups[i, :size][out] @ np.log(fitted.factors[i]))
+            predicted[number][out] = ms
+    return predicted
 
 
 def choose_networks(sample: Sample, prior: Prior, count: int) -> list[int]:
@@ -259,9 +266,7 @@ def choose_networks(sample: Sample, prior: Prior, count: int) -> list[int]:
     mean; a measurement counts with twice the variance of a row.
     """
     problems = problems_of([sample], prior)
-    mean = np.clip(problems.mean[0], np.log(problems.low[0]), np.log(problems.high[0]))
-    counts = problems.counts[0, : len(sample)]
-    slopes = counts * np.exp(mean)
+    slopes = problems.counts[0, : len(sample)] * np.exp(problems.usual[0])
     slopes = slopes / slopes.sum(axis=1, keepdims=True)
     covariance, picks = prior.covariance, []
     for _ in range(min(count, len(sample))):
@@ -285,9 +290,7 @@ def error_with(sample: Sample, prior: Prior, picks: Sequence[int]) -> float:
     mask = np.zeros(len(sample))
     mask[list(picks)] = 1.0
     problems = problems_of([sample], prior, [mask])
-    prices = solve(problems).prices[0] if len(picks) else np.exp(
-        np.clip(problems.mean[0], np.log(problems.low[0]), np.log(problems.high[0]))
-    )  # fmt: skip
+    prices = solve(problems).prices[0] if len(picks) else np.exp(problems.usual[0])
     measured = {sample.networks[i] for i in picks}
     others = [i for i, name in enumerate(sample.networks) if name not in measured]
     ms = predict(problems.counts[0, : len(sample)][others], prices, prior.overlap)
