@@ -6,200 +6,33 @@ torch and this package.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
-from scipy.optimize import nnls
 
 from devices.calibrate import Calibration, calibrate, prices_by_kind, prices_of
-from devices.columns import FOLDABLE, IS_CALL, IS_MAC, MAC_ROWS, NUM_COLUMNS, TABLE_KINDS, Physics, counts
+from devices.columns import FOLDABLE, IS_MAC, MAC_ROWS, TABLE_KINDS, Physics, counts
+from devices.energy import card_energy
 from devices.errors import DeviceError
-from devices.fitting import solve
 from devices.latency import macs_and_bytes, reference_table
+from devices.learn_priors import PRIOR_NETWORKS, Watch, learn_priors, start_of
 from devices.prices import Prices
-from devices.prior import (
-    COVARIATES,
-    Facts,
-    Prior,
-    Sample,
-    choose_networks,
-    error_with,
-    learn,
-    problems_of,
-    recalled,
-)
+from devices.prior import Facts, Sample, recalled
+from devices.profile_text import as_yaml
 from devices.tables import LITTLE, RUNTIMES, Setting, Tables, cluster
 
 HERE = Path(__file__).parent
 FEWEST = 5  # networks of a setting with all big cores that is taken before one with fewer threads
 USUAL_THREADS = 4  # that runtimes on phones and boards take, whatever the cores
-PRIOR_NETWORKS = 15  # of a setting that the prior of mobile runtimes is learned from
-WATCHED = Callable[[str], None]
 PROVENANCE = {"r": "recalled", "a": "assumed", "d": "dataset"}
-DISPATCH_SPREAD = 0.3  # of the logarithm of a framework's cost of a call, between devices of one clock
 CARD_SHARE = 20.0  # W of the host that go with a busy card
-
-# Where each family's prior starts, in physical units: multipliers of multiply-adds (conv3x3, conv, pointwise, grouped,
-# depthwise, fc), activations (dense, pointwise, depthwise, fc, pool, elementwise), weights (layers, recurrent), and
-# calls in microseconds (layers, rest, recurrent). What rows cannot tell stays near these.
-_START: Mapping[str, tuple[list[float], float, float, float, float, float]] = {
-    # multipliers, sigma, overlap, extra calls, spread of a column, spread that columns share
-    "mobile": ([0.6, 3, 1.8, 2, 5, 4.5, 2, 2, 2, 2, 3, 3, 1.1, 1, 2, 4, 2], 0.12, 1.0, 0.0, 0.3, 0.0),
-    "cpu_forward": ([1, 1.3, 2, 3, 10, 1.5, 2, 2, 3, 2, 3, 3, 1.2, 0.5, 20, 20, 3], 0.08, 1.0, 0.0, 0.8, 0.55),
-    "cpu_train_step": ([1.2, 1.3, 2, 4, 20, 1.5, 3, 3, 6, 3, 3, 8, 1.2, 0.5, 40, 40, 4], 0.08, 1.0, 0.0, 0.8, 0.55),
-    "gpu_forward": ([1, 1.5, 1.3, 5, 10, 1.2, 1, 1, 1, 1, 1, 1, 2, 1, 6, 6, 3], 0.15, 2.0, 0.0, 0.5, 0.45),
-    "gpu_train_step": ([1, 1.5, 1.3, 5, 20, 1.2, 1, 1, 1, 1, 1, 1, 2, 1, 6, 6, 3], 0.15, 2.0, 6.0, 0.5, 0.45),
-    "mcu": ([2, 2, 2, 3, 4, 2, 1, 1, 1, 1, 1, 1, 1, 1, 10, 10, 10], 0.06, 1.0, 0.0, 0.7, 0.5),
-}
-
-
-def start_of(family: str) -> tuple[Prior, np.ndarray]:
-    """Where a family's prior starts, and the covariance that counts as some devices in learning it."""
-    multipliers, sigma, overlap, calls, spread, shared = _START[family]
-    effects = np.zeros((len(COVARIATES), NUM_COLUMNS))
-    effects[0] = np.log(multipliers)
-    covariance = np.eye(NUM_COLUMNS) * spread**2 + shared**2
-    if family.startswith("cpu"):  # a framework's cost of a call is known from small networks, and goes with the clock
-        covariance[IS_CALL] = covariance[:, IS_CALL] = 0.0
-        covariance[IS_CALL, IS_CALL] = DISPATCH_SPREAD**2
-    wide = covariance if family != "mobile" else np.eye(NUM_COLUMNS) * 0.5**2
-    return Prior(effects, wide, sigma, overlap, calls), covariance
-
-
-def of_family(settings: Sequence[Setting], family: str) -> list[Setting]:
-    """The settings that a family's prior is learned from."""
-    least = PRIOR_NETWORKS if family == "mobile" else 1
-    wanted = [s for s in settings if s.family == family and s.num_networks >= least]
-    return [s for s in wanted if family != "mobile" or s.runtime == "ncnn"]
-
-
-def learn_prior(
-    family: str,
-    settings: Sequence[Setting],
-    without: str = "",
-    start: Prior | None = None,
-    known: Mapping[int, np.ndarray] | None = None,
-) -> Prior:
-    """The prior of a family from all devices, or from all but one.
-
-    Args:
-        family: of runtimes.
-        settings: of the tables.
-        without: a device that is left out.
-        start: the prior of all devices, to go on from.
-        known: prices of samples under it, by the sample's id (`fits_by_id`).
-    """
-    first, spread = start_of(family)
-    samples = [s.sample for s in of_family(settings, family) if s.device != without]
-    if not samples:
-        return first
-    guess = np.stack([known[id(s)] for s in samples]) if known is not None else None
-    if start is not None:
-        return learn(samples, start, rounds=2, spread=spread, guess=guess)
-    return learn(samples, first, spread=spread)
-
-
-def fits_by_id(settings: Sequence[Setting], family: str, prior: Prior) -> dict[int, np.ndarray]:
-    """Prices of a family's settings under its prior, by the id of their samples."""
-    samples = [s.sample for s in of_family(settings, family)]
-    prices = solve(problems_of(samples, prior)).prices
-    return {id(sample): own for sample, own in zip(samples, prices, strict=True)}
-
-
-def learn_priors(settings: Sequence[Setting], watch: WATCHED = lambda text: None) -> dict[str, Prior]:
-    """All priors, with the errors that devices outside of them have with 0, 1 and 3 measured networks."""
-    priors = {}
-    for family in ("mobile", "cpu_forward", "cpu_train_step", "gpu_forward", "gpu_train_step"):
-        watch(f"learning the prior of {family}")
-        priors[family] = learn_prior(family, settings)
-    for family in ("cpu_forward", "cpu_train_step"):  # no row tells in-order cores from others: as in inference
-        effects = priors[family].effects.copy()
-        effects[COVARIATES.index("in_order")] = priors["mobile"].effects[COVARIATES.index("in_order")]
-        priors[family] = replace(priors[family], effects=effects)
-    found = unseen_errors(settings, "mobile", priors["mobile"], (0, 1, 3), watch)
-    errors = {count: float(np.median([e for _, e in rows])) for count, rows in found.items()}
-    priors["mobile"] = replace(priors["mobile"], errors=errors)
-    return priors
-
-
-def unseen_errors(
-    settings: Sequence[Setting], family: str, prior: Prior, numbers: Sequence[int], watch: WATCHED = lambda text: None
-) -> dict[int, list[tuple[Setting, float]]]:
-    """Mean error of every setting under the prior of all other devices, by number of networks measured on it.
-
-    The networks are chosen by `choose_networks`, which sees no time.
-    """
-    chosen = [s for s in of_family(settings, family) if s.num_networks >= PRIOR_NETWORKS]
-    known = fits_by_id(settings, family, prior)
-    found: dict[int, list[tuple[Setting, float]]] = {number: [] for number in numbers}
-    for device in dict.fromkeys(s.device for s in chosen):
-        watch(f"{family}: leaving out {device}")
-        others = learn_prior(family, settings, device, prior, known)
-        for s in chosen:
-            if s.device != device:
-                continue
-            for number in numbers:
-                picks = choose_networks(s.sample, others, number) if number else []
-                found[number].append((s, error_with(s.sample, others, picks)))
-    return found
-
-
-@dataclass(frozen=True)
-class CardEnergy:
-    """joules = base_w x seconds + joules per multiply-add and per byte; of one card, and by scale of others."""
-
-    base_w: float
-    joules_per_mac: float
-    joules_per_byte: float
-
-    def of(self, card: Mapping[str, float], measured: Mapping[str, float]) -> CardEnergy:
-        """Another card's: the part above idle scales with the range from idle to limit, arithmetic with the peak."""
-        ranges = (card["limit_w"] - card["idle_w"]) / (measured["limit_w"] - measured["idle_w"])
-        base_w = card["idle_w"] + (self.base_w - measured["idle_w"]) * ranges
-        return CardEnergy(
-            max(card["idle_w"], base_w),
-            self.joules_per_mac * ranges * measured["gmacs"] / card["gmacs"],
-            self.joules_per_byte * ranges * measured["mem_gbs"] / card["mem_gbs"],
-        )
-
-
-def energy_columns(tables: Tables, setting: Setting, seconds: np.ndarray) -> np.ndarray:
-    """Seconds, multiply-adds and bytes of each row, [rows, 3]; a training step does three passes' work."""
-    times = 3.0 if setting.phase == "train_step" else 1.0
-    rows = []
-    for name, batch, s in zip(setting.sample.networks, setting.batches, seconds, strict=True):
-        network, _, size = name.partition("@")
-        table = tables.table(network, size, RUNTIMES[setting.runtime].fused)
-        assert table is not None
-        macs, moved = macs_and_bytes(tuple(map(tuple, table)), int(batch))
-        rows.append([s, times * macs, times * moved])
-    return np.array(rows)
-
-
-def fit_energy(columns: np.ndarray, joules: np.ndarray) -> np.ndarray:
-    """Watts, joules per multiply-add and per byte, non-negative, of the least relative error, [3]."""
-    scaled = columns / joules[:, None]
-    units = scaled.max(axis=0)
-    return np.asarray(nnls(scaled / units, np.ones(len(joules)))[0] / units)
-
-
-def card_energy(tables: Tables, settings: Sequence[Setting]) -> CardEnergy:
-    """Fitted to all rows with joules: fp32, forward passes and steps of the cards that were measured."""
-    columns, joules = [], []
-    for s in settings:
-        known = np.isfinite(s.energy_mj)
-        if s.sample.physics.isa == "gpu" and s.precision == "fp32" and known.any():
-            columns.append(energy_columns(tables, s, s.sample.milliseconds / 1e3)[known])
-            joules.append(s.energy_mj[known] / 1e3)
-    if not joules:
-        raise DeviceError(f"{tables.folder}: no row of a card has energy_mj, which profiles of cards need")
-    return CardEnergy(*fit_energy(np.concatenate(columns), np.concatenate(joules)).tolist())
+HELP_SOURCE = "HELP's released tables (MIT), ms of one forward pass; D-optimal choice among connected networks"
+HELP_EMBEDDING = "HELP's released tables (MIT): its ten reference networks of NAS-Bench-201"
 
 
 class Builder:
@@ -210,7 +43,7 @@ class Builder:
         watch: told what is being done.
     """
 
-    def __init__(self, folder: str | Path, watch: WATCHED = lambda text: None):
+    def __init__(self, folder: str | Path, watch: Watch = lambda text: None):
         self.tables, self.watch = Tables(folder), watch
         self.settings = self.tables.settings()
         self.catalogue = yaml.safe_load((HERE / "catalogue.yaml").read_text())
@@ -264,7 +97,7 @@ class Builder:
         tree["memory"] = self._memory(key, facts)
         tree["network"] = {"link": facts["link"]}
         tree["power"] = self._power(key, kind, facts)
-        tree["reliability"] = {"failures_per_min": _figure(0, "assumed", "no figure at hand; crashes are off")}
+        tree["reliability"] = _reliability()
         if latency:
             tree["latency"] = latency
         if variants:
@@ -531,7 +364,7 @@ class Builder:
                 "compute_w": _figure(_round(watts), "dataset", f"energy over latency, {origin}"),
                 "idle_w": _figure(_round(watts / 10), "assumed", "a tenth of the load"),
             },
-            "reliability": {"failures_per_min": _figure(0, "assumed", "no figure at hand; crashes are off")},
+            "reliability": _reliability(),
             "latency": {"inference": {**made.to_dict(), **_sourced("derived", source)}},
         }
 
@@ -550,42 +383,8 @@ def reference_tree() -> dict[str, Any]:
     }  # fmt: skip
     tree: dict[str, Any] = {"name": "reference", "kind": "host", "isa": "arm"}
     tree |= {part: {k: _figure(v, "assumed", why) for k, v in keys.items()} for part, keys in figures.items()}
-    tree["reliability"] = {"failures_per_min": _figure(0, "assumed", "no figure at hand; crashes are off")}
+    tree["reliability"] = _reliability()
     return tree
-
-
-def as_yaml(tree: Mapping[str, Any], about: str) -> str:
-    """A profile's text: a figure a line, prices a kind a line."""
-    lines = [f"# {about}. Made by `fedsim devices build`; change devices/catalogue.yaml or the tables instead."]
-    _write(tree, lines, 0)
-    return "\n".join(lines) + "\n"
-
-
-def _write(tree: Mapping[str, Any], lines: list[str], depth: int) -> None:
-    for key, value in tree.items():
-        plain = re.fullmatch(r"[\w.@-]+", str(key)) and not str(key)[0].isdigit()
-        pad, word = "  " * depth, key if plain else f'"{key}"'
-        if isinstance(value, Mapping) and not (set(value) <= {"value", "provenance", "source"} or _flat(value)):
-            lines.append(f"{pad}{word}:")
-            _write(value, lines, depth + 1)
-        else:
-            lines.append(f"{pad}{word}: {_inline(value)}")
-
-
-def _flat(value: Mapping[str, Any]) -> bool:
-    return len(value) <= 1 and not any(isinstance(v, Mapping) for v in value.values())
-
-
-def _inline(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{k}: {_inline(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(_inline, value)) + "]"
-    if isinstance(value, str):
-        return value if re.fullmatch(r"[a-z_]+", value) else '"' + value.replace('"', "'") + '"'
-    if isinstance(value, float):
-        return f"{value:.6g}" if "e" not in f"{value:.6g}" else f"{value:.10f}".rstrip("0")
-    return str(value)
 
 
 def write_all(builder: Builder, out: Path) -> list[Path]:
@@ -636,6 +435,10 @@ def _figure(value: Any, provenance: str, source: str) -> dict[str, Any]:
     return {"value": value, "provenance": provenance, "source": source}
 
 
+def _reliability() -> dict[str, Any]:
+    return {"failures_per_min": _figure(0, "assumed", "no figure at hand; crashes are off")}
+
+
 def _sourced(provenance: str, source: str) -> dict[str, str]:
     return {"provenance": provenance, "source": source}
 
@@ -665,7 +468,3 @@ def _words(value: Any) -> str:
 
 def _kinds_of(tables: np.ndarray) -> tuple[str, ...]:
     return tuple(kind for i, kind in enumerate(TABLE_KINDS) if tables[:, i].any())
-
-
-HELP_SOURCE = "HELP's released tables (MIT), ms of one forward pass; D-optimal choice among connected networks"
-HELP_EMBEDDING = "HELP's released tables (MIT): its ten reference networks of NAS-Bench-201"

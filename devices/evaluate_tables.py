@@ -6,24 +6,17 @@ all other devices. May import: numpy, scipy and this package.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from devices.build import (
-    PRIOR_NETWORKS,
-    energy_columns,
-    fit_energy,
-    fits_by_id,
-    learn_prior,
-    of_family,
-    unseen_errors,
-)
 from devices.calibrate import MANY, best_believed
+from devices.energy import energy_columns, fit_energy
 from devices.errors import DeviceError
+from devices.learn_priors import PRIOR_NETWORKS, Watch, fits_by_id, learn_prior, of_family, unseen_errors
 from devices.prior import error_with, left_out, left_out_ms
 from devices.tables import Setting, Tables
 
@@ -31,7 +24,6 @@ if TYPE_CHECKING:
     from devices.spaces import Space
 
 KNOWN = (0, 1, 3, 10)  # measured networks of a device that the prior has not seen
-Watch = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from devices.build import start_of
 from devices.calibrate import basis_of, calibrate, prices_of
 from devices.columns import COLUMNS, IS_CALL, NUM_COLUMNS, TABLE_KINDS, Physics, as_matrix, counts, from_0_1
 from devices.errors import DeviceError
 from devices.fitting import Problems, predict, solve
+from devices.learn_priors import start_of
 from devices.prior import Facts, Prior, Sample, choose_networks, learn, left_out, problems_of
 
 PHYSICS = Physics(macs_per_s=10e9, bytes_per_s=10e9, isa="arm", threads=1, clock_ghz=2.0)

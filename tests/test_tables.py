@@ -1,17 +1,22 @@
 """The model on public tables, and the shipped profiles as they follow from them; FEDSIM_DEVICES names the folder."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from scipy.stats import spearmanr
 
-from devices.build import Builder, CardEnergy, fit_energy, write_all
-from devices.columns import COLUMNS
+from devices.build import Builder, write_all
+from devices.calibrate import calibrate
+from devices.columns import COLUMNS, counts
+from devices.energy import CardEnergy, fit_energy
 from devices.errors import DeviceError
 from devices.evaluate_tables import Figure, evaluate_profiles, evaluate_tables, over_settings
-from devices.latency import device_prices, reference_table
+from devices.latency import device_prices, physics_of, reference_table
+from devices.nas.tables import network_features
 from devices.prior import shipped_prior
 from devices.profile import SHIPPED, load_profile, profile_names
 from devices.spaces import load_space
@@ -136,19 +141,8 @@ def test_prices_of_runs_rank_networks_of_the_search_spaces(name: str, least: flo
 )
 def test_the_datasheet_alone_ranks_networks(device: str, help_name: str, least: float):
     """FBNet from the clock, the cores and the memory, one thread, no measurement; measured .968 and .947."""
-    from scipy.stats import spearmanr
-
-    from devices.columns import counts
-    from devices.nas.tables import network_features
-    from devices.profile import DeviceProfile
-
     space = load_space("fbnet", nas("fbnet"))
-    profile: DeviceProfile = load_profile(f"{device}@1t") if device == "raspberry_pi_4" else load_profile(device)
-    from dataclasses import replace
-
-    from devices.calibrate import calibrate
-    from devices.latency import physics_of
-
+    profile = load_profile(f"{device}@1t") if device == "raspberry_pi_4" else load_profile(device)
     known = physics_of(replace(profile, threads=1, peak_macs_per_s=profile.peak_macs_per_s / profile.threads))  # type: ignore[operator]
     assert known is not None
     physics, facts = known
