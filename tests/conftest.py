@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 from clients.app import app
+from fedsim import cli
 from fedsim import federation as federations
 from fedsim.engines.base import assume_task_identity
 from fedsim.engines.local import LocalGrid
@@ -42,6 +45,30 @@ def _one_quiet_process():
     torch.set_num_threads(1)
     assume_task_identity()
     logging.getLogger("flwr").setLevel(logging.ERROR)
+
+
+class Ended(NamedTuple):
+    """How a command ended: its exit code, stdout and stderr."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def fedsim(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    """Runs `fedsim ARGS` in this process: importing torch anew would cost seconds each time."""
+
+    def call(*arguments: str) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["fedsim", *arguments])
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # the command sets it; this takes it back after the test
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        shown = capsys.readouterr()
+        return Ended(int(ended.value.code or 0), shown.out, shown.err)
+
+    return call
 
 
 @pytest.fixture

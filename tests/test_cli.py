@@ -8,12 +8,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 import yaml
+from conftest import Ended
 
 from devices.profile import SHIPPED
 from fedsim import cli
@@ -25,12 +26,6 @@ DEVICES = ["list", "show", "predict", "fit", "new", "calibrate", "links", "popul
 DEVICES += ["enroll", "evaluate", "compare", "train-help"]
 DAILY = "fleet.availability._target_=devices.availability.Diurnal +fleet.availability.hours"
 SHORT = ["rounds=1", "cohort=2", "trainer.local_epochs=1", "fleet=uniform"]
-
-
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture
@@ -45,19 +40,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def fedsim(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
-    """Runs the command in this process: importing torch anew would cost seconds each time."""
-
-    def call(*arguments: str) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["fedsim", *arguments])
-        monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # the command sets it; this takes it back after the test
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return Ended(int(ended.value.code or 0), captured.out, captured.err)
-
-    return call
+def fedsim(place: Path, fedsim: Callable[..., Ended]) -> Callable[..., Ended]:
+    """Runs the command in an empty folder of `place`."""
+    return fedsim
 
 
 def bundle(folder: Path, n: int = 30, **arrays: Any) -> Path:

@@ -1,42 +1,27 @@
 """`fedsim devices` as a user calls it: tables, JSON, pictures, and one sentence for what is wrong."""
 
 import json
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
+from conftest import Ended
 
 from devices.nas.tables import network_features
 from devices.profile import profile_names
 from devices.spaces import DEVICE_SETS, SPLITS
-from fedsim import cli
 
 EVALUATE = ["evaluate", "--data", "x.npz", "--space"]
 
 
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture
-def devices(tmp_path: Path, monkeypatch, capsys) -> Callable[..., Ended]:
+def devices(tmp_path: Path, monkeypatch, fedsim: Callable[..., Ended]) -> Callable[..., Ended]:
     """Calls `fedsim devices ARGS` in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
-
-    def call(*arguments: str) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["fedsim", "devices", *arguments])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        shown = capsys.readouterr()
-        return Ended(int(end.value.code or 0), shown.out, shown.err)
-
-    return call
+    return partial(fedsim, "devices")
 
 
 @pytest.fixture(scope="module")

@@ -1,43 +1,30 @@
 """`fedsim devices calibrate`: a device is usable with no measurement, one, a few or many, and says which."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import yaml
+from conftest import Ended
 
 from devices.latency import device_prices, step_ms
 from devices.picture import zoo_cost
 from devices.profile import DeviceProfile, load_profile
 from devices.zoo import ZOO
-from fedsim import cli
 
 HEAD = "network,input,batch,phase,ms"
 ONE = f"{HEAD}\nresnet-16,3x32x32,1,forward,4\n"
 
 
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture
-def calibrate(tmp_path: Path, monkeypatch, capsys) -> Callable[..., Ended]:
+def calibrate(tmp_path: Path, monkeypatch, fedsim: Callable[..., Ended]) -> Callable[..., Ended]:
     """Calls `fedsim devices calibrate` with the text of a file of rows, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "160")
 
     def call(text: str, device: str = "raspberry_pi_4", *arguments: str) -> Ended:
         (tmp_path / "rows.csv").write_text(text)
-        own = ["fedsim", "devices", "calibrate", device, "--rows", "rows.csv", *arguments]
-        monkeypatch.setattr(sys, "argv", own)
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        shown = capsys.readouterr()
-        return Ended(int(end.value.code or 0), shown.out, shown.err)
+        return fedsim("devices", "calibrate", device, "--rows", "rows.csv", *arguments)
 
     return call
 

@@ -1,31 +1,28 @@
 """`fedsim devices new`: the file that it writes is a device of one's own."""
 
 import shlex
-import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pandas
 import pytest
 import yaml
+from conftest import Ended
 
 from devices.profile import SHIPPED, load_profile, profile_names
 from devices.profile_file import FIGURES
-from fedsim import cli
 from fedsim.cli_devices_new import commented_profile
 
 
 @pytest.fixture
-def new(tmp_path: Path, monkeypatch, capsys):
+def new(tmp_path: Path, monkeypatch, fedsim: Callable[..., Ended]) -> Callable[..., tuple[int, str]]:
     """Calls `fedsim devices new ARGS` in an empty folder; its code, and what it printed."""
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["fedsim", "devices", "new", *arguments])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        shown = capsys.readouterr()
-        return int(end.value.code or 0), shown.out + shown.err
+        code, out, err = fedsim("devices", "new", *arguments)
+        return code, out + err
 
     return call
 
@@ -79,13 +76,11 @@ def test_command_writes_the_file_once_and_says_how_to_use_it(new):
     assert Path("my_board.yaml").read_text() == "mine"
 
 
-def test_command_that_it_prints_runs_on_the_new_device(new, monkeypatch):
+def test_command_that_it_prints_runs_on_the_new_device(new, fedsim):
     _, said = new("my_board", "--like", "raspberry_pi_4", "--out", "board.yaml")
-    use = shlex.split(said.split("use it: ")[1])
-    monkeypatch.setattr(sys, "argv", [*use, "workload=blobs", "rounds=1", "evaluate_every=1", "out=run"])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert not end.value.code
+    name, *use = shlex.split(said.split("use it: ")[1])
+    assert name == "fedsim"
+    assert not fedsim(*use, "workload=blobs", "rounds=1", "evaluate_every=1", "out=run").code
     rows = pandas.concat(pandas.read_parquet(path) for path in Path("run/clients").iterdir())
     assert set(rows["device"]) == {"my_board"}
 

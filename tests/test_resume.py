@@ -19,7 +19,7 @@ from test_methods import NEEDS
 from test_methods import TINY as BLOBS
 
 from clients.app import app
-from fedsim import checkpoint, cli
+from fedsim import checkpoint
 from fedsim import federation as federations
 from fedsim.checkpoint import NotKeptError, Saved, decode, encode, load
 from fedsim.engines.local import LocalGrid
@@ -284,17 +284,11 @@ def test_the_rest_may_run_on_another_engine(go, tmp_path: Path, given: tuple[str
     assert comparable(tmp_path / "cut") == comparable(tmp_path / "whole")
 
 
-def refused(*arguments: str, monkeypatch, capsys) -> str:
-    monkeypatch.setattr(sys, "argv", ["fedsim", "resume", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert ended.value.code == 2
-    return capsys.readouterr().err
-
-
-def test_what_cannot_be_resumed_is_one_sentence(go, tmp_path: Path, monkeypatch, capsys):
+def test_what_cannot_be_resumed_is_one_sentence(go, tmp_path: Path, fedsim):
     def say(*arguments: str) -> str:
-        return refused(*arguments, monkeypatch=monkeypatch, capsys=capsys)
+        ended = fedsim("resume", *arguments)
+        assert ended.code == 2
+        return str(ended.err)
 
     assert "holds no run: there is no config.yaml in it" in say(str(tmp_path / "nowhere"))
     go("cut", *RICH, until=3)

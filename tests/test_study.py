@@ -22,7 +22,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from fedsim import cli, study_run
+from fedsim import study_run
 from fedsim.errors import ConfigError
 from fedsim.paired import interval, rows
 from fedsim.report import RoundReport
@@ -84,21 +84,6 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
         return "mine.yaml"
 
     return write
-
-
-@pytest.fixture
-def fedsim(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Runs the command in this process: exit code, stdout, stderr."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fedsim", *arguments])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(ended.value.code or 0), captured.out, captured.err
-
-    return call
 
 
 def started() -> list[str]:
