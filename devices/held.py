@@ -5,6 +5,7 @@ Counted is what torch allocates for tensors, not what it takes inside of one ope
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -61,14 +62,19 @@ def fullest_moments(run: Callable[[int], object], small: int, large: int) -> Mom
     A step holds most at the turn from forward to backward when the batch is large, and at its end, when all gradients
     are there, when it is small: one figure per example would not say both.
 
+    What a run makes once per process and keeps, such as the constants of `fedsim.tangents`, is made before anything is
+    counted, and the garbage collector waits: the moments do not depend on what the process did before.
+
     Args:
         run: with so many examples.
         small: examples of the first of two runs, from which follows what grows with the batch.
         large: examples of the second.
     """
+    for size in (small, large):
+        run(size)
     held = []
     for size in (small, large):
-        with LiveBytes() as live:
+        with _no_collection(), LiveBytes() as live:
             run(size)
         held.append(live.moments or [0])
     if len(held[0]) != len(held[1]):  # other operators with another batch: all of it is put down to the examples
@@ -78,6 +84,18 @@ def fullest_moments(run: Callable[[int], object], small: int, large: int) -> Mom
         each = -(-(many - few) // (large - small))
         lines.add((few - small * each, each))
     return _envelope(lines)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Tensors in reference cycles stay: else they would go at a moment that hangs on the objects of the process."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _envelope(lines: set[tuple[int, int]]) -> Moments:

@@ -10,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 from devices.held import fullest_moments
 from devices.meter import inference_bytes, measure, most_bytes, peak_memory_bytes
 from fedsim.settings import model_factory, model_settings, options
+from fedsim.tangents import _half, along
 
 SHAPES = {"char_lstm": (80,), "mlp": (784,), **dict.fromkeys(SPEECH, (1, 40, 101))}
 GREY = ("lenet5", "femnist_cnn", "small_cnn")
@@ -89,6 +90,37 @@ def test_moments_are_those_that_are_fullest_for_some_batch():
         each = torch.cat([each, each])
 
     assert fullest_moments(run, 2, 4) == ((400, 16), (0, 24))
+
+
+def test_moments_do_not_depend_on_what_the_process_ran_before():
+    """A constant that is made once per size, and another that hangs in a reference cycle until it is collected."""
+    made: dict[int, torch.Tensor] = {}
+
+    def run(size: int) -> None:
+        if size not in made:
+            made[size] = torch.ones(size)
+        constant = made[size]
+        cycle: list[object] = [constant * 2]
+        cycle.append(cycle)
+
+    fresh = fullest_moments(run, 2, 4)
+    assert fullest_moments(run, 2, 4) == fresh
+    del made[4]
+    assert fullest_moments(run, 2, 4) == fresh
+
+
+def test_forward_derivatives_cost_the_same_whatever_batches_were_derived_before():
+    layers = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+
+    def loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        out, slope = along(model, batch["x"], torch.ones(1, 6))
+        return (out + slope).sum()
+
+    _half.cache_clear()
+    fresh = measure(layers, loss, {"x": torch.randn(4, 6)}, "fresh")
+    _half.cache_clear()
+    along(layers, torch.randn(2, 6), torch.ones(1, 6))
+    assert measure(layers, loss, {"x": torch.randn(4, 6)}, "fresh") == fresh
 
 
 def test_large_gradients_and_large_activations_are_held_at_different_moments():

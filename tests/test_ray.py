@@ -399,6 +399,8 @@ def run_in_a_changing_cluster(out: str) -> None:
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir="/tmp") as head, tempfile.TemporaryDirectory(dir="/tmp") as second:
+        os.environ["RAY_TMPDIR"] = head
+        (Path(head) / "ray").mkdir()  # Ray writes the cluster's address there, and does not make the folder
         options = {"num_cpus": 1, "include_dashboard": False}
         cluster = Cluster(initialize_head=True, head_node_args={**options, "temp_dir": head})
         grid = RayGrid(clients.app.app, address=cluster.address)
