@@ -1,14 +1,18 @@
-# make run: the default experiment. make test: everything CI checks. Both make .venv when it is missing.
+# make run: the default experiment. make test: everything CI checks. make test-slow: the tests marked slow, before a
+# release. All make .venv when it is missing.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test lint install clean
+.PHONY: run test test-slow lint install clean
 
 run: .venv/.installed
 	$(BIN)/fedsim run
 
 test: .venv/.installed-dev lint
 	$(BIN)/python -m pytest
+
+test-slow: .venv/.installed-dev
+	$(BIN)/python -m pytest -m slow
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .
