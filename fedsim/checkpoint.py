@@ -89,8 +89,8 @@ class Checkpoints:
         part = self.folder / f".{target.name}.part"
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        save_file({name: np.ascontiguousarray(from_array(a)) for name, a in saved.weights.items()}, part / WEIGHTS)
-        save_file({name: np.ascontiguousarray(a).reshape(a.shape) for name, a in arrays.items()}, part / TENSORS)
+        save_file({name: _contiguous(from_array(a)) for name, a in saved.weights.items()}, part / WEIGHTS)
+        save_file({name: _contiguous(a) for name, a in arrays.items()}, part / TENSORS)
         (part / STATE).write_text(json.dumps({**facts, "state": state}) + "\n")
         if target.exists():  # the last round of a run that was resumed behind it
             shutil.rmtree(target)
@@ -214,6 +214,11 @@ _KINDS: tuple[tuple[str, Callable[[Any], Any], Callable[[Any], Any]], ...] = (
     ("config", ConfigRecord, dict),
     ("metrics", MetricRecord, dict),
 )
+
+
+def _contiguous(array: np.ndarray) -> np.ndarray:
+    """The array as safetensors wants it; numpy alone would make a vector of a single number."""
+    return np.ascontiguousarray(array).reshape(array.shape)
 
 
 def _put(array: np.ndarray, arrays: Arrays) -> str:
