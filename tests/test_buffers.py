@@ -1,4 +1,4 @@
-"""What a model keeps beside its trained weights: statistics and counters, through checkpoints, strategies and engines."""
+"""What a model keeps beside its trained weights, statistics and counters: checkpoints, strategies, engines, uplinks."""
 
 from pathlib import Path
 
