@@ -114,7 +114,7 @@ class EngineRounds:
 
     def __init__(self, settings: Settings, make_engine: EngineFactory, folder: Path):
         from fedsim.federation import Federation
-        from fedsim.report import RunFolder
+        from fedsim.run_folder import RunFolder
         from fedsim.settings import build_world
 
         self.engine = make_engine(settings)

@@ -429,7 +429,8 @@ def run_one(settings: dict[str, Any], unfinished: Path | None = None) -> dict[st
     from fedsim.console import closing_lines, closing_table, progress_bar
     from fedsim.federation import run as run_federation
     from fedsim.page import write_page
-    from fedsim.report import read_rounds, run_folder
+    from fedsim.report import read_rounds
+    from fedsim.run_folder import run_folder
     from fedsim.settings import build_world
 
     _forget_worlds()

@@ -57,8 +57,8 @@ def enroll(
     from devices.enroll import enroll as measure
     from devices.enroll import profile_tree
     from fedsim.console import table
+    from fedsim.durable import write_atomic
     from fedsim.errors import ConfigError
-    from fedsim.report import write_atomic
 
     path = out or Path(f"{name}.yaml")
     if path.exists():

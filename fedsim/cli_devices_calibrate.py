@@ -65,7 +65,7 @@ def calibrate(
 
     from devices.errors import DeviceError
     from devices.profile import load_profile, parse_profile
-    from fedsim.report import write_atomic
+    from fedsim.durable import write_atomic
 
     profile = load_profile(device)
     path = out or Path(f"{profile.name.replace('@', '_')}_calibrated.yaml")

@@ -45,7 +45,7 @@ def population(
     """
     from devices.errors import DeviceError
     from devices.population import YEARS, from_list, read_list, shipped_socs
-    from fedsim.report import write_atomic
+    from fedsim.durable import write_atomic
 
     made = from_list(read_list(data), shipped_socs())
     try:

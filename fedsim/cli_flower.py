@@ -40,7 +40,8 @@ def flwr(
     from fedsim.console import closing_lines, closing_table, progress_bar
     from fedsim.flower_run import run
     from fedsim.flower_runtime import Place
-    from fedsim.report import check_free, read_rounds, run_folder
+    from fedsim.report import read_rounds
+    from fedsim.run_folder import check_free, run_folder
 
     folder = run_folder(settings)
     check_free(folder)

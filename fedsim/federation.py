@@ -33,8 +33,9 @@ from fedsim.messages import ARRAYS, METRICS, NUM_EXAMPLES, array_record, like, r
 from fedsim.network import ONE_METHOD, ClientReport, EdgeGrid
 from fedsim.price_facts import price_facts
 from fedsim.pricing import OUTCOMES
-from fedsim.report import RoundReport, RunFolder, Totals, check_free, run_folder, weights_sha256
+from fedsim.report import RoundReport, Totals, weights_sha256
 from fedsim.roles import private_names
+from fedsim.run_folder import RunFolder, check_free, run_folder
 from fedsim.seeding import seeded_globals
 from fedsim.settings import (
     Settings,

@@ -16,9 +16,11 @@ from typing import Any
 
 from devices.errors import DeviceError
 from fedsim.data.bundle import data_roots
+from fedsim.durable import write_atomic
 from fedsim.errors import ConfigError, DataError, RunError
 from fedsim.flower_runtime import FlowerRuntime, Place, end_of
-from fedsim.report import RoundReport, check_free, write_atomic
+from fedsim.report import RoundReport
+from fedsim.run_folder import check_free
 
 POLL_S, STATUS_S = 0.1, 10.0  # a status costs most of a CPU second: asked for seldom, or when the folder says "over"
 WRONG_SETTINGS = {error.__name__: error for error in (ConfigError, DataError, DeviceError)}

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsim.console import energy, simulated, size
+from fedsim.durable import write_atomic
 from fedsim.errors import ConfigError
 from fedsim.metrics import took_part
 from fedsim.page_template import HTML
 from fedsim.pricing import OUTCOMES
-from fedsim.report import RoundReport, read_rounds, write_atomic
+from fedsim.report import RoundReport, read_rounds
 
 if TYPE_CHECKING:
     import pandas as pd

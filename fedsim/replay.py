@@ -16,8 +16,8 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedsim.errors import ConfigError
 from fedsim.federation import Federation
+from fedsim.instructions import kept_instruction
 from fedsim.messages import STATE, Instruction, pack_cohort, unpack_cohort
-from fedsim.report import kept_instruction
 from fedsim.settings import Settings, build_world, on_engine, settings_of_run
 
 

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from devices.errors import unknown
+from fedsim.durable import write_atomic
 from fedsim.errors import ConfigError
 from fedsim.paired import Row, rows
-from fedsim.report import RoundReport, read_rounds, write_atomic
+from fedsim.report import RoundReport, read_rounds
 from fedsim.study import AXES, METRICS, Arm, Planned, Study, is_finished
 
 

@@ -18,7 +18,8 @@ from conftest import Ended
 
 from devices.profile import SHIPPED
 from fedsim import cli
-from fedsim.report import WRITTEN, read_rounds
+from fedsim.report import read_rounds
+from fedsim.run_folder import WRITTEN
 from fedsim.settings import compose
 
 FEDSIM = Path(sys.executable).with_name("fedsim")
@@ -288,7 +289,7 @@ def test_a_folder_that_may_not_be_written_is_one_sentence(
 
 
 def test_a_full_disk_ends_in_one_sentence(place: Path, fedsim: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch):
-    from fedsim.report import RunFolder
+    from fedsim.run_folder import RunFolder
 
     def full(self: Any, *_: Any) -> None:
         raise OSError(28, "No space left on device", "rounds.jsonl")

@@ -14,8 +14,8 @@ from clients.trainers.sgd import SGDTrainer
 from fedsim import cli
 from fedsim.engines.local import LocalGrid
 from fedsim.errors import ClientError, ConfigError
+from fedsim.instructions import kept_instruction
 from fedsim.replay import instruction_of, replay, settings_of
-from fedsim.report import kept_instruction
 
 
 class Remembering(SGDTrainer):

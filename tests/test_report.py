@@ -14,12 +14,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from clients.app import app
 from clients.trainers.sgd import SGDTrainer
 from fedsim import federation as federations
-from fedsim import report as reports
+from fedsim import run_folder as folders
 from fedsim.console import closing_lines
 from fedsim.engines.local import LocalGrid
 from fedsim.errors import ClientError, ConfigError
 from fedsim.messages import record_of
-from fedsim.report import RoundReport, read_rounds, run_folder, weights_sha256
+from fedsim.report import RoundReport, read_rounds, weights_sha256
+from fedsim.run_folder import run_folder
 from fedsim.settings import from_run_config
 
 KEYS = {
@@ -60,9 +61,9 @@ def test_last_line_that_was_cut_is_left_out(run, tmp_path):
 
 
 def test_round_written_before_tails_were_priced_has_none():
-    line = json.loads(reports.RoundReport(1, 2.0, 2.0, joules=3.0).to_json())
+    line = json.loads(RoundReport(1, 2.0, 2.0, joules=3.0).to_json())
     del line["tail_joules"]
-    assert reports.RoundReport.from_json(json.dumps(line)).tail_joules == 0
+    assert RoundReport.from_json(json.dumps(line)).tail_joules == 0
 
 
 # --- client rows -------------------------------------------------------------------------------------------------
@@ -70,7 +71,7 @@ def test_round_written_before_tails_were_priced_has_none():
 
 @pytest.mark.parametrize("flush_rows", [1, 20_000])
 def test_client_rows_sum_up_to_their_round(run, tmp_path, monkeypatch, flush_rows: int):
-    monkeypatch.setattr(reports, "FLUSH_ROWS", flush_rows)
+    monkeypatch.setattr(folders, "FLUSH_ROWS", flush_rows)
     run("evaluate_clients=2", "fleet=mixed", "deadline_s=5")
     files = sorted((tmp_path / "clients").iterdir())
     assert len(files) == (2 if flush_rows == 1 else 1)
@@ -274,7 +275,7 @@ def test_run_that_cannot_be_built_leaves_no_folder(run, tmp_path):
 
 def test_folder_of_the_same_second_gets_a_number(settings, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(reports.time, "strftime", lambda form: "20250102-030405")
+    monkeypatch.setattr(folders.time, "strftime", lambda form: "20250102-030405")
     names = []
     for _ in range(3):
         folder = run_folder(settings("method=fedprox"))

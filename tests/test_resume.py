@@ -306,7 +306,7 @@ def test_what_cannot_be_resumed_is_one_sentence(go, tmp_path: Path, fedsim):
 def test_a_run_that_is_going_on_is_left_alone(go, tmp_path: Path, settings):
     go("cut", *RICH, until=3)
     before = (tmp_path / "cut" / "rounds.jsonl").read_bytes()
-    from fedsim.report import RunFolder
+    from fedsim.run_folder import RunFolder
 
     folder = RunFolder(tmp_path / "cut", settings(*RICH), resume=True, last=2)
     with pytest.raises(ConfigError, match=r"the run in .*cut is going on just now; wait for it, or end it"):
