@@ -6,7 +6,6 @@ and this package.
 
 from __future__ import annotations
 
-import json
 import math
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -15,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from devices.draws import stream, uniforms
-from devices.errors import DeviceError, unknown
+from devices.errors import DeviceError, FileError, unknown
+from devices.reading import read_json
 
 DAY_S = 86_400.0
 LOOK_AHEAD_SLOTS = 10_000
@@ -172,10 +172,10 @@ def _number(key: str, value: Any, low: float, high: float, open_below: bool = Fa
 
 def _read_trace(path: Path) -> dict[str, Any]:
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DeviceError(f"{path}: there is no such trace file") from None
-    except (OSError, ValueError, RecursionError) as error:
+        tree = read_json(path)
+    except FileError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise DeviceError(f"{path}: there is no such trace file") from None
         raise DeviceError(f"{path}: a trace must be a JSON text file: {error}") from None
     if not isinstance(tree, dict) or not tree:
         raise DeviceError(f"{path}: a trace must be a map from client to its spells, got {str(tree)[:80]!r}")

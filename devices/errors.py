@@ -14,6 +14,10 @@ class DeviceError(ValueError):
     """A device profile, fleet or trace file that cannot be used; the text says what to change."""
 
 
+class FileError(DeviceError):
+    """A file that cannot be read, of whatever kind (see `devices.reading`)."""
+
+
 def unknown(what: str, name: object, options: Iterable[object]) -> str:
     """Says in one sentence that a name is not known, what is allowed and which name is nearest.
 

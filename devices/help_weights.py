@@ -1,7 +1,8 @@
 """Weights of HELP: their names and shapes, and the files they are read from and written to.
 
 Names are those of the authors' checkpoints (github.com/HayeonLee/HELP), so that theirs and ours are read by one
-function. May import: numpy, torch, safetensors, `devices.errors` and `devices.help_encodings`.
+function. May import: torch, safetensors, `devices.help_encodings`, this package's errors
+and reader.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from devices.errors import DeviceError, unknown
 from devices.help_encodings import ENCODINGS
+from devices.reading import open_file, read_npz
 
 Params = dict[str, Tensor]
 
@@ -99,13 +100,13 @@ def load_weights(path: str | Path, space: str) -> HelpWeights:
     devices: list[str] = []
     try:
         if str(path).endswith(".safetensors"):
+            open_file(Path(path)).close()  # no pipe, no folder
             with safe_open(str(path), framework="pt") as file:
                 devices = json.loads((file.metadata() or {}).get(_HEADER, "{}")).get(DEVICES, [])
                 arrays = {k: file.get_tensor(k) for k in file.keys() if not k.startswith(TRAINING)}  # noqa: SIM118
         else:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {key: torch.from_numpy(np.asarray(file[key])) for key in file.files}
-    except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
+            arrays = {key: torch.from_numpy(array) for key, array in read_npz(Path(path)).items()}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise DeviceError(f"{path}: cannot be read as HELP weights (npz or safetensors): {error}") from None
     return unflatten_weights(arrays, space, str(path), tuple(devices))
 
@@ -162,8 +163,9 @@ def read_arrays(path: str | Path) -> tuple[Params, dict[str, Any]]:
         DeviceError: for a file that `write_arrays` did not write.
     """
     try:
+        open_file(Path(path)).close()
         with safe_open(str(path), framework="pt") as file:
             facts = json.loads((file.metadata() or {})[_HEADER])
             return {key: file.get_tensor(key) for key in file.keys()}, facts  # noqa: SIM118
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RecursionError, SafetensorError) as error:
         raise DeviceError(f"{path}: cannot be read as a file of HELP training: {error}") from None

@@ -7,6 +7,7 @@ and this package.
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -17,9 +18,10 @@ from typing import Any
 import numpy as np
 import yaml
 
-from devices.errors import DeviceError
+from devices.errors import DeviceError, FileError
 from devices.profile import KINDS, SHIPPED, DeviceProfile, profile_names
 from devices.profile_file import read_yaml
+from devices.reading import read_text
 
 FILE = Path(__file__).parent / "population.yaml"
 LIST = "phones_ai_benchmark.csv"
@@ -185,10 +187,15 @@ def read_list(data: Path) -> list[Phone]:
     if not path.is_file():
         raise DeviceError(f"{path} is not there; --data is the folder with {LIST}")
     scores: dict[tuple[str, str], list[float]] = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
+    try:
+        for row in csv.DictReader(io.StringIO(read_text(path), newline="")):
             if YEARS[0] <= int(row["year"]) <= YEARS[1]:
                 scores.setdefault((row["phone"], soc_named(row["soc"])), []).append(float(row["cpu_float_score"]))
+    except (csv.Error, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, FileError):
+            raise
+        columns = "columns year, phone, soc and cpu_float_score"
+        raise DeviceError(f"{path} is no list of phones with {columns}: {error!r}") from None
     return [Phone(*key, median(values)) for key, values in scores.items()]
 
 

@@ -1,6 +1,6 @@
 """The YAML file of a device or a link: which numbers it may hold, within which bounds, and what is wrong in one.
 
-May import: the standard library, yaml and this package. `FIGURES` is the whole schema: checks, defaults and the
+May import: the standard library and this package. `FIGURES` is the whole schema: checks, defaults and the
 comments of `fedsim devices new` come from it.
 """
 
@@ -14,9 +14,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from devices.errors import DeviceError, unknown
+from devices import reading
+from devices.errors import DeviceError, FileError, unknown
 
 PROVENANCES = ("measured", "dataset", "datasheet", "derived", "recalled", "assumed")
 FORM = f"{{value: ..., provenance: {'|'.join(PROVENANCES)}, source: ...}}"
@@ -245,34 +244,18 @@ class Reader:
             raise DeviceError(f"{self.file}: {len(self.problems)} problems:{listed}")
 
 
-class UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that stands twice in one map; YAML itself would silently take the last one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """The map of a node, with its keys checked."""
-        keys = [key.value for key, _ in node.value]
-        for number, key in enumerate(keys):
-            if key in keys[:number]:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is there twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def read_yaml(path: Path) -> Any:
-    """What a YAML file holds.
+    """What a YAML file of devices holds.
 
     Raises:
         DeviceError: if there is none, or it cannot be read.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise DeviceError(f"{path}: there is no such device file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DeviceError(f"{path}: cannot be read as a text file: {error}") from None
-    try:
-        return yaml.load(text, UniqueKeys)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date
-        raise DeviceError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
+        return reading.read_yaml(path)
+    except FileError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise DeviceError(f"{path}: there is no such device file") from None
+        raise
 
 
 def _plain(value: float) -> str:

@@ -1,6 +1,7 @@
 """Tables of measured latencies: many networks of one search space on many devices, and how they are split for judging.
 
-The files are HELP's released tables as npz (see `load_space`). May import: numpy and `devices.errors`.
+The files are HELP's released tables as npz (see `load_space`). May import: numpy and this package's errors
+and reader.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from devices.errors import DeviceError, unknown
+from devices.errors import DeviceError, FileError, unknown
+from devices.reading import read_npz
 
 TRIM = 0.1  # HELP drops the fastest and the slowest tenth of each pool, per device
+TABLE = {"devices": "U", "latency_ms": "fiu", "arch_ops": "iu", "hw_embed_idx": "iu"}  # of a file, with kinds of dtype
 TEST_NETWORKS = 1000  # the networks behind the training pool; 800 of them are left after the trim
 
 
@@ -178,17 +181,22 @@ def load_space(name: str, path: str | Path, devices: str | None = None) -> Space
     """
     split = device_split(name, devices)
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in ("devices", "latency_ms", "arch_ops", "hw_embed_idx")}
-    except KeyError as error:
-        raise DeviceError(f"{path}: has no array {error.args[0]!r}; a latency table of space {name} needs it") from None
-    except (OSError, ValueError) as error:
-        raise DeviceError(f"{path}: cannot be read as a latency table (npz): {error}") from None
+        arrays = read_npz(Path(path), TABLE, ())
+    except FileError as error:
+        raise DeviceError(f"{error}; a latency table of space {name} is an npz file with {', '.join(TABLE)}") from None
+    for key, kinds in TABLE.items():
+        if arrays[key].dtype.kind not in kinds:
+            what = "texts" if "U" in kinds else "whole numbers" if kinds == "iu" else "numbers"
+            raise DeviceError(f"{path}: {key} must hold {what}, got {arrays[key].dtype}")
+    if any(arrays[key].ndim == 0 for key in TABLE):
+        raise DeviceError(f"{path}: {', '.join(TABLE)} must be lists or tables, got a single value")
     names, latency, ops = tuple(map(str, arrays["devices"])), arrays["latency_ms"], arrays["arch_ops"]
-    edges = {"nb201": 6, "fbnet": 22}[name]
+    references, edges = arrays["hw_embed_idx"], {"nb201": 6, "fbnet": 22}[name]
     if latency.shape != (len(names), len(ops)) or ops.ndim != 2 or ops.shape[1] != edges:
         shapes = f"latency_ms {latency.shape}, devices {len(names)}, arch_ops {ops.shape}"
         raise DeviceError(f"{path}: is no table of space {name} (needs {edges} operations a network): {shapes}")
+    if references.ndim != 1 or len(references) == 0 or references.min() < 0 or references.max() >= len(ops):
+        raise DeviceError(f"{path}: hw_embed_idx must list some of the {len(ops)} networks by number")
     bad = np.argwhere(~(np.isfinite(latency) & (latency > 0)))
     if len(bad):
         row, column = bad[0]
@@ -197,4 +205,4 @@ def load_space(name: str, path: str | Path, devices: str | None = None) -> Space
     missing = [d for d in (*split.source, *split.valid, *split.unseen) if d not in names]
     if missing:
         raise DeviceError(f"{path}: lacks the device {missing[0]!r} that space {name} is judged with")
-    return Space(name, names, latency.astype(np.float64), ops, arrays["hw_embed_idx"].astype(np.int64), split)
+    return Space(name, names, latency.astype(np.float64), ops, references.astype(np.int64), split)

@@ -7,6 +7,7 @@ once).
 from __future__ import annotations
 
 import csv
+import io
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -127,14 +128,15 @@ def read_rows(path: Path, num_classes: int, threads: int) -> list[Row]:
     Raises:
         DeviceError: naming the line, for what is missing or wrong.
     """
-    from devices.errors import DeviceError, unknown
+    from devices.errors import DeviceError, FileError, unknown
+    from devices.reading import read_text
 
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, skipinitialspace=True)
-            lines = [(reader.line_num, line) for line in reader]
-            columns = reader.fieldnames or ()
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        text = read_text(path).removeprefix("\ufeff")
+        reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
+        lines = [(reader.line_num, line) for line in reader]
+        columns = reader.fieldnames or ()
+    except (FileError, csv.Error) as error:
         raise DeviceError(f"{path}: cannot be read as CSV: {error}") from None
     if missing := [column for column in NEEDED if column not in columns]:
         raise DeviceError(f"{path}: lacks the column {missing[0]!r}; a file of rows has {', '.join(NEEDED)}")

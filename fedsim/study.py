@@ -1,7 +1,7 @@
 """A study: a named list of arms that are run with the same seeds and compared, read from one YAML file.
 
 Methods have different settings, so a comparison is no product of settings: each arm has overrides of its own. May
-import: yaml, devices.errors, devices.profile (its YAML reader), fedsim's settings.
+import: yaml, devices.errors, devices.reading, fedsim's settings.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 
 import yaml
 
-from devices.errors import unknown
-from devices.profile_file import UniqueKeys
+from devices.errors import FileError, unknown
+from devices.reading import read_yaml
 from fedsim.errors import ConfigError
 from fedsim.metrics import ACCURACY
 from fedsim.parameters import said
@@ -174,9 +174,9 @@ def read_study(name: str, overrides: Sequence[str] = (), seeds: Sequence[int] = 
 
 def _tree(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), UniqueKeys)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read as a study: {' '.join(str(error).split())}") from error
+        tree = read_yaml(path)
+    except FileError as error:
+        raise ConfigError(f"this cannot be read as a study: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must be a map with {', '.join(KEYS)}, got {said(tree)}")
     for key in tree:

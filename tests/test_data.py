@@ -245,7 +245,7 @@ def test_what_is_wrong_with_an_array_is_one_sentence(tmp_path, changes, sentence
     "content, sentence",
     [
         (b"{", "meta.json is not readable JSON"),
-        (b"\xff\xfe", "meta.json is not readable JSON"),
+        (b"\xff\xfe", "meta.json cannot be read as a text file"),
         (b"[" * 100_000, "meta.json is not readable JSON"),
         (b"[]", "meta.json must hold `classes`"),
         (b'{"kind": "image", "classes": []}', "meta.json must hold `classes`, a list with the name of every class"),
@@ -268,7 +268,7 @@ def single_array() -> bytes:
 @pytest.mark.parametrize("content", [b"", b"nothing", b"PK\x03\x04broken", single_array()])
 def test_corrupt_npz_is_refused(tmp_path, content: bytes):
     (write_bundle(tmp_path) / "train.npz").write_bytes(content)
-    with pytest.raises(DataError, match=r"train.npz is not a readable npz file .*; write it again with numpy.savez"):
+    with pytest.raises(DataError, match=r"train.npz is not a readable npz file: .*; write it again with numpy.savez"):
         open_bundle(tmp_path)
 
 

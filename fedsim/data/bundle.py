@@ -1,29 +1,25 @@
 """Data from a folder: train.npz and test.npz with arrays x, y and optionally client, and a meta.json beside them.
 
 meta.json holds `classes` (their names; for next-token prediction, the vocabulary) and `kind` (image, text, audio or
-tabular). Nothing is unpickled. May import: numpy, the standard library, `fedsim.data.arrays`, `devices.errors`.
+tabular). Nothing is unpickled. May import: the standard library, `fedsim.data.arrays`, `devices.reading`.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import zipfile
-import zlib
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
-
+from devices.errors import FileError
+from devices.reading import read_json, read_npz
 from fedsim.data.arrays import LAYOUT, Arrays, ArrayWorkload, Features, Kind
 from fedsim.errors import DataError
 from fedsim.partition import Partition
 from fedsim.workload import ModelFactory
 
 FILES = ("train.npz", "test.npz", "meta.json")
-UNREADABLE = (OSError, EOFError, ValueError, KeyError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
 
 
 class Bundle(ArrayWorkload):
@@ -139,25 +135,10 @@ def read_bundle(folder: Path) -> tuple[Arrays, Arrays, list[str], Kind]:
 
 def _read_part(path: Path) -> Arrays:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            missing = [key for key in ("x", "y") if key not in file]
-            if missing:
-                has = ", ".join(file.keys()) or "nothing"
-                raise DataError(
-                    f"{path} has no array {missing[0]!r} (it holds: {has}); save x and y, one row per example"
-                )
-            part = Arrays(file["x"], file["y"], file.get("client"))
-    except DataError:
-        raise
-    except (*UNREADABLE, TypeError, AttributeError) as error:  # the last two: a single array is no archive
-        if "Object arrays" in str(error):
-            raise DataError(
-                f"{path} holds an array of Python objects, which would have to be unpickled and may run any code; save "
-                "plain numbers (or strings for client)"
-            ) from None
-        raise DataError(
-            f"{path} is not a readable npz file ({_short(error)}); write it again with numpy.savez"
-        ) from None
+        arrays = read_npz(path, ("x", "y"), ("client",))
+    except FileError as error:
+        raise DataError(f"{error}; write it again with numpy.savez: x and y, one row per example") from None
+    part = Arrays(arrays["x"], arrays["y"], arrays.get("client"))
     if part.x.ndim == 0 or part.y.ndim == 0:
         raise DataError(f"{path}: x and y must have one row per example, got a single value")
     return part
@@ -175,9 +156,9 @@ def _check_rate(folder: Path, features: Features) -> None:
 def _meta(folder: Path) -> dict[str, Any]:
     path = folder / "meta.json"
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not readable JSON ({_short(error)})") from None
+        meta = read_json(path)
+    except FileError as error:
+        raise DataError(str(error)) from None
     return meta if isinstance(meta, dict) else {}
 
 
@@ -191,7 +172,3 @@ def _read_meta(folder: Path) -> tuple[list[str], Kind]:
         allowed = "; ".join(f"{kind} {layout}" for kind, layout in LAYOUT.items())
         raise DataError(f"{path} must hold `kind`, what x is ({allowed}), got {kind!r}")
     return [str(name) for name in classes], kind
-
-
-def _short(error: BaseException) -> str:
-    return str(error).splitlines()[0][:120] if str(error) else type(error).__name__
