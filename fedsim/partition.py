@@ -43,6 +43,15 @@ class Partition(ABC):
             DataError: if there are too few examples or no owners.
         """
 
+    def keeps_held_out(self, trained: np.ndarray, held_out: np.ndarray) -> np.ndarray:
+        """Which examples of a client's owner in the test split judge its model, [m] bool; here all of them.
+
+        Args:
+            trained: labels that the client trains on, [n] int64.
+            held_out: labels of the owner's examples in the test split, [m] int64.
+        """
+        return np.ones(len(held_out), bool)
+
 
 class Iid(Partition):
     """Shuffled and cut into equal parts (sizes differ by at most one)."""
@@ -181,8 +190,8 @@ class Natural(Partition):
     Args:
         min_examples: smallest owner that becomes a client.
         max_clients: most owners to use when `num_clients` is not given; None uses all.
-        classes_per_client: how many of its classes a client keeps, drawn for each; None keeps all, and an owner with
-            fewer keeps what it has. The examples of the others are left out.
+        classes_per_client: how many of its owner's classes a client keeps, drawn for each; None keeps all, and an owner
+            with fewer keeps what it has. The examples of the others are left out, of the test split too.
     """
 
     by_owner = True
@@ -207,6 +216,11 @@ class Natural(Partition):
         ids, owner_of, sizes = np.unique(owners, return_inverse=True, return_counts=True)
         named = ids != "" if ids.dtype.kind in "US" else np.ones(len(ids), bool)
         chosen = np.flatnonzero(named & (sizes >= self.min_examples))
+        if not named.any():
+            raise DataError(
+                f"none of the {len(owners)} training examples has an owner (every client id is empty): use another "
+                "partition (iid, dirichlet, shards, quantity)"
+            )
         if not len(chosen):
             raise DataError(
                 f"no owner has partition.min_examples={self.min_examples} examples (the largest has "
@@ -227,12 +241,17 @@ class Natural(Partition):
         parts = _group(client_of, wanted + 1)[:wanted]
         if self.classes_per_client is None:
             return parts
-        return [part[self._keeps(labels[part], rng)] for part in parts]
+        return [part[self._keeps(labels[part], named[owner_of[part]], rng)] for part in parts]
 
-    def _keeps(self, labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Which examples of an owner stay, [n] bool: those of some of its classes."""
+    def keeps_held_out(self, trained: np.ndarray, held_out: np.ndarray) -> np.ndarray:
+        if self.classes_per_client is None:
+            return super().keeps_held_out(trained, held_out)
+        return np.isin(held_out, trained)
+
+    def _keeps(self, labels: np.ndarray, own: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Which examples of a client stay, [n] bool: those of some of the classes of its `own` [n] bool."""
         assert self.classes_per_client is not None
-        return np.isin(labels, rng.permutation(np.unique(labels))[: self.classes_per_client])
+        return np.isin(labels, rng.permutation(np.unique(labels[own]))[: self.classes_per_client])
 
 
 def _at_least_one(key: str, value: int) -> int:

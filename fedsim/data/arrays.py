@@ -84,7 +84,8 @@ class ArrayWorkload(Workload):
 
     Every client's own examples are divided into a part to train on and a part to judge its personal model on. With a
     partition by owner and a test split that has the client's owner, the second part is the owner's rows of the test
-    split; otherwise it is a seeded draw of the client's own examples. Rows of the test split are never trained on.
+    split, as far as the partition keeps them; where that is none, and otherwise, it is a seeded draw of the client's
+    own examples. Rows of the test split are never trained on, and nobody's ("") judge the global model alone.
 
     Args:
         name: of the workload, as in the configuration.
@@ -147,10 +148,7 @@ class ArrayWorkload(Workload):
                     f"{source}: one example of {key} is {_describe(ours)} in the train part but {_describe(theirs)} in "
                     "the test part; save both parts alike"
                 )
-        if train.owners is not None and test.owners is not None:
-            ours, theirs = train.owners.dtype, test.owners.dtype
-            if (ours.kind == "U") != (theirs.kind == "U"):
-                raise DataError(f"{source}: client is {ours} in the train part but {theirs} in the test part")
+        owners, test_owners = _alike(train.owners, test.owners, source)
         self.name, self.kind, self.classes = name, kind, list(classes)
         self.num_classes, self.client_test_fraction = len(self.classes), client_test_fraction
         statistics = _channel_statistics(train.x, kind, features) if input_range == "standard" else (None, None)
@@ -160,11 +158,16 @@ class ArrayWorkload(Workload):
         self.input_shape = tuple(self.test.gather(torch.tensor([0]))["x"].shape[1:])
         if num_clients is None and not partition.by_owner:
             num_clients = default_clients
-        self.parts = partition.split(train.y, train.owners, num_clients, generator(seed, "partition"))
+        self.parts = partition.split(train.y, owners, num_clients, generator(seed, "partition"))
         self.num_clients = len(self.parts)
         self._test_rows: list[np.ndarray | None] = [None] * self.num_clients
-        if partition.by_owner and train.owners is not None and test.owners is not None:
-            self._test_rows = _rows_of_owners(test.owners, [train.owners[rows] for rows in self.parts])
+        if partition.by_owner and owners is not None and test_owners is not None:
+            theirs_of = _rows_of_owners(test_owners, [owners[rows] for rows in self.parts])
+            kept = (
+                rows[partition.keeps_held_out(train.y[part], test.y[rows])]
+                for part, rows in zip(self.parts, theirs_of, strict=True)
+            )
+            self._test_rows = [rows if len(rows) else None for rows in kept]
 
     def build_model(self) -> nn.Module:
         """A fresh model: the same weights for the same seed.
@@ -307,13 +310,34 @@ def _features_of(x: np.ndarray, kind: Kind, features: Features) -> Iterable[np.n
         yield prepare({"x": rows})["x"].numpy()
 
 
-def _rows_of_owners(test_owners: np.ndarray, owners_of_clients: list[np.ndarray]) -> list[np.ndarray | None]:
-    """For each client, the rows of the test split that its owner made; None where there are none."""
+def _alike(ours: np.ndarray | None, theirs: np.ndarray | None, source: str) -> tuple[np.ndarray | None, ...]:
+    """The owners of both parts as one type: text, int64 or uint64. Mixed integers would be compared as floats.
+
+    Raises:
+        DataError: for text and integers, or integers that no 64-bit type holds together.
+    """
+    if ours is None or theirs is None:
+        return ours, theirs
+    kinds = {owners.dtype.kind for owners in (ours, theirs)}
+    where = f"{source}: client is {ours.dtype} in the train part but {theirs.dtype} in the test part"
+    if kinds == {"U"}:
+        return ours, theirs
+    if "U" in kinds:
+        raise DataError(f"{where}; save the ids of both parts as integers, or of both as text")
+    low, high = (min(int(o.min()) for o in (ours, theirs)), max(int(o.max()) for o in (ours, theirs)))
+    if low < 0 and high >= 2**63:
+        raise DataError(f"{where}, with ids from {low} to {high}, which no 64-bit type holds; save both parts alike")
+    dtype = np.uint64 if high >= 2**63 else np.int64
+    return ours.astype(dtype), theirs.astype(dtype)
+
+
+def _rows_of_owners(test_owners: np.ndarray, owners_of_clients: list[np.ndarray]) -> list[np.ndarray]:
+    """For each client, the rows of the test split that its owner made, in order."""
     order = np.argsort(test_owners, kind="stable")
     ordered = test_owners[order]
-    result: list[np.ndarray | None] = []
+    result: list[np.ndarray] = []
     for owners in owners_of_clients:
         owner = np.sort(owners)[-1]  # all alike, but for "" (nobody), which sorts first
         first, last = np.searchsorted(ordered, owner, "left"), np.searchsorted(ordered, owner, "right")
-        result.append(order[first:last] if last > first else None)
+        result.append(order[first:first] if owner == "" else order[first:last])
     return result
