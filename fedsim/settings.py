@@ -436,6 +436,8 @@ def build_world(config_json: str) -> World:
     parts = {"model": model_factory(settings), "partition": instantiate(settings, "partition")}
     seed = settings["seed"]
     workload = instantiate(settings, "workload", **parts, num_clients=settings["num_clients"], seed=seed)
+    if not len(workload.test):
+        raise DataError(f"workload {workload.name} has no test examples, so no model can be judged on it")
     stream = instantiate(settings, "stream")  # a partial: Hydra would copy the data
     workload = stream(
         workload=workload, rounds=settings["rounds"], evaluate_every=settings["evaluate_every"], seed=seed

@@ -152,8 +152,9 @@ class Permuted(Reused):
 class Domains(Stream):
     """Each task is a data set of its own, with its own classes: bundles of images, brought to one size.
 
-    The first task is the workload; the others are dealt to clients evenly, at random. Task-incremental, every task is
-    judged among its own classes; domain-incremental, classes are numbered from 0 in every task.
+    The first task is the workload; the others are dealt to clients evenly, at random, and of each a client holds out
+    the share that it holds out of the workload. Task-incremental, every task is judged among its own classes;
+    domain-incremental, classes are numbered from 0 in every task.
 
     Args:
         bundles: folders, or names of bundles, of the tasks after the first.
@@ -206,8 +207,9 @@ class _Union(Workload):
         self.first, self.name, self.num_clients = first, first.name, first.num_clients
         self.input_shape = first.input_shape
         tests, counts, self.others = [first.test], [first.num_classes], []
+        held_out = getattr(first, "client_test_fraction", 0.0)  # of a user's own workload, nobody knows it
         for path in bundles:
-            other = Bundle(path, first.model_factory, Iid(), first.num_clients, seed, client_test_fraction=0.0)
+            other = Bundle(path, first.model_factory, Iid(), first.num_clients, seed, client_test_fraction=held_out)
             if len(other.input_shape) != 3:
                 raise ConfigError(f"stream.bundles must hold images, and {path} has none")
             self.others.append(other)
@@ -218,9 +220,9 @@ class _Union(Workload):
         self.test = Joined(tests, self.starts, self.input_shape)
 
     def client_data(self, client_id: int) -> ClientData:
-        own = self.first.client_data(client_id)
-        parts = [own.train, *(other.client_data(client_id).train for other in self.others)]
-        return ClientData(Joined(parts, self.starts, self.input_shape), own.test)
+        own = [data_set.client_data(client_id) for data_set in (self.first, *self.others)]
+        train, test = ([getattr(data, part) for data in own] for part in ("train", "test"))
+        return ClientData(Joined(train, self.starts, self.input_shape), Joined(test, self.starts, self.input_shape))
 
 
 class Joined(Examples):

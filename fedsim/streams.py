@@ -125,7 +125,7 @@ class Stream(Workload):
 
     Raises:
         ConfigError: if a setting is wrong.
-        DataError: if a client has no examples in one of its parts.
+        DataError: if a client has no examples in one of its parts, or a task none to be judged on.
     """
 
     def __init__(
@@ -190,6 +190,12 @@ class Stream(Workload):
             self.shares[c] *= long_tail ** (place / max(1, len(classes) - 1))
         self._own = lru_cache(maxsize=8)(workload.client_data)
         self.set_up()
+        for task in range(tasks):
+            if not self.belongs(task, workload.test.labels).any():
+                raise DataError(
+                    f"workload {self.name} has no test examples of task {task} (stream.tasks={tasks}), so no model can "
+                    "be judged on it; add some to the test part, or take fewer tasks"
+                )
         self.test = self.held_out(0)
         self.masks, self.seen_masks = self._masks()
         for client in range(min(self.num_clients, LOOKED_AT)):

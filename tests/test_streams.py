@@ -266,7 +266,10 @@ def test_domains_bring_one_data_set_after_the_other(tmp_path: Path):
         assert batch["x"].shape[1:] == (1, 8, 8)
         assert set(batch["y"].tolist()) == set(workload.classes_of(task)) == set(part.labels.tolist())
         assert len(workload.held_out(task)) == (len(workload.inner.first.test) if task == 0 else 24)
-    assert sum(len(workload.client_part(c, 1).train) for c in range(3)) == 60
+    assert sum(len(workload.client_part(c, 1).train) for c in range(3)) == 54
+    held_out = [workload.client_part(0, task).test.labels.tolist() for task in range(3)]
+    assert [len(labels) - 48 for labels in held_out] == [0, 2, 4]  # 48 of 479 digits, 2 of 20 of either bundle
+    assert set(held_out[2][50:]) <= set(workload.classes_of(2))
     grey = np.load(tmp_path / "b" / "train.npz")["x"]
     alike = workload.recall(0, workload.arrivals(0, 2))["x"][0]
     assert any(torch.equal(alike[0], torch.from_numpy(x).float() / 255) for x in grey)

@@ -1,13 +1,20 @@
 """One rule for both parts of a data set: what is left out, renamed or refused in training is so in testing."""
 
+import json
+from functools import wraps
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 
 from fedsim.data.arrays import Arrays, ArrayWorkload
+from fedsim.data.digits import Digits
 from fedsim.errors import DataError
 from fedsim.models.mlp import MLP
-from fedsim.partition import Natural
-from fedsim.workload import Workload
+from fedsim.partition import Iid, Natural
+from fedsim.settings import build_world, compose, instantiate, options
+from fedsim.workload import Examples, Workload
 
 OWNERS, EACH, TESTED = 6, 20, 8
 
@@ -117,3 +124,49 @@ def test_ids_of_one_number_are_one_user_whatever_their_types(ours: np.ndarray, t
 def test_ids_that_have_no_type_in_common_are_refused(ours: np.ndarray, theirs: np.ndarray, sentence: str):
     with pytest.raises(DataError, match=sentence):
         users(ours, theirs)
+
+
+# What a task is judged on
+
+
+def cut_digits(last: int) -> Digits:
+    """Digits, of whose test part only those below `last` are left."""
+    workload = Digits(MLP, Iid(), num_clients=2, seed=0)
+    rows = torch.nonzero(workload.test.labels < last).flatten()
+    workload.test = Examples(workload.test.tensors, rows, workload.prepare)
+    return workload
+
+
+@pytest.mark.parametrize("changes", [{}, {"test_per_class": 5}, {"forward_transfer": False}])
+@pytest.mark.parametrize("missing", ["a task", "all"])
+@pytest.mark.parametrize("kind", [kind for kind in options("stream") if kind != "none"])
+def test_a_task_without_test_examples_is_refused(kind: str, missing: str, changes: dict[str, object], tmp_path: Path):
+    bundles = [f"stream.bundles=[{tmp_path}]", "stream.tasks=2"] if kind == "domains" else []
+    if bundles:
+        for name in ("train", "test"):
+            np.savez(tmp_path / f"{name}.npz", x=np.zeros((8, 4, 4), np.uint8), y=np.arange(8) % 2)
+        (tmp_path / "meta.json").write_text(json.dumps({"kind": "image", "classes": ["a", "b"]}))
+    settings = compose(["workload=digits", f"stream={kind}", *bundles, "rounds=10"])
+    settings["stream"] |= changes
+    make = instantiate(settings, "stream")
+    share_classes = kind != "split_classes"  # then only a task of a data set without any test examples has none
+    workload = cut_digits(8 if missing == "a task" else 0)
+    if share_classes and missing == "a task":
+        make(workload=workload, rounds=10, evaluate_every=1, seed=0)
+        return
+    with pytest.raises(DataError, match=r"workload digits has no test examples of task [04] \(stream.tasks="):
+        make(workload=workload, rounds=10, evaluate_every=1, seed=0)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in options("stream") if kind != "domains"])
+def test_a_workload_without_test_examples_is_refused_before_the_run(kind: str, monkeypatch: pytest.MonkeyPatch):
+    made = Digits.__init__
+
+    @wraps(made)
+    def emptied(self: Digits, *arguments: object, **settings: object) -> None:
+        made(self, *arguments, **settings)  # type: ignore[arg-type]
+        self.test = Examples(self.test.tensors, torch.zeros(0, dtype=torch.int64), self.prepare)
+
+    monkeypatch.setattr(Digits, "__init__", emptied)
+    with pytest.raises(DataError, match="workload digits has no test examples"):
+        build_world(json.dumps(compose(["workload=digits", f"stream={kind}", "rounds=10", "seed=77"])))
