@@ -29,7 +29,7 @@ from fedsim.checkpoint import restore_strategy, strategy_state
 from fedsim.deployment import check_plan, deployments
 from fedsim.engines.blocks import is_plain_mean, mean_is_all
 from fedsim.errors import ConfigError, RunError
-from fedsim.messages import ARRAYS, METRICS, NUM_EXAMPLES, array_record, like, record_of, tensors_of
+from fedsim.messages import ARRAYS, METRICS, NUM_EXAMPLES, array_record, in_float64, like, record_of, tensors_of
 from fedsim.network import ONE_METHOD, ClientReport, EdgeGrid
 from fedsim.price_facts import price_facts
 from fedsim.pricing import OUTCOMES
@@ -140,6 +140,8 @@ class Federation:
             content = replies[0].content
             self.take(content.array_records[ARRAYS])
             return {key: value for key, value in _plain(content.metric_records[METRICS]).items() if key != NUM_EXAMPLES}
+        if not self.grid.averages and not hasattr(self.strategy, "combine"):
+            replies = in_float64(replies)
         try:
             arrays, metrics = self.strategy.aggregate_train(number, replies)
         except AppExitException as error:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedsim.workload import Tensors
 
@@ -228,6 +228,29 @@ def payload_bytes(content: RecordDict) -> int:
 def record_bytes(record: ArrayRecord) -> int:
     """Bytes of numbers in one ArrayRecord."""
     return sum(np.dtype(array.dtype).itemsize * prod(array.shape) for array in record.values())
+
+
+def in_float64(replies: Iterable[Message]) -> list[Message]:
+    """Replies whose floats are float64, for strategies that compute in the precision of what they are given.
+
+    Flower's Krum takes |a - b|^2 as |a|^2 + |b|^2 - 2 ab: in float32 that knows distances to about 1e-6 |a|^2, and
+    clients of one round are closer to each other than that.
+    """
+    widened = list(replies)
+    for reply in widened:
+        reply.content = RecordDict(
+            {
+                name: array_record({key: _wide(array) for key, array in record.items()})
+                if isinstance(record, ArrayRecord)
+                else record
+                for name, record in reply.content.items()
+            }
+        )
+    return widened
+
+
+def _wide(array: Array) -> Array:
+    return to_array(from_array(array).astype(np.float64)) if np.dtype(array.dtype).kind == "f" else array
 
 
 def like(record: ArrayRecord, model: ArrayRecord) -> ArrayRecord:

@@ -59,7 +59,7 @@ class GSSTrainer(ReplayTrainer):
             return
         some = torch.randperm(len(memory), generator=self.draw)[:COMPARED]
         pool = Pool(client.workload, client.model, self._with(batch, memory, some))
-        directions = F.normalize(pool.gradients, dim=1)
+        directions = F.normalize(pool.gradients, dim=1, eps=torch.finfo(pool.gradients.dtype).tiny)
         new, old = directions[: len(names)], directions[len(names) :]
         client.log.add(client.network, len(pool), forwards=1)
         error = pool.outputs[0]

@@ -247,7 +247,7 @@ class PoolTrainer(MixupTrainer):
         """Clips and blurs averages before they leave the device."""
         x, y = pairs["x"], pairs["y"]
         if self.average_clip is not None:
-            norm = x.flatten(1).norm(dim=1).clamp(min=1e-12)
+            norm = x.flatten(1).norm(dim=1).clamp(min=torch.finfo(x.dtype).tiny)
             x = x * (self.average_clip / norm).clamp(max=1.0).view(-1, *[1] * (x.dim() - 1))
         if self.average_noise:
             x, y = (t + self.average_noise * torch.randn(t.shape, generator=draw).to(t) for t in (x, y))

@@ -43,7 +43,7 @@ from fedsim.errors import ConfigError
 from fedsim.messages import Broadcast, ClientUpdate
 from fedsim.workload import Tensors, Workload
 
-FLOOR = 1e-6  # of the product of norms: a perfectly fitted example scores 0
+FLOOR = 1e-6  # of products of norms, relative to the largest: a perfectly fitted example scores 0
 SEEN = "ocs_batches"  # stream batches of the phase so far, for the warm start
 REFERENCE = "reference"  # extra record: direction [weights], examples []
 
@@ -62,8 +62,8 @@ def scores(of: Products, tau: float, diversity: str = "exclude_self") -> tuple[T
     norms = of.own.diagonal().clamp(min=0).sqrt()
     n = len(norms)
     length = of.own.mean().clamp(min=0).sqrt()  # |mean g|^2 is the mean of all products
-    similarity = of.own.mean(1) / (norms * length).clamp(min=FLOOR)
-    cosines = of.own / (norms[:, None] * norms[None, :]).clamp(min=FLOOR)
+    similarity = of.own.mean(1) / _above_zero(norms * length)
+    cosines = of.own / _above_zero(norms[:, None] * norms[None, :])
     if diversity == "code":
         apart = -cosines.mean(1)
     else:
@@ -71,8 +71,13 @@ def scores(of: Products, tau: float, diversity: str = "exclude_self") -> tuple[T
         apart = -others.sum(1) / max(1, n - 1)
     affinity = torch.zeros_like(norms)
     if of.past is not None and of.past_norm is not None and tau:
-        affinity = of.past / (norms * of.past_norm).clamp(min=FLOOR)
+        affinity = of.past / _above_zero(norms * of.past_norm)
     return similarity, apart, affinity
+
+
+def _above_zero(products: Tensor) -> Tensor:
+    """Products of norms to divide by: those far below the largest count as a little more, and none is 0."""
+    return products.maximum(FLOOR * products.amax()).clamp(min=torch.finfo(products.dtype).tiny)
 
 
 def best(total: Tensor, size: int) -> Tensor:
@@ -242,7 +247,7 @@ class OCSTrainer(ReplayTrainer):
         with scoring(client.model):
             own = mean_gradient(self.grad_mode, client.workload, client.model, memory.examples())
         log_mean_gradient(client.log, client.network, self.grad_mode, self.outputs, len(memory))
-        direction = own / torch.linalg.vector_norm(own).clamp(min=FLOOR)
+        direction = own / torch.linalg.vector_norm(own).clamp(min=torch.finfo(own.dtype).tiny)
         return replace(update, extras={REFERENCE: {"direction": direction, "examples": torch.tensor(len(memory))}})
 
     # --- the coreset ------------------------------------------------------------------------------------------------

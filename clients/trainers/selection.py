@@ -97,8 +97,8 @@ def seeding(points: Tensor, size: int, draw: torch.Generator) -> Tensor:
         size: how many.
         draw: random numbers.
     """
-    chosen = [int(torch.randint(len(points), (), generator=draw))]
-    nearest = (points - points[chosen[0]]).square().sum(1).double()
+    chosen, points = [int(torch.randint(len(points), (), generator=draw))], points.double()  # squares could underflow
+    nearest = (points - points[chosen[0]]).square().sum(1)
     for _ in range(size - 1):
         nearest[chosen] = 0
         if nearest.sum() > 0:
@@ -106,13 +106,13 @@ def seeding(points: Tensor, size: int, draw: torch.Generator) -> Tensor:
         else:
             place = next(i for i in range(len(points)) if i not in set(chosen))
         chosen.append(place)
-        nearest = torch.minimum(nearest, (points - points[place]).square().sum(1).double())
+        nearest = torch.minimum(nearest, (points - points[place]).square().sum(1))
     return torch.tensor(chosen)
 
 
 def farthest(points: Tensor, size: int) -> Tensor:
     """k-center: the first point, then always the one farthest from all chosen ones; ties to the smaller index."""
-    chosen = [0]
+    chosen, points = [0], points.double()  # squares could underflow
     nearest = (points - points[0]).square().sum(1)
     for _ in range(size - 1):
         nearest[chosen] = -1
@@ -126,7 +126,7 @@ def herd(points: Tensor, size: int) -> Tensor:
 
     Source: Welling, "Herding Dynamical Weights to Learn", ICML 2009; points are brought to length 1 first.
     """
-    points = F.normalize(points.double(), dim=1)
+    points = F.normalize(points.double(), dim=1, eps=torch.finfo(torch.float64).tiny)
     mean, total, chosen = points.mean(0), torch.zeros_like(points[0]), []
     free = torch.ones(len(points), dtype=torch.bool, device=points.device)
     for count in range(1, size + 1):

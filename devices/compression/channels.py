@@ -279,7 +279,7 @@ class ChannelGroups:
             silenced = copy(x)
             alike = narrow.shape == silenced.shape
             error = (
-                float((narrow - silenced).abs().max() / silenced.abs().max().clamp(min=1e-12)) if alike else math.inf
+                float((narrow - silenced).abs().max() / silenced.abs().max().clamp(min=1e-300)) if alike else math.inf
             )
         except RuntimeError as failure:
             reason = " ".join(str(failure).split())[:150]

@@ -223,12 +223,17 @@ class _FakeQuantise(torch.autograd.Function):
         return gradient * inside, (gradient * by_step).sum_to_size(step.shape) * share, None, None
 
 
+def above_zero(widths: Tensor) -> Tensor:
+    """Widths of steps, none of them 0: where a channel is silent, a trillionth of the widest."""
+    return widths.maximum(1e-12 * widths.amax()).clamp(min=torch.finfo(widths.dtype).tiny)
+
+
 def first_step(weight: Tensor, bits: int, per_channel: bool = True) -> Tensor:
     """Where a learned step begins: 2 mean |w| / sqrt(Q); one per output channel [out, 1, ...], or one for all []."""
     _, high = limits(bits)
     size = weight.detach().abs()
     mean = size.flatten(1).mean(1).view(-1, *[1] * (weight.dim() - 1)) if per_channel else size.mean()
-    return (2 * mean / high**0.5).clamp(min=1e-12)
+    return above_zero(2 * mean / high**0.5)
 
 
 class WeightQuantiser:
@@ -259,6 +264,6 @@ class WeightQuantiser:
         """One fake-quantised weight."""
         step = self.steps.get(name)
         if step is None:
-            scales = weight.detach().abs().flatten(1).amax(1).clamp(min=1e-12) / self.high
+            scales = above_zero(weight.detach().abs().flatten(1).amax(1)) / self.high
             step = _beside(scales, weight)
         return fake_quantise(weight, step, self.low, self.high)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from devices.compression.masks import PRUNABLE, Masks, masked
-from devices.compression.quantise import fake_quantise, limits
+from devices.compression.quantise import above_zero, fake_quantise, limits
 
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
@@ -44,7 +44,7 @@ def step_of(weight: Tensor, mask: Tensor, bits: int) -> Tensor:
     _, high = limits(bits)
     weight, mask = weight.detach().flatten(1), mask.to(weight).flatten(1)
     mean = (weight.abs() * mask).sum(1) / mask.sum(1).clamp(min=1)
-    return (2 * mean / high**0.5).clamp(min=1e-12)
+    return above_zero(2 * mean / high**0.5)
 
 
 class TwoPaths:

@@ -53,7 +53,7 @@ class Prepare:
     Args:
         kind: what the examples are.
         features: makes of the scaled examples what is fed, row by row.
-        mean, std: subtracted and divided by afterwards, shaped to broadcast against one prepared example.
+        mean, std: subtracted and divided by afterwards, float64, shaped to broadcast against one prepared example.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Prepare:
         if self.features is not None:
             x = self.features(x)
         if self.mean is not None and self.std is not None:
-            x = (x - self.mean) / self.std
+            x = ((x.double() - self.mean) / self.std).to(x.dtype)  # in float32, a mean of 1e7 is off by up to 0.5
         return {**batch, "x": x}
 
 
@@ -284,23 +284,29 @@ def _describe(array: np.ndarray) -> str:
 
 
 def _channel_statistics(x: np.ndarray, kind: Kind, features: Features | None) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the prepared examples, shaped to broadcast against one of them.
+    """Mean and standard deviation of the prepared examples, shaped to broadcast against one of them, float64.
 
-    Summed by numpy, not torch, so that the number of threads cannot change the last bit.
+    No number in it has a unit: a channel counts as constant, with deviation 1, where all its values are equal, and
+    deviations are summed from each piece's own mean and joined as in Chan, Golub and LeVeque, "Updating Formulae and a
+    Pairwise Algorithm for Computing Sample Variances", 1979. Summed by numpy, not torch, so that the number of threads
+    cannot change the last bit.
     """
     channels = x.shape[-1] if kind == "tabular" or (kind == "image" and x.ndim == 4) else 1
     scale = 1.0 if features else FULL_SCALE.get(torch.from_numpy(x[:1]).dtype, 1.0)
-    total, squares, count = np.zeros(channels), np.zeros(channels), 0
+    mean, squares, count = np.zeros(channels), np.zeros(channels), 0
+    low, high = np.full(channels, np.inf), np.full(channels, -np.inf)
     for piece in _features_of(x, kind, features) if features else np.array_split(x, max(1, x.size // 2**20)):
         rows = piece.reshape(-1, channels).astype(np.float64)  # of all, it might not fit
-        total += rows.sum(0)
-        squares += np.einsum("ij,ij->j", rows, rows)
-        count += len(rows)
-    mean = total / count
-    std = np.sqrt(np.maximum(squares / count - mean**2, 0)) / scale
-    std[std < 1e-6] = 1  # a channel that never changes becomes zero
+        low, high = np.minimum(low, rows.min(0)), np.maximum(high, rows.max(0))
+        own = rows.mean(0)
+        rows -= own
+        apart, count = own - mean, count + len(rows)
+        mean = mean + apart * (len(rows) / count)
+        squares = squares + np.einsum("ij,ij->j", rows, rows) + apart**2 * (len(rows) * (count - len(rows)) / count)
+    std = np.where(low < high, np.sqrt(squares / count), scale)
+    mean = np.where(low < high, mean, low)
     shape = {"image": (-1, 1, 1), "tabular": (-1,), "audio": (), "text": ()}[kind]
-    mean_of, std_of = (torch.tensor(values, dtype=torch.float32).reshape(shape) for values in (mean / scale, std))
+    mean_of, std_of = (torch.from_numpy(values / scale).reshape(shape) for values in (mean, std))
     return mean_of, std_of
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 LEVELS = 255  # of a mean that travels as uint8
+DIFFERENCES = "donot_use_mm_for_euclid_dist"  # torch would expand |a - b|^2, which cancels where data are far from 0
 
 
 def averages(
@@ -139,11 +140,12 @@ def _exposure(workload: Workload, size: int | None, clients: range, seed: int) -
     for client in clients:
         means = _of_client(workload, client, size, seed)
         own = workload.client_data(client).train
-        x = own.gather(torch.arange(len(own)))["x"].flatten(1)
+        x = own.gather(torch.arange(len(own)))["x"].flatten(1).double()
         if not len(means["x"]):
             continue
-        apart = torch.pdist(x).mean().clamp(min=1e-12) if len(x) > 1 else torch.ones(())
-        nearest += float((torch.cdist(means["x"].flatten(1), x).amin(1) / apart).sum())
+        apart = float(torch.pdist(x).mean()) if len(x) > 1 else 0.0  # 0: examples that are all equal
+        closest = torch.cdist(means["x"].flatten(1).double(), x, compute_mode=DIFFERENCES).amin(1)
+        nearest += float(closest.sum()) / (apart or 1.0)
         labels += float((means["y"] > 0).sum())
         pairs += len(means["x"])
         pair_bytes = 4 * (means["x"][0].numel() + means["y"][0].numel())
@@ -159,7 +161,7 @@ def _draw(axes: Axes, pairs: Tensors, names: list[str]) -> None:
     x, y = pairs["x"][0], pairs["y"][0]
     if x.dim() == 3 and len(x) == 3:
         low, high = float(x.min()), float(x.max())
-        axes.imshow(((x.permute(1, 2, 0) - low) / max(high - low, 1e-12)).numpy())
+        axes.imshow(((x.permute(1, 2, 0) - low) / ((high - low) or 1.0)).numpy())
     elif x.dim() == 3:
         axes.imshow(x[0].numpy(), cmap="gray")
     else:
