@@ -20,6 +20,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.exception import AppExitException
 from flwr.serverapp.strategy import Strategy
+from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 
 from devices.errors import DeviceError
 from devices.fleet import Fleet
@@ -29,7 +30,7 @@ from fedsim.checkpoint import restore_strategy, strategy_state
 from fedsim.deployment import check_plan, deployments
 from fedsim.engines.blocks import is_plain_mean, mean_is_all
 from fedsim.errors import ConfigError, RunError
-from fedsim.messages import ARRAYS, METRICS, NUM_EXAMPLES, array_record, in_float64, like, record_of, tensors_of
+from fedsim.messages import ARRAYS, array_record, in_float64, like, record_of, tensors_of
 from fedsim.network import ONE_METHOD, ClientReport, EdgeGrid
 from fedsim.price_facts import price_facts
 from fedsim.pricing import OUTCOMES
@@ -137,9 +138,8 @@ class Federation:
         if not replies:
             return {}
         if self.grid.averages and mean_is_all(self.strategy):
-            content = replies[0].content
-            self.take(content.array_records[ARRAYS])
-            return {key: value for key, value in _plain(content.metric_records[METRICS]).items() if key != NUM_EXAMPLES}
+            self.take(replies[0].content.array_records[ARRAYS])
+            return self.means("train")
         if not self.grid.averages and not hasattr(self.strategy, "combine"):
             replies = in_float64(replies)
         try:
@@ -151,7 +151,20 @@ class Federation:
             raise RunError(f"{type(self.strategy).__name__} {reason}{pair}") from error
         if arrays is not None:
             self.take(arrays)
-        return _plain(metrics)
+        return self.with_means("train", metrics)
+
+    def means(self, phase: str) -> dict[str, float]:
+        """The mean of each metric over the clients of this round whose replies were accepted: see `metrics`."""
+        return figures.means(c for c in self.grid.reports if c.phase == phase and c.outcome == "completed")
+
+    def with_means(self, phase: str, metrics: MetricRecord | None) -> dict[str, float]:
+        """The means of what clients report, and what a strategy adds of its own.
+
+        A strategy with a function of its own for them has the last word; Flower's weighs all of them by examples.
+        """
+        own, function = _plain(metrics), getattr(self.strategy, f"{phase}_metrics_aggr_fn", aggregate_metricrecords)
+        means = self.means(phase)
+        return own | means if function is aggregate_metricrecords else means | own
 
     def take(self, shared: ArrayRecord) -> None:
         """Makes these the global weights; what is private stays as it was."""
@@ -202,7 +215,7 @@ class Federation:
             messages = list(self.strategy.configure_evaluate(number, self.shared, ConfigRecord(), self.grid))
         replies = self.grid.send_and_receive(messages)
         metrics = self.strategy.aggregate_evaluate(number, replies) if replies else None
-        return {f"client_{key}": value for key, value in _plain(metrics).items()}
+        return {f"client_{key}": value for key, value in self.with_means("evaluate", metrics).items()}
 
     def report(
         self, number: int, start_s: float, metrics: dict[str, float], started: float

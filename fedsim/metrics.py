@@ -1,14 +1,50 @@
-"""Figures drawn from the reports of a run. May import: the standard library and fedsim.report's types."""
+"""Figures drawn from the reports of a run, and the means over clients that are in them.
+
+May import: the standard library, fedsim.report's and fedsim.network's types.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fedsim.network import ClientReport
     from fedsim.report import RoundReport
 
 ACCURACY, LOSS = "accuracy", "loss"
+BY_EXAMPLES, BY_CLIENTS = "examples", "clients"
+# How what clients report becomes one number of the round: weighted by their examples, as what is itself a mean over
+# examples, or every client alike, as what is a fact about the client, its device or its network. A name also stands for
+# names that go on behind it with an underscore, such as accuracy_at_0.5 and latency_ms_on_pixel3. Other names are
+# weighted by examples, as Flower does.
+AVERAGED: Mapping[str, str] = {
+    **dict.fromkeys(("accuracy", "loss", "train_loss", "personal_loss", "head_loss"), BY_EXAMPLES),
+    **dict.fromkeys(("own_loss", "partner_loss", "taylor"), BY_EXAMPLES),
+    **dict.fromkeys(("similarity", "diversity", "affinity"), BY_EXAMPLES),
+    **dict.fromkeys(("latency_ms", "flops", "keep_ratio", "sparsity"), BY_CLIENTS),
+    **dict.fromkeys(("dense_bytes", "nonzero_bytes", "wire_bytes"), BY_CLIENTS),
+    **dict.fromkeys(("memory_examples", "pool_pairs", "data_version", "oracle"), BY_CLIENTS),
+}
+
+
+def averaged_by(name: str) -> str:
+    """Whether a metric of clients is averaged by examples or by clients; see AVERAGED."""
+    known = [key for key in AVERAGED if name == key or name.startswith(f"{key}_")]
+    return AVERAGED[max(known, key=len)] if known else BY_EXAMPLES
+
+
+def means(clients: Iterable[ClientReport]) -> dict[str, float]:
+    """The mean of each metric over the clients that report it; none where it would be weighted by no examples."""
+    sums: dict[str, float] = {}
+    weights: dict[str, float] = {}
+    for client in clients:
+        for name, value in client.metrics.items():
+            if isinstance(value, int | float):
+                weight = client.num_examples if averaged_by(name) == BY_EXAMPLES else 1
+                sums[name] = sums.get(name, 0.0) + value * weight
+                weights[name] = weights.get(name, 0) + weight
+    return {name: total / weights[name] for name, total in sums.items() if weights[name] > 0}
 
 
 def judged(reports: Sequence[RoundReport]) -> list[RoundReport]:

@@ -21,6 +21,7 @@ from flwr.serverapp import Grid
 from devices.cost import Cost, LatencyModel, Work, unpack_works
 from devices.fleet import Fleet
 from devices.profile import DeviceProfile
+from fedsim import metrics as figures
 from fedsim.clock import SimClock
 from fedsim.engines.blocks import BlockSum, WeightedSum, blocks
 from fedsim.errors import ClientError, RunError
@@ -231,7 +232,7 @@ class EdgeGrid(Grid):
             return self._deliver(accepted)
         if not early:
             total.add_accepted(accepted)
-        return [Message(self._mean(accepted, total), reply_to=accepted[0].message)]
+        return [Message(self._mean(accepted, total, len(replies)), reply_to=accepted[0].message)]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Runs the exchange at once; `pull_messages` with the ids hands out its replies."""
@@ -432,20 +433,12 @@ class EdgeGrid(Grid):
                 reply.content[ARRAYS] = unpacked(_arrays(reply.content), model)
         return [Message(r.content, reply_to=r.message) for r in accepted if r.content is not None]
 
-    def _mean(self, accepted: Sequence[_Reply], total: _RoundSum) -> RecordDict:
+    def _mean(self, accepted: Sequence[_Reply], total: _RoundSum, asked: int) -> RecordDict:
         """One reply that stands for all: a strategy that only averages takes it as a cohort of one."""
-        metrics: dict[str, float] = {}
-        examples = 0
         for reply in accepted:
-            content: Any = reply.content
-            numbers = content[METRICS]
-            weight = numbers[NUM_EXAMPLES]
             _check_alike(reply, accepted[0])
-            for key, value in numbers.items():
-                if key != NUM_EXAMPLES:
-                    metrics[key] = metrics.get(key, 0.0) + value * weight
-            examples += weight
-        means = {key: value / examples for key, value in metrics.items()}
+        reports = [report for report in self.reports[-asked:] if report.outcome == "completed"]
+        means, examples = figures.means(reports), sum(report.num_examples for report in reports)
         model = _arrays(accepted[0].message.content)
         mean = unpacked(total.mean({r.client for r in accepted}, model), model)
         return RecordDict({ARRAYS: mean, METRICS: MetricRecord({NUM_EXAMPLES: examples, **means})})
