@@ -1,31 +1,57 @@
-"""HeteroFL: nested widths, and static batch norm: statistics are collected when training is done, not while it runs.
+"""HeteroFL: nested widths, a classifier whose rows are averaged over who has the class, and static batch norm.
 
-Source: Diao et al., "HeteroFL", ICLR 2021, section 3 (sBN). Differs: each client looks at its data through the part
+Statistics of static batch norms are collected when training is done, not while it runs. Source: Diao et al.,
+"HeteroFL", ICLR 2021, section 3, and its code (`fed.py`: clients count alike; rows of the classifier, where labels are
+masked, only those of the client's own classes). Differs: each client looks at its data through the part
 that it trains, and each channel's statistics are the mean over those who hold it, weighted by examples; the authors'
 code passes the data through the whole network. Records: statistics, up, asked before the weights are judged: for each
-batch norm running_mean and running_var [channels of the part] float32, examples [] int64; else those of
-`strategies.subnet`. May import: what `strategies.widths` may.
+batch norm running_mean and running_var [channels of the part] float32, examples [] int64; classes, up where labels are
+masked: bits [ceil(classes / 8)] uint8; else those of `strategies.subnet`. May import: what `strategies.widths` may.
 """
 
 from __future__ import annotations
 
+import torch
 from flwr.app import ArrayRecord, Message
+from torch import Tensor
 
 from devices.compression.channel_graph import BATCH_NORMS
-from fedsim.messages import content_of, record_of, tensors_of
+from fedsim.messages import ClientUpdate, content_of, record_of, tensors_of
 from fedsim.network import EdgeGrid
+from fedsim.roles import head
+from fedsim.slices import BITS, unpack_bits
+from fedsim.workload import Tensors
 from strategies.edge import mean_by_coordinate
 from strategies.widths import WidthStrategy
 
-QUERY, STATISTICS, EXAMPLES = "query.statistics", "statistics", "examples"
+QUERY, STATISTICS, EXAMPLES, CLASSES = "query.statistics", "statistics", "examples", "classes"
 MOMENTS = ("running_mean", "running_var")
 
 
 class HeteroFL(WidthStrategy):
     """Before the weights are judged, asks every client that is online for its batch statistics, and averages them.
 
-    Arguments are those of WidthStrategy. Without batch norms, or with trainer.static_norm=false, nobody is asked.
+    Without batch norms, or with trainer.static_norm=false, nobody is asked.
+
+    Arguments are those of WidthStrategy.
     """
+
+    def combine(self, round: int, updates: list[ClientUpdate]) -> Tensors:
+        """The mean over those who hold a coordinate and, of the classifier's rows, have the class."""
+        return mean_by_coordinate(self.weights, [(self.weight(u), *self.counted(u)) for u in updates])
+
+    def counted(self, update: ClientUpdate) -> tuple[Tensors, dict[str, dict[int, Tensor]]]:
+        """The tensors of an update that count, and where they belong."""
+        tensors, places = update.weights, self.indices(update)
+        if CLASSES not in update.extras:
+            return tensors, places
+        classes = self.world.workload.num_classes
+        rows = torch.nonzero(unpack_bits(update.extra(CLASSES)[BITS], (classes,))).flatten()
+        for name in head(self.slices.model):
+            if tensors[name].shape[0] == classes:
+                tensors = {**tensors, name: tensors[name][rows]}
+                places = {**places, name: {**places.get(name, {}), 0: rows}}
+        return tensors, places
 
     def complete(self, round: int, arrays: ArrayRecord, grid: EdgeGrid) -> ArrayRecord:
         """The weights with the statistics that the clients' data have in them; the devices pay for the pass."""

@@ -9,10 +9,9 @@ May import: flwr, torch, devices, fedsim (not clients).
 
 from __future__ import annotations
 
-import torch
-
 from fedsim.messages import Broadcast, ClientUpdate
 from fedsim.network import Enrolled
+from fedsim.slices import unpack_bits
 from fedsim.workload import Tensors
 from strategies.edge import EdgeStrategy, mean_by_coordinate
 
@@ -34,12 +33,6 @@ class SubFedAvg(EdgeStrategy):
         """Per coordinate, in client order and float64."""
         parts = []
         for update in updates:
-            masks = {name: unpacked(bits, self.weights[name]) for name, bits in update.extra(MASK).items()}
+            masks = {name: unpack_bits(bits, self.weights[name].shape) for name, bits in update.extra(MASK).items()}
             parts.append((update.num_examples, update.weights, masks))
         return mean_by_coordinate(self.weights, parts)
-
-
-def unpacked(bits: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A mask of the shape of `like` from one bit per entry."""
-    flat = (bits.view(-1, 1) >> torch.arange(7, -1, -1, dtype=torch.uint8) & 1).flatten()
-    return flat[: like.numel()].view(like.shape).bool()

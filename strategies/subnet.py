@@ -63,7 +63,11 @@ class SubnetStrategy(EdgeStrategy):
 
     def combine(self, round: int, updates: list[ClientUpdate]) -> Tensors:
         """The mean over those who hold a coordinate, in client order and float64; integers are rounded."""
-        return mean_by_coordinate(self.weights, [(u.num_examples, u.weights, self.indices(u)) for u in updates])
+        return mean_by_coordinate(self.weights, [(self.weight(u), u.weights, self.indices(u)) for u in updates])
+
+    def weight(self, update: ClientUpdate) -> float:
+        """How much a client counts where others hold the same coordinate: here its examples."""
+        return update.num_examples
 
     def indices(self, update: ClientUpdate) -> dict[str, dict[int, torch.Tensor]]:
         """Where an update's tensors belong: its own choice of channels where it says one, else what it was sent."""

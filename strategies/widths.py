@@ -16,7 +16,7 @@ from devices.errors import unknown
 from devices.population import group_names, groups_of
 from devices.profile import kind_named
 from fedsim.errors import ConfigError
-from fedsim.messages import Broadcast
+from fedsim.messages import Broadcast, ClientUpdate
 from fedsim.network import Enrolled
 from fedsim.seeding import generator
 from fedsim.slices import RATIO
@@ -36,6 +36,7 @@ class WidthStrategy(SubnetStrategy):
         tiers: ratio by name, tier (low, mid, high: `devices.population`) or kind of device, the narrowest first; 1
             where nothing is said.
         step_ms: for assign=latency: what a training step of the trainer's batch size may take.
+        weighted: weight clients by their examples; without, all count alike.
 
     Raises:
         ConfigError: for a setting that is not allowed.
@@ -47,6 +48,7 @@ class WidthStrategy(SubnetStrategy):
         assign: str = "tier",
         tiers: Mapping[str, float] | None = None,
         step_ms: float | None = None,
+        weighted: bool = True,
         **sampling: Any,
     ):
         super().__init__(**sampling)
@@ -65,7 +67,7 @@ class WidthStrategy(SubnetStrategy):
             if kind_named(name) not in group_names():
                 raise ConfigError(unknown("device, tier or kind in strategy.tiers", name, group_names()))
         self.tiers = {kind_named(name): ratio for name, ratio in (tiers or {}).items()}
-        self.levels, self.assign, self.step_ms = list(levels), assign, step_ms
+        self.levels, self.assign, self.step_ms, self.weighted = list(levels), assign, step_ms, weighted
         self._ratios: dict[int, float] = {}
 
     def choose(self, round: int, client: Enrolled) -> Kept:
@@ -84,6 +86,10 @@ class WidthStrategy(SubnetStrategy):
         if client.client_id not in self._ratios:
             self._ratios[client.client_id] = self.ratio(client)
         return self._ratios[client.client_id]
+
+    def weight(self, update: ClientUpdate) -> float:
+        """Its examples, or 1 where all clients count alike."""
+        return update.num_examples if self.weighted else 1.0
 
     def _judged_at(self) -> list[float]:
         return list(self.world.settings["trainer"].get("judged_at", []))

@@ -8,12 +8,12 @@ import torch
 from flwr.app import ConfigRecord
 
 from clients.app import Worker
-from clients.trainers.sub_fedavg import SubFedAvgTrainer, alive, packed
+from clients.trainers.sub_fedavg import SubFedAvgTrainer, alive
 from fedsim.errors import ConfigError
 from fedsim.messages import ARRAYS, ClientUpdate, record_bytes, tensors_of, unpacked
 from fedsim.settings import build_world
+from fedsim.slices import pack_bits, unpack_bits
 from strategies.sub_fedavg import SubFedAvg
-from strategies.sub_fedavg import unpacked as unpacked_mask
 
 OWN = ("method=sub_fedavg", "workload.examples_per_client=24", "workload.client_test_fraction=0.25")
 
@@ -24,10 +24,10 @@ def trainer(**own):
 
 def test_bits_of_a_mask_come_back():
     mask = torch.rand(5, 7, generator=torch.Generator().manual_seed(0)) > 0.5
-    bits = packed(mask)
+    bits = pack_bits(mask)
     assert bits.dtype == torch.uint8
     assert len(bits) == 5
-    assert torch.equal(unpacked_mask(bits, mask), mask)
+    assert torch.equal(unpack_bits(bits, mask.shape), mask)
 
 
 def test_pruning_takes_a_share_of_the_smallest_alive_weights_of_each_layer():
@@ -46,13 +46,13 @@ def test_each_coordinate_is_the_mean_of_those_who_keep_it_by_hand():
     strategy.weights = {"w": torch.full((1, 4), 7.0), "b": torch.zeros(1)}
     masks = [torch.tensor([[True, True, False, False]]), torch.tensor([[True, False, True, False]])]
     updates = [
-        ClientUpdate(i, n, {"w": value * mask, "b": torch.tensor([value])}, {}, {"mask": {"w": packed(mask)}})
+        ClientUpdate(i, n, {"w": value * mask, "b": torch.tensor([value])}, {}, {"mask": {"w": pack_bits(mask)}})
         for i, (n, value, mask) in enumerate(zip((1, 3), (10.0, 20.0), masks, strict=True))
     ]
     mean = strategy.combine(1, updates)
     assert mean["w"].tolist() == [[17.5, 10.0, 20.0, 7.0]]
     assert mean["b"].tolist() == [17.5]  # biases: the plain mean
-    whole = [replace(u, extras={"mask": {"w": packed(torch.ones(1, 4).bool())}}) for u in updates]
+    whole = [replace(u, extras={"mask": {"w": pack_bits(torch.ones(1, 4).bool())}}) for u in updates]
     assert strategy.combine(1, whole)["w"].tolist() == [[17.5, 2.5, 15.0, 0.0]]
 
 
@@ -73,7 +73,7 @@ def test_masks_shrink_to_the_target_and_what_is_pruned_stays_zero(federation):
     before, sparsities = None, []
     for worker, part, _, answer in rounds(federation(*OWN, *own, "trainer.lr=0.05", "model.hidden=[20]"), 7):
         weights, masks = tensors_of(answer[ARRAYS]), tensors_of(answer["mask"])
-        masks = {name: unpacked_mask(bits, weights[name]) for name, bits in masks.items()}
+        masks = {name: unpack_bits(bits, weights[name].shape) for name, bits in masks.items()}
         assert set(masks) == {name for name, t in weights.items() if t.dim() > 1}
         for name, mask in masks.items():
             assert bool((weights[name][~mask] == 0).all())

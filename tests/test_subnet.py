@@ -15,13 +15,13 @@ from fedsim.messages import ARRAYS, ClientUpdate, broadcast_of, payload_bytes, r
 from fedsim.network import Enrolled
 from fedsim.report import weights_sha256
 from fedsim.settings import build_world
-from fedsim.slices import BITS, KEPT
+from fedsim.slices import BITS, KEPT, pack_bits, unpack_bits
 from strategies.edge import EdgeStrategy, mean_by_coordinate
 from strategies.widths import WidthStrategy
 
 WIDE = ("fleet=uniform", "trainer.momentum=0.5", "trainer.weight_decay=0.001", "trainer.batch_size=4")
 IMAGES = ("workload.input_shape=[1,12,12]", "model.memory_format=channels_last")
-HETERO = ("method=heterofl", "trainer.mask_labels=false")
+HETERO = ("method=heterofl", "trainer.mask_labels=false", "trainer.clip_norm=null")
 HALF = ("strategy.tiers.host=0.5", "+strategy.tiers.reference=0.5")
 
 
@@ -97,14 +97,17 @@ def named(model, gradients):
 
 
 def test_only_the_part_travels_and_is_priced(federation):
-    """MLP 6-8-3 at half width: 4 x 6 + 4 + 3 x 4 + 3 floats and 8 bits; a step is 2 x (24 + 12) FLOPs forward."""
+    """MLP 6-8-3 at half width: 4 x 6 + 4 + 3 x 4 + 3 floats and 8 bits; a step is 2 x (24 + 12) FLOPs forward.
+
+    Up go the floats, and 3 bits for the classes.
+    """
     _, worker, first, part = start(
         federation, "method=heterofl", *HALF, "model.hidden=[8]", "workload.input_shape=[6]", "workload.num_classes=3"
     )
     assert payload_bytes(part) == 4 * (24 + 4 + 12 + 3) + 1
     client = worker.context(first, part, 1)
     answer = worker._answer(client, part, "train")
-    assert payload_bytes(answer) == 4 * (24 + 4 + 12 + 3)
+    assert payload_bytes(answer) == 4 * (24 + 4 + 12 + 3) + 1
     network = client.log.work().passes[0].network
     assert network.forward_flops == 2 * (24 + 12)
     assert network.parameter_bytes == 4 * (24 + 4 + 12 + 3)
@@ -220,7 +223,7 @@ def test_classes_that_a_client_lacks_are_left_alone(federation):
 
 def test_a_narrow_step_is_a_step_of_the_narrow_network(federation):
     """Loss and gradients of the views are those of the static network; channels beyond the width get none."""
-    _, worker, first, part = start(federation, "method=fjord", "model=lenet5", *IMAGES)
+    _, worker, first, part = start(federation, "method=fjord", "trainer.distil=0", "model=lenet5", *IMAGES)
     trainer, client = worker.trainer, worker.context(first, part, 1)
     task = broadcast_of(part, worker._weights(part), 1)
     kept = trainer.kept(task)
@@ -241,19 +244,74 @@ def test_a_narrow_step_is_a_step_of_the_narrow_network(federation):
         assert bool((gradient[~masks[name]] == 0).all())
 
 
-def test_self_distillation_adds_the_divergence_from_the_widest(federation):
-    sums = {}
-    for weight in (0.0, 0.7):
-        _, worker, first, part = start(federation, "method=fjord", f"trainer.distil={weight}", "trainer.temperature=2")
-        client, task = worker.context(first, part, 1), broadcast_of(part, worker._weights(part), 1)
-        wide = worker.trainer.narrowed(client, worker.trainer.kept(task), task.weights)
-        batch = {**client.data.train.gather(torch.arange(4)), "width": torch.tensor(0)}
-        sums[weight] = worker.trainer.loss(wide, batch, task).item()
-        passes = wide.log.work().passes
-    narrow = worker.trainer.slices.groups.build(worker.model, worker.trainer.widths(worker.trainer.kept(task))[0])
-    p, q = (F.softmax(net(batch["x"]) / 2, -1) for net in (worker.model, narrow))
-    assert sums[0.7] - sums[0.0] == pytest.approx(0.7 * 4 * (p * (p / q).log()).sum(-1).mean().item(), rel=1e-4)
-    assert [(p.forwards, p.backwards) for p in passes] == [(1, 1), (1, 0)]
+@pytest.mark.parametrize("alpha", [1.0, 0.7])
+def test_each_step_trains_the_widest_network_and_the_narrow_one_from_it(federation, alpha):
+    """CE(full, y) + 0.3 CE(narrow, y) + 0.7 KL(full || narrow), each network by itself; with alpha 1 no labels."""
+    _, worker, first, part = start(federation, "method=fjord", f"trainer.distil={alpha}")
+    trainer, client, task = worker.trainer, worker.context(first, part, 1), broadcast_of(part, worker._weights(part), 1)
+    kept = trainer.kept(task)
+    choice = trainer.widths(kept)[0]
+    wide = trainer.narrowed(client, kept, task.weights)
+    batch = client.data.train.gather(torch.arange(4))
+    loss = trainer.loss(wide, {**batch, "width": torch.tensor(0)}, task)
+    gradients = named(wide.model, torch.autograd.grad(loss, wide.parameters))
+
+    full, narrow = worker.model, trainer.slices.groups.build(worker.model, choice)
+    full.load_state_dict(task.weights)
+    narrow.load_state_dict(trainer.slices.groups.slice(task.weights, choice))
+    logits, own = full(batch["x"]), narrow(batch["x"])
+    target = logits.detach().softmax(-1)
+    taught = F.cross_entropy(own, target) + (target * target.log()).sum(-1).mean()
+    alone = alpha * taught + (1 - alpha) * F.cross_entropy(own, batch["y"])
+    expected = F.cross_entropy(logits, batch["y"])
+    torch.testing.assert_close(loss, expected + alone)
+    of_full = named(full, torch.autograd.grad(expected, list(full.parameters())))
+    of_narrow = named(narrow, torch.autograd.grad(alone, list(narrow.parameters())))
+    zero = {name: torch.zeros_like(g) for name, g in of_full.items()}
+    dense, _ = trainer.slices.groups.scatter(of_narrow, choice, zero)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, of_full[name] + dense[name])
+    assert [(p.forwards, p.backwards) for p in wide.log.work().passes] == [(1, 1), (1, 1)]
+
+
+def test_a_step_that_draws_the_widest_network_takes_one_pass(federation):
+    """Its own outputs as a target have no gradient: softmax less target is 0."""
+    _, worker, first, part = start(federation, "method=fjord")
+    client, task = worker.context(first, part, 1), broadcast_of(part, worker._weights(part), 1)
+    kept = worker.trainer.kept(task)
+    wide = worker.trainer.narrowed(client, kept, task.weights)
+    batch = client.data.train.gather(torch.arange(4))
+    widest = torch.tensor(len(worker.trainer.widths(kept)) - 1)
+    loss = worker.trainer.loss(wide, {**batch, "width": widest}, task)
+    torch.testing.assert_close(loss, client.workload.loss(wide.model, batch))
+    assert [(p.forwards, p.backwards) for p in wide.log.work().passes] == [(1, 1)]
+
+
+def test_rows_of_the_classifier_are_averaged_over_those_who_have_the_class(federation):
+    """MLP 6-2-3, clients 0 (classes 0, 1) and 1 (class 1), 30 and 10 examples: they count alike.
+
+    Row 0 is client 0's, row 1 the mean, row 2 stays; the body is the mean of both.
+    """
+    made, worker, first, part = start(
+        federation, "method=heterofl", "model.hidden=[2]", "workload.input_shape=[6]", "workload.num_classes=3"
+    )
+    old = made.strategy.weights
+    updates = []
+    for client, classes, examples in ((0, [True, True, False], 30), (1, [False, True, False], 10)):
+        made.strategy.broadcast(1, made.grid.client(client), old)
+        weights = {name: torch.full_like(t, float(client + 1)) for name, t in old.items()}
+        extras = {"classes": {BITS: pack_bits(torch.tensor(classes))}}
+        updates.append(ClientUpdate(client, examples, weights, extras=extras))
+    mean = made.strategy.combine(1, updates)
+    for name in ("head.weight", "head.bias"):
+        assert mean[name].flatten(1 if mean[name].dim() > 1 else 0)[0].unique().tolist() == [1.0]
+        assert mean[name][1].unique().tolist() == [1.5]
+        assert torch.equal(mean[name][2], old[name][2])
+    assert mean["body.1.weight"].unique().tolist() == [1.5]
+    answer = worker._answer(worker.context(first, part, 1), part, "train")
+    present = unpack_bits(tensors_of(answer["classes"])[BITS], (3,))
+    own = worker.context(first, part, 1).data.train.labels
+    assert torch.equal(torch.nonzero(present).flatten(), own.unique())
 
 
 def test_slower_devices_get_narrower_networks_by_predicted_latency(federation):

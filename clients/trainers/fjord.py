@@ -1,8 +1,10 @@
 """FjORD: ordered dropout. In every step a client trains a random width up to the widest that its device can hold.
 
 Source: Horvath et al., "FjORD: Fair and Accurate Federated Learning under heterogeneous targets with Ordered Dropout",
-NeurIPS 2021, section 3, from memory: the self-distillation here is the narrow network's cross-entropy plus a weighted
-divergence from the widest. May import: what `clients.trainers.subnet` may.
+NeurIPS 2021, section 3 (recalled); the step with self-distillation as in Flower's baseline `fjord`, by one of the
+authors: the widest network learns from the labels, the narrow one from the widest. Differs: models with batch norms are
+refused, for which the authors keep statistics by width; a step that draws the widest itself takes one pass, where the
+baseline takes a second whose gradient is zero. May import: what `clients.trainers.subnet` may.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from fedsim.errors import ConfigError
 from fedsim.messages import Broadcast
 from fedsim.workload import Tensors, Workload
 
+BOTH_COPIES = 1.0  # as large as the weights: the gradients of one network, while those of the other are made
 WIDTH = "width"  # beside the examples of a batch: which of the client's widths its step trains
 
 
@@ -32,17 +35,19 @@ class FjORDTrainer(SubnetTrainer):
 
     Args:
         levels: keep ratios to draw from; a client uses those that its own part contains, and the part itself.
-        distil: alpha, weight of the divergence of a narrow step from the widest network; 0 does not run that one.
+        distil: alpha in [0, 1], share of the widest network's outputs in what a narrow one learns, the rest is labels.
+            Above 0, every step also trains the widest network, from the labels; 0 is ordered dropout alone, which does
+            not run that one.
         temperature: of the divergence.
         sgd: arguments of SGDTrainer.
     """
 
-    def __init__(self, levels: Sequence[float], distil: float = 0.0, temperature: float = 1.0, **sgd: Any):
+    def __init__(self, levels: Sequence[float], distil: float = 1.0, temperature: float = 1.0, **sgd: Any):
         super().__init__(**sgd)
         if not levels or not all(isinstance(level, int | float) and 0 < level <= 1 for level in levels):
             raise ConfigError(f"trainer.levels must be one or more ratios in (0, 1], got {list(levels)}")
-        if distil < 0:
-            raise ConfigError(f"trainer.distil must be at least 0, got {distil!r}")
+        if not 0 <= distil <= 1:
+            raise ConfigError(f"trainer.distil must be in [0, 1], got {distil!r}")
         if not temperature > 0:
             raise ConfigError(f"trainer.temperature must be greater than 0, got {temperature!r}")
         self.levels, self.distil, self.temperature = sorted(levels), distil, temperature
@@ -74,7 +79,10 @@ class FjORDTrainer(SubnetTrainer):
             yield {**batch, WIDTH: torch.randint(choices, (), generator=draw)}
 
     def loss(self, client: ClientContext, batch: Tensors, task: Broadcast) -> Tensor:
-        """The workload's loss of the width that was drawn, and its distance from the widest; logs its own passes."""
+        """CE(widest, labels) + (1 - alpha) CE(narrow, labels) + alpha T^2 KL(widest || narrow); logs its own passes.
+
+        Only one of the networks runs where the widest was drawn, or alpha is 0.
+        """
         kept = self.kept(task)
         widths, size = self.widths(kept), len(batch["y"])
         choice = widths[int(batch[WIDTH])]
@@ -85,13 +93,27 @@ class FjORDTrainer(SubnetTrainer):
         tensors = self.slices.groups.within(dict(client.model.named_parameters()), choice, kept)
         network = self.slices.network(choice).train()
         narrow = Remembering(lambda x: functional_call(network, tensors, (x,)))
-        loss = client.workload.loss(narrow, batch)  # type: ignore[arg-type]
         if not self.distil:
-            return loss
-        client.log.add(client.network, size, forwards=1)
-        with torch.no_grad():
-            widest = client.model(batch["x"])
-        return loss + self.distil * divergence(narrow.logits, widest, self.temperature)
+            return client.workload.loss(narrow, batch)  # type: ignore[arg-type]
+        client.log.add(client.network, size, forwards=1, backwards=1)
+        widest = Remembering(client.model)
+        loss = client.workload.loss(widest, batch)  # type: ignore[arg-type]
+        if self.distil < 1:
+            loss = loss + (1 - self.distil) * client.workload.loss(narrow, batch)  # type: ignore[arg-type]
+        else:
+            narrow(batch["x"])
+        return loss + self.distil * divergence(narrow.logits, widest.logits, self.temperature)
+
+    def reserve(self, client: ClientContext, task: Broadcast) -> None:
+        """A step; with self-distillation the activations of a narrow network wait beside those of the widest."""
+        super().reserve(client, task)
+        widths = self.widths(self.kept(task))
+        if len(widths) == 1 or not self.distil:
+            return
+        batch, weights = min(self.batch_size, len(client.data.train)), client.network.parameter_bytes
+        narrow = self.slices.cost(widths[-2])
+        more = batch * narrow.activation_bytes + round(BOTH_COPIES * weights)
+        client.log.reserve(self.step_bytes(client.network, batch, self.copies(client, task)) + more)
 
     def copies(self, client: ClientContext, task: Broadcast) -> float:
         """Of a narrow step: its weights and their gradients, each below three quarters of the whole."""

@@ -1,13 +1,15 @@
 """HeteroFL: a client trains the first channels of every layer, with outputs scaled as if all were there.
 
 Source: Diao et al., "HeteroFL: Computation and Communication Efficient Federated Learning for Heterogeneous Clients",
-ICLR 2021, section 3. Batch norms are static (sBN): in training they normalise by the batch and keep no statistics,
-which are collected when the weights are judged, see `strategies.heterofl`. May import: what `clients.trainers.subnet`
-may.
+ICLR 2021, section 3, and its code (gradients clipped to norm 1). Batch norms are static (sBN): in training they
+normalise by the batch and keep no statistics, which are collected when the weights are judged, see
+`strategies.heterofl`. Records: classes, up where labels are masked: bits [ceil(classes / 8)] uint8, which of them the
+client has examples of. May import: what `clients.trainers.subnet` may.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,10 +20,11 @@ from clients.trainers.subnet import SubnetTrainer
 from devices.compression.channel_graph import BATCH_NORMS
 from devices.compression.channels import Kept
 from devices.meter import inference_memory_bytes
-from fedsim.messages import Broadcast
+from fedsim.messages import Broadcast, ClientUpdate
+from fedsim.slices import BITS, pack_bits
 from fedsim.workload import Tensors
 
-STATISTICS, EXAMPLES = "statistics", "examples"
+STATISTICS, EXAMPLES, CLASSES = "statistics", "examples", "classes"
 MOMENTS = ("running_mean", "running_var")
 
 
@@ -30,7 +33,8 @@ class HeteroFLTrainer(SubnetTrainer):
 
     Args:
         scale: divide what a narrowed layer gives by its share of channels, in training only.
-        mask_labels: logits of classes that the client has no example of are 0 in training.
+        mask_labels: logits of classes that the client has no example of are 0 in training, and the server leaves its
+            rows of the classifier for these out of the mean; it is told which they are.
         static_norm: batch norms keep no running statistics in training; without, they are averaged like weights.
         subnet: arguments of SubnetTrainer.
     """
@@ -53,12 +57,18 @@ class HeteroFLTrainer(SubnetTrainer):
                         lambda layer, _, out, share=share: out / share if layer.training else out
                     )
 
+    def fit(self, client: ClientContext, task: Broadcast) -> ClientUpdate:
+        """The local loop on the part; with masked labels, says which classes there are."""
+        update = super().fit(client, task)
+        if not self.mask_labels:
+            return update
+        return replace(update, extras={CLASSES: {BITS: pack_bits(~_absent(client).cpu())}})
+
     def loss(self, client: ClientContext, batch: Tensors, task: Broadcast) -> Tensor:
         """The workload's loss, without the classes that the client does not have."""
         if not self.mask_labels:
             return super().loss(client, batch, task)
-        absent = torch.ones(client.workload.num_classes, dtype=torch.bool, device=batch["y"].device)
-        absent[client.data.train.labels.flatten().unique().to(absent.device)] = False
+        absent = _absent(client).to(batch["y"].device)
         handle = client.model.register_forward_hook(lambda _, given, out: out.masked_fill(absent, 0.0))
         try:
             return super().loss(client, batch, task)
@@ -87,6 +97,13 @@ class HeteroFLTrainer(SubnetTrainer):
                 norm.track_running_stats = False
         found = {f"{name}.{m}": getattr(norm, m).clone() for name, norm in norms.items() for m in MOMENTS}
         return {STATISTICS: {**found, EXAMPLES: torch.tensor(examples if examples > 1 else 0)}}
+
+
+def _absent(client: ClientContext) -> Tensor:
+    """Classes that the client has no example of, [classes] bool."""
+    absent = torch.ones(client.workload.num_classes, dtype=torch.bool)
+    absent[client.data.train.labels.flatten().unique().cpu()] = False
+    return absent
 
 
 def _batch_norms(network: nn.Module) -> dict[str, Any]:

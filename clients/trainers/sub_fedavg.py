@@ -22,6 +22,7 @@ from devices.cost import NetworkCost
 from fedsim.errors import ConfigError
 from fedsim.messages import Broadcast, ClientUpdate
 from fedsim.seeding import torch_generator
+from fedsim.slices import pack_bits
 from fedsim.workload import ClientData, Examples, Tensors, Workload
 
 MASK = "mask"  # extra record, and group of a client's state: by weight, [entries] bool
@@ -83,7 +84,7 @@ class SubFedAvgTrainer(SGDTrainer):
         sparsity = 1 - alive(self.masks)
         shared = {name: mask for name, mask in self.masks.items() if name not in self.private}
         metrics = {"train_loss": train_loss, "sparsity": sparsity}
-        extras = {MASK: {name: packed(mask) for name, mask in shared.items()}}
+        extras = {MASK: {name: pack_bits(mask) for name, mask in shared.items()}}
         return ClientUpdate(client.client_id, len(training.data.train), client.weights, metrics, extras)
 
     def evaluate(self, client: ClientContext, task: Broadcast) -> dict[str, float]:
@@ -164,9 +165,3 @@ class SubFedAvgTrainer(SGDTrainer):
 def alive(masks: Tensors) -> float:
     """Entries that stay over all."""
     return sum(int(mask.sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
-
-
-def packed(mask: torch.Tensor) -> torch.Tensor:
-    """One bit per entry, first bit highest, [ceil(entries / 8)] uint8."""
-    bits = nn.functional.pad(mask.flatten().to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
-    return (bits << torch.arange(7, -1, -1, device=mask.device)).sum(1).to(torch.uint8)
