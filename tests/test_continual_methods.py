@@ -285,6 +285,7 @@ def test_without_a_stream_the_oracle_sees_every_example_once():
 
 
 def test_the_learning_rate_falls_with_every_task():
-    trainer = worker("method=stable_sgd", "trainer.lr=0.1").trainer
-    rates = [trainer.learning_rate(Broadcast(number, {})) for number in (1, 2, 3, 10)]  # type: ignore[attr-defined]
+    made = worker("method=stable_sgd", "trainer.lr=0.1")
+    client = made.context(0, RecordDict(), 1)
+    rates = [made.trainer.learning_rate(client, Broadcast(number, {})) for number in (1, 2, 3, 10)]  # type: ignore[attr-defined]
     assert rates == pytest.approx([0.1, 0.1, 0.08, 0.1 * 0.8**4])

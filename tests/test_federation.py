@@ -12,10 +12,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from flwr.app import ConfigRecord
+from flwr.app import ConfigRecord, RecordDict
 from torch import nn
 from torch.nn import functional as F
 
+from clients.app import Worker
 from clients.trainers.sgd import SGDTrainer
 from fedsim.errors import RunError
 from fedsim.messages import Broadcast, ClientUpdate, from_array, tensors_of
@@ -200,9 +201,10 @@ def test_examples_come_once_an_epoch_in_an_order_of_round_and_client(federation)
     assert len(orders) == 4
 
 
-def test_learning_rate_decays_by_round():
+def test_learning_rate_decays_by_round(federation):
     """0.8 * 0.5 ** 2 in round 3."""
-    assert SGDTrainer(lr=0.8, batch_size=1, lr_decay=0.5).learning_rate(Broadcast(3, {})) == pytest.approx(0.2)
+    client = Worker(federation().world).context(0, RecordDict(), 3)
+    assert SGDTrainer(lr=0.8, batch_size=1, lr_decay=0.5).learning_rate(client, Broadcast(3, {})) == pytest.approx(0.2)
 
 
 def test_our_own_mean_is_fedavg_up_to_rounding(federation):

@@ -9,6 +9,7 @@ import json
 import math
 import pickle
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -180,7 +181,14 @@ def everything() -> list[Any]:
 
 def taken(group: str, option: str) -> str:
     """The override that takes an option: a trainer whose method has its name comes with the strategy it needs."""
-    return f"method={option}" if group == "trainer" and option in options("method") else f"{group}={option}"
+    own = group == "trainer" and option in options("method")
+    return f"method={option}" if own and chosen(option) == option else f"{group}={option}"
+
+
+@cache
+def chosen(method: str) -> str:
+    """The trainer that a method takes: that of `method=finetune` is plain SGD."""
+    return str(compose([f"method={method}"])["choices"]["trainer"])
 
 
 @pytest.mark.parametrize("group, option", everything())

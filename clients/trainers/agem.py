@@ -6,12 +6,15 @@ reservoir, not one ring buffer per task. May import: what `clients.trainers.rese
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from clients.trainers.base import ClientContext
 from clients.trainers.memory import Memory
 from clients.trainers.reservoir import ReservoirTrainer
+from fedsim.errors import ConfigError
 from fedsim.messages import Broadcast
 from fedsim.workload import Tensors
 
@@ -29,8 +32,19 @@ class AGemTrainer(ReservoirTrainer):
     """SGD whose gradient is projected where it would raise the loss of a memory batch.
 
     Args:
-        reservoir: arguments of ReservoirTrainer; replay_weight 0 never looks at the memory.
+        reservoir: arguments of ReservoirTrainer; replay_weight is 1, or 0 for never looking at the memory.
+
+    Raises:
+        ConfigError: for another replay_weight, which a projection has no use for.
     """
+
+    def __init__(self, **reservoir: Any):
+        super().__init__(**reservoir)
+        if self.replay_weight not in (0, 1):
+            raise ConfigError(
+                "trainer.replay_weight must be 0 or 1 for AGemTrainer, whose projection has no use for the length of "
+                f"the memory's gradient, got {self.replay_weight!r}"
+            )
 
     def reserve(self, client: ClientContext, task: Broadcast, memory: Memory | None = None) -> None:
         """The batch and the memory's one after the other, the first's gradients beside the second; then the projection.

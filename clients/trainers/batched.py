@@ -105,7 +105,7 @@ def fit(trainer: Any, clients: Sequence[ClientContext], tasks: Sequence[Broadcas
         tasks: theirs, with equal settings.
     """
     stack = Stack(trainer.loss, clients, tasks)
-    lr, velocity = trainer.learning_rate(tasks[0]), None
+    lr, velocity = trainer.learning_rate(clients[0], tasks[0]), None
     losses: list[list[Tensor]] = [[] for _ in clients]
     for batches in in_step([trainer.batches(c, t) for c, t in zip(clients, tasks, strict=True)]):
         batch, active = padded(batches)

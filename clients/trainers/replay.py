@@ -126,7 +126,7 @@ class ReplayTrainer(SGDTrainer):
         memory = Memory(client, self.capacity(client))
         self.reserve(client, task, memory)
         self.begin(client, task, memory)
-        lr, velocity, losses, used, last_pass = self.learning_rate(task), None, [], 0, []
+        lr, velocity, losses, used, last_pass = self.learning_rate(client, task), None, [], 0, []
         past = memory.batches(self.replay_batch_size, client.stream("replay"))
         for is_last, names, batch in self.stream_batches(client):
             places = next(past, None) if self.replays(memory) else None

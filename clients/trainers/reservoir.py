@@ -6,24 +6,50 @@ Reservoir", 1985. State: reservoir_seen [], part []; see ReplayTrainer. May impo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from clients.trainers.base import ClientContext
 from clients.trainers.memory import Memory
 from clients.trainers.replay import ReplayTrainer
+from fedsim.errors import ConfigError
 from fedsim.messages import Broadcast
 from fedsim.workload import Tensors
 
 SEEN = "reservoir_seen"
+PICKING = ("selection", "candidate_size", "class_balanced")
+
+
+def refuse_picking(trainer: str, replay: Mapping[str, Any]) -> None:
+    """Refuses settings of `ReplayTrainer` that a memory has no use for which follows the stream.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    for key in PICKING:
+        if key in replay:
+            raise ConfigError(
+                f"trainer.{key} has no meaning for {trainer}, whose memory follows the stream: nothing is picked "
+                "when a task has ended; leave it out"
+            )
 
 
 class ReservoirTrainer(ReplayTrainer):
     """After n examples, a new one enters with probability J / n at a random place; tasks need not be told apart.
 
     Args:
-        replay: arguments of ReplayTrainer; `selection`, `candidate_size` and `class_balanced` mean nothing here.
+        replay: arguments of ReplayTrainer, but for those that are about picking when a task has ended.
+
+    Raises:
+        ConfigError: for these.
     """
+
+    def __init__(self, **replay: Any):
+        refuse_picking(type(self).__name__, replay)
+        super().__init__(**replay)
 
     def begin(self, client: ClientContext, task: Broadcast, memory: Memory) -> None:
         self.left = self.new_here(client)

@@ -7,7 +7,7 @@ clients.trainers.batched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from devices.errors import unknown
 from devices.meter import peak_memory_bytes
 from fedsim.errors import ConfigError
 from fedsim.messages import Broadcast, ClientUpdate
-from fedsim.workload import Tensors, Workload
+from fedsim.workload import Tensors
 
 Arrays = tuple[Tensor, ...] | list[Tensor]
 
@@ -63,14 +63,9 @@ class SGDTrainer(LocalTrainer):
         _require("trainer.clip_norm", clip_norm, clip_norm is None or clip_norm > 0, "null or greater than 0")
         _require("trainer.task_decay", task_decay, 0 < task_decay <= 1, "in (0, 1]")
         self.lr, self.batch_size, self.task_decay = lr, batch_size, task_decay
-        self.phase_of: Callable[[int], int] = lambda round: 0
         self.local_epochs, self.local_steps = local_epochs, local_steps
         self.momentum, self.weight_decay = momentum, weight_decay
         self.lr_decay, self.clip_norm = lr_decay, clip_norm
-
-    def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:
-        """Asks the workload which task a round belongs to."""
-        self.phase_of = workload.phase
 
     def fit(self, client: ClientContext, task: Broadcast) -> ClientUpdate:
         """The local loop; reports one forward and one backward pass per step."""
@@ -81,7 +76,7 @@ class SGDTrainer(LocalTrainer):
 
     def train(self, client: ClientContext, task: Broadcast, batches: Iterable[Tensors]) -> float:
         """Trains `client.parameters` on `batches`; returns the mean loss of a step."""
-        lr, velocity = self.learning_rate(task), None
+        lr, velocity = self.learning_rate(client, task), None
         losses = []
         for batch in batches:
             loss = self.loss(client, batch, task)
@@ -158,10 +153,10 @@ class SGDTrainer(LocalTrainer):
         torch._foreach_add_(parameters, gradients, alpha=-lr)
         return velocity
 
-    def learning_rate(self, task: Broadcast) -> float:
-        """Learning rate of this round; a strategy's `lr` setting comes before the trainer's own."""
+    def learning_rate(self, client: ClientContext, task: Broadcast) -> float:
+        """Learning rate of this round and task; a strategy's `lr` setting comes before the trainer's own."""
         lr = float(task.settings.get("lr", self.lr)) * self.lr_decay ** (task.round - 1)
-        return lr * self.task_decay ** self.phase_of(task.round)
+        return lr * self.task_decay ** client.workload.phase(task.round)
 
     def batches(self, client: ClientContext, task: Broadcast) -> Iterator[Tensors]:
         """Shuffled batches of the client's training examples: tensors with leading size `batch_size` or less."""
