@@ -1,11 +1,13 @@
 """Errors of the devices package and the sentence that every unknown name gets.
 
-May import: the standard library only. Everything above `devices` uses `unknown` too, so that a wrong name reads
-the same everywhere.
+May import: the standard library and devices.texts. Everything above `devices` uses `unknown` too, so that a wrong
+name reads the same everywhere.
 """
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+
+from devices.texts import VALUE_LETTERS, visible
 
 MOST_LISTED, NEAREST = 40, 5  # names in one sentence
 
@@ -27,9 +29,10 @@ def unknown(what: str, name: object, options: Iterable[object]) -> str:
         options: the names that are allowed.
     """
     allowed = sorted(str(option) for option in options)
-    near = get_close_matches(str(name), allowed, n=NEAREST)
+    name = visible(name, VALUE_LETTERS)
+    near = get_close_matches(name, allowed, n=NEAREST)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     if len(allowed) > MOST_LISTED:
         others = f", near it: {', '.join(near[1:])}" if near[1:] else ""
-        return f"unknown {what} {str(name)!r}{hint} ({len(allowed)} are allowed{others})"
-    return f"unknown {what} {str(name)!r}{hint} (allowed: {', '.join(allowed) or 'none'})"
+        return f"unknown {what} {name!r}{hint} ({len(allowed)} are allowed{others})"
+    return f"unknown {what} {name!r}{hint} (allowed: {', '.join(allowed) or 'none'})"

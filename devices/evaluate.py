@@ -15,9 +15,11 @@ from scipy.stats import kendalltau, spearmanr
 
 from devices.columns import TABLE_KINDS, TABLE_KINDS_0_1
 from devices.errors import DeviceError, unknown
+from devices.figures import new_figure, save_figure
 from devices.nas.tables import connected, network_features, network_macs
 from devices.spaces import SPLITS, Space
 from devices.structured import StructuredPredictor, choose_references, price, prior_of
+from devices.texts import NAME_LETTERS, visible
 
 if TYPE_CHECKING:
     from devices.help_weights import HelpWeights
@@ -271,12 +273,10 @@ def comparison_picture(rows: Sequence[dict[str, Any]], path: str | Path) -> None
     """
     if not rows:
         raise DeviceError("there is nothing to draw: no rows")
-    from matplotlib.figure import Figure
-
     devices = list(dict.fromkeys(row["device"] for row in rows))
     lines = list(dict.fromkeys((row["predictor"], row["references"]) for row in rows))
     columns = min(4, len(devices))
-    figure = Figure(figsize=(3.2 * columns, 2.7 * -(-len(devices) // columns)), layout="constrained")
+    figure = new_figure(3.2 * columns, 2.7 * -(-len(devices) // columns))
     panels = figure.subplots(-(-len(devices) // columns), columns, squeeze=False, sharex=True).ravel()
     for panel, device in zip(panels, devices, strict=False):
         own = [row for row in rows if row["device"] == device]
@@ -287,8 +287,10 @@ def comparison_picture(rows: Sequence[dict[str, Any]], path: str | Path) -> None
             panel.plot(*zip(*points, strict=True), marker="o", label=f"{predictor}, {way}")
         if own[0]["published"] is not None:
             panel.axhline(own[0]["published"], color="0.5", linestyle="--", label="HELP, published (20)")
-        panel.set(title=f"{rows[0]['space']}: {device}", xlabel="networks measured", ylabel="Spearman")
+        panel.set(
+            title=f"{rows[0]['space']}: {visible(device, NAME_LETTERS)}", xlabel="networks measured", ylabel="Spearman"
+        )
     for panel in panels[len(devices) :]:
         panel.remove()
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(lines) + 1)
-    figure.savefig(path)
+    save_figure(figure, path)

@@ -10,9 +10,11 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from devices.cost import NetworkCost
+from devices.figures import new_figure, save_figure
 from devices.latency import device_prices
 from devices.predictions import predict
 from devices.profile import DeviceProfile
+from devices.texts import NAME_LETTERS, visible
 from devices.trace import trace
 from devices.zoo import ZOO
 
@@ -35,11 +37,7 @@ def latency_picture(profile: DeviceProfile, path: str | Path, batch: int = 1) ->
     Raises:
         DeviceError: for a device without latencies.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 5)
     axes = figure.add_subplot()
     can_train = device_prices(profile).step is not None
     families = list(dict.fromkeys(network.family for network in ZOO.values()))
@@ -59,7 +57,7 @@ def latency_picture(profile: DeviceProfile, path: str | Path, batch: int = 1) ->
         xscale="log", yscale="log", xlabel=f"million multiply-adds per pass (batch {batch})", ylabel="milliseconds"
     )
     what = "circles forward, crosses training step" if can_train else "forward passes; it cannot train"
-    axes.set_title(f"{profile.name}: predicted latency; {what}")
+    axes.set_title(f"{visible(profile.name, NAME_LETTERS)}: predicted latency; {what}")
     axes.legend(ncols=2, fontsize=8)
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)

@@ -7,7 +7,6 @@ comments of `fedsim devices new` come from it.
 from __future__ import annotations
 
 import math
-import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -16,12 +15,14 @@ from typing import Any
 
 from devices import reading
 from devices.errors import DeviceError, FileError, unknown
+from devices.texts import quoted, storable
 
 PROVENANCES = ("measured", "dataset", "datasheet", "derived", "recalled", "assumed")
 FORM = f"{{value: ..., provenance: {'|'.join(PROVENANCES)}, source: ...}}"
 BYTES_PER_MBIT = 1e6 / 8  # of network, as links are sold
 JOULES_PER_BYTE = 8e-9  # one mW per Mbit/s: 1e-3 J for each 1e6 bits
 MAX_RAM_MB = 4 * 2**20  # 4 TB
+MAX_LETTERS = 1000  # of a name
 
 Rule = tuple[str, Callable[[float], bool]]  # how the sentence says it, and the test
 
@@ -150,7 +151,7 @@ class Reader:
         allowed, required = list(allowed), list(required)
         if not isinstance(tree, dict):
             where = f"key {key!r}" if key else "the file"
-            self.problems.append(f"{where} must be a map with {', '.join(required)}, got {reprlib.repr(tree)}")
+            self.problems.append(f"{where} must be a map with {', '.join(required)}, got {quoted(tree)}")
             return False
         prefix = f"{key}." if key else ""
         strange = [str(k) for k in tree if k not in allowed]
@@ -183,10 +184,10 @@ class Reader:
             where, failed = key, False
         if isinstance(value, bool) or not isinstance(value, int | float):
             form = "" if isinstance(entry, dict) else f", or {FORM}"
-            self.problems.append(f"key {where!r} must be {sentence}{form}, got {_shown(value)}{_notation(value)}")
+            self.problems.append(f"key {where!r} must be {sentence}{form}, got {quoted(value)}{_notation(value)}")
             return math.nan
         if not (math.isfinite(value) if isinstance(value, float) else abs(value) < 1e300) or not holds(value):
-            self.problems.append(f"key {where!r} must be {sentence}, got {_shown(value)}")
+            self.problems.append(f"key {where!r} must be {sentence}, got {quoted(value)}")
             return math.nan
         if provenance == "assumed" and not failed:
             self.assumed.append(key)
@@ -211,9 +212,14 @@ class Reader:
 
     def text(self, tree: Mapping[str, Any], key: str) -> str:
         """A text; empty where there is none."""
-        if key in tree and (not isinstance(tree[key], str) or not tree[key].strip()):
-            self.problems.append(f"key {key!r} must be text, got {_shown(tree[key])}")
-        return str(tree.get(key, ""))
+        text = tree.get(key, "")
+        if key in tree and (not isinstance(text, str) or not text.strip()):
+            self.problems.append(f"key {key!r} must be text, got {quoted(text)}")
+        elif not storable(str(text)) or len(str(text)) > MAX_LETTERS:
+            self.problems.append(
+                f"key {key!r} must be text of one line and at most {MAX_LETTERS} letters, got {quoted(text)}"
+            )
+        return str(text)
 
     def choice(
         self,
@@ -261,10 +267,6 @@ def read_yaml(path: Path) -> Any:
 def _plain(value: float) -> str:
     """A bound as one writes it in YAML, without an exponent."""
     return f"{value:.6f}".rstrip("0").rstrip(".")
-
-
-def _shown(value: object) -> str:
-    return reprlib.repr(value) if isinstance(value, dict | list | int) else repr(value)
 
 
 def _notation(value: object) -> str:

@@ -16,6 +16,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from devices.texts import SENTENCE_LETTERS, visible
 from fedsim.cli_averages import averages
 from fedsim.cli_devices import app as devices_app
 from fedsim.cli_flower import flwr
@@ -250,7 +251,7 @@ def data_describe(
     console.print(split_table(split_rows(workload, limit), workload.num_clients))
     for line in summary_lines(workload):
         console.print(line, highlight=False)
-    console.print(f"picture: {picture}")
+    console.print(f"picture: {picture}", highlight=False, soft_wrap=True)
 
 
 def main() -> None:
@@ -261,6 +262,9 @@ def main() -> None:
     from fedsim.errors import ConfigError, DataError, RunError
 
     signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # texts may have letters that the terminal cannot show
     try:
         code = app(standalone_mode=False)
     except getattr(exceptions, "NoArgsIsHelpError", ()) as error:  # not in click 8.1
@@ -306,7 +310,8 @@ def _give_up(text: str, code: int, error: BaseException | None) -> None:
         print(getattr(error, "traceback", ""), file=sys.stderr)
         traceback.print_exception(error)
     notes = "; ".join(["", *getattr(error, "__notes__", ())])
-    print(f"fedsim: {' '.join((text + notes).split())}", file=sys.stderr)
+    sentence = visible(" ".join((text + notes).split()), SENTENCE_LETTERS)
+    print(f"fedsim: {sentence}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -478,11 +483,9 @@ def quiet_flower() -> None:
 
 
 def _console() -> Any:
-    from rich.console import Console
+    from fedsim.console import console
 
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # folders may have names that the terminal cannot show
-    return Console(markup=False)  # settings such as private=[head] are no markup
+    return console()
 
 
 if __name__ == "__main__":

@@ -29,10 +29,8 @@ def averages(
     """
     import json
 
-    from rich.console import Console
-
     from fedsim.cli_options import whole
-    from fedsim.console import size, table
+    from fedsim.console import console, size, table
     from fedsim.data.averages import averages_picture, exposures
     from fedsim.errors import ConfigError
     from fedsim.settings import build_world, compose
@@ -50,6 +48,6 @@ def averages(
     for e in found:
         figures = (f"{e.pairs:,}", size(e.pairs * e.pair_bytes), f"{e.nearest:.2f}", f"{e.labels:.1f}")
         rows.add_row(str(e.group_size or "all"), *figures)
-    console = Console()
-    console.print(rows)
-    console.print(f"picture: {picture}")
+    terminal = console()
+    terminal.print(rows)
+    terminal.print(f"picture: {picture}", soft_wrap=True)

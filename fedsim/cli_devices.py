@@ -255,6 +255,6 @@ def train_help(
 
 
 def _console() -> Any:
-    from rich.console import Console
+    from fedsim.console import console
 
-    return Console()
+    return console()

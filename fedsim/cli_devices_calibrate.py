@@ -87,9 +87,7 @@ def calibrate(
 def _report(
     before: DeviceProfile, after: DeviceProfile, rows: Sequence[Row], fitted: Sequence[_Section], path: Path
 ) -> None:
-    from rich.console import Console
-
-    from fedsim.console import table
+    from fedsim.console import console, table
 
     shown = table("network", "input", "batch", "phase", "measured ms", "before", "after")
     for row in rows:
@@ -98,16 +96,16 @@ def _report(
             prices = next(section for section in fitted if section.phase == row.phase).of(profile)
             figures.append("-" if prices is None else _with_error(prices.ms(row.layers, row.batch), row.ms))
         shown.add_row(row.network, row.input, str(row.batch), row.phase, f"{row.ms:.4g}", *figures)
-    console = Console()
-    console.print(shown)
+    terminal = console()
+    terminal.print(shown)
     for section in fitted:
         found, prices = section.calibration, section.prices
         text = f"{section.phase} ({prices.runtime}, {prices.precision}): {found.networks} network(s), {prices.basis}"
         if found.networks >= LEAVE_OUT and found.left_out_error is not None:
             text += f"; leave-one-out error {found.left_out_error:.1%}"
-        console.print(text, highlight=False)
+        terminal.print(text, highlight=False)
     use = f"use it: 'fleet.devices={{{path.resolve()}: 1}}'"
-    console.print(f"profile: {path} ({use})", highlight=False, soft_wrap=True)
+    terminal.print(f"profile: {path} ({use})", highlight=False, soft_wrap=True)
 
 
 def _with_error(predicted: float, measured: float) -> str:

@@ -18,10 +18,8 @@ def links() -> None:
 
     Example: fedsim devices links
     """
-    from rich.console import Console
-
     from devices.links import link_names, load_link
-    from fedsim.console import table
+    from fedsim.console import console, table
 
     rows = table("link", "Mbit/s\ndown", "Mbit/s\nup", "RTT\nms", "J/MB\ndown", "J/MB\nup", "tail\nJ")
     for name in link_names():
@@ -31,7 +29,7 @@ def links() -> None:
         joules = (link.down_joules_per_mb, link.up_joules_per_mb, link.tail_watts * link.tail_s)
         drawn = [f"{value:.2f}" if value else "-" for value in joules]
         rows.add_row(link.name, *speeds, f"{1e3 * link.rtt_s:g}", *drawn)
-    Console().print(rows)
+    console().print(rows)
     print("use it: fedsim run fleet=phones fleet.link=lte_us")
 
 

@@ -33,17 +33,15 @@ def build(
     with _watched("learning priors") as watch:
         builder = Builder(data, watch)
         written = write_all(builder, out)
-    from rich.console import Console
+    from fedsim.console import console
 
-    Console().print(f"{len(written) - 1} profiles and {written[0].name} are in {out}", highlight=False)
+    console().print(f"{len(written) - 1} profiles and {written[0].name} are in {out}", highlight=False)
 
 
 def evaluate_tables(folder: Path, as_json: bool) -> None:
     """Prints how far the structured model is off on networks and devices that it has not seen."""
-    from rich.console import Console
-
     from devices.evaluate_tables import evaluate_tables as judge
-    from fedsim.console import table
+    from fedsim.console import console, table
 
     with _watched("judging") as watch:
         found = judge(folder, watch)
@@ -56,18 +54,16 @@ def evaluate_tables(folder: Path, as_json: bool) -> None:
         spread = "" if f.low is None or f.high is None else f"{100 * f.low:.1f}-{100 * f.high:.1f}"
         count = str(f.rows) if f.settings == 1 else f"{f.settings} settings"
         rows.add_row(f.what, count, f"{100 * f.mean:.1f}", f"{100 * f.median:.1f}", spread)
-    console = Console()
-    console.print(rows)
+    terminal = console()
+    terminal.print(rows)
     note = "Over several settings: the median of their means and medians. Every prior is that of the other devices."
-    console.print(note, highlight=False)
+    terminal.print(note, highlight=False)
 
 
 def evaluate_profiles(space: Any, as_json: bool) -> None:
     """Prints Spearman and error of the prices that runs are priced with, inside a search space."""
-    from rich.console import Console
-
     from devices.evaluate_tables import evaluate_profiles as judge
-    from fedsim.console import table
+    from fedsim.console import console, table
 
     found = judge(space)
     if as_json:
@@ -77,7 +73,7 @@ def evaluate_profiles(space: Any, as_json: bool) -> None:
     rows = table("device", "Spearman", "error after one scale, %", title=title)
     for device, spearman, error in found:
         rows.add_row(device, f"{spearman:.3f}", f"{100 * error:.1f}")
-    Console().print(rows)
+    console().print(rows)
 
 
 @contextmanager
@@ -85,7 +81,7 @@ def _watched(what: str) -> Iterator[Any]:
     """A spinner that says what is being done; nothing when piped."""
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     with Progress(*columns, transient=True) as progress:
         task = progress.add_task(what, total=None)
         yield lambda text: progress.update(task, description=text)

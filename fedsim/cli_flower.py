@@ -109,6 +109,6 @@ def _wrong(text: str) -> Exception:
 
 
 def _console() -> Any:
-    from rich.console import Console
+    from fedsim.console import console
 
-    return Console(markup=False)
+    return console()

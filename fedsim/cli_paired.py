@@ -20,9 +20,7 @@ def paired(
 
     Example: fedsim paired runs/20261121-101500-sweep --against fedavg
     """
-    from rich.console import Console
-
-    from fedsim.console import energy, simulated, size, table
+    from fedsim.console import console, energy, simulated, size, table
     from fedsim.paired import compare, run_folders
 
     rows = compare(run_folders(folders), last, against)
@@ -34,4 +32,4 @@ def paired(
         costs = [simulated(row.simulated_s), energy(row.joules), size(row.traffic_bytes)]
         scores = " ".join(f"{100 * s:.1f}" for s in row.scores.values())
         shown.add_row(row.label, scores, f"{100 * row.mean:.2f}", *compared, *costs)
-    Console(markup=False).print(shown)
+    console().print(shown)

@@ -158,7 +158,7 @@ def _show(result: Result, failed: dict[str, str], folder: Path, console: Console
         console.print(_table(result, scores))
         console.print(_table(result, costs))
     for name, reason in failed.items():
-        console.print(f"FAILED {name}: {reason}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"FAILED {name}: {reason}", highlight=False, soft_wrap=True)
     console.print(f"study folder: {folder} (study.json, study.csv, study.png)", highlight=False, soft_wrap=True)
 
 
@@ -228,7 +228,7 @@ def _draw(result: Result, folder: Path) -> None:
 def _console() -> Console:
     import os
 
-    from rich.console import Console
+    from fedsim.console import console
 
-    console = Console(markup=False)  # labels and settings such as private=[head] are no markup
-    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=PRINTED, markup=False)
+    shown = console()
+    return shown if shown.is_terminal or "COLUMNS" in os.environ else console(PRINTED)

@@ -1,4 +1,6 @@
-"""What a person sees of a run in the terminal: a progress bar and tables. May import: rich, fedsim's reports."""
+"""What a person sees of a run in the terminal: a progress bar and tables. May import: rich, devices.texts,
+fedsim's reports.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from devices.texts import visible_lines
 from fedsim.data.describe import ClientRow, WorkloadRow
 from fedsim.report import RoundReport
 
 TABLE_ROWS = 10
+CELL_LETTERS = 400  # of a line in a cell; commands and paths are the longest
 TEXTS = frozenset(
     {
         "overrides",
@@ -175,17 +179,41 @@ def workload_table(rows: Sequence[WorkloadRow]) -> Table:
     return shown
 
 
-def console() -> Console:
-    """Where commands print to; names with brackets are no markup."""
-    return Console(markup=False)
+class PlainConsole(Console):
+    """A terminal on which a text is only a text: no markup, no emoji names, no control characters."""
+
+    def print(self, *objects: Any, **how: Any) -> None:
+        """As rich prints, with what cannot be seen written as escapes."""
+        super().print(*(visible_lines(o) if isinstance(o, str) else o for o in objects), **how)
 
 
-def table(*columns: str, title: str | None = None) -> Table:
+class PlainTable(Table):
+    """A table whose cells are only texts; a long one is shortened."""
+
+    def add_row(self, *cells: RenderableType | None, **how: Any) -> None:
+        """As rich adds a row."""
+        super().add_row(*(visible_lines(c, CELL_LETTERS) if isinstance(c, str) else c for c in cells), **how)
+
+
+def console(width: int | None = None) -> PlainConsole:
+    """Where every command prints to.
+
+    Args:
+        width: columns; the terminal's when None.
+    """
+    return PlainConsole(markup=False, emoji=False, width=width)
+
+
+def table(*columns: str, title: str | None = None) -> PlainTable:
     """An empty table: text columns to the left, figures to the right."""
-    made = Table(title=title, header_style="bold")
+    made = PlainTable(title=None if title is None else visible_lines(title, CELL_LETTERS), header_style="bold")
     for name in columns:
         text = name in TEXTS
         made.add_column(
-            name, justify="left" if text else "right", overflow="fold", no_wrap=not text, min_width=8 if text else None
+            visible_lines(name, CELL_LETTERS),
+            justify="left" if text else "right",
+            overflow="fold",
+            no_wrap=not text,
+            min_width=8 if text else None,
         )
     return made

@@ -1,6 +1,6 @@
 """Pictures of a continual run: the accuracy matrix as a heat map, and the accuracy of each task over the rounds.
 
-May import: numpy, matplotlib (lazily), fedsim.continual and the types of fedsim.report.
+May import: numpy, matplotlib (lazily), devices.figures, devices.texts, fedsim.continual, the types of fedsim.report.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from devices.figures import new_figure
+from devices.texts import NAME_LETTERS, visible
 from fedsim.continual import Matrix, key_of
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ def heat_map(matrix: Matrix, name: str) -> Figure:
     """Rows: after which task; columns: accuracy on which task, in percent; grey: not judged."""
     import matplotlib
 
-    figure = _figure(6.4, 5.4)
+    figure = new_figure(6.4, 5.4, dpi=110)
     axes = figure.subplots()
     colours = matplotlib.colormaps["viridis"].with_extremes(bad="0.92")
     image = axes.imshow(np.ma.masked_invalid(100 * matrix), cmap=colours, vmin=0, vmax=100, aspect="auto")
@@ -35,7 +37,11 @@ def heat_map(matrix: Matrix, name: str) -> Figure:
                 shade = "white" if value < 0.6 else "black"
                 axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", color=shade, fontsize=9)
     _whole(axes.xaxis, axes.yaxis)
-    axes.set(xlabel="accuracy on task", ylabel="after task", title=f"{name}: accuracy on each task after each task")
+    axes.set(
+        xlabel="accuracy on task",
+        ylabel="after task",
+        title=f"{visible(name, NAME_LETTERS)}: accuracy on each task after each task",
+    )
     return figure
 
 
@@ -43,7 +49,7 @@ def task_curves(reports: Sequence[RoundReport], tasks: int, rounds_per_task: int
     """Test accuracy of every task over the rounds; dotted in the phase before its own, where clients have one order."""
     import matplotlib
 
-    figure = _figure(9.0, 4.8)
+    figure = new_figure(9.0, 4.8, dpi=110)
     axes = figure.subplots()
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.92, tasks))
     for task in range(tasks):
@@ -62,15 +68,6 @@ def task_curves(reports: Sequence[RoundReport], tasks: int, rounds_per_task: int
     _whole(axes.xaxis)
     axes.set(xlabel="round", ylabel="test accuracy [%]", title="Accuracy of each task", ylim=(0, 101))
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="small", frameon=False, ncols=1 + tasks // 16)
-    return figure
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
     return figure
 
 

@@ -1,6 +1,7 @@
 """A run as one page that needs nothing else: `report.html`, made from what the run folder holds.
 
-May import: jinja2, pandas, yaml (all lazily), fedsim's page_pictures, console, reports and data descriptions.
+May import: jinja2, pandas, yaml (all lazily), devices.texts, fedsim's page_pictures, console, reports and data
+descriptions.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ import base64
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from devices.texts import visible, visible_lines
 from fedsim.console import energy, simulated, size
 from fedsim.durable import write_atomic
 from fedsim.errors import ConfigError
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from fedsim.workload import Workload
 
 PAGE = "report.html"
+CELL_LETTERS = 100  # of a text in a table
 SLOWEST = 8  # clients in the table of stragglers
 OF_AN_EXCHANGE = (
     "Seconds and joules are of a completed exchange: a client that is asked to train, or to judge a model. Tail J is "
@@ -82,6 +86,7 @@ def write_page(folder: Path, workload: Workload | None = None) -> Path:
     config = (folder / "config.yaml").read_text()
     summary = _json(folder / "summary.json")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["short"] = partial(visible, most=CELL_LETTERS)
     html = environment.from_string(HTML).render(
         title=_title(yaml.safe_load(config)["choices"], summary),
         folder=str(folder),
@@ -93,7 +98,7 @@ def write_page(folder: Path, workload: Workload | None = None) -> Path:
         config=config,
         summary=json.dumps(summary, indent=1) if summary else "",
     )
-    write_atomic(folder / PAGE, html)
+    write_atomic(folder / PAGE, visible_lines(html))
     return folder / PAGE
 
 

@@ -1,6 +1,6 @@
 """The pictures of a run's page: what accuracy took, where the devices' time went, what became of clients.
 
-May import: numpy, pandas, matplotlib (when it draws), fedsim's paired and reports.
+May import: numpy, pandas, matplotlib (when it draws), devices.figures and devices.texts, fedsim's paired and reports.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from devices.figures import new_figure, save_figure
+from devices.texts import NAME_LETTERS, visible
 from fedsim.paired import spent
 from fedsim.pricing import OUTCOMES
 from fedsim.report import RoundReport
@@ -33,7 +35,7 @@ def curves(rounds: Sequence[RoundReport]) -> Figure | None:
     shown = [key for key in JUDGED if any(key in r.metrics for r in rounds)]
     if not shown:
         return None
-    figure, took = _figure(9.6, 5.6), spent(list(rounds))
+    figure, took = new_figure(9.6, 5.6), spent(list(rounds))
     panels = figure.subplots(2, 2, sharey=True)
     for panel, axis in zip(panels.flat, ("rounds", "simulated_s", "joules", "traffic_bytes"), strict=True):
         most, units = took[axis][-1], UNITS.get(axis, ((1.0, ""),))
@@ -64,12 +66,13 @@ def time_by_device(rows: pd.DataFrame) -> Figure | None:
         return None
     means = answered.groupby("device")[[f"{phase}_s" for phase in PHASES]].mean()
     means = means.loc[means[[f"{p}_s" for p in PHASES if p != "wait"]].sum(axis=1).sort_values().index]
-    figure = _figure(9.6, 1.2 + 0.34 * len(means))
-    panel, left = figure.subplots(), np.zeros(len(means))
+    figure = new_figure(9.6, 1.2 + 0.34 * len(means))
+    panel, left, places = figure.subplots(), np.zeros(len(means)), np.arange(len(means))
     for phase in PHASES:
         width = means[f"{phase}_s"].to_numpy()
-        panel.barh(means.index, width, left=left, color=PHASE_COLOURS[phase], label=phase, height=0.7)
+        panel.barh(places, width, left=left, color=PHASE_COLOURS[phase], label=phase, height=0.7)
         left += width
+    panel.set_yticks(places, labels=[visible(device, NAME_LETTERS) for device in means.index])
     panel.set_xlabel("mean simulated seconds of a client and exchange")
     panel.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize="small")
     _plain(panel, "x")
@@ -83,7 +86,7 @@ def outcomes(rounds: Sequence[RoundReport]) -> Figure | None:
         return None
     step = -(-len(asked) // BARS)
     groups = [asked[i : i + step] for i in range(0, len(asked), step)]
-    figure = _figure(9.6, 2.8)
+    figure = new_figure(9.6, 2.8)
     panel, bottom = figure.subplots(), np.zeros(len(groups))
     places = [group[0].round + (group[-1].round - group[0].round) / 2 for group in groups]
     for outcome in OUTCOMES:
@@ -104,17 +107,8 @@ def as_svg(figure: Figure) -> str:
 
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "fedsim"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
+        save_figure(figure, buffer, format="svg", metadata={"Date": None})
     return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def _plain(panel: Any, axis: str = "both") -> None:

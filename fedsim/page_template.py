@@ -6,7 +6,7 @@ HTML = """\
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
+<title>{{ title|short }}</title>
 <style>
   body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; }
   body { margin: 0 auto; max-width: 68rem; padding: 1.5rem; }
@@ -31,7 +31,7 @@ HTML = """\
 </style>
 </head>
 <body>
-<h1>{{ title }}</h1>
+<h1>{{ title|short }}</h1>
 <p class="where">{{ folder }}</p>
 {% if failure %}
 <p class="failure">{{ failure.error }}: {{ failure.reason }}</p>
@@ -55,10 +55,10 @@ HTML = """\
 {% endfor %}
 {% if part.table %}
 <div class="wide"><table>
-<thead><tr>{% for name in part.table.header %}<th>{{ name }}</th>{% endfor %}</tr></thead>
+<thead><tr>{% for name in part.table.header %}<th>{{ name|short }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for row in part.table.rows %}
-<tr>{% for text in row %}<td>{{ text }}</td>{% endfor %}</tr>
+<tr>{% for text in row %}<td>{{ text|short }}</td>{% endfor %}</tr>
 {% endfor %}
 </tbody>
 </table></div>

@@ -15,6 +15,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from devices.errors import unknown
+from devices.texts import quoted
 from fedsim.errors import ConfigError
 
 PLAIN = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text", type(None): "null"}
@@ -87,7 +88,8 @@ def _check_type(key: str, value: Any, hint: Any) -> None:
 
 def said(value: Any) -> str:
     """A value as it is written in a config: null, true and false are not Python's words for them."""
-    return {"None": "null", "True": "true", "False": "false"}.get(repr(value), repr(value))
+    text = quoted(value)
+    return {"None": "null", "True": "true", "False": "false"}.get(text, text)
 
 
 def _name(hint: Any) -> str:

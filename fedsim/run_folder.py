@@ -17,6 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from devices.figures import box_missing_letters, save_figure
+from devices.texts import file_name
 from fedsim.client_rows import client_row, client_schema
 from fedsim.durable import write_atomic
 from fedsim.errors import ClientError, ConfigError
@@ -159,8 +161,9 @@ class RunFolder:
         """Writes pictures (PNG and TensorBoard), then the summary; a folder with `summary.json` is a finished run."""
         for name, picture in (pictures or {}).items():
             (self.path / "pictures").mkdir(exist_ok=True)
-            picture.savefig(self.path / "pictures" / f"{name}.png", format="png")
-            self._events.add_figure(name, picture, summary["rounds"], walltime=summary["simulated_s"])
+            save_figure(picture, self.path / "pictures" / f"{file_name(name)}.png")
+            with box_missing_letters():
+                self._events.add_figure(name, picture, summary["rounds"], walltime=summary["simulated_s"])
         self.flush()
         write_atomic(self.path / "summary.json", json.dumps(summary, indent=1) + "\n")
 

@@ -10,6 +10,7 @@ import importlib.util
 import itertools
 import json
 import math
+import os
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from devices.errors import DeviceError, unknown
+from devices.texts import FILE_BYTES, storable
 from fedsim.errors import ConfigError, DataError
 from fedsim.parameters import check_parameters, said
 
@@ -38,6 +40,7 @@ GROUPS = (
 )
 NEEDED = tuple(group for group in GROUPS if group not in ("method", "experiment"))  # presets leave no settings behind
 PRIMARY = "run"
+LONGEST_NAME = 255  # bytes of a folder's name
 FREE_MAPS = ("fleet.devices",)  # whose keys are the user's own: giving the map replaces it
 RESULTS_HANG_ON = ("threads", "device", "batch_clients")  # of the engine's settings, in the last bits
 FORMAT, FORMATS = "memory_format", ("contiguous", "channels_last")
@@ -124,6 +127,8 @@ def check_overrides(overrides: Sequence[str]) -> list[str]:
         plain = not text.startswith(("+", "~"))
         if plain and key in GROUPS and not (isinstance(value, str | dict) or override.is_sweep_override()):
             raise ConfigError(unknown(key, "null" if value is None else value, options(key)))
+        if plain and key in GROUPS and isinstance(value, str) and (len(value) > FILE_BYTES or not storable(value)):
+            raise ConfigError(unknown(key, value, options(key)))  # no name of a file, which it would be taken for
         if plain and key in FREE_MAPS and (isinstance(value, dict) or override.is_sweep_override()):
             checked += [f"~{key}", f"+{text}"]
         else:
@@ -348,8 +353,11 @@ def check(settings: Settings) -> Settings:
     for key in ("out", "name"):
         _text(settings, key)
     name = str(settings["name"])
-    if "/" in name or name in (".", ".."):
-        raise ConfigError(f"name is part of a folder's name and cannot hold '/', got {name!r}; use out= for a path")
+    if "/" in name or name in (".", "..") or not storable(name) or len(name.encode()) > FILE_BYTES:
+        raise ConfigError(
+            f"name is part of a folder's name: at most {FILE_BYTES} bytes on one line, without '/', got {said(name)}; "
+            "use out= for a path"
+        )
     return settings
 
 
@@ -377,8 +385,19 @@ def _text(settings: Settings, key: str) -> None:
     if value is None:
         return
     right_type = isinstance(value, str | int | float) and not isinstance(value, bool)
-    if not right_type or not str(value).strip() or "\0" in str(value):
-        raise ConfigError(f"{key} must be text, or null, got {said(value)}")
+    if not right_type or not str(value).strip() or "\0" in str(value) or not _encodable(str(value)):
+        raise ConfigError(f"{key} must be text that a file's name can hold, or null, got {said(value)}")
+    if any(len(os.fsencode(part)) > LONGEST_NAME for part in str(value).split("/")):
+        raise ConfigError(
+            f"{key} has a part that is longer than the {LONGEST_NAME} bytes of a folder's name: {said(value)}"
+        )
+
+
+def _encodable(text: str) -> bool:
+    try:
+        return bool(os.fsencode(text))
+    except UnicodeEncodeError:
+        return False
 
 
 def _number(

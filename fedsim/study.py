@@ -17,6 +17,7 @@ import yaml
 
 from devices.errors import FileError, unknown
 from devices.reading import read_yaml
+from devices.texts import file_name, storable
 from fedsim.errors import ConfigError
 from fedsim.metrics import ACCURACY
 from fedsim.parameters import said
@@ -52,7 +53,7 @@ class Arm:
     @property
     def slug(self) -> str:
         """The label as a folder's name."""
-        return re.sub(r"[^a-z0-9.]+", "-", self.label.lower()).strip("-.") or "arm"
+        return file_name(re.sub(r"[^a-z0-9.]+", "-", self.label.lower()).strip("-.") or "arm")
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,9 @@ def _tree(path: Path) -> dict[str, Any]:
             raise ConfigError(f"{path}: {unknown('key of a study', key, KEYS)}")
     if not isinstance(tree.get("title"), str) or not tree["title"].strip():
         raise ConfigError(f"{path}: title must be text, got {said(tree.get('title'))}")
+    for text in (tree["title"], *(tree["arms"] if isinstance(tree.get("arms"), dict) else ())):
+        if not storable(str(text).replace("\n", " ")):
+            raise ConfigError(f"{path}: a title or label holds letters that files cannot: {str(text)!r}")
     if not isinstance(tree.get("arms"), dict) or not tree["arms"]:
         raise ConfigError(f"{path}: arms must be a map of labels to overrides, got {said(tree.get('arms'))}")
     return tree

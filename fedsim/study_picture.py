@@ -2,7 +2,7 @@
 
 Where every axis is a figure of a run, such as a latency, an arm is a point, and the points of one family are joined.
 
-May import: matplotlib (when it draws), numpy, fedsim's study_result and paired.
+May import: matplotlib (when it draws), numpy, devices.figures and devices.texts, fedsim's study_result and paired.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from devices.figures import legend_label, new_figure, save_figure
+from devices.texts import NAME_LETTERS, visible
 from fedsim.paired import spent
 from fedsim.study import AXES, METRICS
 from fedsim.study_result import Finished, Result
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MOST_LINES, MOST_FAMILIES = 12, 19  # in a panel; so many families can be told apart
-LETTERS = 11  # of a title, to an inch
+LETTERS, TITLE_LETTERS = 11, 300  # of a title: to an inch, and at most
 # Okabe and Ito, "Color Universal Design", 2008: told apart by all common kinds of colour vision. Black is the arm
 # that the others are compared with.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -47,16 +49,12 @@ def draw_study(result: Result, path: Path) -> None:
     Raises:
         OSError: if the file cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     study = result.study
     points = all(axis not in AXES for axis in study.x)
     chosen = families(result) if points else {label: [label] for label in shown(result)}
     columns = len(study.x) if len(study.x) <= 3 else 2
     down = -(-len(study.x) // columns)
-    figure = Figure(figsize=(4.3 * columns + 2.6, 3.3 * down + 0.9), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(4.3 * columns + 2.6, 3.3 * down + 0.9, dpi=130)
     axes = figure.subplots(down, columns, sharey=True, squeeze=False)
     own = next((arm.family for arm in study.arms if arm.label == study.against), "") if points else study.against
     styles = _styles(list(chosen), own)
@@ -72,7 +70,7 @@ def draw_study(result: Result, path: Path) -> None:
         panel.grid(alpha=0.25, linewidth=0.6)
         panel.spines[["top", "right"]].set_visible(False)
         if number % columns == 0:
-            panel.set_ylabel(f"{study.metric.replace('_', ' ')}, %")
+            panel.set_ylabel(f"{visible(study.metric.replace('_', ' '), NAME_LETTERS)}, %")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize="small", handlelength=2.6)
     left_out = len(result.rows) - sum(map(len, chosen.values()))
@@ -81,8 +79,9 @@ def draw_study(result: Result, path: Path) -> None:
     spread = f"{'bars' if points else 'bands'}: their standard deviation"
     over = f"means of seeds {seeds}; {spread}" if len(study.seeds) > 1 else f"seed {seeds}"
     wide = int(LETTERS * figure.get_figwidth())
-    figure.suptitle("\n".join(fill(line, wide) for line in (study.title, over + note)), fontsize="medium")
-    figure.savefig(path, format="png")
+    title = visible(study.title, TITLE_LETTERS)
+    figure.suptitle("\n".join(fill(line, wide) for line in (title, over + note)), fontsize="medium")
+    save_figure(figure, path)
 
 
 def shown(result: Result) -> list[str]:
@@ -136,7 +135,7 @@ def _draw_lines(result: Result, panel: Axes, axis: str, labels: Sequence[str], s
     units = UNITS.get(axis, ((1.0, ""),))
     unit, unit_name = next((u for u in units if most >= 2 * u[0]), units[-1])
     for label, (x, mean, spread) in curves.items():
-        panel.plot(x / unit, 100 * mean, label=label, **{**styles[label], "marker": ""})
+        panel.plot(x / unit, 100 * mean, label=legend_label(label), **{**styles[label], "marker": ""})
         if len(result.runs[label]) > 1:
             low, high = 100 * (mean - spread), 100 * (mean + spread)
             shade = min(0.15, 0.7 / len(curves))  # many bands on top of each other must stay light
@@ -155,5 +154,7 @@ def _draw_points(
         if points:
             error = [100 * row.deviation if len(row.scores) > 1 else 0.0 for _, row in points]
             x, y = [x for x, _ in points], [100 * row.mean for _, row in points]
-            panel.errorbar(x, y, yerr=error, label=family, markersize=5, capsize=2, elinewidth=0.7, **styles[family])
-    panel.set_xlabel(axis.removeprefix(METRICS).replace("_", " "), fontsize="small")
+            panel.errorbar(
+                x, y, yerr=error, label=legend_label(family), markersize=5, capsize=2, elinewidth=0.7, **styles[family]
+            )
+    panel.set_xlabel(visible(axis.removeprefix(METRICS).replace("_", " "), 2 * NAME_LETTERS), fontsize="small")

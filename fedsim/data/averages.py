@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from devices.figures import new_figure, save_figure
+from devices.texts import NAME_LETTERS, visible
 from fedsim.errors import ConfigError
 from fedsim.seeding import torch_generator
 from fedsim.workload import Examples, Tensors, Workload
@@ -109,12 +111,8 @@ def averages_picture(
     workload: Workload, path: str | Path, group_sizes: list[int | None], clients: int, seed: int
 ) -> None:
     """Draws the first mean of each client (rows) for each group size (columns), with its classes, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     shown = range(min(clients, workload.num_clients))
-    figure = Figure(figsize=(1.9 * len(group_sizes) + 0.4, 2.1 * len(shown) + 0.5), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(1.9 * len(group_sizes) + 0.4, 2.1 * len(shown) + 0.5, dpi=110)
     axes = figure.subplots(len(shown), len(group_sizes), squeeze=False)
     names = getattr(workload, "classes", None) or [str(label) for label in range(workload.num_classes)]
     for row, client in enumerate(shown):
@@ -124,8 +122,8 @@ def averages_picture(
             if row == 0:
                 axes[row][column].set_title(f"groups of {size or 'all'}")
         axes[row][0].set_ylabel(f"client {client}")
-    figure.suptitle(f"{workload.name}: what a server would see")
-    figure.savefig(path, format="png")
+    figure.suptitle(f"{visible(workload.name, NAME_LETTERS)}: what a server would see")
+    save_figure(figure, path)
 
 
 def _of_client(workload: Workload, client: int, size: int | None, seed: int) -> Tensors:
@@ -167,4 +165,6 @@ def _draw(axes: Axes, pairs: Tensors, names: list[str]) -> None:
     else:
         axes.imshow(x.reshape(1, -1).numpy(), cmap="gray", aspect="auto")
     top = y.argsort(descending=True, stable=True)[:3].tolist()
-    axes.set_xlabel(", ".join(f"{names[k]} {y[k]:.0%}" for k in top if y[k] > 0), fontsize="x-small")
+    axes.set_xlabel(
+        ", ".join(f"{visible(names[k], NAME_LETTERS // 2)} {y[k]:.0%}" for k in top if y[k] > 0), fontsize="x-small"
+    )

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import yaml
 
+from devices.figures import legend_label, new_figure, save_figure
+from devices.texts import NAME_LETTERS, visible
 from fedsim.workload import Workload
 
 if TYPE_CHECKING:
@@ -76,7 +78,7 @@ def summary_lines(workload: Workload) -> list[str]:
 
 def split_picture(workload: Workload, path: str | Path) -> None:
     """Draws the split as a PNG; see `draw_split`."""
-    draw_split(workload).savefig(path, format="png")
+    save_figure(draw_split(workload), path)
 
 
 def draw_split(workload: Workload, limit: int = 50) -> Figure:
@@ -85,14 +87,11 @@ def draw_split(workload: Workload, limit: int = 50) -> Figure:
     Up to 20 classes are stacked bars, more a map; sequences show the sizes only. Above 2000 clients the histogram shows
     2000 evenly spaced ones.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     rows = split_table(workload, limit)
     sizes = [row.train for row in _rows(workload, _spread(workload))]
-    figure = Figure(figsize=(12, 4.8), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(12, 4.8, dpi=110)
     left, right = figure.subplots(1, 2, width_ratios=[2.4, 1])
     shown = f"first {len(rows)} clients" if len(rows) < workload.num_clients else "every client"
     if not rows[0].label_counts:
@@ -109,7 +108,8 @@ def draw_split(workload: Workload, limit: int = 50) -> Figure:
     left.set_xlabel("client")
     left.xaxis.set_major_locator(MaxNLocator(10, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
     _draw_sizes(right, sizes, workload.num_clients)
-    figure.suptitle(f"{workload.name}: clients {workload.num_clients}, classes {workload.num_classes}")
+    name = visible(workload.name, NAME_LETTERS)
+    figure.suptitle(f"{name}: clients {workload.num_clients}, classes {workload.num_classes}")
     return figure
 
 
@@ -168,7 +168,7 @@ def _draw_bars(axes: Axes, rows: list[ClientRow], names: list[str]) -> None:
     clients, bottom = [row.client for row in rows], np.zeros(len(rows))
     for label, name in enumerate(names):
         height = np.array([row.label_counts[label] for row in rows])
-        axes.bar(clients, height, bottom=bottom, width=0.85, color=colours(label), label=name)
+        axes.bar(clients, height, bottom=bottom, width=0.85, color=colours(label), label=legend_label(name))
         bottom += height
     axes.margins(x=0.01)
     axes.set_ylim(0, 1.05 * max(row.train for row in rows))
