@@ -55,7 +55,7 @@ from fedsim.messages import (
     unpack_cohort,
 )
 from fedsim.pricing import Prices
-from fedsim.roles import private_names
+from fedsim.roles import TensorRoles
 from fedsim.seeding import derive
 from fedsim.settings import WORLDS, World, build_world, instantiate, memory_format, pick_device
 from fedsim.slices import price
@@ -94,14 +94,14 @@ class Worker:
         self.slots: Tensors = dict(self.model.state_dict())
         self.channels_last = self.flat is not None and is_channels_last(self.slots.values())
         self.parameters: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
-        self.names = frozenset(name for name, _ in self.model.named_parameters())
+        self.roles = TensorRoles.of(self.model, settings["private"])
         against = (
             self.trainer.reason_against_together(self.model) if settings["engine"].get("batch_clients", 1) > 1 else ""
         )
         if against:
             raise ConfigError(f"{self._batching()} cannot be used: {against}; set engine.batch_clients=1")
         self.network = self._price(self.model, "dense")
-        self.trainer.private = private_names(self.model, settings["private"])
+        self.trainer.private = self.roles.private
         self.initial = {n: t.detach().clone() for n, t in self.slots.items() if n in self.trainer.private}
         self.trainer.setup(self.workload, self.model, self.network)
         self._data: OrderedDict[tuple[int, int], ClientData] = OrderedDict()
@@ -297,7 +297,7 @@ class Worker:
     def _packed(self, client: ClientContext, task: Broadcast, update: ClientUpdate, weights: ArrayRecord) -> RecordDict:
         if self.uplink.active:
             new, old = self._shared_tensors(update.weights), self._shared_tensors(task.weights)
-            weights = compressed(self.uplink, new, old, self.names, client.state, client.stream("uplink"))
+            weights = compressed(self.uplink, new, old, self.roles.trained, client.state, client.stream("uplink"))
         answer = content_of_update(update, weights)
         if client.state:
             answer[STATE] = client.state.pack()

@@ -35,9 +35,10 @@ from fedsim.network import ONE_METHOD, ClientReport, EdgeGrid
 from fedsim.price_facts import price_facts
 from fedsim.pricing import OUTCOMES
 from fedsim.report import RoundReport, Totals, weights_sha256
-from fedsim.roles import private_names
+from fedsim.roles import TensorRoles
 from fedsim.run_folder import RunFolder, check_free, run_folder
 from fedsim.seeding import seeded_globals
+from fedsim.server import ServerSide
 from fedsim.settings import (
     Settings,
     World,
@@ -71,7 +72,8 @@ class Federation:
         self.model = world.workload.build_model().to(pick_device(settings["engine"]["device"]))
         self.arrays = record_of(self.model.state_dict())
         self.has_ended = False  # it was restored from its end
-        self.private = private_names(self.model, settings["private"])
+        self.roles = TensorRoles.of(self.model, settings["private"])
+        self.server = ServerSide(self.strategy, self.roles)
         check_plan(instantiate(settings, "compression"), self.model, world.workload.sample(2)["x"], world.fleet)
         self.grid = EdgeGrid(
             engine,
@@ -84,6 +86,7 @@ class Federation:
             averages=is_plain_mean(self.strategy),
             on_client_error=settings["on_client_error"],
             batch_clients=settings["engine"]["batch_clients"],
+            trained=self.roles.trained,
             observe=observe,
         )
 
@@ -143,7 +146,7 @@ class Federation:
         if not self.grid.averages and not hasattr(self.strategy, "combine"):
             replies = in_float64(replies)
         try:
-            arrays, metrics = self.strategy.aggregate_train(number, replies)
+            arrays, metrics = self.server.aggregate(number, replies, self.shared)
         except AppExitException as error:
             reason = f"cannot use what the clients sent: {str(error).removesuffix('. Skipping aggregation.')}"
             beside = sorted({name for reply in replies for name in reply.content.array_records if name != ARRAYS})
@@ -174,22 +177,26 @@ class Federation:
     @property
     def shared(self) -> ArrayRecord:
         """The weights that are sent and averaged; all of them unless some are private."""
-        if not self.private:
+        if not self.roles.private:
             return self.arrays
-        return array_record({name: array for name, array in self.arrays.items() if name not in self.private})
+        return array_record({name: array for name, array in self.arrays.items() if name not in self.roles.private})
 
     def instructions(self, number: int) -> list[Message]:
         """What the strategy sends to the clients of a round, addressed by client id."""
         self.grid.round = number
+        shared = self.shared
+        handed = self.server.handed(shared)
         with seeded_globals(self.seed, "cohort", number):
-            return list(self.strategy.configure_train(number, self.shared, ConfigRecord(), self.grid))
+            messages = self.strategy.configure_train(number, handed, ConfigRecord(), self.grid)
+            return self.server.sent(messages, handed, shared)
 
     def complete(self, number: int) -> None:
         """Lets a strategy of ours finish the weights before they are judged; Flower's own have no such step."""
         if hasattr(self.strategy, "complete"):
             shared = self.shared
-            if (completed := self.strategy.complete(number, shared, self.grid)) is not shared:
-                self.take(completed)
+            handed = self.server.handed(shared)
+            if (completed := self.strategy.complete(number, handed, self.grid)) is not handed:
+                self.take(self.server.whole(completed, shared))
 
     def judge(self, number: int) -> dict[str, float]:
         """Accuracy and loss of the global model on held-out examples, on the server, at no simulated cost.
@@ -211,8 +218,11 @@ class Federation:
         """
         if not self.settings["evaluate_clients"]:
             return {}
+        shared = self.shared
+        handed = self.server.handed(shared)
         with seeded_globals(self.seed, "evaluate", number):
-            messages = list(self.strategy.configure_evaluate(number, self.shared, ConfigRecord(), self.grid))
+            asked_for = self.strategy.configure_evaluate(number, handed, ConfigRecord(), self.grid)
+            messages = self.server.sent(asked_for, handed, shared)
         replies = self.grid.send_and_receive(messages)
         metrics = self.strategy.aggregate_evaluate(number, replies) if replies else None
         return {f"client_{key}": value for key, value in self.with_means("evaluate", metrics).items()}

@@ -254,7 +254,7 @@ def _wide(array: Array) -> Array:
 
 
 def like(record: ArrayRecord, model: ArrayRecord) -> ArrayRecord:
-    """`record` with the names' order and dtypes of `model`: FedOpt strategies return float64.
+    """`record` with the names' order and dtypes of `model`: FedOpt strategies return float64; integers are rounded.
 
     Raises:
         ValueError: if names or shapes differ.
@@ -267,8 +267,14 @@ def like(record: ArrayRecord, model: ArrayRecord) -> ArrayRecord:
             shapes = f"{tuple(record[name].shape)}, the model has {tuple(array.shape)}"
             raise ValueError(f"the strategy returned {name} as {shapes}")
         same = record[name].dtype == array.dtype
-        arrays[name] = record[name] if same else to_array(from_array(record[name]).astype(array.dtype))
+        arrays[name] = record[name] if same else to_array(cast_to(from_array(record[name]), array.dtype))
     return array_record(arrays)
+
+
+def cast_to(values: np.ndarray, dtype: str | np.dtype) -> np.ndarray:
+    """The values in another dtype; integers and flags are rounded, not cut off."""
+    dtype = np.dtype(dtype)
+    return (np.rint(values) if dtype.kind in "iub" else values).astype(dtype)
 
 
 # --- broadcast and update, one client ----------------------------------------------------------------------------

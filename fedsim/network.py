@@ -145,6 +145,7 @@ class EdgeGrid(Grid):
         averages: the strategy only needs the mean weighted by examples, so it gets one reply that holds it.
         on_client_error: "stop" raises ClientError for a failing client; "drop" counts it as failed.
         batch_clients: how many clients a worker trains at once; they stay together whatever the number of workers.
+        trained: names of the model's trained tensors, for strategies that look at these alone.
         observe: called with each client's id when its reply came from the engine (progress).
     """
 
@@ -161,8 +162,10 @@ class EdgeGrid(Grid):
         averages: bool = False,
         on_client_error: str = "stop",
         batch_clients: int = 1,
+        trained: frozenset[str] = frozenset(),
         observe: Callable[[int], None] | None = None,
     ):
+        self.trained = trained
         self.engine, self.fleet, self.latency = engine, fleet, latency
         self.settings = ConfigRecord({"json": config_json})
         self.seed, self.deadline_s, self.keep, self.averages = seed, deadline_s, keep, averages

@@ -1,21 +1,80 @@
-"""Which tensors of a model stay on the clients' devices: `private` in the settings, by role or by pattern.
+"""What each tensor of a model is, and which of them stay on the clients' devices: found once, from the model.
 
-Server and clients resolve it alike against the model's state dict, so a private tensor is in no message: everything
-else is shared, that is sent and averaged. May import: torch, devices.errors, fedsim.errors.
+Server and clients resolve `private` in the settings (roles or patterns) alike against the model's state dict, so a
+private tensor is in no message: everything else is shared, that is sent and averaged. May import: torch,
+devices.errors, fedsim.errors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase  # batch and instance norms
 
 from devices.errors import unknown
 from fedsim.errors import ConfigError
 
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+TRAINED, STATISTIC, COUNTER = "trained", "statistic", "counter"
+
+
+@dataclass(frozen=True)
+class TensorRoles:
+    """What each tensor of a model is.
+
+    Attributes:
+        kinds: by name, in the order of the state dict. "trained": a parameter, that an optimiser may move and that
+            distances are taken of; "statistic": any other number with a fraction, such as a batch norm's running
+            variance, of which only a mean makes sense; "counter": integers and flags, averaged and rounded.
+        private: names of those that stay on the clients' devices.
+    """
+
+    kinds: Mapping[str, str]
+    private: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, model: nn.Module, private: Iterable[str] = ()) -> TensorRoles:
+        """The roles of a model's tensors.
+
+        Args:
+            model: the network.
+            private: patterns, see `private_names`.
+
+        Raises:
+            ConfigError: as `private_names`.
+        """
+        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        kinds = {name: _kind(t, name in parameters) for name, t in model.state_dict().items()}
+        roles = cls(kinds, private_names(model, private))
+        if roles.trained and roles.trained <= roles.private:
+            kept = f"private={list(private)}"
+            raise ConfigError(
+                f"{kept} leaves no trained tensor of model {type(model).__name__} to share; keep some out"
+            )
+        return roles
+
+    def names(self, *kinds: str) -> frozenset[str]:
+        """The names of all tensors of these kinds, private ones too."""
+        return frozenset(name for name, kind in self.kinds.items() if kind in kinds)
+
+    @property
+    def trained(self) -> frozenset[str]:
+        """The names of what is trained."""
+        return self.names(TRAINED)
+
+    @property
+    def averaged(self) -> frozenset[str]:
+        """The names of statistics and counters."""
+        return self.names(STATISTIC, COUNTER)
+
+
+def _kind(tensor: Tensor, is_parameter: bool) -> str:
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return COUNTER
+    return TRAINED if is_parameter else STATISTIC
 
 
 def private_names(model: nn.Module, patterns: Iterable[str]) -> frozenset[str]:

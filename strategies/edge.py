@@ -29,9 +29,12 @@ class EdgeStrategy(FedAvg):
     Attributes:
         derived: names of attributes that a checkpoint leaves out: they are made anew, or good for one round. All others
             hold numbers, texts, tensors and records, and lists, tuples, sets and dicts of them.
+        takes_all_tensors: statistics and counters too are this strategy's to average. Flower's own strategies are
+            handed the trained tensors only.
     """
 
     derived: ClassVar[frozenset[str]] = frozenset()
+    takes_all_tensors: ClassVar[bool] = True
 
     def __init__(self, **sampling: Any):
         super().__init__(**sampling)

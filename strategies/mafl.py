@@ -101,6 +101,11 @@ class Mafl(FedAvg):
         self.sent: dict[int, np.ndarray] = {}  # what it will have once its reply is accepted
         self.grid: EdgeGrid | None = None
 
+    @property
+    def takes_all_tensors(self) -> bool:
+        """Whether the other strategy averages statistics and counters itself."""
+        return bool(getattr(self.server, "takes_all_tensors", False))
+
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:

@@ -113,8 +113,9 @@ def real(test: Callable[..., None]) -> Callable[..., None]:
 
 @real
 def test_gives_the_bytes_of_the_local_run_and_listens_on_loopback_only(flwr, tmp_path: Path):
-    """A method whose clients answer a question first, keep what comes back, and may miss the deadline."""
-    overrides = [*TINY, *DAILY, "method=fedmix", "rounds=3", "deadline_s=0.3"]
+    """Clients that answer a question first, keep what comes back, and may be late; momentum, and batch norm beside."""
+    method = ["method=fedmix", "strategy@strategy.server=fedavgm", "model.norm=batch"]
+    overrides = [*TINY, *DAILY, *method, "rounds=3", "deadline_s=0.3"]
     command = flwr(*overrides, "--workers", "2")
     code, out, err = command.ended()
     assert (code, err) == (0, "")

@@ -132,7 +132,7 @@ def test_private_is_a_list_of_names(value):
 
 
 def test_training_alone_is_no_federation():
-    with pytest.raises(ConfigError, match="has no shared parameter to train"):
+    with pytest.raises(ConfigError, match="leaves no trained tensor of model MLP to share; keep some out"):
         alone("method=fedrep", "private=['*.weight','*.bias']", "model.norm=batch")
 
 

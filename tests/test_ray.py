@@ -204,9 +204,18 @@ def both_at_work(run: Callable[[], object], spies: Path) -> list[psutil.Process]
 # --- the same bytes ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "krum", "fedmedian"])
+@pytest.mark.parametrize(
+    "strategy", ["fedavg", "krum", "fedmedian", "fedavg model.norm=batch", "krum model.norm=batch"]
+)
 def test_two_workers_give_the_bytes_of_one_process(pair, result, local, strategy: str):
-    overrides = (f"strategy={strategy}", "fleet=phones", *DAILY, "evaluate_clients=2", "num_clients=20", "cohort=9")
+    overrides = (
+        *f"strategy={strategy}".split(),
+        "fleet=phones",
+        *DAILY,
+        "evaluate_clients=2",
+        "num_clients=20",
+        "cohort=9",
+    )
     assert result(pair, *overrides) == local(*overrides)
 
 

@@ -253,7 +253,7 @@ def test_int8_with_packing_is_a_quarter_of_a_network_of_many_tensors(settings, m
     worker = Worker(build_world(json.dumps(made)))
     sent = record_of(worker.model.state_dict())
     weights = {n: t + (0.01 * torch.randn(t.shape)).to(t.dtype) for n, t in tensors_of(sent).items()}
-    record = compressed(worker.uplink, weights, tensors_of(sent), worker.names, {}, DRAW)
+    record = compressed(worker.uplink, weights, tensors_of(sent), worker.roles.trained, {}, DRAW)
     assert len(record) == (2 if model == RESNET else 5)
 
     def size(arrays: ArrayRecord) -> int:

@@ -14,7 +14,7 @@ from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi, Strategy
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 
-from fedsim.messages import NUM_EXAMPLES, array_record, from_array, to_array
+from fedsim.messages import NUM_EXAMPLES, array_record, cast_to, from_array, to_array
 
 MAX_BLOCKS = 64
 UNEQUAL = "clients sent weights of different names or shapes; a mean needs equal ones"
@@ -119,8 +119,7 @@ class WeightedSum:
         arrays = {}
         for name, total in self._total.items():
             dtype = np.dtype((model[name] if name in model else next(iter(model.values()))).dtype)  # packed: all alike
-            mean = total / self.weight
-            arrays[name] = to_array((np.rint(mean) if dtype.kind in "iub" else mean).astype(dtype))
+            arrays[name] = to_array(cast_to(total / self.weight, dtype))
         return array_record(arrays)
 
 
