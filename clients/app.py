@@ -54,6 +54,7 @@ from fedsim.messages import (
     tensors_of,
     unpack_cohort,
 )
+from fedsim.norms import needs_two_examples
 from fedsim.pricing import Prices
 from fedsim.roles import TensorRoles
 from fedsim.seeding import derive
@@ -101,6 +102,7 @@ class Worker:
         if against:
             raise ConfigError(f"{self._batching()} cannot be used: {against}; set engine.batch_clients=1")
         self.network = self._price(self.model, "dense")
+        self._check_batches()
         self.trainer.private = self.roles.private
         self.initial = {n: t.detach().clone() for n, t in self.slots.items() if n in self.trainer.private}
         self.trainer.setup(self.workload, self.model, self.network)
@@ -109,6 +111,16 @@ class Worker:
         self._shared: tuple[ArrayRecord, Tensors] | None = None
         self._shared_flat: torch.Tensor | None = None
         self._pruned: tuple[ArrayRecord | None, dict[Recipe, Pruned]] = (None, {})
+
+    def _check_batches(self) -> None:
+        """Refuses batches of single examples where they would never move the statistics of a batch norm."""
+        if getattr(self.trainer, "batch_size", None) != 1:
+            return
+        if needs_two_examples(self.model, self.workload.sample(1)["x"].to(self.device)):
+            raise ConfigError(
+                f"trainer.batch_size=1 gives the batch norms of model {type(self.model).__name__} nothing to average "
+                "over; take at least 2, or a model with another norm"
+            )
 
     def _price(self, model: nn.Module, name: str) -> NetworkCost:
         """What one example costs in a network: FLOPs and memory of a step, and its layers where they can be traced."""

@@ -1,7 +1,7 @@
 """What is learned: data, model, objective and how it is judged.
 
 A workload may be a finite data set, an endless task generator or an environment; `ClientData` hides which. May import:
-torch, numpy and `fedsim.seeding`. Concrete workloads live in `fedsim/data/`.
+torch, numpy, `fedsim.norms` and `fedsim.seeding`. Concrete workloads live in `fedsim/data/`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from fedsim.norms import allow_single_examples
 from fedsim.seeding import derive
 
 if TYPE_CHECKING:
@@ -140,7 +141,9 @@ class Workload(ABC):
         """A fresh model: the same weights for the same seed, whatever was drawn before."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(self.seed, "model"))
-            return self.model_factory(input_shape=self.input_shape, num_classes=self.num_classes)
+            model = self.model_factory(input_shape=self.input_shape, num_classes=self.num_classes)
+        allow_single_examples(model)
+        return model
 
     @abstractmethod
     def client_data(self, client_id: int) -> ClientData:
