@@ -36,30 +36,22 @@ class EWC(TaskStrategy):
         self.penalty: Tensors | None = None
 
     def learn(self, arrays: ArrayRecord, replies: list[Message]) -> None:
-        """Adds the mean of the clients' F, by examples, to the penalty."""
+        """Adds the mean of the clients' F, by examples, to the penalty.
+
+        Raises:
+            ConfigError: for models with frozen weights, of which the server does not know.
+        """
         answers = [tensors_of(reply.content.array_records[FISHER]) for reply in replies]
         if not answers:
             return
         total = sum(int(answer["examples"]) for answer in answers)
         mean = torch.stack([a["curvature"].double() * (int(a["examples"]) / total) for a in answers]).sum(0)
-        weights = torch.cat(
-            [tensors_of(arrays)[name].flatten() for name in self.trained_names(arrays, len(mean))]
-        ).double()
+        weights = torch.cat([t.flatten() for t in tensors_of(arrays).values()]).double()
+        if len(weights) != len(mean):
+            raise ConfigError(f"strategy=ewc needs a model without frozen weights: F has {len(mean)} of {len(weights)}")
         constant = (mean * weights.square()).sum()
         new = {"curvature": mean.float(), "weighted": (mean * weights).float(), "constant": constant.float()}
         self.penalty = new if self.penalty is None else {key: self.penalty[key] + t for key, t in new.items()}
-
-    @staticmethod
-    def trained_names(arrays: ArrayRecord, size: int) -> list[str]:
-        """The names of the weights that F speaks of, in order: all of them.
-
-        Raises:
-            ConfigError: for models with buffers or frozen weights, whose order the server cannot know.
-        """
-        names = list(arrays)
-        if sum(t.numel() for t in tensors_of(arrays).values()) != size:
-            raise ConfigError("strategy=ewc needs a model without buffers and frozen weights; take one with group norm")
-        return names
 
     def broadcast(self, round: int, client: Enrolled, weights: Tensors) -> Broadcast:
         """The weights and, from the second task on, the penalty."""

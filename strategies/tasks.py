@@ -10,7 +10,7 @@ from typing import Any
 from flwr.app import ArrayRecord, Message
 
 from fedsim.errors import ConfigError
-from fedsim.messages import Broadcast, ClientUpdate, content_of
+from fedsim.messages import Broadcast, ClientUpdate, array_record, content_of
 from fedsim.network import EdgeGrid
 from fedsim.workload import Tensors
 from strategies.edge import EdgeStrategy
@@ -40,7 +40,12 @@ class TaskStrategy(EdgeStrategy):
         self.trained: set[int] = set()  # clients whose updates on the present task were accepted
 
     def learn(self, arrays: ArrayRecord, replies: list[Message]) -> None:
-        """Takes the answers that were accepted, in client order; `arrays` are the weights that they speak of."""
+        """Takes the answers that were accepted, in client order.
+
+        Args:
+            arrays: the trained weights that they speak of, shared ones only.
+            replies: to the question.
+        """
 
     def prepare(self, round: int, weights: Tensors, arrays: ArrayRecord, grid: EdgeGrid) -> None:
         """Before the first round of a task, the question about the task before."""
@@ -49,7 +54,8 @@ class TaskStrategy(EdgeStrategy):
         content, now_s = content_of(Broadcast(round, {}), arrays), grid.clock.now_s
         asked = [client for client in sorted(self.trained) if grid.fleet.online(client, now_s)]
         self.trained = set()
-        self.learn(arrays, grid.send_and_receive([Message(content, client, self.question) for client in asked]))
+        trained = array_record({name: array for name, array in arrays.items() if name in grid.trained})
+        self.learn(trained, grid.send_and_receive([Message(content, client, self.question) for client in asked]))
 
     def combine(self, round: int, updates: list[ClientUpdate]) -> Tensors:
         """FedAvg's mean; remembers who trained."""

@@ -5,14 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from flwr.app import RecordDict
+from flwr.app import Message, RecordDict
 from torch import Tensor
 
 from clients.app import Worker
 from clients.app import app as client_app
 from clients.state import ClientState
 from clients.trainers.agem import project
-from clients.trainers.ewc import EWCTrainer, fisher
+from clients.trainers.ewc import EWCTrainer, bounded, fisher
 from clients.trainers.gss import replaced
 from clients.trainers.joint import JointTrainer
 from clients.trainers.lwf import LwFTrainer
@@ -20,7 +20,7 @@ from clients.trainers.memory import CANDIDATES, PHASES
 from fedsim.engines.local import LocalGrid
 from fedsim.errors import ConfigError
 from fedsim.federation import Federation
-from fedsim.messages import STATE, Broadcast, ClientUpdate, record_bytes, tensors_of
+from fedsim.messages import STATE, Broadcast, ClientUpdate, record_bytes, record_of, tensors_of
 from fedsim.report import weights_sha256
 from fedsim.settings import build_world, compose
 from strategies.ewc import EWC
@@ -225,9 +225,53 @@ def test_without_a_penalty_ewc_is_finetuning_up_to_the_servers_rounding():
     assert weights_sha256(finished("method=ewc").arrays) != weights_sha256(base.arrays)
 
 
-def test_ewc_refuses_models_whose_weights_it_cannot_name():
-    with pytest.raises(ConfigError, match="needs a model without buffers and frozen weights"):
-        EWC.trained_names(federation().arrays, 3)
+def test_curvature_is_lowered_only_where_a_step_would_overshoot():
+    """Centre 2 and curvature 4, at most 1: a quarter of it, 16 - 32 + 20 = 4 - 8 + 8 at the centre all the same."""
+    given = {"curvature": torch.tensor([4.0, 0.5, 0.0]), "weighted": torch.tensor([8.0, 1.0, 0.0])}
+    given["constant"] = torch.tensor(20.0)
+    found = bounded(given, 1.0)
+    assert found["curvature"].tolist() == [1.0, 0.5, 0.0]
+    assert found["weighted"].tolist() == [2.0, 1.0, 0.0]
+    assert float(found["constant"]) == 8.0
+    assert bounded(given, 4.0) is given
+
+
+def test_a_stiff_weight_is_at_its_centre_after_one_step():
+    """Without a loss of its own: w - lr lambda F (w - c) with lr lambda F cut to 1, whatever F is."""
+    one = worker("method=ewc", "trainer.penalty=100", "trainer.lr=0.1", "trainer.local_steps=1")
+    client, centre = one.context(0, RecordDict(), 5), 0.25
+    size = sum(p.numel() for p in client.parameters)
+    stiff = {"curvature": torch.full((size,), 1e4), "weighted": torch.full((size,), 1e4 * centre)}
+    stiff["constant"] = torch.tensor(size * 1e4 * centre**2)
+    one.trainer.loss = lambda client, batch, task: (
+        EWCTrainer.loss(one.trainer, client, batch, task) - (client.workload.loss(client.model, batch))
+    )
+    one.trainer.fit(client, Broadcast(5, dict(client.weights), {"penalty": stiff}))
+    assert all(torch.allclose(p, torch.full_like(p, centre), atol=1e-5) for p in client.parameters)
+
+
+@pytest.mark.parametrize("norm", ["null", "batch"])
+def test_ewc_ends_with_finite_weights_where_its_penalty_is_stiff(norm: str):
+    """Rounds of few steps on digits with a penalty a hundred times the usual one."""
+    run = finished("method=ewc", "trainer.penalty=10000", f"model.norm={norm}")
+    assert all(torch.isfinite(t).all() for t in tensors_of(run.arrays).values())
+
+
+def test_ewc_holds_what_is_trained_and_shared_and_nothing_else():
+    run = finished("method=ewc", "model.norm=batch", "private=[head]")
+    assert isinstance(run.strategy, EWC)
+    assert run.strategy.penalty is not None
+    held = run.roles.trained - run.roles.private
+    assert len(run.strategy.penalty["curvature"]) == sum(
+        t.numel() for name, t in tensors_of(run.arrays).items() if name in held
+    )
+
+
+def test_ewc_refuses_models_with_frozen_weights():
+    answer = RecordDict({"fisher": record_of({"curvature": torch.zeros(3), "examples": torch.tensor(1)})})
+    reply = Message(answer, reply_to=Message(RecordDict(), 0, "query.fisher"))
+    with pytest.raises(ConfigError, match="needs a model without frozen weights"):
+        EWC().learn(federation().arrays, [reply])
 
 
 # --- LwF and the oracle --------------------------------------------------------------------------------------------

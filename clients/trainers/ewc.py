@@ -1,12 +1,14 @@
 """Elastic weight consolidation (EWC): weights that mattered for earlier tasks are held where they were.
 
 Source: Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", PNAS 2017, equation 3. The penalty
-is the sum of one quadratic per task; the server keeps their sum (strategy=ewc). Records: see `strategies.ewc`. May
-import: what `clients.trainers.sgd` may, clients.trainers.gradients.
+is the sum of one quadratic per task; the server keeps their sum (strategy=ewc). Differs: a weight is pulled at most as
+far as to its centre in one step, see `bounded`. Records: see `strategies.ewc`. May import: what `clients.trainers.sgd`
+may, clients.trainers.gradients.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from clients.trainers.base import ClientContext
 from clients.trainers.gradients import per_sample, scoring
 from clients.trainers.sgd import SGDTrainer
 from fedsim.errors import ConfigError
-from fedsim.messages import Broadcast
+from fedsim.messages import Broadcast, ClientUpdate
 from fedsim.workload import Tensors
 
 QUESTION, FISHER, PENALTY = "fisher", "fisher", "penalty"
@@ -39,8 +41,30 @@ def fisher(client: ClientContext, weights: dict[str, nn.Parameter], batch: Tenso
     return (total / len(batch["y"])).float()
 
 
+def bounded(quadratics: Tensors, largest: float) -> Tensors:
+    """The sum of quadratics with no curvature above `largest`; as it is where none is.
+
+    Gradient descent with step size lr diverges on a quadratic of a curvature above 2 / lr, and reaches its centre in
+    one step at 1 / lr. F grows with every task, so sooner or later some weights are held too stiffly for any step size.
+    The centres and the value there stay.
+
+    Args:
+        quadratics: curvature, weighted [weights] and constant [], see `strategies.ewc`.
+        largest: curvature.
+
+    Source: LeCun et al., "Efficient BackProp", 1998, on the optimal and the largest learning rate.
+    """
+    curvature, weighted = quadratics["curvature"], quadratics["weighted"]
+    if not bool((curvature > largest).any()):
+        return quadratics
+    share = (largest / curvature).clamp(max=1.0)
+    lowered = ((1 - share).double() * weighted.double().square() / curvature.double()).nan_to_num(0.0).sum()
+    constant = (quadratics["constant"].double() - lowered).float()
+    return {"curvature": curvature * share, "weighted": weighted * share, "constant": constant}
+
+
 class EWCTrainer(SGDTrainer):
-    """Adds penalty / 2 times sum_i F_i (w_i - w*_i)^2 over the weights and the earlier tasks.
+    """Adds penalty / 2 times sum_i F_i (w_i - w*_i)^2 over the weights and the earlier tasks, F as `bounded`.
 
     Args:
         penalty: lambda.
@@ -58,12 +82,19 @@ class EWCTrainer(SGDTrainer):
             raise ConfigError(f"trainer.fisher_examples must be null or at least 1, got {fisher_examples!r}")
         self.penalty, self.fisher_examples = penalty, fisher_examples
 
+    def fit(self, client: ClientContext, task: Broadcast) -> ClientUpdate:
+        """The local loop, with quadratics that are not too stiff for the round's learning rate."""
+        if self.penalised(task):
+            largest = 1 / (self.penalty * self.learning_rate(task))
+            task = replace(task, extras={**task.extras, PENALTY: bounded(task.extra(PENALTY), largest)})
+        return super().fit(client, task)
+
     def loss(self, client: ClientContext, batch: Tensors, task: Broadcast) -> Tensor:
         """Workload loss and, after the first task, the quadratics, multiplied out."""
         loss = super().loss(client, batch, task)
         if not self.penalised(task):
             return loss
-        record, weights = task.extra(PENALTY), torch.cat([p.flatten() for p in client.parameters])
+        record, weights = task.extra(PENALTY), torch.cat([p.flatten() for p in self.held(client.model).values()])
         curvature, centre = (record[key].to(client.device) for key in ("curvature", "weighted"))
         inside = (curvature * weights.square() - 2 * centre * weights).sum() + float(record["constant"])
         return loss + self.penalty / 2 * inside
@@ -78,6 +109,10 @@ class EWCTrainer(SGDTrainer):
         """Of the quadratics: the flat weights, twice the centre, the terms' gradients and two sums of gradients."""
         return super().copies(client, task) + (5.0 if self.penalised(task) else 0.0)
 
+    def held(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The weights that the penalty holds, by name: all that are trained and shared."""
+        return {name: p for name, p in model.named_parameters() if p.requires_grad and name not in self.private}
+
     def penalised(self, task: Broadcast) -> bool:
         """Whether there was a task before this one, and its weights are held."""
         return bool(self.penalty) and PENALTY in task.extras
@@ -91,7 +126,7 @@ class EWCTrainer(SGDTrainer):
         most = len(names) if self.fisher_examples is None else self.fisher_examples
         names = names[torch.randperm(len(names), generator=client.stream("fisher"))[:most]]
         batch = {key: t.to(client.device) for key, t in workload.recall(client.client_id, names).items()}
-        weights = {name: p for name, p in client.model.named_parameters() if p.requires_grad}
+        weights = self.held(client.model)
         at_once = min(len(names), self.batch_size)
         held = client.network.parameter_bytes * (2 + at_once) + at_once * client.network.activation_bytes
         client.log.reserve(held)
