@@ -57,7 +57,7 @@ from fedsim.messages import (
 from fedsim.norms import needs_two_examples
 from fedsim.pricing import Prices
 from fedsim.roles import TensorRoles
-from fedsim.seeding import derive
+from fedsim.seeding import derive, seed_torch
 from fedsim.settings import WORLDS, World, build_world, instantiate, memory_format, pick_device
 from fedsim.slices import price
 from fedsim.uplink import compressed, decompress
@@ -210,8 +210,8 @@ class Worker:
         return answer, {"client": client_id, "outcome": outcome, "reason": reason, "traceback": trace}, work
 
     def _answer(self, client: ClientContext, part: RecordDict, phase: str) -> RecordDict:
-        # Dropout and its like draw from torch's global generator: it must not depend on who came before.
-        torch.default_generator.manual_seed(derive(self.seed, "global", client.round, client.client_id))
+        # Dropout and its like draw from torch's global generators: they must not depend on who came before.
+        seed_torch(self.device, derive(self.seed, "global", client.round, client.client_id))
         task = self._task(client, part)
         if not self.trainer.own_network:
             self._load(task.weights)

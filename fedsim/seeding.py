@@ -36,6 +36,18 @@ def torch_generator(seed: int, *names: str | int) -> torch.Generator:
     return torch.Generator().manual_seed(derive(seed, *names))
 
 
+def seed_torch(device: torch.device, seed: int) -> None:
+    """Seeds torch's own generators of the CPU and of `device`, from which dropout and its like draw.
+
+    As torch.manual_seed, without looking through the kinds of device that are not used: a hundredth of the time.
+    """
+    import torch
+
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed_all(seed)
+
+
 @contextmanager
 def seeded_globals(seed: int, *names: str | int) -> Iterator[None]:
     """Seeds Python's and numpy's global generators inside the block and restores them after it.

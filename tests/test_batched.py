@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from clients.app import Worker
 from clients.trainers.sgd import SGDTrainer
 from fedsim.errors import ConfigError
 from fedsim.messages import Broadcast, from_array
+from fedsim.models.mlp import MLP
 from fedsim.settings import build_world, compose, instantiate
 from fedsim.workload import ClientData, Examples
 
@@ -137,3 +139,11 @@ class Frank(Curious):
 def test_what_cannot_be_batched_is_refused_in_one_sentence(overrides: list[str], sentence: str):
     with pytest.raises(ConfigError, match=rf"^engine\.batch_clients=4 cannot be used: {sentence}.*; set engine\.batch"):
         Worker(build_world(json.dumps(settings(*overrides, k=4))))
+
+
+def test_random_numbers_of_a_model_without_dropout_layers_are_refused(federation, monkeypatch):
+    """They would be drawn once for all clients, not from each one's own stream."""
+    forward = MLP.forward
+    monkeypatch.setattr(MLP, "forward", lambda model, x: forward(model, F.dropout(x, 0.5, model.training)))
+    with pytest.raises(ConfigError, match=r"engine\.batch_clients=2 failed: vmap: called random operation"):
+        list(federation("engine.batch_clients=2", "workload=blobs").rounds())
