@@ -20,6 +20,7 @@ from flwr.serverapp.strategy import (
 from fedsim import network
 from fedsim.engines.blocks import BlockSum, WeightedSum, blocks, is_plain_mean
 from fedsim.messages import from_array, split_cohort, to_array
+from strategies import fedadam
 from strategies.edge import EdgeStrategy
 
 
@@ -164,7 +165,7 @@ def test_server_holds_no_more_than_the_blocks_that_came_early(federation, monkey
     assert max(held) == 0
 
 
-@pytest.mark.parametrize("strategy", [FedAvg, FedAvgM, FedAdagrad, FedAdam, FedYogi])
+@pytest.mark.parametrize("strategy", [FedAvg, FedAvgM, FedAdagrad, FedAdam, FedYogi, fedadam.FedAdam])
 def test_flowers_means_take_one_summed_reply(strategy: type):
     assert is_plain_mean(strategy())
     assert is_plain_mean(FedProx(proximal_mu=0.1))
@@ -174,10 +175,15 @@ class Watching(FedAvg):
     """A subclass may look at every reply."""
 
 
+class Deeper(fedadam.FedAdam):
+    """So may one of a class that takes the mean."""
+
+
 @pytest.mark.parametrize(
     "strategy",
     [
         Watching(),
+        Deeper(),
         EdgeStrategy(),
         FedMedian(),
         FedTrimmedAvg(),

@@ -32,12 +32,12 @@ def blocks(clients: Sequence[T]) -> list[Sequence[T]]:
 def is_plain_mean(strategy: Strategy) -> bool:
     """Whether all that the strategy takes from a round is the mean weighted by examples.
 
-    Only Flower's own classes by exact type: a subclass may look at each reply, so it gets each reply. A strategy that
-    hands all replies on to another one names that one `server`.
+    Flower's own classes by exact type: a subclass may look at each reply, so it gets each reply, unless it says of
+    itself `takes_the_mean`. A strategy that hands all replies on to another one names that one `server`.
     """
     strategy = getattr(strategy, "server", strategy)
     return (
-        type(strategy) in PLAIN_MEANS
+        (type(strategy) in PLAIN_MEANS or vars(type(strategy)).get("takes_the_mean", False))
         and isinstance(strategy, FedAvg)
         and strategy.weighted_by_key == NUM_EXAMPLES
         and strategy.train_metrics_aggr_fn is aggregate_metricrecords
