@@ -85,7 +85,7 @@ class EWCTrainer(SGDTrainer):
     def fit(self, client: ClientContext, task: Broadcast) -> ClientUpdate:
         """The local loop, with quadratics that are not too stiff for the round's learning rate."""
         if self.penalised(task):
-            largest = 1 / (self.penalty * self.learning_rate(task))
+            largest = 1 / (self.penalty * self.learning_rate(client, task))
             task = replace(task, extras={**task.extras, PENALTY: bounded(task.extra(PENALTY), largest)})
         return super().fit(client, task)
 
