@@ -60,7 +60,7 @@ def read_bytes(path: Path, at_most: int = MAX_JSON) -> bytes:
         if size > at_most:
             raise FileError(f"{path} is too large: {size} bytes, and {at_most} are the most that is read")
         try:
-            data: bytes = file.read(at_most)
+            data: bytes = file.read(size)
         except OSError as error:
             raise FileError(f"{path} cannot be read: {_short(error)}") from error
         return data

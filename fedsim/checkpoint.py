@@ -1,8 +1,9 @@
 """The state of a run between two rounds, on disk, so that a run that was cut short goes on to the same bytes.
 
 One folder per checkpoint, `checkpoint/round-000010/`, there whole or not at all: weights.safetensors (the global
-model, as any library reads it), tensors.safetensors (what clients and strategy keep), state.json (everything else).
-Nothing in it can run code. May import: flwr, torch, numpy, safetensors, fedsim.
+model, as any library reads it), tensors.safetensors (what clients and strategy keep), state.json (everything else),
+checksums.json (of these and of all else that a run goes on from). The last two are kept. Nothing in them can run code.
+May import: flwr, torch, numpy, safetensors, devices.reading, fedsim.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,21 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp.strategy import Strategy
 
+from devices.errors import FileError
+from devices.reading import open_file, read_json
+from fedsim import checksums
+from fedsim.checksums import Checksums, inside, of_bytes
+from fedsim.durable import PART, sync_folder, write_new
 from fedsim.errors import ConfigError
 from fedsim.messages import array_record, from_array, to_array
+from fedsim.price_models import FROM_THE_START, History
 
 FOLDER, WEIGHTS, TENSORS, STATE = "checkpoint", "weights.safetensors", "tensors.safetensors", "state.json"
-FORMAT = 1
+SUMS = checksums.FILE
+FIRST_FORMAT, FORMAT = 1, 2  # the first had no checksums
+FORMATS = (FIRST_FORMAT, FORMAT)
+ASIDE = ".old"  # how the name of one ends that is just being replaced
+NAME = re.compile(r"round-(\d{6,})(\.old)?")
 SHARE = 0.02  # of the host time may go into checkpoints
 Arrays = dict[str, np.ndarray]
 
@@ -45,16 +57,24 @@ class Saved:
         weights: the global model, in its order.
         state: a tree of dicts, lists, numbers, texts, tensors and records.
         versions: of the libraries that made it.
+        priced: which price model priced its rounds.
+        sums: of all that it goes on from, when it was read; None: it is of fedsim 0.1, which wrote none.
+        point: its folder, when it was read.
+        damaged: when it was read, why newer ones were left out.
     """
 
     round: int
     weights: ArrayRecord
     state: dict[str, Any]
     versions: dict[str, str]
+    priced: History = FROM_THE_START
+    sums: Checksums | None = None
+    point: Path | None = None
+    damaged: tuple[str, ...] = ()
 
 
 class Checkpoints:
-    """Decides when a run writes a checkpoint, and keeps the newest.
+    """Decides when a run writes a checkpoint, and keeps the newest two.
 
     Args:
         run: the run folder.
@@ -71,61 +91,122 @@ class Checkpoints:
         """Whether it is time for one."""
         return self.every_s is not None and time.monotonic() >= self._next
 
-    def write(self, saved: Saved) -> None:
-        """Writes a checkpoint, then removes the one before; nothing where `every_s` is None.
+    def write(self, saved: Saved, run_sums: Callable[[], Checksums]) -> None:
+        """Writes a checkpoint to the disk, then removes all but it and the one before; nothing without `every_s`.
+
+        Args:
+            saved: what it holds.
+            run_sums: brings the rest of the run folder to the disk, and says what that holds.
 
         Raises:
             NotKeptError: if the state holds something else than numbers, texts and tensors.
+            OSError: if the disk does not take it; what was there before is there still.
         """
         if self.every_s is None:
             return
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
         began = time.monotonic()
         arrays: Arrays = {}
         state = encode(saved.state, arrays, "state")
         facts = {"format": FORMAT, "round": saved.round, "weights": list(saved.weights), "versions": saved.versions}
-        target = self.folder / f"round-{saved.round:06d}"
-        part = self.folder / f".{target.name}.part"
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        save_file({name: _contiguous(from_array(a)) for name, a in saved.weights.items()}, part / WEIGHTS)
-        save_file({name: _contiguous(a) for name, a in arrays.items()}, part / TENSORS)
-        (part / STATE).write_text(json.dumps({**facts, "state": state}) + "\n")
-        if target.exists():  # the last round of a run that was resumed behind it
-            shutil.rmtree(target)
-        os.rename(part, target)
-        for old in self.folder.iterdir():
-            if old != target:
-                shutil.rmtree(old, ignore_errors=True)
+        text = json.dumps({**facts, "priced": saved.priced, "state": state}) + "\n"
+        files = {
+            WEIGHTS: save({name: _contiguous(from_array(a)) for name, a in saved.weights.items()}),
+            TENSORS: save({name: _contiguous(a) for name, a in arrays.items()}),
+            STATE: text.encode(),
+        }
+        sums = replace(run_sums(), own={name: of_bytes(data) for name, data in files.items()})
+        self._place(f"round-{saved.round:06d}", {**files, SUMS: sums.to_text().encode()})
+        self.keep(2)
         now = time.monotonic()
         self._next = now + max(self.every_s, (now - began) / SHARE if self.every_s else 0.0)
 
+    def _place(self, name: str, files: dict[str, bytes]) -> None:
+        """Makes a checkpoint of files: at every instant, it or the one it replaces is there whole."""
+        target, part = self.folder / name, self.folder / f".{name}.{os.getpid()}{PART}"
+        try:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+            for file, data in files.items():
+                write_new(part / file, data)
+            sync_folder(part)
+            if target.exists():  # the last round, with all that its run needed to go on
+                aside = self.folder / f"{name}{ASIDE}"
+                shutil.rmtree(aside, ignore_errors=True)
+                os.rename(target, aside)
+            os.rename(part, target)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+        sync_folder(self.folder)
+        sync_folder(self.folder.parent)
+
+    def forget_after(self, saved: Saved) -> None:
+        """Removes those that are newer than the one that a run goes on from: they are damaged."""
+        for _, point in points(self.folder):
+            if point == saved.point:
+                break
+            shutil.rmtree(point, ignore_errors=True)
+
+    def keep(self, count: int) -> None:
+        """Removes all but the newest ones."""
+        for _, point in points(self.folder)[count:]:
+            shutil.rmtree(point, ignore_errors=True)
+
+
+def points(folder: Path) -> list[tuple[int, Path]]:
+    """The checkpoints below a folder with their rounds, the newest first."""
+    found = [(NAME.fullmatch(path.name), path) for path in folder.glob("round-*") if path.is_dir()]
+    named = [(int(match[1]), not match[2], path) for match, path in found if match]
+    return [(number, path) for number, _, path in sorted(named, reverse=True)]
+
 
 def load(run: Path) -> Saved | None:
-    """The newest checkpoint of a run folder; None where there is none.
+    """The newest whole checkpoint of a run folder; None where there is none at all.
 
     Raises:
-        ConfigError: if it cannot be read.
+        ConfigError: if there are some, and none is whole, or what is there is none.
     """
+    folder = run / FOLDER
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise ConfigError(f"{folder} is no folder of checkpoints; remove it, and the run starts anew")
+    damaged: list[str] = []
+    for number, point in points(folder):
+        try:
+            return replace(_read(run, point, number), damaged=tuple(damaged))
+        except FileError as error:
+            damaged.append(str(error))
+    if not damaged:
+        return None
+    whole = "no checkpoint is whole" if len(damaged) > 1 else "there is no other checkpoint"
+    raise ConfigError(f"{'; '.join(damaged)}; {whole}: remove {folder}, and the run starts anew")
+
+
+def _read(run: Path, point: Path, number: int) -> Saved:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    whole = sorted(path for path in (run / FOLDER).glob("round-*") if path.is_dir())
-    if not whole:
-        return None
+    sums = Checksums.read(inside(run, point / SUMS)) if os.path.lexists(point / SUMS) else None
+    if sums is not None:
+        sums.check(run, point)
+    facts = read_json(inside(run, point / STATE))
     try:
-        facts = json.loads((whole[-1] / STATE).read_text())
-        if facts["format"] != FORMAT:
+        if facts["format"] not in FORMATS:
             raise ValueError(f"it has format {facts['format']}, this version reads {FORMAT}")
-        weights, tensors = load_file(whole[-1] / WEIGHTS), load_file(whole[-1] / TENSORS)
+        if (facts["format"] == FIRST_FORMAT) != (sums is None) or facts["round"] != number:
+            raise ValueError(f"{SUMS if sums is None else STATE} does not belong to it")
+        for file in (WEIGHTS, TENSORS):
+            open_file(inside(run, point / file)).close()
+        weights, tensors = load_file(point / WEIGHTS), load_file(point / TENSORS)
         record = array_record({name: to_array(weights[name]) for name in facts["weights"]})
-        return Saved(int(facts["round"]), record, decode(facts["state"], tensors), dict(facts["versions"]))
-    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        priced = [(int(since), model) for since, model in facts.get("priced", [(0, None)])]
+        return Saved(number, record, decode(facts["state"], tensors), dict(facts["versions"]), priced, sums, point)
+    except FileError:
+        raise
+    except (OSError, LookupError, TypeError, ValueError, AttributeError, RecursionError, SafetensorError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(
-            f"{whole[-1]} cannot be read: {type(error).__name__}: {reason}; remove it, and the run starts anew"
-        ) from error
+        raise FileError(f"{point} cannot be read: {type(error).__name__}: {reason}") from error
 
 
 # --- strategies ----------------------------------------------------------------------------------------------------

@@ -9,8 +9,10 @@ import io
 import os
 import shlex
 import signal
+import stat
 import sys
-import time
+import warnings
+from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -37,7 +39,7 @@ data_app = typer.Typer(no_args_is_help=True, help="What there is to learn from, 
 app.add_typer(data_app, name="data")
 app.add_typer(devices_app, name="devices")
 
-INTERRUPTED, TERMINATED = 130, 143
+INTERRUPTED, CLOSED_PIPE, TERMINATED = 130, 141, 143
 _folders: list[Path] = []  # of the run that is going on
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 RUN_EPILOG = """
@@ -173,10 +175,29 @@ def resume(
     from fedsim.settings import on_engine, settings_of_run
 
     settings = on_engine(settings_of_run(run), ctx.args)
-    if (run / "summary.json").is_file():
-        _console().print(f"{run} has finished: nothing is left to do", highlight=False, soft_wrap=True)
+    if (run / "summary.json").exists():
+        _console().print(f"{run} has finished: {_completed(run, settings)}", highlight=False, soft_wrap=True)
         return
     run_one(settings, run)
+
+
+def _completed(run: Path, settings: dict[str, Any]) -> str:
+    """Does the last steps of a run that was killed before them; says what it did."""
+    import json
+
+    from fedsim.checkpoint import Checkpoints
+    from fedsim.page import page_is_whole, write_page
+    from fedsim.run_files import read_summary
+    from fedsim.run_place import RESERVE, remove_unfinished
+    from fedsim.settings import build_world
+
+    read_summary(run)
+    remove_unfinished(run)
+    (run / RESERVE).unlink(missing_ok=True)
+    Checkpoints(run, None).keep(1)
+    if page_is_whole(run):
+        return "nothing is left to do"
+    return f"only its page was missing, {write_page(run, build_world(json.dumps(settings)).workload)}"
 
 
 @app.command()
@@ -265,8 +286,14 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # texts may have letters that the terminal cannot show
+    output, warnings.showwarning = _piped_output(), _warn
     try:
         code = app(standalone_mode=False)
+        sys.stdout.flush()
+    except SystemExit:  # rich's and click's answer to a closed pipe, without a word
+        if not _has_no_reader(output):
+            raise
+        _give_up(f"nobody reads the output any more (closed pipe); {_what_stays()}", CLOSED_PIPE, None)
     except getattr(exceptions, "NoArgsIsHelpError", ()) as error:  # not in click 8.1
         error.show()
         sys.exit(2)
@@ -279,7 +306,10 @@ def main() -> None:
         _give_up(str(error), 1, error)
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
-        _give_up(f"{error.strerror or type(error).__name__}{where}", 1, error)
+        if _has_no_reader(output):
+            _give_up(f"nobody reads the output any more (closed pipe); {_what_stays()}", CLOSED_PIPE, None)
+        stays = f"; {_what_stays()}" if _folders else ""
+        _give_up(f"{error.strerror or type(error).__name__}{where}{stays}", 1, error)
     except (exceptions.Abort, KeyboardInterrupt):
         code = INTERRUPTED
     except Terminated:
@@ -298,6 +328,33 @@ def _terminate(*_: object) -> NoReturn:
     raise Terminated
 
 
+def _warn(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
+    """A warning of ours is a sentence, too; those of libraries say where they come from."""
+    text = str(message) if category is UserWarning else warnings.formatwarning(message, category, filename, lineno)
+    with suppress(OSError):
+        print(f"fedsim: warning: {' '.join(text.split())}", file=sys.stderr)
+
+
+def _piped_output() -> int | None:
+    """Another name of standard output where it is a pipe: the libraries that print may close theirs."""
+    with suppress(OSError, ValueError):
+        descriptor = sys.stdout.fileno()
+        return os.dup(descriptor) if stat.S_ISFIFO(os.fstat(descriptor).st_mode) else None
+    return None
+
+
+def _has_no_reader(pipe: int | None) -> bool:
+    import select
+
+    if pipe is None:
+        return False
+    poll = select.poll()
+    poll.register(pipe, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
 def _what_stays() -> str:
     go_on = [f"; go on with: fedsim resume {shlex.quote(str(f))}" for f in _folders if (f / "config.yaml").is_file()]
     return "everything written so far stays" + "".join(go_on)
@@ -311,7 +368,13 @@ def _give_up(text: str, code: int, error: BaseException | None) -> None:
         traceback.print_exception(error)
     notes = "; ".join(["", *getattr(error, "__notes__", ())])
     sentence = visible(" ".join((text + notes).split()), SENTENCE_LETTERS)
-    print(f"fedsim: {sentence}", file=sys.stderr)
+    with suppress(OSError):
+        print(f"fedsim: {sentence}", file=sys.stderr, flush=True)
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):  # else Python says so too, at its very end
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
 
@@ -325,6 +388,7 @@ def _hydra_run(arguments: list[str]) -> None:
     from hydra.types import RunMode
     from omegaconf import DictConfig, OmegaConf
 
+    from fedsim.durable import remove_empty
     from fedsim.settings import check_overrides, one_sentence, resolve
 
     flags, given = _split(arguments)
@@ -355,9 +419,13 @@ def _hydra_run(arguments: list[str]) -> None:
                 error.add_note(f"in run {hydra_config.job.num} of the sweep: {' '.join(mine)}")
             failures.append(error)
 
-    sys.argv = ["fedsim run", *overrides, *_hydra_settings(overrides, sweeping), *flags]
-    with one_sentence(overrides):
-        job()
+    made: list[Path] = []
+    try:
+        sys.argv = ["fedsim run", *overrides, *_hydra_settings(overrides, sweeping, made), *flags]
+        with one_sentence(overrides):
+            job()
+    finally:
+        remove_empty(made)
     if len(summaries) > 1:
         from fedsim.console import sweep_table
 
@@ -412,8 +480,10 @@ def _check_sweep(flags: list[str], overrides: list[str]) -> None:
             raise
 
 
-def _hydra_settings(overrides: list[str], sweeping: bool) -> list[str]:
-    """Hydra writes no folder and no log of its own; a sweep's runs go below `out` or a dated folder."""
+def _hydra_settings(overrides: list[str], sweeping: bool, made: list[Path]) -> list[str]:
+    """Hydra writes no folder and no log of its own; a sweep's runs go below `out` or a dated folder, which is made."""
+    from fedsim.run_place import new_folder
+
     fixed = [
         "hydra.output_subdir=null",
         "hydra.run.dir=.",
@@ -423,7 +493,7 @@ def _hydra_settings(overrides: list[str], sweeping: bool) -> list[str]:
     if not sweeping:
         return fixed
     out = [a.split("=", 1)[1] for a in overrides if a.startswith("out=")]
-    folder = out[-1] if out else f"runs/{time.strftime('%Y%m%d-%H%M%S')}-sweep"
+    folder = out[-1] if out else new_folder(Path("runs"), "sweep", made)
     return [*fixed, f"hydra.sweep.dir={folder}", "hydra.sweep.subdir=."]  # run_one makes the folder of each run
 
 
@@ -435,20 +505,17 @@ def run_one(settings: dict[str, Any], unfinished: Path | None = None) -> dict[st
     from fedsim.federation import run as run_federation
     from fedsim.page import write_page
     from fedsim.report import read_rounds
-    from fedsim.run_folder import run_folder
+    from fedsim.run_place import new_run_folder
     from fedsim.settings import build_world
 
     _forget_worlds()
-    console, folder = _console(), unfinished or run_folder(settings)
-    engine = build_engine(settings)
-    _folders[:] = [folder]
-    try:
-        with progress_bar(console, settings["rounds"]) as (watch, observe):
+    console = _console()
+    with new_run_folder(settings) if unfinished is None else nullcontext(unfinished) as folder:
+        _folders[:] = [folder]
+        with closing(build_engine(settings)) as engine, progress_bar(console, settings["rounds"]) as (watch, observe):
             summary = run_federation(settings, engine, folder, watch, observe, resume=unfinished is not None)
-    finally:
-        engine.close()
+        write_page(folder, build_world(json.dumps(settings)).workload)
     _folders.clear()
-    write_page(folder, build_world(json.dumps(settings)).workload)
     console.print(closing_table(read_rounds(folder)))
     for line in closing_lines(summary, folder):
         console.print(line, highlight=False, soft_wrap=True)

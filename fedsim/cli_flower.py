@@ -41,11 +41,8 @@ def flwr(
     from fedsim.flower_run import run
     from fedsim.flower_runtime import Place
     from fedsim.report import read_rounds
-    from fedsim.run_folder import check_free, run_folder
+    from fedsim.run_place import new_run_folder
 
-    folder = run_folder(settings)
-    check_free(folder)
-    _try_out(settings)
     place = Place(
         workers=workers or _default_workers(settings),
         gpus=_gpus(settings),
@@ -54,8 +51,10 @@ def flwr(
         ray_address=ray_address,
     )
     console = _console()
-    with progress_bar(console, settings["rounds"]) as (watch, _):
-        summary = run(settings, folder, place, app, watch)
+    with new_run_folder(settings) as folder:
+        _try_out(settings)
+        with progress_bar(console, settings["rounds"]) as (watch, _):
+            summary = run(settings, folder, place, app, watch)
     console.print(closing_table(read_rounds(folder)))
     for line in closing_lines(summary, folder):
         console.print(line, highlight=False, soft_wrap=True)

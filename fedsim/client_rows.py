@@ -6,9 +6,10 @@ May import: pyarrow (lazily), fedsim.network's reports.
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fedsim.network import ClientReport
+if TYPE_CHECKING:
+    from fedsim.network import ClientReport
 
 
 def client_schema() -> Any:

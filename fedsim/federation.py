@@ -33,10 +33,12 @@ from fedsim.errors import ConfigError, RunError
 from fedsim.messages import ARRAYS, array_record, in_float64, like, record_of, tensors_of
 from fedsim.network import ONE_METHOD, ClientReport, EdgeGrid
 from fedsim.price_facts import price_facts
+from fedsim.price_models import FROM_THE_START, price_models, repriced
 from fedsim.pricing import OUTCOMES
 from fedsim.report import RoundReport, Totals, weights_sha256
 from fedsim.roles import TensorRoles
-from fedsim.run_folder import RunFolder, check_free, run_folder
+from fedsim.run_folder import RunFolder
+from fedsim.run_place import check_free, new_run_folder
 from fedsim.seeding import seeded_globals
 from fedsim.server import ServerSide
 from fedsim.settings import (
@@ -261,20 +263,23 @@ def run(
         check_free(out)
     federation = Federation(build_world(json.dumps(settings)), engine, observe)
     saved = checkpoint.load(out) if resume else None
-    folder = RunFolder(out, settings, resume, -1 if saved is None else saved.round)
-    reports, totals, started = folder.before, Totals(), time.perf_counter()
+    totals, priced, last, sums = Totals(), FROM_THE_START, -1, None
     if saved is not None:
-        _compare_versions(saved.versions)
-        federation.restore(saved.weights, saved.state.get("federation"))
-        totals = Totals(**saved.state["totals"])
+        totals, last, sums = _go_on(federation, saved, out), saved.round, saved.sums
+        priced = repriced(saved.priced, last + 1)
+    folder = RunFolder(out, settings, resume, last, sums)
+    reports, started = folder.before, time.perf_counter()
     keeper = checkpoint.Checkpoints(out, settings["checkpoint_s"])
+    if saved is not None:
+        keeper.forget_after(saved)
 
     def keep(ended: bool = False) -> None:
         state: dict[str, Any] = {"totals": vars(totals)}
         if not ended:
             state["federation"] = federation.state()
         try:
-            keeper.write(checkpoint.Saved(reports[-1].round, federation.arrays, state, versions()))
+            saved = checkpoint.Saved(reports[-1].round, federation.arrays, state, versions(), priced)
+            keeper.write(saved, folder.checksums)
         except checkpoint.NotKeptError as error:
             keeper.every_s = None
             warnings.warn(f"this run keeps no checkpoints: {error}, which no checkpoint can hold", stacklevel=2)
@@ -287,11 +292,12 @@ def run(
             if watch:
                 watch(report)
             if keeper.due:
-                folder.flush()
                 keep()
         summary = summarise(settings, reports, totals, federation.arrays, time.perf_counter() - started)
         workload, fleet = federation.world.workload, federation.world.fleet
         summary |= participation(reports, fleet)
+        summary["price_models"], warning = price_models(priced, summary["rounds"])
+        summary["warnings"] += [warning] if warning else []
         summary |= workload.figures(reports)
         if entries := federation.deploy():
             summary["compression"] = entries
@@ -299,6 +305,7 @@ def run(
         summary |= price_facts(out, fleet, federation.world.latency, summary["rounds"])
         keep(ended=True)
         folder.finish(summary, workload.pictures(reports))
+        keeper.keep(1)
     except BaseException as error:
         # Halves that do not belong together are seen when they first meet: still a wrong setting, so nothing stays.
         if isinstance(error, ConfigError | DeviceError) and not resume and len(reports) <= 1:
@@ -386,6 +393,29 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
+def _go_on(federation: Federation, saved: checkpoint.Saved, out: Path) -> Totals:
+    """Brings a federation to where a checkpoint was written; the sums over the rounds so far.
+
+    Raises:
+        ConfigError: if the checkpoint is not of a run with these settings.
+    """
+    for reason in saved.damaged:
+        warnings.warn(f"{reason}; this run goes on from round {saved.round}, of the checkpoint before", stacklevel=3)
+    _compare_versions(saved.versions)
+    if saved.sums is None:
+        warnings.warn(
+            "fedsim 0.1 wrote no checksums: nobody can tell whether what this run goes on from is undamaged",
+            stacklevel=3,
+        )
+    try:
+        federation.restore(saved.weights, saved.state.get("federation"))
+        return Totals(**saved.state["totals"])
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        point = f"the checkpoint of round {saved.round} in {out}"
+        raise ConfigError(f"{point} is not of a run with these settings: {type(error).__name__}: {reason}") from error
+
+
 def _compare_versions(before: dict[str, str]) -> None:
     """Warns of libraries that are not those that the run began with."""
     now = versions()
@@ -411,8 +441,8 @@ def main(grid: Grid, context: Context) -> None:
     from fedsim.engines.flower import FlowerGrid
 
     settings = from_run_config(dict(context.run_config))
-    out = run_folder(settings)
-    print(f"run folder: {out.resolve()}", flush=True)
-    torch.set_num_threads(settings["engine"]["threads"])
-    summary = run(settings, FlowerGrid(grid), out, watch=lambda report: print(report.to_json(), flush=True))
+    with new_run_folder(settings) as out:
+        print(f"run folder: {out.resolve()}", flush=True)
+        torch.set_num_threads(settings["engine"]["threads"])
+        summary = run(settings, FlowerGrid(grid), out, watch=lambda report: print(report.to_json(), flush=True))
     print(json.dumps(summary), flush=True)

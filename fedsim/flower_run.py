@@ -20,7 +20,8 @@ from fedsim.durable import write_atomic
 from fedsim.errors import ConfigError, DataError, RunError
 from fedsim.flower_runtime import FlowerRuntime, Place, end_of
 from fedsim.report import RoundReport
-from fedsim.run_folder import check_free
+from fedsim.run_files import read_failure, read_summary
+from fedsim.run_place import check_free
 
 POLL_S, STATUS_S = 0.1, 10.0  # a status costs most of a CPU second: asked for seldom, or when the folder says "over"
 WRONG_SETTINGS = {error.__name__: error for error in (ConfigError, DataError, DeviceError)}
@@ -59,8 +60,7 @@ def run(
                 _note(out, type(error).__name__)
             raise
         if status == "finished:completed" and (out / "summary.json").exists():
-            summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
-            return summary
+            return read_summary(out)
         log = flower.log(run_id)
     if out.is_dir():
         (out / "flower.log").write_text(log)
@@ -69,10 +69,9 @@ def run(
 
 def failure(out: Path, status: str, log: str) -> Exception:
     """The error that a failed run left behind: in its folder, else in the log, else as the log's last lines."""
-    note = out / "failure.json"
-    if note.exists():
-        said = json.loads(note.read_text())
-        name, reason = str(said["error"]), str(said["reason"])
+    note = read_failure(out)
+    if note:
+        name, reason = note["error"], note["reason"]
     else:
         raised = re.findall(r"^(?:fedsim|devices)\.errors\.(\w+): (.+)$", log, re.MULTILINE)
         name, reason = raised[-1] if raised else ("", "")

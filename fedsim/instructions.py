@@ -1,57 +1,73 @@
 """What a client that stopped a run was sent, kept beside the run's reports for `fedsim replay`.
 
-May import: flwr, torch, safetensors (lazily), fedsim.
+May import: flwr, torch, safetensors (lazily), devices.reading, fedsim.
 """
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from flwr.app import ConfigRecord, RecordDict
 
+from devices.errors import FileError
+from devices.reading import read_bytes
+from fedsim.checksums import inside, of_bytes, read_signed_json, signed_json
 from fedsim.durable import write_atomic
 from fedsim.errors import ConfigError
+from fedsim.forms import MAP, TEXT, WHOLE, Forms, check_tree, maps_of, optional
 from fedsim.messages import Instruction, arrays_in, from_array, record_of
 
+FACTS: Forms = {"round": WHOLE, "client": WHOLE, "phase": TEXT, "configs": maps_of(MAP), "sha256": optional(TEXT)}
+MAX_ARRAYS = 2**36  # bytes
 FAILED_CLIENT, ITS_ARRAYS = "failed-client.json", "failed-client.safetensors"
 
 
 def keep_instruction(folder: Path, sent: Instruction) -> None:
-    """Writes what one client was sent: its settings as JSON, its arrays as safetensors."""
-    from safetensors.torch import save_file
+    """Writes what one client was sent: its settings as JSON, its arrays as safetensors.
 
-    arrays = {
-        f"{name}/{key}": torch.from_numpy(from_array(array).copy())
-        for name, record in arrays_in(sent.content).items()
-        for key, array in record.items()
-    }
+    Raises:
+        OSError: if the disk does not take it.
+    """
+    from safetensors.torch import save
+
+    arrays = save(
+        {
+            f"{name}/{key}": torch.from_numpy(from_array(array).copy())
+            for name, record in arrays_in(sent.content).items()
+            for key, array in record.items()
+        }
+    )
     configs = {name: dict(r) for name, r in sent.content.items() if isinstance(r, ConfigRecord)}
     facts = {"round": sent.round, "client": sent.client, "phase": sent.phase, "configs": configs}
-    save_file(arrays, folder / ITS_ARRAYS)
-    write_atomic(folder / FAILED_CLIENT, json.dumps(facts, default=str) + "\n")
+    write_atomic(folder / ITS_ARRAYS, arrays)
+    write_atomic(folder / FAILED_CLIENT, signed_json({**facts, "sha256": of_bytes(arrays)}))
 
 
 def kept_instruction(folder: Path) -> Instruction | None:
     """What the client was sent that stopped the run, if one did.
 
     Raises:
-        ConfigError: if its files cannot be read.
+        ConfigError: if its files cannot be read, or are not what the run wrote.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
-    if not (folder / FAILED_CLIENT).exists():
+    if not os.path.lexists(folder / FAILED_CLIENT):
         return None
     try:
-        facts = json.loads((folder / FAILED_CLIENT).read_text())
-        arrays = load_file(folder / ITS_ARRAYS)
+        facts = read_signed_json(inside(folder, folder / FAILED_CLIENT))
+        check_tree(facts, FACTS, FAILED_CLIENT)
+        data = read_bytes(inside(folder, folder / ITS_ARRAYS), MAX_ARRAYS)
+        if facts.get("sha256", of_bytes(data)) != of_bytes(data):
+            raise FileError(f"{ITS_ARRAYS} is not what the run wrote")
+        arrays = load(data)
         content: dict[str, Any] = {name: ConfigRecord(values) for name, values in facts["configs"].items()}
         for name in dict.fromkeys(key.partition("/")[0] for key in arrays):
             content[name] = record_of({k.partition("/")[2]: t for k, t in arrays.items() if k.startswith(f"{name}/")})
         return Instruction(facts["round"], facts["client"], facts["phase"], RecordDict(content))
-    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+    except (OSError, LookupError, TypeError, ValueError, AttributeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{FAILED_CLIENT} and .safetensors in {folder} cannot be read: {reason}") from error

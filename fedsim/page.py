@@ -1,6 +1,6 @@
 """A run as one page that needs nothing else: `report.html`, made from what the run folder holds.
 
-May import: jinja2, pandas, yaml (all lazily), devices.texts, fedsim's page_pictures, console, reports and data
+May import: jinja2, pandas (lazily), devices.reading, devices.texts, fedsim's page_pictures, console, run files and data
 descriptions.
 """
 
@@ -14,21 +14,32 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from devices.errors import FileError
+from devices.reading import read_text
 from devices.texts import visible, visible_lines
+from fedsim.checksums import inside, of_file
 from fedsim.console import energy, simulated, size
 from fedsim.durable import write_atomic
-from fedsim.errors import ConfigError
 from fedsim.metrics import took_part
 from fedsim.page_template import HTML
 from fedsim.pricing import OUTCOMES
 from fedsim.report import RoundReport, read_rounds
+from fedsim.run_files import (
+    check_run,
+    config_text,
+    read_all_rows,
+    read_config,
+    read_failure,
+    read_pictures,
+    read_summary,
+)
+from fedsim.run_place import PAGE, SUMMARY
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from fedsim.workload import Workload
 
-PAGE = "report.html"
 CELL_LETTERS = 100  # of a text in a table
 SLOWEST = 8  # clients in the table of stragglers
 OF_AN_EXCHANGE = (
@@ -73,28 +84,23 @@ def write_page(folder: Path, workload: Workload | None = None) -> Path:
         workload: its data, for the picture of the split; None leaves that out.
 
     Raises:
-        ConfigError: if the folder holds no run.
+        ConfigError, FileError: if the folder holds no run, or one that cannot be read.
     """
     import jinja2
-    import pandas as pd
-    import yaml
 
-    if not (folder / "config.yaml").is_file() or not (folder / "rounds.jsonl").is_file():
-        raise ConfigError(f"{folder} holds no run: config.yaml or rounds.jsonl is not in it")
-    rounds = read_rounds(folder)
-    tables = [pd.read_parquet(path) for path in sorted((folder / "clients").glob("*.parquet"))]
-    config = (folder / "config.yaml").read_text()
-    summary = _json(folder / "summary.json")
+    check_run(folder)
+    rounds, config, summary = read_rounds(folder), config_text(folder), read_summary(folder)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["short"] = partial(visible, most=CELL_LETTERS)
     html = environment.from_string(HTML).render(
-        title=_title(yaml.safe_load(config)["choices"], summary),
+        title=_title(read_config(folder).get("choices", {}), summary),
+        of=_of(folder),
         folder=str(folder),
         figures=[*(_figures(summary) if summary else []), _never(rounds, summary, workload)],
         warnings=summary.get("warnings", []),
         prices=summary.get("prices"),
-        failure=_json(folder / "failure.json"),
-        parts=_parts(folder, rounds, pd.concat(tables) if tables else None, summary, workload),
+        failure=read_failure(folder),
+        parts=_parts(folder, rounds, read_all_rows(folder), summary, workload),
         config=config,
         summary=json.dumps(summary, indent=1) if summary else "",
     )
@@ -102,14 +108,23 @@ def write_page(folder: Path, workload: Workload | None = None) -> Path:
     return folder / PAGE
 
 
-def _json(path: Path) -> dict[str, Any]:
-    read: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    return read
+def page_is_whole(folder: Path) -> bool:
+    """Whether a finished run has its page, made after its summary."""
+    try:
+        return _of(folder) in read_text(inside(folder, folder / PAGE))
+    except FileError:
+        return False
+
+
+def _of(folder: Path) -> str:
+    """Which summary a page is of."""
+    path = folder / SUMMARY
+    return f"of summary {of_file(path)}" if path.exists() else "of a run that is not finished"
 
 
 def _title(choices: dict[str, Any], summary: dict[str, Any]) -> str:
-    method = summary.get("method") or choices.get("method") or choices["strategy"]
-    return f"{method} on {choices['workload']}, fleet {choices['fleet']}"
+    method = summary.get("method") or choices.get("method") or choices.get("strategy")
+    return f"{method} on {choices.get('workload')}, fleet {choices.get('fleet')}"
 
 
 def _figures(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -160,7 +175,7 @@ def _parts(
     parts = []
     if (picture := curves(rounds)) is not None:
         parts.append(Part("What accuracy took", [as_svg(picture)]))
-    own = [_png(path) for path in sorted((folder / "pictures").glob("*.png"))]
+    own = [_png(picture) for picture in read_pictures(folder)]
     if own:
         parts.append(Part("Tasks", own))
     if rows is not None and not rows.empty:
@@ -180,8 +195,8 @@ def _parts(
     return parts
 
 
-def _png(path: Path) -> str:
-    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+def _png(data: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
 
 
 def _devices(rows: pd.DataFrame) -> Table:

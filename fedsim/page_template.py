@@ -6,6 +6,7 @@ HTML = """\
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="fedsim" content="{{ of }}">
 <title>{{ title|short }}</title>
 <style>
   body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; }

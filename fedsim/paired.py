@@ -1,6 +1,6 @@
 """Runs of a sweep against each other, seed by seed: what a difference is worth.
 
-May import: numpy, scipy (lazily), yaml, devices.errors, fedsim.report and fedsim.metrics.
+May import: numpy, scipy (lazily), devices.errors, fedsim.report, fedsim.run_files and fedsim.metrics.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
-from devices.errors import unknown
+from devices.errors import FileError, unknown
 from fedsim.errors import ConfigError
+from fedsim.forms import MAP, WHOLE, check_tree
 from fedsim.metrics import ACCURACY
 from fedsim.report import RoundReport, read_rounds
+from fedsim.run_files import read_config
 
 IGNORED = ("seed", "out", "name", "choices", "checkpoint_s")  # settings in which runs of one row may differ
 
@@ -156,9 +157,10 @@ def _row(label: str, group: Mapping[int, list[RoundReport]], base: dict[int, flo
 
 def _read(folder: Path) -> tuple[dict[str, Any], list[RoundReport]]:
     try:
-        settings, rounds = yaml.safe_load((folder / "config.yaml").read_text()), read_rounds(folder)
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{folder} is not a run that can be read: {' '.join(str(error).split())}") from error
+        settings, rounds = read_config(folder), read_rounds(folder)
+        check_tree(settings, {"seed": WHOLE, "choices": MAP}, str(folder / "config.yaml"))
+    except (ConfigError, FileError) as error:
+        raise ConfigError(f"{folder} is not a run that can be read: {error}") from error
     if not any("accuracy" in r.metrics for r in rounds):
         raise ConfigError(f"{folder} holds no evaluated round")
     return settings, rounds
@@ -166,7 +168,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[RoundReport]]:
 
 def _labels(runs: list[dict[str, Any]]) -> list[str]:
     """The method of each run and the settings in which it differs from others of that method."""
-    names = [str(s["choices"].get("method") or f"{s['choices']['strategy']}+{s['choices']['trainer']}") for s in runs]
+    chosen = [s["choices"] for s in runs]
+    names = [str(c.get("method") or f"{c.get('strategy')}+{c.get('trainer')}") for c in chosen]
     flat = [_flat({key: value for key, value in s.items() if key not in IGNORED}) for s in runs]
     values: dict[tuple[str, str], set[str]] = defaultdict(set)
     for name, settings in zip(names, flat, strict=True):

@@ -21,6 +21,7 @@ from devices.latency import DevicePrices, StructuredLatency, device_prices
 from devices.predictions import IN_WORDS, MOSTLY_CALLS
 from devices.prices import Prices
 from devices.profile import DeviceProfile
+from fedsim.run_files import read_rows, row_files
 
 CLIENTS_READ = 256  # of a round, in the order of its rows
 NAMED_AT_MOST = 2  # devices that the line names; more are counted
@@ -89,14 +90,12 @@ def facts_of(done: Mapping[tuple[str, str], int], profiles: Sequence[DeviceProfi
 
 def works(folder: Path, rounds: Sequence[int]) -> dict[tuple[str, str], int]:
     """How often a device did some work in these rounds, by (device, work as JSON)."""
-    from pyarrow import parquet
-
     found: Counter[tuple[str, str]] = Counter()
     for number in rounds:
-        for path in sorted((folder / "clients").glob("rounds-*.parquet")):
+        for path in row_files(folder):
             first, last = (int(n) for n in path.stem.split("-")[1:])
             if first <= number <= last:
-                table = parquet.read_table(path, columns=["device", "work"], filters=[("round", "==", number)])
+                table = read_rows(path, ["device", "work"], [("round", "==", number)])
                 rows = table.slice(0, CLIENTS_READ).to_pylist()
                 found.update((row["device"], row["work"]) for row in rows)
     return dict(found)

@@ -1,24 +1,39 @@
 """What a run says of its rounds: one line for each, sums over all, and the fingerprint of its weights.
 
-May import: flwr, fedsim.network's reports.
+May import: flwr, devices.reading, fedsim's forms, fedsim.network's reports.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from flwr.app import ArrayRecord
 
+from devices.errors import FileError
+from devices.reading import parse_json, read_json_lines
+from fedsim.checksums import inside
+from fedsim.forms import INTEGERS, NUMBER, NUMBERS, WHOLE, check_tree, maps_of, optional
 from fedsim.messages import from_array
 from fedsim.network import ClientReport
 from fedsim.pricing import OUTCOMES
 
 HOST_FIELDS = ("host_s",)  # the only fields of a report that may differ between equal runs
+
+
+# What each field of a line holds; those that fedsim 0.1 did not have yet may lack.
+ROUND = {
+    **{"round": WHOLE, "now_s": NUMBER, "round_s": NUMBER, "metrics": optional(NUMBERS)},
+    **{"cohort": optional(INTEGERS), "outcomes": optional(maps_of(INTEGERS))},
+    **dict.fromkeys(("down_bytes", "up_bytes", "peak_memory_bytes", "storage_bytes"), optional(WHOLE)),
+    **dict.fromkeys(("joules", "wait_joules", "tail_joules", "host_s"), optional(NUMBER)),
+}
 
 
 @dataclass(frozen=True)
@@ -83,17 +98,37 @@ class RoundReport:
 
     @classmethod
     def from_json(cls, line: str) -> RoundReport:
-        """The inverse of `to_json`."""
-        fields = json.loads(line)
-        fields["cohort"] = tuple(fields["cohort"])
-        fields["outcomes"] = {o: tuple(ids) for o, ids in fields["outcomes"].items()}
-        return cls(**fields)
+        """The inverse of `to_json`.
+
+        Raises:
+            FileError: if it is no such line.
+        """
+        return cls.from_tree(parse_json(line, "a round"), "a round")
+
+    @classmethod
+    def from_tree(cls, tree: Any, where: str) -> RoundReport:
+        """A report from what JSON holds; `where` names it in the sentence.
+
+        Raises:
+            FileError: if it lacks something, or holds what no report does.
+        """
+        check_tree(tree, ROUND, where)
+        if unknown := sorted(set(tree) - {f.name for f in fields(cls)}):
+            raise FileError(f"{where} holds {unknown[0]!r}, which no round of a run does")
+        outcomes = {outcome: tuple(ids) for outcome, ids in tree.get("outcomes", {}).items()}
+        metrics = {key: math.nan if value is None else value for key, value in tree.get("metrics", {}).items()}
+        return cls(**{**tree, "metrics": metrics, "cohort": tuple(tree.get("cohort", ())), "outcomes": outcomes})
 
 
 def read_rounds(folder: Path) -> list[RoundReport]:
-    """The rounds of a run folder, finished or not; a last line cut short by a crash is left out."""
-    lines = (folder / "rounds.jsonl").read_text().splitlines(keepends=True)
-    return [RoundReport.from_json(line) for line in lines if line.endswith("\n")]
+    """The rounds of a run folder, finished or not; a last line cut short by a crash is left out.
+
+    Raises:
+        FileError: if they cannot be read, naming the file and the line.
+    """
+    path = inside(folder, folder / "rounds.jsonl")
+    trees = read_json_lines(path)
+    return [RoundReport.from_tree(tree, f"{path}, line {number}") for number, tree in enumerate(trees, 1)]
 
 
 def weights_sha256(arrays: ArrayRecord) -> str:

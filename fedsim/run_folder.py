@@ -1,141 +1,158 @@
-"""The folder of a run: where it goes, and everything that is written into it.
+"""The folder of a run while it is written: rounds, client rows, events, pictures, summary, or the note of a failure.
 
-Everything is on disk as it happens, so that a killed run leaves a readable folder. May import: pyarrow, tensorboard,
-yaml, fedsim. Heavy libraries are imported when a folder is opened.
+Everything is on disk as it happens, so that a killed run leaves a readable folder. May import: pyarrow (lazily), yaml,
+fedsim.
 """
 
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 import shlex
-import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from devices.figures import box_missing_letters, save_figure
+from devices.errors import FileError
+from devices.figures import save_figure
+from devices.reading import open_file
 from devices.texts import file_name
+from fedsim.checksums import Beginning, Checksums, inside, of_bytes, of_file, signed
 from fedsim.client_rows import client_row, client_schema
-from fedsim.durable import write_atomic
+from fedsim.durable import make_folders, naming, remove_empty, sync_folder, write_atomic, write_new
 from fedsim.errors import ClientError, ConfigError
+from fedsim.events import Events
 from fedsim.instructions import FAILED_CLIENT, ITS_ARRAYS, keep_instruction
 from fedsim.messages import Instruction
 from fedsim.network import ClientReport
 from fedsim.pricing import OUTCOMES
 from fedsim.report import RoundReport, read_rounds
+from fedsim.run_place import (
+    CLIENTS,
+    CONFIG,
+    EVENTS,
+    FAILURE,
+    PICTURES,
+    RESERVE,
+    ROUNDS,
+    ROWS,
+    SUMMARY,
+    WRITTEN,
+    check_free,
+    refuse_taken,
+    remove,
+    remove_unfinished,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FLUSH_S, FLUSH_ROWS = 20.0, 20_000
-# `out=` may name a folder that exists as long as none of these is in it.
-WRITTEN = (
-    "config.yaml",
-    "rounds.jsonl",
-    "clients",
-    "tensorboard",
-    "summary.json",
-    "failure.json",
-    "checkpoint",
-    "pictures",
-    "report.html",
-    FAILED_CLIENT,
-    ITS_ARRAYS,
-)
-
-
-def run_folder(settings: dict[str, Any]) -> Path:
-    """Where the run goes: `out`, or `runs/<date>-<time>-<name>` with a number behind it when that is taken."""
-    if settings["out"] is not None:
-        return Path(str(settings["out"]))
-    choices = settings["choices"]
-    label = settings["name"] or f"{choices.get('method') or choices['strategy']}-{choices['workload']}"
-    first = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{label}"
-    numbered = (first.with_name(f"{first.name}-{number}") for number in range(2, 1000))
-    return next(path for path in (first, *numbered) if not path.exists())
-
-
-def check_free(folder: Path) -> None:
-    """Refuses a folder that holds another run or is no folder; called before anything is built or written.
-
-    Raises:
-        ConfigError: naming the folder and what is in it.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"out={folder} is a file; name a folder that is new or empty")
-    taken = [name for name in WRITTEN if (folder / name).exists()]
-    if taken:
-        raise ConfigError(f"out={folder} holds another run ({', '.join(taken)}); name a new folder or remove it")
+RESERVED_BYTES = 16 * 1024
 
 
 class RunFolder:
     """An open run folder: `rounds.jsonl`, `clients/*.parquet`, `tensorboard/`, `summary.json`.
 
     Args:
-        path: created with its parents; must not hold another run.
+        path: created with its parents; must hold nothing.
         settings: written to `config.yaml`, enough to repeat the run.
         resume: the folder holds the beginning of this run.
         last: then, the last round that stays; what came after it is taken away, to be written again.
+        sums: then, of the checkpoint that the run goes on from; None where there is none, or fedsim 0.1 wrote it.
 
     Attributes:
         before: the rounds that are there already.
 
     Raises:
         ConfigError: if the folder is taken, cannot be made, or its run is going on.
+        OSError: here and in every method, naming the file, if the disk does not take it.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any], resume: bool = False, last: int = -1):
+    def __init__(
+        self,
+        path: Path,
+        settings: dict[str, Any],
+        resume: bool = False,
+        last: int = -1,
+        sums: Checksums | None = None,
+    ):
         import yaml
-        from torch.utils.tensorboard import SummaryWriter
 
-        if not resume:
+        if resume:
+            _refuse_links(path)
+        else:
             check_free(path)
+        self.path, self._digest, self._length = path, sha256(), 0
         try:
-            (path / "clients").mkdir(parents=True, exist_ok=True)
+            self._made = make_folders(path)
+            (path / CLIENTS).mkdir(exist_ok=True)
+            if os.path.lexists(path / ROUNDS):
+                open_file(path / ROUNDS).close()  # no pipe, no folder
+            self._rounds = (path / ROUNDS).open("ab+", buffering=0)
         except OSError as error:
-            raise ConfigError(f"out={path} cannot be made: {error.strerror}; name another folder") from error
-        self.path = path
-        self._rounds = (path / "rounds.jsonl").open("a+")
+            where = "" if error.filename in (None, str(path)) else f" ({error.filename})"
+            raise ConfigError(f"out={path} cannot be made: {error.strerror}{where}; name another folder") from error
         try:
             fcntl.flock(self._rounds, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with this process, however it ends
         except OSError:
             self._rounds.close()
             raise ConfigError(f"the run in {path} is going on just now; wait for it, or end it") from None
-        self.before = self._cut_back(last)
-        if not resume:
-            write_atomic(path / "config.yaml", yaml.safe_dump({**settings, "out": None}, sort_keys=False))
-        self._events = SummaryWriter(str(path / "tensorboard"), purge_step=last + 1 if resume else None)
+        try:
+            if not resume:
+                refuse_taken(path)  # another run may have been quicker
+            remove_unfinished(path)
+            write_new(path / RESERVE, bytes(RESERVED_BYTES))
+            self.before = self._cut_back(last, sums)
+            if not resume:
+                write_atomic(path / CONFIG, signed(yaml.safe_dump({**settings, "out": None}, sort_keys=False)))
+            self._files = {CONFIG: of_file(path / CONFIG)}
+            self._files |= {f"{CLIENTS}/{name}": of_file(path / CLIENTS / name) for name in self._tables()}
+            self._events = Events(path / EVENTS, purge_step=last + 1 if resume else None)
+        except BaseException:
+            self._rounds.close()
+            raise
         self._rows: list[dict[str, Any]] = []
         self._flushed_at = time.monotonic()
 
-    def _cut_back(self, last: int) -> list[RoundReport]:
+    def _tables(self) -> list[str]:
+        """Names of the files of client rows, in order."""
+        return sorted(name for name in os.listdir(self.path / CLIENTS) if ROWS.fullmatch(name))
+
+    def _cut_back(self, last: int, sums: Checksums | None) -> list[RoundReport]:
         """Takes away what was written after round `last`; the rounds that stay.
 
         Raises:
             ConfigError: if some of those are missing.
         """
-        stay = [report for report in read_rounds(self.path) if report.round <= last]
-        if len(stay) != last + 1:
-            raise ConfigError(f"{self.path / 'rounds.jsonl'} lacks rounds that {self.path / 'checkpoint'} goes on from")
-        for table in (self.path / "clients").iterdir():
-            if table.suffix != ".parquet" or int(table.stem.split("-")[1]) > last:
-                table.unlink()
-        self._rounds.truncate(sum(len(line) for line in self._lines(len(stay))))
-        for name in ("failure.json", FAILED_CLIENT, ITS_ARRAYS):
+        lines = (self.path / ROUNDS).read_bytes().splitlines(keepends=True)[: last + 1]
+        self._length = sums.rounds.bytes if sums else sum(map(len, lines))
+        self._rounds.truncate(self._length)
+        stay = read_rounds(self.path)
+        if [report.round for report in stay] != list(range(last + 1)):
+            raise ConfigError(f"{self.path / ROUNDS} lacks rounds that {self.path / 'checkpoint'} goes on from")
+        self._digest.update((self.path / ROUNDS).read_bytes())
+        for name in self._tables():
+            if f"{CLIENTS}/{name}" not in sums.files if sums else int(name.split("-")[1]) > last:
+                (self.path / CLIENTS / name).unlink()
+        for name in (FAILURE, FAILED_CLIENT, ITS_ARRAYS):
             (self.path / name).unlink(missing_ok=True)
         return stay
 
-    def _lines(self, count: int) -> list[bytes]:
-        return (self.path / "rounds.jsonl").read_bytes().splitlines(keepends=True)[:count]
-
     def add(self, report: RoundReport, clients: Sequence[ClientReport]) -> None:
         """Writes one round; the client rows follow in batches of about 20 s, one Parquet file each."""
-        self._rounds.write(report.to_json() + "\n")
-        self._rounds.flush()
+        line = (report.to_json() + "\n").encode()
+        with naming(self.path / ROUNDS):
+            written = 0
+            while written < len(line):
+                written += self._rounds.write(line[written:]) or 0
+        self._digest.update(line)
+        self._length += len(line)
         self._rows += [client_row(c) for c in clients]
         self._add_events(report)
         if time.monotonic() - self._flushed_at > FLUSH_S or len(self._rows) >= FLUSH_ROWS:
@@ -151,48 +168,78 @@ class RunFolder:
         from pyarrow import parquet
 
         first, last = self._rows[0]["round"], self._rows[-1]["round"]
-        target = self.path / "clients" / f"rounds-{first:06d}-{last:06d}.parquet"
-        part = target.with_suffix(".part")
-        parquet.write_table(pa.Table.from_pylist(self._rows, schema=client_schema()), part)
-        os.replace(part, target)
+        name, buffer = f"{CLIENTS}/rounds-{first:06d}-{last:06d}.parquet", io.BytesIO()
+        parquet.write_table(pa.Table.from_pylist(self._rows, schema=client_schema()), buffer)
+        write_atomic(self.path / name, buffer.getvalue())
+        self._files[name] = of_bytes(buffer.getvalue())
         self._rows = []
+
+    def checksums(self) -> Checksums:
+        """Brings everything so far to the disk, and says what it is."""
+        self.flush()
+        with naming(self.path / ROUNDS):
+            os.fsync(self._rounds.fileno())
+        for folder in (self.path / CLIENTS, self.path):
+            sync_folder(folder)
+        return Checksums(Beginning(self._length, self._digest.hexdigest()), dict(self._files))
 
     def finish(self, summary: dict[str, Any], pictures: Mapping[str, Figure] | None = None) -> None:
         """Writes pictures (PNG and TensorBoard), then the summary; a folder with `summary.json` is a finished run."""
         for name, picture in (pictures or {}).items():
-            (self.path / "pictures").mkdir(exist_ok=True)
-            save_figure(picture, self.path / "pictures" / f"{file_name(name)}.png")
-            with box_missing_letters():
-                self._events.add_figure(name, picture, summary["rounds"], walltime=summary["simulated_s"])
-        self.flush()
-        write_atomic(self.path / "summary.json", json.dumps(summary, indent=1) + "\n")
+            (self.path / PICTURES).mkdir(exist_ok=True)
+            png = io.BytesIO()
+            save_figure(picture, png)
+            write_atomic(self.path / PICTURES / f"{file_name(name)}.png", png.getvalue())
+            self._events.picture(name, picture, png.getvalue(), summary["rounds"], summary["simulated_s"])
+        self.checksums()
+        write_atomic(self.path / SUMMARY, json.dumps(summary, indent=1) + "\n")
+        (self.path / RESERVE).unlink(missing_ok=True)
 
     def fail(self, error: BaseException) -> None:
-        """Leaves a note beside everything written so far, and what a client that failed was sent."""
-        self.flush()
+        """Leaves a note beside everything written so far, and what a client that failed was sent.
+
+        Where the disk takes no more, what was reserved is given back for the note; where it cannot be written all the
+        same, the error says so.
+        """
+        with suppress(OSError):
+            (self.path / RESERVE).unlink(missing_ok=True)
+        with suppress(Exception):  # of the error that is told already, most likely
+            self.flush()
         if isinstance(error, ClientError) and isinstance(error.instruction, Instruction):
-            keep_instruction(self.path, error.instruction)
-            who = f"--round {error.instruction.round} --client {error.instruction.client}"
-            error.add_note(f"replay it with: fedsim replay {shlex.quote(str(self.path))} {who}")
+            sent = error.instruction
+            self._try(error, "what the client was sent", lambda: self._keep(error, sent))
         note = {"error": type(error).__name__, "reason": "; ".join([str(error), *getattr(error, "__notes__", [])])}
-        write_atomic(self.path / "failure.json", json.dumps(note, indent=1) + "\n")
+        text = json.dumps(note, indent=1) + "\n"
+        self._try(error, FAILURE, lambda: write_atomic(self.path / FAILURE, text))
+
+    def _keep(self, error: BaseException, sent: Instruction) -> None:
+        keep_instruction(self.path, sent)
+        who = f"--round {sent.round} --client {sent.client}"
+        error.add_note(f"replay it with: fedsim replay {shlex.quote(str(self.path))} {who}")
+
+    def _try(self, error: BaseException, what: str, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except OSError as second:
+            error.add_note(f"{what} could not be written: {second.strerror}")
 
     def discard(self) -> None:
-        """Removes what this run wrote, and the folder if nothing else is in it."""
+        """Removes what this run wrote, and the folders that it made if nothing else is in them."""
         self.close()
-        for name in WRITTEN:
-            target = self.path / name
-            if target.is_dir():
-                shutil.rmtree(target)
-            else:
-                target.unlink(missing_ok=True)
+        for name in (*WRITTEN, RESERVE):
+            if name != CLIENTS:
+                remove(self.path / name)
+        for name in self._tables():
+            (self.path / CLIENTS / name).unlink()
         with suppress(OSError):
-            self.path.rmdir()
+            (self.path / CLIENTS).rmdir()
+        remove_empty(self._made)
 
     def close(self) -> None:
-        """Closes the files."""
-        self._rounds.close()
-        self._events.close()
+        """Closes the files; what a full disk did not take before it does not take now."""
+        for file in (self._events, self._rounds):
+            with suppress(OSError):
+                file.close()
 
     def _add_events(self, report: RoundReport) -> None:
         """TensorBoard gets the simulated time as wall time: its "relative" axis is the devices' time."""
@@ -208,9 +255,20 @@ class RunFolder:
             "round/storage_bytes": report.storage_bytes,
             **outcomes,
         }
-        from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+        self._events.scalars(scalars, report.round, report.now_s)
 
-        # One event for all: the writer's queue costs as much as everything else that is written of a round.
-        every = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()])
-        writer: Any = self._events.file_writer
-        writer.add_summary(every, report.round, walltime=report.now_s)
+
+def _refuse_links(path: Path) -> None:
+    """Refuses a folder whose parts are links to elsewhere, which a run that goes on would write to.
+
+    Raises:
+        ConfigError: naming the first.
+    """
+    try:
+        for name in (*WRITTEN, RESERVE):
+            inside(path, path / name)
+        for name in (CLIENTS, "checkpoint"):
+            for found in (path / name).glob("*"):
+                inside(path, found)
+    except FileError as error:
+        raise ConfigError(str(error)) from error

@@ -183,18 +183,16 @@ def settings_of_run(folder: Path) -> Settings:
     Raises:
         ConfigError: if the folder holds no run or its settings are wrong.
     """
-    import yaml
+    from devices.errors import FileError
+    from fedsim.forms import check_tree
+    from fedsim.run_files import CHOSEN, read_config
 
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise ConfigError(f"{folder} holds no run: there is no config.yaml in it")
     try:
-        settings = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(settings, dict):
-        raise ConfigError(f"{path} holds no settings")
-    return check(completed(settings))
+        settings = check(completed(read_config(folder)))
+        check_tree(settings.get("choices"), CHOSEN, f"{folder / 'config.yaml'}: choices")
+    except FileError as error:
+        raise ConfigError(str(error)) from error
+    return settings
 
 
 def completed(settings: Settings) -> Settings:

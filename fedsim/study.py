@@ -1,7 +1,7 @@
 """A study: a named list of arms that are run with the same seeds and compared, read from one YAML file.
 
 Methods have different settings, so a comparison is no product of settings: each arm has overrides of its own. May
-import: yaml, devices.errors, devices.reading, fedsim's settings.
+import: devices.errors, devices.reading, fedsim's settings.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from devices.errors import FileError, unknown
 from devices.reading import read_yaml
 from devices.texts import file_name, storable
 from fedsim.errors import ConfigError
 from fedsim.metrics import ACCURACY
 from fedsim.parameters import said
+from fedsim.run_files import read_config
 from fedsim.settings import Settings, asked, completed, compose, config_dir, try_out
 
 KEYS = ("title", "base", "seeds", "arms", "against", "metric", "x", "last", "columns")
@@ -349,8 +348,8 @@ def is_finished(run: Planned) -> bool:
         return False
     try:
         changed = _changed(run)
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{run.folder} is not a run that can be read: {' '.join(str(error).split())}") from error
+    except FileError as error:
+        raise ConfigError(f"{run.folder} is not a run that can be read: {error}") from error
     if changed:
         key, before, now = changed
         raise ConfigError(
@@ -364,14 +363,13 @@ def can_go_on(run: Planned) -> bool:
     """Whether the run's folder holds its beginning, with a checkpoint."""
     try:
         return (run.folder / "checkpoint").exists() and _changed(run) is None
-    except (OSError, yaml.YAMLError):
+    except (FileError, ConfigError):
         return False
 
 
 def _changed(run: Planned) -> tuple[str, Any, Any] | None:
     """The first setting in which what the folder holds differs from what the study asks for."""
-    there = yaml.safe_load((run.folder / "config.yaml").read_text())
-    return _difference(completed(there) if isinstance(there, dict) else there, {**run.settings, "out": None})
+    return _difference(completed(read_config(run.folder)), {**run.settings, "out": None})
 
 
 def _difference(there: Any, asked: Any, prefix: str = "") -> tuple[str, Any, Any] | None:

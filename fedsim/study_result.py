@@ -19,6 +19,7 @@ from fedsim.durable import write_atomic
 from fedsim.errors import ConfigError
 from fedsim.paired import Row, rows
 from fedsim.report import RoundReport, read_rounds
+from fedsim.run_files import read_summary
 from fedsim.study import AXES, METRICS, Arm, Planned, Study, is_finished
 
 
@@ -61,8 +62,8 @@ def collect(study: Study, runs: Sequence[Planned]) -> Result:
     found: dict[str, list[Finished]] = {}
     for run in runs:
         if is_finished(run):
-            summary = json.loads((run.folder / "summary.json").read_text())
-            found.setdefault(run.arm.label, []).append(Finished(run, read_rounds(run.folder), summary))
+            one = Finished(run, read_rounds(run.folder), read_summary(run.folder))
+            found.setdefault(run.arm.label, []).append(one)
     found = {
         arm.label: [_read_as(arm, one) for one in found[arm.of or arm.label]]
         for arm in study.arms

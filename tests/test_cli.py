@@ -19,7 +19,7 @@ from conftest import Ended
 from devices.profile import SHIPPED
 from fedsim import cli
 from fedsim.report import read_rounds
-from fedsim.run_folder import WRITTEN
+from fedsim.run_place import WRITTEN
 from fedsim.settings import compose
 
 FEDSIM = Path(sys.executable).with_name("fedsim")
@@ -296,7 +296,8 @@ def test_a_full_disk_ends_in_one_sentence(place: Path, fedsim: Callable[..., End
 
     monkeypatch.setattr(RunFolder, "add", full)
     ended = fedsim("run", *SHORT, f"out={place}/out")
-    assert (ended.code, ended.err) == (1, "fedsim: No space left on device: rounds.jsonl\n")
+    stays = f"everything written so far stays; go on with: fedsim resume {place}/out"
+    assert (ended.code, ended.err) == (1, f"fedsim: No space left on device: rounds.jsonl; {stays}\n")
 
 
 def test_a_folder_name_that_is_no_utf8_still_works(place: Path, fedsim: Callable[..., Ended]):

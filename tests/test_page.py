@@ -166,5 +166,5 @@ def test_the_command_writes_it_anew_and_names_what_is_no_run(run, tmp_path: Path
     assert capsys.readouterr().out == f"page: {tmp_path / 'report.html'}\n"
     assert "How the data are split" in (tmp_path / "report.html").read_text()
     (tmp_path / "rounds.jsonl").unlink()
-    with pytest.raises(ConfigError, match=r"holds no run: config.yaml or rounds.jsonl is not in it"):
+    with pytest.raises(ConfigError, match=r"holds no run: rounds.jsonl is not in it"):
         write_page(tmp_path)

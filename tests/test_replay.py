@@ -93,7 +93,7 @@ def test_a_client_that_was_not_asked_is_refused(run, tmp_path: Path):
     ("name", "text", "sentence"),
     [
         ("config.yaml", None, "holds no run: there is no config.yaml in it"),
-        ("config.yaml", "a: [", "config.yaml cannot be read"),
+        ("config.yaml", "a: [", "config.yaml is not valid YAML"),
         ("config.yaml", "[]", "holds no settings"),
         ("config.yaml", "{}", "is missing from the settings"),
         ("failed-client.json", "{", "failed-client.json and .safetensors in .* cannot be read"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pandas as pd
 import pytest
@@ -15,15 +16,17 @@ from clients.app import app
 from clients.trainers.sgd import SGDTrainer
 from fedsim import federation as federations
 from fedsim import run_folder as folders
+from fedsim import run_place
 from fedsim.console import closing_lines
 from fedsim.engines.local import LocalGrid
 from fedsim.errors import ClientError, ConfigError
 from fedsim.messages import record_of
 from fedsim.report import RoundReport, read_rounds, weights_sha256
-from fedsim.run_folder import run_folder
+from fedsim.run_place import new_run_folder
 from fedsim.settings import from_run_config
 
 KEYS = {
+    "price_models",
     *("method", "workload", "fleet", "seed", "rounds", "final", "best", "simulated_s", "energy_j", "down_bytes"),
     *("up_bytes", "peak_memory_bytes", "storage_bytes", "outcomes", "to_target", "host_s", "weights_sha256"),
     *("versions", "clients", "warnings"),
@@ -39,7 +42,7 @@ def contents(folder) -> dict:
 
 def test_round_survives_its_line():
     report = RoundReport(
-        3, 7.5, 2.5, (1, 4), {"completed": (4,), "late": (1,)}, 10, 5, 0.1, 0.2, 99, {"loss": 0.3}, 1.0
+        3, 7.5, 2.5, (1, 4), {"completed": (4,), "late": (1,)}, 10, 5, 0.1, 0.2, 0.0, 99, 7, {"loss": 0.3}, 1.0
     )
     assert RoundReport.from_json(report.to_json()) == report
     assert "\n" not in report.to_json()
@@ -253,11 +256,11 @@ def test_folder_of_another_run_is_refused_and_left_alone(run, tmp_path):
     assert contents(tmp_path) == before
 
 
-def test_folder_with_other_files_is_used_and_they_stay(run, tmp_path):
+def test_folder_with_other_files_is_refused_and_they_stay(run, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    run("rounds=1")
-    assert (tmp_path / "notes.txt").read_text() == "mine"
-    assert (tmp_path / "summary.json").exists()
+    with pytest.raises(ConfigError, match=r"holds something else \(notes\.txt\); name a new folder$"):
+        run("rounds=1")
+    assert os.listdir(tmp_path) == ["notes.txt"]
 
 
 def test_file_in_place_of_the_folder_is_refused(run, tmp_path):
@@ -275,10 +278,10 @@ def test_run_that_cannot_be_built_leaves_no_folder(run, tmp_path):
 
 def test_folder_of_the_same_second_gets_a_number(settings, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(folders.time, "strftime", lambda form: "20250102-030405")
+    monkeypatch.setattr(run_place.time, "strftime", lambda form: "20250102-030405")
     names = []
     for _ in range(3):
-        folder = run_folder(settings("method=fedprox"))
-        folder.mkdir(parents=True)
+        with new_run_folder(settings("method=fedprox")) as folder:
+            (folder / "config.yaml").touch()
         names.append(str(folder))
     assert names == [f"runs/20250102-030405-fedprox-blobs{end}" for end in ("", "-2", "-3")]

@@ -1,7 +1,6 @@
 """A run that was cut short goes on to the same bytes, whatever it was doing when it ended."""
 
 import json
-import re
 import signal
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from clients.app import app
 from fedsim import checkpoint
 from fedsim import federation as federations
 from fedsim.checkpoint import NotKeptError, Saved, decode, encode, load
+from fedsim.checksums import Beginning, Checksums
 from fedsim.engines.local import LocalGrid
 from fedsim.errors import ConfigError
 from fedsim.federation import Federation
@@ -163,10 +163,11 @@ def test_a_checkpoint_from_before_there_was_an_interval_is_read(federation):
     assert (other.grid.clock.now_s, other.grid.clock.round_began_s) == (run.grid.clock.now_s, None)
 
 
-def test_other_libraries_than_before_are_named(go, tmp_path: Path):
+def test_other_libraries_than_before_are_named(go, monkeypatch):
+    now = federations.versions()
+    monkeypatch.setattr(federations, "versions", lambda: {**now, "torch": "1.0"})
     go("cut", until=2)
-    (state,) = (tmp_path / "cut").glob("checkpoint/*/state.json")
-    state.write_text(re.sub('"torch": "[^"]*"', '"torch": "1.0"', state.read_text()))
+    monkeypatch.setattr(federations, "versions", lambda: now)
     with pytest.warns(UserWarning, match=f"this run began with torch 1.0, now {torch.__version__}".split("+")[0]):
         go("cut", resume=True)
 
@@ -298,11 +299,14 @@ def test_what_cannot_be_resumed_is_one_sentence(go, tmp_path: Path, fedsim):
     cut = str(tmp_path / "cut")
     assert "rounds=9 cannot be given: only the engine of a run may change, e.g. engine=ray" in say(cut, "rounds=9")
     assert "engine.threads cannot change: the last bits of results depend on it" in say(cut, "engine.threads=2")
-    (point,) = (tmp_path / "cut" / "checkpoint").iterdir()
-    (point / "weights.safetensors").write_bytes(b"no weights")
-    assert f"{point} cannot be read: SafetensorError" in say(cut)
-    (point / "state.json").write_text('{"format": 7}')
-    assert "it has format 7, this version reads 1; remove it, and the run starts anew" in say(cut)
+    for point in (tmp_path / "cut" / "checkpoint").iterdir():
+        (point / "weights.safetensors").write_bytes(b"no weights")
+    assert f"{point / 'weights.safetensors'} is damaged: it is not what the run wrote" in (said := say(cut))
+    assert said.endswith(f"no checkpoint is whole: remove {point.parent}, and the run starts anew\n")
+    for point in (tmp_path / "cut" / "checkpoint").iterdir():
+        (point / "checksums.json").unlink()
+        (point / "state.json").write_text('{"format": 7}')
+    assert f"{point} cannot be read: ValueError: it has format 7, this version reads 2" in say(cut)
     assert len(read_rounds(tmp_path / "cut")) == 4  # nothing was lost
 
 
@@ -390,20 +394,26 @@ def test_a_finished_run_keeps_its_weights_alone(go, tmp_path: Path):
     assert weights_sha256(found.weights) == summary["weights_sha256"]
 
 
+def no_sums() -> Checksums:
+    return Checksums(Beginning(), {})
+
+
 def test_a_checkpoint_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch):
+    (tmp_path / "rounds.jsonl").touch()
     kept = checkpoint.Checkpoints(tmp_path, 0)
     weights = record_of({"w": torch.arange(3.0)})
-    kept.write(Saved(1, weights, {"a": torch.ones(2)}, {"torch": "1"}))
+    kept.write(Saved(1, weights, {"a": torch.ones(2)}, {"torch": "1"}), no_sums)
     monkeypatch.setattr(checkpoint.os, "rename", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
     with pytest.raises(OSError, match="no space left"):
-        kept.write(Saved(2, weights, {}, {}))
+        kept.write(Saved(2, weights, {}, {}), no_sums)
     found = load(tmp_path)
     assert found is not None
     assert (found.round, found.versions) == (1, {"torch": "1"})
     assert torch.equal(tensors_of(found.weights)["w"], torch.arange(3.0))
     monkeypatch.undo()
-    kept.write(Saved(3, weights, {}, {}))
-    assert [path.name for path in (tmp_path / "checkpoint").iterdir()] == ["round-000003"]
+    for number in (3, 4):
+        kept.write(Saved(number, weights, {}, {}), no_sums)
+    assert sorted(path.name for path in (tmp_path / "checkpoint").iterdir()) == ["round-000003", "round-000004"]
 
 
 def test_writing_takes_its_share_of_the_time_and_no_more(tmp_path: Path, monkeypatch):
@@ -414,7 +424,7 @@ def test_writing_takes_its_share_of_the_time_and_no_more(tmp_path: Path, monkeyp
     now[0] = 130.0
     assert kept.due
     monkeypatch.setattr(checkpoint.os, "rename", lambda *_: now.__setitem__(0, now[0] + 2.0))
-    kept.write(Saved(1, record_of({"w": torch.ones(1)}), {}, {}))
+    kept.write(Saved(1, record_of({"w": torch.ones(1)}), {}, {}), no_sums)
     now[0] = 132.0 + 99.0
     assert not kept.due
     now[0] = 132.0 + 100.0
