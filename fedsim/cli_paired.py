@@ -21,15 +21,17 @@ def paired(
     Example: fedsim paired runs/20261121-101500-sweep --against fedavg
     """
     from fedsim.console import console, energy, simulated, size, table
-    from fedsim.paired import compare, run_folders
+    from fedsim.paired import compare, correction, run_folders
 
     rows = compare(run_folders(folders), last, against)
     columns = ("seeds", "accuracy %", "difference", "95 % interval", "time", "energy", "traffic")
     shown = table("overrides", *columns, title=f"mean of the last {last} evaluations; differences to {rows[0].label}")
     for number, row in enumerate(rows):
         low, high = (100 * end for end in row.interval)
-        compared = [f"{100 * row.difference:+.2f}", f"{low:+.2f} to {high:+.2f}"] if number else ["", ""]
+        star = " *" if row.stands else ""
+        compared = [f"{100 * row.difference:+.2f}{star}", f"{low:+.2f} to {high:+.2f}"] if number else ["", ""]
         costs = [simulated(row.simulated_s), energy(row.joules), size(row.traffic_bytes)]
         scores = " ".join(f"{100 * s:.1f}" for s in row.scores.values())
         shown.add_row(row.label, scores, f"{100 * row.mean:.2f}", *compared, *costs)
+    shown.caption = correction(rows) or None
     console().print(shown)

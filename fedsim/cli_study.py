@@ -164,13 +164,16 @@ def _show(result: Result, failed: dict[str, str], folder: Path, console: Console
 
 def _table(result: Result, columns: dict[str, list[str]]) -> Table:
     from fedsim.console import table
+    from fedsim.paired import correction
 
     study, many = result.study, len(result.study.seeds) > 1
     seeds = ", ".join(map(str, study.seeds))
     over = f"mean ± standard deviation of seeds {seeds}" if many else f"seed {seeds}"
     shown = table("arm", *columns, title=f"{study.title}\n{over}; differences to {study.against}")
-    if study.last > 1:
-        shown.caption = f"{study.metric}: mean of the last {study.last} evaluations of a run"
+    notes = [f"{study.metric}: mean of the last {study.last} evaluations of a run"] if study.last > 1 else []
+    if "difference" in columns and (note := correction(result.rows)):
+        notes.append(note)
+    shown.caption = "\n".join(notes) or None
     for number, row in enumerate(result.rows):
         lacks = len(row.scores) < len(study.seeds)
         label = f"{row.label} ({len(row.scores)} of {len(study.seeds)} seeds)" if lacks else row.label
@@ -187,7 +190,7 @@ def _scores(result: Result) -> dict[str, list[str]]:
         low, high = (100 * end for end in row.interval)
         compared = row.label != result.study.against and not math.isnan(row.difference)
         cells[metric].append(f"{100 * row.mean:.2f}{spread}")
-        cells["difference"].append(f"{100 * row.difference:+.2f}" if compared else "")
+        cells["difference"].append(f"{100 * row.difference:+.2f}{' *' if row.stands else ''}" if compared else "")
         cells["95 % interval"].append(f"{low:+.2f} to {high:+.2f}" if compared and math.isfinite(low) else "")
     return {name: column for name, column in cells.items() if any(column)}
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from fedsim.metrics import ACCURACY
 from fedsim.report import RoundReport, read_rounds
 from fedsim.run_files import read_config
 
+SIGNIFICANT = 0.05
 IGNORED = ("seed", "out", "name", "choices", "checkpoint_s")  # settings in which runs of one row may differ
 
 
@@ -32,7 +33,9 @@ class Row:
         label: the method, and the settings that tell it from other rows of that method.
         scores: by seed, mean accuracy of a run's last evaluations.
         difference: mean over the seeds in common of the score less that of the row compared with; nan without any.
-        half_width: of its 95 % interval (Student's t); infinite for a single seed.
+        half_width: of its 95 % interval (Student's t), for this difference alone; infinite for a single seed.
+        p: of the paired t test that the difference is 0; nan for a single seed, and for the row compared with.
+        p_holm: p after Holm's correction for the comparisons of the table.
         simulated_s, joules, traffic_bytes, rounds: means over the seeds.
     """
 
@@ -44,6 +47,13 @@ class Row:
     joules: float
     traffic_bytes: float
     rounds: float
+    p: float = math.nan
+    p_holm: float = math.nan
+
+    @property
+    def stands(self) -> bool:
+        """Whether the difference is there (p below 0.05) when all comparisons of the table are counted."""
+        return self.p_holm < SIGNIFICANT
 
     @property
     def mean(self) -> float:
@@ -102,7 +112,35 @@ def rows(
         ConfigError: if a run has no such metric.
     """
     base = {seed: score(rounds, last, metric) for seed, rounds in groups.get(against, {}).items()}
-    return [_row(label, group, base, last, metric) for label, group in groups.items()]
+    found = [_row(label, group, base, last, metric) for label, group in groups.items()]
+    found = [replace(row, p=math.nan) if row.label == against else row for row in found]
+    return [replace(row, p_holm=p) for row, p in zip(found, holm([row.p for row in found]), strict=True)]
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """Corrects p values for their number: the smallest times that, the next times one less, never falling.
+
+    Args:
+        values: nan is no comparison, and stays.
+
+    Source: Holm, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of Statistics, 1979.
+    """
+    places = sorted((i for i, p in enumerate(values) if not math.isnan(p)), key=lambda i: values[i])
+    corrected, largest = list(values), 0.0
+    for number, place in enumerate(places):
+        largest = max(largest, min(1.0, (len(places) - number) * values[place]))
+        corrected[place] = largest
+    return corrected
+
+
+def correction(rows: Sequence[Row]) -> str:
+    """What a table says below itself about its comparisons; empty where there is one at most, or none with a p."""
+    count = sum(not math.isnan(row.p) for row in rows)
+    return (
+        f"intervals: of one difference each; *: p < {SIGNIFICANT} after Holm's correction for {count}"
+        if count > 1
+        else ""
+    )
 
 
 def run_folders(given: Iterable[Path]) -> list[Path]:
@@ -146,13 +184,25 @@ def interval(differences: list[float]) -> float:
     return float(t.ppf(0.975, len(differences) - 1) * np.std(differences, ddof=1) / len(differences) ** 0.5)
 
 
+def p_value(differences: Sequence[float]) -> float:
+    """Of Student's t test that their mean is 0, two-sided; nan for less than two."""
+    from scipy.stats import t
+
+    if len(differences) < 2:
+        return math.nan
+    mean, error = float(np.mean(differences)), float(np.std(differences, ddof=1)) / len(differences) ** 0.5
+    if not error:
+        return 0.0 if mean else 1.0
+    return float(2 * t.sf(abs(mean) / error, len(differences) - 1))
+
+
 def _row(label: str, group: Mapping[int, list[RoundReport]], base: dict[int, float], last: int, metric: str) -> Row:
     scores = {seed: score(rounds, last, metric) for seed, rounds in group.items()}
     differences = [scores[seed] - base[seed] for seed in scores if seed in base]
     ends = [[costs[-1] for costs in spent(rounds).values()] for rounds in group.values()]
     means = [float(np.mean(column)) for column in zip(*ends, strict=True)]
     mean = float(np.mean(differences)) if differences else math.nan
-    return Row(label, scores, mean, interval(differences), *means)
+    return Row(label, scores, mean, interval(differences), *means, p=p_value(differences))
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], list[RoundReport]]:

@@ -162,6 +162,8 @@ def _record(result: Result, number: int) -> dict[str, Any]:
         "difference": row.difference,
         "low": row.interval[0],
         "high": row.interval[1],
+        "p": row.p,
+        "p_holm": row.p_holm,
         "simulated_s": row.simulated_s,
         "joules": row.joules,
         "traffic_bytes": row.traffic_bytes,

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from fedsim.cli_paired import paired
 from fedsim.errors import ConfigError
-from fedsim.paired import compare, interval, run_folders
+from fedsim.paired import compare, correction, holm, interval, p_value, run_folders
 from fedsim.report import RoundReport
 
 
@@ -46,6 +46,40 @@ def test_difference_is_the_mean_over_seeds_of_the_last_evaluations(tmp_path):
 
 def test_one_seed_has_no_interval():
     assert interval([0.3]) == math.inf
+
+
+def test_p_values_are_those_of_the_paired_t_test():
+    """Differences 1 and 3: t = 2 / 1 with one degree of freedom, p = 1 - 2 atan(2) / pi = 0.2952."""
+    assert p_value([1.0, 3.0]) == pytest.approx(1 - 2 * math.atan(2.0) / math.pi)
+    assert (p_value([0.0, 0.0]), p_value([2.0, 2.0])) == (1.0, 0.0)
+    assert math.isnan(p_value([1.0]))
+
+
+def test_holms_correction_by_hand():
+    """0.01 x 3, then 0.02 x 2, then 0.04 x 1, which may not be below the one before; what is no comparison stays."""
+    corrected = holm([0.04, math.nan, 0.01, 0.02])
+    assert corrected[0] == pytest.approx(0.04)
+    assert math.isnan(corrected[1])
+    assert corrected[2:] == pytest.approx([0.03, 0.04])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+
+
+def test_comparisons_are_corrected_for_their_number(tmp_path):
+    """Two rows at p 0.03 each stand alone; together only below 0.06."""
+    seeds = range(1, 6)
+    noise = [0.0, 0.02, -0.02, 0.01, -0.01]
+    runs = [made(tmp_path / f"a{s}", "plain", s, 0.5) for s in seeds]
+    runs += [made(tmp_path / f"b{s}", "b", s, 0.523 + noise[s - 1]) for s in seeds]
+    alone = compare(runs, last=1)
+    assert 0.025 < alone[1].p == alone[1].p_holm < 0.05
+    assert alone[1].stands
+    assert correction(alone) == ""
+    runs += [made(tmp_path / f"c{s}", "c", s, 0.523 - noise[s - 1]) for s in seeds]
+    base, *both = compare(runs, last=1)
+    assert math.isnan(base.p)
+    assert [row.p_holm for row in both] == pytest.approx([2 * alone[1].p] * 2)
+    assert not any(row.stands for row in both)
+    assert correction([base, *both]) == "intervals: of one difference each; *: p < 0.05 after Holm's correction for 2"
 
 
 def test_rows_are_told_apart_by_the_settings_that_differ_within_a_method(tmp_path):
