@@ -56,7 +56,7 @@ fedsim run -m strategy=fedavg,fedadam seed=1,2,3
 fedsim run --config-path $PWD/runs/A --config-name config out=B     (repeats run A)
 
 [bold]Settings[/bold]: rounds= seed= cohort= num_clients= over_selection= deadline_s= target_accuracy= max_simulated_s=
-evaluate_every= evaluate_clients= checkpoint_s= on_client_error= out= name=
+patience_rounds= evaluate_every= evaluate_clients= checkpoint_s= on_client_error= out= name=
 
 [bold]Groups[/bold]: {groups}
 

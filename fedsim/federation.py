@@ -7,6 +7,7 @@ own `start` has no clock, budget, early stop or evaluation cadence. May import: 
 from __future__ import annotations
 
 import json
+import math
 import platform
 import time
 import warnings
@@ -74,6 +75,7 @@ class Federation:
         self.model = world.workload.build_model().to(pick_device(settings["engine"]["device"]))
         self.arrays = record_of(self.model.state_dict())
         self.has_ended = False  # it was restored from its end
+        self.lowest = (math.inf, 0)  # test loss so far, and the round that had it
         self.roles = TensorRoles.of(self.model, settings["private"])
         self.server = ServerSide(self.strategy, self.roles)
         check_plan(instantiate(settings, "compression"), self.model, world.workload.sample(2)["x"], world.fleet)
@@ -117,7 +119,17 @@ class Federation:
         """Whether one of the limits was reached in this round."""
         settings = self.settings
         good = report.metrics.get(figures.ACCURACY, 0.0) >= (settings["target_accuracy"] or 2.0)
-        return self.has_ended or report.round >= settings["rounds"] or (report.round > 0 and (self.is_over or good))
+        over = self.is_over or good or self.is_stale(report)
+        return self.has_ended or report.round >= settings["rounds"] or (report.round > 0 and over)
+
+    def is_stale(self, report: RoundReport) -> bool:
+        """Whether the round was judged and the lowest test loss is `patience_rounds` old (nan is no loss)."""
+        patience, loss = self.settings["patience_rounds"], report.metrics.get(figures.LOSS)
+        if loss is None:
+            return False
+        if loss < self.lowest[0]:
+            self.lowest = (loss, report.round)
+        return patience is not None and report.round - self.lowest[1] >= patience
 
     @property
     def is_over(self) -> bool:
@@ -127,13 +139,17 @@ class Federation:
 
     def state(self) -> dict[str, Any]:
         """Between two rounds, what the rounds to come depend on, beside the settings and `arrays`."""
-        return {"grid": self.grid.state(), "strategy": strategy_state(self.strategy)}
+        loss, number = self.lowest
+        lowest = {"loss": None if math.isinf(loss) else loss, "round": number}
+        return {"grid": self.grid.state(), "strategy": strategy_state(self.strategy), "lowest": lowest}
 
     def restore(self, arrays: ArrayRecord, state: dict[str, Any] | None) -> None:
         """Goes on where another federation with the same settings was; without a state, where no round follows."""
         self.arrays, self.has_ended = arrays, state is None
         if state is None:
             return
+        if lowest := state.get("lowest"):
+            self.lowest = (math.inf if lowest["loss"] is None else lowest["loss"], lowest["round"])
         self.grid.restore(state["grid"])
         restore_strategy(self.strategy, state["strategy"])
 

@@ -338,6 +338,7 @@ def check(settings: Settings) -> Settings:
     _number(settings, "deadline_s", above=0.0, optional=True)
     _number(settings, "round_every_s", above=0.0, optional=True)
     _number(settings, "max_simulated_s", above=0.0, optional=True)
+    _number(settings, "patience_rounds", whole=True, least=1, optional=True)
     _number(settings, "target_accuracy", above=0.0, most=1.0, optional=True)
     for key in ("threads", "batch_clients"):
         _number(settings["engine"], key, whole=True, least=1, prefix="engine.")

@@ -239,6 +239,28 @@ def test_run_stops_when_it_reaches_the_target(federation):
     assert max(accuracies[:-1]) < 0.7 <= accuracies[-1]
 
 
+def judged(losses: list[float], *overrides: str, federation) -> list[int]:
+    """The rounds of a run whose test losses are these (the last one for ever), in the order of evaluations."""
+    run, left = federation("rounds=30", *overrides), list(losses)
+    run.judge = lambda number: {"accuracy": 0.1, "loss": left.pop(0) if len(left) > 1 else left[0]}
+    return [report.round for report, _ in run.rounds()]
+
+
+@pytest.mark.parametrize(
+    "losses, overrides, last",
+    [
+        ([3.0, 2.0, 1.0, 1.5], ["patience_rounds=4"], 6),  # lowest in round 2
+        ([3.0, 2.0, 1.0, 1.5], ["patience_rounds=4", "evaluate_every=3"], 12),  # rounds 0, 3, 6; 9 is 3 old, 12 is 6
+        ([1.0, 2.0], ["patience_rounds=3"], 3),  # the untrained model has the lowest
+        ([3.0, 2.0, 2.0], ["patience_rounds=3"], 4),  # as low is no lower
+        ([3.0, 2.0, float("nan")], ["patience_rounds=3"], 4),
+        ([3.0, 2.0, 2.0], [], 30),
+    ],
+)
+def test_run_stops_at_the_evaluation_at_which_its_lowest_loss_is_old(federation, losses, overrides, last):
+    assert judged(losses, *overrides, federation=federation)[-1] == last
+
+
 def test_run_stops_when_its_simulated_time_is_over(federation):
     """Rounds of equal length t; at 1.5 t the second one is still finished and judged."""
     (_, (first, _), *_) = federation("rounds=3").rounds()

@@ -138,6 +138,21 @@ def test_a_reached_limit_stays_reached(go, tmp_path: Path):
     assert [r.round for r in read_rounds(tmp_path / "whole")] == ran
 
 
+@pytest.mark.parametrize("until", [1, 8, 10])
+def test_patience_goes_on_where_it_was(go, tmp_path: Path, until: int):
+    """The lowest loss comes after some rounds, and no lower one in the four behind it."""
+    given = ("rounds=60", "patience_rounds=4", "trainer.lr=0.5", "cohort=1")
+    go("whole", *given)
+    losses = [r.metrics["loss"] for r in read_rounds(tmp_path / "whole")]
+    assert losses.index(min(losses)) == len(losses) - 5 > 4
+    assert until < len(losses) - 1 < 60
+    go("cut", *given, until=until)
+    go("cut", resume=True)
+    assert comparable(tmp_path / "cut") == comparable(tmp_path / "whole")
+    (tmp_path / "cut" / "summary.json").unlink()
+    assert go("cut", resume=True) == []
+
+
 @pytest.mark.parametrize("limit", ["max_simulated_s=null", "max_simulated_s=300"])
 def test_rounds_with_time_between_them_go_on_where_they_were(go, tmp_path: Path, limit: str):
     """Also where the last round has ended long before the limit that no other one can start before."""
@@ -157,7 +172,7 @@ def test_a_checkpoint_from_before_there_was_an_interval_is_read(federation):
     run = federation("deadline_s=2")
     list(run.rounds())
     state = run.state()
-    del state["grid"]["round_began_s"]
+    del state["grid"]["round_began_s"], state["lowest"]
     other = federation("deadline_s=2")
     other.restore(run.arrays, state)
     assert (other.grid.clock.now_s, other.grid.clock.round_began_s) == (run.grid.clock.now_s, None)
