@@ -202,7 +202,7 @@ def _row(label: str, group: Mapping[int, list[RoundReport]], base: dict[int, flo
     ends = [[costs[-1] for costs in spent(rounds).values()] for rounds in group.values()]
     means = [float(np.mean(column)) for column in zip(*ends, strict=True)]
     mean = float(np.mean(differences)) if differences else math.nan
-    return Row(label, scores, mean, interval(differences), *means, p=p_value(differences))
+    return replace(Row(label, scores, mean, interval(differences), *means), p=p_value(differences))
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], list[RoundReport]]:
