@@ -168,7 +168,7 @@ def resume(
 ) -> None:
     """Go on with a run from its last checkpoint, to the same result as if it had never stopped.
 
-    Its engine may be another one; everything else is as it was. A run without a checkpoint starts anew.
+    Its engine may be another one; everything else is as it was, the data too. A run without a checkpoint starts anew.
 
     Example: fedsim resume runs/20261121-101500-fedavg-digits engine=ray engine.workers=2
     """
@@ -209,12 +209,14 @@ def report(run: Annotated[Path, typer.Argument(help="Folder of the run.")]) -> N
     import json
 
     from fedsim.errors import DataError
+    from fedsim.fingerprint import check_same, recorded
     from fedsim.page import write_page
     from fedsim.settings import build_world, settings_of_run
 
     settings, console = settings_of_run(run), _console()
     try:
         workload = build_world(json.dumps(settings)).workload
+        check_same(recorded(run), workload, run)
     except DataError as error:
         console.print(f"without the split of the data: {error}", highlight=False, soft_wrap=True)
         workload = None

@@ -12,6 +12,7 @@ import platform
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,9 @@ from fedsim import metrics as figures
 from fedsim.checkpoint import restore_strategy, strategy_state
 from fedsim.deployment import check_plan, deployments
 from fedsim.engines.blocks import is_plain_mean, mean_is_all
-from fedsim.errors import ConfigError, RunError
-from fedsim.messages import ARRAYS, array_record, in_float64, like, record_of, tensors_of
+from fedsim.errors import ClientError, ConfigError, RunError
+from fedsim.fingerprint import DATA, check_same
+from fedsim.messages import ARRAYS, Instruction, array_record, in_float64, like, record_of, tensors_of
 from fedsim.network import ONE_METHOD, ClientReport, EdgeGrid
 from fedsim.price_facts import price_facts
 from fedsim.price_models import FROM_THE_START, price_models, repriced
@@ -272,7 +274,7 @@ def run(
         resume: `out` holds the beginning of this run: go on from its checkpoint, or from the start where it has none.
 
     Raises:
-        ConfigError, DataError: before anything is written.
+        ConfigError, DataError: before anything is written; to go on with other data than those of the beginning, too.
         ClientError: when a client fails; what was written so far stays, with `failure.json`.
     """
     if not resume:
@@ -280,7 +282,9 @@ def run(
     federation = Federation(build_world(json.dumps(settings)), engine, observe)
     saved = checkpoint.load(out) if resume else None
     totals, priced, last, sums = Totals(), FROM_THE_START, -1, None
+    data = dict(federation.world.workload.fingerprint())
     if saved is not None:
+        check_same(saved.state.get(DATA), federation.world.workload, out)
         totals, last, sums = _go_on(federation, saved, out), saved.round, saved.sums
         priced = repriced(saved.priced, last + 1)
     folder = RunFolder(out, settings, resume, last, sums)
@@ -290,7 +294,7 @@ def run(
         keeper.forget_after(saved)
 
     def keep(ended: bool = False) -> None:
-        state: dict[str, Any] = {"totals": vars(totals)}
+        state: dict[str, Any] = {"totals": vars(totals), DATA: data}
         if not ended:
             state["federation"] = federation.state()
         try:
@@ -311,7 +315,7 @@ def run(
                 keep()
         summary = summarise(settings, reports, totals, federation.arrays, time.perf_counter() - started)
         workload, fleet = federation.world.workload, federation.world.fleet
-        summary |= participation(reports, fleet)
+        summary |= participation(reports, fleet) | {DATA: data}
         summary["price_models"], warning = price_models(priced, summary["rounds"])
         summary["warnings"] += [warning] if warning else []
         summary |= workload.figures(reports)
@@ -327,6 +331,8 @@ def run(
         if isinstance(error, ConfigError | DeviceError) and not resume and len(reports) <= 1:
             folder.discard()
         else:
+            if isinstance(error, ClientError) and isinstance(error.instruction, Instruction):
+                error.instruction = replace(error.instruction, data=data)
             folder.fail(error)
         raise
     finally:

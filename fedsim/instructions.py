@@ -42,6 +42,7 @@ def keep_instruction(folder: Path, sent: Instruction) -> None:
     )
     configs = {name: dict(r) for name, r in sent.content.items() if isinstance(r, ConfigRecord)}
     facts = {"round": sent.round, "client": sent.client, "phase": sent.phase, "configs": configs}
+    facts["data"] = dict(sent.data)
     write_atomic(folder / ITS_ARRAYS, arrays)
     write_atomic(folder / FAILED_CLIENT, signed_json({**facts, "sha256": of_bytes(arrays)}))
 
@@ -67,7 +68,8 @@ def kept_instruction(folder: Path) -> Instruction | None:
         content: dict[str, Any] = {name: ConfigRecord(values) for name, values in facts["configs"].items()}
         for name in dict.fromkeys(key.partition("/")[0] for key in arrays):
             content[name] = record_of({k.partition("/")[2]: t for k, t in arrays.items() if k.startswith(f"{name}/")})
-        return Instruction(facts["round"], facts["client"], facts["phase"], RecordDict(content))
+        sent_with = dict(facts.get("data", {}))  # not in version 0.1
+        return Instruction(facts["round"], facts["client"], facts["phase"], RecordDict(content), sent_with)
     except (OSError, LookupError, TypeError, ValueError, AttributeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{FAILED_CLIENT} and .safetensors in {folder} cannot be read: {reason}") from error

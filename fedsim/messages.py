@@ -77,12 +77,14 @@ class Instruction:
     Attributes:
         phase: "train", "evaluate" or "query.<question>".
         content: its records, with what the client kept from earlier rounds under `state`.
+        data: fingerprint of the run's data, where it is kept for later.
     """
 
     round: int
     client: int
     phase: str
     content: RecordDict
+    data: Mapping[str, str] = field(default_factory=dict)
 
 
 _DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}

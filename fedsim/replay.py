@@ -16,6 +16,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedsim.errors import ConfigError
 from fedsim.federation import Federation
+from fedsim.fingerprint import check_same, recorded
 from fedsim.instructions import kept_instruction
 from fedsim.messages import STATE, Instruction, pack_cohort, unpack_cohort
 from fedsim.settings import Settings, build_world, on_engine, settings_of_run
@@ -55,13 +56,15 @@ def instruction_of(
 
     Raises:
         ConfigError: if the run has no such round, or the client was not asked in it.
+        DataError: if the data are others than those of the run.
     """
-    kept = kept_instruction(folder)
+    kept, world = kept_instruction(folder), build_world(json.dumps(settings))
+    check_same((kept.data if kept is not None else None) or recorded(folder), world.workload, folder)
     if kept is not None and (kept.round, kept.client) == (round, client):
         return kept
     if not 1 <= round <= settings["rounds"]:
         raise ConfigError(f"--round must be in 1..{settings['rounds']}, got {round}")
-    federation = Federation(build_world(json.dumps(settings)), engine)
+    federation = Federation(world, engine)
     for report, _ in federation.rounds():
         watch(report.round)
         if report.round == round - 1:

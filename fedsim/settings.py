@@ -451,15 +451,7 @@ def build_world(config_json: str) -> World:
         ConfigError: for settings that do not fit together, such as a cohort larger than the population.
     """
     settings: Settings = json.loads(config_json)
-    parts = {"model": model_factory(settings), "partition": instantiate(settings, "partition")}
-    seed = settings["seed"]
-    workload = instantiate(settings, "workload", **parts, num_clients=settings["num_clients"], seed=seed)
-    if not len(workload.test):
-        raise DataError(f"workload {workload.name} has no test examples, so no model can be judged on it")
-    stream = instantiate(settings, "stream")  # a partial: Hydra would copy the data
-    workload = stream(
-        workload=workload, rounds=settings["rounds"], evaluate_every=settings["evaluate_every"], seed=seed
-    )
+    workload, seed = build_workload(settings), settings["seed"]
     fleet = instantiate(settings, "fleet", num_clients=workload.num_clients, seed=seed)
     for key in ("cohort", "evaluate_clients"):
         if settings[key] > workload.num_clients:
@@ -469,6 +461,24 @@ def build_world(config_json: str) -> World:
     for group in ("trainer", "compression", "uplink"):
         instantiate(settings, group)  # workers make their own; a wrong setting is to be refused before a run begins
     return World(settings, workload, fleet, instantiate(settings, "latency"))
+
+
+def build_workload(settings: Settings) -> Workload:
+    """Builds the data alone, as the stream brings them.
+
+    Raises:
+        ConfigError, DataError: if they are not there or do not fit the settings.
+    """
+    parts = {"model": model_factory(settings), "partition": instantiate(settings, "partition")}
+    seed = settings["seed"]
+    workload = instantiate(settings, "workload", **parts, num_clients=settings["num_clients"], seed=seed)
+    if not len(workload.test):
+        raise DataError(f"workload {workload.name} has no test examples, so no model can be judged on it")
+    stream = instantiate(settings, "stream")  # a partial: Hydra would copy the data
+    streamed: Workload = stream(
+        workload=workload, rounds=settings["rounds"], evaluate_every=settings["evaluate_every"], seed=seed
+    )
+    return streamed
 
 
 def instantiate(settings: Settings, group: str, **extra: Any) -> Any:

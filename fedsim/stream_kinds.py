@@ -1,6 +1,6 @@
 """How a data set becomes a sequence of tasks: its classes in groups, all of it rotated or permuted, or several in turn.
 
-May import: torch, numpy, torchvision (lazily), fedsim.streams, fedsim.data.bundle, partition, seeding, errors.
+May import: torch, numpy, torchvision (lazily), fedsim's streams, data.bundle, partition, fingerprint, seeding, errors.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from devices.errors import unknown
 from fedsim.data.bundle import Bundle
 from fedsim.errors import ConfigError
+from fedsim.fingerprint import Fingerprint
 from fedsim.partition import Iid
 from fedsim.seeding import generator
 from fedsim.streams import TASK, Stream
@@ -218,6 +219,13 @@ class _Union(Workload):
         self.starts = torch.tensor([0, *counts[:-1]]).cumsum(0)
         self.num_classes = sum(counts)
         self.test = Joined(tests, self.starts, self.input_shape)
+
+    def fingerprint(self) -> Fingerprint:
+        """Those of all data sets, numbered behind the first."""
+        found = dict(self.first.fingerprint())
+        for number, other in enumerate(self.others, start=1):
+            found |= {f"bundle {number} {key}": value for key, value in other.fingerprint().items()}
+        return found
 
     def client_data(self, client_id: int) -> ClientData:
         own = [data_set.client_data(client_id) for data_set in (self.first, *self.others)]

@@ -2,7 +2,7 @@
 
 A stream wraps a workload and changes only what clients have in which round: strategies and trainers need not know of
 it. `fedsim/stream_kinds.py` says how a data set becomes tasks. May import: torch, numpy, fedsim's workload, seeding,
-continual, continual_picture, errors.
+fingerprint, continual, continual_picture, errors.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from devices.errors import unknown
 from fedsim import continual
 from fedsim.errors import ConfigError, DataError
+from fedsim.fingerprint import Fingerprint
 from fedsim.seeding import generator
 from fedsim.workload import ClientData, Examples, Tensors, Workload
 
@@ -244,6 +245,10 @@ class Stream(Workload):
         if self.order == "same":
             return list(range(self.tasks))
         return [int(t) for t in generator(self.seed, "stream", "order", client_id).permutation(self.tasks)]
+
+    def fingerprint(self) -> Fingerprint:
+        """That of the wrapped workload: what becomes of its examples is a matter of settings."""
+        return self.inner.fingerprint()
 
     def client_data(self, client_id: int) -> ClientData:
         """All that a client ever has, as the wrapped workload gives it."""

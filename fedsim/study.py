@@ -7,6 +7,7 @@ import: devices.errors, devices.reading, fedsim's settings.
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,11 +17,12 @@ from typing import Any
 from devices.errors import FileError, unknown
 from devices.reading import read_yaml
 from devices.texts import file_name, storable
-from fedsim.errors import ConfigError
+from fedsim.errors import ConfigError, DataError
+from fedsim.fingerprint import SEED, Fingerprint, difference, of_summary
 from fedsim.metrics import ACCURACY
 from fedsim.parameters import said
 from fedsim.run_files import read_config
-from fedsim.settings import Settings, asked, completed, compose, config_dir, try_out
+from fedsim.settings import Settings, asked, build_workload, completed, compose, config_dir, try_out
 
 KEYS = ("title", "base", "seeds", "arms", "against", "metric", "x", "last", "columns")
 ARM_KEYS = ("overrides", "grid", "of", "suffix")
@@ -28,6 +30,8 @@ AXES = ("rounds", "simulated_s", "joules", "traffic_bytes")
 # Of `summary.json`, known before a run.
 WHOLE = ("down_bytes", "up_bytes", "peak_memory_bytes", "storage_bytes", "host_s")
 OWN = {"seed": "--seeds, or seeds in the file", "out": "--out"}  # settings that a study gives its runs
+DRAWN_BY = ("seed", "num_clients", "partition")  # what data that are made for a run hang on, beside their settings
+_HERE: dict[str, Fingerprint | None] = {}  # of this process, by what names the data
 METRICS = "metrics."  # columns that begin so are the last value of a metric of the rounds
 
 
@@ -342,7 +346,7 @@ def is_finished(run: Planned) -> bool:
     """Whether the run's folder holds it, finished.
 
     Raises:
-        ConfigError: if the folder holds a finished run with other settings.
+        ConfigError: if the folder holds a finished run with other settings or other data.
     """
     if not (run.folder / "summary.json").is_file():
         return False
@@ -356,7 +360,36 @@ def is_finished(run: Planned) -> bool:
             f"{run.folder} was run with {key}={before}, and the study now says {now}; "
             "name another folder with --out, or remove that one"
         )
+    if other := _other_data(run):
+        raise ConfigError(
+            f"{run.folder} was run with other data than those here: {other}; bring those back, name another folder "
+            "with --out, or remove that one"
+        )
     return True
+
+
+def _other_data(run: Planned) -> str:
+    """In what the data of a finished run differ from those here; empty where nothing does, or nobody can tell."""
+    before = of_summary(run.folder)
+    now = _data_here(run.settings, SEED in before) if before else None
+    return difference(before, now) if before and now else ""
+
+
+def _data_here(settings: Settings, drawn: bool) -> Fingerprint | None:
+    """The fingerprint of the data that these settings name here; None where they are not here.
+
+    Args:
+        settings: of a run.
+        drawn: the seed decides on them; otherwise they are the same for all runs of a study that name them alike.
+    """
+    named = {key: settings[key] for key in ("workload", "stream", *(DRAWN_BY if drawn else ()))}
+    key = json.dumps(named, sort_keys=True)
+    if key not in _HERE:
+        try:
+            _HERE[key] = build_workload(settings).fingerprint()
+        except DataError:
+            _HERE[key] = None
+    return _HERE[key]
 
 
 def can_go_on(run: Planned) -> bool:

@@ -1,7 +1,7 @@
 """What is learned: data, model, objective and how it is judged.
 
 A workload may be a finite data set, an endless task generator or an environment; `ClientData` hides which. May import:
-torch, numpy, `fedsim.norms` and `fedsim.seeding`. Concrete workloads live in `fedsim/data/`.
+torch, numpy, fedsim's fingerprint, norms and seeding. Concrete workloads live in `fedsim/data/`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from fedsim.fingerprint import SEED, Fingerprint, content_of
 from fedsim.norms import allow_single_examples
 from fedsim.seeding import derive
 
@@ -152,6 +153,16 @@ class Workload(ABC):
         Raises:
             IndexError: if there is no such client.
         """
+
+    def fingerprint(self) -> Fingerprint:
+        """What tells these data from others, whoever owns which part of them; see `fedsim.fingerprint`.
+
+        Here of data that the seed decides on: who makes them, and the labels of the test part and of the first client.
+        No inputs: numbers that are drawn anew may differ in their last bits from machine to machine.
+        """
+        labels = {"test y": self.test.labels, "client 0 y": self.client_data(0).train.labels}
+        made_by = f"{type(self).__module__}.{type(self).__qualname__}"
+        return {"made by": made_by, SEED: str(self.seed), **{k: content_of(y.numpy()) for k, y in labels.items()}}
 
     def part(self, round: int) -> int:
         """Which part of its examples a client has in a round; ordinary workloads have one part only."""

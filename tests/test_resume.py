@@ -404,7 +404,7 @@ def test_a_finished_run_keeps_its_weights_alone(go, tmp_path: Path):
     assert point.name == "round-000005"
     found = load(tmp_path / "run")
     assert found is not None
-    assert list(found.state) == ["totals"]
+    assert list(found.state) == ["totals", "data"]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert weights_sha256(found.weights) == summary["weights_sha256"]
 

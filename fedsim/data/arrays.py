@@ -1,6 +1,6 @@
 """Workloads whose examples are arrays in memory: checked once, split by a partition, prepared batch by batch.
 
-May import: numpy, torch, `fedsim.workload`, `fedsim.partition`, `fedsim.seeding`, `fedsim.errors`.
+May import: numpy, torch, fedsim's workload, fingerprint, partition, seeding, errors.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.errors import ConfigError, DataError
+from fedsim.fingerprint import Fingerprint, content_of
 from fedsim.partition import Partition
 from fedsim.seeding import generator
 from fedsim.workload import ClientData, Examples, ModelFactory, Tensors, Workload
@@ -149,8 +150,10 @@ class ArrayWorkload(Workload):
                     "the test part; save both parts alike"
                 )
         owners, test_owners = _alike(train.owners, test.owners, source)
+        self._owners = {"train client": owners, "test client": test_owners}
         self.name, self.kind, self.classes = name, kind, list(classes)
         self.num_classes, self.client_test_fraction = len(self.classes), client_test_fraction
+        self._fingerprint: Fingerprint | None = None
         statistics = _channel_statistics(train.x, kind, features) if input_range == "standard" else (None, None)
         self.prepare = Prepare(kind, features, *statistics)
         self.train_tensors = {"x": torch.from_numpy(train.x), "y": torch.from_numpy(train.y)}
@@ -168,6 +171,16 @@ class ArrayWorkload(Workload):
                 for part, rows in zip(self.parts, theirs_of, strict=True)
             )
             self._test_rows = [rows if len(rows) else None for rows in kept]
+
+    def fingerprint(self) -> Fingerprint:
+        """Hashes of examples, labels and owners of both parts, as they are used; see `fedsim.fingerprint`."""
+        if self._fingerprint is None:
+            arrays = {"train y": self.train_tensors["y"], "train x": self.train_tensors["x"]}
+            arrays |= {"test y": self.test.tensors["y"], "test x": self.test.tensors["x"]}
+            hashed = {name: content_of(t.numpy()) for name, t in arrays.items()}
+            hashed |= {name: "none" if ids is None else content_of(ids) for name, ids in self._owners.items()}
+            self._fingerprint = {**hashed, "classes": str(self.num_classes)}
+        return self._fingerprint
 
     def build_model(self) -> nn.Module:
         """A fresh model: the same weights for the same seed.

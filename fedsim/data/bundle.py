@@ -114,9 +114,12 @@ def find_bundle(path: str) -> Path:
     names = bundle_names()
     near = get_close_matches(given.name, names, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
+    back = "bring it back" if given.is_absolute() else f"start fedsim in the folder from which {path!r} is found"
+    roots = (" or FEDSIM_DATA to where bundles are", ", or set FEDSIM_DATA") if bare else ("", "")
     raise DataError(
-        f"no bundle {path!r}{hint} (looked for {', '.join(map(str, tried))}; bundles found: "
-        f"{', '.join(names) or 'none'}; set workload.path to a folder or FEDSIM_DATA to where bundles are)"
+        f"no bundle {path!r}{hint} (looked for {', '.join(str(folder.absolute()) for folder in tried)}; bundles found: "
+        f"{', '.join(names) or 'none'}): set workload.path to a folder{roots[0]}; a run that goes on keeps its "
+        f"workload.path: {back}{roots[1]}"
     )
 
 

@@ -1,0 +1,91 @@
+"""What tells the data of a run from others, kept with the run and compared when it is taken up again.
+
+A fingerprint is a flat map of texts: for arrays "train x" and the like, each with dtype, shape and a hash of the
+content; for data that are drawn, what draws them, with the seed. May import: numpy, devices.errors, fedsim's errors;
+checkpoint and run_files (lazily).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from devices.errors import FileError
+from fedsim.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from fedsim.workload import Workload
+
+Fingerprint = Mapping[str, str]
+DATA, SEED = "data", "seed"  # where it is kept, in a checkpoint's state and in summary.json; of data that are drawn
+HASHED_BYTES, ROW_BYTES = 2**24, 2**15  # of an array that is hashed as it is; of the rows that a larger one is cut into
+HEX_DIGITS = 16
+
+
+def content_of(array: np.ndarray) -> str:
+    """Dtype, shape and a hash of an array's bytes.
+
+    Of a large array, 64-bit sums along both axes of a table of its bytes are hashed: at the speed of the memory, so
+    that gigabytes take less than a second, and no single number can change without them.
+    """
+    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    digest = sha256()
+    if len(data) > HASHED_BYTES:
+        table = data[: len(data) // ROW_BYTES * ROW_BYTES].view(np.uint64).reshape(-1, ROW_BYTES // 8)
+        for axis in (0, 1):
+            digest.update(table.sum(axis, dtype=np.uint64).tobytes())
+        data = data[table.nbytes :]
+    digest.update(data.tobytes())
+    return f"{array.dtype} {list(array.shape)} {digest.hexdigest()[:HEX_DIGITS]}"
+
+
+def difference(before: Fingerprint, now: Fingerprint) -> str:
+    """The first entry in which two fingerprints differ, in words; empty if there is none.
+
+    Entries that only one of them has do not count: one was made by a version that did not look at them.
+    """
+    for key, value in before.items():
+        if key in now and now[key] != value:
+            return f"{key} was {value} and is now {now[key]}"
+    return ""
+
+
+def check_same(before: Fingerprint | None, workload: Workload, run: Path) -> None:
+    """Refuses to take up a run with other data; a run of version 0.1 says nothing of its data, and is taken up.
+
+    Raises:
+        DataError: naming the run and what differs.
+    """
+    if changed := difference(before or {}, workload.fingerprint()):
+        raise DataError(
+            f"{run} was begun with other data than those of workload {workload.name} here ({changed}); bring back the "
+            "data that it was begun with, or start a new run"
+        )
+
+
+def recorded(run: Path) -> Fingerprint | None:
+    """The fingerprint in a run folder, of its summary or else of its checkpoint; None where neither tells it."""
+    from fedsim import checkpoint
+
+    if found := of_summary(run):
+        return found
+    try:
+        saved = checkpoint.load(run)
+    except (ConfigError, FileError):  # damaged: whoever needs it says so
+        return None
+    return saved.state.get(DATA) if saved is not None else None
+
+
+def of_summary(run: Path) -> Fingerprint | None:
+    """The fingerprint in a run's `summary.json`; None where it has none, as in version 0.1, or cannot be read."""
+    from fedsim.run_files import read_summary
+
+    try:
+        found = read_summary(run).get(DATA)
+    except (ConfigError, FileError):
+        return None
+    return found if isinstance(found, dict) else None
