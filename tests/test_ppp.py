@@ -612,6 +612,13 @@ def test_a_private_head_learns_in_the_channels_that_the_mask_keeps(federation):
         assert metrics["accuracy"] == context.workload.evaluate(model, context.data.test)["accuracy"]
 
 
+def test_levels_are_refused_for_gates_that_do_not_read_them(federation):
+    with pytest.raises(
+        ConfigError, match=r"trainer\.levels=\[0\.3\] needs gates that read the keep ratio: set strategy"
+    ):
+        list(federation(*PPP, *MODELS["lenet5"], "trainer.levels=[0.3]").rounds())
+
+
 def test_levels_are_drawn_for_conditioned_gates(federation):
     own = (*PPP, *MODELS["lenet5"], "strategy.budget_conditioned=true", "trainer.levels=[0.3,1.0]")
     _, worker, _part, client, task = start(federation, *own, "trainer.local_epochs=8")

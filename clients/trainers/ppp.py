@@ -132,6 +132,11 @@ class PPPTrainer(SubnetTrainer):
         narrowed = self.narrowed(client, held, weights)
         if ratio < 1:
             gates = self.gates(task)
+            if self.levels and not gates.conditioned:
+                raise ConfigError(
+                    f"trainer.levels={self.levels} needs gates that read the keep ratio: set "
+                    "strategy.budget_conditioned=true, or leave trainer.levels out"
+                )
             found = self.personal(narrowed, gates, held, ratio)
             wanted = gates.kept(found.wanted)
             if masked:
