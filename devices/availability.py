@@ -19,6 +19,7 @@ from devices.reading import read_json
 
 DAY_S = 86_400.0
 LOOK_AHEAD_SLOTS = 10_000
+LEAST_SLOT_S, MAX_TRACE_S = 1e-3, 1e10  # 300 years
 
 
 class Availability(ABC):
@@ -70,7 +71,7 @@ class Bernoulli(Availability):
     def __init__(self, num_clients: int, seed: int, p: float = 0.8, slot_s: float = 600.0):
         super().__init__(num_clients, seed)
         self.p = _number("availability.p", p, 0, 1)
-        self.slot_s = _number("availability.slot_s", slot_s, 0, math.inf, open_below=True)
+        self.slot_s = _number("availability.slot_s", slot_s, LEAST_SLOT_S, MAX_TRACE_S)
 
     def online(self, client_id: int, now_s: float) -> bool:
         return self._drawn_online(client_id, math.floor(now_s / self.slot_s))
@@ -164,7 +165,7 @@ class Trace(Availability):
 def _number(key: str, value: Any, low: float, high: float, open_below: bool = False) -> float:
     """The value as a float, or a DeviceError that names the key and the allowed interval."""
     interval = f"{'(' if open_below else '['}{low:g}, {high:g}{')' if high == math.inf else ']'}"
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not low <= value <= high or (open_below and value == low):
         raise DeviceError(f"{key} must be a number in {interval}, got {value!r}")
     return float(value)
@@ -193,7 +194,7 @@ def _spells(where: str, entry: Any) -> tuple[np.ndarray, np.ndarray, float]:
     for key in ("active", "inactive", "finish_time"):
         if key not in entry:
             raise DeviceError(f"{where} has no key {key!r}")
-    finish_s = _number(f"{where}: finish_time", entry["finish_time"], 0, math.inf, open_below=True)
+    finish_s = _number(f"{where}: finish_time", entry["finish_time"], 1, MAX_TRACE_S)
     active, inactive = entry["active"], entry["inactive"]
     for key, times in (("active", active), ("inactive", inactive)):
         if not isinstance(times, list):
@@ -205,8 +206,8 @@ def _spells(where: str, entry: Any) -> tuple[np.ndarray, np.ndarray, float]:
     starts: list[float] = []
     ends: list[float] = []
     for i, (start, end) in enumerate(zip(active, inactive, strict=True)):
-        start = _number(f"{where}: active[{i}]", start, ends[-1] if ends else 0, math.inf)
-        end = _number(f"{where}: inactive[{i}]", end, start, math.inf)
+        start = _number(f"{where}: active[{i}]", start, ends[-1] if ends else 0, MAX_TRACE_S)
+        end = _number(f"{where}: inactive[{i}]", end, start, MAX_TRACE_S)
         if start >= finish_s:
             break  # the time within a cycle never gets there
         if ends and start == ends[-1]:

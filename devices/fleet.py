@@ -10,8 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from operator import index
 from statistics import NormalDist
+from typing import Annotated
 
 import numpy as np
+from annotated_types import Le
 
 from devices.availability import Always, Availability
 from devices.cost import Jitter
@@ -21,6 +23,7 @@ from devices.links import load_link
 from devices.profile import DeviceProfile, load_profile
 
 _NORMAL = NormalDist()
+MAX_NUMBER = 1e9  # of a share or a sigma
 SEEN = 4096  # profiles kept ready: the cohorts of some rounds
 
 
@@ -53,8 +56,8 @@ class Fleet:
         num_clients: int,
         seed: int,
         availability: Callable[..., Availability] = Always,
-        speed_sigma: float = 0.15,
-        network_sigma: float | None = 0.6,
+        speed_sigma: Annotated[float, Le(3)] = 0.15,
+        network_sigma: Annotated[float, Le(3)] | None = 0.6,
         link: str | None = None,
     ):
         if isinstance(num_clients, bool) or not isinstance(num_clients, int) or num_clients < 1:
@@ -74,6 +77,11 @@ class Fleet:
         spread = spreads[self.device] if network_sigma is None else network_sigma
         self.bandwidth = _factors(seed, "bandwidth", spread, num_clients)
         self.availability = availability(num_clients=num_clients, seed=seed)
+        if not isinstance(self.availability, Availability):
+            kind = type(self.availability).__name__
+            raise DeviceError(
+                f"fleet.availability must make an Availability (see devices.availability), it made {kind}"
+            )
         self._seen: dict[int, DeviceProfile] = {}  # profiles of the clients asked for lately
 
     def __len__(self) -> int:
@@ -174,4 +182,4 @@ def _factors(seed: int, purpose: str, sigma: float | np.ndarray, num_clients: in
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_NUMBER

@@ -22,6 +22,7 @@ from devices.texts import SENTENCE_LETTERS, visible
 from fedsim.cli_averages import averages
 from fedsim.cli_devices import app as devices_app
 from fedsim.cli_flower import flwr
+from fedsim.cli_options import MOST, check_picture
 from fedsim.cli_options import whole as _whole
 from fedsim.cli_paired import paired
 from fedsim.cli_study import study
@@ -94,9 +95,9 @@ data_app.command("averages", context_settings=PASS_THROUGH)(averages)
 @app.command()
 def bench(
     model: Annotated[str, typer.Option(help="Model config to train.")] = "lenet5",
-    rounds: Annotated[int, typer.Option(help="Rounds per side; the sides take turns.", min=2)] = 30,
+    rounds: Annotated[int, typer.Option(help="Rounds per side; the sides take turns.", min=2, max=MOST)] = 30,
     engines: Annotated[str, typer.Option(help="Engines to measure.")] = "local,ray",
-    workers: Annotated[int, typer.Option(help="Workers of ray; 0: one per core.", min=0)] = 0,
+    workers: Annotated[int, typer.Option(help="Workers of ray; 0: one per core.", min=0, max=4096)] = 0,
     population: Annotated[str, typer.Option(help="Also time rounds with these numbers of clients.")] = "",
     cohort: Annotated[str, typer.Option(help="Also time rounds with these cohorts.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
@@ -132,8 +133,8 @@ def bench(
 @app.command()
 def replay(
     run: Annotated[Path, typer.Argument(help="Folder of the run.")],
-    round: Annotated[int, typer.Option(help="Round, from 1.", min=1)],
-    client: Annotated[int, typer.Option(help="Client id.", min=0)],
+    round: Annotated[int, typer.Option(help="Round, from 1.", min=1, max=10**7)],
+    client: Annotated[int, typer.Option(help="Client id.", min=0, max=10**9)],
 ) -> None:
     """Run just one client of one round again, in this process, and print its metrics or its traceback.
 
@@ -250,7 +251,7 @@ def data_list() -> None:
 def data_describe(
     ctx: typer.Context,
     picture: Annotated[Path, typer.Option(help="Where the picture of the split goes.")] = Path("split.png"),
-    limit: Annotated[int, typer.Option(help="Clients in the table.", min=1)] = 20,
+    limit: Annotated[int, typer.Option(help="Clients in the table.", min=1, max=MOST)] = 20,
 ) -> None:
     """Show how the examples are split over clients, as a table and a picture; takes the overrides of `fedsim run`.
 
@@ -264,6 +265,7 @@ def data_describe(
     from fedsim.errors import ConfigError
     from fedsim.settings import build_world, compose
 
+    check_picture(picture)
     settings = {**compose(ctx.args), "cohort": 1, "evaluate_clients": 0}  # a split of any size can be looked at
     workload = build_world(json.dumps(settings)).workload
     try:

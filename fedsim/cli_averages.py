@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from fedsim.cli_options import MOST, check_picture
+
 
 def averages(
     ctx: typer.Context,
@@ -17,8 +19,8 @@ def averages(
         "1,5,20,all"
     ),
     picture: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("averages.png"),
-    clients: Annotated[int, typer.Option(help="Clients in the picture.", min=1)] = 5,
-    looked_at: Annotated[int, typer.Option(help="Clients in the figures.", min=1)] = 50,
+    clients: Annotated[int, typer.Option(help="Clients in the picture.", min=1, max=100)] = 5,
+    looked_at: Annotated[int, typer.Option(help="Clients in the figures.", min=1, max=MOST)] = 50,
 ) -> None:
     """Show what a server would see of clients that share averages, as a table and a picture; takes overrides.
 
@@ -35,6 +37,7 @@ def averages(
     from fedsim.errors import ConfigError
     from fedsim.settings import build_world, compose
 
+    check_picture(picture)
     groups = [None if text.strip() == "all" else whole("--sizes", text) for text in sizes.split(",")]
     settings = {**compose(ctx.args), "cohort": 1, "evaluate_clients": 0}
     workload = build_world(json.dumps(settings)).workload

@@ -6,6 +6,7 @@ May import: devices, and fedsim's settings and console (inside the commands, so 
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -19,7 +20,7 @@ from fedsim.cli_devices_fit import fit
 from fedsim.cli_devices_fleet import links, population
 from fedsim.cli_devices_new import new
 from fedsim.cli_devices_tables import build
-from fedsim.cli_options import whole
+from fedsim.cli_options import MOST, check_figures, check_name, check_picture, check_place, whole
 
 app = typer.Typer(no_args_is_help=True, help="Devices, and the latency of networks on them.")
 app.command("list")(list_devices)
@@ -39,8 +40,8 @@ UNPRICED = "-"
 def enroll(
     name: Annotated[str, typer.Option(help="Name of the new device, e.g. my-laptop.")],
     out: Annotated[Path | None, typer.Option(help="Profile to write; NAME.yaml when left out.")] = None,
-    repeats: Annotated[int, typer.Option(help="Samples per measurement.", min=3)] = 30,
-    threads: Annotated[int, typer.Option(help="Torch threads.", min=1)] = 1,
+    repeats: Annotated[int, typer.Option(help="Samples per measurement.", min=3, max=1000)] = 30,
+    threads: Annotated[int, typer.Option(help="Torch threads.", min=1, max=1024)] = 1,
     down_mbps: Annotated[float, typer.Option(help="Bandwidth to the host.")] = 85.73,
     up_mbps: Annotated[float, typer.Option(help="Bandwidth from the host.")] = 45.74,
     rtt_ms: Annotated[float, typer.Option(help="Round-trip time.")] = 21.0,
@@ -60,9 +61,16 @@ def enroll(
     from fedsim.durable import write_atomic
     from fedsim.errors import ConfigError
 
+    check_name("--name", name)
     path = out or Path(f"{name}.yaml")
+    check_place("--out", path, (".yaml", ".yml"))
     if path.exists():
         raise ConfigError(f"{path} is there already; name another profile with --out or remove it")
+    network = {"down_mbps": down_mbps, "up_mbps": up_mbps, "rtt_ms": rtt_ms}
+    check_figures("network", network)
+    check_figures("power", {"compute_w": watts}, {"compute_w": "--watts"})
+    if not 0 < limit < math.inf:
+        raise ConfigError(f"--limit must be a number above 0, got {limit}")
     with Progress(transient=True) as progress:
         task = progress.add_task("measuring", total=None)
 
@@ -70,7 +78,6 @@ def enroll(
             progress.update(task, description=what, completed=done, total=of)
 
         result = measure(repeats, threads, watch)
-    network = {"down_mbps": down_mbps, "up_mbps": up_mbps, "rtt_ms": rtt_ms}
     power = {"compute_w": watts, "rx_w": watts / 3, "tx_w": watts / 3, "idle_w": watts / 4}
     tree = profile_tree(name, result, time.strftime("%Y-%m-%d"), network, power)
     write_atomic(path, yaml.safe_dump(tree, sort_keys=False, width=120))
@@ -113,9 +120,9 @@ def evaluate(
     data: Annotated[Path | None, typer.Option(help=TABLE)] = None,
     tables: Annotated[Path | None, typer.Option(help="Instead of a space: a folder of public measurements.")] = None,
     predictor: Annotated[str, typer.Option(help="structured, help, flops, macs, or profile.")] = "structured",
-    measurements: Annotated[int, typer.Option(help="Networks measured on each unseen device.", min=2)] = 10,
+    measurements: Annotated[int, typer.Option(help="Networks measured on each unseen device.", min=2, max=MOST)] = 10,
     references: Annotated[str, typer.Option(help="chosen (D-optimal) or random.")] = "chosen",
-    seeds: Annotated[int, typer.Option(help="Repetitions; figures are means.", min=1)] = 3,
+    seeds: Annotated[int, typer.Option(help="Repetitions; figures are means.", min=1, max=MOST)] = 3,
     weights: Annotated[Path | None, typer.Option(help="Weights of HELP (npz or safetensors).")] = None,
     devices: DeviceSet = None,
     prior: Prior = False,
@@ -176,7 +183,7 @@ def compare(
     predictors: Annotated[str, typer.Option(help="Separated by commas.")] = "structured",
     measurements: Annotated[str, typer.Option(help="Separated by commas.")] = "5,10,20",
     references: Annotated[str, typer.Option(help="chosen, random, or both separated by a comma.")] = "chosen",
-    seeds: Annotated[int, typer.Option(help="Repetitions; figures are means.", min=1)] = 3,
+    seeds: Annotated[int, typer.Option(help="Repetitions; figures are means.", min=1, max=MOST)] = 3,
     weights: Annotated[Path | None, typer.Option(help="Weights of HELP (npz or safetensors).")] = None,
     devices: DeviceSet = None,
     prior: Prior = False,
@@ -191,6 +198,7 @@ def compare(
     from devices.spaces import load_space
     from fedsim.console import table
 
+    check_picture(picture)
     budgets = [whole("--measurements", text) for text in measurements.split(",")]
     loaded = load_space(space, data, devices)
     with _console().status("comparing"):
@@ -216,9 +224,11 @@ def train_help(
     space: Annotated[str, typer.Option(help="nb201 or fbnet.")],
     data: DataFile,
     out: Annotated[Path, typer.Option(help="Weights to write (safetensors).")],
-    episodes: Annotated[int | None, typer.Option(help="2000 for nb201, 4000 for fbnet when left out.", min=1)] = None,
+    episodes: Annotated[
+        int | None, typer.Option(help="2000 for nb201, 4000 for fbnet when left out.", min=1, max=MOST)
+    ] = None,
     devices: DeviceSet = None,
-    seed: Annotated[int, typer.Option(help="Of weights, episodes and validation.", min=0)] = 3,
+    seed: Annotated[int, typer.Option(help="Of weights, episodes and validation.", min=0, max=MOST)] = 3,
 ) -> None:
     """Meta-train HELP on the source devices of a table; goes on from OUT.checkpoint if it is there.
 
@@ -233,6 +243,7 @@ def train_help(
     from devices.help_weights import save_weights
     from devices.spaces import load_space
 
+    check_place("--out", out)
     torch.set_num_threads(1)
     loaded = load_space(space, data, devices)
     settings = HelpSettings(

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fedsim.cli_options import MOST, check_picture
+
 if TYPE_CHECKING:
     from devices.predictions import Pass, Prediction
     from devices.prices import Prices
@@ -28,8 +30,10 @@ Model = Annotated[
 InputShape = Annotated[
     str | None, typer.Option(help="Shape of one example; 3,32,32 when left out, 3,224,224 for torchvision.")
 ]
-Classes = Annotated[int | None, typer.Option(help="Size of the output; 10 when left out, 1000 for torchvision.", min=1)]
-Tokens = Annotated[int | None, typer.Option(help="The model takes sequences of so many token ids.", min=1)]
+Classes = Annotated[
+    int | None, typer.Option(help="Size of the output; 10 when left out, 1000 for torchvision.", min=1, max=MOST)
+]
+Tokens = Annotated[int | None, typer.Option(help="The model takes sequences of so many token ids.", min=1, max=MOST)]
 Kind = Annotated[
     str | None, typer.Option(help="Only devices of a kind: phone, sbc, laptop, desktop, gpu, mcu, and so on.")
 ]
@@ -79,7 +83,7 @@ def list_devices(kind: Kind = None, as_json: AsJson = False) -> None:
 def show(
     name: Annotated[str, typer.Argument(help="A shipped device, or the path of a profile.")],
     picture: Annotated[Path, typer.Option(help="Where the plot goes.")] = Path("device.png"),
-    batch: Annotated[int, typer.Option(help="Examples per pass.", min=1)] = 1,
+    batch: Annotated[int, typer.Option(help="Examples per pass.", min=1, max=MOST)] = 1,
 ) -> None:
     """Show a device: its figures with their sources, its prices, and a plot of predicted latency for a zoo of networks.
 
@@ -89,6 +93,7 @@ def show(
     from devices.profile import load_profile
     from fedsim.console import console, table
 
+    check_picture(picture)
     profile, shown = load_profile(name), console()
     known = ", ".join(x for x in (profile.soc, profile.core, profile.isa if profile.isa != "none" else "") if x)
     shown.print(f"{profile.name}: {profile.kind}{f', {known}' if known else ''}", style="bold", highlight=False)
@@ -119,7 +124,7 @@ def predict(
     input_shape: InputShape = None,
     num_classes: Classes = None,
     tokens: Tokens = None,
-    batch: Annotated[int, typer.Option(help="Examples per pass.", min=1)] = 1,
+    batch: Annotated[int, typer.Option(help="Examples per pass.", min=1, max=MOST)] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Predict milliseconds of a forward pass and of a training step on devices, and say how far that is known.

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fedsim.cli_options import MOST, check_place
+
 if TYPE_CHECKING:
     from devices.calibrate import Calibration
     from devices.columns import Physics
@@ -54,7 +56,7 @@ def calibrate(
     out: Annotated[Path | None, typer.Option(help="Profile to write; DEVICE_calibrated.yaml when left out.")] = None,
     runtime: Annotated[str | None, typer.Option(help="Of forward rows, e.g. ncnn; the device's when left out.")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32 or fp16; the device's when left out.")] = None,
-    num_classes: Annotated[int, typer.Option(help="Outputs of networks that are model configs.", min=1)] = 10,
+    num_classes: Annotated[int, typer.Option(help="Outputs of networks that are model configs.", min=1, max=MOST)] = 10,
 ) -> None:
     """Fit a device's prices to rows of yours, pulled to what its datasheet says; one row is enough to begin with.
 
@@ -66,12 +68,12 @@ def calibrate(
 
     from devices.errors import DeviceError
     from devices.profile import load_profile, parse_profile
+    from devices.texts import file_name
     from fedsim.durable import write_atomic
 
     profile = load_profile(device)
-    path = out or Path(f"{profile.name.replace('@', '_')}_calibrated.yaml")
-    if path.suffix not in (".yaml", ".yml"):
-        raise DeviceError(f"--out must end in .yaml or .yml, got {str(path)!r}")
+    path = out or Path(f"{file_name(profile.name.replace('@', '_'))}_calibrated.yaml")
+    check_place("--out", path, (".yaml", ".yml"))
     if path.exists():
         raise DeviceError(f"{path} is there already; name another profile with --out or remove it")
     physics = _physics(profile, device)

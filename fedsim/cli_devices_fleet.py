@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from fedsim.cli_options import check_place
+
 
 def links() -> None:
     """List the links: median speed, round trip, what a megabyte takes at that speed, and the radio's tail after it.
@@ -45,6 +47,7 @@ def population(
     from devices.population import YEARS, from_list, read_list, shipped_socs
     from fedsim.durable import write_atomic
 
+    check_place("--out", out)
     made = from_list(read_list(data), shipped_socs())
     try:
         write_atomic(out, made.as_yaml())

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fedsim.cli_options import check_name, check_place
+
 if TYPE_CHECKING:
     from devices.profile_file import Figure
 
-OWN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 HEAD = """\
 # {name}: begun as a copy of {like}. Change what is known of the device, and say where each figure is from.
 # A figure is {{value, provenance, source}}, or a plain number; provenance is one of
@@ -36,15 +37,10 @@ def new(
     Example: fedsim devices new my_board --like raspberry_pi_4
     """
     from devices.errors import DeviceError
-    from devices.profile import profile_names
 
+    check_name("NAME", name)
     path = out or Path(f"{name}.yaml")
-    if not OWN_NAME.fullmatch(name) or name in profile_names():
-        raise DeviceError(
-            f"NAME must be letters, digits, '_', '-' and '.', and no shipped device, got {name!r}; e.g. my_board"
-        )
-    if path.suffix not in (".yaml", ".yml"):
-        raise DeviceError(f"--out must end in .yaml or .yml, got {str(path)!r}")
+    check_place("--out", path, (".yaml", ".yml"))
     text = commented_profile(name, like)
     try:
         with path.open("x") as file:

@@ -15,7 +15,8 @@ import typer
 def flwr(
     ctx: typer.Context,
     workers: Annotated[
-        int | None, typer.Option(help="Processes that train clients; the cores of this host when left out.", min=1)
+        int | None,
+        typer.Option(help="Processes that train clients; the cores of this host when left out.", min=1, max=4096),
     ] = None,
     superlink_port: Annotated[int, typer.Option(help="Port on loopback; 0 takes a free one.", min=0, max=65535)] = 0,
     ray_address: Annotated[

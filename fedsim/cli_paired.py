@@ -10,10 +10,12 @@ from typing import Annotated
 
 import typer
 
+from fedsim.cli_options import MOST
+
 
 def paired(
     folders: Annotated[list[Path], typer.Argument(help="Folder of a sweep, or folders of runs.")],
-    last: Annotated[int, typer.Option(help="Evaluations whose mean accuracy is a run's score.", min=1)] = 4,
+    last: Annotated[int, typer.Option(help="Evaluations whose mean accuracy is a run's score.", min=1, max=MOST)] = 4,
     against: Annotated[str | None, typer.Option(help="Row to compare with; the first if left out.")] = None,
 ) -> None:
     """Compare the runs of a sweep: paired differences over the seeds with 95 % intervals, and what each row cost.

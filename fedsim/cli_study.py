@@ -28,9 +28,9 @@ HEADING = 15  # characters of a line of a heading, so that the arms keep their r
 def study(
     ctx: typer.Context,
     out: Annotated[Path | None, typer.Option(help="Folder of the study; runs/<study> when left out.")] = None,
-    jobs: Annotated[int | None, typer.Option(help="Runs at a time; the cores of this host when left out.", min=1)] = (
-        None
-    ),
+    jobs: Annotated[
+        int | None, typer.Option(help="Runs at a time; the cores of this host when left out.", min=1, max=4096)
+    ] = (None),
     seeds: Annotated[str, typer.Option(help="Seeds, separated by commas, in the place of the study's.")] = "",
     only: Annotated[list[str] | None, typer.Option(help="Arm by its label, or how labels begin; can be repeated.")] = (
         None

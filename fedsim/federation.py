@@ -315,7 +315,7 @@ def run(
                 keep()
         summary = summarise(settings, reports, totals, federation.arrays, time.perf_counter() - started)
         workload, fleet = federation.world.workload, federation.world.fleet
-        summary |= participation(reports, fleet) | {DATA: data}
+        summary |= participation(reports, fleet, _stock("fewest_replies")(federation.strategy)) | {DATA: data}
         summary["price_models"], warning = price_models(priced, summary["rounds"])
         summary["warnings"] += [warning] if warning else []
         summary |= workload.figures(reports)
@@ -352,7 +352,16 @@ def build_strategy(settings: Settings, num_clients: int) -> Strategy:
         min_evaluate_nodes=judge,
         min_available_nodes=train,
     )
+    _stock("check_cohort")(strategy, min(settings["cohort"], num_clients))
     return strategy
+
+
+def _stock(name: str) -> Callable[..., Any]:
+    """What strategies.stock knows of Flower's own strategies."""
+    from hydra.utils import get_method
+
+    found: Callable[..., Any] = get_method(f"strategies.stock.{name}")
+    return found
 
 
 def summarise(
@@ -383,13 +392,19 @@ def summarise(
     }
 
 
-def participation(reports: list[RoundReport], fleet: Fleet) -> dict[str, Any]:
-    """How many clients took part in the training, and warnings that some of them could not."""
+def participation(reports: list[RoundReport], fleet: Fleet, needed: int = 1) -> dict[str, Any]:
+    """How many clients took part in the training, and warnings that some of them could not, or too few at a time."""
     count, seconds, rhythm_s = len(figures.took_part(reports)), reports[-1].now_s, fleet.availability.rhythm_s
     warned = []
     if rhythm_s is not None and seconds < rhythm_s:
         short = f"clients of this fleet are online at hours of their own, and the run took {seconds:.4g} simulated s"
         warned = [f"{short}: who slept then never took part; round_every_s=600 starts six rounds an hour"]
+    replies = [len(report.outcomes.get("completed", ())) for report in reports if report.cohort]
+    if few := sum(0 < count < needed for count in replies):
+        warned.append(
+            f"in {few} of {len(replies)} rounds fewer than {needed} clients completed, and the strategy's guarantee "
+            "needs so many"
+        )
     return {
         "clients": {"population": len(fleet), "took_part": count, "never": len(fleet) - count},
         "warnings": warned,

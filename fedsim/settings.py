@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from devices.errors import DeviceError, unknown
-from devices.texts import FILE_BYTES, storable
+from devices.texts import FILE_BYTES, VALUE_LETTERS, storable, visible
 from fedsim.errors import ConfigError, DataError
+from fedsim.host import check_fits, model_bytes
 from fedsim.parameters import check_parameters, said
 
 if TYPE_CHECKING:
@@ -40,7 +41,12 @@ GROUPS = (
 )
 NEEDED = tuple(group for group in GROUPS if group not in ("method", "experiment"))  # presets leave no settings behind
 PRIMARY = "run"
+MOST_ROUNDS, MOST_CLIENTS = 10**7, 10**9
+MOST_THREADS = 4096  # and clients that are trained at once
+MOST_SECONDS = 1e10  # 300 years
+CLIENT_BYTES = 64  # of a client in a fleet while it is drawn
 LONGEST_NAME = 255  # bytes of a folder's name
+TEXTS = ("name", "out")  # settings that are text whatever they look like
 FREE_MAPS = ("fleet.devices",)  # whose keys are the user's own: giving the map replaces it
 RESULTS_HANG_ON = ("threads", "device", "batch_clients")  # of the engine's settings, in the last bits
 FORMAT, FORMATS = "memory_format", ("contiguous", "channels_last")
@@ -129,6 +135,8 @@ def check_overrides(overrides: Sequence[str]) -> list[str]:
             raise ConfigError(unknown(key, "null" if value is None else value, options(key)))
         if plain and key in GROUPS and isinstance(value, str) and (len(value) > FILE_BYTES or not storable(value)):
             raise ConfigError(unknown(key, value, options(key)))  # no name of a file, which it would be taken for
+        if plain and key in TEXTS and isinstance(value, int | float) and not isinstance(value, bool):
+            text = f'{key}="{text.partition("=")[2].strip()}"'  # name=1e-3 is a name, not 0.001
         if plain and key in FREE_MAPS and (isinstance(value, dict) or override.is_sweep_override()):
             checked += [f"~{key}", f"+{text}"]
         else:
@@ -162,11 +170,18 @@ def _parsed(text: str) -> Any:
     except HydraException as error:
         reason = _flat(error).partition(" See https://")[0].replace(f"Error parsing override {text!r} ", "")
         raise ConfigError(
-            f"cannot read the setting {text!r} ({reason}); write KEY=VALUE, with quotes around special characters"
+            f"cannot read the setting {text!r} ({reason}); write KEY=VALUE, and special characters in quotes that the "
+            f"shell leaves alone: {_quoted_for_a_shell(text)}"
         ) from error
     if not override.key_or_group:
         raise ConfigError(f"cannot read the setting {text!r}; write KEY=VALUE, e.g. rounds=20")
     return override
+
+
+def _quoted_for_a_shell(text: str) -> str:
+    """The setting as one types it in a shell, with its value in quotes that reach Hydra."""
+    key, _, value = visible(text, VALUE_LETTERS).partition("=")
+    return shlex.quote(f'{key}="{value}"') if value else "KEY='\"VALUE\"'"
 
 
 def from_run_config(run_config: dict[str, Any]) -> Settings:
@@ -328,21 +343,20 @@ def check(settings: Settings) -> Settings:
     for key in NEEDED:
         if not isinstance(settings[key], dict) or "_target_" not in settings[key]:
             raise ConfigError(unknown(key, settings[key], options(key)))
-    _number(settings, "rounds", whole=True, least=1)
-    _number(settings, "seed", whole=True, least=0)
-    _number(settings, "cohort", whole=True, least=1)
-    _number(settings, "num_clients", whole=True, least=1, optional=True)
-    _number(settings, "over_selection", least=1.0)
-    _number(settings, "evaluate_every", whole=True, least=1)
-    _number(settings, "evaluate_clients", whole=True, least=0)
-    _number(settings, "deadline_s", above=0.0, optional=True)
-    _number(settings, "round_every_s", above=0.0, optional=True)
-    _number(settings, "max_simulated_s", above=0.0, optional=True)
-    _number(settings, "patience_rounds", whole=True, least=1, optional=True)
+    _number(settings, "rounds", whole=True, least=1, most=MOST_ROUNDS)
+    _number(settings, "seed", whole=True, least=0, most=2**63 - 1)
+    _number(settings, "cohort", whole=True, least=1, most=MOST_CLIENTS)
+    _number(settings, "num_clients", whole=True, least=1, most=MOST_CLIENTS, optional=True)
+    _number(settings, "over_selection", least=1.0, most=1000.0)
+    _number(settings, "evaluate_every", whole=True, least=1, most=MOST_ROUNDS)
+    _number(settings, "evaluate_clients", whole=True, least=0, most=MOST_CLIENTS)
+    for key in ("deadline_s", "round_every_s", "max_simulated_s"):
+        _number(settings, key, above=0.0, most=MOST_SECONDS, optional=True)
+    _number(settings, "patience_rounds", whole=True, least=1, most=MOST_ROUNDS, optional=True)
     _number(settings, "target_accuracy", above=0.0, most=1.0, optional=True)
     for key in ("threads", "batch_clients"):
-        _number(settings["engine"], key, whole=True, least=1, prefix="engine.")
-    _number(settings, "checkpoint_s", least=0.0, optional=True)
+        _number(settings["engine"], key, whole=True, least=1, most=MOST_THREADS, prefix="engine.")
+    _number(settings, "checkpoint_s", least=0.0, most=MOST_SECONDS, optional=True)
     _choice(settings, "on_client_error", ("stop", "drop"))
     private = settings["private"]
     if not isinstance(private, list) or not all(isinstance(name, str) and name for name in private):
@@ -384,8 +398,10 @@ def _text(settings: Settings, key: str) -> None:
     if value is None:
         return
     right_type = isinstance(value, str | int | float) and not isinstance(value, bool)
-    if not right_type or not str(value).strip() or "\0" in str(value) or not _encodable(str(value)):
-        raise ConfigError(f"{key} must be text that a file's name can hold, or null, got {said(value)}")
+    if not right_type or not str(value).strip():
+        raise ConfigError(f"{key} must be text, or null, got {said(value)}")
+    if "\0" in str(value) or not _encodable(str(value)):
+        raise ConfigError(f"{key} must be text that a file's name can hold, got {said(value)}")
     if any(len(os.fsencode(part)) > LONGEST_NAME for part in str(value).split("/")):
         raise ConfigError(
             f"{key} has a part that is longer than the {LONGEST_NAME} bytes of a folder's name: {said(value)}"
@@ -415,12 +431,14 @@ def _number(
         return
     bounds = [f"{'of ' if whole else ''}at least {least:g}"] if least is not None else []
     bounds += [f"greater than {above:g}"] if above is not None else []
-    bounds += [f"at most {most:g}"] if most is not None else []
     kind = "a whole number" if whole else "a number"
     right_type = isinstance(value, int) if whole else isinstance(value, int | float)
-    in_bounds = right_type and not isinstance(value, bool) and math.isfinite(value)
+    in_bounds = right_type and not isinstance(value, bool) and (isinstance(value, int) or math.isfinite(value))
     in_bounds = in_bounds and (least is None or value >= least) and (above is None or value > above)
-    if not in_bounds or (most is not None and value > most):
+    too_much = in_bounds and most is not None and value > most
+    if too_much or (most is not None and most <= 1):
+        bounds.append(f"at most {most:g}" if isinstance(most, float) else f"at most {most}")
+    if not in_bounds or too_much:
         null = ", or null" if optional else ""
         raise ConfigError(f"{prefix}{key} must be {kind} {' and '.join(bounds)}{null}, got {said(value)}")
 
@@ -452,6 +470,7 @@ def build_world(config_json: str) -> World:
     """
     settings: Settings = json.loads(config_json)
     workload, seed = build_workload(settings), settings["seed"]
+    _check_memory(settings, model_factory(settings), workload)
     fleet = instantiate(settings, "fleet", num_clients=workload.num_clients, seed=seed)
     for key in ("cohort", "evaluate_clients"):
         if settings[key] > workload.num_clients:
@@ -479,6 +498,32 @@ def build_workload(settings: Settings) -> Workload:
         workload=workload, rounds=settings["rounds"], evaluate_every=settings["evaluate_every"], seed=seed
     )
     return streamed
+
+
+def _check_memory(settings: Settings, make: ModelFactory, workload: Workload) -> None:
+    """Refuses a population or a model that this host cannot hold, before it is made.
+
+    Raises:
+        ConfigError: naming the largest number among the settings of the model.
+    """
+    import torch
+
+    from fedsim.workload import JUDGED_AT_ONCE
+
+    check_fits(f"num_clients={workload.num_clients}", CLIENT_BYTES * workload.num_clients)
+    batch = min(JUDGED_AT_ONCE, max(1, len(workload.test)))
+    dtype = workload.test.gather(torch.arange(min(1, len(workload.test))))["x"].dtype
+    needed = model_bytes(make, workload.input_shape, workload.num_classes, batch, dtype)
+    sizes = {key: value for key, value in settings["model"].items() if _largest(value) > 1}
+    key = max(sizes, key=lambda name: _largest(sizes[name]), default="")
+    check_fits(f"model.{key}={said(sizes[key])}" if key else f"model={settings['choices']['model']}", needed)
+
+
+def _largest(value: Any) -> float:
+    """The largest number in a setting."""
+    if isinstance(value, list):
+        return max(map(_largest, value), default=0.0)
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else 0.0
 
 
 def instantiate(settings: Settings, group: str, **extra: Any) -> Any:

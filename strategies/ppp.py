@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Le
 from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 
@@ -71,7 +72,7 @@ class PPPStrategy(WidthStrategy):
         deploy_ratio: float | None = None,
         train_mode: str = "full",
         warmup: float = 0.2,
-        gate_hidden: int | None = None,
+        gate_hidden: Annotated[int, Le(10**6)] | None = None,
         budget_conditioned: bool = False,
         **sampling: Any,
     ):

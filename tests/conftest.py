@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,9 +76,15 @@ def settings():
     """Composes the settings of a tiny run: `settings("seed=2", "cohort=1")`."""
 
     def make(*overrides: str) -> Settings:
-        return compose([*TINY, *overrides])
+        return compose([*TINY, *_honest(overrides), *overrides])
 
     return make
+
+
+def _honest(overrides: Sequence[str]) -> list[str]:
+    """Three clients can bear no liar."""
+    krum = {"method=krum", "strategy=krum", "strategy@strategy.server=krum"} & set(overrides)
+    return [f"strategy.{'server.' if '@' in name else ''}num_malicious_nodes=0" for name in krum]
 
 
 @pytest.fixture

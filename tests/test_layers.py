@@ -66,7 +66,7 @@ def test_core_imports_no_method_but_the_command_its_client_app(name: str, path: 
 
 @pytest.mark.parametrize("name, path", MODULES.items())
 def test_nothing_imports_the_command(name: str, path: Path):
-    assert "fedsim.cli" not in modules_of(imports(path))
+    assert name == "fedsim.__main__" or "fedsim.cli" not in modules_of(imports(path))
 
 
 @pytest.mark.parametrize("name, path", [*of("clients"), *of("strategies")])

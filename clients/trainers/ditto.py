@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Le
 from torch import Tensor, nn
 
 from clients.trainers.base import RECEIVED, ClientContext
@@ -37,7 +38,7 @@ class DittoTrainer(FedProxTrainer):
 
     pure_loss = False
 
-    def __init__(self, pull: float, personal_epochs: int, **fedprox: Any):
+    def __init__(self, pull: float, personal_epochs: Annotated[int, Le(10_000)], **fedprox: Any):
         super().__init__(**fedprox)
         if pull < 0:
             raise ConfigError(f"trainer.pull must be at least 0, got {pull!r}")

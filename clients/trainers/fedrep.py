@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Le
 from torch import nn
 
 from clients.trainers.base import ClientContext
@@ -33,7 +34,7 @@ class FedRepTrainer(SGDTrainer):
         sgd: arguments of SGDTrainer; learning rate, momentum and the like hold in both phases.
     """
 
-    def __init__(self, head_epochs: int, **sgd: Any):
+    def __init__(self, head_epochs: Annotated[int, Le(10_000)], **sgd: Any):
         super().__init__(**sgd)
         if head_epochs < 0:
             raise ConfigError(f"trainer.head_epochs must be at least 0, got {head_epochs!r}")

@@ -6,7 +6,9 @@ The federation learns as with plain SGD; nothing of the fine-tuning is kept or s
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Le
 
 from clients.trainers.base import ClientContext
 from clients.trainers.sgd import SGDTrainer
@@ -22,7 +24,7 @@ class FineTuneTrainer(SGDTrainer):
         sgd: arguments of SGDTrainer.
     """
 
-    def __init__(self, tune_epochs: int, **sgd: Any):
+    def __init__(self, tune_epochs: Annotated[int, Le(10_000)], **sgd: Any):
         super().__init__(**sgd)
         if tune_epochs < 0:
             raise ConfigError(f"trainer.tune_epochs must be at least 0, got {tune_epochs!r}")

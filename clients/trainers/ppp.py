@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Le
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -76,7 +77,7 @@ class PPPTrainer(SubnetTrainer):
         mask_mode: str = "threshold",
         mask: str = "personal",
         controls: Sequence[str] = (),
-        support: int = 10,
+        support: Annotated[int, Le(10**6)] = 10,
         beta: float = 2.0,
         reg_mode: str = "per_layer",
         diversity: float = 0.0,

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Le
 from torch import Tensor, nn
 
 from clients.trainers import samples
@@ -64,7 +65,7 @@ class ReplayTrainer(SGDTrainer):
     def __init__(
         self,
         memory_size: int | None = 200,
-        budget_bytes: int | None = None,
+        budget_bytes: Annotated[int, Le(2**50)] | None = None,
         budget_share: float | None = None,
         input_bytes: int = 1,
         store: str = "names",

@@ -8,8 +8,10 @@ clients.trainers.batched.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Annotated
 
 import torch
+from annotated_types import Le
 from torch import Tensor, nn
 
 from clients.trainers import batched
@@ -43,10 +45,10 @@ class SGDTrainer(LocalTrainer):
 
     def __init__(
         self,
-        lr: float,
+        lr: Annotated[float, Le(1e30)],  # a run tells what diverges
         batch_size: int,
-        local_epochs: int = 1,
-        local_steps: int | None = None,
+        local_epochs: Annotated[int, Le(10_000)] = 1,
+        local_steps: Annotated[int, Le(10**7)] | None = None,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         lr_decay: float = 1.0,

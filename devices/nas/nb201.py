@@ -14,8 +14,10 @@ import re
 from collections.abc import Sequence
 from functools import reduce
 from operator import add
+from typing import Annotated
 
 import numpy as np
+from annotated_types import Le
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -55,7 +57,7 @@ class NB201Network(nn.Module):
         input_shape: Sequence[int] = (3, 32, 32),
         num_classes: int = 10,
         channels: int = 16,
-        cells: int = 5,
+        cells: Annotated[int, Le(100)] = 5,
         norm: str = "group",
     ):
         super().__init__()

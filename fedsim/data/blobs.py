@@ -14,6 +14,7 @@ import torch
 
 from fedsim.data.arrays import check_fraction, held_out
 from fedsim.errors import ConfigError
+from fedsim.host import check_fits
 from fedsim.partition import Partition
 from fedsim.seeding import generator
 from fedsim.workload import ClientData, Examples, ModelFactory, Workload
@@ -78,6 +79,7 @@ class Blobs(Workload):
         if alpha is not None and (not isinstance(alpha, int | float) or not 0 < alpha < math.inf):
             raise ConfigError(f"workload.alpha must be null or a finite number above 0, got {alpha!r}")
         check_fraction(client_test_fraction)
+        _check_memory(math.prod(input_shape), num_classes, examples_per_client, test_examples)
         self.name, self.num_clients, self.num_classes = name, num_clients, num_classes
         self.input_shape = tuple(input_shape)
         self.classes = [str(label) for label in range(num_classes)]
@@ -122,3 +124,17 @@ class Blobs(Workload):
     def locate(settings: Mapping[str, Any]) -> tuple[str, bool, str]:
         """Kind, whether the data are here, and where or how to get them."""
         return "tabular", True, "made on demand"
+
+
+def _check_memory(features: int, num_classes: int, examples_per_client: int, test_examples: int) -> None:
+    """Refuses more than this host can hold: centres in float64 and float32, examples in float32 with their noise.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    for key, rows in (
+        ("num_classes", 2 * num_classes),
+        ("examples_per_client", examples_per_client),
+        ("test_examples", test_examples),
+    ):
+        check_fits(f"workload.{key}={rows // 2 if key == 'num_classes' else rows}", 12.0 * rows * features)

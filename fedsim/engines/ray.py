@@ -11,7 +11,9 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator
+from typing import Annotated
 
+from annotated_types import Le
 from flwr.app import Message
 
 from fedsim.engines.base import EngineGrid, assume_task_identity
@@ -43,7 +45,7 @@ class RayGrid(EngineGrid):
     def __init__(
         self,
         client_app: ClientApp,
-        workers: int | None = None,
+        workers: Annotated[int, Le(4096)] | None = None,
         address: str | None = None,
         cpus_per_worker: float = 1,
         gpus_per_worker: float = 0,
@@ -51,7 +53,7 @@ class RayGrid(EngineGrid):
         device: str = "auto",
         batch_clients: int = 1,
         client_timeout_s: float | None = None,
-        retries: int = 3,
+        retries: Annotated[int, Le(1000)] = 3,
     ):
         place = address is None or address == "auto" or re.fullmatch(r"[^\s/]+:\d{1,5}", address) is not None
         gpus_fit = 0 <= gpus_per_worker <= 1 or (gpus_per_worker > 0 and gpus_per_worker == int(gpus_per_worker))

@@ -6,7 +6,9 @@ May import: torch, `fedsim.models.shapes`, `fedsim.errors`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
+from annotated_types import Le
 from torch import Tensor, nn
 
 from fedsim.errors import ConfigError
@@ -29,7 +31,12 @@ class CharLSTM(nn.Module):
     takes_tokens = True
 
     def __init__(
-        self, input_shape: Sequence[int], num_classes: int, embedding: int = 8, hidden: int = 256, layers: int = 2
+        self,
+        input_shape: Sequence[int],
+        num_classes: int,
+        embedding: int = 8,
+        hidden: int = 256,
+        layers: Annotated[int, Le(100)] = 2,
     ):
         super().__init__()
         if len(input_shape) != 1:

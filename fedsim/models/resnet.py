@@ -6,7 +6,9 @@ May import: torch, `fedsim.models.shapes`, `fedsim.errors`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
+from annotated_types import Le
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,7 +32,14 @@ class ResNet(nn.Module):
 
     takes_tokens = False
 
-    def __init__(self, input_shape: Sequence[int], num_classes: int, depth: int = 8, width: int = 16, groups: int = 8):
+    def __init__(
+        self,
+        input_shape: Sequence[int],
+        num_classes: int,
+        depth: Annotated[int, Le(2000)] = 8,
+        width: int = 16,
+        groups: int = 8,
+    ):
         super().__init__()
         channels, _, _ = image_shape("resnet", input_shape, smallest=4)
         positive("resnet", num_classes=num_classes, depth=depth, width=width, groups=groups)

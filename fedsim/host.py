@@ -1,0 +1,91 @@
+"""What this host can hold, asked before anything is made that it cannot.
+
+May import: psutil, torch (lazily), fedsim.errors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedsim.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+UNITS = ((1e18, "EB"), (1e15, "PB"), (1e12, "TB"), (1e9, "GB"), (1e6, "MB"))
+CGROUP = Path("/sys/fs/cgroup/memory.max")
+COPIES = 4  # of the weights at least: the server's, a client's, its gradients and what it sends
+AT_ONCE = 2  # a layer's input and output are there together
+
+
+def host_bytes() -> int:
+    """Memory of this host, or what its container may take of it."""
+    import psutil
+
+    total = int(psutil.virtual_memory().total)
+    try:
+        limit = CGROUP.read_text().strip()
+    except OSError:
+        return total
+    return min(total, int(limit)) if limit.isdigit() else total
+
+
+def check_fits(what: str, needed: float) -> None:
+    """Refuses what this host cannot hold.
+
+    Args:
+        what: the setting, with its value.
+        needed: bytes.
+
+    Raises:
+        ConfigError: with what is needed and what there is.
+    """
+    there = host_bytes()
+    if needed > there:
+        raise ConfigError(f"{what} needs {_size(needed)} of memory, and this host has {_size(there)}; take less")
+
+
+def model_bytes(
+    make: Callable[..., Any], input_shape: tuple[int, ...], num_classes: int, batch: int, dtype: torch.dtype
+) -> float:
+    """The least that training and judging a model takes, without making it; 0 where that cannot be known.
+
+    Args:
+        make: makes the model.
+        input_shape: of one example.
+        num_classes: size of the output.
+        batch: examples that are judged at once.
+        dtype: of what it is fed.
+    """
+    import torch
+
+    largest = 0.0
+
+    def look(module: Any, given: Any, answer: Any) -> None:
+        nonlocal largest
+        if isinstance(answer, torch.Tensor):
+            largest = max(largest, float(math.prod(answer.shape) * answer.element_size()))
+
+    weights = 0.0
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"), torch.no_grad():
+            network = make(input_shape=input_shape, num_classes=num_classes).eval()
+            tensors = chain(network.parameters(), network.buffers())
+            weights = float(sum(math.prod(t.shape) * t.element_size() for t in tensors))
+            for module in network.modules():
+                module.register_forward_hook(look)
+            network(torch.zeros((batch, *input_shape), dtype=dtype))
+    except Exception:  # a model that needs numbers, or is wrong: building it tells
+        pass
+    return COPIES * weights + AT_ONCE * largest
+
+
+def _size(count: float) -> str:
+    for unit, name in UNITS:
+        if count >= unit:
+            return f"{count / unit:.3g} {name}"
+    return f"{count:.0f} bytes"
