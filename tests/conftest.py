@@ -76,12 +76,12 @@ def settings():
     """Composes the settings of a tiny run: `settings("seed=2", "cohort=1")`."""
 
     def make(*overrides: str) -> Settings:
-        return compose([*TINY, *_honest(overrides), *overrides])
+        return compose([*TINY, *honest(overrides), *overrides])
 
     return make
 
 
-def _honest(overrides: Sequence[str]) -> list[str]:
+def honest(overrides: Sequence[str]) -> list[str]:
     """Three clients can bear no liar."""
     krum = {"method=krum", "strategy=krum", "strategy@strategy.server=krum"} & set(overrides)
     return [f"strategy.{'server.' if '@' in name else ''}num_malicious_nodes=0" for name in krum]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from conftest import honest
 from test_methods import NEEDS
 
 from clients.app import app
@@ -58,7 +59,7 @@ def of_reply(state: State) -> State:
 
 def federation_of(method: str, *overrides: str) -> Federation:
     needs = NEEDS.get(f"method={method}", [])
-    settings = compose([*TINY, f"method={method}", *needs, *overrides])
+    settings = compose([*TINY, *honest([f"method={method}"]), f"method={method}", *needs, *overrides])
     return Federation(build_world(json.dumps(settings)), Listener())
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from conftest import honest
 
 from clients.app import app as client_app
 from fedsim.engines.local import LocalGrid
@@ -53,7 +54,7 @@ def by_hand(clients: Sequence[ClientReport], phase: str) -> dict[str, float]:
 
 def check(overrides: Sequence[str], lost: str = "") -> set[str]:
     """Compares a run's means with those by hand; the names of its metrics. Some clients are lost by that outcome."""
-    federation = Federation(build_world(json.dumps(compose(overrides))), LocalGrid(client_app))
+    federation = Federation(build_world(json.dumps(compose([*honest(overrides), *overrides]))), LocalGrid(client_app))
     seen = set()
     for report, clients in federation.rounds():
         trained, judged = by_hand(clients, "train"), by_hand(clients, "evaluate")

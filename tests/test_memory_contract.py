@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import honest
 from flwr.app import RecordDict
 from test_methods import NEEDS
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -98,7 +99,7 @@ def rounds(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> list[tuple[int, 
         return reply
 
     monkeypatch.setattr(Worker, "_answer", followed)
-    settings = compose([*WIDE, *overrides])
+    settings = compose([*WIDE, *honest(overrides), *overrides])
     federation = Federation(build_world(json.dumps(settings)), instantiate(settings, "engine", client_app=client_app))
     for _ in federation.rounds():
         pass
