@@ -113,9 +113,9 @@ def refuse_taken(folder: Path) -> None:
     except FileNotFoundError:
         return
     except NotADirectoryError as error:
-        is_file = folder.exists()
-        reason = "is a file; name a folder that is new or empty" if is_file else f"cannot be made: {error.strerror}"
-        raise ConfigError(f"out={folder} {reason}") from None
+        free = "is a file; name a folder that is new or empty"
+        what = free if folder.exists() else f"cannot be made: {error.strerror}"
+        raise ConfigError(f"out={folder} {what}") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"out={folder} cannot be read: {reason}; name another folder") from error
