@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from devices.errors import FileError
-from devices.reading import open_file, parse_json, read_text
+from devices.reading import open_file, read_json
 
 FILE, ROUNDS = "checksums.json", "rounds.jsonl"
+CHECKSUM = "checksum"  # the entry of a JSON file
 LAST_LINE = "# sha256 of the lines above: "  # of config.yaml
 BLOCK = 2**20
 
@@ -125,19 +126,22 @@ def check_signed(text: str, path: Path) -> bool:
     return bool(mark)
 
 
-def signed_json(tree: Any) -> str:
-    """Two lines: JSON, and its checksum."""
+def signed_json(tree: dict[str, Any]) -> str:
+    """A line of JSON with a checksum of all else in it as its last entry."""
     line = json.dumps(tree, default=str)
-    return f"{line}\n{of_bytes(line.encode())}\n"
+    return json.dumps({**json.loads(line), CHECKSUM: of_bytes(line.encode())}) + "\n"
 
 
-def read_signed_json(path: Path, needed: bool = False) -> Any:
-    """The inverse of `signed_json`; a file of fedsim 0.1 has no second line, which is taken unless it is `needed`.
+def read_signed_json(path: Path, needed: bool = False) -> dict[str, Any]:
+    """The inverse of `signed_json`; a file of fedsim 0.1 has no checksum, which is taken unless it is `needed`.
 
     Raises:
         FileError: if it is missing or not what was written.
     """
-    line, _, own = read_text(path).partition("\n")
-    if own != f"{of_bytes(line.encode())}\n" and (own or needed):
+    tree = read_json(path)
+    if not isinstance(tree, dict):
+        raise FileError(f"{path} must be a map")
+    own = tree.pop(CHECKSUM, None)
+    if (own is not None or needed) and own != of_bytes(json.dumps(tree).encode()):
         raise FileError(f"{path} is damaged: it is not what the run wrote")
-    return parse_json(line, str(path))
+    return tree
