@@ -104,7 +104,11 @@ def inside(folder: Path, path: Path) -> Path:
     Raises:
         FileError: for a link that leads elsewhere: a run folder may come from somebody else.
     """
-    if not path.resolve().is_relative_to(folder.resolve()):
+    try:
+        lies_inside = path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: links in a loop
+        raise FileError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not lies_inside:
         raise FileError(f"{path} is a link to something outside of {folder}, which is neither read nor written")
     return path
 
