@@ -8,7 +8,6 @@ strategies). Nothing here knows a method.
 from __future__ import annotations
 
 import gc
-import math
 import traceback
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -18,7 +17,6 @@ from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
-import numpy as np
 import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -41,9 +39,9 @@ from fedsim.messages import (
     STATE,
     Broadcast,
     ClientUpdate,
+    all_finite,
     broadcast_of,
     content_of_update,
-    from_array,
     is_channels_last,
     lay_out,
     pack_cohort,
@@ -183,7 +181,7 @@ class Worker:
         for client, part, task, update in zip(clients, parts, tasks, updates, strict=True):
             weights = self._shared_part(client, update.weights, _record(part, ARRAYS))
             answer, outcome, reason = self._packed(client, task, update, weights), "completed", ""
-            if not _finite(weights):
+            if not all_finite(weights):
                 answer, outcome, reason = RecordDict(), "failed", f"FloatingPointError: {NOT_FINITE}"
             fact = {"client": client.client_id, "outcome": outcome, "reason": reason, "traceback": ""}
             answered.append((answer, fact, client.log.work(client.state.storage_bytes)))
@@ -277,7 +275,7 @@ class Worker:
         if update.weights is self.slots and self.flat is not None and self._shared_flat is not None:
             packed = packed_record(self.flat, self.channels_last)  # the live model as it lies in memory: one copy
         weights = packed or self._shared_part(client, update.weights, model)
-        if not _finite(weights):
+        if not all_finite(weights):
             raise FloatingPointError(NOT_FINITE)
         return self._packed(client, task, update, weights)
 
@@ -449,13 +447,6 @@ def _lay_out(model: nn.Module) -> torch.Tensor | None:
     live = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     names = list(model.state_dict())
     return lay_out([live[name] for name in names]) if set(names) == set(live) else None
-
-
-def _finite(weights: ArrayRecord) -> bool:
-    """Whether there is no NaN and no infinity: one sum over everything finds them without a test per element."""
-    arrays = [from_array(array) for array in weights.values()]
-    # float16 overflows at 65504
-    return math.isfinite(sum(float(a.sum(dtype=np.promote_types(a.dtype, np.float32))) for a in arrays))
 
 
 def _bytes_of(data: ClientData) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import os
 import re
 import shutil
@@ -241,6 +242,8 @@ def encode(value: Any, arrays: Arrays, where: str) -> Any:
     Raises:
         NotKeptError: naming the place and type of something else.
     """
+    if type(value) is float and not math.isfinite(value):
+        return {"float": str(value)}
     if value is None or type(value) in (bool, int, float, str):
         return value
     if type(value) is list:
@@ -281,6 +284,8 @@ def decode(coded: Any, arrays: Arrays) -> Any:
         return array_record({name: to_array(arrays[number]) for name, number in inner})
     if kind == "dict":
         return {decode(k, arrays): decode(v, arrays) for k, v in inner}
+    if kind == "float":
+        return float(inner)
     if kind == "bytes":
         return base64.b64decode(inner)
     made: dict[str, Callable[[Any], Any]] = {kind: holds for kind, holds, _ in _KINDS}

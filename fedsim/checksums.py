@@ -14,6 +14,7 @@ from typing import Any
 
 from devices.errors import FileError
 from devices.reading import open_file, read_json
+from fedsim import strict_json
 
 FILE, ROUNDS = "checksums.json", "rounds.jsonl"
 CHECKSUM = "checksum"  # the entry of a JSON file
@@ -132,8 +133,8 @@ def check_signed(text: str, path: Path) -> bool:
 
 def signed_json(tree: dict[str, Any]) -> str:
     """A line of JSON with a checksum of all else in it as its last entry."""
-    line = json.dumps(tree, default=str)
-    return json.dumps({**json.loads(line), CHECKSUM: of_bytes(line.encode())}) + "\n"
+    line = strict_json.dumps(tree, default=str)
+    return strict_json.dumps({**json.loads(line), CHECKSUM: of_bytes(line.encode())}) + "\n"
 
 
 def read_signed_json(path: Path, needed: bool = False) -> dict[str, Any]:
@@ -146,6 +147,6 @@ def read_signed_json(path: Path, needed: bool = False) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise FileError(f"{path} must be a map")
     own = tree.pop(CHECKSUM, None)
-    if (own is not None or needed) and own != of_bytes(json.dumps(tree).encode()):
+    if (own is not None or needed) and own != of_bytes(strict_json.dumps(tree).encode()):
         raise FileError(f"{path} is damaged: it is not what the run wrote")
     return tree

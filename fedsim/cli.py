@@ -19,6 +19,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from devices.texts import SENTENCE_LETTERS, visible
+from fedsim import strict_json
 from fedsim.cli_averages import averages
 from fedsim.cli_devices import app as devices_app
 from fedsim.cli_flower import flwr
@@ -122,9 +123,7 @@ def bench(
     )
     result = measure(build_engine, model, rounds, names, workers or None, populations, cohorts)
     if as_json:
-        import json
-
-        print(json.dumps(result))
+        print(strict_json.dumps(result))
     else:
         for shown in table(result):
             _console().print(shown)

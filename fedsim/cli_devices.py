@@ -5,7 +5,6 @@ May import: devices, and fedsim's settings and console (inside the commands, so 
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
@@ -14,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fedsim import strict_json
 from fedsim.cli_devices_answers import list_devices, predict, show
 from fedsim.cli_devices_calibrate import calibrate
 from fedsim.cli_devices_fit import fit
@@ -162,7 +162,7 @@ def evaluate(
         source = loaded.split.source if prior else None
         result = judge(loaded, predictor, measurements, references, seeds, source=source, weights=weights)
     if as_json:
-        print(json.dumps(result))
+        print(strict_json.dumps(result))
         return
     where = f"{space} {devices}" if devices else space
     title = f"{predictor} on {where}, {measurements} measurements, {references}{', prior' if prior else ''}"

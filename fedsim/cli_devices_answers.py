@@ -5,7 +5,6 @@ May import: devices, and fedsim's own models and console (inside the commands, s
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fedsim import strict_json
 from fedsim.cli_options import MOST, check_picture
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def list_devices(kind: Kind = None, as_json: AsJson = False) -> None:
 
     profiles = of_kind(None, kind)
     if as_json:
-        print(json.dumps({"devices": [_facts(profile) for profile in profiles]}))
+        print(strict_json.dumps({"devices": [_facts(profile) for profile in profiles]}))
         return
     shown = console()
     names = ["device", "GMAC/s on\nthreads", "memory", "watts", "prices"]
@@ -142,7 +142,7 @@ def predict(
     found = [judge(network, batch, profile) for profile in profiles]
     if as_json:
         facts = {"model": model, "batch": batch, "flops": network.forward_flops}
-        print(json.dumps({**facts, "devices": [_as_json(p, network.forward_flops) for p in found]}))
+        print(strict_json.dumps({**facts, "devices": [_as_json(p, network.forward_flops) for p in found]}))
         return
     shown = console()
     title = f"{model}: {short(network.forward_flops / 2e6)} million multiply-adds an example, batch {batch}"

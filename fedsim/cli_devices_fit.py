@@ -5,11 +5,11 @@ May import: devices, and fedsim's own models and console (inside the command, so
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedsim import strict_json
 from fedsim.cli_devices_answers import (
     AsJson,
     Classes,
@@ -70,7 +70,7 @@ def fit(
     parameters, macs = network.parameter_bytes // 4, network.forward_flops / 2
     if as_json:
         facts = {"model": model, "momentum": momentum, "parameters": parameters, "macs": macs}
-        print(json.dumps({**facts, "devices": [result.to_dict() for result in found]}))
+        print(strict_json.dumps({**facts, "devices": [result.to_dict() for result in found]}))
         return
     shown.print(
         f"{model}: {short(parameters / 1e6)} million parameters, {short(macs / 1e6)} million multiply-adds an example",

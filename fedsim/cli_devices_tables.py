@@ -5,7 +5,6 @@ May import: devices, and fedsim's console (inside the functions).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from fedsim import strict_json
 
 
 def build(
@@ -46,7 +47,7 @@ def evaluate_tables(folder: Path, as_json: bool) -> None:
     with _watched("judging") as watch:
         found = judge(folder, watch)
     if as_json:
-        print(json.dumps([asdict(figure) for figure in found]))
+        print(strict_json.dumps([asdict(figure) for figure in found]))
         return
     title = "error of the structured model on what it has not seen"
     rows = table("judged", "rows", "mean %", "median %", "quartiles %", title=title)
@@ -67,7 +68,7 @@ def evaluate_profiles(space: Any, as_json: bool) -> None:
 
     found = judge(space)
     if as_json:
-        print(json.dumps([{"device": d, "spearman": s, "mape": e} for d, s, e in found]))
+        print(strict_json.dumps([{"device": d, "spearman": s, "mape": e} for d, s, e in found]))
         return
     title = f"shipped profiles on {space.name}, networks that none of them has"
     rows = table("device", "Spearman", "error after one scale, %", title=title)

@@ -5,8 +5,9 @@ May import: pyarrow (lazily), fedsim.network's reports.
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
+
+from fedsim import strict_json
 
 if TYPE_CHECKING:
     from fedsim.network import ClientReport
@@ -54,6 +55,6 @@ def client_row(c: ClientReport) -> dict[str, Any]:
         "storage_bytes": c.work.storage_bytes,
         "flops": c.work.flops,
         "num_examples": c.num_examples,
-        "metrics": json.dumps(c.metrics),
-        "work": json.dumps(c.work.to_dict()),
+        "metrics": strict_json.dumps(c.metrics),
+        "work": strict_json.dumps(c.work.to_dict()),
     }

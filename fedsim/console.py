@@ -15,9 +15,11 @@ from rich.table import Table
 
 from devices.texts import visible_lines
 from fedsim.data.describe import ClientRow, WorkloadRow
+from fedsim.metrics import ACCURACY, NOT_FINITE, judged
 from fedsim.report import RoundReport
 
 TABLE_ROWS = 10
+NO_ACCURACY = "not finite"
 CELL_LETTERS = 400  # of a line in a cell; commands and paths are the longest
 TEXTS = frozenset(
     {
@@ -84,14 +86,14 @@ def progress_bar(console: Console, rounds: int) -> Iterator[Any]:
     ]
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("run", total=rounds, state="building data and fleet")
-        judged = {"text": ""}
+        shown = {"text": ""}
 
         def watch(report: RoundReport) -> None:
             if "accuracy" in report.metrics:
-                judged["text"] = f"accuracy {report.metrics['accuracy']:.3f}"
-            progress.update(
-                task, completed=report.round, state=f"{judged['text']}  simulated {simulated(report.now_s)}"
-            )
+                shown["text"] = f"accuracy {report.metrics['accuracy']:.3f}"
+            elif NOT_FINITE in report.metrics:
+                shown["text"] = NO_ACCURACY
+            progress.update(task, completed=report.round, state=f"{shown['text']}  simulated {simulated(report.now_s)}")
 
         def observe(client_id: int) -> None:
             progress.refresh()
@@ -108,19 +110,27 @@ def closing_table(reports: Sequence[RoundReport]) -> Table:
         completed = len(report.outcomes.get("completed", ()))
         joules, down, up = joules + report.joules, down + report.down_bytes, up + report.up_bytes
         done, lost = done + completed, lost + len(report.cohort) - completed
-        if "accuracy" in report.metrics:
+        if judged([report]):
+            accuracy = f"{report.metrics[ACCURACY]:.4f}" if ACCURACY in report.metrics else NO_ACCURACY
             costs = [simulated(report.now_s), energy(joules), size(down), size(up)]
-            rows.append([str(report.round), f"{report.metrics['accuracy']:.4f}", *costs, str(done), str(lost)])
+            rows.append([str(report.round), accuracy, *costs, str(done), str(lost)])
     step = max(1, -(-len(rows) // TABLE_ROWS))
     for row in rows[::-1][::step][::-1]:
         shown.add_row(*row)
     return shown
 
 
+def final_accuracy(summary: dict[str, Any]) -> str:
+    """The accuracy of the last evaluation, or why there is none."""
+    accuracy = summary["final"]["accuracy"]
+    if accuracy is None:
+        return NO_ACCURACY if summary.get("not_finite_rounds") else "not evaluated"
+    return f"{accuracy:.4f}"
+
+
 def closing_lines(summary: dict[str, Any], folder: Path) -> list[str]:
     """Results, outcomes, who was never met, how far prices are known, the way to the target, and the folder."""
-    accuracy = summary["final"]["accuracy"]
-    text = f"{accuracy:.4f}" if accuracy is not None else "not evaluated"
+    text = final_accuracy(summary)
     seconds, traffic = summary["simulated_s"], summary["down_bytes"] + summary["up_bytes"]
     counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in summary["outcomes"].items() if count)
     clients = summary["clients"]
@@ -149,7 +159,7 @@ def sweep_table(summaries: Sequence[tuple[list[str], dict[str, Any]]]) -> Table:
     common = set.intersection(*(set(overrides) for overrides, _ in summaries))
     shown = table("run", "overrides", "accuracy", "time", "energy", "down", "up")
     for number, (overrides, s) in enumerate(summaries):
-        score = f"{s['final']['accuracy']:.4f}"
+        score = final_accuracy(s)
         costs = [
             simulated(s["simulated_s"]),
             energy(s["energy_j"]["total"]),

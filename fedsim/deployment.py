@@ -15,9 +15,10 @@ from devices.compression.plan import CompressionPlan, Recipe
 from devices.errors import DeviceError
 from devices.fleet import Fleet
 from devices.latency import int8_ms
+from fedsim.errors import NotFiniteError
 from fedsim.settings import World, instantiate
 from fedsim.slices import price
-from fedsim.workload import Examples
+from fedsim.workload import Examples, Workload
 
 CALIBRATION = (8, 16)  # batches and examples in each, for the ranges of activations
 
@@ -62,12 +63,20 @@ def deployments(world: World, model: nn.Module) -> list[dict[str, Any]]:
                 "devices": devices,
                 **compressed.facts(),
                 "flops": cost.forward_flops,
-                **workload.evaluate(compressed.model, workload.test),
+                **_judged(workload, compressed.model),
                 "latency_ms": predicted,
                 **({"int8_ms": integers} if integers else {}),
             }
         )
     return entries
+
+
+def _judged(workload: Workload, model: nn.Module) -> dict[str, float | None]:
+    """Its metrics on the test set; None where its output is not finite."""
+    try:
+        return {**workload.evaluate(model, workload.test)}
+    except NotFiniteError:
+        return {"accuracy": None, "loss": None}
 
 
 def _by_recipe(plan: CompressionPlan, fleet: Fleet) -> dict[Recipe, dict[str, int]]:

@@ -17,6 +17,10 @@ class RunError(RuntimeError):
     """A run that cannot go on."""
 
 
+class NotFiniteError(ArithmeticError):
+    """A model's output that is NaN or infinite: it has no accuracy, though torch finds a largest among NaN."""
+
+
 class ClientError(RunError):
     """A client that failed; the text names client, device, round and seed.
 

@@ -11,7 +11,7 @@ import math
 import platform
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -26,14 +26,14 @@ from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 
 from devices.errors import DeviceError
 from devices.fleet import Fleet
-from fedsim import checkpoint
+from fedsim import checkpoint, strict_json
 from fedsim import metrics as figures
 from fedsim.checkpoint import restore_strategy, strategy_state
 from fedsim.deployment import check_plan, deployments
 from fedsim.engines.blocks import is_plain_mean, mean_is_all
-from fedsim.errors import ClientError, ConfigError, RunError
+from fedsim.errors import ClientError, ConfigError, NotFiniteError, RunError
 from fedsim.fingerprint import DATA, check_same
-from fedsim.messages import ARRAYS, Instruction, array_record, in_float64, like, record_of, tensors_of
+from fedsim.messages import ARRAYS, Instruction, all_finite, array_record, in_float64, like, record_of, tensors_of
 from fedsim.network import ONE_METHOD, ClientReport, EdgeGrid
 from fedsim.price_facts import price_facts
 from fedsim.price_models import FROM_THE_START, price_models, repriced
@@ -57,6 +57,7 @@ from fedsim.settings import (
 )
 
 Watch = Callable[[RoundReport], None]
+CLIENTS_SETTINGS = "lower trainer.lr or set trainer.clip_norm"
 
 
 class Federation:
@@ -161,7 +162,7 @@ class Federation:
         if not replies:
             return {}
         if self.grid.averages and mean_is_all(self.strategy):
-            self.take(replies[0].content.array_records[ARRAYS])
+            self.take(number, replies[0].content.array_records[ARRAYS])
             return self.means("train")
         if not self.grid.averages and not hasattr(self.strategy, "combine"):
             replies = in_float64(replies)
@@ -173,7 +174,7 @@ class Federation:
             pair = f"; beside their weights they sent {beside}, {ONE_METHOD}" if beside else ""
             raise RunError(f"{type(self.strategy).__name__} {reason}{pair}") from error
         if arrays is not None:
-            self.take(arrays)
+            self.take(number, arrays)
         return self.with_means("train", metrics)
 
     def means(self, phase: str) -> dict[str, float]:
@@ -189,9 +190,16 @@ class Federation:
         means = self.means(phase)
         return own | means if function is aggregate_metricrecords else means | own
 
-    def take(self, shared: ArrayRecord) -> None:
-        """Makes these the global weights; what is private stays as it was."""
+    def take(self, number: int, shared: ArrayRecord) -> None:
+        """Makes these the global weights; what is private stays as it was.
+
+        Raises:
+            RunError: if they are not finite: clients whose own updates are not have failed before.
+        """
         new = like(shared, self.shared)
+        if not all_finite(new):
+            name = type(self.strategy).__name__
+            raise RunError(f"{name} made NaN or infinite weights of finite updates in round {number}; {self._advice()}")
         self.arrays = array_record({name: new.get(name, array) for name, array in self.arrays.items()})
 
     @property
@@ -216,15 +224,36 @@ class Federation:
             shared = self.shared
             handed = self.server.handed(shared)
             if (completed := self.strategy.complete(number, handed, self.grid)) is not handed:
-                self.take(self.server.whole(completed, shared))
+                self.take(number, self.server.whole(completed, shared))
 
     def judge(self, number: int) -> dict[str, float]:
         """Accuracy and loss of the global model on held-out examples, on the server, at no simulated cost.
 
         Where tensors are private, the server has their initial values only: what clients learn shows in `ask_clients`.
+
+        Returns:
+            The mark of `metrics.NOT_FINITE` alone where the model's output is not finite, and the run shall go on.
+
+        Raises:
+            RunError: where it shall not.
+            ConfigError: where the model has not been trained yet.
         """
         self.model.load_state_dict(tensors_of(self.arrays))
-        return self.world.workload.judge(self.model, number)
+        try:
+            return self.world.workload.judge(self.model, number)
+        except NotFiniteError:
+            said = "the global model's output on the test examples is NaN or infinite"
+            if number == 0:
+                raise ConfigError(f"{said} before any training; look at model and workload.input_range") from None
+            if self.settings["on_client_error"] == "drop":
+                return {figures.NOT_FINITE: 1.0}
+            raise RunError(f"{said} after round {number}; {self._advice()}") from None
+
+    def _advice(self) -> str:
+        """What to change where clients' updates are finite, and what is made of them is not."""
+        strategy = [] if mean_is_all(self.strategy) else numbers_of(self.settings["strategy"], "strategy")
+        of_server = f"change the strategy's settings ({', '.join(strategy)}), or " if strategy else ""
+        return f"{of_server}{CLIENTS_SETTINGS}"
 
     def deploy(self) -> list[dict[str, Any]]:
         """What each kind of device runs of the global model, where they run less than all of it."""
@@ -234,6 +263,7 @@ class Federation:
     def ask_clients(self, number: int) -> dict[str, float]:
         """Mean metrics of the clients' models on their own held-out parts; the devices pay for it.
 
+        Clients that failed, as those do of whose model the output is not finite, are counted in `client_failed`.
         A client's model is the global one, with its own values of what is private.
         """
         if not self.settings["evaluate_clients"]:
@@ -244,8 +274,10 @@ class Federation:
             asked_for = self.strategy.configure_evaluate(number, handed, ConfigRecord(), self.grid)
             messages = self.server.sent(asked_for, handed, shared)
         replies = self.grid.send_and_receive(messages)
+        failed = sum(r.phase == "evaluate" and r.outcome == "failed" for r in self.grid.reports)
         metrics = self.strategy.aggregate_evaluate(number, replies) if replies else None
-        return {f"client_{key}": value for key, value in self.with_means("evaluate", metrics).items()}
+        counted = {"failed": float(failed)} if failed else {}
+        return {f"client_{key}": value for key, value in (self.with_means("evaluate", metrics) | counted).items()}
 
     def report(
         self, number: int, start_s: float, metrics: dict[str, float], started: float
@@ -385,6 +417,7 @@ def summarise(
         "peak_memory_bytes": totals.peak_memory_bytes,
         "storage_bytes": totals.storage_bytes,
         "outcomes": {outcome: totals.outcomes[outcome] for outcome in OUTCOMES},
+        "not_finite_rounds": len(figures.not_finite(reports)),
         "to_target": figures.to_target(reports, settings["target_accuracy"]),
         "host_s": host_s,
         "weights_sha256": weights_sha256(arrays),
@@ -396,9 +429,12 @@ def participation(reports: list[RoundReport], fleet: Fleet, needed: int = 1) -> 
     """How many clients took part in the training, and warnings that some of them could not, or too few at a time."""
     count, seconds, rhythm_s = len(figures.took_part(reports)), reports[-1].now_s, fleet.availability.rhythm_s
     warned = []
+    if lost := figures.not_finite(reports):
+        many = f"{len(lost)} rounds, the first {lost[0]}" if len(lost) > 1 else f"round {lost[0]}"
+        warned.append(f"the global model's output was NaN or infinite after {many}: it has no accuracy there")
     if rhythm_s is not None and seconds < rhythm_s:
         short = f"clients of this fleet are online at hours of their own, and the run took {seconds:.4g} simulated s"
-        warned = [f"{short}: who slept then never took part; round_every_s=600 starts six rounds an hour"]
+        warned.append(f"{short}: who slept then never took part; round_every_s=600 starts six rounds an hour")
     replies = [len(report.outcomes.get("completed", ())) for report in reports if report.cohort]
     if few := sum(0 < count < needed for count in replies):
         warned.append(
@@ -409,6 +445,17 @@ def participation(reports: list[RoundReport], fleet: Fleet, needed: int = 1) -> 
         "clients": {"population": len(fleet), "took_part": count, "never": len(fleet) - count},
         "warnings": warned,
     }
+
+
+def numbers_of(tree: Mapping[str, Any], prefix: str) -> list[str]:
+    """The numbers among a group's settings as a user writes them, e.g. "strategy.eta=0.1"."""
+    found: list[str] = []
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            found += numbers_of(value, f"{prefix}.{key}")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found.append(f"{prefix}.{key}={value}")
+    return found
 
 
 def method_name(settings: Settings) -> str:
@@ -482,4 +529,4 @@ def main(grid: Grid, context: Context) -> None:
         print(f"run folder: {out.resolve()}", flush=True)
         torch.set_num_threads(settings["engine"]["threads"])
         summary = run(settings, FlowerGrid(grid), out, watch=lambda report: print(report.to_json(), flush=True))
-    print(json.dumps(summary), flush=True)
+    print(strict_json.dumps(summary), flush=True)

@@ -6,7 +6,6 @@ the standard library, devices.errors, fedsim.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from devices.errors import DeviceError
+from fedsim import strict_json
 from fedsim.data.bundle import data_roots
 from fedsim.durable import write_atomic
 from fedsim.errors import ConfigError, DataError, RunError
@@ -139,4 +139,6 @@ def _new_lines(path: Path) -> Iterator[list[str]]:
 def _note(out: Path, error: str) -> None:
     """What a run in this process would have left; Flower's processes are ended without a last word."""
     if (out / "config.yaml").exists() and not any((out / n).exists() for n in ("summary.json", "failure.json")):
-        write_atomic(out / "failure.json", json.dumps({"error": error, "reason": "interrupted"}, indent=1) + "\n")
+        write_atomic(
+            out / "failure.json", strict_json.dumps({"error": error, "reason": "interrupted"}, indent=1) + "\n"
+        )

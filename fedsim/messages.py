@@ -11,6 +11,7 @@ with OF_REPLY before it belongs to the exchange with the server, all else to the
 from __future__ import annotations
 
 import json
+from cmath import isfinite
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -255,6 +256,15 @@ def _wide(array: Array) -> Array:
     return to_array(from_array(array).astype(np.float64)) if np.dtype(array.dtype).kind == "f" else array
 
 
+def all_finite(record: ArrayRecord) -> bool:
+    """Whether there is no NaN and no infinity: one sum over everything finds them without a test per element."""
+    arrays = [from_array(array) for array in record.values()]
+    with np.errstate(over="ignore", invalid="ignore"):
+        # float16 overflows at 65504
+        total = sum(complex(a.sum(dtype=np.promote_types(a.dtype, np.float32))) for a in arrays)
+    return isfinite(total)
+
+
 def like(record: ArrayRecord, model: ArrayRecord) -> ArrayRecord:
     """`record` with the names' order and dtypes of `model`: FedOpt strategies return float64; integers are rounded.
 
@@ -276,7 +286,8 @@ def like(record: ArrayRecord, model: ArrayRecord) -> ArrayRecord:
 def cast_to(values: np.ndarray, dtype: str | np.dtype) -> np.ndarray:
     """The values in another dtype; integers and flags are rounded, not cut off."""
     dtype = np.dtype(dtype)
-    return (np.rint(values) if dtype.kind in "iub" else values).astype(dtype)
+    with np.errstate(over="ignore", invalid="ignore"):  # whoever takes the result looks whether it is finite
+        return (np.rint(values) if dtype.kind in "iub" else values).astype(dtype)
 
 
 # --- broadcast and update, one client ----------------------------------------------------------------------------

@@ -5,6 +5,7 @@ May import: the standard library, fedsim.report's and fedsim.network's types.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from fedsim.report import RoundReport
 
 ACCURACY, LOSS = "accuracy", "loss"
+NOT_FINITE = "not_finite"  # in place of both, 1: the output of the judged model is NaN or infinite
 BY_EXAMPLES, BY_CLIENTS = "examples", "clients"
 # How what clients report becomes one number of the round: weighted by their examples, as what is itself a mean over
 # examples, or every client alike, as what is a fact about the client, its device or its network. A name also stands for
@@ -48,19 +50,34 @@ def means(clients: Iterable[ClientReport]) -> dict[str, float]:
 
 
 def judged(reports: Sequence[RoundReport]) -> list[RoundReport]:
-    """The rounds after which the global model was evaluated on the held-out test set."""
-    return [r for r in reports if ACCURACY in r.metrics]
+    """The rounds after which the global model was evaluated on the held-out test set, finite or not."""
+    return [r for r in reports if ACCURACY in r.metrics or NOT_FINITE in r.metrics]
+
+
+def not_finite(reports: Sequence[RoundReport]) -> list[int]:
+    """The rounds after which the output of the global model is NaN or infinite."""
+    return [r.round for r in reports if NOT_FINITE in r.metrics]
+
+
+def read(metrics: Mapping[str, float | None]) -> dict[str, float]:
+    """Metrics as they are in JSON: null is NaN; where that is a judgement, there is the mark instead."""
+    found = {name: math.nan if value is None else value for name, value in metrics.items()}
+    if any(not math.isfinite(found.get(name, 0.0)) for name in (ACCURACY, LOSS)):
+        found = {name: value for name, value in found.items() if name not in (ACCURACY, LOSS)} | {NOT_FINITE: 1.0}
+    return found
 
 
 def final(reports: Sequence[RoundReport]) -> dict[str, float | None]:
-    """Test accuracy and loss of the last evaluation."""
+    """Test accuracy and loss of the last evaluation; None where that was not finite."""
     last = judged(reports)[-1:]
     return {key: last[0].metrics.get(key) if last else None for key in (ACCURACY, LOSS)}
 
 
 def best(reports: Sequence[RoundReport]) -> dict[str, Any]:
     """The highest test accuracy and the first round that reached it."""
-    top = max(judged(reports), key=lambda r: (r.metrics[ACCURACY], -r.round), default=None)
+    top = max(
+        (r for r in reports if ACCURACY in r.metrics), key=lambda r: (r.metrics[ACCURACY], -r.round), default=None
+    )
     return {"accuracy": top.metrics[ACCURACY], "round": top.round} if top else {"accuracy": None, "round": None}
 
 

@@ -32,6 +32,7 @@ from fedsim.messages import (
     OF_REPLY,
     STATE,
     Instruction,
+    all_finite,
     array_record,
     arrays_in,
     pack_cohort,
@@ -294,6 +295,7 @@ class EdgeGrid(Grid):
         now_s = self.clock.now_s
         self.tails.forget(now_s)
         prices = Prices(self.fleet, self.latency, self.round, now_s)
+        looked_at: set[int] = set()
         sizes: dict[int, int] = {}  # payload by content object: stock strategies send one object to all
         replies: dict[int, _Reply] = {}
         online: list[_Reply] = []
@@ -304,6 +306,7 @@ class EdgeGrid(Grid):
                     replies[client] = _Reply(client, number, message, outcome="offline", reason=NOT_THERE)
                     continue
                 if id(content) not in sizes:
+                    self._check_sent(content, looked_at)
                     sizes[id(content)] = payload_bytes(content)
                 replies[client] = _Reply(client, number, message, work=Work(down_bytes=sizes[id(content)]))
                 online.append(replies[client])
@@ -339,6 +342,16 @@ class EdgeGrid(Grid):
         for reply in online:  # once each, and not as replies come: an engine may answer for a client twice
             reply.cost = self.tails.contact(reply.client, now_s, reply.cost)
         return [replies[m.metadata.dst_node_id] for m in asked]
+
+    def _check_sent(self, content: RecordDict, looked_at: set[int]) -> None:
+        """Refuses to send NaN and infinity: clients would fail who have done nothing wrong."""
+        for name, record in arrays_in(content).items():
+            if id(record) not in looked_at and not all_finite(record):
+                what = f"the {name!r} that the server would send in round {self.round} are NaN or infinite"
+                raise RunError(
+                    f"{what}, though every client's update was finite; lower trainer.lr or set trainer.clip_norm"
+                )
+            looked_at.add(id(record))
 
     def _messages(self, online: Sequence[_Reply], phase: str, total: _RoundSum | None) -> list[Message]:
         """Few messages for many clients: none with more than CLIENTS_PER_MESSAGE unless a block is larger."""

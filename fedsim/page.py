@@ -7,7 +7,6 @@ descriptions.
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from devices.errors import FileError
 from devices.reading import read_text
 from devices.texts import visible, visible_lines
+from fedsim import strict_json
 from fedsim.checksums import inside, of_file
 from fedsim.console import energy, simulated, size
 from fedsim.durable import write_atomic
@@ -102,7 +102,7 @@ def write_page(folder: Path, workload: Workload | None = None) -> Path:
         failure=read_failure(folder),
         parts=_parts(folder, rounds, read_all_rows(folder), summary, workload),
         config=config,
-        summary=json.dumps(summary, indent=1) if summary else "",
+        summary=strict_json.dumps(summary, indent=1) if summary else "",
     )
     write_atomic(folder / PAGE, visible_lines(html))
     return folder / PAGE

@@ -17,7 +17,7 @@ import numpy as np
 from devices.errors import FileError, unknown
 from fedsim.errors import ConfigError
 from fedsim.forms import MAP, WHOLE, check_tree
-from fedsim.metrics import ACCURACY
+from fedsim.metrics import ACCURACY, NOT_FINITE, judged
 from fedsim.report import RoundReport, read_rounds
 from fedsim.run_files import read_config
 
@@ -153,16 +153,16 @@ def run_folders(given: Iterable[Path]) -> list[Path]:
 
 
 def score(rounds: list[RoundReport], last: int, metric: str = ACCURACY) -> float:
-    """Mean of a metric over the last evaluations.
+    """Mean of a metric over the last evaluations; nan where the model's output in one of them was not finite.
 
     Raises:
         ConfigError: if there is no such metric.
     """
-    judged = [r.metrics[metric] for r in rounds if metric in r.metrics]
-    if not judged:
+    values = [r.metrics.get(metric, math.nan) for r in rounds if metric in r.metrics or NOT_FINITE in r.metrics]
+    if not values:
         known = {name for r in rounds for name in r.metrics}
         raise ConfigError(unknown("metric of the runs", metric, sorted(known)))
-    return float(np.mean(judged[-last:]))
+    return float(np.mean(values[-last:]))
 
 
 def spent(rounds: list[RoundReport]) -> dict[str, list[float]]:
@@ -211,7 +211,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[RoundReport]]:
         check_tree(settings, {"seed": WHOLE, "choices": MAP}, str(folder / "config.yaml"))
     except (ConfigError, FileError) as error:
         raise ConfigError(f"{folder} is not a run that can be read: {error}") from error
-    if not any("accuracy" in r.metrics for r in rounds):
+    if not judged(rounds):
         raise ConfigError(f"{folder} holds no evaluated round")
     return settings, rounds
 

@@ -5,8 +5,6 @@ May import: flwr, devices.reading, fedsim's forms, fedsim.network's reports.
 
 from __future__ import annotations
 
-import json
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -18,6 +16,8 @@ from flwr.app import ArrayRecord
 
 from devices.errors import FileError
 from devices.reading import parse_json, read_json_lines
+from fedsim import metrics as figures
+from fedsim import strict_json
 from fedsim.checksums import inside
 from fedsim.forms import INTEGERS, NUMBER, NUMBERS, WHOLE, check_tree, maps_of, optional
 from fedsim.messages import from_array
@@ -94,7 +94,7 @@ class RoundReport:
 
     def to_json(self) -> str:
         """One line; equal runs give equal lines but for HOST_FIELDS."""
-        return json.dumps(asdict(self), allow_nan=True)
+        return strict_json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, line: str) -> RoundReport:
@@ -109,6 +109,8 @@ class RoundReport:
     def from_tree(cls, tree: Any, where: str) -> RoundReport:
         """A report from what JSON holds; `where` names it in the sentence.
 
+        A judgement that was not finite has no accuracy, in files of fedsim 0.1 too.
+
         Raises:
             FileError: if it lacks something, or holds what no report does.
         """
@@ -116,7 +118,7 @@ class RoundReport:
         if unknown := sorted(set(tree) - {f.name for f in fields(cls)}):
             raise FileError(f"{where} holds {unknown[0]!r}, which no round of a run does")
         outcomes = {outcome: tuple(ids) for outcome, ids in tree.get("outcomes", {}).items()}
-        metrics = {key: math.nan if value is None else value for key, value in tree.get("metrics", {}).items()}
+        metrics = figures.read(tree.get("metrics", {}))
         return cls(**{**tree, "metrics": metrics, "cohort": tuple(tree.get("cohort", ())), "outcomes": outcomes})
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import io
-import json
 import os
 import shlex
 import time
@@ -22,6 +21,7 @@ from devices.errors import FileError
 from devices.figures import save_figure
 from devices.reading import open_file
 from devices.texts import file_name
+from fedsim import strict_json
 from fedsim.checksums import Beginning, Checksums, inside, of_bytes, of_file, signed
 from fedsim.client_rows import client_row, client_schema
 from fedsim.durable import make_folders, naming, remove_empty, sync_folder, write_atomic, write_new
@@ -192,7 +192,7 @@ class RunFolder:
             write_atomic(self.path / PICTURES / f"{file_name(name)}.png", png.getvalue())
             self._events.picture(name, picture, png.getvalue(), summary["rounds"], summary["simulated_s"])
         self.checksums()
-        write_atomic(self.path / SUMMARY, json.dumps(summary, indent=1) + "\n")
+        write_atomic(self.path / SUMMARY, strict_json.dumps(summary, indent=1) + "\n")
         (self.path / RESERVE).unlink(missing_ok=True)
 
     def fail(self, error: BaseException) -> None:
@@ -209,7 +209,7 @@ class RunFolder:
             sent = error.instruction
             self._try(error, "what the client was sent", lambda: self._keep(error, sent))
         note = {"error": type(error).__name__, "reason": "; ".join([str(error), *getattr(error, "__notes__", [])])}
-        text = json.dumps(note, indent=1) + "\n"
+        text = strict_json.dumps(note, indent=1) + "\n"
         self._try(error, FAILURE, lambda: write_atomic(self.path / FAILURE, text))
 
     def _keep(self, error: BaseException, sent: Instruction) -> None:

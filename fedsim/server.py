@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import Strategy
 
@@ -72,7 +73,8 @@ class ServerSide:
             None for the weights where the strategy makes none: then nothing else changes either.
         """
         beside = self._mean_beside(replies, shared) if self.beside else shared
-        arrays, metrics = self.strategy.aggregate_train(number, replies)
+        with np.errstate(all="ignore"):  # whoever takes the weights looks whether they are finite
+            arrays, metrics = self.strategy.aggregate_train(number, replies)
         return (None if arrays is None else self.whole(arrays, beside)), metrics
 
     def _mean_beside(self, replies: Sequence[Message], shared: ArrayRecord) -> ArrayRecord:

@@ -5,7 +5,6 @@ May import: pandas (lazily), devices.errors, fedsim's study, paired and report.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from devices.errors import unknown
+from fedsim import strict_json
 from fedsim.durable import write_atomic
 from fedsim.errors import ConfigError
 from fedsim.paired import Row, rows
@@ -141,7 +141,7 @@ def write_result(result: Result, failed: Mapping[str, str], out: Path) -> None:
         "arms": arms,
         "failed": dict(failed),
     }
-    write_atomic(out / "study.json", json.dumps(_finite(tree), indent=1, ensure_ascii=False) + "\n")
+    write_atomic(out / "study.json", strict_json.dumps(tree, indent=1, ensure_ascii=False) + "\n")
     flat = [
         {**{k: v for k, v in arm.items() if k not in ("overrides", "of", "suffix", "scores")}, **_by_seed(arm)}
         for arm in arms
@@ -174,12 +174,3 @@ def _record(result: Result, number: int) -> dict[str, Any]:
 
 def _by_seed(arm: dict[str, Any]) -> dict[str, float]:
     return {f"score_seed_{seed}": score for seed, score in arm["scores"].items()}
-
-
-def _finite(tree: Any) -> Any:
-    """The same tree with null for numbers that JSON does not have."""
-    if isinstance(tree, Mapping):
-        return {key: _finite(value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [_finite(value) for value in tree]
-    return None if isinstance(tree, float) and not math.isfinite(tree) else tree

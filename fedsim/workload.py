@@ -1,11 +1,12 @@
 """What is learned: data, model, objective and how it is judged.
 
 A workload may be a finite data set, an endless task generator or an environment; `ClientData` hides which. May import:
-torch, numpy, fedsim's fingerprint, norms and seeding. Concrete workloads live in `fedsim/data/`.
+torch, numpy, fedsim's errors, fingerprint, norms and seeding. Concrete workloads live in `fedsim/data/`.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from fedsim.errors import NotFiniteError
 from fedsim.fingerprint import SEED, Fingerprint, content_of
 from fedsim.norms import allow_single_examples
 from fedsim.seeding import derive
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
 
 Tensors = dict[str, Tensor]
 ModelFactory = Callable[..., nn.Module]  # called with input_shape=(...), num_classes=int
+SAID_NOT_FINITE = (
+    "its model's output on held-out examples is NaN or infinite; lower trainer.lr or set trainer.clip_norm"
+)
 JUDGED_AT_ONCE = 512  # examples of a batch when a model is judged
 GATHERED_BYTES = 2**19  # of batches gathered at once: they should still be in the cache when they are trained on
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -217,7 +222,11 @@ class Workload(ABC):
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, data: Examples, batch: int = JUDGED_AT_ONCE) -> dict[str, float]:
-        """Accuracy and mean loss on `data`; an empty part gives an empty dict."""
+        """Accuracy and mean loss on `data`; an empty part gives an empty dict.
+
+        Raises:
+            NotFiniteError: if the model's output is NaN or infinite.
+        """
         if not len(data):
             return {}
         device = next(model.parameters()).device
@@ -231,6 +240,8 @@ class Workload(ABC):
             loss += float(F.cross_entropy(logits, y, reduction="sum"))
             count += len(y)
         model.train(was_training)
+        if not math.isfinite(loss):
+            raise NotFiniteError(SAID_NOT_FINITE)
         return {"accuracy": correct / count, "loss": loss / count}
 
     def judge(self, model: nn.Module, round: int) -> dict[str, float]:

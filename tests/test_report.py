@@ -30,6 +30,7 @@ KEYS = {
     *("method", "workload", "fleet", "seed", "rounds", "final", "best", "simulated_s", "energy_j", "down_bytes"),
     *("up_bytes", "peak_memory_bytes", "storage_bytes", "outcomes", "to_target", "host_s", "weights_sha256"),
     *("versions", "clients", "warnings"),
+    "not_finite_rounds",
 }
 
 
