@@ -18,6 +18,7 @@ from torch import nn
 
 from clients.app import app
 from fedsim.checkpoint import Checkpoints, Saved, load
+from fedsim.checksums import Beginning, Checksums
 from fedsim.engines.local import LocalGrid
 from fedsim.errors import ConfigError
 from fedsim.federation import Federation
@@ -59,7 +60,8 @@ BUILT = [pytest.param(lambda p=p: from_config(p), id=p.stem) for p in CONFIGS] +
 def test_every_model_comes_back_from_a_checkpoint_as_it_was(make, tmp_path: Path):
     """Names, dtypes, shapes and bytes: the hash takes in all of them."""
     weights = record_of(make().state_dict())
-    Checkpoints(tmp_path, 0).write(Saved(1, weights, {"kept": weights}, {}))
+    (tmp_path / "rounds.jsonl").touch()
+    Checkpoints(tmp_path, 0).write(Saved(1, weights, {"kept": weights}, {}), lambda: Checksums(Beginning(), {}))
     back = load(tmp_path)
     assert back is not None
     assert weights_sha256(back.weights) == weights_sha256(back.state["kept"]) == weights_sha256(weights)

@@ -31,6 +31,7 @@ KEYS = {
     *("up_bytes", "peak_memory_bytes", "storage_bytes", "outcomes", "to_target", "host_s", "weights_sha256"),
     *("versions", "clients", "warnings"),
     "not_finite_rounds",
+    "data",
 }
 
 
