@@ -18,6 +18,7 @@ from fedsim import strict_json
 
 FILE, ROUNDS = "checksums.json", "rounds.jsonl"
 CHECKSUM = "checksum"  # the entry of a JSON file
+FIRST_LINE = "# Settings of a run, with their checksum in the last line.\n"
 LAST_LINE = "# sha256 of the lines above: "  # of config.yaml
 BLOCK = 2**20
 
@@ -115,7 +116,8 @@ def inside(folder: Path, path: Path) -> Path:
 
 
 def signed(text: str) -> str:
-    """A text with its checksum as a last line, a comment in YAML."""
+    """A text with its checksum as a last line, and a first one that says so: comments in YAML."""
+    text = FIRST_LINE + text
     return f"{text}{LAST_LINE}{of_bytes(text.encode())}\n"
 
 
@@ -126,7 +128,7 @@ def check_signed(text: str, path: Path) -> bool:
         FileError: if it is not what was written.
     """
     body, mark, own = text.rpartition(LAST_LINE)
-    if mark and own != f"{of_bytes(body.encode())}\n":
+    if (mark or text.startswith(FIRST_LINE)) and own != f"{of_bytes(body.encode())}\n":
         raise FileError(f"{path} is damaged or was changed: it is not what the run wrote")
     return bool(mark)
 

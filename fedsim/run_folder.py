@@ -259,7 +259,7 @@ class RunFolder:
 
 
 def _refuse_links(path: Path) -> None:
-    """Refuses a folder whose parts are links to elsewhere, which a run that goes on would write to.
+    """Refuses a folder whose parts are links to elsewhere, or no files: a run that goes on would write to them.
 
     Raises:
         ConfigError: naming the first.
@@ -270,5 +270,9 @@ def _refuse_links(path: Path) -> None:
         for name in (CLIENTS, "checkpoint"):
             for found in (path / name).glob("*"):
                 inside(path, found)
+        files = (path / name for name in WRITTEN if "." in name)
+        for file in (*files, *(table for table in (path / CLIENTS).glob("*") if ROWS.fullmatch(table.name))):
+            if os.path.lexists(file):
+                open_file(file).close()
     except FileError as error:
         raise ConfigError(str(error)) from error
