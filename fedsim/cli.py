@@ -27,6 +27,7 @@ from fedsim.cli_options import MOST, check_picture
 from fedsim.cli_options import whole as _whole
 from fedsim.cli_paired import paired
 from fedsim.cli_study import study
+from fedsim.leash import tie
 
 app = typer.Typer(
     add_completion=False,
@@ -41,8 +42,10 @@ data_app = typer.Typer(no_args_is_help=True, help="What there is to learn from, 
 app.add_typer(data_app, name="data")
 app.add_typer(devices_app, name="devices")
 
-INTERRUPTED, CLOSED_PIPE, TERMINATED = 130, 141, 143
+INTERRUPTED, CLOSED_PIPE = 130, 141
+ENDED_BY = {signal.SIGTERM: "terminated", signal.SIGHUP: "the terminal was closed"}
 _folders: list[Path] = []  # of the run that is going on
+BUILDING = ("run", "resume", "replay", "study", "flwr", "data", "devices")  # commands that make what a file names
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 RUN_EPILOG = """
 [bold]Examples[/bold]
@@ -59,6 +62,10 @@ fedsim run --config-path $PWD/runs/A --config-name config out=B     (repeats run
 
 [bold]Settings[/bold]: rounds= seed= cohort= num_clients= over_selection= deadline_s= target_accuracy= max_simulated_s=
 patience_rounds= evaluate_every= evaluate_clients= checkpoint_s= on_client_error= out= name=
+
+[bold]Code[/bold]: a _target_ may name fedsim's own classes, Flower's strategies, torch.nn, torchvision.models, plug-ins
+and modules of the working folder; anything else is named once more with --allow-target NAME, here and with resume,
+replay, study and flwr.
 
 [bold]Groups[/bold]: {groups}
 
@@ -146,7 +153,9 @@ def replay(
 
     from fedsim.replay import instruction_of, settings_of
     from fedsim.replay import replay as again
+    from fedsim.trust import keep_out
 
+    keep_out(run)
     settings = settings_of(run)
     console, engine = _console(), build_engine(settings)
     bar = iter(track(range(round), "rounds before", console=console, transient=True, disable=round == 1))
@@ -172,24 +181,24 @@ def resume(
 
     Example: fedsim resume runs/20261121-101500-fedavg-digits engine=ray engine.workers=2
     """
-    from fedsim.settings import on_engine, settings_of_run
+    from fedsim.settings import check_address, on_engine, settings_of_run
+    from fedsim.trust import keep_out
 
+    keep_out(run)
     settings = on_engine(settings_of_run(run), ctx.args)
+    check_address(settings, ctx.args, str(run / "config.yaml"))
     if (run / "summary.json").exists():
-        _console().print(f"{run} has finished: {_completed(run, settings)}", highlight=False, soft_wrap=True)
+        _console().print(f"{run} has finished: {_completed(run)}", highlight=False, soft_wrap=True)
         return
     run_one(settings, run)
 
 
-def _completed(run: Path, settings: dict[str, Any]) -> str:
+def _completed(run: Path) -> str:
     """Does the last steps of a run that was killed before them; says what it did."""
-    import json
-
     from fedsim.checkpoint import Checkpoints
     from fedsim.page import page_is_whole, write_page
     from fedsim.run_files import read_summary
     from fedsim.run_place import RESERVE, remove_unfinished
-    from fedsim.settings import build_world
 
     read_summary(run)
     remove_unfinished(run)
@@ -197,7 +206,7 @@ def _completed(run: Path, settings: dict[str, Any]) -> str:
     Checkpoints(run, None).keep(1)
     if page_is_whole(run):
         return "nothing is left to do"
-    return f"only its page was missing, {write_page(run, build_world(json.dumps(settings)).workload)}"
+    return f"only its page was missing, {write_page(run)}"
 
 
 @app.command()
@@ -206,21 +215,11 @@ def report(run: Annotated[Path, typer.Argument(help="Folder of the run.")]) -> N
 
     Example: fedsim report runs/20261121-101500-fedavg-digits
     """
-    import json
-
-    from fedsim.errors import DataError
-    from fedsim.fingerprint import check_same, recorded
     from fedsim.page import write_page
-    from fedsim.settings import build_world, settings_of_run
+    from fedsim.settings import settings_of_run
 
-    settings, console = settings_of_run(run), _console()
-    try:
-        workload = build_world(json.dumps(settings)).workload
-        check_same(recorded(run), workload, run)
-    except DataError as error:
-        console.print(f"without the split of the data: {error}", highlight=False, soft_wrap=True)
-        workload = None
-    console.print(f"page: {write_page(run, workload)}", highlight=False, soft_wrap=True)
+    settings_of_run(run)
+    _console().print(f"page: {write_page(run)}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -285,13 +284,16 @@ def main() -> None:
     from devices.errors import DeviceError
     from fedsim.errors import ConfigError, DataError, RunError
 
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in ENDED_BY:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, _terminate)
+    tie()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # texts may have letters that the terminal cannot show
     output, warnings.showwarning = _piped_output(), _warn
     try:
-        code = app(standalone_mode=False)
+        code = app(_with_trust(sys.argv[1:]), standalone_mode=False)
         sys.stdout.flush()
     except SystemExit:  # rich's and click's answer to a closed pipe, without a word
         if not _has_no_reader(output):
@@ -315,20 +317,45 @@ def main() -> None:
         _give_up(f"{error.strerror or type(error).__name__}{where}{stays}", 1, error)
     except (exceptions.Abort, KeyboardInterrupt):
         code = INTERRUPTED
-    except Terminated:
-        _give_up(f"terminated; {_what_stays()}", TERMINATED, None)
+    except Terminated as error:
+        _give_up(f"{ENDED_BY[error.number]}; {_what_stays()}", 128 + error.number, None)
     if code == INTERRUPTED:  # click's own answer to Ctrl-C
         _give_up(f"interrupted; {_what_stays()}", INTERRUPTED, None)
     sys.exit(code if isinstance(code, int) else 0)
 
 
+def _with_trust(arguments: list[str]) -> list[str]:
+    """The arguments without `--allow-target NAME`, which may stand anywhere behind the commands of BUILDING."""
+    from fedsim.errors import ConfigError
+    from fedsim.trust import FLAG, begin
+
+    allowed: list[str] = []
+    left: list[str] = []
+    given = iter(arguments if arguments[:1] and arguments[0] in BUILDING else [])
+    for argument in given:
+        flag, _, name = argument.partition("=")
+        if flag == FLAG:
+            allowed.append(name or next(given, ""))
+            if not allowed[-1] or allowed[-1].startswith("-"):
+                raise ConfigError(f"{FLAG} needs a name, as it stands behind _target_")
+        else:
+            left.append(argument)
+    begin(allowed)
+    return left or arguments
+
+
 class Terminated(BaseException):
-    """SIGTERM came: engines and run folders are closed on the way out, as after Ctrl-C."""
+    """SIGTERM or SIGHUP came: engines and run folders are closed on the way out, as after Ctrl-C."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = signal.Signals(number)
 
 
-def _terminate(*_: object) -> NoReturn:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would cut the closing short
-    raise Terminated
+def _terminate(number: int, _: object) -> NoReturn:
+    for other in ENDED_BY:
+        signal.signal(other, signal.SIG_IGN)  # a second one would cut the closing short
+    raise Terminated(number)
 
 
 def _warn(
@@ -392,10 +419,12 @@ def _hydra_run(arguments: list[str]) -> None:
     from omegaconf import DictConfig, OmegaConf
 
     from fedsim.durable import remove_empty
-    from fedsim.settings import check_overrides, one_sentence, resolve
+    from fedsim.foreign import check_foreign
+    from fedsim.settings import check_overrides, one_sentence, resolve, search_path
 
     flags, given = _split(arguments)
     overrides = check_overrides(given)
+    flags = check_foreign(flags, overrides)
     sweeping = bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & {*flags, *overrides})
     if sweeping:
         _check_sweep(flags, overrides)
@@ -424,7 +453,8 @@ def _hydra_run(arguments: list[str]) -> None:
 
     made: list[Path] = []
     try:
-        sys.argv = ["fedsim run", *overrides, *_hydra_settings(overrides, sweeping, made), *flags]
+        of_hydra = [*_hydra_settings(overrides, sweeping, made), *search_path()]
+        sys.argv = ["fedsim run", *overrides, *of_hydra, *flags]
         with one_sentence(overrides):
             job()
     finally:
@@ -453,6 +483,8 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
     parser = get_args_parser()
     parser.error = refuse  # type: ignore[method-assign]
     known = parser.parse_intermixed_args(arguments)
+    if known.experimental_rerun:
+        refuse("--experimental-rerun would unpickle a file; repeat a run with --config-path RUN --config-name config")
     commands = [name for name in ("cfg", "multirun", "info", "run", "shell_completion") if getattr(known, name)]
     if len(commands) > 1:
         refuse(f"only one of --{' and --'.join(commands)} can be given")
@@ -471,9 +503,10 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 def _check_sweep(flags: list[str], overrides: list[str]) -> None:
     """Refuses a sweep with a wrong setting in any of its runs before the first one starts."""
+    from fedsim.foreign import is_foreign
     from fedsim.settings import compose, sweep_overrides, try_out
 
-    if any(flag.startswith(("-c", "--config")) for flag in flags):
+    if is_foreign(flags):
         return  # another config tree: its runs are checked one by one
     for number, run_overrides in enumerate(sweep_overrides(overrides)):
         try:
@@ -502,14 +535,11 @@ def _hydra_settings(overrides: list[str], sweeping: bool, made: list[Path]) -> l
 
 def run_one(settings: dict[str, Any], unfinished: Path | None = None) -> dict[str, Any]:
     """One experiment with its progress bar and closing table; `unfinished` is the folder that holds its beginning."""
-    import json
-
     from fedsim.console import closing_lines, closing_table, progress_bar
     from fedsim.federation import run as run_federation
     from fedsim.page import write_page
     from fedsim.report import read_rounds
     from fedsim.run_place import new_run_folder
-    from fedsim.settings import build_world
 
     _forget_worlds()
     console = _console()
@@ -517,7 +547,7 @@ def run_one(settings: dict[str, Any], unfinished: Path | None = None) -> dict[st
         _folders[:] = [folder]
         with closing(build_engine(settings)) as engine, progress_bar(console, settings["rounds"]) as (watch, observe):
             summary = run_federation(settings, engine, folder, watch, observe, resume=unfinished is not None)
-        write_page(folder, build_world(json.dumps(settings)).workload)
+        write_page(folder)
     _folders.clear()
     console.print(closing_table(read_rounds(folder)))
     for line in closing_lines(summary, folder):

@@ -70,7 +70,9 @@ def calibrate(
     from devices.profile import load_profile, parse_profile
     from devices.texts import file_name
     from fedsim.durable import write_atomic
+    from fedsim.trust import keep_out_beside
 
+    keep_out_beside(rows)
     profile = load_profile(device)
     path = out or Path(f"{file_name(profile.name.replace('@', '_'))}_calibrated.yaml")
     check_place("--out", path, (".yaml", ".yml"))
@@ -205,7 +207,7 @@ def _cost(name: str, size: str, num_classes: int) -> NetworkCost:
         if shape != own:
             raise DeviceError(f"zoo network {name!r} takes input {'x'.join(map(str, own))}, got {size}")
         return traced(named_model(name))
-    return traced(named_model(name, shape, num_classes))
+    return traced(named_model(name, shape, num_classes, by_user=False))
 
 
 # --- the fit -------------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from devices.fleet import Fleet
 from fedsim import checkpoint, strict_json
 from fedsim import metrics as figures
 from fedsim.checkpoint import restore_strategy, strategy_state
+from fedsim.data.describe import keep_split
 from fedsim.deployment import check_plan, deployments
 from fedsim.engines.blocks import is_plain_mean, mean_is_all
 from fedsim.errors import ClientError, ConfigError, NotFiniteError, RunError
@@ -320,6 +321,7 @@ def run(
         totals, last, sums = _go_on(federation, saved, out), saved.round, saved.sums
         priced = repriced(saved.priced, last + 1)
     folder = RunFolder(out, settings, resume, last, sums)
+    keep_split(federation.world.workload, out)
     reports, started = folder.before, time.perf_counter()
     keeper = checkpoint.Checkpoints(out, settings["checkpoint_s"])
     if saved is not None:
@@ -523,7 +525,9 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """`flwr run`: the same run on Flower's own engine. A failure leaves `failure.json` in the run folder."""
     from fedsim.engines.flower import FlowerGrid
+    from fedsim.engines.session_folder import usual_files
 
+    usual_files()  # the run folder is the user's, and no part of the session
     settings = from_run_config(dict(context.run_config))
     with new_run_folder(settings) as out:
         print(f"run folder: {out.resolve()}", flush=True)

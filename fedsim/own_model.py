@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from devices.errors import DeviceError, unknown
 from fedsim.errors import ConfigError
+from fedsim.trust import check_file, locate
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -60,7 +61,11 @@ class NamedModel:
 
 
 def named_model(
-    name: str, input_shape: Sequence[int] | None = None, num_classes: int | None = None, tokens: int | None = None
+    name: str,
+    input_shape: Sequence[int] | None = None,
+    num_classes: int | None = None,
+    tokens: int | None = None,
+    by_user: bool = True,
 ) -> NamedModel:
     """Builds the network.
 
@@ -69,9 +74,11 @@ def named_model(
         input_shape: of one example; 3,32,32 when left out, 3,224,224 for torchvision.
         num_classes: size of the output; 10 when left out, for torchvision its own 1000.
         tokens: length of a sequence of token ids, for networks that take these; in the place of `input_shape`.
+        by_user: the name stands on the command line, not in a file.
 
     Raises:
-        ConfigError: for a name that is not there, with the nearest one, or a network that cannot be built.
+        ConfigError: for a name that is not there, with the nearest one, a network that cannot be built, or a file that
+            may not be run.
     """
     from devices.zoo import ZOO
     from fedsim.settings import options
@@ -83,6 +90,7 @@ def named_model(
     if file.endswith(".py") or name.endswith(".py"):
         shape = given or IMAGE
         path = Path(file if file.endswith(".py") else name)
+        check_file(name, path, by_user)
         module = _of_a_file(path, wanted if file.endswith(".py") else "", name, shape, num_classes or CLASSES)
     elif name.startswith(TORCHVISION):
         shape = given or (LARGER_IMAGE if name.endswith("inception_v3") else LARGE_IMAGE)
@@ -203,9 +211,7 @@ def _of_a_config(name: str, shape: tuple[int, ...], num_classes: int) -> nn.Modu
 
 
 def _is_of_tokens(target: str) -> bool:
-    from hydra.utils import get_object
-
-    return bool(getattr(get_object(target), "takes_tokens", False))
+    return bool(getattr(locate("model._target_", target), "takes_tokens", False))
 
 
 def _of_torchvision(name: str, num_classes: int | None) -> nn.Module:

@@ -19,6 +19,7 @@ from devices.texts import visible, visible_lines
 from fedsim import strict_json
 from fedsim.checksums import inside, of_file
 from fedsim.console import energy, simulated, size
+from fedsim.data.describe import Split, draw_split, kept_split
 from fedsim.durable import write_atomic
 from fedsim.metrics import took_part
 from fedsim.page_template import HTML
@@ -37,8 +38,6 @@ from fedsim.run_place import PAGE, SUMMARY
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from fedsim.workload import Workload
 
 CELL_LETTERS = 100  # of a text in a table
 SLOWEST = 8  # clients in the table of stragglers
@@ -76,12 +75,11 @@ class Part:
     note: str = ""
 
 
-def write_page(folder: Path, workload: Workload | None = None) -> Path:
+def write_page(folder: Path) -> Path:
     """Writes the page of a run, finished or not, into its folder.
 
     Args:
         folder: of the run.
-        workload: its data, for the picture of the split; None leaves that out.
 
     Raises:
         ConfigError, FileError: if the folder holds no run, or one that cannot be read.
@@ -90,17 +88,18 @@ def write_page(folder: Path, workload: Workload | None = None) -> Path:
 
     check_run(folder)
     rounds, config, summary = read_rounds(folder), config_text(folder), read_summary(folder)
+    split = kept_split(folder)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["short"] = partial(visible, most=CELL_LETTERS)
     html = environment.from_string(HTML).render(
         title=_title(read_config(folder).get("choices", {}), summary),
         of=_of(folder),
         folder=str(folder),
-        figures=[*(_figures(summary) if summary else []), _never(rounds, summary, workload)],
+        figures=[*(_figures(summary) if summary else []), _never(rounds, summary, split)],
         warnings=summary.get("warnings", []),
         prices=summary.get("prices"),
         failure=read_failure(folder),
-        parts=_parts(folder, rounds, read_all_rows(folder), summary, workload),
+        parts=_parts(folder, rounds, read_all_rows(folder), summary, split),
         config=config,
         summary=strict_json.dumps(summary, indent=1) if summary else "",
     )
@@ -149,10 +148,10 @@ def _figures(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     return found
 
 
-def _never(rounds: list[RoundReport], summary: dict[str, Any], workload: Workload | None) -> tuple[str, str, str]:
+def _never(rounds: list[RoundReport], summary: dict[str, Any], split: Split | None) -> tuple[str, str, str]:
     """Clients that took part in no round; where nobody says how many there are, those that did."""
     count = len(took_part(rounds))
-    population = summary.get("clients", {}).get("population") or (workload.num_clients if workload else None)
+    population = summary.get("clients", {}).get("population") or (split.num_clients if split else None)
     so_far = "" if summary else ", so far"
     if population is None:
         return "took part", str(count), f"clients that completed a round{so_far}"
@@ -168,7 +167,7 @@ def _parts(
     rounds: list[RoundReport],
     rows: pd.DataFrame | None,
     summary: dict[str, Any],
-    workload: Workload | None,
+    split: Split | None,
 ) -> list[Part]:
     from fedsim.page_pictures import as_svg, curves, outcomes, time_by_device
 
@@ -188,10 +187,8 @@ def _parts(
         parts.append(Part("What became of the clients that were asked", [as_svg(picture)]))
     if summary.get("compression"):
         parts.append(Part("What each kind of device runs", (), _deployed(summary["compression"])))
-    if workload is not None:
-        from fedsim.data.describe import draw_split
-
-        parts.append(Part("How the data are split", [as_svg(draw_split(workload))]))
+    if split is not None:
+        parts.append(Part("How the data are split", [as_svg(draw_split(split))]))
     return parts
 
 

@@ -22,12 +22,26 @@ from fedsim.instructions import FAILED_CLIENT, ITS_ARRAYS
 MOST_NAMED = 6  # of the things in a folder that is taken
 CONFIG, SUMMARY, FAILURE, PAGE = "config.yaml", "summary.json", "failure.json", "report.html"
 ROUNDS, CLIENTS, EVENTS, CHECKPOINT, PICTURES = "rounds.jsonl", "clients", "tensorboard", "checkpoint", "pictures"
+SPLIT = "split.json"
 RESERVE = ".reserved"  # room on the disk for the note of a failure
-WRITTEN = (CONFIG, ROUNDS, CLIENTS, EVENTS, SUMMARY, FAILURE, CHECKPOINT, PICTURES, PAGE, FAILED_CLIENT, ITS_ARRAYS)
+WRITTEN = (
+    CONFIG,
+    ROUNDS,
+    CLIENTS,
+    EVENTS,
+    SUMMARY,
+    FAILURE,
+    CHECKPOINT,
+    PICTURES,
+    SPLIT,
+    PAGE,
+    FAILED_CLIENT,
+    ITS_ARRAYS,
+)
 ROWS = re.compile(r"rounds-(\d{6,})-(\d{6,})\.parquet")
 # What is being written when a run is killed: a name of the run's own between a dot and the number of the process.
 UNFINISHED = re.compile(
-    r"\.(?:config\.yaml|summary\.json|failure\.json|report\.html|failed-client\.(?:json|safetensors)|[^/]+\.png"
+    r"\.(?:config\.yaml|summary\.json|split\.json|failure\.json|report\.html|failed-client\.(?:json|safetensors)|[^/]+\.png"
     r"|rounds-\d+-\d+\.parquet|round-\d+)(?:\.(\d+))?\.part|rounds-\d+-\d+\.part"
 )
 

@@ -25,6 +25,7 @@ from devices.texts import FILE_BYTES, VALUE_LETTERS, storable, visible
 from fedsim.errors import ConfigError, DataError
 from fedsim.host import check_fits, model_bytes
 from fedsim.parameters import check_parameters, said
+from fedsim.trust import check_tree, group_kinds, plugin_folders
 
 if TYPE_CHECKING:
     from torch import nn
@@ -61,16 +62,27 @@ def config_dir() -> Path:
     return Path(spec.origin).parent
 
 
+def config_folders() -> list[Path]:
+    """Where options of groups are looked up: fedsim's own folder, then those of plug-ins."""
+    return [config_dir(), *plugin_folders()]
+
+
 def options(group: str) -> list[str]:
     """The names that a group accepts, sorted."""
-    return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
+    return sorted({path.stem for folder in config_folders() for path in (folder / group).glob("*.yaml")})
+
+
+def _option(group: str, name: str) -> Path:
+    """The file of an option."""
+    files = [folder / group / f"{name}.yaml" for folder in config_folders()]
+    return next((file for file in files if file.is_file()), files[0])
 
 
 def model_settings(name: str) -> Settings:
     """The settings of a model config by itself."""
     import yaml
 
-    tree: Settings = yaml.safe_load((config_dir() / "model" / f"{name}.yaml").read_text())
+    tree: Settings = yaml.safe_load(_option("model", name).read_text())
     return tree
 
 
@@ -78,7 +90,7 @@ def preset(method: str) -> dict[str, str]:
     """The options that a method preset takes, by group."""
     import yaml
 
-    tree = yaml.safe_load((config_dir() / "method" / f"{method}.yaml").read_text())
+    tree = yaml.safe_load(_option("method", method).read_text())
     chosen = {str(key): str(value) for entry in tree["defaults"] for key, value in entry.items()}
     return {key.removeprefix("override /"): value for key, value in chosen.items()}
 
@@ -87,7 +99,7 @@ def preset_private(method: str) -> list[str]:
     """What a method preset keeps on the devices."""
     import yaml
 
-    tree = yaml.safe_load((config_dir() / "method" / f"{method}.yaml").read_text())
+    tree = yaml.safe_load(_option("method", method).read_text())
     return [str(name) for name in tree.get("private", [])]
 
 
@@ -101,6 +113,9 @@ def compose(overrides: Sequence[str]) -> Settings:
         ConfigError: one sentence about the first wrong key, value or name.
     """
     overrides = check_overrides(overrides)
+    for text in overrides:
+        if is_of_hydra(text):
+            raise ConfigError(f"{text} is a setting of Hydra itself, which only fedsim run takes, on its command line")
     with one_sentence(overrides):
         composed = _composed(overrides)
         return resolve(composed, composed.hydra.runtime.choices)
@@ -115,9 +130,15 @@ def _composed(overrides: Sequence[str]) -> Any:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            return hydra_compose(PRIMARY, list(overrides), return_hydra_config=True)
+            return hydra_compose(PRIMARY, [*overrides, *search_path()], return_hydra_config=True)
     finally:
         GlobalHydra.instance().hydra = outer
+
+
+def search_path() -> list[str]:
+    """What tells Hydra where the configs of plug-ins are."""
+    found = ",".join(f"'file://{folder}'" for folder in plugin_folders())
+    return [f"hydra.searchpath=[{found}]"] if found else []
 
 
 def check_overrides(overrides: Sequence[str]) -> list[str]:
@@ -144,13 +165,18 @@ def check_overrides(overrides: Sequence[str]) -> list[str]:
     return checked
 
 
+def is_of_hydra(text: str) -> bool:
+    """Whether an override is of Hydra's own settings, or puts something there."""
+    override = _parsed(text)
+    return any(re.match(r"hydra\b", place or "") for place in (override.key_or_group, override.package))
+
+
 def sweep_overrides(overrides: Sequence[str]) -> list[list[str]]:
     """The overrides of every run of a sweep, in order; empty where only Hydra can tell (globs, its plug-ins)."""
     choices: dict[str, list[str]] = {}  # as Hydra does it: a key given twice keeps its first place and its last value
     for text in overrides:
         override = _parsed(text)
-        of_hydra = text.lstrip("+").startswith("hydra")
-        if of_hydra or (override.is_sweep_override() and not override.is_discrete_sweep()):
+        if is_of_hydra(text) or (override.is_sweep_override() and not override.is_discrete_sweep()):
             return []
         try:
             values = [str(v) for v in override.sweep_string_iterator()] if override.is_sweep_override() else None
@@ -380,9 +406,36 @@ def try_out(settings: Settings) -> None:
     Raises:
         ConfigError: the sentence of the part that refuses its settings.
     """
+    check_trusted(settings)
     model_factory(settings)
     for group in ("partition", "latency", "compression", "uplink", "trainer"):
         instantiate(settings, group)
+
+
+def check_trusted(settings: Settings) -> None:
+    """Checks what the configuration would call, before any of it is called; see `fedsim.trust`.
+
+    Raises:
+        ConfigError: for the first `_target_` that a configuration may not name.
+    """
+    for group in NEEDED:
+        check_tree(group, settings[group], group_kinds(group))
+
+
+def check_address(settings: Settings, overrides: Sequence[str], source: str) -> None:
+    """Refuses to join a Ray cluster that only a file names: what its workers answer is unpickled here.
+
+    Args:
+        settings: of a run.
+        overrides: the user's own.
+        source: where the others come from.
+    """
+    address = settings["engine"].get("address")
+    if address is not None and not any(_parsed(text).key_or_group == "engine.address" for text in overrides):
+        raise ConfigError(
+            f"engine.address={address!r} comes from {source}, and whoever runs that cluster could run code here; if it "
+            f"is yours, say it again on the command line: engine.address={address}, or else engine.address=null"
+        )
 
 
 @lru_cache(maxsize=1)
@@ -469,6 +522,7 @@ def build_world(config_json: str) -> World:
         ConfigError: for settings that do not fit together, such as a cohort larger than the population.
     """
     settings: Settings = json.loads(config_json)
+    check_trusted(settings)
     workload, seed = build_workload(settings), settings["seed"]
     _check_memory(settings, model_factory(settings), workload)
     fleet = instantiate(settings, "fleet", num_clients=workload.num_clients, seed=seed)
@@ -530,11 +584,13 @@ def instantiate(settings: Settings, group: str, **extra: Any) -> Any:
     """Makes the object that a group's `_target_` names.
 
     Raises:
-        ConfigError: when its constructor refuses the settings; the sentence is the constructor's own.
+        ConfigError: when a configuration may not name it (see `fedsim.trust`), or its constructor refuses the
+            settings; the sentence is the constructor's own.
     """
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate as hydra_instantiate
 
+    check_tree(group, settings[group], group_kinds(group))
     check_parameters(group, settings[group], extra)
     try:
         return hydra_instantiate(settings[group], **extra)

@@ -22,7 +22,8 @@ from fedsim.fingerprint import SEED, Fingerprint, difference, of_summary
 from fedsim.metrics import ACCURACY
 from fedsim.parameters import said
 from fedsim.run_files import read_config
-from fedsim.settings import Settings, asked, build_workload, completed, compose, config_dir, try_out
+from fedsim.settings import Settings, asked, build_workload, check_address, completed, compose, config_dir, try_out
+from fedsim.trust import keep_out_beside
 
 KEYS = ("title", "base", "seeds", "arms", "against", "metric", "x", "last", "columns")
 ARM_KEYS = ("overrides", "grid", "of", "suffix")
@@ -73,6 +74,7 @@ class Study:
         last: evaluations that make a score.
         columns: further values of `summary.json` by dotted path, or `metrics.NAME` of a metric of the rounds.
         sources: arms that have no row, but whose runs have the metrics of some that do.
+        own: the user's overrides for all arms, which do not stand in the file.
     """
 
     name: str
@@ -85,6 +87,7 @@ class Study:
     metric: str = ACCURACY
     columns: tuple[str, ...] = ()
     sources: tuple[Arm, ...] = ()
+    own: tuple[str, ...] = ()
 
     def only(self, labels: Sequence[str]) -> Study:
         """The same study with some arms: those with a label, or whose label begins with it; all when none is given.
@@ -155,6 +158,7 @@ def read_study(name: str, overrides: Sequence[str] = (), seeds: Sequence[int] = 
         path = Path(name)
         if not path.is_file():
             raise ConfigError(f"there is no study file {name}")
+        keep_out_beside(path)
     else:
         path = config_dir() / "study" / f"{name}.yaml"
         if not path.is_file():
@@ -172,6 +176,7 @@ def read_study(name: str, overrides: Sequence[str] = (), seeds: Sequence[int] = 
         last=tree.get("last", 4),
         metric=tree.get("metric", ACCURACY),
         columns=_texts(path, "columns", tree.get("columns", [])),
+        own=tuple(overrides),
     )
     return _checked(path, study)
 
@@ -316,6 +321,7 @@ def plan(study: Study, out: Path) -> list[Planned]:
     for arm in study.trained:
         try:
             composed[arm] = compose([*arm.overrides, f"seed={study.seeds[0]}"])
+            check_address(composed[arm], study.own, f"study {study.name}")
             _try_out(composed[arm])
         except ValueError as error:
             error.add_note(f"in arm {arm.label!r} of study {study.name}")

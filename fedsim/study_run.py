@@ -1,6 +1,6 @@
 """Runs what a study lacks: each run a process of its own, some at a time; what is finished is kept.
 
-May import: the standard library, fedsim's errors and study.
+May import: the standard library, fedsim's errors, leash, study and trust.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedsim.errors import ConfigError
+from fedsim.leash import TIED
 from fedsim.study import Planned, can_go_on, is_finished
+from fedsim.trust import flags
 
 POLL_S, END_S = 0.2, 10.0  # between looks at the runs; that they have to close their folders
-COMMAND = (sys.executable, "-m", "fedsim.cli")
+COMMAND = (sys.executable, "-P", "-m", "fedsim.cli")  # -P: no file of the working folder stands in for a library
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
 
@@ -113,9 +115,10 @@ def run_study(runs: Sequence[Planned], jobs: int, lock: int, watch: Watch) -> Pr
 
 
 def _start(run: Planned, lock: int) -> _Running:
-    """A process in a session of its own: Ctrl-C reaches the study alone, which then ends its runs."""
+    """A process in a session of its own: Ctrl-C reaches the study alone, which ends its runs, as its own end does."""
     if can_go_on(run):
-        command = ["resume", str(run.folder)]
+        address = run.settings["engine"].get("address")  # which the study was told on its command line
+        command = ["resume", str(run.folder), *([f"engine.address={address}"] if address else [])]
     else:
         command = run.command
         _set_aside(run.folder)
@@ -123,11 +126,11 @@ def _start(run: Planned, lock: int) -> _Running:
     log = run.folder.with_name(f"{run.folder.name}.log")
     with log.open("wb") as file:
         process = subprocess.Popen(
-            [*COMMAND, *command],
-            stdin=subprocess.DEVNULL,
+            [*COMMAND, *command, *flags()],
+            stdin=subprocess.PIPE,  # its leash
             stdout=file,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **ONE_THREAD},
+            env={**os.environ, **ONE_THREAD, TIED: "1"},
             start_new_session=True,
             pass_fds=(lock,),
         )

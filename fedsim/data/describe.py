@@ -1,11 +1,13 @@
 """What a split of the data looks like, as rows, lines and a picture; and which workloads there are.
 
-May import: numpy, yaml, matplotlib and Hydra's class look-up (both lazily), `fedsim.workload`. Reads the texts of the
-config folder.
+May import: numpy, yaml, matplotlib (lazily), `devices.reading`, fedsim's workload, trust and durable files. Reads the
+texts of the config folder.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -14,8 +16,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import yaml
 
+from devices.errors import FileError
 from devices.figures import legend_label, new_figure, save_figure
+from devices.reading import read_json
 from devices.texts import NAME_LETTERS, visible
+from fedsim.durable import write_atomic
+from fedsim.run_place import SPLIT
+from fedsim.trust import locate as locate_class
+from fedsim.trust import plugin_folders
 from fedsim.workload import Workload
 
 if TYPE_CHECKING:
@@ -42,6 +50,24 @@ class ClientRow(NamedTuple):
     test: int
     classes: int
     label_counts: tuple[int, ...]
+
+
+class Split(NamedTuple):
+    """A split as a picture needs it; a run keeps it, so that its page can be made without its data.
+
+    Attributes:
+        name: of the workload.
+        num_clients: in all.
+        class_names: of every class.
+        rows: of the first clients.
+        sizes: training examples of all clients, or of LOOKED_AT evenly spaced ones.
+    """
+
+    name: str
+    num_clients: int
+    class_names: tuple[str, ...]
+    rows: tuple[ClientRow, ...]
+    sizes: tuple[int, ...]
 
 
 class WorkloadRow(NamedTuple):
@@ -76,29 +102,63 @@ def summary_lines(workload: Workload) -> list[str]:
     return lines
 
 
+def split_of(workload: Workload, limit: int = 50) -> Split:
+    """The split of a workload, with rows of the first `limit` clients."""
+    sizes = tuple(row.train for row in _rows(workload, _spread(workload)))
+    rows = tuple(split_table(workload, limit))
+    return Split(workload.name, workload.num_clients, tuple(_class_names(workload)), rows, sizes)
+
+
+def keep_split(workload: Workload, folder: Path) -> None:
+    """Writes the split into a run folder, for `kept_split`."""
+    write_atomic(folder / SPLIT, json.dumps(split_of(workload)._asdict()) + "\n")
+
+
+def kept_split(folder: Path) -> Split | None:
+    """The split that a run has kept; None where it has not.
+
+    Raises:
+        FileError: if it cannot be read.
+    """
+    if not (folder / SPLIT).exists():
+        return None
+    tree = read_json(folder / SPLIT)
+    try:
+        rows = tuple(
+            ClientRow(int(row[0]), int(row[1]), int(row[2]), int(row[3]), tuple(map(int, row[4])))
+            for row in tree["rows"]
+        )
+        names, sizes = tuple(map(str, tree["class_names"])), tuple(map(int, tree["sizes"]))
+        split = Split(str(tree["name"]), int(tree["num_clients"]), names, rows, sizes)
+        if not rows or not sizes or not all(len(row.label_counts) in (0, len(names)) for row in rows):
+            raise ValueError("its rows do not fit its classes")
+    except (LookupError, TypeError, ValueError, OverflowError) as error:
+        raise FileError(f"{folder / SPLIT} is no split of data: {' '.join(str(error).split())}") from error
+    return split
+
+
 def split_picture(workload: Workload, path: str | Path) -> None:
     """Draws the split as a PNG; see `draw_split`."""
-    save_figure(draw_split(workload), path)
+    save_figure(draw_split(split_of(workload)), path)
 
 
-def draw_split(workload: Workload, limit: int = 50) -> Figure:
-    """The labels of the first `limit` clients and the sizes of all.
+def draw_split(split: Split) -> Figure:
+    """The labels of the first clients and the sizes of all.
 
     Up to 20 classes are stacked bars, more a map; sequences show the sizes only. Above 2000 clients the histogram shows
     2000 evenly spaced ones.
     """
     from matplotlib.ticker import MaxNLocator
 
-    rows = split_table(workload, limit)
-    sizes = [row.train for row in _rows(workload, _spread(workload))]
+    rows, num_classes = split.rows, len(split.class_names)
     figure = new_figure(12, 4.8, dpi=110)
     left, right = figure.subplots(1, 2, width_ratios=[2.4, 1])
-    shown = f"first {len(rows)} clients" if len(rows) < workload.num_clients else "every client"
+    shown = f"first {len(rows)} clients" if len(rows) < split.num_clients else "every client"
     if not rows[0].label_counts:
         left.bar([row.client for row in rows], [row.train for row in rows], width=0.85)
         left.set(title=f"Training examples, {shown}", ylabel="sequences")
-    elif workload.num_classes <= NAMED_COLOURS:
-        _draw_bars(left, rows, _class_names(workload))
+    elif num_classes <= NAMED_COLOURS:
+        _draw_bars(left, rows, split.class_names)
         left.set(title=f"Labels, {shown}", ylabel="training examples")
     else:
         counts = np.array([row.label_counts for row in rows]).T  # [classes, clients]
@@ -107,30 +167,37 @@ def draw_split(workload: Workload, limit: int = 50) -> Figure:
         left.set(title=f"Labels, {shown}", ylabel="class")
     left.set_xlabel("client")
     left.xaxis.set_major_locator(MaxNLocator(10, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
-    _draw_sizes(right, sizes, workload.num_clients)
-    name = visible(workload.name, NAME_LETTERS)
-    figure.suptitle(f"{name}: clients {workload.num_clients}, classes {workload.num_classes}")
+    _draw_sizes(right, split.sizes, split.num_clients)
+    name = visible(split.name, NAME_LETTERS)
+    figure.suptitle(f"{name}: clients {split.num_clients}, classes {num_classes}")
     return figure
 
 
 def list_workloads() -> list[WorkloadRow]:
     """Every workload of the config folder, by name, and whether its data are on this machine."""
-    from hydra.utils import get_class
-
-    folder, rows = files("configs").joinpath("workload"), []
-    for name in sorted(file.name[: -len(".yaml")] for file in folder.iterdir() if file.name.endswith(".yaml")):
-        settings = _settings(folder, name)
-        locate = getattr(get_class(settings["_target_"]), "locate", None)  # workloads from elsewhere need not have it
-        rows.append(WorkloadRow(name, *(locate(settings) if locate else ("?", False, "not known"))))
+    folders: list[Traversable] = [files("configs"), *plugin_folders()]
+    found = {
+        file.name.removesuffix(".yaml"): file
+        for folder in reversed(folders)
+        if folder.joinpath("workload").is_dir()
+        for file in folder.joinpath("workload").iterdir()
+        if file.name.endswith(".yaml")
+    }
+    rows = []
+    for name in sorted(found):
+        settings = _settings(found, name)
+        make = locate_class("workload._target_", settings["_target_"])
+        here = getattr(make, "locate", None)  # workloads from elsewhere need not have it
+        rows.append(WorkloadRow(name, *(here(settings) if here else ("?", False, "not known"))))
     return rows
 
 
-def _settings(folder: Traversable, name: str) -> dict[str, Any]:
+def _settings(found: Mapping[str, Traversable], name: str) -> dict[str, Any]:
     """The keys of one workload file and, below them, of the files of the same group that it builds on."""
-    own = yaml.safe_load(folder.joinpath(f"{name}.yaml").read_text(encoding="utf-8"))
+    own = yaml.safe_load(found[name].read_text(encoding="utf-8"))
     bases = [base for base in own.pop("defaults", []) if isinstance(base, str) and base != "_self_"]
     merged: dict[str, Any] = {}
-    for layer in (*(_settings(folder, base) for base in bases), own):
+    for layer in (*(_settings(found, base) for base in bases), own):
         merged.update(layer)
     return merged
 
@@ -161,7 +228,7 @@ def _class_names(workload: Workload) -> list[str]:
     return getattr(workload, "classes", None) or [str(label) for label in range(workload.num_classes)]
 
 
-def _draw_bars(axes: Axes, rows: list[ClientRow], names: list[str]) -> None:
+def _draw_bars(axes: Axes, rows: Sequence[ClientRow], names: Sequence[str]) -> None:
     import matplotlib
 
     colours = matplotlib.colormaps["tab10" if len(names) <= 10 else "tab20"]
@@ -177,7 +244,7 @@ def _draw_bars(axes: Axes, rows: list[ClientRow], names: list[str]) -> None:
     )
 
 
-def _draw_sizes(axes: Axes, sizes: list[int], num_clients: int) -> None:
+def _draw_sizes(axes: Axes, sizes: Sequence[int], num_clients: int) -> None:
     from matplotlib.ticker import MaxNLocator
 
     low, high = min(sizes), max(sizes)

@@ -19,7 +19,9 @@ from typing import Any
 from flwr.app import Context, Error, Message
 
 from fedsim.engines.base import WORKER_ID, assume_task_identity, worker_context
+from fedsim.engines.session_folder import usual_files
 from fedsim.engines.wire import Letter, content_of, letter_of, unpack
+from fedsim.trust import leave_to_the_driver
 
 ClientApp = Callable[[Message, Context], Message]
 
@@ -29,6 +31,8 @@ class RayWorker:
 
     def __init__(self, client_app: ClientApp):
         assume_task_identity()
+        leave_to_the_driver()
+        usual_files()
         self.client_app, self.context = client_app, worker_context()
         self.shared: list[Any] = []
 
