@@ -2,18 +2,16 @@
 
 `flwr run` by itself keeps a SuperLink with the environment of its first caller, and lets Ray listen on every interface.
 Here each run has its own SuperLink in a private folder, on loopback, in one process group that ends with the run. May
-import: the standard library, fedsim.errors.
+import: the standard library, psutil (lazily), fedsim's session folders, trust and errors.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
-import sys
 import sysconfig
 import tempfile
 import time
@@ -24,8 +22,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from fedsim import trust
+from fedsim.engines.session_folder import TOKEN, UMASK, SessionFolder, private_files, token_file
 from fedsim.errors import ConfigError, RunError
 
+PREFIX = "fedsim-flwr-"
 HOST = "127.0.0.1"
 START_TIMEOUT_S, COMMAND_TIMEOUT_S = 60.0, 120.0  # host seconds, for a loaded machine
 STOP_TIMEOUT_S, GRACE_S, KILLED_S = 2.0, 1.0, 0.5  # an interrupted run is to be gone within five seconds
@@ -58,16 +59,6 @@ default = "private"
 [superlink.private]
 address = "{address}"
 insecure = true
-"""
-# Ends the group and removes the folder when the other end of the pipe is gone: also after a kill -9 of the command.
-LEASH = """\
-import os, shutil, signal, sys
-sys.stdin.read()
-try:
-    os.killpg(int(sys.argv[1]), signal.SIGKILL)
-except OSError:
-    pass
-shutil.rmtree(sys.argv[2], ignore_errors=True)
 """
 
 
@@ -124,25 +115,29 @@ def environment(folder: Path, place: Place) -> dict[str, str]:
         # Ray binds to loopback when its node has the loopback address, which it takes by itself only on Windows and
         # macOS; this is the switch between the two.
         env |= {"RAY_TMPDIR": str(folder), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-    return env
+        env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / TOKEN)}  # made by `FlowerRuntime`
+    return env | trust.environment()
 
 
 class FlowerRuntime:
     """A private SuperLink and SuperExec, for the time of a `with` block.
 
-    Both, and everything that they start, are one process group, which is ended at the close of the block or when this
-    process is gone.
+    Both, and everything that they start, are one process group, that of the folder's leash, which is ended at the close
+    of the block or when this process is gone.
     """
 
     def __init__(self, place: Place):
         self.place = place
         self.processes: list[subprocess.Popen[bytes]] = []
-        self._leash: subprocess.Popen[bytes] | None = None
+        self.session: SessionFolder | None = None
 
     def __enter__(self) -> FlowerRuntime:
         self.address = f"{HOST}:{_port(self.place.port)}"
-        self.folder = Path(tempfile.mkdtemp(prefix="fedsim-", dir=_short_temp_folder()))
+        # The leash leads a process group that a Ctrl-C in the terminal does not reach; all others join it.
+        self.session = SessionFolder(PREFIX, _short_temp_folder(), group=True)
+        self.folder = self.session.path
         try:
+            token_file(self.folder)
             self.env = environment(self.folder, self.place)
             for name in ("home", "work", "app"):
                 (self.folder / name).mkdir()
@@ -194,12 +189,10 @@ class FlowerRuntime:
         return ""
 
     def _start(self) -> None:
-        server = ("flower-superlink", "--insecure", "--simulation", "--isolation", "process")
+        secret = ("--superexec-auth-secret-file", str(self.folder / TOKEN))
+        server = ("flower-superlink", "--insecure", "--simulation", "--isolation", "process", *secret)
         host, _, port = self.address.rpartition(":")
-        # The first process leads a group that a Ctrl-C in the terminal does not reach; the others join it.
         superlink = self._popen((*server, "--host", host, "--port", port))
-        leash = [sys.executable, "-I", "-c", LEASH, str(superlink.pid), str(self.folder)]
-        self._leash = subprocess.Popen(leash, stdin=subprocess.PIPE, cwd="/", start_new_session=True)
         health = urllib.request.Request(f"http://{self.address}/health")
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         end = time.monotonic() + START_TIMEOUT_S
@@ -212,19 +205,18 @@ class FlowerRuntime:
                 raise RunError(f"the SuperLink did not answer on {self.address} within {START_TIMEOUT_S:g} s")
             time.sleep(POLL_S)
         parent = ("--parent-pid", str(superlink.pid))
-        self._popen(("flower-superexec", "--insecure", "--runtime-api-address", self.address, *parent))
+        self._popen(("flower-superexec", "--insecure", "--runtime-api-address", self.address, *parent, *secret))
 
     def _popen(self, command: tuple[str, ...]) -> subprocess.Popen[bytes]:
-        group = self.processes[0].pid if self.processes else 0
-        with (self.folder / f"{command[0]}.log").open("ab") as log:
+        with private_files(), (self.folder / f"{command[0]}.log").open("ab") as log:
             process = subprocess.Popen(
                 command,
-                env=self.env,
+                env={**self.env, UMASK: os.environ[UMASK]},
                 cwd=self.folder / "work",  # Ray's workers import from here before anything else
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                process_group=group,
+                process_group=self._group,
             )
         self.processes.append(process)
         return process
@@ -264,7 +256,7 @@ class FlowerRuntime:
                 capture_output=True,
                 text=True,
                 timeout=timeout_s,
-                process_group=self.processes[0].pid,
+                process_group=self._group,
             )
         except (subprocess.TimeoutExpired, ProcessLookupError, PermissionError) as error:
             raise RunError(f"flwr {arguments[0]} did not answer: {error}") from error
@@ -272,29 +264,40 @@ class FlowerRuntime:
 
     def _end(self) -> None:
         """Ends the group, first politely; then the folder and the leash go."""
-        if self.processes:
-            group = self.processes[0].pid
-            for signal_number, wait_s in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, KILLED_S)):
+        for number, wait_s in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, KILLED_S)):
+            for pid in self._members():
                 with suppress(ProcessLookupError, PermissionError):
-                    os.killpg(group, signal_number)
-                if self._gone(group, wait_s):
-                    break
-        shutil.rmtree(self.folder, ignore_errors=True)
-        if self._leash is not None:
-            self._leash.kill()
-            self._leash.communicate()
+                    os.kill(pid, number)
+            if self._gone(wait_s):
+                break
+        if self.session is not None:
+            self.session.remove()
 
-    def _gone(self, group: int, wait_s: float) -> bool:
+    def _gone(self, wait_s: float) -> bool:
         end = time.monotonic() + wait_s
         while time.monotonic() < end:
             for process in self.processes:
                 process.poll()  # collects it: a group lives as long as one of its processes is not collected
-            try:
-                os.killpg(group, 0)
-            except (ProcessLookupError, PermissionError):  # macOS: not permitted for what is only to be collected
+            if not self._members():
                 return True
             time.sleep(0.02)
         return False
+
+    @property
+    def _group(self) -> int:
+        assert self.session is not None
+        return self.session.leash.pid
+
+    def _members(self) -> list[int]:
+        """The processes of the group, without the leash that leads it."""
+        import psutil
+
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error, OSError):
+                if os.getpgid(process.pid) == self._group != process.pid and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process.pid)
+        return found
 
 
 def end_of(log: str) -> str:
@@ -319,4 +322,4 @@ def _port(wanted: int) -> int:
 def _short_temp_folder() -> str:
     """A folder for temporary files whose name leaves room for Ray's sockets: those have 103 characters."""
     usual = tempfile.gettempdir()
-    return usual if len(usual) <= 16 or not os.path.isdir("/tmp") else "/tmp"
+    return usual if len(usual) <= 14 or not os.path.isdir("/tmp") else "/tmp"

@@ -55,7 +55,7 @@ def test_everything_that_is_installed_and_read_travels_to_the_machines(file: Pat
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text())
     packages = {name.rstrip("*") for name in project["tool"]["setuptools"]["packages"]["find"]["include"]}
     files = {"pyproject.toml", "requirements.lock", project["project"]["readme"], *project["project"]["license-files"]}
-    assert config["file_mounts"] == {f"~/fedsim/{name}": name for name in packages | files | {"data"}}
+    assert config["file_mounts"] == {f"~/fedsim/{name}": name for name in packages | files | {"data", "ray-token"}}
     install = next(command for command in config["setup_commands"] if "pip install" in command)
     assert install.endswith("-c ~/fedsim/requirements.lock -e ~/fedsim")
 
@@ -77,7 +77,7 @@ def test_the_folder_is_no_group_of_settings():
 
 
 @pytest.fixture
-def cluster() -> Iterator[str]:
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The start commands of cluster.yaml on this machine, as two nodes with a CPU each; the head's address."""
     config = yaml.safe_load((PROJECT / "configs" / "ray" / "cluster.yaml").read_text())
     with socket.socket() as probe, tempfile.TemporaryDirectory(prefix="fedsim-", dir="/tmp") as folder:
@@ -90,6 +90,11 @@ def cluster() -> Iterator[str]:
             "HOME": folder,
             "FEDSIM_TEST_CLUSTER": f"127.0.0.1:{port}",
         }
+        token = Path(folder, "fedsim", "ray-token")  # where `ray up` would have copied it
+        token.parent.mkdir()
+        token.write_text("5" * 64 + "\n")
+        monkeypatch.setenv("RAY_AUTH_MODE", "token")  # as README.md tells who runs there
+        monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
         try:
             for node, commands in (("head", "head_start_ray_commands"), ("worker", "worker_start_ray_commands")):
                 here = f"--node-ip-address=127.0.0.1 --num-cpus=1 --temp-dir={folder}/{node}"

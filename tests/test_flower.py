@@ -292,8 +292,8 @@ def test_a_superlink_that_dies_at_once_leaves_nothing(monkeypatch):
     with pytest.raises(RunError, match=r"flower-superlink ended with code 2; .*--nonsense"):
         runtime.__enter__()
     assert not runtime.folder.exists()
-    assert runtime._leash is not None
-    assert runtime._leash.returncode is not None
+    assert runtime.session is not None
+    assert runtime.session.leash.returncode is not None
 
 
 # --- settings, environment, failures -------------------------------------------------------------------------------

@@ -90,7 +90,8 @@ class RayGrid(EngineGrid):
             return
         pool = self._start()
         try:
-            yield from Exchange(pool, numbered, self._size(pool), self.retries, self.client_timeout_s).replies()
+            exchange = Exchange(pool, numbered, self._size(pool), self.retries, self.client_timeout_s, self._check)
+            yield from exchange.replies()
         finally:
             for slot in [slot for slot in pool.slots if slot.jobs()]:  # it was broken off
                 pool.drop(slot)
@@ -118,6 +119,10 @@ class RayGrid(EngineGrid):
                     f"enough for {room} workers"
                 )
         return self._pool
+
+    def _check(self) -> None:
+        if self._session is not None:
+            self._session.check()
 
     def _size(self, pool: Pool) -> int:
         """How many workers there should be; counted at every exchange, because a cluster may have grown."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from queue import Empty
 from typing import Any
@@ -27,6 +27,7 @@ LOG = logging.getLogger(__name__)
 START_S = 60.0  # host seconds within which a worker must start while there is no other
 WINDOW_PER_WORKER, LEAST_WINDOW = 4, 8  # messages that may change places, so that the longest of them start first
 NODES_S = 5.0  # host seconds between looks at which nodes are alive
+CHECK_S = 1.0  # host seconds between looks at whether Ray itself is alive
 DEPTH = 2  # messages that a worker has at most: the one it runs, and the next so that it need not wait for the driver
 
 
@@ -55,14 +56,22 @@ class Exchange:
         size: workers that there is room for.
         retries: workers that a message may lose before its clients are tried one by one.
         client_timeout_s: host seconds that a client may take; None for ever.
+        check: called at least every second; raises when Ray itself is gone.
     """
 
     def __init__(
-        self, pool: Pool, messages: Sequence[Message], size: int, retries: int, client_timeout_s: float | None
+        self,
+        pool: Pool,
+        messages: Sequence[Message],
+        size: int,
+        retries: int,
+        client_timeout_s: float | None,
+        check: Callable[[], None] = lambda: None,
     ):
         import ray
 
         self.pool, self.size, self.retries, self.client_timeout_s = pool, size, retries, client_timeout_s
+        self.check = check
         self.wanted = min(size, len(messages))
         jobs = [Job(message, message.content) for message in messages]
         self.waiting = deque(longest_first(jobs, max(WINDOW_PER_WORKER * size, LEAST_WINDOW)))
@@ -141,6 +150,7 @@ class Exchange:
 
     def _settle(self, slot: Slot, call: Call) -> Iterator[Message]:
         if call.error is not None:
+            self.check()  # the cause, where Ray itself is gone
             yield from self._lost(slot, call.job, _loss(call.error))
         elif call.job is None:
             slot.node = slot.node or call.answer  # its first call is the start
@@ -170,6 +180,7 @@ class Exchange:
         yield from self._give_up(running, reason)
 
     def _look_at_the_clock(self) -> Iterator[Message]:
+        self.check()
         now = time.monotonic()
         for slot in [slot for slot in self.pool.slots if now > self._due(slot)]:
             running = slot.calls.popleft().job
@@ -221,7 +232,7 @@ class Exchange:
     def _patience_s(self) -> float:
         due = [self._due(slot) for slot in self.pool.slots]
         due.append(self.look_again if any(slot.node for slot in self.pool.slots) else self.alone_since + START_S)
-        return max(0.0, min(due) - time.monotonic()) + 0.001
+        return min(CHECK_S, max(0.0, min(due) - time.monotonic()) + 0.001)
 
 
 def _reply(answer: Letter | Error, message: Message) -> Message:

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from fedsim.engines.session_folder import SessionFolder, private_files, token_file
 from fedsim.errors import RunError
 
 ANSWER_S = 5.0  # host seconds within which a cluster must answer
@@ -28,23 +27,11 @@ ANSWER_S = 5.0  # host seconds within which a cluster must answer
 # memory; objects in it are freed at once, or the next ones touch fresh pages, of which every process maps its share.
 # Ray would make workers 15 nicer than this process: beside any other load they would hardly get on.
 SYSTEM = {"max_direct_call_object_size": 2**23, "free_objects_batch_size": 1, "worker_niceness": 0}
+PREFIX = "fedsim-ray-"
 LONGEST_FOLDER = 40  # characters; the paths of Ray's sockets add 62, and Unix allows 107
 HELPERS = ("monitor", "log_monitor", "dashboard")  # Ray's names; of no use without a cluster, dashboard and shown logs
+NEEDED = ("raylet", "gcs_server")  # Ray's names, too
 GONE_S = 1.0  # host seconds that processes get to end by themselves
-# Ends what is left when the other end of the pipe is gone: after a kill -9 of this process, Ray's agents would go on
-# for more than a minute, and its folder for ever.
-LEASH = """\
-import shutil, sys
-import psutil
-processes = [psutil.Process(int(pid)) for pid in sys.argv[2:] if psutil.pid_exists(int(pid))]
-sys.stdin.read()
-for process in processes:
-    try:
-        process.kill()
-    except psutil.Error:
-        pass
-shutil.rmtree(sys.argv[1], ignore_errors=True)
-"""
 
 
 class RaySession:
@@ -64,8 +51,8 @@ class RaySession:
     def __init__(self, address: str | None, num_cpus: int):
         import ray
 
-        self.private, self._joined, self._folder = False, False, ""
-        self._leash: subprocess.Popen[bytes] | None = None
+        self.private, self._joined = False, False
+        self._folder: SessionFolder | None = None
         if ray.is_initialized():  # by whoever uses fedsim as a library: theirs to shut down
             return
         try:
@@ -96,19 +83,34 @@ class RaySession:
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
         _end(processes)
-        if self._leash is not None:
-            self._leash.communicate()  # closes the pipe; nothing is left to be ended
-            self._leash = None
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._folder is not None:
+            self._folder.remove()
+            self._folder = None
+        _read_token_anew()
+
+    def check(self) -> None:
+        """Notices at once that Ray itself has died here; Ray would wait for it for a minute, or end this process.
+
+        Raises:
+            RunError: names what has ended.
+        """
+        from ray._private.worker import _global_node
+
+        processes: dict[str, list[Any]] = _global_node.all_processes if self.private and _global_node else {}
+        for kind in NEEDED:
+            if any(info.process.poll() is not None for info in processes.get(kind, ())):
+                raise RunError(f"Ray's {kind} has ended (killed, or out of memory), and no worker can go on without it")
 
     def _processes(self) -> list[Any]:
         """Every process of the private instance, also of one that was interrupted while it started."""
         import psutil
 
-        found, leash = [], self._leash and self._leash.pid
+        if self._folder is None:
+            return []
+        found, path = [], str(self._folder.path)
         for child in psutil.Process().children():
             with suppress(psutil.NoSuchProcess):
-                if child.pid != leash and any(self._folder in part for part in child.cmdline()):
+                if child.pid != self._folder.leash.pid and any(path in part for part in child.cmdline()):
                     found += [child, *child.children(recursive=True)]
         return found
 
@@ -117,8 +119,8 @@ class RaySession:
 
         self.private = True
         # A folder of its own: Ray's usual one is never emptied, and tells others which cluster to join.
-        self._folder = tempfile.mkdtemp(prefix="fedsim-ray-", dir=_short_folder())
-        with _on_loopback():
+        self._folder = SessionFolder(PREFIX, _short_folder())
+        with _on_loopback(), _with_token(self._folder.path), private_files():
             try:
                 ray.init(
                     address="local",
@@ -126,21 +128,28 @@ class RaySession:
                     include_dashboard=False,
                     log_to_driver=False,
                     logging_level=logging.CRITICAL,
-                    _temp_dir=self._folder,
-                    _system_config=SYSTEM,
+                    _temp_dir=str(self._folder.path),
+                    _system_config=dict(SYSTEM),  # Ray writes this session's folder into it
                 )
             except (RuntimeError, OSError, ValueError) as error:
                 raise RunError(f"Ray could not be started: {' '.join(str(error).split())}") from error
         _end_helpers()
-        leash = [sys.executable, "-I", "-c", LEASH, self._folder, *(str(p.pid) for p in self._processes())]
-        self._leash = subprocess.Popen(leash, stdin=subprocess.PIPE, cwd="/", start_new_session=True)
+        for folder, _, _ in os.walk(self._folder.path):
+            os.chmod(folder, 0o700)  # Ray opens its own to everybody
 
     def _join(self, address: str) -> None:
         import ray
+        from ray.exceptions import AuthenticationError
 
         where = answering(address)
+        _read_token_anew()
         try:
             ray.init(address=where, log_to_driver=False, logging_level=logging.CRITICAL)
+        except AuthenticationError as error:
+            raise RunError(
+                f"the Ray cluster at engine.address={address} asks for its token: set RAY_AUTH_MODE=token and "
+                "RAY_AUTH_TOKEN_PATH (a file with it), or RAY_AUTH_TOKEN, as on its machines"
+            ) from error
         except (RuntimeError, OSError, ValueError) as error:  # such as another version of Ray or Python
             reason = " ".join(str(error).split())
             raise RunError(f"the Ray cluster at engine.address={address} cannot be used: {reason}") from error
@@ -189,7 +198,7 @@ def _signals_kept() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     before = {number: handler for number, handler in before.items() if handler not in (None, signal.SIG_IGN)}
     came: list[int] = []
 
@@ -240,17 +249,38 @@ def _on_loopback() -> Iterator[None]:
 
 
 @contextmanager
-def _environment(**changed: str) -> Iterator[None]:
+def _with_token(folder: Path) -> Iterator[None]:
+    """Lets only who has a token of this session speak to Ray; it is in a file that only this user can read."""
+    with _environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token_file(folder)), RAY_AUTH_TOKEN=None):
+        _read_token_anew()
+        yield
+
+
+def _read_token_anew() -> None:
+    """Lets Ray forget the token and the mode that it has read from the environment: another session has others."""
+    from ray import _raylet
+
+    raylet: Any = _raylet
+    raylet.Config.initialize("")
+    raylet.AuthenticationTokenLoader.instance().reset_cache()
+
+
+@contextmanager
+def _environment(**changed: str | None) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in changed}
-    os.environ.update(changed)
+    _set(changed)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        _set(before)
+
+
+def _set(variables: Mapping[str, str | None]) -> None:
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def _short_folder() -> str:
