@@ -61,11 +61,14 @@ def test_everything_that_is_installed_and_read_travels_to_the_machines(file: Pat
 
 
 @each_file
-def test_dashboards_stay_on_loopback_and_what_is_to_be_filled_in_is_marked(file: Path):
+def test_nodes_take_the_token_dashboards_stay_on_loopback_and_what_is_to_be_filled_in_is_marked(file: Path):
     config, text = yaml.safe_load(file.read_text()), file.read_text()
     head = config["head_start_ray_commands"][-1]
     assert "--dashboard-host=127.0.0.1" in head
-    assert all("FEDSIM_DATA=$HOME/fedsim/data " in c for c in (head, config["worker_start_ray_commands"][-1]))
+    token = "RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$HOME/fedsim/ray-token "
+    for command in (head, config["worker_start_ray_commands"][-1]):
+        assert f"{token}FEDSIM_DATA=$HOME/fedsim/data " in command
+    assert token.replace("$HOME", "~").strip() in text.partition("\ncluster_name:")[0]
     for key in ("head_ip:", "worker_ips:", "region:", "max_workers:", "~/fedsim/data:"):
         assert all("FILL IN" in line for line in text.splitlines() if line.strip().startswith(key))
 
@@ -137,6 +140,18 @@ print(json.dumps(ray.get([who.remote() for _ in range(4)])))
 """
 
 
+WITHOUT = """
+import os, sys
+del os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN_PATH"]
+from fedsim.engines.ray_session import RaySession
+from fedsim.errors import RunError
+try:
+    RaySession(sys.argv[1], 1)
+except RunError as error:
+    print(error)
+"""
+
+
 @pytest.mark.ray
 @pytest.mark.skipif(sys.platform != "linux", reason="Ray makes clusters on Linux only")
 def test_the_start_commands_make_a_cluster_that_trains_on_both_nodes(cluster: str, tmp_path: Path):
@@ -144,6 +159,12 @@ def test_the_start_commands_make_a_cluster_that_trains_on_both_nodes(cluster: st
     assert done.returncode == 0, done.stderr
     nodes, data, threads = zip(*json.loads(done.stdout), strict=True)
     assert (len(set(nodes)), {Path(folder).name for folder in data}, set(threads)) == (2, {"data"}, {"1"})
+
+    refused = subprocess.run([sys.executable, "-c", WITHOUT, cluster], capture_output=True, text=True, timeout=120)
+    assert refused.stdout == (
+        f"the Ray cluster at engine.address={cluster} asks for its token: set RAY_AUTH_MODE=token and "
+        "RAY_AUTH_TOKEN_PATH (a file with it), or RAY_AUTH_TOKEN, as on its machines\n"
+    ), refused.stderr
 
     # Long enough for the worker of the second node to come up: the first one does not wait for it.
     overrides = ["workload=blobs", "num_clients=8", "cohort=6", "rounds=150", "evaluate_every=150", "engine.device=cpu"]

@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -335,6 +336,107 @@ def test_nothing_listens_beyond_this_machine(pair, result):
     assert {ip.removeprefix("::ffff:") for ip in heard} <= {"127.0.0.1", "::1"}
 
 
+STRANGER = """
+import sys
+from ray._raylet import GcsClient
+print(len(GcsClient(address=sys.argv[1]).get_all_node_info(timeout=10)))
+"""
+
+
+def test_a_stranger_without_the_token_is_refused(session: RaySession):
+    """Any program on this machine can reach the port; it could submit work that runs as this user."""
+    import ray
+
+    address, folder = ray.get_runtime_context().gcs_address, session._folder
+    assert folder is not None
+    plain = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    token = {"RAY_AUTH_MODE": "token"}
+    for more, answered in (
+        ({}, False),
+        ({**token, "RAY_AUTH_TOKEN": "0" * 64}, False),
+        ({**token, "RAY_AUTH_TOKEN_PATH": str(folder.path / "token")}, True),
+    ):
+        asked = subprocess.run(
+            [sys.executable, "-c", STRANGER, address], env={**plain, **more}, capture_output=True, text=True, timeout=60
+        )
+        assert (asked.stdout == "1\n", "uthenticat" in asked.stderr) == (answered, not answered), asked.stderr
+    assert not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"} & set(os.environ)  # of this process
+
+
+def test_the_folder_of_a_session_is_the_users_alone(session: RaySession):
+    """Ray opens folders of its own to everybody, again with each worker; nobody gets to them."""
+    assert session._folder is not None
+    assert stat.S_IMODE(session._folder.path.stat().st_mode) == 0o700
+    files = [path for path in session._folder.path.rglob("*") if path.is_file() and not path.is_symlink()]
+    assert len(files) > 10
+    assert {path: oct(path.stat().st_mode) for path in files if path.stat().st_mode & 0o077} == {}
+
+
+@pytest.mark.parametrize("kind", ["raylet", "gcs_server"])
+def test_a_ray_that_has_died_is_one_sentence(kind: str, monkeypatch):
+    """The real one is in the test below, marked slow."""
+    from types import SimpleNamespace
+
+    from ray._private import worker
+
+    ended = [SimpleNamespace(process=SimpleNamespace(poll=lambda: -9))]
+    monkeypatch.setattr(worker, "_global_node", SimpleNamespace(all_processes={kind: ended}))
+    own = object.__new__(RaySession)
+    own.private = True
+    with pytest.raises(RunError, match=rf"^Ray's {kind} has ended \(killed, or out of memory\)"):
+        own.check()
+    own.private = False  # a cluster's are not ours to watch
+    own.check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["raylet", "gcs_server"])
+def test_a_run_whose_ray_dies_ends_in_one_sentence_and_leaves_nothing(tmp_path: Path, kind: str):
+    run = started_run(tmp_path / "a")
+    try:
+        until_lines(run, tmp_path / "a", 3)
+        started = with_worker(run.pid)
+        next(p for p in started if p.name() == kind).kill()
+        _, said = run.communicate(timeout=60)
+        assert (run.returncode, said.count("\n")) == (1, 1)
+        assert said.startswith(f"fedsim: Ray's {kind} has ended")
+        assert (tmp_path / "a" / "failure.json").exists()
+        assert not [p for p in started if is_alive(p)]
+    finally:
+        run.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay_s", [0.0, 1.0, 3.0])
+def test_a_driver_that_is_killed_while_ray_starts_leaves_nothing(tmp_path: Path, delay_s: float):
+    before = set(Path("/tmp").glob("fedsim-ray-*"))
+    run = started_run(tmp_path / "a")
+    try:
+        end = time.monotonic() + 60
+        while not (own := set(Path("/tmp").glob("fedsim-ray-*")) - before):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        time.sleep(delay_s)
+        started = descendants(run.pid)
+    finally:
+        run.kill()
+        run.communicate()
+    end = time.monotonic() + 15
+    while (any(folder.exists() for folder in own) or any(map(is_alive, started))) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not [folder for folder in own if folder.exists()]
+    assert not [p for p in started if is_alive(p)]
+
+
+def until_lines(run: subprocess.Popen[str], folder: Path, count: int) -> None:
+    """Waits until a run has written so many rounds."""
+    end = time.monotonic() + 100
+    while not (folder / "rounds.jsonl").exists() or len(lines(folder)) < count:
+        assert run.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
 def started_run(out: Path) -> subprocess.Popen[str]:
     """An endless run of the command, a session of its own."""
     command = [str(Path(sys.executable).parent / "fedsim"), "run", "engine=ray", "engine.workers=1", *TINY]
@@ -343,17 +445,14 @@ def started_run(out: Path) -> subprocess.Popen[str]:
 
 
 def test_interrupted_runs_end_within_seconds_and_leave_nothing(tmp_path):
-    """Ctrl-C reaches every process of the terminal, SIGTERM the command alone."""
-    folders = tmp_path / "a", tmp_path / "b"
+    """Ctrl-C reaches every process of the terminal, SIGTERM and SIGHUP the command alone."""
+    folders = tmp_path / "a", tmp_path / "b", tmp_path / "c"
     runs = [started_run(folder) for folder in folders]
     try:
         for run, folder in zip(runs, folders, strict=True):
-            end = time.monotonic() + 100
-            while not (folder / "rounds.jsonl").exists() or len(lines(folder)) < 4:
-                assert run.poll() is None
-                assert time.monotonic() < end
-                time.sleep(0.05)
-        for run, number, code in zip(runs, (signal.SIGINT, signal.SIGTERM), (130, 143), strict=True):
+            until_lines(run, folder, 4)
+        ends = ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129))
+        for run, (number, code) in zip(runs, ends, strict=True):
             started, began = with_worker(run.pid), time.monotonic()
             (os.killpg if number == signal.SIGINT else os.kill)(run.pid, number)
             _, said = run.communicate(timeout=60)

@@ -28,7 +28,7 @@ ANSWER_S = 5.0  # host seconds within which a cluster must answer
 # Ray would make workers 15 nicer than this process: beside any other load they would hardly get on.
 SYSTEM = {"max_direct_call_object_size": 2**23, "free_objects_batch_size": 1, "worker_niceness": 0}
 PREFIX = "fedsim-ray-"
-LONGEST_FOLDER = 40  # characters; the paths of Ray's sockets add 62, and Unix allows 107
+LONGEST_FOLDER = 14  # characters; the paths of Ray's sockets add 89, and macOS allows 103
 HELPERS = ("monitor", "log_monitor", "dashboard")  # Ray's names; of no use without a cluster, dashboard and shown logs
 NEEDED = ("raylet", "gcs_server")  # Ray's names, too
 GONE_S = 1.0  # host seconds that processes get to end by themselves
@@ -128,14 +128,12 @@ class RaySession:
                     include_dashboard=False,
                     log_to_driver=False,
                     logging_level=logging.CRITICAL,
-                    _temp_dir=str(self._folder.path),
+                    _temp_dir=str(self._folder.path / "ray"),  # Ray opens it, and all below, to everybody
                     _system_config=dict(SYSTEM),  # Ray writes this session's folder into it
                 )
             except (RuntimeError, OSError, ValueError) as error:
                 raise RunError(f"Ray could not be started: {' '.join(str(error).split())}") from error
         _end_helpers()
-        for folder, _, _ in os.walk(self._folder.path):
-            os.chmod(folder, 0o700)  # Ray opens its own to everybody
 
     def _join(self, address: str) -> None:
         import ray
