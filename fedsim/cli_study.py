@@ -65,7 +65,7 @@ def study(
     chosen = read_study(name, overrides, _seeds(seeds)).only(only or [])
     folder = out or Path("runs") / chosen.name
     logging.getLogger("flwr").setLevel(logging.ERROR)  # strategies that are only tried out have no say
-    runs, console = plan(chosen, folder), _console()
+    runs, console = plan(chosen, folder, building=not report), _console()
     if dry_run:
         console.print(_runs_table(chosen, runs))
         return None

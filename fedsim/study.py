@@ -311,8 +311,13 @@ def _quoted(text: str) -> str:
 # --- planning --------------------------------------------------------------------------------------------------------
 
 
-def plan(study: Study, out: Path) -> list[Planned]:
+def plan(study: Study, out: Path, building: bool = True) -> list[Planned]:
     """Every run of a study, seed by seed, so that a study that is cut short has compared whole seeds.
+
+    Args:
+        study: its arms and seeds.
+        out: folder of the study.
+        building: tries out what costs nothing; without it nothing is made of what the study names.
 
     Raises:
         ConfigError: for the first arm whose settings are wrong; its sentence names the arm.
@@ -322,7 +327,8 @@ def plan(study: Study, out: Path) -> list[Planned]:
         try:
             composed[arm] = compose([*arm.overrides, f"seed={study.seeds[0]}"])
             check_address(composed[arm], study.own, f"study {study.name}")
-            _try_out(composed[arm])
+            if building:
+                _try_out(composed[arm])
         except ValueError as error:
             error.add_note(f"in arm {arm.label!r} of study {study.name}")
             raise

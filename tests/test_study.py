@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import psutil
 import pytest
 import yaml
 
@@ -338,6 +339,26 @@ def test_ctrl_c_ends_the_study_and_its_runs_and_keeps_what_is_finished(file):
         p for p in Path("/proc").glob("[0-9]*/cwd") if _links(p) == os.getcwd() and p.parent.name != str(os.getpid())
     ]
     assert left == []
+
+
+@pytest.mark.slow
+def test_kill_9_of_the_study_takes_its_runs_along(file):
+    command = [sys.executable, "-m", "fedsim.cli", "study", file(arms={"Long": ["rounds=1000000"]}, seeds=[1])]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        folder, end = Path("runs/mine/long/seed-1"), time.monotonic() + 120
+        while not (folder / "rounds.jsonl").exists() and time.monotonic() < end:
+            assert process.poll() is None
+            time.sleep(0.05)
+        (run,) = psutil.Process(process.pid).children()
+    finally:
+        process.kill()
+        process.wait()
+    psutil.wait_procs([run], timeout=20)
+    assert not run.is_running()
+    assert json.loads((folder / "failure.json").read_text())["error"] == "Terminated"
+    with study_run.study_folder(Path("runs/mine")):
+        pass  # it can go on
 
 
 def _links(path: Path) -> str:

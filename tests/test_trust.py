@@ -323,6 +323,10 @@ def test_reading_commands_make_nothing(here, run, sent, fedsim, monkeypatch):
     assert (code, err) == (0, "")
     assert "How the data are split" in (here / "sent" / "report.html").read_text()
     assert fedsim("paired", str(here / "sent")).code == 0
+    arms = {"A": [*TINY, "trainer._target_=sent.evil.Mine"]}
+    Path("s.yaml").write_text(yaml.safe_dump({"title": "T", "arms": arms}))
+    code, _, err = fedsim("study", "s.yaml", "--report", "--out", "studied")
+    assert (code, "no run of study s is finished" in err) == (2, True)
     assert not (here / "sent" / "evil.ran").exists()
 
 

@@ -22,6 +22,7 @@ from typing import Any
 from fedsim.engines.session_folder import SessionFolder, private_files, token_file
 from fedsim.errors import RunError
 
+FIRST_QUESTION = "/ray.rpc.NodeInfoGcsService/GetClusterId"  # a client's, to the cluster
 ANSWER_S = 5.0  # host seconds within which a cluster must answer
 # Of a private instance. Replies below 8 MiB go within Ray's own messages, for a quarter of the CPU time of shared
 # memory; objects in it are freed at once, or the next ones touch fresh pages, of which every process maps its share.
@@ -137,17 +138,11 @@ class RaySession:
 
     def _join(self, address: str) -> None:
         import ray
-        from ray.exceptions import AuthenticationError
 
-        where = answering(address)
         _read_token_anew()
+        where = answering(address)
         try:
             ray.init(address=where, log_to_driver=False, logging_level=logging.CRITICAL)
-        except AuthenticationError as error:
-            raise RunError(
-                f"the Ray cluster at engine.address={address} asks for its token: set RAY_AUTH_MODE=token and "
-                "RAY_AUTH_TOKEN_PATH (a file with it), or RAY_AUTH_TOKEN, as on its machines"
-            ) from error
         except (RuntimeError, OSError, ValueError) as error:  # such as another version of Ray or Python
             reason = " ".join(str(error).split())
             raise RunError(f"the Ray cluster at engine.address={address} cannot be used: {reason}") from error
@@ -158,10 +153,14 @@ def answering(address: str) -> str:
     """HOST:PORT of a cluster that answers: `ray.init` would try for minutes, and not be interrupted.
 
     Raises:
-        RunError: if nobody answers.
+        RunError: if nobody answers, or it asks for a token that this process does not have.
     """
     import grpc  # type: ignore[import-untyped]
+    from ray._private.authentication.grpc_authentication_client_interceptor import (
+        SyncAuthenticationMetadataClientInterceptor,
+    )
     from ray._private.services import canonicalize_bootstrap_address
+    from ray.exceptions import AuthenticationError
 
     start = "start one with ray start --head, or leave engine.address out to use this machine alone"
     try:
@@ -173,6 +172,17 @@ def answering(address: str) -> str:
             grpc.channel_ready_future(channel).result(timeout=ANSWER_S)
         except grpc.FutureTimeoutError:
             raise RunError(f"no Ray cluster answers at engine.address={address}; {start}") from None
+        try:
+            metadata = SyncAuthenticationMetadataClientInterceptor()
+            ask = grpc.intercept_channel(channel, metadata).unary_unary(FIRST_QUESTION)
+            ask(b"", timeout=ANSWER_S)
+        except (grpc.RpcError, AuthenticationError) as error:
+            code = error.code() if isinstance(error, grpc.RpcError) else grpc.StatusCode.UNAUTHENTICATED
+            if code == grpc.StatusCode.UNAUTHENTICATED:  # others are for `ray.init` to judge
+                raise RunError(
+                    f"the Ray cluster at engine.address={address} asks for its token: set RAY_AUTH_MODE=token and "
+                    "RAY_AUTH_TOKEN_PATH (a file with it), or RAY_AUTH_TOKEN, as on its machines"
+                ) from None
     return str(where)
 
 
