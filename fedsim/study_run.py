@@ -102,6 +102,7 @@ def run_study(runs: Sequence[Planned], jobs: int, lock: int, watch: Watch) -> Pr
             time.sleep(POLL_S)
             for one in [r for r in running if r.process.poll() is not None]:
                 running.remove(one)
+                _untie(one)
                 ended_rounds += one.run.settings["rounds"]
                 progress.done += 1
                 if reason := _reason(one):
@@ -161,6 +162,12 @@ def _reason(one: _Running) -> str:
     return said[-1].removeprefix("fedsim: ") if said else f"{how}, see {one.log}"
 
 
+def _untie(one: _Running) -> None:
+    """Closes the leash of a run that has ended."""
+    if one.process.stdin is not None:
+        one.process.stdin.close()
+
+
 def _end(running: Sequence[_Running]) -> None:
     """Asks processes to end, as Ctrl-C would, and ends those that do not."""
     for one in running:
@@ -172,3 +179,4 @@ def _end(running: Sequence[_Running]) -> None:
         except subprocess.TimeoutExpired:
             one.process.kill()
             one.process.wait()
+        _untie(one)
