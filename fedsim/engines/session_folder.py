@@ -24,7 +24,8 @@ TOKEN = "token"  # file's name
 UMASK = "FEDSIM_UMASK"  # the user's own, in octal
 UNBORN_S = 60.0  # host seconds within which a folder that nobody holds may be about to be held
 # Arguments: the folder; "group" where what it started is in the leash's own process group. It does nothing when it is
-# told so before the pipe closes. Ray's workers have no folder in their names, but are below processes that have.
+# told so before the pipe closes. Ray's workers and agents overwrite their command lines, and the raylet above them may
+# be gone first: they are known by their logs.
 LEASH = """\
 import os, shutil, signal, sys, time
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -33,6 +34,11 @@ folder, group = sys.argv[1], sys.argv[2] == "group"
 import psutil
 if sys.stdin.buffer.read():
     sys.exit()
+def of_folder(process):
+    said = process.cmdline()
+    if any(folder in part for part in said):
+        return True
+    return bool(said) and said[0].startswith("ray::") and any(f.path.startswith(folder) for f in process.open_files())
 below, quiet, end = set(), 0, time.monotonic() + 20
 while quiet < 10 and time.monotonic() < end:
     alive = False
@@ -40,7 +46,7 @@ while quiet < 10 and time.monotonic() < end:
         try:
             ours = process.pid != os.getpid() and (
                 process in below
-                or any(folder in part for part in process.cmdline())
+                or of_folder(process)
                 or (group and os.getpgid(process.pid) == os.getpid())
             )
             if ours and process.status() != psutil.STATUS_ZOMBIE:
