@@ -1,8 +1,7 @@
 """What tells the data of a run from others, kept with the run and compared when it is taken up again.
 
 A fingerprint is a flat map of texts: for arrays "train x" and the like, each with dtype, shape and a hash of the
-content; for data that are drawn, what draws them, with the seed. May import: numpy, devices.errors, fedsim's errors;
-checkpoint and run_files (lazily).
+content; for data that are drawn, what draws them, with the seed. May import: numpy, fedsim's errors.
 """
 
 from __future__ import annotations
@@ -14,8 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from devices.errors import FileError
-from fedsim.errors import ConfigError, DataError
+from fedsim.errors import DataError
 
 if TYPE_CHECKING:
     from fedsim.workload import Workload
@@ -65,27 +63,3 @@ def check_same(before: Fingerprint | None, workload: Workload, run: Path) -> Non
             f"{run} was begun with other data than those of workload {workload.name} here ({changed}); bring back the "
             "data that it was begun with, or start a new run"
         )
-
-
-def recorded(run: Path) -> Fingerprint | None:
-    """The fingerprint in a run folder, of its summary or else of its checkpoint; None where neither tells it."""
-    from fedsim import checkpoint
-
-    if found := of_summary(run):
-        return found
-    try:
-        saved = checkpoint.load(run)
-    except (ConfigError, FileError):  # damaged: whoever needs it says so
-        return None
-    return saved.state.get(DATA) if saved is not None else None
-
-
-def of_summary(run: Path) -> Fingerprint | None:
-    """The fingerprint in a run's `summary.json`; None where it has none, as in version 0.1, or cannot be read."""
-    from fedsim.run_files import read_summary
-
-    try:
-        found = read_summary(run).get(DATA)
-    except (ConfigError, FileError):
-        return None
-    return found if isinstance(found, dict) else None

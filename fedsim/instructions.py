@@ -19,10 +19,10 @@ from fedsim.durable import write_atomic
 from fedsim.errors import ConfigError
 from fedsim.forms import MAP, TEXT, WHOLE, Forms, check_tree, maps_of, optional
 from fedsim.messages import Instruction, arrays_in, from_array, record_of
+from fedsim.run_place import FAILED_CLIENT, ITS_ARRAYS
 
 FACTS: Forms = {"round": WHOLE, "client": WHOLE, "phase": TEXT, "configs": maps_of(MAP), "sha256": optional(TEXT)}
 MAX_ARRAYS = 2**36  # bytes
-FAILED_CLIENT, ITS_ARRAYS = "failed-client.json", "failed-client.safetensors"
 
 
 def keep_instruction(folder: Path, sent: Instruction) -> None:

@@ -16,9 +16,10 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedsim.errors import ConfigError
 from fedsim.federation import Federation
-from fedsim.fingerprint import check_same, recorded
+from fedsim.fingerprint import check_same
 from fedsim.instructions import kept_instruction
 from fedsim.messages import STATE, Instruction, pack_cohort, unpack_cohort
+from fedsim.recorded_data import recorded
 from fedsim.settings import Settings, build_world, on_engine, settings_of_run
 
 

@@ -27,7 +27,7 @@ from fedsim.client_rows import client_row, client_schema
 from fedsim.durable import make_folders, naming, remove_empty, sync_folder, write_atomic, write_new
 from fedsim.errors import ClientError, ConfigError
 from fedsim.events import Events
-from fedsim.instructions import FAILED_CLIENT, ITS_ARRAYS, keep_instruction
+from fedsim.instructions import keep_instruction
 from fedsim.messages import Instruction
 from fedsim.network import ClientReport
 from fedsim.pricing import OUTCOMES
@@ -36,7 +36,9 @@ from fedsim.run_place import (
     CLIENTS,
     CONFIG,
     EVENTS,
+    FAILED_CLIENT,
     FAILURE,
+    ITS_ARRAYS,
     PICTURES,
     RESERVE,
     ROUNDS,

@@ -17,12 +17,12 @@ from typing import Any
 
 from fedsim.durable import make_folders, remove_empty
 from fedsim.errors import ConfigError
-from fedsim.instructions import FAILED_CLIENT, ITS_ARRAYS
 
 MOST_NAMED = 6  # of the things in a folder that is taken
 CONFIG, SUMMARY, FAILURE, PAGE = "config.yaml", "summary.json", "failure.json", "report.html"
 ROUNDS, CLIENTS, EVENTS, CHECKPOINT, PICTURES = "rounds.jsonl", "clients", "tensorboard", "checkpoint", "pictures"
 SPLIT = "split.json"
+FAILED_CLIENT, ITS_ARRAYS = "failed-client.json", "failed-client.safetensors"  # what a client that failed was sent
 RESERVE = ".reserved"  # room on the disk for the note of a failure
 WRITTEN = (
     CONFIG,

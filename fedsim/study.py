@@ -18,9 +18,10 @@ from devices.errors import FileError, unknown
 from devices.reading import read_yaml
 from devices.texts import file_name, storable
 from fedsim.errors import ConfigError, DataError
-from fedsim.fingerprint import SEED, Fingerprint, difference, of_summary
+from fedsim.fingerprint import SEED, Fingerprint, difference
 from fedsim.metrics import ACCURACY
 from fedsim.parameters import said
+from fedsim.recorded_data import of_summary
 from fedsim.run_files import read_config
 from fedsim.settings import Settings, asked, build_workload, check_address, completed, compose, config_dir, try_out
 from fedsim.trust import keep_out_beside

@@ -180,7 +180,7 @@ def test_own_file_is_priced_and_what_does_not_fit_gets_advice(devices, tmp_path)
             ["unknown set of devices 'f2'", "did you mean 'F2'", "F3, F4, FA"],
         ),
         ([*EVALUATE, "nb201", "--devices", "F1"], ["the set of devices F1 is for space fbnet"]),
-        (["enroll", "--name", "here", "--out", "."], ["is there already"]),
+        (["enroll", "--name", "here", "--out", "."], ["--out", ".yaml"]),
     ],
 )
 def test_a_mistake_is_one_sentence(arguments: list[str], words: list[str], devices):

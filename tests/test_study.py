@@ -62,7 +62,13 @@ first = {"round": 0, "now_s": 0, "round_s": 0, "cohort": [], "outcomes": {}, "me
 last = first | {"round": 1, "now_s": 10, "down_bytes": 60, "up_bytes": 40, "joules": 2.0}
 last["metrics"] = {"accuracy": 0.5 + ratio + seed / 100, "accuracy_at_0.3": 0.3, "accuracy_at_0.7": 0.7}
 last["metrics"]["ms_at_0.3"] = 3.0
-summary = {"final": {"accuracy": last["metrics"]["accuracy"]}, "seed": seed, "peak_memory_bytes": 10 * seed}
+summary = {
+    **dict.fromkeys(("method", "workload", "fleet"), "made up"),
+    **{"seed": seed, "rounds": 1, "final": {"accuracy": last["metrics"]["accuracy"]}, "outcomes": {}},
+    **{"best": {"accuracy": last["metrics"]["accuracy"], "round": 1}, "to_target": None},
+    **{"energy_j": {"total": 2.0, "max_client": 1.0, "waiting": 0.0}, "simulated_s": 10.0, "host_s": 1.0},
+    **{"down_bytes": 60, "up_bytes": 40, "peak_memory_bytes": 10 * seed, "storage_bytes": 0},
+}
 (out / "rounds.jsonl").write_text("".join(json.dumps(r) + chr(10) for r in (first, last)))
 (out / "summary.json").write_text(json.dumps(summary))
 with open("started", "a") as file:

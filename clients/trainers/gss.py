@@ -15,9 +15,8 @@ from torch.nn import functional as F
 
 from clients.trainers.base import ClientContext
 from clients.trainers.gradients import matrix_product
-from clients.trainers.memory import Memory
+from clients.trainers.memory import Memory, refuse_picking
 from clients.trainers.replay import ReplayTrainer
-from clients.trainers.reservoir import refuse_picking
 from clients.trainers.selection import Pool
 from fedsim.messages import Broadcast
 from fedsim.workload import Tensors

@@ -6,35 +6,18 @@ Reservoir", 1985. State: reservoir_seen [], part []; see ReplayTrainer. May impo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from clients.trainers.base import ClientContext
-from clients.trainers.memory import Memory
+from clients.trainers.memory import Memory, refuse_picking
 from clients.trainers.replay import ReplayTrainer
-from fedsim.errors import ConfigError
 from fedsim.messages import Broadcast
 from fedsim.workload import Tensors
 
 SEEN = "reservoir_seen"
-PICKING = ("selection", "candidate_size", "class_balanced")
-
-
-def refuse_picking(trainer: str, replay: Mapping[str, Any]) -> None:
-    """Refuses settings of `ReplayTrainer` that a memory has no use for which follows the stream.
-
-    Raises:
-        ConfigError: names the setting.
-    """
-    for key in PICKING:
-        if key in replay:
-            raise ConfigError(
-                f"trainer.{key} has no meaning for {trainer}, whose memory follows the stream: nothing is picked "
-                "when a task has ended; leave it out"
-            )
 
 
 class ReservoirTrainer(ReplayTrainer):

@@ -1,0 +1,34 @@
+"""Which data a run folder says that it was made with.
+
+May import: devices.errors, fedsim's checkpoint, fingerprint, run_files and errors.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from devices.errors import FileError
+from fedsim import checkpoint
+from fedsim.errors import ConfigError
+from fedsim.fingerprint import DATA, Fingerprint
+from fedsim.run_files import read_summary
+
+
+def recorded(run: Path) -> Fingerprint | None:
+    """The fingerprint in a run folder, of its summary or else of its checkpoint; None where neither tells it."""
+    if found := of_summary(run):
+        return found
+    try:
+        saved = checkpoint.load(run)
+    except (ConfigError, FileError):  # damaged: whoever needs it says so
+        return None
+    return saved.state.get(DATA) if saved is not None else None
+
+
+def of_summary(run: Path) -> Fingerprint | None:
+    """The fingerprint in a run's `summary.json`; None where it has none, as in version 0.1, or cannot be read."""
+    try:
+        found = read_summary(run).get(DATA)
+    except (ConfigError, FileError):
+        return None
+    return found if isinstance(found, dict) else None
