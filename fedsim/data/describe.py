@@ -1,12 +1,11 @@
 """What a split of the data looks like, as rows, lines and a picture; and which workloads there are.
 
-May import: numpy, yaml, matplotlib (lazily), `devices.reading`, fedsim's workload, trust and durable files. Reads the
-texts of the config folder.
+May import: numpy, yaml, matplotlib (lazily), `devices.reading`, fedsim's workload, trust, strict_json and durable
+files. Reads the texts of the config folder.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -20,6 +19,7 @@ from devices.errors import FileError
 from devices.figures import legend_label, new_figure, save_figure
 from devices.reading import read_json
 from devices.texts import NAME_LETTERS, visible
+from fedsim import strict_json
 from fedsim.durable import write_atomic
 from fedsim.run_place import SPLIT
 from fedsim.trust import locate as locate_class
@@ -111,7 +111,7 @@ def split_of(workload: Workload, limit: int = 50) -> Split:
 
 def keep_split(workload: Workload, folder: Path) -> None:
     """Writes the split into a run folder, for `kept_split`."""
-    write_atomic(folder / SPLIT, json.dumps(split_of(workload)._asdict()) + "\n")
+    write_atomic(folder / SPLIT, strict_json.dumps(split_of(workload)._asdict()) + "\n")
 
 
 def kept_split(folder: Path) -> Split | None:
