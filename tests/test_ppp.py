@@ -303,7 +303,7 @@ def uplinks(made, worker_rounds: int):
             replies.append((client, message.content, answer))
         yield number, worker, replies
         updates = [update_of(answer, client) for client, _, answer in replies]
-        made.take(record_of(made.strategy.combine(number, updates)))
+        made.take(number, record_of(made.strategy.combine(number, updates)))
 
 
 @pytest.mark.parametrize("mode", ["full", "masked"])
