@@ -12,7 +12,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from conftest import DAILY
+from conftest import DAILY, honest
 from flwr.app import ArrayRecord, ConfigRecord
 from test_methods import TINY as BLOBS
 
@@ -222,7 +222,7 @@ def test_every_method_goes_on_from_what_it_wrote_down(choice: str):
     With batch norm: numbers without a dimension are on their way, too.
     """
     norm = "model.norm=null" if choice.endswith("=fjord") else "model.norm=batch"
-    given = [*BLOBS, choice, norm, "rounds=4", "evaluate_clients=2", "cohort=4"]
+    given = [*BLOBS, *honest([choice]), choice, norm, "rounds=4", "evaluate_clients=2", "cohort=4"]
     settings = compose(given)
 
     def federation() -> Federation:
