@@ -479,7 +479,7 @@ def _number(
     optional: bool = False,
     prefix: str = "",
 ) -> None:
-    value = settings[key]
+    value = _given(settings, key, prefix)
     if value is None and optional:
         return
     bounds = [f"{'of ' if whole else ''}at least {least:g}"] if least is not None else []
@@ -497,8 +497,14 @@ def _number(
 
 
 def _choice(settings: Settings, key: str, allowed: Sequence[str], prefix: str = "") -> None:
-    if settings[key] not in allowed:
-        raise ConfigError(unknown(f"value for {prefix}{key}", settings[key], allowed))
+    if (value := _given(settings, key, prefix)) not in allowed:
+        raise ConfigError(unknown(f"value for {prefix}{key}", value, allowed))
+
+
+def _given(settings: Settings, key: str, prefix: str) -> Any:
+    if key not in settings:
+        raise ConfigError(f"the setting {prefix}{key} is missing; a whole configuration has it")
+    return settings[key]
 
 
 # --- building ----------------------------------------------------------------------------------------------------

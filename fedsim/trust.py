@@ -184,10 +184,15 @@ def _no_downloads(key: str, target: Any, tree: Mapping[str, Any]) -> None:
     """Refuses weights for torchvision's factories: they fetch them, some without being asked."""
     if not str(target.__module__).startswith("torchvision."):
         return
-    for name, parameter in inspect.signature(target).parameters.items():
-        default = None if parameter.default is parameter.empty else parameter.default
-        if name.startswith(("weights", "pretrained")) and tree.get(name, default) not in (None, False):
-            raise ConfigError(f"{key}.{name} must be null: torchvision would download weights; got {tree.get(name)!r}")
+    defaults = {n: None if p.default is p.empty else p.default for n, p in inspect.signature(target).parameters.items()}
+    if inspect.isfunction(target) and (tree.get("_args_") or not any(name.startswith("weights") for name in defaults)):
+        raise ConfigError(
+            f"{key}: {target.__module__}.{target.__qualname__} could download weights; take a factory of one network, "
+            "such as torchvision.models.resnet18, with named settings"
+        )
+    for name, value in {**defaults, **tree}.items():
+        if str(name).startswith(("weights", "pretrained")) and value not in (None, False):
+            raise ConfigError(f"{key}.{name} must be null: torchvision would download weights; got {value!r}")
 
 
 # --- one name ---------------------------------------------------------------------------------------------------------
@@ -211,6 +216,9 @@ def locate(key: str, name: Any, kinds: Kinds = None, partial: bool = False) -> A
         raise _refused(key, name, "it is no dotted path of a class or function")
     module = _module(key, name)
     found = module
+    if module.__name__ == name and "." in name:  # a function may have the name of its module, as torchvision's alexnet
+        package, _, leaf = name.rpartition(".")
+        found = getattr(sys.modules[package], leaf)
     for part in name.split(".")[module.__name__.count(".") + 1 :]:
         try:
             found = getattr(found, part)

@@ -121,6 +121,23 @@ def test_an_object_must_be_of_the_kind_of_its_place(group: str, name: str):
                 check_tree(other, {"_target_": name}, group_kinds(other))
 
 
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"_target_": "torchvision.models.get_model", "name": "alexnet", "weights": "DEFAULT"},
+        {"_target_": "torchvision.models.get_model", "name": "fasterrcnn_resnet50_fpn"},
+        {"_target_": "torchvision.models.alexnet", "_args_": ["DEFAULT"]},
+    ],
+)
+def test_no_way_round_fetches_weights_of_torchvision(tree: dict):
+    with pytest.raises(ConfigError, match="could download weights; take a factory of one network"):
+        check_tree("model", tree, group_kinds("model"))
+
+
+def test_a_function_with_the_name_of_its_module_is_found():
+    check_tree("model", {"_target_": "torchvision.models.alexnet"}, group_kinds("model"))
+
+
 def test_weights_of_torchvision_are_not_fetched():
     for factory, more in (("resnet18", {"weights": "DEFAULT"}), ("detection.fasterrcnn_resnet50_fpn", {})):
         with pytest.raises(ConfigError, match=r"weights\w* must be null: torchvision would download weights"):
