@@ -2,12 +2,10 @@
 
 Source: Aljundi et al., "Gradient based sample selection for online continual learning", NeurIPS 2019, algorithm 2.
 Gradients are those of the last layer. State: gss_scores [memory] float32; see ReplayTrainer. May import: what
-`clients.trainers.replay` may, clients.trainers.gradients, clients.trainers.reservoir.
+`clients.trainers.replay` may, clients.trainers.gradients.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +13,8 @@ from torch.nn import functional as F
 
 from clients.trainers.base import ClientContext
 from clients.trainers.gradients import matrix_product
-from clients.trainers.memory import Memory, refuse_picking
-from clients.trainers.replay import ReplayTrainer
+from clients.trainers.memory import Memory
+from clients.trainers.replay import StreamReplayTrainer
 from clients.trainers.selection import Pool
 from fedsim.messages import Broadcast
 from fedsim.workload import Tensors
@@ -43,19 +41,12 @@ def replaced(score: float, held: Tensor, draw: torch.Generator) -> int | None:
     return place if taken else None
 
 
-class GSSTrainer(ReplayTrainer):
+class GSSTrainer(StreamReplayTrainer):
     """Replays from a memory that every new example may enter in the place of a less diverse one.
 
     Args:
-        replay: arguments of ReplayTrainer, but for those that are about picking when a task has ended.
-
-    Raises:
-        ConfigError: for these.
+        replay: arguments of StreamReplayTrainer.
     """
-
-    def __init__(self, **replay: Any):
-        refuse_picking(type(self).__name__, replay)
-        super().__init__(**replay)
 
     def begin(self, client: ClientContext, task: Broadcast, memory: Memory) -> None:
         self.scores = client.state.get(SCORES, torch.empty(0)).clone()

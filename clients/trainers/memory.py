@@ -7,37 +7,20 @@ clients.trainers.base, clients.trainers.samples.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from clients.trainers import samples
 from clients.trainers.base import ClientContext
-from fedsim.errors import ConfigError
 from fedsim.workload import Tensors, in_format
 
 NAMES, PHASES = "memory_names", "memory_phases"
 CANDIDATES, PHASE = "candidate_names", "phase"
 SIDE_BYTES = 4  # of an example beside its input: label and task, two bytes each
 NONE = torch.empty(0, dtype=torch.int64)
-PICKING = ("selection", "candidate_size", "class_balanced")  # settings of `ReplayTrainer`
-
-
-def refuse_picking(trainer: str, replay: Mapping[str, Any]) -> None:
-    """Refuses settings of `ReplayTrainer` that a memory has no use for which follows the stream.
-
-    Raises:
-        ConfigError: names the setting.
-    """
-    for key in PICKING:
-        if key in replay:
-            raise ConfigError(
-                f"trainer.{key} has no meaning for {trainer}, whose memory follows the stream: nothing is picked "
-                "when a task has ended; leave it out"
-            )
 
 
 def example_bytes(client: ClientContext, input_bytes: int) -> int:

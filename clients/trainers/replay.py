@@ -30,6 +30,7 @@ from fedsim.seeding import generator
 from fedsim.workload import Tensors, Workload
 
 PART = "part"
+PICKING = ("selection", "candidate_size", "class_balanced")
 END_OF_TASK = "end_of_task"  # the question that makes a client pick from the task that has ended
 
 
@@ -329,6 +330,26 @@ class ReplayTrainer(SGDTrainer):
         batch_size = min(self.stream_of(client)[0], self.batch_size, len(client.data.train))
         batch_size += self.replay_batch_size if memory is not None and self.replays(memory) else 0
         client.log.reserve(self.step_bytes(client.network, batch_size, self.copies(client, task)))
+
+
+class StreamReplayTrainer(ReplayTrainer):
+    """Replays from a memory that follows the stream: nothing is picked when a task has ended.
+
+    Args:
+        replay: arguments of ReplayTrainer, but for PICKING.
+
+    Raises:
+        ConfigError: for these.
+    """
+
+    def __init__(self, **replay: Any):
+        for key in PICKING:
+            if key in replay:
+                raise ConfigError(
+                    f"trainer.{key} has no meaning for {type(self).__name__}, whose memory follows the stream: nothing "
+                    "is picked when a task has ended; leave it out"
+                )
+        super().__init__(**replay)
 
 
 def _require(key: str, value: object, holds: bool, allowed: str) -> None:

@@ -6,33 +6,24 @@ Reservoir", 1985. State: reservoir_seen [], part []; see ReplayTrainer. May impo
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from clients.trainers.base import ClientContext
-from clients.trainers.memory import Memory, refuse_picking
-from clients.trainers.replay import ReplayTrainer
+from clients.trainers.memory import Memory
+from clients.trainers.replay import StreamReplayTrainer
 from fedsim.messages import Broadcast
 from fedsim.workload import Tensors
 
 SEEN = "reservoir_seen"
 
 
-class ReservoirTrainer(ReplayTrainer):
+class ReservoirTrainer(StreamReplayTrainer):
     """After n examples, a new one enters with probability J / n at a random place; tasks need not be told apart.
 
     Args:
-        replay: arguments of ReplayTrainer, but for those that are about picking when a task has ended.
-
-    Raises:
-        ConfigError: for these.
+        replay: arguments of StreamReplayTrainer.
     """
-
-    def __init__(self, **replay: Any):
-        refuse_picking(type(self).__name__, replay)
-        super().__init__(**replay)
 
     def begin(self, client: ClientContext, task: Broadcast, memory: Memory) -> None:
         self.left = self.new_here(client)
