@@ -36,13 +36,9 @@ class HeteroFL(WidthStrategy):
     Arguments are those of WidthStrategy.
     """
 
-    def combine(self, round: int, updates: list[ClientUpdate]) -> Tensors:
-        """The mean over those who hold a coordinate and, of the classifier's rows, have the class."""
-        return mean_by_coordinate(self.weights, [(self.weight(u), *self.counted(u)) for u in updates])
-
     def counted(self, update: ClientUpdate) -> tuple[Tensors, dict[str, dict[int, Tensor]]]:
-        """The tensors of an update that count, and where they belong."""
-        tensors, places = update.weights, self.indices(update)
+        """Of the classifier, only the rows of classes that the client has."""
+        tensors, places = super().counted(update)
         if CLASSES not in update.extras:
             return tensors, places
         classes = self.world.workload.num_classes

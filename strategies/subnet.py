@@ -63,7 +63,11 @@ class SubnetStrategy(EdgeStrategy):
 
     def combine(self, round: int, updates: list[ClientUpdate]) -> Tensors:
         """The mean over those who hold a coordinate, in client order and float64; integers are rounded."""
-        return mean_by_coordinate(self.weights, [(self.weight(u), u.weights, self.indices(u)) for u in updates])
+        return mean_by_coordinate(self.weights, [(self.weight(u), *self.counted(u)) for u in updates])
+
+    def counted(self, update: ClientUpdate) -> tuple[Tensors, dict[str, dict[int, torch.Tensor]]]:
+        """The tensors of an update that count, and where they belong: here all of them."""
+        return update.weights, self.indices(update)
 
     def weight(self, update: ClientUpdate) -> float:
         """How much a client counts where others hold the same coordinate: here its examples."""
