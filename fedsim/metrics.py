@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ AVERAGED: Mapping[str, str] = {
 }
 
 
+@cache
 def averaged_by(name: str) -> str:
     """Whether a metric of clients is averaged by examples or by clients; see AVERAGED."""
     known = [key for key in AVERAGED if name == key or name.startswith(f"{key}_")]
