@@ -34,6 +34,10 @@ class LiveBytes(TorchDispatchMode):
         self._live: dict[int, int] = {}
         self._held = 0
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # True imports torch's compiler, 0.7 s, only to say that it shall not compile this
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = {s._cdata for s in _storages((args, kwargs))}
         result = func(*args, **(kwargs or {}))

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from devices.cost import NetworkCost
 from devices.errors import DeviceError
@@ -55,8 +56,38 @@ def counter() -> FlopCounterMode:
 
     GRUs and Elman networks run as matrix products on the CPU and are counted without help. Use it as a context manager
     and read `get_total_flops()`. Matrix products, convolutions and attention count; norms, activations, pooling do not.
+    Its first use in a process imports torch's compiler; `Flops` counts the same without.
     """
     return FlopCounterMode(display=False, custom_mapping=RECURRENT_FLOPS)
+
+
+class Flops(TorchDispatchMode):
+    """Adds up torch's formulas for the operators that run while it is active, as `counter` does.
+
+    Attributes:
+        total: FLOPs so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # True imports torch's compiler, only to say that it shall not compile this
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with self:
+            parts = func.decompose(*args, **kwargs)
+        if parts is not NotImplemented:
+            return parts
+        result, operator = func(*args, **kwargs), func._overloadpacket
+        if operator in RECURRENT_FLOPS:
+            self.total += RECURRENT_FLOPS[operator](*args, **kwargs)
+        elif operator in flop_registry:
+            self.total += flop_registry[operator](*args, **kwargs, out_val=result)
+        return result
 
 
 def measure(model: nn.Module, loss: Loss, batch: dict[str, Tensor], name: str) -> NetworkCost:
@@ -102,14 +133,14 @@ def measure(model: nn.Module, loss: Loss, batch: dict[str, Tensor], name: str) -
         for module in network.modules():
             if next(module.children(), None) is None:
                 module.register_forward_pre_hook(count_call)
-        with counter() as forward:
+        with Flops() as forward:
             value = loss(network, batch)
-        with counter() as backward:
+        with Flops() as backward:
             step(value)
     return NetworkCost(
         name=name,
-        forward_flops=forward.get_total_flops() / size,
-        backward_flops=backward.get_total_flops() / size,
+        forward_flops=forward.total / size,
+        backward_flops=backward.total / size,
         parameter_bytes=sum(p.numel() * p.itemsize for p in network.parameters()),
         activation_bytes=-(-kept // size),
         calls=calls,

@@ -124,7 +124,7 @@ def parse_json(text: str, where: str) -> Any:
 # --- YAML ------------------------------------------------------------------------------------------------------------
 
 
-class UniqueKeys(yaml.SafeLoader):
+class UniqueKeys(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # in C where there is libyaml
     """Refuses a key that stands twice in one map; YAML itself would silently take the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -155,6 +155,7 @@ def parse_yaml(text: str, where: str) -> Any:
     """
     loader: UniqueKeys | None = None
     try:
+        _check_depth(text, where)
         loader = UniqueKeys(text)
         node = loader.get_single_node()
         if node is None:
@@ -163,13 +164,20 @@ def parse_yaml(text: str, where: str) -> Any:
         return loader.construct_document(node)
     except FileError:
         raise
-    except RecursionError as error:
-        raise FileError(f"{where} is not valid YAML: it nests too deeply") from error
     except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:  # ValueError: an impossible date
         raise FileError(f"{where} is not valid YAML: {_short(error)}") from error
     finally:
         if loader is not None:
             loader.dispose()
+
+
+def _check_depth(text: str, where: str) -> None:
+    """Refuses what nests too deeply, one mark after the other: libyaml's nodes are made by recursion without an end."""
+    depth = 0
+    for event in yaml.parse(text, UniqueKeys):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise FileError(f"{where} is not valid YAML: it nests more than {MAX_DEPTH} maps and lists")
 
 
 def _measure(root: yaml.Node, where: str) -> None:

@@ -97,6 +97,9 @@ class LayerTable:
         return cls(tuple(tuple(map(float, tree[kind])) for kind in KINDS))  # type: ignore[misc]
 
 
+SMALL = 1e11  # weights times values of the input: a real pass takes some tens of milliseconds at most
+
+
 def _table(values: np.ndarray) -> LayerTable:
     return LayerTable(tuple(tuple(map(float, row)) for row in values))  # type: ignore[misc]
 
@@ -105,7 +108,8 @@ def trace(model: nn.Module, example: Tensor | tuple[Any, ...]) -> LayerTable:
     """Counts what `model(*example)` costs in evaluation mode, by layer kind.
 
     A copy without numbers runs: the model, its buffers, gradients and mode and torch's random state stay as they are.
-    Networks whose path depends on numbers run once more as a real copy. Forward hooks of the model run too. What is
+    Networks whose path depends on numbers run once more as a real copy, and small ones as that at once: shapes without
+    numbers cost the import of torch's compiler. Forward hooks of the model run too. What is
     computed from parameters alone (masked or normalised weights) is taken as folded, and free; so are views.
 
     Args:
@@ -120,13 +124,17 @@ def trace(model: nn.Module, example: Tensor | tuple[Any, ...]) -> LayerTable:
     batch = next((len(x) for x in tree_flatten(inputs)[0] if isinstance(x, Tensor) and x.ndim), 0)
     if batch == 0:
         raise DeviceError("a network is traced on one example or more, got none; give a tensor [batch, ...]")
-    failure = DeviceError("the network cannot be traced")
-    for replace in (_shape_of, Tensor.clone):  # numbers only where the path or a kernel asks for them
+    size = max(x.numel() for x in tree_flatten(inputs)[0] if isinstance(x, Tensor))
+    is_small = size * sum(t.numel() for t in _tensors(model)) < SMALL
+    ways = (_shape_of, _values_of)  # numbers only where the path or a kernel asks for them
+    failures: dict[object, DeviceError] = {}
+    for replace in reversed(ways) if is_small else ways:
         try:
             network = _copy(model, replace)
             given = tree_map(lambda x, new=replace: new(x.detach()) if isinstance(x, Tensor) else x, inputs)
         except Exception as error:
-            failure = DeviceError(f"network {type(model).__name__} cannot be copied for tracing: {_sentence(error)}")
+            name = type(model).__name__
+            failures[replace] = DeviceError(f"network {name} cannot be copied for tracing: {_sentence(error)}")
             continue
         recorder, place = _Recorder(_tensors(network)), _Place(network)
         try:
@@ -134,8 +142,8 @@ def trace(model: nn.Module, example: Tensor | tuple[Any, ...]) -> LayerTable:
                 network.eval()(*given)
             return _table(recorder.sums * [[1 / batch, 1 / batch, 1, 1]])
         except Exception as error:
-            failure = DeviceError(f"{place} cannot be traced: {_sentence(error)}")
-    raise failure
+            failures[replace] = DeviceError(f"{place} cannot be traced: {_sentence(error)}")
+    raise failures[_values_of]
 
 
 def _sentence(error: Exception) -> str:
@@ -143,7 +151,12 @@ def _sentence(error: Exception) -> str:
 
 
 def _shape_of(tensor: Tensor) -> Tensor:
-    return tensor.to("meta")
+    return tensor.contiguous().to("meta") if tensor.layout == torch.strided else tensor.to("meta")
+
+
+def _values_of(tensor: Tensor) -> Tensor:
+    """In torch's own order of dimensions, as shapes alone come: another needs copies between some layers."""
+    return tensor.clone(memory_format=torch.contiguous_format) if tensor.layout == torch.strided else tensor.clone()
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:
@@ -203,6 +216,10 @@ class _Recorder(TorchDispatchMode):
 
     def add(self, kind: str, macs: float, activations: float, weights: float, calls: float = 1) -> None:
         self.sums[KINDS.index(kind)] += macs, activations, weights, calls
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # True imports torch's compiler, 0.7 s, only to say that it shall not compile this
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs one operation and counts it."""

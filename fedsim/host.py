@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ UNITS = ((1e18, "EB"), (1e15, "PB"), (1e12, "TB"), (1e9, "GB"), (1e6, "MB"))
 CGROUP = Path("/sys/fs/cgroup/memory.max")
 COPIES = 4  # of the weights at least: the server's, a client's, its gradients and what it sends
 AT_ONCE = 2  # a layer's input and output are there together
+CERTAINLY = 4  # what needs less than this part of the host fits
 
 
 def host_bytes() -> int:
@@ -63,25 +65,33 @@ def model_bytes(
     """
     import torch
 
-    largest = 0.0
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        try:
+            with torch.device("meta"):
+                network = make(input_shape=input_shape, num_classes=num_classes).eval()
+        except Exception:  # a model that needs numbers, or is wrong: building it tells
+            return 0.0
+        tensors = list(chain(network.parameters(), network.buffers()))
+        weights = float(sum(math.prod(t.shape) * t.element_size() for t in tensors))
+        # Torch's shapes without numbers cost the import of its compiler, most of a second: a network that is surely
+        # small is run with one example instead. No layer's output has more values a pixel than the layer has weights.
+        at_most = weights * max(COPIES, math.prod(input_shape))
+        is_small = at_most < host_bytes() / CERTAINLY
+        place, examples = ("cpu", 1) if is_small else ("meta", batch)
+        largest = 0.0
 
-    def look(module: Any, given: Any, answer: Any) -> None:
-        nonlocal largest
-        if isinstance(answer, torch.Tensor):
-            largest = max(largest, float(math.prod(answer.shape) * answer.element_size()))
+        def look(module: Any, given: Any, answer: Any) -> None:
+            nonlocal largest
+            if isinstance(answer, torch.Tensor):
+                largest = max(largest, float(math.prod(answer.shape) * answer.element_size()))
 
-    weights = 0.0
-    try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"), torch.no_grad():
-            network = make(input_shape=input_shape, num_classes=num_classes).eval()
-            tensors = chain(network.parameters(), network.buffers())
-            weights = float(sum(math.prod(t.shape) * t.element_size() for t in tensors))
+        with suppress(Exception), torch.device(place):
+            if is_small:
+                network = make(input_shape=input_shape, num_classes=num_classes).eval()
             for module in network.modules():
                 module.register_forward_hook(look)
-            network(torch.zeros((batch, *input_shape), dtype=dtype))
-    except Exception:  # a model that needs numbers, or is wrong: building it tells
-        pass
-    return COPIES * weights + AT_ONCE * largest
+            network(torch.zeros((examples, *input_shape), dtype=dtype))
+    return COPIES * weights + AT_ONCE * largest * batch / examples
 
 
 def _size(count: float) -> str:

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -247,3 +249,31 @@ def test_wider_deeper_and_larger_batches_never_cost_less():
     small = price(coefficients, net(4, 2).features(1)[None])
     for larger in (net(8, 2).features(1), net(4, 3).features(1), net(4, 2).features(2)):
         assert (price(coefficients, larger[None]) > small).all()
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml")))
+def test_a_pass_with_numbers_counts_what_one_without_does(name: str, monkeypatch: pytest.MonkeyPatch):
+    shape = IMAGES.get(name, (3, 32, 32))
+    model = model_factory({"model": model_settings(name)})(input_shape=shape, num_classes=10)
+    x = torch.zeros(2, *shape, dtype=torch.long) if getattr(model, "takes_tokens", False) else torch.randn(2, *shape)
+    x = x.to(memory_format=torch.channels_last) if x.ndim == 4 else x
+    tables = []
+    for limit in (0.0, float("inf")):
+        monkeypatch.setattr("devices.trace.SMALL", limit)
+        tables.append(trace(model, x).rows)
+    assert tables[0] == tables[1]
+
+
+def test_pricing_a_small_network_leaves_torchs_compiler_alone():
+    """Its import takes most of a second, in every process that prices."""
+    code = (
+        "import sys, torch\n"
+        "from devices.meter import measure\n"
+        "from devices.trace import trace\n"
+        "from torch import nn\n"
+        "net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 3))\n"
+        "trace(net, torch.randn(2, 1, 8, 8))\n"
+        "measure(net, lambda m, b: m(b['x']).sum(), {'x': torch.randn(4, 1, 8, 8)}, 'net')\n"
+        "sys.exit('torch._dynamo' in sys.modules)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
