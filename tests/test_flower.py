@@ -134,6 +134,7 @@ def test_gives_the_bytes_of_the_local_run_and_listens_on_loopback_only(flwr, tmp
     assert command.left() == []
 
 
+@pytest.mark.slow
 @real
 def test_a_stream_of_tasks_gives_the_bytes_of_the_local_run(flwr, tmp_path: Path):
     """Coresets ride in the clients' state, and the question that ends a task is an exchange of its own."""

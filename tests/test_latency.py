@@ -143,16 +143,16 @@ def test_prices_come_back_from_yaml():
 
 
 def test_larger_batches_and_networks_never_cost_less():
+    pairs = []
+    for family in ("cnn", "resnet", "mobilenet", "mlp"):
+        members = [z for z in ZOO.values() if z.family == family]
+        traced = (trace(z.build(), z.example(1)).rows for z in (members[0], members[-1]))
+        pairs.append([NetworkCost(family, 0, 0, 0, 0, layers=rows) for rows in traced])
     for name in profile_names():
         profile = load_profile(name)
         if profile.kind == "mcu":
             continue
-        for family in ("cnn", "resnet", "mobilenet", "mlp"):
-            members = [z for z in ZOO.values() if z.family == family]
-            costs = [
-                NetworkCost(z.name, 0, 0, 0, 0, layers=trace(z.build(), z.example(1)).rows)
-                for z in (members[0], members[-1])
-            ]
+        for costs in pairs:
             small, large = (step_ms(cost, 1, profile) for cost in costs)
             assert small[0] <= large[0]
             assert step_ms(costs[0], 8, profile)[0] >= small[0] > 0

@@ -290,8 +290,16 @@ def spoken(federation: Federation) -> tuple[int, RecordDict]:
     return first.metadata.dst_node_id, first.content
 
 
-@pytest.mark.parametrize("model", options("model"))
-@pytest.mark.parametrize("trainer", options("trainer"))
+# The deepest networks, with every trainer slow; what differs between trainers does not hang on the depth.
+DEEP = ("bcresnet", "fbnet", "nb201")
+COUNTED = [
+    pytest.param(trainer, model, marks=[pytest.mark.slow] if model in DEEP and trainer != "sgd" else [])
+    for trainer in options("trainer")
+    for model in options("model")
+]
+
+
+@pytest.mark.parametrize("trainer, model", COUNTED)
 def test_reported_flops_are_those_that_torch_counts(trainer: str, model: str):
     """One client's round through the real app: within 1 % of the project's counter, a short last batch included."""
     settings = compose([*fitting(model), taken("trainer", trainer), "trainer.local_epochs=2"])

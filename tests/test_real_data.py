@@ -63,6 +63,7 @@ def test_averages_of_lines_are_mixed_behind_the_embedding(tmp_path, method: str)
     assert ("taylor" in metrics) == (method == "fedmix")
 
 
+@pytest.mark.slow
 def test_keywords_are_learned_from_spectrograms(tmp_path):
     """3,659 clips of 12 classes, judged on other speakers. Seeds 1-3 reach 0.232, 0.191, 0.249; chance is 0.09."""
     overrides = ["workload=kws", "workload.input_range=standard", "partition=iid", "num_clients=4", "cohort=4"]

@@ -291,7 +291,7 @@ def test_a_killed_command_goes_on_elsewhere(tmp_path: Path, monkeypatch):
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("given", [RICH, SURPLUS], ids=["rich", "surplus"])
+@pytest.mark.parametrize("given", [RICH, pytest.param(SURPLUS, marks=pytest.mark.slow)], ids=["rich", "surplus"])
 def test_the_rest_may_run_on_another_engine(go, tmp_path: Path, given: tuple[str, ...]):
     from fedsim.engines.ray import RayGrid
 

@@ -47,7 +47,6 @@ FILE: dict[str, Any] = {
 FAKE = """
 import json, sys, yaml
 from pathlib import Path
-from fedsim.report import RoundReport
 from fedsim.settings import compose
 if sys.argv[1] == "resume":
     Path(sys.argv[2], "checkpoint").rename(Path(sys.argv[2], "summary.json"))
@@ -416,7 +415,7 @@ def test_a_curve_is_the_mean_over_seeds_at_each_evaluation(file, fedsim):
 
 
 def test_with_many_arms_the_best_are_drawn_and_the_compared_one(file, fedsim):
-    ratios = [round(0.05 * n, 2) for n in range(1, MOST_LINES + 3)]
+    ratios = [round(0.05 * n, 2) for n in range(1, MOST_LINES + 3)]  # two more than are drawn
     grid = {"overrides": ["method=local_mixup"], "grid": {"trainer.mix_ratio": ratios}}
     arms = {"Plain": ["method=fedavg"], "R {mix_ratio}": grid}
     assert fedsim("study", file(arms=arms, seeds=[1], x=["joules", "peak_memory_bytes"]), "--jobs", "8")[0] == 0
