@@ -13,6 +13,7 @@ import stat
 import sys
 import warnings
 from contextlib import closing, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -546,7 +547,8 @@ def run_one(settings: dict[str, Any], unfinished: Path | None = None) -> dict[st
     with new_run_folder(settings) if unfinished is None else nullcontext(unfinished) as folder:
         _folders[:] = [folder]
         with closing(build_engine(settings)) as engine, progress_bar(console, settings["rounds"]) as (watch, observe):
-            summary = run_federation(settings, engine, folder, watch, observe, resume=unfinished is not None)
+            resumed, announce = unfinished is not None, partial(console.print, highlight=False, soft_wrap=True)
+            summary = run_federation(settings, engine, folder, watch, observe, resumed, announce)
         write_page(folder)
     _folders.clear()
     console.print(closing_table(read_rounds(folder)))

@@ -26,7 +26,7 @@ from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 
 from devices.errors import DeviceError
 from devices.fleet import Fleet
-from fedsim import checkpoint, strict_json
+from fedsim import checkpoint, forecast, strict_json
 from fedsim import metrics as figures
 from fedsim.checkpoint import restore_strategy, strategy_state
 from fedsim.data.describe import keep_split
@@ -295,6 +295,7 @@ def run(
     watch: Watch | None = None,
     observe: Callable[[int], None] | None = None,
     resume: bool = False,
+    announce: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Runs one experiment into the folder `out` and returns its summary.
 
@@ -305,6 +306,7 @@ def run(
         watch: called with each round that has ended.
         observe: called with each client's id as its reply comes in.
         resume: `out` holds the beginning of this run: go on from its checkpoint, or from the start where it has none.
+        announce: told in a sentence how long a run that takes minutes will roughly be.
 
     Raises:
         ConfigError, DataError: before anything is written; to go on with other data than those of the beginning, too.
@@ -322,6 +324,8 @@ def run(
         priced = repriced(saved.priced, last + 1)
     folder = RunFolder(out, settings, resume, last, sums)
     keep_split(federation.world.workload, out)
+    if announce and (said := forecast.sentence(forecast.host_seconds(federation, max(last, 0)))):
+        announce(said)
     reports, started = folder.before, time.perf_counter()
     keeper = checkpoint.Checkpoints(out, settings["checkpoint_s"])
     if saved is not None:

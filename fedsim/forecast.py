@@ -1,0 +1,73 @@
+"""How long a run will roughly take on this host, so that nobody waits for hours unannounced.
+
+May import: devices.trace, fedsim's federation (its type) and seeding-free parts.
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from devices.errors import DeviceError
+
+if TYPE_CHECKING:
+    from fedsim.federation import Federation
+
+ANNOUNCED_S = 60.0  # shorter runs are simply waited for
+STEP_S, CLIENT_S, FLOPS_PER_S = 3e-4, 1e-3, 1.5e10  # a step's calls, a client's messages, one core at small batches
+FORWARD, STEP = 2, 6  # FLOPs of a multiply-add: judged, and trained forward and backward
+LOOKED_AT = 8  # clients whose data are counted
+
+
+def host_seconds(federation: Federation, after: int = 0) -> float:
+    """The time that training and judging will take at least, from their steps and multiply-adds; a rough figure.
+
+    What a method does beside its steps is not in it, nor what two workers gain: it is right within a small factor.
+
+    Args:
+        federation: before its first round.
+        after: rounds that are behind it.
+    """
+    settings, workload = federation.settings, federation.world.workload
+    trainer, rounds = settings["trainer"], settings["rounds"] - after
+    cohort = min(settings["cohort"], workload.num_clients)
+    ids = range(0, workload.num_clients, max(1, workload.num_clients // LOOKED_AT))
+    sizes = [len(workload.client_data(i).train) for i in islice(ids, LOOKED_AT)]
+    size = sum(sizes) / len(sizes)
+    batch = max(1, min(_number(trainer, "batch_size", 1), size))
+    epochs = _number(trainer, "local_epochs", 1)
+    steps = _number(trainer, "local_steps", epochs * -(-size // batch))
+    judged = len(workload.test) * (rounds // settings["evaluate_every"] + 1)
+    judged += rounds * settings["evaluate_clients"] / settings["evaluate_every"] * size
+    macs = _macs(federation)
+    per_round = cohort * (CLIENT_S + steps * (STEP_S + STEP * macs * batch / FLOPS_PER_S))
+    return float(rounds * per_round + judged * FORWARD * macs / FLOPS_PER_S)
+
+
+def sentence(seconds: float) -> str:
+    """What is said before a run that takes longer than a minute; empty before others."""
+    from fedsim.console import simulated
+
+    if seconds < ANNOUNCED_S:
+        return ""
+    return (
+        f"roughly {simulated(seconds)} of training on one core lie ahead; "
+        "Ctrl-C keeps what is done, and fedsim resume goes on from there"
+    )
+
+
+def _number(settings: dict[str, Any], key: str, default: float) -> float:
+    """A setting of the trainer; the default where it has none, as trainers from elsewhere may."""
+    value = settings.get(key)
+    return default if isinstance(value, bool) or not isinstance(value, int | float) else value
+
+
+def _macs(federation: Federation) -> float:
+    """Of one example; a multiply-add per weight where the network cannot be traced."""
+    from devices.trace import trace
+
+    model = federation.model
+    try:
+        return trace(model, federation.world.workload.sample(1)["x"]).macs
+    except DeviceError:
+        return float(sum(p.numel() for p in model.parameters()))

@@ -1,0 +1,43 @@
+"""The announcement of long runs: what it grows with, and who sees it."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import TINY
+
+from fedsim import forecast
+
+
+def test_twice_the_rounds_or_clients_take_twice_as_long(federation):
+    """Without judging, which happens once more than there are rounds."""
+    one, rounds, cohort = (
+        forecast.host_seconds(federation("workload.test_examples=1", "evaluate_every=2", *more))
+        for more in ((), ("rounds=4", "evaluate_every=4"), ("cohort=6",))
+    )
+    assert rounds == pytest.approx(2 * one, rel=1e-3)
+    assert cohort == pytest.approx(2 * one, rel=1e-3)
+
+
+def test_what_is_behind_a_resumed_run_does_not_count(federation):
+    made = federation("rounds=10")
+    assert forecast.host_seconds(made, after=9) < forecast.host_seconds(made) / 5
+
+
+def test_more_passes_and_a_larger_network_take_longer(federation):
+    short = forecast.host_seconds(federation())
+    assert forecast.host_seconds(federation("trainer.local_epochs=50")) > 10 * short
+    assert forecast.host_seconds(federation("trainer.local_steps=1000")) > 100 * short
+    assert forecast.host_seconds(federation("model.hidden=[2000,2000]")) > 1.5 * short
+
+
+def test_a_run_of_seconds_is_not_announced():
+    assert forecast.sentence(59.0) == ""
+    assert forecast.sentence(7200.0).startswith("roughly 2.00 h of training on one core lie ahead; ")
+
+
+def test_a_long_run_is_announced_before_it_begins(fedsim, tmp_path, monkeypatch):
+    monkeypatch.setattr(forecast, "ANNOUNCED_S", 0.0)
+    monkeypatch.chdir(tmp_path)
+    ended = fedsim("run", *TINY, "out=here")
+    assert (ended.code, ended.err) == (0, "")
+    assert ended.out.startswith("roughly 0.")
