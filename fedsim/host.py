@@ -52,7 +52,7 @@ def check_fits(what: str, needed: float) -> None:
 
 
 def model_bytes(
-    make: Callable[..., Any], input_shape: tuple[int, ...], num_classes: int, batch: int, dtype: torch.dtype
+    make: Callable[..., Any], input_shape: tuple[int, ...], num_classes: int | None, batch: int, dtype: torch.dtype
 ) -> float:
     """The least that training and judging a model takes, without making it; 0 where that cannot be known.
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from devices.errors import DeviceError, unknown
 from fedsim.errors import ConfigError
+from fedsim.host import AT_ONCE, check_fits, model_bytes
 from fedsim.trust import check_file, locate
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ IMAGE, CLASSES = (3, 32, 32), 10  # of an example, and of the output, where nobo
 LARGE_IMAGE, LARGER_IMAGE = (3, 224, 224), (3, 299, 299)  # of torchvision's networks, and of its Inception
 TORCHVISION = "torchvision.models."
 OFFERED = ("num_classes", "input_shape")  # arguments that a constructor is given if it has them
+NUMBER_BYTES = 4
 HELD_ON = 4  # examples of a batch whose memory is counted
 FORMS = "a class of your own is FILE.py:CLASS, a network of torchvision torchvision.models.NAME"
 
@@ -84,6 +87,9 @@ def named_model(
     from fedsim.settings import options
 
     given = (tokens,) if tokens else tuple(input_shape) if input_shape else None
+    if given:
+        option = f"--tokens {tokens}" if tokens else f"--input-shape {','.join(map(str, given))}"
+        check_fits(option, NUMBER_BYTES * AT_ONCE * HELD_ON * math.prod(given))
     if name in ZOO:
         return _of_the_zoo(name, given)
     file, _, wanted = name.rpartition(":")
@@ -94,7 +100,7 @@ def named_model(
         module = _of_a_file(path, wanted if file.endswith(".py") else "", name, shape, num_classes or CLASSES)
     elif name.startswith(TORCHVISION):
         shape = given or (LARGER_IMAGE if name.endswith("inception_v3") else LARGE_IMAGE)
-        module = _of_torchvision(name, num_classes)
+        module = _of_torchvision(name, shape, num_classes)
     elif name in options("model"):
         shape = given or IMAGE
         module = _of_a_config(name, shape, num_classes or CLASSES)
@@ -207,14 +213,14 @@ def _of_a_config(name: str, shape: tuple[int, ...], num_classes: int) -> nn.Modu
     settings = model_settings(name)
     if len(shape) != 1 and _is_of_tokens(str(settings["_target_"])):
         raise ConfigError(f"model {name} takes token ids; say how long a sequence is, e.g. --tokens 80")
-    return model_factory({"model": settings})(input_shape=shape, num_classes=num_classes)
+    return _fitting(model_factory({"model": settings}), name, shape, num_classes)
 
 
 def _is_of_tokens(target: str) -> bool:
     return bool(getattr(locate("model._target_", target), "takes_tokens", False))
 
 
-def _of_torchvision(name: str, num_classes: int | None) -> nn.Module:
+def _of_torchvision(name: str, shape: tuple[int, ...], num_classes: int | None) -> nn.Module:
     import torchvision.models
 
     wanted, known = name.removeprefix(TORCHVISION), torchvision.models.list_models(torchvision.models)
@@ -225,9 +231,26 @@ def _of_torchvision(name: str, num_classes: int | None) -> nn.Module:
     # Weights are drawn slowly by some, and a head that only training has is no part of what is deployed.
     extra: dict[str, Any] = {"aux_logits": False} if wanted in ("googlenet", "inception_v3") else {}
     extra |= {"init_weights": False} if wanted.startswith(("googlenet", "inception", "vgg")) else {}
-    classes = {"num_classes": num_classes} if num_classes else {}
-    built: nn.Module = torchvision.models.get_model(wanted, weights=None, **extra, **classes)
-    return built
+
+    def make(input_shape: tuple[int, ...], num_classes: int | None) -> nn.Module:
+        classes = {"num_classes": num_classes} if num_classes else {}
+        built: nn.Module = torchvision.models.get_model(wanted, weights=None, **extra, **classes)
+        return built
+
+    return _fitting(make, name, shape, num_classes)
+
+
+def _fitting(make: Callable[..., nn.Module], name: str, shape: tuple[int, ...], num_classes: int | None) -> nn.Module:
+    """Makes a network that this host can hold.
+
+    Raises:
+        ConfigError: before it is made, if it cannot.
+    """
+    import torch
+
+    with_classes = f" with --num-classes {num_classes}" if num_classes else ""
+    check_fits(f"model {name}{with_classes}", model_bytes(make, shape, num_classes, 1, torch.float32))
+    return make(input_shape=shape, num_classes=num_classes)
 
 
 def _of_a_file(path: Path, wanted: str, name: str, shape: tuple[int, ...], num_classes: int) -> nn.Module:

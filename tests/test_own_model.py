@@ -1,5 +1,6 @@
 """Networks that a user names on the command line, and the sentence for those that cannot be had."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -129,3 +130,20 @@ def test_file_that_fails_and_wrong_shape_say_so(file: Path):
         named_model(f"{file.with_name('bad.py')}:Net")
     with pytest.raises(ConfigError, match=r"--input-shape 1,5,5 right"):
         measured(named_model(f"{file}:make", (1, 5, 5)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            {"name": "torchvision.models.alexnet", "num_classes": 10**6},
+            "model torchvision.models.alexnet with --num-cl",
+        ),
+        ({"name": "lenet5", "input_shape": (1, 10**6, 10**6)}, "--input-shape 1,1000000,1000000 needs 32 TB of memory"),
+        ({"name": "mlp", "input_shape": (1, 4000, 4000), "num_classes": 10}, "model mlp with --num-classes 10 needs"),
+    ],
+)
+def test_a_network_that_this_host_cannot_hold_is_refused_before_it_is_made(arguments, words, monkeypatch):
+    monkeypatch.setattr("fedsim.host.host_bytes", lambda: 8 * 10**9)
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        named_model(**arguments)
