@@ -351,6 +351,15 @@ def _prices(file: str, key: str, tree: Any) -> Prices:
     for name in ("error", "rows", "networks", "largest_mmacs", "overlap", "extra_calls", "constant_ms", "threads"):
         if name in tree:
             _plain(file, f"{key}.{name}", tree[name], _FROM_ZERO)
+    for name in ("runtime", "precision", "source"):
+        if not isinstance(tree.get(name, ""), str):
+            raise DeviceError(f"{file}: key '{key}.{name}' must be text, got {reprlib.repr(tree[name])}")
+    kinds = tree.get("kinds", [])
+    if not isinstance(kinds, list) or any(kind not in TABLE_KINDS for kind in kinds):
+        allowed = ", ".join(TABLE_KINDS)
+        raise DeviceError(f"{file}: key '{key}.kinds' must be a list of {allowed}, got {reprlib.repr(kinds)}")
+    if tree.get("provenance", PROVENANCES[0]) not in PROVENANCES:
+        raise DeviceError(f"{file}: {key}: {unknown('provenance', tree['provenance'], PROVENANCES)}")
     if tree.get("basis", "rows") not in BASES:
         raise DeviceError(f"{file}: {unknown(f'{key}.basis', tree['basis'], BASES)}")
     batches = tree.get("batches", [1, 1])

@@ -33,7 +33,7 @@ InputShape = Annotated[
 Classes = Annotated[
     int | None, typer.Option(help="Size of the output; 10 when left out, 1000 for torchvision.", min=1, max=MOST)
 ]
-Tokens = Annotated[int | None, typer.Option(help="The model takes sequences of so many token ids.", min=1, max=MOST)]
+Tokens = Annotated[int | None, typer.Option(help="The model takes sequences of so many token ids.", min=1, max=10**5)]
 Kind = Annotated[
     str | None, typer.Option(help="Only devices of a kind: phone, sbc, laptop, desktop, gpu, mcu, and so on.")
 ]

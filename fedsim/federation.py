@@ -33,7 +33,7 @@ from fedsim.data.describe import keep_split
 from fedsim.deployment import check_plan, deployments
 from fedsim.engines.blocks import is_plain_mean, mean_is_all
 from fedsim.errors import ClientError, ConfigError, NotFiniteError, RunError
-from fedsim.fingerprint import DATA, check_same
+from fedsim.fingerprint import DATA, check_same, of_run
 from fedsim.messages import ARRAYS, Instruction, all_finite, array_record, in_float64, like, record_of, tensors_of
 from fedsim.network import ONE_METHOD, ClientReport, EdgeGrid
 from fedsim.price_facts import price_facts
@@ -317,9 +317,9 @@ def run(
     federation = Federation(build_world(json.dumps(settings)), engine, observe)
     saved = checkpoint.load(out) if resume else None
     totals, priced, last, sums = Totals(), FROM_THE_START, -1, None
-    data = dict(federation.world.workload.fingerprint())
+    data = of_run(settings, federation.world.workload)
     if saved is not None:
-        check_same(saved.state.get(DATA), federation.world.workload, out)
+        check_same(saved.state.get(DATA), settings, federation.world.workload, out)
         totals, last, sums = _go_on(federation, saved, out), saved.round, saved.sums
         priced = repriced(saved.priced, last + 1)
     folder = RunFolder(out, settings, resume, last, sums)

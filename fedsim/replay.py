@@ -60,7 +60,7 @@ def instruction_of(
         DataError: if the data are others than those of the run.
     """
     kept, world = kept_instruction(folder), build_world(json.dumps(settings))
-    check_same((kept.data if kept is not None else None) or recorded(folder), world.workload, folder)
+    check_same((kept.data if kept is not None else None) or recorded(folder), settings, world.workload, folder)
     if kept is not None and (kept.round, kept.client) == (round, client):
         return kept
     if not 1 <= round <= settings["rounds"]:

@@ -23,12 +23,15 @@ if TYPE_CHECKING:
 NAME = Form("text or null", lambda value: value is None or isinstance(value, str))
 SETTINGS: Forms = {"seed": optional(WHOLE), "choices": optional(maps_of(NAME))}
 CHOSEN: Forms = dict.fromkeys(("workload", "fleet", "strategy", "trainer", "engine"), TEXT)
+OUTCOMES = Form(
+    "a map of whole numbers, 'completed' among them", lambda value: maps_of(WHOLE).fits(value) and "completed" in value
+)
 FIGURES: Forms = {
     **{"method": TEXT, "workload": TEXT, "fleet": TEXT, "seed": WHOLE, "rounds": WHOLE},
     "final": {"accuracy": FIGURE},
     "best": {"accuracy": FIGURE, "round": Form("a round or null", lambda value: value is None or WHOLE.fits(value))},
     "energy_j": {"total": NUMBER, "max_client": NUMBER, "waiting": NUMBER},
-    "outcomes": maps_of(WHOLE),
+    "outcomes": OUTCOMES,
     **dict.fromkeys(("simulated_s", "host_s"), NUMBER),
     **dict.fromkeys(("down_bytes", "up_bytes", "peak_memory_bytes", "storage_bytes"), WHOLE),
     "to_target": Form("a map or null", lambda value: value is None or isinstance(value, dict)),
@@ -38,7 +41,7 @@ FIGURES: Forms = {
     "compression": optional(MAPS),
 }
 TARGET = {"accuracy": NUMBER, "round": WHOLE, "simulated_s": NUMBER, "energy_j": NUMBER}
-PRICES = {"line": TEXT}
+PRICES = {"line": TEXT, "calls_share": NUMBER}
 CLIENTS_SEEN = {"population": WHOLE}
 NOTE = {"error": TEXT, "reason": TEXT}
 LATER_COLUMNS = {"down_joules", "compute_joules", "up_joules", "tail_joules"}  # fedsim 0.1 had their sum alone
@@ -156,7 +159,7 @@ def read_all_rows(folder: Path) -> pd.DataFrame | None:
     """
     import pandas as pd
 
-    tables = [read_rows(path).to_pandas() for path in row_files(folder)]
+    tables = [read_rows(path).replace_schema_metadata().to_pandas() for path in row_files(folder)]
     return pd.concat(tables) if tables else None
 
 

@@ -18,7 +18,7 @@ from devices.errors import FileError, unknown
 from devices.reading import read_yaml
 from devices.texts import file_name, storable
 from fedsim.errors import ConfigError, DataError
-from fedsim.fingerprint import SEED, Fingerprint, difference
+from fedsim.fingerprint import SEED, Fingerprint, difference, files_of
 from fedsim.metrics import ACCURACY
 from fedsim.parameters import said
 from fedsim.recorded_data import of_summary
@@ -385,7 +385,7 @@ def _other_data(run: Planned) -> str:
     """In what the data of a finished run differ from those here; empty where nothing does, or nobody can tell."""
     before = of_summary(run.folder)
     now = _data_here(run.settings, SEED in before) if before else None
-    return difference(before, now) if before and now else ""
+    return difference(before, {**now, **files_of(run.settings)}) if before and now else ""
 
 
 def _data_here(settings: Settings, drawn: bool) -> Fingerprint | None:

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from clients.app import app, worker_for
+from devices import profile
 from fedsim import checkpoint, fingerprint, study
 from fedsim import federation as federations
 from fedsim.data.arrays import Arrays, ArrayWorkload
@@ -309,3 +310,33 @@ def test_partitions_do_not_change_arrays():
         ArrayWorkload("w", part, part, list("abc"), "tabular", MLP, p, 4, 0) for p in (Iid(), Dirichlet(1.0), Natural())
     ]
     assert made[0].fingerprint() == made[1].fingerprint() == made[2].fingerprint()
+
+
+# Files of the fleet
+
+
+@pytest.mark.parametrize("changed", ["device", "trace", "a comment"])
+def test_a_run_is_not_taken_up_with_another_device_or_trace(changed: str, tmp_path: Path, monkeypatch, fedsim):
+    """Their figures decide on seconds and joules, and who is online, as the data do on accuracy."""
+    monkeypatch.chdir(tmp_path)
+    device, trace = tmp_path / "mine.yaml", tmp_path / "trace.json"
+    device.write_text((Path(profile.__file__).parent / "profiles" / "pixel3.yaml").read_text())
+    trace.write_text(json.dumps({"1": {"active": [0], "inactive": [900], "finish_time": 1000}}))
+    fleet = ["fleet.devices={./mine.yaml: 1}", "fleet.availability._target_=devices.availability.Trace"]
+    out = begun(bundle(tmp_path / "data"), Path("run"), *fleet, "+fleet.availability.path=trace.json")
+    build_world.cache_clear()
+    if changed == "a comment":
+        device.write_text(f"{device.read_text()}\n# mine\n")
+        assert fedsim("resume", str(out)).code == 0
+        return
+    if changed == "device":
+        tree = yaml.safe_load(device.read_text())
+        tree["power"]["compute_w"]["value"] *= 1.1
+        device.write_text(yaml.safe_dump(tree))
+    else:
+        trace.write_text(trace.read_text().replace("900", "800"))
+    name = "./mine.yaml" if changed == "device" else "trace.json"
+    for command in (("resume", str(out)), ("replay", str(out), "--round", "1", "--client", "0")):
+        ended = fedsim(*command)
+        assert ended.code == 2
+        assert f"(file {name} was " in ended.err

@@ -284,6 +284,10 @@ def test_a_variant_is_the_device_run_in_another_way():
         ({"inference": {"runtime": "x", "prices": {"conv": [1, 2, 3]}}}, "must be four numbers"),
         ({"inference": {"runtime": "x", "prices": {"conv": [1, 2, 3, -4]}}}, "0 or above, got -4"),
         ({"inference": {"runtime": "x", "basis": "row", "prices": {}}}, "did you mean 'rows'"),
+        ({"inference": {"runtime": [], "prices": {}}}, "runtime' must be text"),
+        ({"inference": {"runtime": "x", "precision": 3, "prices": {}}}, "precision' must be text"),
+        ({"inference": {"runtime": "x", "kinds": ["conf"], "prices": {}}}, "kinds' must be a list of"),
+        ({"inference": {"runtime": "x", "provenance": -1, "prices": {}}}, "unknown provenance '-1'"),
         ({"coefficients_ms": {"value": [1, 2], "provenance": "measured", "source": "x"}}, "a list of 29 numbers"),
     ],
 )

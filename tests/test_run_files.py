@@ -2,10 +2,12 @@
 
 import json
 import os
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.parquet as parquet
 import pytest
 from conftest import TINY, Ended
 
@@ -150,3 +152,41 @@ def may_be_taken(command: str, kind: str, file: str, damage: str) -> bool:
     if damage == "missing":
         return file in NOT_NEEDED or (command == "report" and file.startswith("clients"))
     return file == "rounds.jsonl" and damage in ("empty", "half")  # a line without its end is one cut short by a crash
+
+
+ODD = (None, {}, [], "x", -1, 1e308, {"x": 1}, True)
+
+
+def places(tree: dict) -> list[tuple[str, ...]]:
+    """Keys of a summary, and of the maps in it."""
+    return [(k,) for k in tree] + [(k, inner) for k, v in tree.items() if isinstance(v, dict) for inner in v]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("number", [25, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_a_summary_with_an_odd_value_makes_a_page_or_a_sentence(number: int, runs, tmp_path, fedsim):
+    """Each place of a foreign summary, left out or with another value."""
+    shutil.copytree(runs["finished"], tmp_path / "run")
+    path = tmp_path / "run" / "summary.json"
+    whole = json.loads(path.read_text())
+    tries = [(place, value) for place in places(whole) for value in ("left out", *ODD)]
+    wrong = []
+    for place, value in random.Random(20261127).sample(tries, min(number, len(tries))):
+        tree = json.loads(json.dumps(whole))
+        last = tree if len(place) == 1 else tree[place[0]]
+        last.pop(place[-1])
+        if value != "left out":
+            last[place[-1]] = value
+        path.write_text(json.dumps(tree))
+        ended = fedsim("report", str(tmp_path / "run"))
+        if ended.code not in (0, 2) or ended.err.count("\n") > 1:
+            wrong.append(f"{place} {value!r}: {ended.err[-200:]}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("kept", [b"{}", b"{not json", b'{"index_columns": ["client"], "columns": []}'])
+def test_what_pandas_has_kept_in_client_rows_does_not_matter(kept: bytes, runs, tmp_path, fedsim):
+    shutil.copytree(runs["finished"], tmp_path / "run")
+    path = next((tmp_path / "run" / "clients").glob("*.parquet"))
+    parquet.write_table(parquet.read_table(path).replace_schema_metadata({b"pandas": kept}), path)
+    assert fedsim("report", str(tmp_path / "run")).code == 0
