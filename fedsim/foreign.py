@@ -61,8 +61,6 @@ def check_foreign(flags: Sequence[str], overrides: Sequence[str]) -> list[str]:
         folders = [_folder("--config-path", known.config_path)]
     if known.config_dir:
         folders.append(_folder("--config-dir", known.config_dir))
-    for folder in folders[0 if known.config_path else 1 :]:
-        keep_out(folder)
     for folder in folders:
         _check_primary(folder / (name if name.endswith((".yaml", ".yml")) else f"{name}.yaml"))
     for run in [list(overrides)] if not _sweeps(flags, overrides) else _runs(overrides):
@@ -89,10 +87,11 @@ def _without(flags: Sequence[str], *names: str) -> list[str]:
 
 
 def _folder(flag: str, given: str) -> Path:
-    folder = Path(given).resolve()
+    folder = Path(given)
     if not folder.is_dir():
         raise ConfigError(f"{flag}={given} must be a folder")
-    return folder
+    keep_out(folder)
+    return folder.resolve()
 
 
 def _sweeps(flags: Sequence[str], overrides: Sequence[str]) -> bool:

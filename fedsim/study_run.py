@@ -19,7 +19,7 @@ from pathlib import Path
 from fedsim.errors import ConfigError
 from fedsim.leash import TIED
 from fedsim.study import Planned, can_go_on, is_finished
-from fedsim.trust import flags
+from fedsim.trust import environment, flags
 
 POLL_S, END_S = 0.2, 10.0  # between looks at the runs; that they have to close their folders
 COMMAND = (sys.executable, "-P", "-m", "fedsim.cli")  # -P: no file of the working folder stands in for a library
@@ -131,7 +131,7 @@ def _start(run: Planned, lock: int) -> _Running:
             stdin=subprocess.PIPE,  # its leash
             stdout=file,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **ONE_THREAD, TIED: "1"},
+            env={**os.environ, **ONE_THREAD, **environment(), TIED: "1"},
             start_new_session=True,
             pass_fds=(lock,),
         )

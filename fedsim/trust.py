@@ -3,8 +3,10 @@
 A run folder, a study or a config tree may come from somebody else, and a `_target_` in it would be called. It may name
 what comes with fedsim, Flower's strategies, `torch.nn`, `torchvision.models`, plug-ins (installed packages with the
 entry point group `fedsim.plugins`) and modules of the user's working folder; not modules in a run or study folder, nor
-below a folder that a command was given. It goes by where the object is defined, not by the path that leads to it, and
-the object must be of the kind that its place needs. Everything else needs `--allow-target NAME` on the command line.
+below a folder that a command was given. What is given may be a part of something larger that came with it, so of a
+folder or file deeper in the working folder, say pack/runs/A, all of pack is kept out. It goes by where the object is
+defined, not by the path that leads to it, and the object must be of the kind that its place needs. Everything else
+needs `--allow-target NAME` on the command line.
 May import: the standard library, hydra (lazily), devices.errors, fedsim.errors.
 """
 
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import os
 import re
 import site
@@ -33,7 +36,8 @@ OWN = ("fedsim", "clients", "strategies", "devices")
 LIBRARIES = ("flwr.serverapp.strategy", "torch.nn", "torchvision.models")
 PLUGINS = "fedsim.plugins"  # group of entry points, each naming a package
 FLAG = "--allow-target"
-ALLOWED, FOLDER = "FEDSIM_ALLOW_TARGET", "FEDSIM_WORKING_FOLDER"  # what fedsim tells the processes that it starts
+# What fedsim tells the processes that it starts.
+ALLOWED, FOLDER, KEPT_OUT = "FEDSIM_ALLOW_TARGET", "FEDSIM_WORKING_FOLDER", "FEDSIM_KEEP_OUT"
 MAY = (
     "fedsim's own packages, Flower's strategies, torch.nn, torchvision.models, plug-ins and modules of the working "
     "folder"
@@ -73,15 +77,24 @@ def begin(allowed: Iterable[str] = ()) -> None:
 
 
 def keep_out(folder: Path) -> None:
-    """Notes a folder that a command was given: modules below it are not the user's own."""
-    _given.append(folder.resolve())
+    """Notes a folder that a command was given: modules below it, or beside it in a deeper place, are not the user's.
+
+    Args:
+        folder: as it was given; a link counts as where it stands and as where it leads.
+    """
+    resolved, here = folder.resolve(), working_folder()
+    _given.append(resolved)
+    as_written = Path(os.path.abspath(folder))
+    for place in (resolved, *(above.resolve() for above in (as_written, *as_written.parents))):
+        if place != here and place.is_relative_to(here):
+            _given.append(here / place.relative_to(here).parts[0])
 
 
 def keep_out_beside(file: Path) -> None:
     """Likewise for a file that a command was given, unless it lies in the working folder itself or above it."""
-    folder = file.resolve().parent
-    if not working_folder().is_relative_to(folder):
-        _given.append(folder)
+    for folder in (Path(os.path.abspath(file)).parent, file.resolve().parent):
+        if not working_folder().is_relative_to(folder.resolve()):
+            keep_out(folder)
 
 
 def leave_to_the_driver() -> None:
@@ -96,13 +109,19 @@ def flags() -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """The variables that allow Flower's processes what this one was allowed."""
-    return {ALLOWED: ",".join(sorted(allowed())), FOLDER: str(working_folder())}
+    """The variables that allow the processes of a study or of Flower what this one was allowed, and no more."""
+    kept_out = sorted({str(folder) for folder in _kept_out()})
+    return {ALLOWED: ",".join(sorted(allowed())), FOLDER: str(working_folder()), KEPT_OUT: json.dumps(kept_out)}
 
 
 def allowed() -> set[str]:
     """The names behind `--allow-target`."""
     return _allowed | {name for name in os.environ.get(ALLOWED, "").split(",") if name}
+
+
+def _kept_out() -> list[Path]:
+    """Folders whose modules are not the user's own: this command's, and those of the one that started it."""
+    return [*_given, *map(Path, json.loads(os.environ.get(KEPT_OUT) or "[]"))]
 
 
 def working_folder() -> Path:
@@ -363,7 +382,9 @@ def _leads_to_library(module: str) -> bool:
 
 def _is_the_users(file: Path) -> bool:
     """Whether a file is in the working folder, not installed there, and in no folder that came from elsewhere."""
-    if not _is_below(file, working_folder()) or any(_is_below(file, folder) for folder in (*_given, *_installed())):
+    if not _is_below(file, working_folder()) or any(
+        _is_below(file, folder) for folder in (*_kept_out(), *_installed())
+    ):
         return False
     return not any(part in ("site-packages", "dist-packages") for part in file.parts) and not _came_with_a_run(file)
 
@@ -406,7 +427,7 @@ def _where(origin: str | None) -> str:
     file = Path(origin).resolve()
     if any(_is_below(file, folder) for folder in _installed()):
         return "another package"
-    if any(_is_below(file, folder) for folder in _given) or _is_below(file, working_folder()):
+    if any(_is_below(file, folder) for folder in _kept_out()) or _is_below(file, working_folder()):
         return "in a folder that came with the configuration"
     return f"in {file.parent}, which is not below the working folder"
 

@@ -226,6 +226,46 @@ def test_modules_below_a_folder_that_was_given_may_not_be_named(here: Path):
     assert not mark.exists()
 
 
+@pytest.mark.parametrize("kind", ["plain", "absolute", "a link above", "a link below", "a way round"])
+def test_modules_beside_a_deeper_folder_that_was_given_may_not_be_named(here: Path, kind: str):
+    """What somebody sent may be a pack of a run folder and a module beside it; the user's own lie elsewhere."""
+    mark = write_module(here / "sent" / "evil.py")
+    own = write_module(here / "mine_a.py"), write_module(here / "nets" / "mine_b.py")
+    (here / "sent" / "deep" / "run").mkdir(parents=True)
+    (here.parent / "other").mkdir()
+    (here.parent / "to_here").symlink_to(here)
+    (here / "sent" / "away").symlink_to(here.parent / "other")
+    given = {
+        "plain": Path("sent/deep/run"),
+        "absolute": here / "sent" / "deep" / "run",
+        "a link above": here.parent / "to_here" / "sent" / "away",
+        "a link below": Path("sent/away"),
+        "a way round": Path("nets/../sent/deep/run"),
+    }
+    trust.keep_out(given[kind])
+    with pytest.raises(
+        ConfigError, match=r"a folder that came with the configuration.* --allow-target sent\.evil\.Mine$"
+    ):
+        trainer("sent.evil.Mine")
+    assert not mark.exists()
+    trainer("mine_a.Mine")
+    if kind != "a way round":
+        trainer("nets.mine_b.Mine")
+        assert all(path.exists() for path in own)
+
+
+def test_a_process_that_is_started_keeps_out_what_this_one_does(here: Path, monkeypatch: pytest.MonkeyPatch):
+    mark = write_module(here / "sent" / "evil.py")
+    trust.keep_out_beside(here / "sent" / "a" / "study.yaml")
+    told = trust.environment()
+    trust.begin()
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"a folder that came with the configuration"):
+        trainer("sent.evil.Mine")
+    assert not mark.exists()
+
+
 def test_packages_that_are_installed_in_the_working_folder_are_not_the_users(here: Path, monkeypatch):
     packages = here / ".venv" / "lib" / "python3" / "site-packages"
     mark = write_module(packages / "installed.py")
@@ -293,6 +333,28 @@ def sent(here: Path) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+@pytest.mark.parametrize("door", [*DOORS, "config dir", "rows"])
+def test_no_command_calls_what_lies_beside_the_folder_that_it_was_given(here, sent, fedsim, door: str):
+    sent("trainer", "sent.evil.Mine")
+    for name, place in {"config.yaml": "run", "rounds.jsonl": "run", "study.yaml": "s"}.items():
+        (here / "sent" / place).mkdir(exist_ok=True)
+        (here / "sent" / name).rename(here / "sent" / place / name)
+    (here / "sent" / "s" / "mine.csv").write_text("network,input,batch,phase,ms\nsent/evil.py:Mine,4,1,forward,3.0\n")
+    option = here / "sent" / "dir" / "trainer" / "theirs.yaml"
+    option.parent.mkdir(parents=True)
+    option.write_text("_target_: sent.evil.Mine\nlr: 0.1\nbatch_size: 4\nlocal_epochs: 1\n")
+    more = {
+        "config dir": ["run", *TINY, "--config-dir", "sent/dir", "trainer=theirs", "out=again"],
+        "rows": ["devices", "calibrate", "raspberry_pi_4", "--rows", "sent/s/mine.csv"],
+    }
+    folder = "sent/s" if door == "study" else here / "sent" / "run"
+    code, _, err = fedsim(*(part.format(run=folder) for part in (DOORS | more)[door]))
+    assert (code, err.count("\n")) == (2, 1)
+    assert "--allow-target sent" in err
+    assert not (here / "sent" / "evil.ran").exists()
+    assert not (here / "again").exists()
 
 
 @pytest.mark.parametrize("door", DOORS)
