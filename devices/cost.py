@@ -213,6 +213,13 @@ class LatencyModel(ABC):
     def compute_s(self, work: Work, device: DeviceProfile) -> float:
         """Seconds that the passes of `work` take on `device`, without jitter."""
 
+    def least_s(self, work: Work, device: DeviceProfile) -> float:
+        """Seconds below which no unit of `device` computes the passes, in any round; 0 where no peak is known.
+
+        A multiply-add is two FLOPs.
+        """
+        return work.flops / 2 / device.peak_macs_per_s if device.peak_macs_per_s else 0.0
+
     def inference_ms(self, network: NetworkCost, device: DeviceProfile) -> float:
         """Milliseconds that one forward pass of one example takes on `device`, without jitter."""
         return 1e3 * self.compute_s(Work((Passes(network, 1, 1),)), device)
@@ -225,13 +232,14 @@ class LatencyModel(ABC):
         """Prices one client's round.
 
         Seconds: a transfer is its set-up in round trips plus bytes over bandwidth, times its jitter; compute is
-        `compute_s` times its jitter. Joules: a transfer takes its seconds times the watts of its direction, and so much
-        for each byte; compute takes `compute_joules`; then there is the tail of the radio, see `Cost`.
+        `compute_s` times its jitter, and `least_s` at least. Joules: a transfer takes its seconds times the watts of
+        its direction, and so much for each byte; compute takes `compute_joules`; then there is the tail of the radio,
+        see `Cost`.
         """
         setup_s = device.setup_round_trips * device.rtt_s
         down_s = (setup_s + work.down_bytes / device.down_bytes_per_s) * jitter.down
         up_s = (setup_s + work.up_bytes / device.up_bytes_per_s) * jitter.up
-        compute_s = self.compute_s(work, device) * jitter.compute
+        compute_s = max(self.compute_s(work, device) * jitter.compute, self.least_s(work, device))
         return Cost(
             down_s,
             compute_s,
@@ -250,4 +258,4 @@ class FlopsLatency(LatencyModel):
     """One rate per device, whatever the network: the naive baseline that other simulators use."""
 
     def compute_s(self, work: Work, device: DeviceProfile) -> float:
-        return work.flops / device.flops_per_s
+        return max(work.flops / device.flops_per_s, self.least_s(work, device))

@@ -26,7 +26,8 @@ from devices.columns import Phase, Physics, counts
 from devices.compression.kernels import int8_network
 from devices.errors import DeviceError
 from devices.host import OF_PEAK, HostFigures, measure_host
-from devices.latency import MOST_THREADS, NEWEST
+from devices.latency import MOST_THREADS
+from devices.limits import NEWEST
 from devices.prices import Prices
 from devices.prior import Facts, Prior, Sample, shipped_prior
 from devices.trace import LayerTable, trace
@@ -211,7 +212,7 @@ def _physics(result: Enrolment, section: str) -> tuple[Physics, Facts]:
     """What is known of the host for a section of its profile."""
     host = result.host
     clock = host.clock_ghz or USUAL_CLOCK_GHZ
-    isa = "x86" if host.isa == "none" else host.isa  # as `devices.latency.physics_of` takes a host
+    isa = "x86" if host.isa == "none" else host.isa  # as `devices.limits.physics_of` takes a host
     fp32 = Physics(result.peak_macs_per_s, host.bytes_per_s, isa, host.threads, clock, winograd=False)
     facts = Facts(min(host.threads, MOST_THREADS), isa=isa, year=NEWEST)
     if section == "int8":

@@ -14,18 +14,18 @@ import numpy as np
 import yaml
 
 from devices.calibrate import at_least, datasheet_prices
-from devices.columns import MAC_ROWS, TABLE_KINDS, Phase, Physics, from_0_1
+from devices.columns import MAC_ROWS, TABLE_KINDS, WINOGRAD_GAIN, Phase, Physics, from_0_1
 from devices.cost import LatencyModel, NetworkCost, Passes, Work
 from devices.errors import DeviceError
+from devices.limits import least_ms, least_work_s, physics_of
 from devices.prices import Prices
-from devices.prior import IN_ORDER, Facts, recalled, shipped_prior
+from devices.prior import Facts, shipped_prior
 from devices.profile import DeviceProfile, LatencyFacts
 from devices.trace import COLUMNS, KINDS, MAC_KINDS, LayerTable, trace
 
 USUAL_RATIO = 3.0  # a training step over a forward pass, where nothing is known of a device (FedScale's rule)
 MOST_FILLED = 0.5  # share of a reference's time that kinds may take that the references do not tell apart
 USUAL_BYTES_PER_S = 10e9  # of a memory that nobody named, for weights of layers that no reference has
-NEWEST = 2024.0  # year of the runtime that a device without measurements is priced with
 MOST_THREADS = 8  # of the training rows: what more threads do to a framework's calls is not extrapolated
 
 
@@ -65,22 +65,32 @@ class StructuredLatency(LatencyModel):
             total_ms += p.forwards * forward_ms
             if backwards:
                 total_ms += backwards * max(0.0, _step(prices, device).ms(layers, p.batch) - forward_ms)
-        return float(total_ms) / 1e3 / device.speed
+        return max(float(total_ms) / 1e3 / device.speed, least_work_s(work, device, prices.forward, prices.step))
+
+    def least_s(self, work: Work, device: DeviceProfile) -> float:
+        """Seconds of the passes at the device's peak and bandwidth."""
+        prices = device_prices(device)
+        return least_work_s(work, device, prices.forward, prices.step)
 
     def inference_ms(self, network: NetworkCost, device: DeviceProfile) -> float:
         """Milliseconds of one forward pass of one example in the device's inference runtime."""
-        return device_prices(device).inference.ms(_layers(network), 1) / device.speed
+        return pass_ms(device_prices(device).inference, network, 1, device, "inference")
 
     def compute_joules(self, work: Work, device: DeviceProfile, compute_s: float) -> float:
-        """Watts times seconds; on a card with an energy model, base watts times seconds plus its work."""
+        """Watts times seconds; on a card with an energy model, base watts times seconds plus its work.
+
+        A board draws its limit at most. Where the work would take more, the seconds are the better known of the two:
+        the joules of a multiply-add were carried from another card, or the unit is one that needs less for each.
+        """
+        limit = super().compute_joules(work, device, compute_s)
         if device.base_watts is None:
-            return super().compute_joules(work, device, compute_s)
+            return limit
         joules = device.base_watts * compute_s
         for p in work.passes:
             macs, moved = macs_and_bytes(_layers(p.network), p.batch)
             times = p.forwards + (USUAL_RATIO - 1) * _backwards(p)
             joules += times * (device.joules_per_mac * macs + device.joules_per_byte * moved)
-        return joules
+        return min(joules, limit)
 
 
 def _backwards(passes: Passes) -> float:
@@ -107,9 +117,23 @@ def step_ms(network: NetworkCost, batch: int, device: DeviceProfile) -> tuple[fl
     Raises:
         DeviceError: as `StructuredLatency.compute_s`.
     """
-    prices, layers = device_prices(device), _layers(network)
-    forward_ms = prices.inference.ms(layers, batch)
-    return forward_ms / device.speed, _step(prices, device).ms(layers, batch) / device.speed
+    prices = device_prices(device)
+    forward_ms = pass_ms(prices.inference, network, batch, device, "inference")
+    return forward_ms, pass_ms(_step(prices, device), network, batch, device, "step")
+
+
+def pass_ms(prices: Prices, network: NetworkCost, batch: int, device: DeviceProfile, what: str) -> float:
+    """Milliseconds of one pass on this unit of a device: never below what its datasheet allows.
+
+    Args:
+        prices: of the pass.
+        network: that was traced.
+        batch: examples.
+        device: the unit.
+        what: inference, forward (of the training runtime) or step.
+    """
+    layers = _layers(network)
+    return max(prices.ms(layers, batch) / device.speed, least_ms(layers, batch, device, what, prices))
 
 
 def int8_ms(network: NetworkCost, batch: int, device: DeviceProfile) -> float | None:
@@ -188,22 +212,6 @@ def from_datasheet(what: str, physical: tuple[Physics, Facts]) -> Prices:
     phase: Phase = "train_step" if what == "train_step" else "forward"
     basis = "datasheet" if card else "carried"
     return datasheet_prices(shipped_prior(family), own, single, phase, runtime, False, basis)
-
-
-def physics_of(device: DeviceProfile) -> tuple[Physics, Facts] | None:
-    """What the datasheet part of a profile says; None without a peak."""
-    if device.peak_macs_per_s is None:
-        return None
-    isa = device.isa
-    if isa == "none":
-        isa = {"gpu": "gpu", "mcu": "mcu"}.get(
-            device.kind, "arm" if device.kind in ("phone", "sbc", "embedded") else "x86"
-        )
-    usual = recalled()["usual_bandwidth"]
-    kind = {"server_cpu": "server", "host": "desktop", "accelerator": "embedded"}.get(device.kind, device.kind)
-    moved = device.memory_bytes_per_s or 1e9 * usual.get(kind, usual["embedded"])
-    physics = Physics(device.peak_macs_per_s, moved, isa, device.threads, device.clock_ghz)
-    return physics, Facts(device.threads, False, device.core in IN_ORDER, isa, NEWEST)
 
 
 # --- profiles of fedsim 0.1, estimators, and devices that only HELP's tables know -------------------------------------
@@ -334,7 +342,11 @@ class HelpLatency(LatencyModel):
         for p in work.passes:
             ms = p.batch * self.forward_ms(p.network, device)
             total_ms += ms * (p.forwards + (USUAL_RATIO - 1) * _backwards(p))
-        return total_ms / 1e3 / device.speed
+        return max(total_ms / 1e3 / device.speed, self.least_s(work, device))
+
+    def least_s(self, work: Work, device: DeviceProfile) -> float:
+        """Seconds of the passes at the peak; HELP's tables do not say which of their runtimes saved by Winograd."""
+        return super().least_s(work, device) / WINOGRAD_GAIN
 
     def forward_ms(self, network: NetworkCost, device: DeviceProfile) -> float:
         """Milliseconds of one forward pass on the device's model."""

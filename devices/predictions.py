@@ -7,7 +7,7 @@ from typing import Any
 
 from devices.cost import NetworkCost, Passes, Work
 from devices.errors import DeviceError
-from devices.latency import StructuredLatency, device_prices
+from devices.latency import StructuredLatency, device_prices, pass_ms
 from devices.prices import Prices
 from devices.profile import DeviceProfile
 
@@ -73,21 +73,24 @@ def predict(network: NetworkCost, batch: int, device: DeviceProfile) -> Predicti
     if network.layers is None:
         raise DeviceError(f"network {network.name!r} was not traced, so only latency=flops can price it")
     prices = device_prices(device)
-    forward = _passed(prices.inference, network, Passes(network, batch, 1), device)
-    step = _passed(prices.step, network, Passes(network, batch, 1, 1), device) if prices.step else None
+    forward = _passed(prices.inference, network, Passes(network, batch, 1), device, "inference")
+    step = _passed(prices.step, network, Passes(network, batch, 1, 1), device, "step") if prices.step else None
     return Prediction(device, batch, forward, step)
 
 
-def _passed(prices: Prices, network: NetworkCost, passes: Passes, device: DeviceProfile) -> Pass:
+def _passed(prices: Prices, network: NetworkCost, passes: Passes, device: DeviceProfile, what: str) -> Pass:
     layers = network.layers
     assert layers is not None
-    ms = prices.ms(layers, passes.batch) / device.speed
+    ms = pass_ms(prices, network, passes.batch, device, what)
+    remarks = prices.remarks(layers, passes.batch)
+    if ms > prices.ms(layers, passes.batch) / device.speed:
+        remarks.append("its prices are above the peak or bandwidth of the device, which count instead")
     return Pass(
         ms=ms,
         joules=StructuredLatency().compute_joules(Work((passes,)), device, ms / 1e3),
         error=prices.error,
         calls_share=prices.calls_share(layers, passes.batch),
-        remarks=tuple(prices.remarks(layers, passes.batch)),
+        remarks=tuple(remarks),
         runtime=prices.runtime,
         threads=prices.threads,
         precision=prices.precision,

@@ -232,7 +232,7 @@ class _Section:
 
 def _physics(profile: DeviceProfile, device: str) -> tuple[Physics, Facts]:
     from devices.errors import DeviceError
-    from devices.latency import physics_of
+    from devices.limits import physics_of
 
     if profile.kind == "mcu":
         raise DeviceError(f"device {device!r} is a microcontroller; calibrate takes devices that run a framework")

@@ -103,10 +103,15 @@ def test_a_step_is_never_cheaper_than_its_forward_pass():
 
 
 def test_joules_of_a_card_are_base_watts_and_work():
-    """2 s at 100 W, and a step of 1000 MACs and 4 x (10 + 5) bytes three times over: 3 x (1000 x 0.01 + 60 x 0.1)."""
-    card = device(LatencyFacts(inference=prices()), base_watts=100.0, joules_per_mac=0.01, joules_per_byte=0.1)
+    """2 s at 100 W, and a step of 1000 MACs and 4 x (10 + 5) bytes three times over: 3 x (1000 x 0.01 + 60 x 0.1).
+
+    In a tenth of a second, that would be 580 W: the board draws its limit of 200 W.
+    """
+    facts = LatencyFacts(inference=prices())
+    card = device(facts, base_watts=100.0, joules_per_mac=0.01, joules_per_byte=0.1, compute_watts=200.0)
     work = Work((Passes(network(), 1, 1, 1),))
     assert StructuredLatency().compute_joules(work, card, 2.0) == pytest.approx(200 + 3 * (10 + 6))
+    assert StructuredLatency().compute_joules(work, card, 0.1) == pytest.approx(20)
     plain = replace(card, base_watts=None)
     assert StructuredLatency().compute_joules(work, plain, 2.0) == pytest.approx(2 * plain.compute_watts)
 

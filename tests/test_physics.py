@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from devices.columns import MAC_ROWS, STEP_MACS, TABLE_KINDS, WINOGRAD_GAIN, Physics
-from devices.cost import NetworkCost
-from devices.latency import device_prices, physics_of, step_ms
+from devices.cost import FlopsLatency, Jitter, NetworkCost, Passes, Work
+from devices.latency import StructuredLatency, device_prices, step_ms
+from devices.limits import physics_of
 from devices.picture import zoo_cost
 from devices.prices import Prices
 from devices.profile import load_profile, profile_names
@@ -47,6 +48,46 @@ def test_nothing_is_faster_than_the_peak(name: str):
                     least_ms = 1e3 * batch * (macs.sum() - saved) / peak * (STEP_MACS if phase == "step" else 1)
                     ms = prices.ms(tuple(map(tuple, table)), batch)
                     assert ms >= least_ms * 0.999, (name, phase, cost.name, batch, side)
+
+
+def layers_of_one_kind(kind: str) -> tuple[tuple[float, ...], ...]:
+    """Four layers of a kind, large enough that arithmetic counts, and the norms between them."""
+    table = np.zeros((len(TABLE_KINDS), 4))
+    table[TABLE_KINDS.index(kind)] = [3e8, 2e6, 4e6, 4]
+    table[TABLE_KINDS.index("foldable")] += [2e6, 4e6, 1e3, 4]
+    return tuple(map(tuple, table))
+
+
+def test_bytes_of_a_pass_are_never_faster_than_the_memory():
+    """A fully connected layer of 400 MB on a Pi 4 (12.8 GB/s), on a unit a thousand times as fast: 31 ms at least."""
+    table = np.zeros((len(TABLE_KINDS), 4))
+    table[TABLE_KINDS.index("fc")] = [1e8, 0, 1e8, 1]
+    cost = NetworkCost("fc", 2e8, 4e8, 0, 0, layers=tuple(map(tuple, table)))
+    unit = replace(load_profile("raspberry_pi_4"), speed=1000.0)
+    spent = StructuredLatency().cost(Work((Passes(cost, 1, 1),)), unit, Jitter(compute=0.1))
+    assert spent.compute_s == pytest.approx(4e8 / 12.8e9)
+
+
+KIND_COSTS = {k: NetworkCost(k, 6e8, 12e8, 16_000_000, 8_000_000, layers=layers_of_one_kind(k)) for k in TABLE_KINDS}
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_no_unit_and_no_round_is_beyond_the_datasheet(name: str):
+    """A unit three times as fast or slow as its model, in the luckiest round, is held to peak, bandwidth and limit."""
+    model = load_profile(name)
+    trains = device_prices(model).step is not None
+    for latency in (StructuredLatency(), FlopsLatency()):  # the naive one counts FLOPs and knows no bytes
+        for factor in (1 / 3, 1.0, 3.0):
+            unit = replace(model, speed=model.speed * factor, flops_per_s=model.flops_per_s * factor)
+            for cost in KIND_COSTS.values():
+                for batch in (1, 64):
+                    macs = batch * sum(cost.layers[row][0] for row in MAC_ROWS)  # type: ignore[index]
+                    work = Work((Passes(cost, batch, 1, int(trains)),))
+                    spent = latency.cost(work, unit, Jitter(compute=1 / factor))
+                    if unit.peak_macs_per_s is not None and trains:
+                        assert spent.compute_s * unit.peak_macs_per_s >= STEP_MACS * macs * 0.999
+                    least, most = (spent.compute_s * watts for watts in (unit.idle_watts, unit.compute_watts))
+                    assert least * 0.999 <= spent.compute_joules <= most * 1.001, (cost.name, batch, factor)
 
 
 @pytest.mark.parametrize("name", profile_names())

@@ -15,7 +15,8 @@ from devices.columns import COLUMNS, counts
 from devices.energy import CardEnergy, fit_energy
 from devices.errors import DeviceError
 from devices.evaluate_tables import Figure, evaluate_profiles, evaluate_tables, over_settings
-from devices.latency import device_prices, physics_of, reference_table
+from devices.latency import device_prices, reference_table
+from devices.limits import physics_of
 from devices.nas.tables import network_features
 from devices.prior import shipped_prior
 from devices.profile import SHIPPED, load_profile, profile_names

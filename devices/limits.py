@@ -1,0 +1,113 @@
+"""What no unit of a device can beat: its work at the datasheet's peak and bandwidth.
+
+A client's unit may be faster than its model and a round faster than usual, but nothing computes above its peak. May
+import: numpy and this package.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+from devices.columns import FOLDABLE, Isa, Phase, Physics, as_matrix
+from devices.cost import Work
+from devices.prices import Prices
+from devices.prior import IN_ORDER, Facts, recalled
+from devices.profile import DeviceProfile
+
+NEWEST = 2024.0  # year of the runtime that a device without measurements is priced with
+# Multiply-adds over those in fp32 that the units of a processor, or the tensor cores of a card, do at most. A processor
+# in int8 has dot products of four, and matrix extensions twice that; a microcontroller's peak is one in int8 already.
+OF_PROCESSORS = {"fp32": 1.0, "fp16": 2.0, "bf16": 4.0, "int8": 8.0}
+OF_CARDS = {"fp32": 1.0, "tf32": 8.0, "fp16": 16.0, "bf16": 16.0, "int8": 32.0}
+
+
+def physics_of(device: DeviceProfile) -> tuple[Physics, Facts] | None:
+    """What the datasheet part of a profile says; None without a peak."""
+    if device.peak_macs_per_s is None:
+        return None
+    isa = device.isa
+    if isa == "none":
+        isa = {"gpu": "gpu", "mcu": "mcu"}.get(
+            device.kind, "arm" if device.kind in ("phone", "sbc", "embedded") else "x86"
+        )
+    usual = recalled()["usual_bandwidth"]
+    kind = {"server_cpu": "server", "host": "desktop", "accelerator": "embedded"}.get(device.kind, device.kind)
+    moved = device.memory_bytes_per_s or 1e9 * usual.get(kind, usual["embedded"])
+    physics = Physics(device.peak_macs_per_s, moved, isa, device.threads, device.clock_ghz)
+    return physics, Facts(device.threads, False, device.core in IN_ORDER, isa, NEWEST)
+
+
+def peak_in(device: DeviceProfile, precision: str) -> float | None:
+    """Multiply-adds per second at the peak in a precision; None without a peak in fp32.
+
+    A precision that is not known here is taken as the fastest: nothing is held to a peak that it may not have.
+    """
+    if device.peak_macs_per_s is None:
+        return None
+    known = OF_CARDS if _is_card(device) else OF_PROCESSORS
+    return device.peak_macs_per_s * (1.0 if device.kind == "mcu" else known.get(precision, max(known.values())))
+
+
+def least_ms(
+    layers: tuple[tuple[float, ...], ...], batch: int, device: DeviceProfile, what: str, prices: Prices
+) -> float:
+    """Milliseconds below which no pass can be: its multiply-adds at the peak, or its bytes at the bandwidth.
+
+    Args:
+        layers: a layer table, [10, 4].
+        batch: examples.
+        device: whose peak and bandwidth count; one without a peak has no limit, and 0 comes back.
+        what: inference, forward (of the training runtime) or step.
+        prices: of the pass: a precision has a peak of its own, and a runtime that folds layers does not pay for them.
+
+    Source: the bounds of `devices.columns.Physics`. Winograd saves three of four multiply-adds of a 3x3 convolution in
+    inference and on cards, and none in a step.
+    """
+    peak = peak_in(device, prices.precision)
+    if peak is None or device.peak_macs_per_s is None:
+        return 0.0
+    known = physics_of(device)
+    assert known is not None
+    folded = not any(prices.cells[FOLDABLE])
+    winograd = what == "inference" or known[0].isa == "gpu"
+    element = {"fp16": 2, "bf16": 2, "int8": 1}.get(prices.precision, 4)
+    phase: Phase = "train_step" if what == "step" else "forward"
+    return _least_ms(layers, batch, peak, known[0].bytes_per_s, known[0].isa, element, winograd, phase, folded)
+
+
+@lru_cache(maxsize=4096)
+def _least_ms(
+    layers: tuple[tuple[float, ...], ...],
+    batch: int,
+    macs_per_s: float,
+    bytes_per_s: float,
+    isa: Isa,
+    element_bytes: int,
+    winograd: bool,
+    phase: Phase,
+    folded: bool,
+) -> float:
+    physics = Physics(macs_per_s, bytes_per_s, isa, element_bytes=element_bytes, winograd=winograd)
+    low, _ = physics.bounds(phase)
+    spent = np.array(layers) * [batch, batch, 1.0, 1.0] * as_matrix(low, folded)
+    return float(max(spent[:, 0].sum(), spent[:, 1:3].sum()))
+
+
+def least_work_s(work: Work, device: DeviceProfile, forward: Prices, step: Prices | None) -> float:
+    """Seconds below which the passes of some work cannot be; those of networks that were not traced count nothing."""
+    total_ms = 0.0
+    for p in work.passes:
+        if p.network.layers is None:
+            continue
+        forward_ms = least_ms(p.network.layers, p.batch, device, "forward", forward)
+        total_ms += p.forwards * forward_ms
+        if p.backwards and step is not None:
+            step_ms = least_ms(p.network.layers, p.batch, device, "step", step)
+            total_ms += p.backwards * p.network.backward_share * max(0.0, step_ms - forward_ms)
+    return total_ms / 1e3
+
+
+def _is_card(device: DeviceProfile) -> bool:
+    return device.isa == "gpu" or (device.isa == "none" and device.kind == "gpu")
