@@ -18,7 +18,7 @@ from devices.columns import MAC_ROWS, TABLE_KINDS, WINOGRAD_GAIN, Phase, Physics
 from devices.cost import LatencyModel, NetworkCost, Passes, Work
 from devices.errors import DeviceError
 from devices.limits import least_ms, least_work_s, physics_of
-from devices.prices import Prices
+from devices.prices import MEASURED, Prices
 from devices.prior import Facts, shipped_prior
 from devices.profile import DeviceProfile, LatencyFacts
 from devices.trace import COLUMNS, KINDS, MAC_KINDS, LayerTable, trace
@@ -189,14 +189,25 @@ def _device_prices(
 
 
 def _with_own(facts: LatencyFacts | None, made: DevicePrices) -> DevicePrices:
-    """The device's own prices of the training runtime before general ones; a step costs its forward pass at least."""
+    """The device's own prices of the training runtime before general ones, where a step holds its forward pass.
+
+    What nobody measured yields: a step that was not costs as much as the forward passes that were, and a forward pass
+    that was not takes no longer than one that was on this device, or than a step, which holds one in any runtime.
+    """
     forward = (facts.forward if facts else None) or made.forward
     step = (facts.step if facts else None) or made.step
     if step is None:
         return DevicePrices(made.inference, forward, None)
-    # A step that nobody measured here holds a forward pass, so it costs what one was measured at, in whatever runtime.
-    floor = at_least(forward, made.inference) if step.basis == "carried" else forward
-    return DevicePrices(made.inference, forward, at_least(step, floor))
+    if step.basis not in MEASURED:
+        floor = at_least(forward, made.inference) if step.basis == "carried" else forward
+        return DevicePrices(made.inference, forward, at_least(step, floor))
+    if forward.basis not in MEASURED:
+        forward = replace(forward, most=step)
+    else:
+        step = at_least(step, forward)
+    unmeasured = made.inference.basis not in MEASURED
+    held = forward if forward.basis in MEASURED else step
+    return DevicePrices(replace(made.inference, most=held) if unmeasured else made.inference, forward, step)
 
 
 def from_datasheet(what: str, physical: tuple[Physics, Facts]) -> Prices:

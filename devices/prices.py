@@ -17,6 +17,7 @@ from devices.columns import MAC_ROWS, TABLE_KINDS, as_matrix
 
 BASES = ("rows", "few rows", "one row", "threads", "datasheet", "carried", "assumed")
 CELL_UNITS_MS = np.array([1e-9, 1e-9, 1e-9, 1e-3])  # of the prices in a profile: ps, ps, ps, us
+MEASURED = BASES[:4]  # something of the device itself was timed
 FAR = 3.0  # networks beyond so many times the largest reference are extrapolated
 CALLS_COLUMN = 3
 MIN_SHARE = 0.02  # a kind that takes less of a pass is not worth a remark
@@ -41,6 +42,7 @@ class Prices:
         overlap: how launches hide behind work: 1 is a sum (`devices.fitting`).
         constant_ms: of each pass; only in profiles of fedsim 0.1.
         extra_calls: of each pass, at the price of elementwise ones: the loss and the update of a step on a GPU.
+        most: prices of a pass that was measured and that holds this one, so that it never takes longer; None for none.
     """
 
     cells: tuple[tuple[float, float, float, float], ...]
@@ -57,6 +59,7 @@ class Prices:
     overlap: float = 1.0
     constant_ms: float = 0.0
     extra_calls: float = 0.0
+    most: Prices | None = None
 
     @classmethod
     def of_columns(cls, prices: np.ndarray, fused: bool, **facts: Any) -> Prices:
@@ -76,7 +79,8 @@ class Prices:
     def scaled(self, factor: float) -> Prices:
         """Of a device that is `factor` times slower."""
         cells = tuple(tuple(x * factor for x in row) for row in self.cells)
-        return replace(self, cells=cells, constant_ms=self.constant_ms * factor)  # type: ignore[arg-type]
+        most = None if self.most is None else self.most.scaled(factor)
+        return replace(self, cells=cells, constant_ms=self.constant_ms * factor, most=most)  # type: ignore[arg-type]
 
     def parts_ms(self, layers: tuple[tuple[float, ...], ...], batch: int) -> tuple[float, float]:
         """Milliseconds of calls and of all else in one pass, before launches hide behind work."""
@@ -92,6 +96,10 @@ class Prices:
 
     def ms(self, layers: tuple[tuple[float, ...], ...], batch: int) -> float:
         """Milliseconds of one pass of `batch` examples through a layer table [10, 4]."""
+        own = self._own_ms(layers, batch)
+        return own if self.most is None else min(own, self.most.ms(layers, batch))
+
+    def _own_ms(self, layers: tuple[tuple[float, ...], ...], batch: int) -> float:
         calls, work = self.parts_ms(layers, batch)
         if self.overlap == 1.0:
             return calls + work

@@ -11,7 +11,7 @@ from devices.latency import StructuredLatency, device_prices, step_ms
 from devices.limits import physics_of
 from devices.picture import zoo_cost
 from devices.prices import Prices
-from devices.profile import load_profile, profile_names
+from devices.profile import LatencyFacts, load_profile, profile_names
 from devices.zoo import ZOO
 
 BATCHES = (1, 8, 64, 512)
@@ -128,6 +128,29 @@ def test_a_step_costs_more_than_its_forward_pass(name: str):
     for cost in ZOO_COSTS.values():
         for batch in BATCHES:
             assert made["step"].ms(layers_of(cost), batch) >= made["forward"].ms(layers_of(cost), batch)
+
+
+@pytest.mark.parametrize("name", [n for n in profile_names() if load_profile(n).kind != "mcu"])
+def test_a_step_costs_more_than_a_forward_pass_in_any_runtime(name: str):
+    """Measured steps hold down what the datasheet says of inference, on this unit and on one that is faster."""
+    for speed in (1.0, 4.0):
+        unit = replace(load_profile(name), speed=speed)
+        for cost in (*KIND_COSTS.values(), *ZOO_COSTS.values()):
+            for batch in (1, 1024):
+                forward, step = step_ms(cost, batch, unit)
+                assert step >= forward * 0.999, (cost.name, batch, forward, step)
+
+
+def test_measurements_stay_where_the_datasheet_disagrees():
+    """A measured step ten thousand times as fast holds its forward pass: the datasheet's comes down to it."""
+    pi = load_profile("raspberry_pi_4")
+    assert pi.latency is not None
+    assert pi.latency.step is not None
+    quick = pi.latency.step.scaled(1e-4)
+    own = replace(pi, name="quick", latency=LatencyFacts(step=quick))
+    made, layers = device_prices(own), layers_of(ZOO_COSTS["resnet-16"])
+    assert made.step is not None
+    assert made.step.ms(layers, 8) == quick.ms(layers, 8) == made.inference.ms(layers, 8) == made.forward.ms(layers, 8)
 
 
 def test_devices_of_one_chip_without_rows_agree():
