@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from devices.cost import NetworkCost
 from devices.errors import DeviceError
 from devices.held import Moments, fullest_moments, lstm_kernels
+from devices.operators import PRODUCTS, macs_of
 
 Loss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
 
@@ -52,17 +54,34 @@ RECURRENT_FLOPS = {
 
 
 def counter() -> FlopCounterMode:
-    """Torch's FLOP counter (a multiply-add is two), which also counts the LSTM kernel of the CPU that torch leaves out.
+    """Torch's FLOP counter (a multiply-add is two), which also counts what torch leaves out: see `devices.operators`.
 
-    GRUs and Elman networks run as matrix products on the CPU and are counted without help. Use it as a context manager
-    and read `get_total_flops()`. Matrix products, convolutions and attention count; norms, activations, pooling do not.
+    The LSTM kernel of the CPU counts too; GRUs and Elman networks run there as matrix products. Use it as a context
+    manager and read `get_total_flops()`. Products, convolutions, attention and decompositions count; norms, activations
+    and pooling do not.
     Its first use in a process imports torch's compiler; `Flops` counts the same without.
     """
-    return FlopCounterMode(display=False, custom_mapping=RECURRENT_FLOPS)
+    return FlopCounterMode(display=False, custom_mapping={**_product_flops(), **RECURRENT_FLOPS})
+
+
+def _product_flops() -> dict[Any, Callable[..., int]]:
+    """Formulas for torch's counter of what it leaves out or takes for real numbers."""
+    known = [getattr(getattr(torch.ops, space), name, None) for space, name in (n.split("::") for n in PRODUCTS)]
+    return {packet: _formula(getattr(packet, packet.overloads()[0])) for packet in known if packet is not None}
+
+
+def _formula(func: Any) -> Callable[..., int]:
+    def flops(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
+        return round(2 * (macs_of(func, args, kwargs, out_val) or 0))
+
+    flops._get_raw = True  # type: ignore[attr-defined]
+    return flops
 
 
 class Flops(TorchDispatchMode):
-    """Adds up torch's formulas for the operators that run while it is active, as `counter` does.
+    """Adds up the work of the operators that run while it is active, as `counter` does.
+
+    An operator that may multiply and that no formula knows raises `DeviceError`.
 
     Attributes:
         total: FLOPs so far.
@@ -85,9 +104,13 @@ class Flops(TorchDispatchMode):
         result, operator = func(*args, **kwargs), func._overloadpacket
         if operator in RECURRENT_FLOPS:
             self.total += RECURRENT_FLOPS[operator](*args, **kwargs)
-        elif operator in flop_registry:
-            self.total += flop_registry[operator](*args, **kwargs, out_val=result)
+        elif _has_tensors((args, kwargs)):
+            self.total += round(2 * (macs_of(func, args, kwargs, result) or 0))
         return result
+
+
+def _has_tensors(nest: Any) -> bool:
+    return any(isinstance(x, Tensor) for x in tree_leaves(nest))
 
 
 def measure(model: nn.Module, loss: Loss, batch: dict[str, Tensor], name: str) -> NetworkCost:
@@ -108,7 +131,7 @@ def measure(model: nn.Module, loss: Loss, batch: dict[str, Tensor], name: str) -
         one call; an LSTM keeps what oneDNN's kernel does (`devices.held`).
 
     Raises:
-        DeviceError: if the batch is empty.
+        DeviceError: if the batch is empty, or an operator may multiply and has no formula (`devices.operators`).
     """
     size = min((len(tensor) for tensor in batch.values()), default=0)
     if size == 0:

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from devices.columns import MAC_KINDS, TABLE_KINDS
 from devices.errors import DeviceError
+from devices.operators import macs_of, name_of
 
 KINDS = TABLE_KINDS
 COLUMNS = ("macs", "activations", "weights", "calls")
@@ -37,7 +38,7 @@ class LayerTable:
     depthwise (one channel per group), pool (also means, sums and maxima over dimensions), elementwise (activations,
     adds, copies, softmax, other norms, embeddings), foldable (batch norms, ReLU and ReLU6, which inference runtimes
     fold into the layer before), fc (matrix products, among them the projections and the two products of attention,
-    fused or not), recurrent.
+    fused or not, distances, decompositions and Fourier transforms), recurrent.
 
     Columns: macs are multiply-adds (for pool and elementwise: element operations) per example; activations are elements
     read and written per example; weights are elements of parameters read by one pass, whatever the batch; calls are
@@ -117,7 +118,8 @@ def trace(model: nn.Module, example: Tensor | tuple[Any, ...]) -> LayerTable:
         example: input with the examples in the first dimension, or a tuple of inputs whose first tensor has them there.
 
     Raises:
-        DeviceError: naming the module that fails and why, for networks that cannot be run or counted.
+        DeviceError: naming the module that fails and why, for networks that cannot be run or counted, or have an
+            operator that may multiply and has no formula (`devices.operators`).
     Source: fedsim.
     """
     inputs = example if isinstance(example, tuple) else (example,)
@@ -227,10 +229,10 @@ class _Recorder(TorchDispatchMode):
         if not self.paused:
             inputs = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
             outputs = [x for x in tree_flatten(out)[0] if isinstance(x, Tensor)]
-            self._count(func, args, inputs, outputs)
+            self._count(func, args, kwargs, inputs, outputs)
         return out
 
-    def _count(self, func: Any, args: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+    def _count(self, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         name = func._schema.name.removeprefix("aten::")
         if func.namespace in ("quantized", "onednn"):
             raise DeviceError(f"{func} works on packed weights without a shape; trace the network before converting it")
@@ -243,7 +245,7 @@ class _Recorder(TorchDispatchMode):
             outputs = outputs[:1]
         weights = [x for x in inputs if _storage(x) in self.constants]
         read = sum(x.numel() for x in inputs) - sum(x.numel() for x in weights)
-        kind, macs = _kind(name, args, inputs, outputs)
+        kind, macs = _kind(func, name, args, kwargs, inputs, outputs)
         if name == "embedding":  # rows that are looked up, not the whole table
             weights, read = [], read + outputs[0].numel()
         stored = sum(min(x.numel(), x.untyped_storage().nbytes() // x.itemsize) for x in weights)
@@ -290,17 +292,19 @@ FOLDABLE = {
     *("native_batch_norm", "_native_batch_norm_legit_no_training", "_native_batch_norm_legit", "cudnn_batch_norm"),
     *("batch_norm", "relu", "relu_", "relu6", "hardtanh", "hardtanh_"),
 }
-PRODUCTS = {"mm": 0, "bmm": 0, "mv": 0, "dot": 0, "vdot": 0, "_int_mm": 0, "_scaled_mm": 0}
-PRODUCTS |= {"addmm": 1, "addmm_": 1, "baddbmm": 1, "baddbmm_": 1, "addmv": 1, "_addmm_activation": 1}
+CONVOLUTIONS = {"aten::conv_tbc", "torchvision::deform_conv2d"}  # whose kernels stand elsewhere or move
 
 
-def _kind(name: str, args: Any, inputs: list[Tensor], outputs: list[Tensor]) -> tuple[str, float]:
+def _kind(
+    func: Any, name: str, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor]
+) -> tuple[str, float]:
     """The kind of an operation and its multiply-adds, or the element operations of pools and elementwise ones."""
     written = sum(x.numel() for x in outputs)
     if name in ("convolution", "_convolution", "convolution_overrideable", "mkldnn_convolution", "cudnn_convolution"):
         return _convolution(args, inputs[0], inputs[1], outputs[0])
-    if name in PRODUCTS:  # the inner dimension is the last of the left matrix
-        return "fc", written * args[PRODUCTS[name]].shape[-1]
+    macs = macs_of(func, args, kwargs, outputs)
+    if macs is not None:
+        return ("conv" if name_of(func) in CONVOLUTIONS else "fc"), macs
     if name.startswith("_adaptive_avg_pool") or name.startswith("adaptive_"):
         return "pool", inputs[0].numel()
     if name.startswith(WINDOWS):
