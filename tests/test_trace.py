@@ -153,6 +153,14 @@ def test_functions_and_all_dimensions_are_seen():
     assert row(trace(pools, torch.randn(2, 3, 8)), "pool")[0::3] == (3 * 8 + 3 * 4 + 3 * 2, 3)
 
 
+def test_a_mean_over_one_pixel_is_a_pool_as_over_more():
+    """Else a larger image would be another kind of network, and could take less time."""
+    mean = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    one, four = (trace(mean, torch.randn(2, 3, side, side)) for side in (1, 2))
+    assert (row(one, "pool"), row(four, "pool")) == ((3, 6, 0, 1), (12, 15, 0, 1))
+    assert row(one, "elementwise") == row(four, "elementwise") == (0, 0, 0, 0)
+
+
 def test_masked_and_pruned_weights_are_folded():
     pruned = prune.l1_unstructured(nn.Linear(6, 4), "weight", amount=0.5)
     assert trace(pruned, torch.randn(2, 6)).rows == trace(nn.Linear(6, 4), torch.randn(2, 6)).rows
