@@ -139,7 +139,7 @@ class Builder:
 
     def _physical(self, key: str, threads: int) -> tuple[Physics, Facts] | None:
         if key in recalled()["cards"]:
-            return self.tables.physics(key, "pytorch_cuda", 1, "all", "fp32", 2024)
+            return self.tables.physics(key, "pytorch_cuda", 1, "all", "fp32", 2024)  # with what torch does by default
         return self.tables.physics(key, "ncnn", threads, "big", "fp32", 2024)
 
     # --- sections -----------------------------------------------------------------------------------------------------
@@ -176,11 +176,16 @@ class Builder:
     def _section(self, setting: Setting) -> dict[str, Any]:
         made, found = prices_of(
             setting.sample, self.priors[setting.family], setting.sample.physics, setting.sample.facts, setting.phase,
-            setting.runtime, RUNTIMES[setting.runtime].fused, setting.precision, setting.batches,
+            setting.runtime, RUNTIMES[setting.runtime].fused, self._ran_in(setting), setting.batches,
         )  # fmt: skip
         when = f", {setting.date}" if setting.date else ""
         source = f"{setting.source}{when}: {made.rows} rows; {_errors(found)}"
         return {**made.to_dict(), **_sourced("derived", source)}
+
+    def _ran_in(self, setting: Setting) -> str:
+        """What a setting computed in: rows that the tables call fp32 are TF32 where torch rounds by default."""
+        by_default = recalled()["cards"].get(setting.device, {}).get("tf32_by_default", False)
+        return "tf32" if by_default and setting.precision == "fp32" else setting.precision
 
     def _on_more(self, setting: Setting, own: Mapping[str, Any], threads: int) -> dict[str, Any]:
         """Prices of all big cores from rows with fewer: what the prior says that threads change, on what was fitted."""
@@ -255,6 +260,8 @@ class Builder:
         if row is not None and isinstance(row.get("peak_derivation"), str) and not recalled()["cores"].get(key):
             source = f"{_words(row['peak_derivation'])}; {_words(row.get('peak_source'))}"
             provenance = "derived"
+        card = recalled()["cards"].get(key, {})
+        peak = physics.macs_per_s / (card.get("tf32_over_fp32", 1.0) if card.get("tf32_by_default") else 1.0)
         made: dict[str, float] = {"threads": threads} if physics.isa != "gpu" else {}
         made |= {"clock_ghz": physics.clock_ghz} if physics.isa != "gpu" else {}
         note = _words(row.get("mem_note")) if row is not None else ""
@@ -264,7 +271,7 @@ class Builder:
         how = "recalled" if moved != "usual of its kind" else "assumed"
         return {
             **{k: _figure(v, provenance, source) for k, v in made.items()},
-            "peak_gmacs_per_s": _figure(_round(physics.macs_per_s / 1e9), provenance, source),
+            "peak_gmacs_per_s": _figure(_round(peak / 1e9), provenance, source),
             "memory_gb_per_s": _figure(_round(physics.bytes_per_s / 1e9), how, moved),
         }
 

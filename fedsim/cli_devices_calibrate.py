@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 NEEDED = ("network", "input", "batch", "phase", "ms")
 PHASES = ("forward", "train_step")
-PRECISIONS = ("fp32", "fp16")
+PRECISIONS = ("fp32", "fp16", "tf32")
 LEAVE_OUT = 3  # networks from which on leaving one out says something
 
 
@@ -55,7 +55,9 @@ def calibrate(
     rows: Annotated[Path, typer.Option(help="CSV with network, input, batch, phase, ms and, if not all, threads.")],
     out: Annotated[Path | None, typer.Option(help="Profile to write; DEVICE_calibrated.yaml when left out.")] = None,
     runtime: Annotated[str | None, typer.Option(help="Of forward rows, e.g. ncnn; the device's when left out.")] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32 or fp16; the device's when left out.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="fp32, fp16, or tf32 of a card; the device's when left out.")
+    ] = None,
     num_classes: Annotated[int, typer.Option(help="Outputs of networks that are model configs.", min=1, max=MOST)] = 10,
 ) -> None:
     """Fit a device's prices to rows of yours, pulled to what its datasheet says; one row is enough to begin with.
@@ -260,6 +262,7 @@ def _fit(
     from devices.columns import counts
     from devices.errors import DeviceError, unknown
     from devices.latency import MOST_THREADS
+    from devices.limits import OF_CARDS
     from devices.prior import Sample, shipped_prior
     from devices.tables import RUNTIMES
 
@@ -275,6 +278,8 @@ def _fit(
     inferred = precision or (own.precision if own is not None and own.runtime == asked else "fp32")
     if inferred not in PRECISIONS:
         raise DeviceError(unknown("precision", inferred, PRECISIONS))
+    if inferred == "tf32" and not card:
+        raise DeviceError(f"precision=tf32 is for cards, and {profile.name} is none; take fp32 or fp16")
     share = rows[0].threads / profile.threads
     physics = replace(physics, macs_per_s=physics.macs_per_s * share, threads=rows[0].threads)
     facts = replace(facts, threads=rows[0].threads)
@@ -286,7 +291,9 @@ def _fit(
         step = phase == "train_step"
         name = training if step else asked
         kind, half = RUNTIMES[name], not step and inferred == "fp16"
-        gain = 2 if half and not card else 1
+        tensor_cores = inferred == "tf32"  # torch takes them for steps too
+        gain = OF_CARDS["tf32"] if tensor_cores else 2 if half and not card else 1
+        computed = "tf32" if tensor_cores else "fp16" if half else "fp32"
         here = replace(
             physics, winograd=kind.winograd, macs_per_s=physics.macs_per_s * gain, element_bytes=2 if half else 4
         )
@@ -303,7 +310,7 @@ def _fit(
             "train_step" if step else "forward",
         )
         prices, reached = prices_of(
-            sample, prior, here, known, sample.phase, name, kind.fused, "fp16" if half else "fp32",
+            sample, prior, here, known, sample.phase, name, kind.fused, computed,
             [row.batch for row in own_rows],
         )  # fmt: skip
         deployed = name != training or own is None or own.runtime in (name, "help")

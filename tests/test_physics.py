@@ -8,7 +8,7 @@ import pytest
 from devices.columns import MAC_ROWS, STEP_MACS, TABLE_KINDS, WINOGRAD_GAIN, Physics
 from devices.cost import FlopsLatency, Jitter, NetworkCost, Passes, Work
 from devices.latency import StructuredLatency, device_prices, step_ms
-from devices.limits import physics_of
+from devices.limits import peak_in, physics_of
 from devices.picture import zoo_cost
 from devices.prices import Prices
 from devices.profile import LatencyFacts, load_profile, profile_names
@@ -38,7 +38,8 @@ def test_nothing_is_faster_than_the_peak(name: str):
     profile = load_profile(name)
     assert profile.peak_macs_per_s is not None
     for phase, prices in phases(name).items():
-        peak = profile.peak_macs_per_s * (2 if prices.precision == "fp16" else 1)
+        peak = peak_in(profile, prices.precision)
+        assert peak is not None
         for cost in ZOO_COSTS.values():
             for side in (1, 4, 49):  # pixels of the image, in times those of the zoo
                 table = np.array(layers_of(cost)) * [side, side, 1, 1]
@@ -75,7 +76,8 @@ KIND_COSTS = {k: NetworkCost(k, 6e8, 12e8, 16_000_000, 8_000_000, layers=layers_
 def test_no_unit_and_no_round_is_beyond_the_datasheet(name: str):
     """A unit three times as fast or slow as its model, in the luckiest round, is held to peak, bandwidth and limit."""
     model = load_profile(name)
-    trains = device_prices(model).step is not None
+    step = device_prices(model).step
+    trains, peak = step is not None, None if step is None else peak_in(model, step.precision)
     for latency in (StructuredLatency(), FlopsLatency()):  # the naive one counts FLOPs and knows no bytes
         for factor in (1 / 3, 1.0, 3.0):
             unit = replace(model, speed=model.speed * factor, flops_per_s=model.flops_per_s * factor)
@@ -84,8 +86,8 @@ def test_no_unit_and_no_round_is_beyond_the_datasheet(name: str):
                     macs = batch * sum(cost.layers[row][0] for row in MAC_ROWS)  # type: ignore[index]
                     work = Work((Passes(cost, batch, 1, int(trains)),))
                     spent = latency.cost(work, unit, Jitter(compute=1 / factor))
-                    if unit.peak_macs_per_s is not None and trains:
-                        assert spent.compute_s * unit.peak_macs_per_s >= STEP_MACS * macs * 0.999
+                    if peak is not None:
+                        assert spent.compute_s * peak >= STEP_MACS * macs * 0.999
                     least, most = (spent.compute_s * watts for watts in (unit.idle_watts, unit.compute_watts))
                     assert least * 0.999 <= spent.compute_joules <= most * 1.001, (cost.name, batch, factor)
 
@@ -184,6 +186,13 @@ def test_bounds_hold_for_a_device_that_claims_the_impossible():
     slow = replace(fast, peak_macs_per_s=fast.peak_macs_per_s / 100, latency=None, name="slow")
     for cost in ZOO_COSTS.values():
         assert step_ms(cost, 8, slow)[1] > step_ms(cost, 8, fast)[1]
+
+
+def test_a_card_with_tensor_cores_says_which_peak_its_rows_had():
+    """An A100 does 9.7 TMAC/s in fp32 and eight times that in TF32, which its rows were measured in."""
+    card = load_profile("a100")
+    assert (card.peak_macs_per_s, peak_in(card, "tf32")) == (9745e9, pytest.approx(77960e9))
+    assert {prices.precision for prices in phases("a100").values()} == {"tf32"}
 
 
 def test_physics_of_a_profile_are_its_datasheet():
