@@ -77,10 +77,10 @@ class Federation:
         self.world, self.settings, self.seed = world, settings, settings["seed"]
         self.strategy = build_strategy(settings, world.workload.num_clients)
         self.model = world.workload.build_model().to(pick_device(settings["engine"]["device"]))
+        self.roles = TensorRoles.of(self.model, settings["private"])
         self.arrays = record_of(self.model.state_dict())
         self.has_ended = False  # it was restored from its end
         self.lowest = (math.inf, 0)  # test loss so far, and the round that had it
-        self.roles = TensorRoles.of(self.model, settings["private"])
         self.server = ServerSide(self.strategy, self.roles)
         check_plan(instantiate(settings, "compression"), self.model, world.workload.sample(2)["x"], world.fleet)
         self.grid = EdgeGrid(

@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase  # batch and instance norms
 
@@ -19,6 +21,8 @@ from fedsim.errors import ConfigError
 
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 TRAINED, STATISTIC, COUNTER = "trained", "statistic", "counter"
+REAL = "fiub"  # kinds of numpy's types that have a mean and an order: floats, integers and flags
+SENT = "float16, float32, float64, integers or bool"
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,10 @@ class TensorRoles:
             private: patterns, see `private_names`.
 
         Raises:
-            ConfigError: as `private_names`.
+            ConfigError: for a tensor that cannot be sent or averaged, and as `private_names`.
         """
+        for name, tensor in model.state_dict().items():
+            _check_can_be_sent(f"{name} of model {type(model).__name__}", tensor)
         parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         kinds = {name: _kind(t, name in parameters) for name, t in model.state_dict().items()}
         roles = cls(kinds, private_names(model, private))
@@ -71,8 +77,31 @@ class TensorRoles:
         return self.names(STATISTIC, COUNTER)
 
 
+def _check_can_be_sent(what: str, tensor: Any) -> None:
+    """Refuses tensors that Flower's arrays, which are numpy's, cannot hold, or that no strategy can average.
+
+    Complex numbers have a mean, but no order: medians and magnitudes of them would mean another thing in each method.
+    """
+    if not isinstance(tensor, Tensor):
+        raise ConfigError(f"{what} is {type(tensor).__name__}, and only tensors of a state dict can be sent")
+    kind = str(tensor.dtype).removeprefix("torch.")
+    if tensor.layout != torch.strided:
+        raise ConfigError(
+            f"{what} is a {str(tensor.layout).removeprefix('torch.')} tensor; only dense ones can be sent"
+        )
+    try:
+        can = torch.empty(0, dtype=tensor.dtype).numpy().dtype.kind in REAL
+    except (TypeError, RuntimeError):  # of another torch's numbers, such as bfloat16, or quantised
+        can = False
+    if not can:
+        hint = "; keep it as two real parts" if tensor.is_complex() else ""
+        if tensor.dtype.is_floating_point:
+            hint = "; keep it in float32 and cast it where it is used"
+        raise ConfigError(f"{what} is {kind}, and weights that are sent and averaged must be {SENT}{hint}")
+
+
 def _kind(tensor: Tensor, is_parameter: bool) -> str:
-    if not (tensor.is_floating_point() or tensor.is_complex()):
+    if not tensor.is_floating_point():
         return COUNTER
     return TRAINED if is_parameter else STATISTIC
 

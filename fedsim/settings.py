@@ -620,9 +620,26 @@ def model_factory(settings: Settings) -> ModelFactory:
         from fedsim.workload import MEMORY_FORMATS
 
         network: nn.Module = make(**shapes)
+        _refuse_lazy(network)
         return network.to(memory_format=MEMORY_FORMATS[format])  # type: ignore[call-overload]
 
     return model
+
+
+def _refuse_lazy(network: nn.Module) -> None:
+    """Weights are counted, sent and averaged before the network sees a first input.
+
+    Raises:
+        ConfigError: naming the first tensor that has no shape until then.
+    """
+    from torch.nn.parameter import is_lazy
+
+    for name, tensor in itertools.chain(network.named_parameters(), network.named_buffers()):
+        if is_lazy(tensor):
+            raise ConfigError(
+                f"{name} of model {type(network).__name__} has no shape before a first input (a lazy layer); give the "
+                "layer its sizes"
+            )
 
 
 def memory_format(settings: Settings) -> str:
