@@ -46,16 +46,16 @@ def compressed(
         compressor: of the run.
         weights: after training.
         received: before it.
-        parameters: names of the tensors that may be compressed. Others travel whole, and so do those that are not
-            float32 or came in another shape; these under their own names.
+        parameters: names of the tensors that may be compressed, of any float type: their changes are packed as float32.
+            Others travel whole, and so do those that came in another shape; these under their own names.
         state: of the client.
         draw: for random places and rounding.
     """
     same = [name for name, t in received.items() if name in weights and _alike(t, weights[name])]
-    names = [name for name in same if name in parameters and received[name].dtype == torch.float32]
+    names = [name for name in same if name in parameters and received[name].dtype.is_floating_point]
     beside = [name for name in same if name not in parameters and received[name].dtype in PACKED]
     sizes = [received[name].numel() for name in names]
-    changes = [(weights[name].detach() - received[name]).reshape(-1).cpu() for name in names]
+    changes = [_change(weights[name].detach(), received[name]) for name in names]
     update = torch.cat([torch.empty(0), *changes])
     if compressor.error_feedback and RESIDUAL in state and len(state[RESIDUAL]) == len(update):
         update = update + state[RESIDUAL].cpu()  # another length belongs to another part of the network
@@ -97,10 +97,7 @@ def decompress(answer: RecordDict, sent: RecordDict) -> None:
     nothing = torch.empty(0, dtype=torch.int32)
     packed = Packed(own[VALUES], own.get(INDEX, nothing), own.get(SCALE, torch.empty(0)))
     parts = np.split(restore(packed, sizes).numpy(), np.cumsum(sizes)[:-1]) if names else []
-    changed = {
-        name: to_array(from_array(model[name]) + part.reshape(model[name].shape))
-        for name, part in zip(names, parts, strict=True)
-    }
+    changed = {name: to_array(_moved(from_array(model[name]), part)) for name, part in zip(names, parts, strict=True)}
     for key in (BUFFERS, COUNTS):
         if key in record:
             mine = [name for name in beside if PACKED_AS[model[name].dtype] == key]
@@ -110,6 +107,18 @@ def decompress(answer: RecordDict, sent: RecordDict) -> None:
     whole = {name: array for name, array in record.items() if name not in KEYS}
     both = changed | whole
     answer[ARRAYS] = ArrayRecord({name: both.pop(name) for name in model if name in both} | both)
+
+
+def _change(tensor: Tensor, received: Tensor) -> Tensor:
+    """The difference, flat, in float32: half precision is too coarse for it, and a small number needs no float64."""
+    wide = torch.promote_types(received.dtype, torch.float32)
+    return (tensor.to(wide) - received.to(wide)).float().reshape(-1).cpu()
+
+
+def _moved(weights: np.ndarray, change: np.ndarray) -> np.ndarray:
+    """The sum in the dtype of the weights, rounded once."""
+    with np.errstate(over="ignore"):  # whoever takes the weights looks whether they are finite
+        return (weights + change.reshape(weights.shape)).astype(weights.dtype)
 
 
 def _alike(received: Tensor, tensor: Tensor) -> bool:

@@ -84,7 +84,7 @@ class UpdateCompressor:
     def working_bytes(self, coordinates: int) -> int:
         """Memory that compressing an update takes at its fullest, beside the weights before and after training.
 
-        Of each float32 coordinate: the change, in its tensor and in the flat update; with error feedback the residuals
+        Of each coordinate: the change, in its tensor and in the flat update; with error feedback the residuals
         before and after; magnitudes (top) or places as int64, their flags and values (nonzero); owners as int64 and the
         flag of 8-bit values.
         """
@@ -174,4 +174,5 @@ def _drawn(seed: Tensor, count: int, total: int) -> Tensor:
 
 def _owners(sizes: Sequence[int], device: torch.device) -> Tensor:
     """Number of the tensor that each coordinate lies in, [n] int64."""
-    return torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(list(sizes))).to(device)
+    counts = torch.tensor(list(sizes), dtype=torch.int64)  # of no tensor too
+    return torch.repeat_interleave(torch.arange(len(sizes)), counts).to(device)
