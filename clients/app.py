@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
 from functools import lru_cache
-from itertools import groupby
+from itertools import groupby, product
 from typing import Any
 
 import torch
@@ -52,7 +52,7 @@ from fedsim.messages import (
     tensors_of,
     unpack_cohort,
 )
-from fedsim.norms import needs_two_examples
+from fedsim.norms import needs_two_examples, refusal_of_one
 from fedsim.pricing import Prices
 from fedsim.roles import TensorRoles
 from fedsim.seeding import derive, seed_torch
@@ -63,6 +63,7 @@ from fedsim.workload import ClientData, Tensors
 
 app = ClientApp()
 NOT_FINITE = "its update holds NaN or infinite weights; lower trainer.lr or set trainer.clip_norm"
+INSTEAD_OF_ONE = "change trainer.batch_size, or take norms with running statistics"
 PRIVATE = "private"  # group of a client's state
 _Answered = tuple[RecordDict, dict[str, Any], Work]  # of one client: records, facts and work
 CACHE_BYTES = 512 * 2**20  # of prepared client data per process
@@ -111,14 +112,32 @@ class Worker:
         self._pruned: tuple[ArrayRecord | None, dict[Recipe, Pruned]] = (None, {})
 
     def _check_batches(self) -> None:
-        """Refuses batches of single examples where they would never move the statistics of a batch norm."""
+        """Refuses batches of single examples that the network cannot train on, or that never move its statistics.
+
+        Where clients that fail are dropped, a client whose last batch it is may fail.
+        """
+        two, one = ({key: t.to(self.device) for key, t in self.workload.sample(n).items()} for n in (2, 1))
+        self.refusal_of_one = refusal_of_one(self.model, self.workload.loss, two, one)
+        if self.refusal_of_one and self.world.settings["on_client_error"] != "drop":
+            self._check_last_batches()
         if getattr(self.trainer, "batch_size", None) != 1:
             return
-        if needs_two_examples(self.model, self.workload.sample(1)["x"].to(self.device)):
+        if needs_two_examples(self.model, one["x"]):
             raise ConfigError(
                 f"trainer.batch_size=1 gives the batch norms of model {type(self.model).__name__} nothing to average "
                 "over; take at least 2, or a model with another norm"
             )
+
+    def _check_last_batches(self) -> None:
+        """Refuses batches that leave a client one example at the end; looked for only where that fails."""
+        parts = range(self.workload.part(1), self.workload.part(self.world.settings["rounds"]) + 1)
+        for part, client_id in product(parts, range(self.workload.num_clients)):
+            examples = len(self.workload.client_part(client_id, part).train)
+            if self.trainer.ends_in_one(examples):
+                raise ConfigError(
+                    f"client {client_id} has {examples} examples to train on and ends in a batch of one, which model "
+                    f"{type(self.model).__name__} cannot be trained on ({self.refusal_of_one}); {INSTEAD_OF_ONE}"
+                )
 
     def _price(self, model: nn.Module, name: str) -> NetworkCost:
         """What one example costs in a network: FLOPs and memory of a step, and its layers where they can be traced."""
@@ -202,6 +221,8 @@ class Worker:
         except Exception as error:
             outcome, reason, trace = "failed", f"{type(error).__name__}: {error}", traceback.format_exc()
             reason = " ".join(reason.split())
+            if reason == self.refusal_of_one:
+                reason += f"; that was a batch of one example: {INSTEAD_OF_ONE}"
         work = client.log.work(client.state.storage_bytes) if client else Work()
         if outcome != "completed":
             answer = RecordDict()
@@ -286,7 +307,8 @@ class Worker:
             client.log.reserve(weights + 2 * sum(t.nbytes for t in self.initial.values()))
         if self.uplink.active:
             client.log.hold(RECEIVED, weights)
-            client.log.reserve(weights + self.uplink.working_bytes(weights // 4))
+            coordinates = sum(t.numel() for t in task.weights.values() if t.is_floating_point())
+            client.log.reserve(weights + self.uplink.working_bytes(coordinates))
 
     def _task(self, client: ClientContext, part: RecordDict) -> Broadcast:
         """The client's instruction; its private tensors stand beside the weights that were sent."""

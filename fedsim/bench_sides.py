@@ -99,7 +99,8 @@ class FastLoop(PlainLoop):
 
         parameters: list[Any] = list(self.model.parameters())
         for rows in torch.randperm(len(data), generator=shuffle).split(self.batch_size):
-            gradients = torch.autograd.grad(self.workload.loss(self.model, data.gather(rows)), parameters)
+            loss = self.workload.loss(self.model, data.gather(rows))
+            gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
             with torch.no_grad():
                 torch._foreach_add_(parameters, gradients, alpha=-self.lr)
 

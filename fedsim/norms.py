@@ -1,10 +1,13 @@
 """Batch norms that meet a batch with one value per channel: a single example, as at the end of an epoch.
 
-Such a batch has no variance, and torch refuses it. May import: torch.
+Such a batch has no variance, and torch refuses it. Norms with running statistics can do without; others, and those that
+a network calls as functions, are found by trying. May import: torch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -49,6 +52,28 @@ def needs_two_examples(model: nn.Module, example: Tensor) -> bool:
         for handle in handles:
             handle.remove()
     return any(found)
+
+
+def refusal_of_one(model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], two: Any, one: Any) -> str:
+    """What a network in training says to a batch of one example; empty where it takes it, or refuses two as well.
+
+    Args:
+        model: the network; a copy of it is tried, so that no statistics move.
+        loss: of the network and a batch.
+        two: a batch of two examples.
+        one: a batch of one.
+    """
+
+    def refusal(batch: Any) -> str:
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                loss(deepcopy(model).train(), batch)
+        except Exception as error:
+            return f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return ""
+
+    said = refusal(one)
+    return "" if said and refusal(two) else said
 
 
 def _is_single(given: tuple[Any, ...]) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -36,10 +37,11 @@ def price(workload: Workload, model: nn.Module, name: str, device: torch.device 
 
     cost = measure(model, workload.loss, batch(4), name)
     cost = replace(cost, inference_bytes=inference_bytes(model, workload.loss, batch(4)))
-    try:
-        return replace(cost, layers=trace(model, batch(1)["x"]).rows, encoding=getattr(model, "encoding", None))
-    except DeviceError:
-        return cost  # latency=flops does without; the others say that they need it
+    for examples in (1, 2):  # norms without running statistics refuse one; rows are of one example either way
+        with suppress(DeviceError):
+            rows = trace(model, batch(examples)["x"]).rows
+            return replace(cost, layers=rows, encoding=getattr(model, "encoding", None))
+    return cost  # latency=flops does without; the others say that they need it
 
 
 class Slices:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clients.trainers.base import ClientContext
+from clients.trainers.base import ClientContext, Gradients
 from clients.trainers.memory import Memory
 from clients.trainers.reservoir import ReservoirTrainer
 from fedsim.errors import ConfigError
@@ -19,13 +19,23 @@ from fedsim.messages import Broadcast
 from fedsim.workload import Tensors
 
 
-def project(gradients: tuple[Tensor, ...], past: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The gradient g, without its part along the memory's r where they disagree: g - (g.r / r.r) r if g.r < 0."""
-    along = torch.stack([(g * r).sum() for g, r in zip(gradients, past, strict=True)]).sum()
+def project(gradients: Gradients, past: Gradients) -> Gradients:
+    """The gradient g, without its part along the memory's r where they disagree: g - (g.r / r.r) r if g.r < 0.
+
+    A parameter that one of the passes did not use has no part in g.r, and keeps what the other pass says.
+    """
+    both = [(g, r) for g, r in zip(gradients, past, strict=True) if g is not None and r is not None]
+    along = torch.stack([(g * r).sum() for g, r in both]).sum()
     if along >= 0:
         return gradients
-    length = torch.stack([(r * r).sum() for r in past]).sum()
-    return tuple(g - (along / length) * r for g, r in zip(gradients, past, strict=True))
+    length = torch.stack([(r * r).sum() for r in past if r is not None]).sum()
+
+    def projected(g: Tensor | None, r: Tensor | None) -> Tensor | None:
+        if r is None:
+            return g
+        return -(along / length) * r if g is None else g - (along / length) * r
+
+    return tuple(projected(g, r) for g, r in zip(gradients, past, strict=True))
 
 
 class AGemTrainer(ReservoirTrainer):
@@ -61,10 +71,10 @@ class AGemTrainer(ReservoirTrainer):
 
     def gradients(
         self, client: ClientContext, task: Broadcast, batch: Tensors, kept: Tensors | None
-    ) -> tuple[tuple[Tensor, ...], Tensor]:
+    ) -> tuple[Gradients, Tensor]:
         gradients, loss = super().gradients(client, task, batch, None)
         if kept is None:
             return gradients, loss
-        past = torch.autograd.grad(self.loss(client, kept, task), client.parameters)
+        past = torch.autograd.grad(self.loss(client, kept, task), client.parameters, allow_unused=True)
         self.log_step(client, len(kept["y"]))
         return project(gradients, past), loss

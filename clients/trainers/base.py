@@ -16,6 +16,7 @@ from fedsim.messages import Broadcast, ClientUpdate
 from fedsim.seeding import torch_generator
 from fedsim.workload import JUDGED_AT_ONCE, ClientData, Tensors, Workload
 
+Gradients = Sequence[Tensor | None]  # of each parameter; None where the pass did not use it
 RECEIVED = "received weights"  # what a trainer or the uplink holds, see `WorkLog.hold`
 
 
@@ -152,6 +153,10 @@ class LocalTrainer:
     def reason_against_together(self, model: nn.Module) -> str:
         """Why this trainer cannot train several clients at once; empty if it can."""
         return f"{type(self).__name__} trains one client after the other"
+
+    def ends_in_one(self, examples: int) -> bool:
+        """Whether a client with so many examples trains on a batch of one of them; False where that is not known."""
+        return False
 
     def evaluate(self, client: ClientContext, task: Broadcast) -> dict[str, float]:
         """Metrics of the client's model on its own held-out part; empty when it has none."""

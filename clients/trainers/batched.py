@@ -53,6 +53,7 @@ class Stack:
             for name in tasks[0].weights
         }
         self.parameters = {name: sent[name].clone() for name in trained}
+        self.unused: frozenset[str] | None = None  # by the loss; known from the first batch
 
         def of_one(parameters: Tensors, weights: Tensors, batch: Tensors) -> Tensor:
             with _reparametrize_module(self.model, parameters):
@@ -60,6 +61,13 @@ class Stack:
 
         step = vmap(grad_and_value(of_one))
         self.step: Callable[[Tensors], tuple[Tensors, Tensor]] = lambda batch: step(self.parameters, sent, batch)
+
+        def find_unused(batch: Tensors) -> frozenset[str]:
+            live = [p for p in self.model.parameters() if p.requires_grad]
+            found = torch.autograd.grad(loss(clients[0], batch, tasks[0]), live, allow_unused=True)
+            return frozenset(name for name, g in zip(trained, found, strict=True) if g is None)
+
+        self.find_unused = find_unused
 
     def weights(self, number: int) -> Tensors:
         """The weights of one client, in the order of the model."""
@@ -109,9 +117,12 @@ def fit(trainer: Any, clients: Sequence[ClientContext], tasks: Sequence[Broadcas
     losses: list[list[Tensor]] = [[] for _ in clients]
     for batches in in_step([trainer.batches(c, t) for c, t in zip(clients, tasks, strict=True)]):
         batch, active = padded(batches)
+        if stack.unused is None and trainer.weight_decay:  # a mapped gradient is zero there, and would decay
+            stack.unused = stack.find_unused(next(own for own in batches if own is not None))
         gradients, loss = stack.step(batch)
         with torch.no_grad():
-            velocity = _update(trainer, stack.parameters, gradients, active, lr, velocity)
+            moved = {name: g for name, g in gradients.items() if name not in (stack.unused or ())}
+            velocity = _update(trainer, stack.parameters, moved, active, lr, velocity)
         for client, own, seen, value in zip(clients, batches, losses, loss.detach(), strict=True):
             if own is not None:
                 trainer.log_step(client, len(own["y"]))
@@ -142,7 +153,8 @@ def _update(
         else:
             velocity = {name: trainer.momentum * velocity[name] + g for name, g in gradients.items()}
         gradients = velocity
-    for name, p in parameters.items():
+    for name in gradients:
+        p = parameters[name]
         # What a finished client would add is NaN: its mean is over no examples.
         parameters[name] = torch.where(of(active, p), p - lr * gradients[name], p)
     return velocity

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from clients.trainers.base import ClientContext
-from clients.trainers.gradients import per_sample, scoring
+from clients.trainers.gradients import per_sample, require_single_examples, scoring
 from clients.trainers.sgd import SGDTrainer
+from devices.cost import NetworkCost
 from fedsim.errors import ConfigError
 from fedsim.messages import Broadcast, ClientUpdate
-from fedsim.workload import Tensors
+from fedsim.workload import Tensors, Workload
 
 QUESTION, FISHER, PENALTY = "fisher", "fisher", "penalty"
 
@@ -81,6 +82,14 @@ class EWCTrainer(SGDTrainer):
         if fisher_examples is not None and fisher_examples < 1:
             raise ConfigError(f"trainer.fisher_examples must be null or at least 1, got {fisher_examples!r}")
         self.penalty, self.fisher_examples = penalty, fisher_examples
+
+    def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:
+        """Looks whether F can be computed, which is asked for when the first task ends.
+
+        Raises:
+            ConfigError: as `require_single_examples`.
+        """
+        require_single_examples(workload, model)
 
     def fit(self, client: ClientContext, task: Broadcast) -> ClientUpdate:
         """The local loop, with quadratics that are not too stiff for the round's learning rate."""

@@ -198,7 +198,7 @@ class FedMixTrainer(PoolTrainer):
         with torch.random.fork_rng(devices=[]):
             try:
                 loss = self.mixed(probe, batch)[0]
-                torch.autograd.grad(loss, [p for p in probe.parameters() if p.requires_grad])
+                torch.autograd.grad(loss, [p for p in probe.parameters() if p.requires_grad], allow_unused=True)
             except (RuntimeError, NotImplementedError) as error:
                 return " ".join(str(error).split()).partition(". ")[0]
         return ""

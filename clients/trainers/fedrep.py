@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -45,15 +46,21 @@ class FedRepTrainer(SGDTrainer):
         """Prices the steps of both phases, which need no weight gradients of what is frozen.
 
         Raises:
-            ConfigError: if tensors are private, but one of the phases has no parameter to train.
+            ConfigError: if tensors are private, but one of the phases has no parameter to train, or none that matters.
         """
         if not self.private:
             return
+        sample = {key: t.to(next(model.parameters()).device) for key, t in workload.sample(4).items()}
         for private in (True, False):
             what = "private" if private else "shared"
             with self.only(model, private):
                 if not any(p.requires_grad for p in model.parameters()):
                     raise ConfigError(f"{type(self).__name__} has no {what} parameter to train; set private=[head]")
+                if not workload.loss(deepcopy(model).eval(), sample).requires_grad:
+                    raise ConfigError(
+                        f"{type(self).__name__} has nothing to train in its {what} phase: the {what} parameters of "
+                        f"model {type(model).__name__} take no part in its outputs; put those into private that do"
+                    )
                 cost = measure(model, workload.loss, workload.sample(4), network.name)
             self.networks[private] = replace(
                 network,

@@ -149,7 +149,7 @@ def per_sample(
     examples = {key: t.contiguous() for key, t in batch.items()}
     # Dropout asks for this even in evaluation mode, where it draws nothing.
     gradients = vmap(grad(of_one), in_dims=(None, 0), randomness="different")(own, examples)
-    return torch.cat([gradients[name].flatten(1) for name in own], 1)
+    return torch.cat([gradients[name].reshape(len(batch["y"]), -1) for name in own], 1)
 
 
 def layers_of(model: nn.Module) -> list[Layer]:
@@ -185,6 +185,9 @@ def last_layer(workload: Workload, model: nn.Module, batch: Tensors) -> tuple[Te
     """Softmax - label and the features before the last layer, [n, classes] and [n, features] ([n, steps, ...]).
 
     Their outer product is the gradient of the last layer's weights, the first alone that of its bias.
+
+    Raises:
+        ConfigError: if what `head_of` finds takes no part in the outputs.
     """
     seen: list[Tensor] = []
     hook = head_of(model).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -192,6 +195,11 @@ def last_layer(workload: Workload, model: nn.Module, batch: Tensors) -> tuple[Te
         logits = workload.logits(model, batch)
     finally:
         hook.remove()
+    if not seen:
+        raise ConfigError(
+            f"the last linear layer of model {type(model).__name__} takes no part in its outputs; call the one that "
+            "makes them `head`"
+        )
     return error_of(logits, batch["y"]), seen[-1]
 
 
@@ -419,8 +427,41 @@ class Outputs:
         return 4 * self.weights * (min(n, 2 * chunk) if mode == "chunked" else n) + pairs
 
 
+def require_single_examples(workload: Workload, model: nn.Module) -> None:
+    """Makes sure that an example has a gradient of its own: that it does not hang on the rest of a batch.
+
+    Raises:
+        ConfigError: if the model takes no example by itself.
+    """
+    device = next(model.parameters()).device
+    with torch.no_grad(), scoring(model):
+        try:
+            workload.logits(model, {key: t.to(device) for key, t in workload.sample(1).items()})
+        except Exception as error:
+            raise ConfigError(
+                f"model {type(model).__name__} takes no example by itself ({' '.join(str(error).split())}), and its "
+                "gradient is asked for; take norms with running statistics"
+            ) from error
+
+
+def require_head(workload: Workload, model: nn.Module) -> None:
+    """Makes sure that `last_layer` finds the layer that makes the outputs.
+
+    Raises:
+        ConfigError: as it does.
+    """
+    device = next(model.parameters()).device
+    with scoring(model):
+        last_layer(workload, model, {key: t.to(device) for key, t in workload.sample(2).items()})
+
+
 def outputs_of(workload: Workload, model: nn.Module) -> Outputs:
-    """Looks at one example's way through the model."""
+    """Looks at one example's way through the model.
+
+    Raises:
+        ConfigError: as `require_single_examples`.
+    """
+    require_single_examples(workload, model)
     head, sample = head_of(model), workload.sample(1)
     steps = sample["y"].shape[1] if sample["y"].dim() == 2 else 0
     weights = sum(p.numel() for p in space(model).values())

@@ -8,16 +8,17 @@ Gradients are those of the last layer. State: gss_scores [memory] float32; see R
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clients.trainers.base import ClientContext
-from clients.trainers.gradients import matrix_product
+from clients.trainers.gradients import matrix_product, require_head
 from clients.trainers.memory import Memory
 from clients.trainers.replay import StreamReplayTrainer
 from clients.trainers.selection import Pool
+from devices.cost import NetworkCost
 from fedsim.messages import Broadcast
-from fedsim.workload import Tensors
+from fedsim.workload import Tensors, Workload
 
 SCORES, COMPARED = "gss_scores", 10
 
@@ -47,6 +48,11 @@ class GSSTrainer(StreamReplayTrainer):
     Args:
         replay: arguments of StreamReplayTrainer.
     """
+
+    def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:
+        """Looks whether the gradients of the last layer can be had, beside what `ReplayTrainer` looks for."""
+        super().setup(workload, model, network)
+        require_head(workload, model)
 
     def begin(self, client: ClientContext, task: Broadcast, memory: Memory) -> None:
         self.scores = client.state.get(SCORES, torch.empty(0)).clone()

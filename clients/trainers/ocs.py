@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clients.trainers.base import ClientContext
+from clients.trainers.base import ClientContext, Gradients
 from clients.trainers.gradients import (
     MODES,
     WITHOUT_BACKWARD,
@@ -33,6 +33,7 @@ from clients.trainers.gradients import (
     mean_gradient,
     outputs_of,
     products,
+    require_head,
     scoring,
 )
 from clients.trainers.memory import Memory
@@ -175,11 +176,16 @@ class OCSTrainer(ReplayTrainer):
             )
         super().setup(workload, model, network)
         self.outputs = outputs_of(workload, model)
+        if self.grad_mode in WITHOUT_BACKWARD:
+            require_head(workload, model)
 
     # --- selection while training ---------------------------------------------------------------------------------
 
     def stream_of(self, client: ClientContext) -> tuple[int, int]:
         return self.stream_size, max(1, round(self.local_epochs * self.stream_size / self.batch_size))
+
+    def ends_in_one(self, examples: int) -> bool:
+        return self.batch_size == 1 or self.leaves_one(examples, self.stream_size)
 
     def begin(self, client: ClientContext, task: Broadcast, memory: Memory) -> None:
         if self.ref_scope == "global" and REFERENCE in task.extras:
@@ -225,7 +231,7 @@ class OCSTrainer(ReplayTrainer):
 
     def gradients(
         self, client: ClientContext, task: Broadcast, batch: Tensors, kept: Tensors | None
-    ) -> tuple[tuple[Tensor, ...], Tensor]:
+    ) -> tuple[Gradients, Tensor]:
         """A step with replay; with ref_source=replayed, what the network makes of the replayed part is kept."""
         if self.recalled is None or kept is None:
             return super().gradients(client, task, batch, kept)

@@ -3,8 +3,8 @@
 The base of all methods with a memory. Source: Chaudhry et al., "On Tiny Episodic Memories in Continual Learning", 2019
 (joint steps); the rules of `clients.trainers.selection`. State: memory_names, memory_phases [memory] int64;
 candidate_names [candidates] int64, phase [] of the task that is being learned; those of clients.trainers.samples.
-Nothing of it is ever sent. May import: what `clients.trainers.sgd` may, clients.trainers.memory,
-clients.trainers.samples, clients.trainers.selection.
+Nothing of it is ever sent. May import: what `clients.trainers.sgd` may, clients.trainers.gradients,
+clients.trainers.memory, clients.trainers.samples, clients.trainers.selection.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from annotated_types import Le
 from torch import Tensor, nn
 
 from clients.trainers import samples
-from clients.trainers.base import ClientContext
+from clients.trainers.base import ClientContext, Gradients
+from clients.trainers.gradients import require_head
 from clients.trainers.memory import CANDIDATES, NONE, PHASE, Memory, example_bytes, recall
-from clients.trainers.selection import RULES, Pool, balanced, pick
+from clients.trainers.selection import MODEL_FREE, RULES, Pool, balanced, pick
 from clients.trainers.sgd import SGDTrainer
 from devices.cost import NetworkCost
 from devices.errors import unknown
@@ -105,12 +106,15 @@ class ReplayTrainer(SGDTrainer):
         return tuple(RULES)
 
     def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:
-        """Looks whether kept examples can be fetched again.
+        """Looks whether kept examples can be fetched again, and chosen by the rule.
 
         Raises:
-            ConfigError: where the stream is endless and only names would be kept; for samples that are no numbers.
+            ConfigError: where the stream is endless and only names would be kept; for samples that are no numbers; for
+                a model whose last layer the rule cannot find.
         """
         super().setup(workload, model, network)
+        if self.selection in RULES and self.selection not in MODEL_FREE:
+            require_head(workload, model)
         if workload.endless and self.store == "names":
             raise ConfigError(
                 f"examples of {workload.name} are made anew as they arrive and cannot be fetched again: set "
@@ -178,7 +182,7 @@ class ReplayTrainer(SGDTrainer):
 
     def gradients(
         self, client: ClientContext, task: Broadcast, batch: Tensors, kept: Tensors | None
-    ) -> tuple[tuple[Tensor, ...], Tensor]:
+    ) -> tuple[Gradients, Tensor]:
         """Direction of one step, and its loss: one pass through the network with both batches."""
         if kept is None:
             loss = self.loss(client, batch, task)
@@ -188,7 +192,7 @@ class ReplayTrainer(SGDTrainer):
             each = client.workload.losses(client.model, {key: torch.cat([batch[key], kept[key]]) for key in batch})
             loss = each[:own].mean() + self.replay_weight * each[own:].mean()
             self.log_step(client, len(each))
-        return torch.autograd.grad(loss, client.parameters), loss.detach()
+        return torch.autograd.grad(loss, client.parameters, allow_unused=True), loss.detach()
 
     def learned(self, client: ClientContext, memory: Memory, names: Tensor, batch: Tensors) -> None:
         """Called after each step with what was trained on; here nothing is remembered before the task ends."""

@@ -7,7 +7,7 @@ clients.trainers.batched.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated
 
 import torch
@@ -15,7 +15,7 @@ from annotated_types import Le
 from torch import Tensor, nn
 
 from clients.trainers import batched
-from clients.trainers.base import ClientContext, LocalTrainer
+from clients.trainers.base import ClientContext, Gradients, LocalTrainer
 from devices.cost import NetworkCost
 from devices.errors import unknown
 from devices.meter import peak_memory_bytes
@@ -82,7 +82,7 @@ class SGDTrainer(LocalTrainer):
         losses = []
         for batch in batches:
             loss = self.loss(client, batch, task)
-            gradients = torch.autograd.grad(loss, client.parameters)
+            gradients = torch.autograd.grad(loss, client.parameters, allow_unused=True)
             velocity = self.step(client.parameters, gradients, lr, velocity)
             del gradients  # as large as the model: the next step shall not find them in memory
             self.log_step(client, len(batch["y"]))
@@ -134,26 +134,45 @@ class SGDTrainer(LocalTrainer):
         return 0.0
 
     @torch.no_grad()
-    def step(self, parameters: Arrays, gradients: Arrays, lr: float, velocity: Arrays | None) -> Arrays | None:
+    def step(self, parameters: Arrays, gradients: Gradients, lr: float, velocity: Arrays | None) -> Arrays | None:
         """One update of `parameters` in place, the arithmetic of torch.optim.SGD; returns the new velocity.
+
+        As there, a parameter without a gradient stays, whatever its momentum and the weight decay.
 
         Written out with foreach operators: making an optimiser per client and its bookkeeping per step cost 8 % of a
         LeNet-5 step on a CPU.
         """
+        used = {n: g for n, g in enumerate(gradients) if g is not None}
+        if len(used) < len(gradients):
+            return self._step_of_some(parameters, used, lr, velocity)
+        moves: Arrays = list(used.values())
         if self.clip_norm is not None:
-            total = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-            gradients = torch._foreach_mul(gradients, torch.clamp(self.clip_norm / (total + 1e-6), max=1.0))
+            total = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(moves)))
+            moves = torch._foreach_mul(moves, torch.clamp(self.clip_norm / (total + 1e-6), max=1.0))
         if self.weight_decay:
-            gradients = torch._foreach_add(gradients, parameters, alpha=self.weight_decay)
+            moves = torch._foreach_add(moves, parameters, alpha=self.weight_decay)
         if self.momentum:
             if velocity is None:
-                velocity = [g.clone() for g in gradients]  # autograd may have given two parameters one tensor
+                velocity = [g.clone() for g in moves]  # autograd may have given two parameters one tensor
             else:
                 torch._foreach_mul_(velocity, self.momentum)
-                torch._foreach_add_(velocity, gradients)
-            gradients = velocity
-        torch._foreach_add_(parameters, gradients, alpha=-lr)
+                torch._foreach_add_(velocity, moves)
+            moves = velocity
+        torch._foreach_add_(parameters, moves, alpha=-lr)
         return velocity
+
+    def _step_of_some(
+        self, parameters: Arrays, gradients: Mapping[int, Tensor], lr: float, velocity: Arrays | None
+    ) -> Arrays | None:
+        """A step of the parameters at these places; the others begin at velocity zero when they are first used."""
+        own = None if velocity is None else [velocity[n] for n in gradients]
+        moved = SGDTrainer.step(self, [parameters[n] for n in gradients], list(gradients.values()), lr, own)
+        if moved is None:
+            return None
+        every = [torch.zeros_like(p) for p in parameters] if velocity is None else list(velocity)
+        for n, v in zip(gradients, moved, strict=True):
+            every[n] = v
+        return every
 
     def learning_rate(self, client: ClientContext, task: Broadcast) -> float:
         """Learning rate of this round and task; a strategy's `lr` setting comes before the trainer's own."""
@@ -173,6 +192,15 @@ class SGDTrainer(LocalTrainer):
         """Places of the examples of each batch, [batch_size or less] int64; `local_steps` ends the epochs."""
         for order in self.orders(client, "batches", batch_size, epochs, self.local_steps):
             yield from order.split(batch_size)
+
+    def ends_in_one(self, examples: int) -> bool:
+        """Whether the last batch of an epoch has one example, and `local_steps` leads there."""
+        return self.leaves_one(examples, self.batch_size)
+
+    def leaves_one(self, examples: int, size: int) -> bool:
+        """Whether batches of `size` end in one of a single example, and `local_steps` leads there."""
+        lone = size == 1 or examples % size == 1
+        return lone and (self.local_steps is None or size == 1 or self.local_steps > examples // size)
 
     def orders(
         self,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from clients.trainers.base import ClientContext
+from clients.trainers.base import ClientContext, Gradients
 from clients.trainers.sgd import Arrays, SGDTrainer
 from devices.cost import NetworkCost
 from fedsim.errors import ConfigError
@@ -96,10 +96,17 @@ class SubFedAvgTrainer(SGDTrainer):
     def split(self, client: ClientContext) -> tuple[ClientContext, Examples]:
         """The client with what it trains on, and the examples that decide; the same in every round."""
         train = client.data.train
-        count = min(max(1, round(self.validation * len(train))), len(train) - 1)
+        count = self.judged_examples(len(train))
         order = torch.randperm(len(train), generator=torch_generator(client.seed, "validation", client.client_id))
         parts = [Examples(train.gather(rows)) for rows in (order[count:].sort().values, order[:count].sort().values)]
         return replace(client, data=ClientData(parts[0], client.data.test)), parts[1]
+
+    def judged_examples(self, examples: int) -> int:
+        """How many of a client's examples decide."""
+        return min(max(1, round(self.validation * examples)), examples - 1)
+
+    def ends_in_one(self, examples: int) -> bool:
+        return super().ends_in_one(examples - self.judged_examples(examples))
 
     def reserve(self, client: ClientContext, task: Broadcast) -> None:
         """A step, and pruning: magnitudes of the largest layer, sorted with their places."""
@@ -124,10 +131,10 @@ class SubFedAvgTrainer(SGDTrainer):
         for name, mask in self.masks.items():
             client.weights[name].mul_(mask)
 
-    def step(self, parameters: Arrays, gradients: Arrays, lr: float, velocity: Arrays | None) -> Arrays | None:
+    def step(self, parameters: Arrays, gradients: Gradients, lr: float, velocity: Arrays | None) -> Arrays | None:
         """A step of SGD with masked gradients."""
         ones = (self.masks.get(name) for name in self.order)
-        masked = [g if mask is None else g * mask for g, mask in zip(gradients, ones, strict=True)]
+        masked = [g if g is None or mask is None else g * mask for g, mask in zip(gradients, ones, strict=True)]
         return super().step(parameters, masked, lr, velocity)
 
     def batches(self, client: ClientContext, task: Broadcast) -> Iterator[Tensors]:

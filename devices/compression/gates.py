@@ -109,6 +109,7 @@ class Gates(nn.Module):
             ratio: the keep ratio to aim at; read by conditioned gates only.
             noise: draws logistic noise that is added to a, in training.
         """
+        pooled = pooled.to(next(self.mlps[_key(name)].parameters()).dtype)  # of gates, whatever the network's own
         if self.conditioned:
             pooled = torch.cat([pooled, pooled.new_full((len(pooled), 1), ratio)], 1)
         logits = self.mlps[_key(name)](pooled)
@@ -225,7 +226,7 @@ class GatedNetwork(nn.Module):
             read = [values[name] for name in site.reads]
             gates = torch.cat([*read, read[0].new_ones(len(read[0]), 1)], 1)
             source = site.source if place is None else site.source[place]
-            x = x * site.spread(gates[:, source], x)
+            x = x * site.spread(gates[:, source], x).to(x.dtype)
         if site.makes:
             values[site.makes] = self.switch(site.makes, site.pooled(x, place))
         return (x, *given[1:])
@@ -279,7 +280,7 @@ class _Site(nn.Module):
         if self.inputs == self.size and place is None:
             return x
         pool = self.pool if place is None else self.pool[place]
-        return x.new_zeros(len(x), self.inputs).index_add(1, pool, x) * self.share
+        return (x.new_zeros(len(x), self.inputs).index_add(1, pool, x) * self.share).to(x.dtype)
 
 
 # --- switches ---------------------------------------------------------------------------------------------------------
