@@ -56,12 +56,18 @@ def commented_profile(name: str, like: str) -> str:
     """The text of a profile that equals device `like` but for its name, with a comment for every key.
 
     Raises:
-        DeviceError: if there is no such device.
+        DeviceError: if there is no such device, or it is a way to run another one.
     """
+    from devices.errors import DeviceError
     from devices.profile import ISAS, KINDS, SHIPPED, load_profile, profile_names
     from devices.profile_file import FIGURES, PROVENANCES, read_yaml
 
     load_profile(like)  # says what is wrong with it
+    base, _, variant = like.rpartition("@")
+    if base and not Path(like).exists():
+        raise DeviceError(
+            f"--like must be a device, got {variant!r} of {base}; take {base}: a copy has its variants too"
+        )
     path = SHIPPED / f"{like}.yaml" if like in profile_names() else Path(like)
     tree = read_yaml(path)
     lines = [

@@ -88,6 +88,7 @@ def test_command_that_it_prints_runs_on_the_new_device(new, fedsim):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        (["nb", "--like", "raspberry_pi_4@1t"], "--like must be a device, got '1t' of raspberry_pi_4; take rasp"),
         (["my_board", "--like", "raspberry_pi"], "unknown device 'raspberry_pi'; did you mean 'raspberry_pi_"),
         (["../board", "--like", "pixel3"], "NAME must be letters, digits, '_', '-' and '.', and no shipped device"),
         (["pixel3", "--like", "pixel3"], "no shipped device, got 'pixel3'"),
