@@ -471,7 +471,7 @@ def method_name(settings: Settings) -> str:
     private = [f"private=[{','.join(settings['private'])}]"] if settings["private"] != usual else []
     if choices.get("method"):
         own = preset(choices["method"])
-        changed = [f"{group}={choices[group]}" for group, name in own.items() if choices[group] != name]
+        changed = [f"{group}={choices.get(group)}" for group, name in own.items() if choices.get(group) != name]
         return " ".join([str(choices["method"]), *changed, *private])
     strategy, trainer = choices["strategy"], choices["trainer"]
     return " ".join([str(strategy) if trainer in ("sgd", strategy) else f"{strategy}+{trainer}", *private])

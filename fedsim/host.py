@@ -62,6 +62,9 @@ def model_bytes(
         num_classes: size of the output.
         batch: examples that are judged at once.
         dtype: of what it is fed.
+
+    Raises:
+        ConfigError: as `make` does.
     """
     import torch
 
@@ -69,6 +72,8 @@ def model_bytes(
         try:
             with torch.device("meta"):
                 network = make(input_shape=input_shape, num_classes=num_classes).eval()
+        except ConfigError:
+            raise
         except Exception:  # a model that needs numbers, or is wrong: building it tells
             return 0.0
         tensors = list(chain(network.parameters(), network.buffers()))

@@ -23,6 +23,8 @@ from fedsim.errors import ConfigError
 
 # Of numbers that have no bounds of their own: nothing in a run is beyond them, and torch and numpy can count so far.
 WHOLE, NUMBER = Interval(ge=-(2**31) + 1, le=2**31 - 1), Interval(ge=-1e9, le=1e9)
+# What says how an object is made, beside its arguments; any other key is one of these.
+SPECIAL = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")
 SIGNS = {Gt: "above", Ge: "at least", Lt: "below", Le: "at most"}
 STOCK = "strategies.stock.BOUNDS"  # of constructors that are not ours to annotate
 PLURAL = {int: "whole numbers", float: "finite numbers", bool: "true and false", str: "texts"}
@@ -50,7 +52,7 @@ def check_parameters(where: str, tree: Mapping[str, Any], given: Collection[str]
     except Exception as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{where}._target_={tree.get('_target_')!r} cannot be used: {reason}") from error
-    own = {str(key): value for key, value in tree.items() if not str(key).startswith("_")}
+    own = {str(key): value for key, value in tree.items() if key not in SPECIAL}
     for key, value in own.items():
         if key in known:
             hint = stock.get(key, known[key][0])

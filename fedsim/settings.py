@@ -7,6 +7,7 @@ strategies are reached only as `_target_` texts.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import itertools
 import json
 import math
@@ -25,7 +26,7 @@ from devices.texts import FILE_BYTES, VALUE_LETTERS, storable, visible
 from fedsim.errors import ConfigError, DataError
 from fedsim.host import check_fits, model_bytes
 from fedsim.parameters import check_parameters, said
-from fedsim.trust import check_tree, group_kinds, plugin_folders
+from fedsim.trust import check_group, plugin_folders
 
 if TYPE_CHECKING:
     from torch import nn
@@ -225,15 +226,29 @@ def settings_of_run(folder: Path) -> Settings:
         ConfigError: if the folder holds no run or its settings are wrong.
     """
     from devices.errors import FileError
-    from fedsim.forms import check_tree
-    from fedsim.run_files import CHOSEN, read_config
+    from fedsim.run_files import read_config
 
     try:
         settings = check(completed(read_config(folder)))
-        check_tree(settings.get("choices"), CHOSEN, f"{folder / 'config.yaml'}: choices")
     except FileError as error:
         raise ConfigError(str(error)) from error
+    _check_choices(settings["choices"], f"{folder / 'config.yaml'}: ")
     return settings
+
+
+def _check_choices(choices: Any, where: str = "") -> None:
+    """Checks which options an earlier run took: texts, by which it is named, and a method of `configs/method`."""
+    from devices.errors import FileError
+    from fedsim.forms import check_tree
+    from fedsim.run_files import CHOSEN, NAME
+
+    try:
+        check_tree(choices, {**dict.fromkeys(choices if isinstance(choices, dict) else (), NAME), **CHOSEN}, "choices")
+    except FileError as error:
+        raise ConfigError(f"{where}{error}; fedsim fills choices in by itself") from error
+    method = choices.get("method")
+    if method is not None and method not in options("method"):
+        raise ConfigError(f"{where}{unknown('method in choices', method, options('method'))}")
 
 
 def completed(settings: Settings) -> Settings:
@@ -288,7 +303,11 @@ def resolve(config: Any, choices: Any) -> Settings:
         raise ConfigError(f"{missing[0]} must be given, e.g. {missing[0]}=...")
     settings = OmegaConf.to_container(config, resolve=True)
     assert isinstance(settings, dict)
-    return check(completed(settings) if earlier else settings)  # type: ignore[arg-type]
+    if not earlier:
+        return check(settings)  # type: ignore[arg-type]
+    settings = check(completed(settings))  # type: ignore[arg-type]
+    _check_choices(settings["choices"])
+    return settings
 
 
 @contextmanager
@@ -419,7 +438,7 @@ def check_trusted(settings: Settings) -> None:
         ConfigError: for the first `_target_` that a configuration may not name.
     """
     for group in NEEDED:
-        check_tree(group, settings[group], group_kinds(group))
+        check_group(group, settings[group])
 
 
 def check_address(settings: Settings, overrides: Sequence[str], source: str) -> None:
@@ -574,6 +593,14 @@ def _check_memory(settings: Settings, make: ModelFactory, workload: Workload) ->
     batch = min(JUDGED_AT_ONCE, max(1, len(workload.test)))
     dtype = workload.test.gather(torch.arange(min(1, len(workload.test))))["x"].dtype
     needed = model_bytes(make, workload.input_shape, workload.num_classes, batch, dtype)
+    if not needed:  # it could not be made without numbers
+        try:
+            with torch.random.fork_rng(devices=[]):
+                make(input_shape=workload.input_shape, num_classes=workload.num_classes)
+        except (ConfigError, DataError, DeviceError):
+            raise
+        except Exception as error:
+            raise ConfigError(_no_factory(settings, error)) from error
     sizes = {key: value for key, value in settings["model"].items() if _largest(value) > 1}
     key = max(sizes, key=lambda name: _largest(sizes[name]), default="")
     check_fits(f"model.{key}={said(sizes[key])}" if key else f"model={settings['choices']['model']}", needed)
@@ -596,7 +623,7 @@ def instantiate(settings: Settings, group: str, **extra: Any) -> Any:
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate as hydra_instantiate
 
-    check_tree(group, settings[group], group_kinds(group))
+    check_group(group, settings[group])
     check_parameters(group, settings[group], extra)
     try:
         return hydra_instantiate(settings[group], **extra)
@@ -615,12 +642,22 @@ def model_factory(settings: Settings) -> ModelFactory:
     """
     own = {key: value for key, value in settings["model"].items() if key != FORMAT}
     make, format = instantiate({"model": own}, "model"), memory_format(settings)
+    try:
+        inspect.signature(make).bind(input_shape=(1,), num_classes=1)
+    except TypeError as error:
+        raise ConfigError(_no_factory(settings, error)) from error
+    except ValueError:  # it does not say what it takes
+        pass
 
     def model(**shapes: Any) -> nn.Module:
         from fedsim.workload import MEMORY_FORMATS
 
         network: nn.Module = make(**shapes)
         _refuse_lazy(network)
+        if not any(p.requires_grad for p in network.parameters()):
+            raise ConfigError(
+                f"model._target_={settings['model']['_target_']!r} makes a network without weights to train"
+            )
         return network.to(memory_format=MEMORY_FORMATS[format])  # type: ignore[call-overload]
 
     return model
@@ -640,6 +677,15 @@ def _refuse_lazy(network: nn.Module) -> None:
                 f"{name} of model {type(network).__name__} has no shape before a first input (a lazy layer); give the "
                 "layer its sizes"
             )
+
+
+def _no_factory(settings: Settings, error: Exception) -> str:
+    """Says that the model's `_target_` makes no network when it is given the shapes of the data."""
+    return (
+        f"model._target_={settings['model']['_target_']!r} makes no network for the input_shape and num_classes of a "
+        f"workload ({type(error).__name__}: {_flat(error)}); name a function that takes both and returns the network, "
+        "in a file of your own, e.g. model._target_=mine.network"
+    )
 
 
 def memory_format(settings: Settings) -> str:

@@ -7,7 +7,7 @@ below a folder that a command was given. What is given may be a part of somethin
 folder or file deeper in the working folder, say pack/runs/A, all of pack is kept out. It goes by where the object is
 defined, not by the path that leads to it, and the object must be of the kind that its place needs. Everything else
 needs `--allow-target NAME` on the command line.
-May import: the standard library, hydra (lazily), devices.errors, fedsim.errors.
+May import: the standard library, hydra (lazily), devices.errors, fedsim.errors, fedsim.parameters.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsim.errors import ConfigError
+from fedsim.parameters import SPECIAL, said
 
 OWN = ("fedsim", "clients", "strategies", "devices")
 LIBRARIES = ("flwr.serverapp.strategy", "torch.nn", "torchvision.models")
@@ -56,6 +57,8 @@ KINDS = {
     "trainer": "clients.trainers.base:LocalTrainer",
     "engine": "flwr.serverapp:Grid",
 }
+FACTORIES = ("model", "stream")  # groups that are called later, with more arguments
+CONVERSIONS = ("none", "partial", "object", "all")
 NESTED = ("devices.availability:Availability",)  # made inside others, beside the groups
 Kinds = tuple[Any, ...] | None  # classes, of which an object must be one; None where the place does not say
 
@@ -132,16 +135,29 @@ def working_folder() -> Path:
 # --- trees ------------------------------------------------------------------------------------------------------------
 
 
-def check_tree(key: str, tree: Any, kinds: Kinds = None) -> None:
-    """Checks every `_target_` of a tree, at any depth, before any of them is called.
+def check_group(group: str, tree: Mapping[str, Any]) -> None:
+    """As `check_tree`, for the whole of a group of settings.
+
+    Raises:
+        ConfigError: names the key, what came, and what is allowed.
+    """
+    check_tree(group, tree, group_kinds(group))
+    if tree.get("_partial_", False) != (group in FACTORIES):
+        needed, why = ("true", "it is called with the data") if group in FACTORIES else ("false", "it is made at once")
+        raise ConfigError(f"{group}._partial_ must be {needed}: {why}; got {said(tree.get('_partial_', False))}")
+
+
+def check_tree(key: str, tree: Any, kinds: Kinds = None, factory: bool = True) -> None:
+    """Checks every `_target_` of a tree, at any depth, before any of them is called, and the keys that go with it.
 
     Args:
         key: where the tree is, e.g. "trainer".
         tree: plain settings.
         kinds: what an object in this place may be.
+        factory: whether this place takes what is called later, by `_partial_`.
 
     Raises:
-        ConfigError: names the key, what came, and `--allow-target`.
+        ConfigError: names the key, what came, and `--allow-target` where that helps.
     """
     if isinstance(tree, str):
         if "${" in tree:  # a second reading would resolve it, and what it becomes has not been checked
@@ -149,16 +165,39 @@ def check_tree(key: str, tree: Any, kinds: Kinds = None) -> None:
     elif isinstance(tree, Mapping):
         hints = None
         if "_target_" in tree:
-            target = locate(f"{key}._target_", tree["_target_"], kinds, bool(tree.get("_partial_")))
+            target = locate(f"{key}._target_", tree["_target_"], kinds, _is_partial(tree))
             _no_downloads(key, target, tree)
             hints = _hints(target)
         for name, value in tree.items():
             if name != "_target_":
-                inner = kinds if hints is None else kinds_of(hints.get(str(name), Any), _is_partial(value))
-                check_tree(f"{key}.{name}", value, inner)
+                hint = Any if hints is None else hints.get(str(name), Any)
+                inner = kinds if hints is None else kinds_of(hint, _is_partial(value))
+                check_tree(f"{key}.{name}", value, inner, factory if hints is None else _takes_factory(hint))
+        _check_special(key, tree, factory)
     elif isinstance(tree, list | tuple):
         for number, value in enumerate(tree):
-            check_tree(f"{key}[{number}]", value, kinds)
+            check_tree(f"{key}[{number}]", value, kinds, factory)
+
+
+def _check_special(key: str, tree: Mapping[str, Any], factory: bool) -> None:
+    """Checks what stands beside a `_target_`: Hydra takes it as it comes, or fails without a word about the setting."""
+    for name in SPECIAL[1:]:
+        if name not in tree:
+            continue
+        what, value = f"{key}.{name}", tree[name]
+        if "_target_" not in tree:
+            raise ConfigError(f"{what} goes with a _target_ only, and {key} has none")
+        if name == "_args_":
+            raise ConfigError(f"{what} cannot be given: name every argument by a key of its own, {key}.NAME=VALUE")
+        if name == "_convert_":
+            if value not in CONVERSIONS:
+                raise ConfigError(f"{what} must be one of {', '.join(CONVERSIONS)}, got {said(value)}")
+        elif not isinstance(value, bool):
+            raise ConfigError(f"{what} must be true or false, got {said(value)}")
+        elif name == "_recursive_" and not value:
+            raise ConfigError(f"{what} must be true: what {key} is made of is made first, got false")
+        elif name == "_partial_" and value and not factory:
+            raise ConfigError(f"{what} must be false: this place takes the object itself, got true")
 
 
 def group_kinds(group: str) -> Kinds:
@@ -181,8 +220,18 @@ def kinds_of(hint: Any, partial: bool) -> Kinds:
     return (hint,) if inspect.isclass(hint) else ()
 
 
+def _takes_factory(hint: Any) -> bool:
+    """Whether what is called later may stand where an annotation is `hint`."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(map(_takes_factory, arguments))
+    if inspect.isclass(origin) and issubclass(origin, Mapping | Sequence):
+        return any(map(_takes_factory, arguments))
+    return Callable in (origin, hint) or not inspect.isclass(origin or hint)
+
+
 def _is_partial(value: Any) -> bool:
-    return isinstance(value, Mapping) and bool(value.get("_partial_"))
+    return isinstance(value, Mapping) and value.get("_partial_") is True
 
 
 def _hints(target: Any) -> dict[str, Any]:
@@ -229,9 +278,11 @@ def locate(key: str, name: Any, kinds: Kinds = None, partial: bool = False) -> A
     Raises:
         ConfigError: if it is not there, is defined elsewhere, or is of another kind.
     """
+    if not isinstance(name, str):
+        raise ConfigError(f"{key} must be the dotted path of a class or function, got {said(name)}")
     if _everything or name in allowed():
         return _found(key, name)
-    if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
+    if not all(part.isidentifier() for part in name.split(".")):
         raise _refused(key, name, "it is no dotted path of a class or function")
     module = _module(key, name)
     found = module

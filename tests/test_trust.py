@@ -151,6 +151,64 @@ def test_what_a_second_reading_would_resolve_is_refused():
         check_tree("trainer", {"_target_": "clients.trainers.sgd.SGDTrainer", "lr": text}, group_kinds("trainer"))
 
 
+# What a group must not hold, by what is odd about it.
+ODD: dict[str, dict[str, Any]] = {
+    "a list": {"_target_": [1]},
+    "a map": {"_target_": {"a": 1}},
+    "a number": {"_target_": 5},
+    "nothing": {"_target_": None},
+    "a number for partial": {"_partial_": 5},
+    "text for partial": {"_partial_": "true"},
+    "a list for partial": {"_partial_": [True]},
+    "text for recursive": {"_recursive_": "x"},
+    "not recursive": {"_recursive_": False},
+    "a number for convert": {"_convert_": 5},
+    "an unknown conversion": {"_convert_": "yes"},
+    "a list for convert": {"_convert_": ["all"]},
+    "arguments": {"_args_": [1]},
+    "no list of arguments": {"_args_": 5},
+    "no target": {"deep": [{"a": {"_partial_": True}}]},
+    "a target below": {"deep": [{"a": {"_target_": [1]}}]},
+    "arguments below": {"deep": [{"_target_": "torch.nn.Linear", "_args_": [1, 1]}]},
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_what_is_odd_beside_a_target_is_refused_in_every_group(odd: str):
+    settings = compose(TINY)
+    for group in NEEDED:
+        wrong = {**settings, group: {**settings[group], **ODD[odd]}}
+        with pytest.raises(ConfigError, match=rf"^{group}\.") as caught:
+            check_trusted(wrong)
+        assert "\n" not in str(caught.value)
+        name = next(
+            key for key in ("_target_", "_partial_", "_recursive_", "_convert_", "_args_") if key in str(ODD[odd])
+        )
+        assert name in str(caught.value) or odd == "arguments below"
+
+
+@pytest.mark.parametrize("group", NEEDED)
+def test_only_groups_that_are_called_later_are_partial(group: str):
+    settings = compose(TINY)
+    later = group in ("model", "stream")
+    wrong = {**settings, group: {**settings[group], "_partial_": not later}}
+    with pytest.raises(ConfigError, match=rf"^{group}\._partial_ must be {str(later).lower()}: "):
+        check_trusted(wrong)
+    check_trusted({**settings, group: {**settings[group], "_partial_": later, "_convert_": "all", "_recursive_": True}})
+
+
+def test_an_object_is_not_called_later_where_it_is_needed_itself():
+    settings = compose(["strategy=mafl", *TINY])
+    check_trusted(settings)  # its server is called later
+    for group, key, kind in (
+        ("strategy", "server", "a callable object"),
+        ("fleet", "availability", "a callable object"),
+    ):
+        tree = {**settings[group], key: {**settings[group][key], "_partial_": False}}
+        with pytest.raises(ConfigError, match=rf"^{group}\.{key}\._target_=.* this place takes {kind}"):
+            check_trusted({**settings, group: tree})
+
+
 # --- the working folder, and folders that came from elsewhere --------------------------------------------------------
 
 MODULE = """
@@ -378,6 +436,76 @@ def test_no_command_calls_what_a_folder_names(here, sent, fedsim, door: str, gro
     assert err.rstrip().partition("; in ")[0].endswith(f"--allow-target {target}")
     assert err.count("\n") == 1
     assert {path for path in here.rglob("*") if path.name != "__pycache__"} == before
+
+
+@pytest.mark.parametrize("door", [*DOORS, "command line"])
+@pytest.mark.parametrize(
+    ("group", "odd"),
+    [("trainer", {"_target_": [1]}), ("strategy", {"_partial_": True}), ("stream", {"_args_": [1]})],
+)
+def test_no_command_shows_a_traceback_for_an_odd_target(here, sent, fedsim, door: str, group: str, odd: dict):
+    usual = compose(TINY)[group]
+    folder = sent(group, usual["_target_"])
+    tree = yaml.safe_load((folder / "config.yaml").read_text())
+    tree[group] |= odd
+    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
+    [(key, value)] = odd.items()
+    override = f"++{group}.{key}={str(value).lower()}"
+    (folder / "study.yaml").write_text(yaml.safe_dump({"title": "T", "arms": {"A": [*TINY, override]}}))
+    before = {path for path in here.rglob("*") if path.name != "__pycache__"}
+    command = (DOORS | {"command line": ["run", *TINY, override, "out=again"]})[door]
+    code, _, err = fedsim(*(part.format(run=folder) for part in command))
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith(f"fedsim: {group}.{key} ")
+    assert {path for path in here.rglob("*") if path.name != "__pycache__"} == before
+
+
+@pytest.mark.parametrize(
+    ("choices", "words"),
+    [
+        ("{workload: null}", "choices: workload must be text"),
+        ("[1]", "choices must be a map"),
+        ("{workload: a, fleet: a, strategy: a, trainer: a}", "choices lacks 'engine'"),
+        (
+            "{workload: a, fleet: a, strategy: a, trainer: a, engine: a, model: [1]}",
+            "choices: model must be text or null",
+        ),
+        (
+            "{workload: a, fleet: a, strategy: a, trainer: a, engine: a, method: ../x}",
+            "unknown method in choices '../x'",
+        ),
+    ],
+)
+@pytest.mark.parametrize("door", ["command line", "repeat", "resume"])
+def test_the_names_of_options_have_their_form_wherever_they_come_from(here, sent, fedsim, door, choices, words):
+    folder = sent("trainer", "clients.trainers.sgd.SGDTrainer")
+    tree = yaml.safe_load((folder / "config.yaml").read_text())
+    (folder / "config.yaml").write_text(yaml.safe_dump({**tree, "choices": yaml.safe_load(choices)}))
+    command = [part.format(run=folder) for part in DOORS.get(door, ["run", *TINY, "out=again"])]
+    code, _, err = fedsim(*command, *([] if door in DOORS else [f"++choices={choices}"]))
+    assert (code, err.count("\n")) == (2, 1)
+    assert words in err or "choices must be " in err or (choices, door) == ("[1]", "command line")
+    assert not (here / "again").exists()
+
+
+@pytest.mark.parametrize(
+    ("network", "words"),
+    [
+        ("torchvision.models.resnet18", "unexpected keyword argument 'input_shape'"),
+        ("torch.nn.Linear", "missing a required argument: 'in_features'"),
+        ("torch.nn.Module", "unexpected keyword argument 'input_shape'"),
+        ("torch.nn.Sequential", "unexpected keyword argument 'input_shape'"),
+        ("torch.nn.Identity", "makes a network without weights to train"),
+    ],
+)
+def test_a_network_that_does_not_take_the_shapes_is_refused_before_anything_is_written(here, fedsim, network, words):
+    model = f"+model={{_target_: {network}, _partial_: true}}"
+    code, _, err = fedsim("run", *TINY, "~model", model, "out=again")
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith(f"fedsim: model._target_={network!r} makes ")
+    assert words in err
+    assert "without weights" in err or "name a function that takes both and returns the network" in err
+    assert not (here / "again").exists()
 
 
 def test_the_command_line_can_allow_a_name(here, sent, fedsim):
