@@ -245,7 +245,9 @@ def _ms(made: Pass | None) -> str:
 
 
 def _runtime(made: Pass) -> str:
-    parts = [made.runtime or UNKNOWN, f"x{made.threads}" if made.threads > 1 else ""]
+    # Only cards have TF32, so that the word says it for them, and the table stays within 80 columns.
+    runtime = made.runtime.removesuffix("_cuda") if made.precision == "tf32" else made.runtime
+    parts = [runtime or UNKNOWN, f"x{made.threads}" if made.threads > 1 else ""]
     return " ".join(x for x in (*parts, made.precision if made.precision != "fp32" else "") if x)
 
 
