@@ -88,7 +88,10 @@ def prices_of(
     """`calibrate`, as a set of prices for a profile; `unmeasured` is its basis where there are no rows."""
     found = calibrate(sample, prior, physics, facts, phase)
     expected = found.left_out_error
-    if expected is None and prior.errors and unmeasured == "datasheet":
+    if found.own_error is not None and expected is None and prior.errors and unmeasured == "datasheet":
+        # A row that its own prices do not meet says that the prior is off by at least so much here.
+        expected = max(found.own_error, prior.errors.get(1) or 0.0)
+    elif expected is None and prior.errors and unmeasured == "datasheet":
         expected = prior.errors.get(min(found.networks, 1))
     rows = 0 if sample is None else len(sample)
     made = Prices.of_columns(

@@ -23,12 +23,14 @@ if TYPE_CHECKING:
     from devices.columns import Physics
     from devices.cost import NetworkCost
     from devices.prices import Prices
-    from devices.prior import Facts
+    from devices.prior import Facts, Sample
     from devices.profile import DeviceProfile
 
 NEEDED = ("network", "input", "batch", "phase", "ms")
 PHASES = ("forward", "train_step")
 PRECISIONS = ("fp32", "fp16", "tf32")
+CONTRADICTION = 2.0  # between times of one pass: more than a device that is warm or busy makes of it
+ALLOWED_BELOW = 0.8  # of the least milliseconds: a peak is known to a clock that boosts, and a row to its clock
 LEAVE_OUT = 3  # networks from which on leaving one out says something
 
 
@@ -110,8 +112,19 @@ def _report(
         if found.networks >= LEAVE_OUT and found.left_out_error is not None:
             text += f"; leave-one-out error {found.left_out_error:.1%}"
         terminal.print(text, highlight=False)
+    for name, low, high in _contradictions(rows):
+        text = f"rows contradict each other: {name} takes {low:g} ms and {high:g} ms; keep the one that is right"
+        terminal.print(text, highlight=False, soft_wrap=True)
     use = f"use it: 'fleet.devices={{{path.resolve()}: 1}}'"
     terminal.print(f"profile: {path} ({use})", highlight=False, soft_wrap=True)
+
+
+def _contradictions(rows: Sequence[Row]) -> list[tuple[str, float, float]]:
+    """Passes that rows time more than `CONTRADICTION` apart, with their least and largest milliseconds."""
+    timed: dict[str, list[float]] = {}
+    for row in rows:
+        timed.setdefault(f"{row.phase} of {row.network} ({row.input}, batch {row.batch})", []).append(row.ms)
+    return [(name, min(ms), max(ms)) for name, ms in timed.items() if max(ms) > CONTRADICTION * min(ms)]
 
 
 def _with_error(predicted: float, measured: float) -> str:
@@ -309,6 +322,7 @@ def _fit(
             known,
             "train_step" if step else "forward",
         )
+        _check_possible(own_rows, sample)
         prices, reached = prices_of(
             sample, prior, here, known, sample.phase, name, kind.fused, computed,
             [row.batch for row in own_rows],
@@ -318,6 +332,25 @@ def _fit(
         prices = replace(prices, threads=facts.threads)
         found.append(_Section(phase, ("step",) if step else passes, prices, reached))
     return found
+
+
+def _check_possible(rows: Sequence[Row], sample: Sample) -> None:
+    """Refuses rows that the peak or the bandwidth does not allow: a wrong unit, batch or network, mostly."""
+    import numpy as np
+
+    from devices.columns import IS_CALL, IS_MAC
+    from devices.errors import DeviceError
+
+    low, _ = sample.physics.bounds(sample.phase)
+    spent = sample.counts * low
+    least = np.maximum(spent[:, IS_MAC].sum(axis=1), spent[:, ~IS_MAC & ~IS_CALL].sum(axis=1))
+    for row, least_ms in zip(rows, least.tolist(), strict=True):
+        if row.ms < ALLOWED_BELOW * least_ms:
+            raise DeviceError(
+                f"{row.phase} of {row.network} ({row.input}, batch {row.batch}): ms must be at least {least_ms:.3g} "
+                f"on {sample.device}, whose peak and bandwidth allow no less, got {row.ms:g}; check its unit and "
+                "batch, or the peak of the profile"
+            )
 
 
 def _tree(

@@ -63,6 +63,23 @@ def test_one_row_moves_all_prices_and_the_profile_says_so(calibrate):
     assert profile.latency.step == load_profile("raspberry_pi_4").latency.step
 
 
+@pytest.mark.parametrize("phase", ["forward", "train_step"])
+def test_a_row_beyond_the_peak_is_refused_in_one_sentence(calibrate, phase: str):
+    """A Pi 4 does 28.8 GMAC/s: 1.8 of a ResNet-18 are no work of half a millisecond, with or without Winograd."""
+    text = f"network,input,batch,phase,ms\ntorchvision.models.resnet18,3x224x224,1,{phase},0.5\n"
+    ended = calibrate(text, "raspberry_pi_4", "--out", "mine.yaml")
+    assert ended.code == 2
+    assert f"{phase} of torchvision.models.resnet18 (3x224x224, batch 1): ms must be at least" in ended.err
+    assert "got 0.5" in ended.err
+
+
+def test_rows_that_contradict_each_other_are_told_and_cost_certainty(calibrate):
+    text = "network,input,batch,phase,ms\n" + "".join(f"resnet-16,3x32x32,1,forward,{ms}\n" for ms in (4, 400))
+    ended = calibrate(text, "raspberry_pi_4", "--out", "mine.yaml")
+    assert "rows contradict each other: forward of resnet-16 (3x32x32, batch 1) takes 4 ms and 400 ms" in ended.out
+    assert load_profile("mine.yaml").latency.inference.error > 0.4
+
+
 def test_more_rows_are_worth_more_and_are_judged_by_leaving_one_out(calibrate):
     """A Pi at half its speed: other networks than those that were measured are predicted ever better."""
     images = [name for name, network in ZOO.items() if not network.tokens]
