@@ -234,6 +234,7 @@ def parse_profile(tree: Any, file: str) -> DeviceProfile:
     }
     latency = _latency_of(reader, tree["latency"]) if "latency" in tree else None
     memory_bytes = _memory_bytes(reader, given.get("memory", {}))
+    _check_together(reader, given)
     reader.finish()
     fields, assumed = _fields(given, reader.assumed, link)
     return DeviceProfile(
@@ -298,6 +299,22 @@ def _memory_bytes(reader: Reader, memory: Mapping[str, float]) -> int:
             f"memory.ram_mb ({memory['ram_mb']:g}) times memory.usable_fraction ({memory['usable_fraction']:g})"
         )
     return left
+
+
+TOGETHER = (  # figures of which the first is the second at most
+    ("power.idle_w", "power.compute_w", "a device at work draws no less than one that waits"),
+    ("power.base_w", "power.compute_w", "a board draws its limit at most"),
+    ("power.idle_w", "power.base_w", "a running kernel draws no less than waiting"),
+    ("compute.rate_gmacs_per_s", "compute.peak_gmacs_per_s", "nothing computes above its peak"),
+)
+
+
+def _check_together(reader: Reader, given: Mapping[str, Mapping[str, float]]) -> None:
+    """Notes figures that contradict each other; those that are missing or wrong themselves contradict nothing."""
+    known = {f"{section}.{key}": value for section, figures in given.items() for key, value in figures.items()}
+    for low, high, why in TOGETHER:
+        if low in known and high in known and known[low] > known[high]:
+            reader.problems.append(f"key {low!r} must be at most {high} ({known[high]:g}), got {known[low]:g}: {why}")
 
 
 def _latency_of(reader: Reader, tree: Any) -> LatencyFacts | None:

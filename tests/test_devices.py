@@ -12,7 +12,7 @@ import yaml
 from devices.cost import FlopsLatency, Jitter, NetworkCost, Passes, Work
 from devices.errors import DeviceError
 from devices.links import link_names
-from devices.profile import KINDS, PROVENANCES, SHIPPED, load_profile, parse_profile, profile_names
+from devices.profile import KINDS, PROVENANCES, SHIPPED, TOGETHER, load_profile, parse_profile, profile_names
 from devices.profile_file import FIGURES, Reader
 
 WORK = Work(
@@ -263,6 +263,19 @@ def test_everything_that_is_wrong_in_a_file_is_told_at_once(tmp_path):
     assert "unknown device 'pixell4'; did you mean 'pixel4'?" in text
 
 
+def test_figures_that_contradict_each_other_are_told_at_once(tmp_path):
+    """The control device does 5 GMAC/s at a peak of 40, and draws more at work than waiting."""
+    path, tree = tmp_path / "mine.yaml", yaml.safe_load((SHIPPED / "reference.yaml").read_text())
+    tree["compute"]["rate_gmacs_per_s"] = 41
+    tree["power"] |= {"idle_w": 30, "compute_w": 20, "base_w": 25}
+    path.write_text(yaml.safe_dump(tree))
+    with pytest.raises(DeviceError) as caught:
+        load_profile(path)
+    for low, high, why in TOGETHER:
+        assert f"key {low!r} must be at most {high} (" in str(caught.value)
+        assert why in str(caught.value)
+
+
 @pytest.mark.parametrize(("section", "key"), [(section, key) for section in FIGURES for key in FIGURES[section]])
 def test_bounds_of_a_figure_are_allowed_and_what_is_beyond_is_not(section: str, key: str):
     figure = FIGURES[section][key]
@@ -349,7 +362,7 @@ def test_profile_of_the_old_schema_costs_what_it_did():
         ("power.tx_mw_per_mbps", 82, "tx_joules_per_byte", 82e-3 / 125_000),
         ("power.tail_w", 1.06, "tail_watts", 1.06),
         ("power.tail_s", 11.6, "tail_s", 11.6),
-        ("power.base_w", 90, "base_watts", 90),
+        ("power.base_w", 9, "base_watts", 9),
         ("power.pj_per_mac", 3, "joules_per_mac", 3e-12),
         ("power.pj_per_byte", 40, "joules_per_byte", 40e-12),
         ("soc", "BCM2711", "soc", "BCM2711"),
