@@ -9,12 +9,11 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -119,58 +118,76 @@ def _envelope(lines: set[tuple[int, int]]) -> Moments:
 class _LSTMKernel(torch.autograd.Function):
     """Allocates what oneDNN's kernel of one LSTM layer and direction does, and computes nothing.
 
-    Kept for the backward pass is its workspace. Per step and example that is, with hidden size H and I inputs: the four
-    gates, 4 H; the layer's input, hidden state and gradient of the input, each of two layers, 6 max(I, H); and the cell
-    state and the gradients of both states, 5 H (measured with torch 2.11 for I and H from 7 to 512: within 4 %). While
-    a pass runs it has scratch for the gates, and the weights, in the backward pass their gradients too, in a layout of
-    its own.
+    Kept for the backward pass are its first and last states and its workspace. Per step and example that is, with
+    hidden size H and I inputs: the four gates, 4 H; the layer's input, hidden state and gradient of the input, each of
+    two layers, 6 max(I, H); and the cell state and the gradients of both states, 5 H (measured with torch 2.11 for I
+    and H from 7 to 512: within 4 %). While a pass runs it has scratch for the gates, and the weights, in the backward
+    pass their gradients too, in a layout of its own.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, training: bool, *weights: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, h: Tensor, c: Tensor, training: bool, *weights: Tensor) -> tuple[Tensor, ...]:
         steps, batch, inputs = x.shape
         hidden = weights[1].shape[1]
         ctx.scratch = steps * batch * 4 * hidden
         result = x.new_zeros(steps, batch, hidden)
+        last = torch.zeros_like(h), torch.zeros_like(c)
         workspace = x.new_empty(steps * batch * (9 * hidden + 6 * max(inputs, hidden)) if training else 0)
         x.new_empty(ctx.scratch + sum(w.numel() for w in weights))
-        ctx.save_for_backward(x, result, workspace, *weights)
-        return result
+        ctx.save_for_backward(x, h, c, result, workspace, *last, *weights)
+        return result, *last
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        x, _, _, *weights = ctx.saved_tensors
-        gradients = [torch.zeros_like(x), None, *map(torch.zeros_like, weights)]
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        x, h, c, _, _, _, _, *weights = ctx.saved_tensors
+        made = [*map(torch.zeros_like, (x, h, c)), None, *map(torch.zeros_like, weights)]
         x.new_empty(ctx.scratch + 2 * sum(w.numel() for w in weights))
-        return tuple(gradients)
+        return tuple(made)
 
 
-def _run_lstm(self: Any, x: Any, hx: Any = None) -> Any:
-    if isinstance(x, PackedSequence) or self.proj_size or x.dim() != 3:
-        return nn.LSTM.forward(self, x, hx)
-    x = x.transpose(0, 1).contiguous() if self.batch_first else x
-    ways = 2 if self.bidirectional else 1
-    for number in range(self.num_layers):
-        layers = self.all_weights[number * ways : (number + 1) * ways]
-        outs = [_LSTMKernel.apply(x, torch.is_grad_enabled(), *weights) for weights in layers]
+def is_kernel(args: Any) -> bool:
+    """Whether oneDNN runs a call of `torch.lstm`: not of packed sequences and not with projections."""
+    if isinstance(args[3], list | tuple):  # (data, batch sizes, state, weights, ...)
+        return False
+    _, (h, c), *_ = args
+    return bool(h.shape[-1] == c.shape[-1])
+
+
+def _run_lstm(
+    x: Tensor, state: Any, weights: Any, has_biases: bool, layers: int, dropout: float, training: bool,
+    both_ways: bool, batch_first: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x = x.transpose(0, 1).contiguous() if batch_first else x
+    ways, each = 2 if both_ways else 1, 4 if has_biases else 2
+    last: list[tuple[Tensor, Tensor]] = []
+    for number in range(layers):
+        outs = []
+        for chain in range(number * ways, (number + 1) * ways):
+            own = weights[chain * each : (chain + 1) * each]
+            out, *ends = _LSTMKernel.apply(x, state[0][chain], state[1][chain], torch.is_grad_enabled(), *own)
+            outs.append(out)
+            last.append(tuple(ends))
         x = torch.cat(outs, -1) if ways == 2 else outs[0]
-        if self.dropout and self.training and number < self.num_layers - 1:
-            x = nn.functional.dropout(x, self.dropout)
-    state = x.new_zeros(ways * self.num_layers, x.shape[1], self.hidden_size)
-    return (x.transpose(0, 1) if self.batch_first else x), (state, state.clone())
+        if dropout and training and number < layers - 1:
+            x = nn.functional.dropout(x, dropout)
+    h, c = (torch.stack(ends) for ends in zip(*last, strict=True))
+    return (x.transpose(0, 1) if batch_first else x), h, c
+
+
+class _Kernels(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Calls `func`, or what stands for the kernel of an LSTM."""
+        if getattr(func, "__name__", "") == "lstm" and is_kernel(args):
+            return _run_lstm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager
-def lstm_kernels(network: nn.Module) -> Iterator[None]:
-    """LSTM layers allocate what the kernel of the CPU allocates, on hosts too that do not have it; results are zeros.
+def lstm_kernels() -> Iterator[None]:
+    """LSTMs allocate what the kernel of the CPU allocates, on hosts too that do not have it; results are zeros.
 
-    Without oneDNN torch runs an LSTM step by step and holds half as much: no device's runtime trains that way.
+    The call of the kernel is replaced and no module's `forward`, which may be the user's own. Without oneDNN torch runs
+    an LSTM step by step and holds half as much: no device's runtime trains that way.
     """
-    layers = [module for module in network.modules() if isinstance(module, nn.LSTM)]
-    for layer in layers:
-        vars(layer)["forward"] = MethodType(_run_lstm, layer)
-    try:
+    with _Kernels():
         yield
-    finally:
-        for layer in layers:
-            del vars(layer)["forward"]

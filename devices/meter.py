@@ -151,7 +151,7 @@ def measure(model: nn.Module, loss: Loss, batch: dict[str, Tensor], name: str) -
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), _without_onednn():
         # The loss has to finish before its backward pass begins: nothing of it may be held but what autograd keeps.
         moments = _moments(network, lambda some: step(loss(network, some)), batch)
-        with lstm_kernels(network):
+        with lstm_kernels():
             kept = _kept_bytes(network, loss, batch)
         for module in network.modules():
             if next(module.children(), None) is None:
@@ -194,7 +194,7 @@ def _moments(network: nn.Module, run: Callable[[dict[str, Tensor]], object], bat
     size = len(next(iter(batch.values())))
     if size < 4:  # a batch of one would not do for batch norm
         batch, size = {key: torch.cat([tensor, tensor]) for key, tensor in batch.items()}, 2 * size
-    with lstm_kernels(network):
+    with lstm_kernels():
         moments = fullest_moments(lambda some: run({key: t[:some] for key, t in batch.items()}), size // 2, size)
     state = [*network.parameters(), *network.buffers()]
     weights, example = sum(t.nbytes for t in state), sum(t[:1].nbytes for t in batch.values())

@@ -6,7 +6,6 @@ half a minute. May import: torch and this package.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -16,10 +15,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from devices.cost import NetworkCost
-from devices.held import Moments, fullest_moments, lstm_kernels
+from devices.held import Moments, fullest_moments, is_kernel, lstm_kernels
 from devices.meter import Loss, inference_bytes, measure
 
 FUSED = ("scaled_dot_product_attention", "multi_head_attention_forward", "_native_multi_head_attention")
+RECURRENT = ("gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
 
 
 class _NumbersNeededError(Exception):
@@ -29,7 +29,8 @@ class _NumbersNeededError(Exception):
 def with_memory(cost: NetworkCost, network: nn.Module, loss: Loss, batch: dict[str, Tensor]) -> NetworkCost:
     """The cost with what a step and an inference hold: the same as `devices.meter` measures, and so as runs reserve.
 
-    Attention kernels of a CPU hold less than their parts do, and some networks look at numbers: these run for real.
+    Attention kernels of a CPU hold less than their parts do, most recurrent layers fall into other parts there, and
+    some networks look at numbers: these run for real.
 
     Args:
         cost: of the network, e.g. from its layer table.
@@ -55,24 +56,29 @@ def _moments(network: nn.Module, loss: Loss, batch: dict[str, Tensor], training:
     parameters = [p for p in own.parameters() if p.requires_grad]
 
     def run(some: int) -> None:
-        with _NoFusedAttention() if training else nullcontext():
+        with _NoOtherKernels(training):
             value = loss(own, {key: tensor[:some] for key, tensor in given.items()})
         if training:
             torch.autograd.grad(value, parameters, allow_unused=True)
 
     size = len(next(iter(given.values())))
-    with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(training), lstm_kernels(own):
+    with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(training), lstm_kernels():
         moments = fullest_moments(run, size // 2, size)
     state = sum(t.nbytes for t in (*own.parameters(), *own.buffers()))
     example = sum(t[:1].nbytes for t in given.values())
     return tuple((fixed + state, each + example) for fixed, each in moments)
 
 
-class _NoFusedAttention(TorchFunctionMode):
-    """Stops where attention runs, whose kernel on a CPU is another one than on the meta device."""
+class _NoOtherKernels(TorchFunctionMode):
+    """Stops where the kernel on a CPU is another one than on the meta device, and holds something else."""
+
+    def __init__(self, training: bool):
+        super().__init__()
+        self.others = RECURRENT + (FUSED if training else ())
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Calls `func`, unless it is attention."""
-        if getattr(func, "__name__", "") in FUSED:
+        """Calls `func`, unless it is attention in training or a recurrent layer that is no kernel of an LSTM."""
+        name = getattr(func, "__name__", "")
+        if name in self.others or (name == "lstm" and not is_kernel(args)):
             raise _NumbersNeededError
         return func(*args, **(kwargs or {}))
