@@ -15,7 +15,7 @@ import numpy as np
 
 from devices.columns import MAC_ROWS, TABLE_KINDS, as_matrix
 
-BASES = ("rows", "few rows", "one row", "threads", "datasheet", "carried", "assumed")
+BASES = ("rows", "few rows", "one row", "threads", "datasheet", "carried", "assumed", "scaled")
 CELL_UNITS_MS = np.array([1e-9, 1e-9, 1e-9, 1e-3])  # of the prices in a profile: ps, ps, ps, us
 MEASURED = BASES[:4]  # something of the device itself was timed
 FAR = 3.0  # networks beyond so many times the largest reference are extrapolated
@@ -120,11 +120,12 @@ class Prices:
         """Why a prediction for this network and batch is an extrapolation; empty where the references surround it."""
         found = ["measured with another number of threads"] if self.basis == "threads" else []
         table = _scaled_table(layers, batch)
-        if self.basis in ("datasheet", "carried", "assumed"):
+        if self.basis in BASES[len(MEASURED) :]:
             how = {
                 "datasheet": "from the datasheet alone",
                 "carried": "carried from other devices by peak and bandwidth",
                 "assumed": "a stated ratio to the forward pass",
+                "scaled": "another device's by a stated factor",
             }[self.basis]
             return [how]
         spent = (table * self.matrix).sum(axis=1)

@@ -70,13 +70,18 @@ class LatencyFacts:
     train_ratio: tuple[tuple[str, float], ...] = ()
 
     def scaled(self, factor: float) -> LatencyFacts:
-        """The facts of a device that is `factor` times slower."""
+        """The facts of a device that is `factor` times slower, none of which was measured there."""
+        of_another = {
+            key: replace(prices.scaled(factor), basis="scaled", error=None)
+            for key in PRICED
+            if (prices := getattr(self, key)) is not None
+        }
         return replace(
             self,
             references=tuple((space, network, batch, ms * factor) for space, network, batch, ms in self.references),
             embedding_ms=tuple(ms * factor for ms in self.embedding_ms),
             coefficients_ms=tuple(ms * factor for ms in self.coefficients_ms),
-            **{key: p.scaled(factor) for key in PRICED if (p := getattr(self, key)) is not None},
+            **of_another,
         )
 
 
