@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fedsim.study_run import Progress, Watch
 
 PRINTED = 150  # columns of what is not printed to a terminal
+SEED_DIGITS = 19  # of 2**63 - 1
 HEADING = 15  # characters of a line of a heading, so that the arms keep their room
 
 
@@ -58,9 +59,12 @@ def study(
 
     import logging
 
+    from fedsim.run_place import check_folder
     from fedsim.study import plan, read_study
     from fedsim.study_result import check_columns, collect, write_result
 
+    if out is not None:
+        check_folder("--out", str(out))
     name, *overrides = ctx.args
     chosen = read_study(name, overrides, _seeds(seeds)).only(only or [])
     folder = out or Path("runs") / chosen.name
@@ -87,10 +91,12 @@ def study(
 
 def _seeds(text: str) -> list[int]:
     from fedsim.errors import ConfigError
+    from fedsim.parameters import said
 
     parts = [part.strip() for part in text.split(",")] if text else []
-    if not all(part.isdecimal() for part in parts):
-        raise ConfigError(f"--seeds must be whole numbers separated by commas, got {text!r}")
+    if not all(part.isdecimal() and len(part) <= SEED_DIGITS for part in parts):
+        most = f", of at most {SEED_DIGITS} digits" if len(text) > SEED_DIGITS else ""
+        raise ConfigError(f"--seeds must be whole numbers separated by commas{most}, got {said(text)}")
     return [int(part) for part in parts]
 
 

@@ -1,6 +1,6 @@
 """Where a run goes: its folder is made where its name is chosen, and taken only where nothing else is in it.
 
-May import: fedsim's durable, checksums and errors.
+May import: devices.texts, fedsim's durable, checksums and errors.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from devices.texts import VALUE_LETTERS, visible
 from fedsim.durable import make_folders, remove_empty
 from fedsim.errors import ConfigError
 
+LONGEST_NAME, DEEPEST = 255, 100  # bytes of a folder's name; folders in each other that somebody may name
 MOST_NAMED = 6  # of the things in a folder that is taken
 CONFIG, SUMMARY, FAILURE, PAGE = "config.yaml", "summary.json", "failure.json", "report.html"
 ROUNDS, CLIENTS, EVENTS, CHECKPOINT, PICTURES = "rounds.jsonl", "clients", "tensorboard", "checkpoint", "pictures"
@@ -44,6 +46,20 @@ UNFINISHED = re.compile(
     r"\.(?:config\.yaml|summary\.json|split\.json|failure\.json|report\.html|failed-client\.(?:json|safetensors)|[^/]+\.png"
     r"|rounds-\d+-\d+\.parquet|round-\d+)(?:\.(\d+))?\.part|rounds-\d+-\d+\.part"
 )
+
+
+def check_folder(key: str, folder: str) -> None:
+    """Refuses a path that no folder can have, or that is so deep that what makes or removes it gives up.
+
+    Raises:
+        ConfigError: naming the key or option, and what came.
+    """
+    parts = [part for part in folder.split("/") if part]
+    if any(len(os.fsencode(part)) > LONGEST_NAME for part in parts):
+        what = f"has a part that is longer than the {LONGEST_NAME} bytes of a folder's name"
+        raise ConfigError(f"{key} {what}: {visible(repr(folder), VALUE_LETTERS)}")
+    if len(parts) > DEEPEST:
+        raise ConfigError(f"{key} must be at most {DEEPEST} folders in each other, got {len(parts)}")
 
 
 @contextmanager
@@ -109,8 +125,15 @@ def check_free(folder: Path) -> None:
     What a run writes before its `config.yaml` does not count: it was killed in its first instant.
 
     Raises:
-        ConfigError: naming the folder and what is in it.
+        ConfigError: naming the folder and what is in it, or the run that it would lie in: that one's checkpoints go.
     """
+    try:
+        above = folder.resolve().parents
+    except (OSError, RuntimeError, ValueError):  # said by the next line
+        above = ()
+    for outer in above:
+        if (outer / CONFIG).is_file() and (outer / ROUNDS).exists():
+            raise ConfigError(f"out={folder} lies in the folder of another run, {outer}; name a folder outside of it")
     refuse_taken(folder)
     if (folder / ROUNDS).exists() and _is_locked(folder / ROUNDS):
         raise ConfigError(f"a run is beginning in out={folder} just now; name another folder")

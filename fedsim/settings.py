@@ -26,6 +26,7 @@ from devices.texts import FILE_BYTES, VALUE_LETTERS, storable, visible
 from fedsim.errors import ConfigError, DataError
 from fedsim.host import check_fits, model_bytes
 from fedsim.parameters import check_parameters, said
+from fedsim.run_place import check_folder
 from fedsim.trust import check_group, plugin_folders
 
 if TYPE_CHECKING:
@@ -47,7 +48,6 @@ MOST_ROUNDS, MOST_CLIENTS = 10**7, 10**9
 MOST_THREADS = 4096  # and clients that are trained at once
 MOST_SECONDS = 1e10  # 300 years
 CLIENT_BYTES = 64  # of a client in a fleet while it is drawn
-LONGEST_NAME = 255  # bytes of a folder's name
 TEXTS = ("name", "out")  # settings that are text whatever they look like
 FREE_MAPS = ("fleet.devices",)  # whose keys are the user's own: giving the map replaces it
 RESULTS_HANG_ON = ("threads", "device", "batch_clients")  # of the engine's settings, in the last bits
@@ -474,10 +474,7 @@ def _text(settings: Settings, key: str) -> None:
         raise ConfigError(f"{key} must be text, or null, got {said(value)}")
     if "\0" in str(value) or not _encodable(str(value)):
         raise ConfigError(f"{key} must be text that a file's name can hold, got {said(value)}")
-    if any(len(os.fsencode(part)) > LONGEST_NAME for part in str(value).split("/")):
-        raise ConfigError(
-            f"{key} has a part that is longer than the {LONGEST_NAME} bytes of a folder's name: {said(value)}"
-        )
+    check_folder(key, str(value))
 
 
 def _encodable(text: str) -> bool:

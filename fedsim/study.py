@@ -28,6 +28,8 @@ from fedsim.trust import keep_out_beside
 
 KEYS = ("title", "base", "seeds", "arms", "against", "metric", "x", "last", "columns")
 ARM_KEYS = ("overrides", "grid", "of", "suffix")
+MOST_ARMS = 1000
+LARGEST = 2**63 - 1  # of whole numbers, as of a seed
 AXES = ("rounds", "simulated_s", "joules", "traffic_bytes")
 # Of `summary.json`, known before a run.
 WHOLE = ("down_bytes", "up_bytes", "peak_memory_bytes", "storage_bytes", "host_s")
@@ -165,7 +167,11 @@ def read_study(name: str, overrides: Sequence[str] = (), seeds: Sequence[int] = 
         if not path.is_file():
             raise ConfigError(unknown("study", name, studies()))
     tree = _tree(path)
-    arms = [arm for label, entry in tree["arms"].items() for arm in _expanded(path, str(label), entry)]
+    arms: list[Arm] = []
+    for label, entry in tree["arms"].items():
+        arms += itertools.islice(_expanded(path, str(label), entry), MOST_ARMS + 1 - len(arms))
+    if len(arms) > MOST_ARMS:
+        raise ConfigError(f"{path}: arms with their grids are more than {MOST_ARMS}; take fewer values, or two studies")
     base = _texts(path, "base", tree.get("base", []))
     study = Study(
         name=path.stem,
@@ -192,6 +198,7 @@ def _tree(path: Path) -> dict[str, Any]:
     for key in tree:
         if key not in KEYS:
             raise ConfigError(f"{path}: {unknown('key of a study', key, KEYS)}")
+        _check_numbers(f"{path}: {key}", tree[key])
     if not isinstance(tree.get("title"), str) or not tree["title"].strip():
         raise ConfigError(f"{path}: title must be text, got {said(tree.get('title'))}")
     for text in (tree["title"], *(tree["arms"] if isinstance(tree.get("arms"), dict) else ())):
@@ -200,6 +207,18 @@ def _tree(path: Path) -> dict[str, Any]:
     if not isinstance(tree.get("arms"), dict) or not tree["arms"]:
         raise ConfigError(f"{path}: arms must be a map of labels to overrides, got {said(tree.get('arms'))}")
     return tree
+
+
+def _check_numbers(where: str, tree: Any) -> None:
+    """Refuses whole numbers that no setting takes; Python does not even write those of thousands of digits."""
+    left, seen = [tree], set()
+    while left:
+        value = left.pop()
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise ConfigError(f"{where} must hold whole numbers of at most {LARGEST}, got {said(value)}")
+        if isinstance(value, dict | list) and id(value) not in seen:  # an alias leads to the same again
+            seen.add(id(value))
+            left += [*value, *value.values()] if isinstance(value, dict) else value
 
 
 def _checked(path: Path, study: Study) -> Study:
@@ -248,6 +267,9 @@ def _expanded(path: Path, label: str, entry: Any) -> Iterator[Arm]:
     overrides, grid = _texts(path, f"arms.{label}.overrides", entry.get("overrides", [])), entry.get("grid", {})
     if not isinstance(grid, dict) or not all(isinstance(values, list) and values for values in grid.values()):
         raise ConfigError(f"{path}: arms.{label}.grid must be a map of settings to lists of values, got {said(grid)}")
+    for key in grid:
+        if not isinstance(key, str):
+            raise ConfigError(f"{path}: arms.{label}.grid must name settings, e.g. trainer.lr, got {said(key)}")
     of, suffix = entry.get("of", ""), entry.get("suffix", "")
     if not isinstance(of, str) or not isinstance(suffix, str) or bool(of) != bool(suffix) or (of and overrides):
         raise ConfigError(

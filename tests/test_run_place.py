@@ -221,3 +221,20 @@ def test_a_name_is_given_back_when_nothing_came_into_its_folder(tmp_path: Path, 
     with pytest.raises(KeyError), new_run_folder(compose(list(SMALL))):
         raise KeyError
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("inner", ["in", "checkpoint/round-000001", "clients/a/b"])
+def test_no_run_goes_into_the_folder_of_another(tmp_path, inner: str):
+    outer = tmp_path / "outer"
+    outer.mkdir()
+    (outer / "config.yaml").touch()
+    check_free(outer / inner)  # a config alone is no run
+    (outer / "rounds.jsonl").touch()
+    with pytest.raises(ConfigError, match=r"lies in the folder of another run, .*outer; name a folder outside of it"):
+        check_free(outer / inner)
+
+
+def test_folders_in_each_other_are_not_endless(settings):
+    for out in ("x/" * 1900, "y" * 300):
+        with pytest.raises(ConfigError, match=r"^out (must be at most 100 folders|has a part that is longer)"):
+            settings(f"out={out}")

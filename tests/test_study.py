@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -63,7 +64,7 @@ last["metrics"] = {"accuracy": 0.5 + ratio + seed / 100, "accuracy_at_0.3": 0.3,
 last["metrics"]["ms_at_0.3"] = 3.0
 summary = {
     **dict.fromkeys(("method", "workload", "fleet"), "made up"),
-    **{"seed": seed, "rounds": 1, "final": {"accuracy": last["metrics"]["accuracy"]}, "outcomes": {}},
+    **{"seed": seed, "rounds": 1, "final": {"accuracy": last["metrics"]["accuracy"]}, "outcomes": {"completed": 1}},
     **{"best": {"accuracy": last["metrics"]["accuracy"], "round": 1}, "to_target": None},
     **{"energy_j": {"total": 2.0, "max_client": 1.0, "waiting": 0.0}, "simulated_s": 10.0, "host_s": 1.0},
     **{"down_bytes": 60, "up_bytes": 40, "peak_memory_bytes": 10 * seed, "storage_bytes": 0},
@@ -448,3 +449,46 @@ def test_arms_are_judged_by_the_metric_that_the_study_names(tmp_path):
     assert row.mean == pytest.approx(0.7)
     with pytest.raises(ConfigError, match=r"metric of the runs 'client_acuracy'.*client_accuracy"):
         rows({"Plain": {1: rounds}}, 2, "Plain", "client_acuracy")
+
+
+ENDLESS = "0x" + "f" * 5000
+FEW = f"[{', '.join(map(str, range(11)))}]"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("arms: {A: {grid: {1: [2]}}}", "arms.A.grid must name settings, e.g. trainer.lr, got 1"),
+        ("arms: {A: {grid: {null: [2]}}}", "arms.A.grid must name settings, e.g. trainer.lr, got null"),
+        (f"arms: {{A: {{grid: {{trainer.lr: [{ENDLESS}]}}}}}}", "arms must hold whole numbers of at most"),
+        (f"arms: {{? {ENDLESS} : []}}", "arms must hold whole numbers of at most"),
+        (f"seeds: [{ENDLESS}]\narms: {{A: []}}", "seeds must hold whole numbers of at most"),
+        (f"against: {ENDLESS}\narms: {{A: []}}", "against must hold whole numbers of at most"),
+        (f"last: {ENDLESS}\narms: {{A: []}}", "last must hold whole numbers of at most"),
+        (f"arms: {{A: {{grid: {{{', '.join(f'x{n}: {FEW}' for n in range(6))}}}}}}}", "are more than 1000"),
+        (f"arms: {{A: {{grid: {{a: {FEW}, b: {FEW}, c: {FEW}}}}}}}", "are more than 1000"),
+    ],
+)
+def test_odd_keys_numbers_and_grids_of_a_study_are_refused(tmp_path: Path, text: str, words: str):
+    path = tmp_path / "s.yaml"
+    path.write_text(f"title: T\n{text}\n")
+    with pytest.raises(ConfigError, match=re.escape(words)) as caught:
+        read_study(str(path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--seeds=" + "9" * 5000, "--seeds must be whole numbers"),
+        ("--out=" + "x" * 300, "--out has a part that is longer than the 255 bytes"),
+        ("--out=" + "x/" * 1900, "--out must be at most 100 folders in each other, got 1900"),
+    ],
+)
+@pytest.mark.parametrize("report", [[], ["--report"]], ids=["run", "report"])
+def test_odd_options_of_a_study_are_refused(tmp_path: Path, fedsim, option: str, words: str, report: list[str]):
+    path = tmp_path / "s.yaml"
+    path.write_text("title: T\narms: {A: []}\n")
+    code, _, err = fedsim("study", str(path), *report, option)
+    assert (code, err.count("\n")) == (2, 1)
+    assert words in err
