@@ -5,8 +5,10 @@ Heavy libraries are imported inside the commands, so that `--help` answers at on
 
 from __future__ import annotations
 
+import errno
 import io
 import os
+import re
 import shlex
 import signal
 import stat
@@ -19,7 +21,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from devices.texts import SENTENCE_LETTERS, visible
+from devices.texts import SENTENCE_LETTERS, VALUE_LETTERS, visible
 from fedsim import strict_json
 from fedsim.cli_averages import averages
 from fedsim.cli_devices import app as devices_app
@@ -292,7 +294,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # texts may have letters that the terminal cannot show
-    output, warnings.showwarning = _piped_output(), _warn
+    output, warnings.showwarning, named = _piped_output(), _warn, sys.argv[1:]
     try:
         code = app(_with_trust(sys.argv[1:]), standalone_mode=False)
         sys.stdout.flush()
@@ -314,6 +316,8 @@ def main() -> None:
         where = f": {error.filename}" if error.filename else ""
         if _has_no_reader(output):
             _give_up(f"nobody reads the output any more (closed pipe); {_what_stays()}", CLOSED_PIPE, None)
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP) and (argument := _naming(str(error.filename), named)):
+            _give_up(f"{argument} names no file or folder: {error.strerror}", 2, error)
         stays = f"; {_what_stays()}" if _folders else ""
         _give_up(f"{error.strerror or type(error).__name__}{where}{stays}", 1, error)
     except (exceptions.Abort, KeyboardInterrupt):
@@ -323,6 +327,17 @@ def main() -> None:
     if code == INTERRUPTED:  # click's own answer to Ctrl-C
         _give_up(f"interrupted; {_what_stays()}", INTERRUPTED, None)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _naming(path: str, arguments: list[str]) -> str:
+    """The argument that names a path, with its option, as a sentence shows it; empty where none does."""
+    before = ""
+    for argument in arguments:
+        option, _, value = argument.partition("=") if argument.startswith("-") else (before, "", argument)
+        if any(part and part in Path(path).parts for part in (value, *re.split("[/:]", value), f"{value}.yaml")):
+            return visible(f"{option}={value}" if option.startswith("-") else value, VALUE_LETTERS)
+        before = argument
+    return ""
 
 
 def _with_trust(arguments: list[str]) -> list[str]:

@@ -238,3 +238,29 @@ def test_folders_in_each_other_are_not_endless(settings):
     for out in ("x/" * 1900, "y" * 300):
         with pytest.raises(ConfigError, match=r"^out (must be at most 100 folders|has a part that is longer)"):
             settings(f"out={out}")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "resume PATH",
+        "replay PATH --round 1 --client 0",
+        "report PATH",
+        "paired PATH",
+        "study PATH.yaml",
+        "study PATH/s.yaml",
+        "run --config-path PATH",
+        "run --config-dir=PATH",
+        "run --config-name PATH",
+        "devices predict --model PATH.py:Net --device pixel3",
+        "devices show pixel3 --picture PATH.png",
+        "devices calibrate pixel3 --rows PATH",
+        "flwr --app PATH",
+    ],
+)
+def test_a_path_that_no_system_takes_is_told_apart_from_a_fault(fedsim, command: str):
+    code, _, err = fedsim(*command.replace("PATH", "x" * 300).split())
+    assert (code, err.count("\n")) == (2, 1)
+    assert "xxx" in err
+    option = next((part.partition("=")[0] for part in command.split() if part.startswith("--")), "")
+    assert option in err or option == "--round" or "--rows" in command
