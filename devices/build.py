@@ -410,7 +410,7 @@ def write_all(builder: Builder, out: Path) -> list[Path]:
             entries[name]["about"] if name in entries else "The control device of the `uniform` fleet; no real device"
         )
         if tree["compute"]["rate_gmacs_per_s"]["value"] is None:
-            tree["compute"]["rate_gmacs_per_s"]["value"] = 1.0
+            tree["compute"]["rate_gmacs_per_s"]["value"] = 0.01  # until the profile can price: below every peak
             profile = parse_profile(tree, name)
             tree["compute"]["rate_gmacs_per_s"]["value"] = _round(_usual_rate(profile))
         path = out / "profiles" / f"{name}.yaml"

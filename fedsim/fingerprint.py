@@ -2,18 +2,18 @@
 
 A fingerprint is a flat map of texts: for arrays "train x" and the like, each with dtype, shape and a hash of the
 content; for data that are drawn, what draws them, with the seed; for device files, traces and weights that the settings
-name, a hash of the file. May import: numpy, devices.reading, fedsim's errors.
+name, a hash of the file. May import: numpy, yaml, devices.reading, fedsim's errors.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import yaml
 
 from devices.reading import read_yaml
 from fedsim.errors import DataError
@@ -66,7 +66,7 @@ def _said_by(path: Path) -> bytes:
     """The content of a file; of YAML what it says, without comments."""
     if path.suffix.lower() not in (".yaml", ".yml"):
         return path.read_bytes()
-    return json.dumps(read_yaml(path), sort_keys=True, default=str).encode()
+    return yaml.safe_dump(read_yaml(path), sort_keys=True).encode()
 
 
 def _texts(tree: Any) -> Iterator[str]:

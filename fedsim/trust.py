@@ -7,7 +7,7 @@ below a folder that a command was given. What is given may be a part of somethin
 folder or file deeper in the working folder, say pack/runs/A, all of pack is kept out. It goes by where the object is
 defined, not by the path that leads to it, and the object must be of the kind that its place needs. Everything else
 needs `--allow-target NAME` on the command line.
-May import: the standard library, hydra (lazily), devices.errors, fedsim.errors, fedsim.parameters.
+May import: the standard library, hydra (lazily), devices.errors, fedsim.errors, parameters and strict_json.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from importlib.util import find_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
+from fedsim import strict_json
 from fedsim.errors import ConfigError
 from fedsim.parameters import SPECIAL, said
 
@@ -114,7 +115,7 @@ def flags() -> list[str]:
 def environment() -> dict[str, str]:
     """The variables that allow the processes of a study or of Flower what this one was allowed, and no more."""
     kept_out = sorted({str(folder) for folder in _kept_out()})
-    return {ALLOWED: ",".join(sorted(allowed())), FOLDER: str(working_folder()), KEPT_OUT: json.dumps(kept_out)}
+    return {ALLOWED: ",".join(sorted(allowed())), FOLDER: str(working_folder()), KEPT_OUT: strict_json.dumps(kept_out)}
 
 
 def allowed() -> set[str]:
