@@ -1,6 +1,6 @@
 """The memory that a pass through a network holds, counted tensor by tensor; the same on every host.
 
-Counted is what torch allocates for tensors, not what it takes inside of one operator. May import: torch.
+Counted is what torch allocates for tensors, not what it takes inside of one operator. May import: torch, devices.modes.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from devices.modes import UncompiledMode
 
 Moments = tuple[tuple[int, int], ...]  # of each: bytes whatever the batch, and bytes per example
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(UncompiledMode):
     """Follows the storages that operators make while it is active, until they are freed.
 
     Attributes:
@@ -32,10 +33,6 @@ class LiveBytes(TorchDispatchMode):
         self.moments: list[int] = []
         self._live: dict[int, int] = {}
         self._held = 0
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # True imports torch's compiler, 0.7 s, only to say that it shall not compile this
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = {s._cdata for s in _storages((args, kwargs))}

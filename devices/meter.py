@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from devices.cost import NetworkCost
 from devices.errors import DeviceError
 from devices.held import Moments, fullest_moments, lstm_kernels
-from devices.operators import PRODUCTS, macs_of
+from devices.modes import UncompiledMode
+from devices.operators import macs_of
 
 Loss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
 
@@ -44,44 +43,18 @@ def _lstm_backward(x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Any, b_hh: Any, 
     return 2 * products
 
 
-# With this mark torch hands over tensors instead of shapes: the backward formula asks for `requires_grad`.
-_lstm_forward._get_raw = _lstm_backward._get_raw = True  # type: ignore[attr-defined]
-
 RECURRENT_FLOPS = {
     torch.ops.aten.mkldnn_rnn_layer: _lstm_forward,
     torch.ops.aten.mkldnn_rnn_layer_backward: _lstm_backward,
 }
 
 
-def counter() -> FlopCounterMode:
-    """Torch's FLOP counter (a multiply-add is two), which also counts what torch leaves out: see `devices.operators`.
+class Flops(UncompiledMode):
+    """Adds up the work of the operators that run while it is active; a multiply-add is two FLOPs.
 
-    The LSTM kernel of the CPU counts too; GRUs and Elman networks run there as matrix products. Use it as a context
-    manager and read `get_total_flops()`. Products, convolutions, attention and decompositions count; norms, activations
-    and pooling do not.
-    Its first use in a process imports torch's compiler; `Flops` counts the same without.
-    """
-    return FlopCounterMode(display=False, custom_mapping={**_product_flops(), **RECURRENT_FLOPS})
-
-
-def _product_flops() -> dict[Any, Callable[..., int]]:
-    """Formulas for torch's counter of what it leaves out or takes for real numbers."""
-    known = [getattr(getattr(torch.ops, space), name, None) for space, name in (n.split("::") for n in PRODUCTS)]
-    return {packet: _formula(getattr(packet, packet.overloads()[0])) for packet in known if packet is not None}
-
-
-def _formula(func: Any) -> Callable[..., int]:
-    def flops(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
-        return round(2 * (macs_of(func, args, kwargs, out_val) or 0))
-
-    flops._get_raw = True  # type: ignore[attr-defined]
-    return flops
-
-
-class Flops(TorchDispatchMode):
-    """Adds up the work of the operators that run while it is active, as `counter` does.
-
-    An operator that may multiply and that no formula knows raises `DeviceError`.
+    The LSTM kernel of the CPU counts too; GRUs and Elman networks run there as matrix products. Products, convolutions,
+    attention and decompositions count; norms, activations and pooling do not. An operator that may multiply and that no
+    formula knows raises `DeviceError`.
 
     Attributes:
         total: FLOPs so far.
@@ -90,10 +63,6 @@ class Flops(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.total = 0
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # True imports torch's compiler, only to say that it shall not compile this
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

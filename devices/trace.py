@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from devices.columns import MAC_KINDS, TABLE_KINDS
 from devices.errors import DeviceError
+from devices.modes import UncompiledMode
 from devices.operators import macs_of, name_of
 
 KINDS = TABLE_KINDS
@@ -206,7 +206,7 @@ class _Place:
         return self.stack[-1] if self.stack else "the network"
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(UncompiledMode):
     """Adds every operation to `sums` [kinds, 4 columns], for the whole batch."""
 
     def __init__(self, constants: list[Tensor]):
@@ -218,10 +218,6 @@ class _Recorder(TorchDispatchMode):
 
     def add(self, kind: str, macs: float, activations: float, weights: float, calls: float = 1) -> None:
         self.sums[KINDS.index(kind)] += macs, activations, weights, calls
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # True imports torch's compiler, 0.7 s, only to say that it shall not compile this
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs one operation and counts it."""

@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchs_counter import counter
 
 from clients.app import Worker
 from clients.trainers.fedmix import FORMS, STEP, FedMixTrainer, central_difference, double_backward
 from clients.trainers.global_mixup import GlobalMixupTrainer
 from clients.trainers.mixup import MixupTrainer, cross_entropy
 from clients.trainers.naivemix import NaiveMixTrainer
-from devices.meter import counter
 from fedsim.errors import ConfigError
 from fedsim.models.char_lstm import CharLSTM
 from fedsim.models.mlp import MLP

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchs_counter import counter
 
 from clients.trainers.base import WorkLog
 from clients.trainers.gradients import (
@@ -20,7 +21,7 @@ from clients.trainers.gradients import (
     scoring,
     space,
 )
-from devices.meter import counter, measure
+from devices.meter import measure
 from devices.trace import KINDS
 from fedsim.data.blobs import Blobs
 from fedsim.models.char_lstm import CharLSTM

@@ -6,10 +6,11 @@ import json
 import pytest
 import torch
 from torch import Tensor, nn
+from torchs_counter import counter
 
 from devices.cost import NetworkCost
 from devices.errors import DeviceError
-from devices.meter import counter, measure, peak_memory_bytes
+from devices.meter import measure, peak_memory_bytes
 
 
 def squares(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

@@ -22,6 +22,7 @@ from flwr.serverapp import Grid
 from hydra.utils import get_class
 from test_models import SPEECH
 from torch import nn
+from torchs_counter import counter
 
 from clients.app import ClientState, Worker, worker_for
 from clients.app import app as client_app
@@ -29,7 +30,6 @@ from devices.availability import DAY_S
 from devices.cost import Work
 from devices.help_training import HelpSettings, first_weights
 from devices.help_weights import save_weights
-from devices.meter import counter
 from fedsim.errors import ConfigError, DataError
 from fedsim.federation import Federation
 from fedsim.messages import ARRAYS, CONFIG, record_of

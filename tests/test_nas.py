@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchs_counter import counter
 from torchvision.models.mobilenetv3 import InvertedResidualConfig, MobileNetV3
 
 from devices.errors import DeviceError
-from devices.meter import counter
 from devices.nas.blocks import normaliser
 from devices.nas.fbnet import FBNet
 from devices.nas.nb201 import EXAMPLE, NB201Network, counts, from_string, to_string

@@ -9,9 +9,10 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import flop_registry, register_flop_formula
+from torchs_counter import counter
 
 from devices.errors import DeviceError
-from devices.meter import Flops, counter, measure
+from devices.meter import Flops, measure
 from devices.operators import PLAIN, PRODUCTS, is_plain
 from devices.trace import KINDS, trace
 
@@ -112,7 +113,7 @@ def test_a_deformable_convolution_is_a_convolution():
 
 
 def test_an_operator_that_nobody_knows_is_refused_until_a_formula_is_given():
-    @torch.library.custom_op("fedsim_test::twice_through", mutates_args=())
+    @torch.library.custom_op("own::twice", mutates_args=())
     def twice_through(x: Tensor, weight: Tensor) -> Tensor:
         return x @ weight @ weight
 
@@ -121,9 +122,9 @@ def test_an_operator_that_nobody_knows_is_refused_until_a_formula_is_given():
         lambda: trace(model, x),
         lambda: measure(model, lambda m, b: m(b["x"]).detach().sum(), {"x": x}, "own"),
     ):
-        with pytest.raises(DeviceError, match=r"fedsim_test::twice_through cannot be priced.*register_flop_formula"):
+        with pytest.raises(DeviceError, match=r"own::twice cannot be priced.*register_flop_formula"):
             count()
-    operator = torch.ops.fedsim_test.twice_through
+    operator = torch.ops.own.twice
     register_flop_formula(operator)(lambda x, weight, out_shape=None: 4 * x[0] * weight[0] * weight[1])
     try:
         assert trace(model, x).macs == 2 * D * D

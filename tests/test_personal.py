@@ -7,12 +7,12 @@ import pytest
 import torch
 from flwr.app import RecordDict
 from torch import nn
+from torchs_counter import counter
 
 from clients.app import Worker, app
 from clients.state import ClientState
 from clients.trainers.sgd import SGDTrainer
 from devices.latency import StructuredLatency
-from devices.meter import counter
 from fedsim.data.blobs import Blobs
 from fedsim.engines.local import LocalGrid
 from fedsim.errors import ConfigError

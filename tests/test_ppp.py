@@ -8,6 +8,7 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from torch.nn import functional as F
+from torchs_counter import counter
 
 from clients.app import Worker
 from devices.compression.channels import ChannelGroups
@@ -22,7 +23,6 @@ from devices.compression.gates import (
     mean_jaccard_distance,
     personal_masks,
 )
-from devices.meter import counter
 from devices.profile import load_profile
 from fedsim.errors import ConfigError
 from fedsim.messages import (

@@ -14,9 +14,9 @@ from test_models import SPEECH
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
+from torchs_counter import counter
 
 from devices.errors import DeviceError
-from devices.meter import counter
 from devices.structured import price
 from devices.trace import FEATURES, KINDS, LayerTable, trace
 from fedsim.settings import model_factory, model_settings

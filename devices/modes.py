@@ -1,0 +1,16 @@
+"""The base of what looks at every operator that torch runs.
+
+May import: torch.
+"""
+
+from __future__ import annotations
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class UncompiledMode(TorchDispatchMode):
+    """A dispatch mode that leaves torch's compiler alone."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # True imports the compiler, 0.7 s of every process, only to say that it shall not compile this
