@@ -152,6 +152,17 @@ class Physics:
         activation = element * (STEP_MACS if step else 1.0)
         return np.array([mac] * len(MACS) + [activation] * len(ACTIVATIONS) + [weight, weight / 4] + [call] * 3)
 
+    def least_ms(self, found: np.ndarray, phase: Phase) -> np.ndarray:
+        """Milliseconds below which no pass can be: its multiply-adds at the peak, or its bytes at the bandwidth.
+
+        Args:
+            found: counts of the cost columns, [..., 17].
+            phase: of the pass.
+        """
+        spent = found * self.bounds(phase)[0]
+        least: np.ndarray = np.maximum(spent[..., IS_MAC].sum(-1), spent[..., ~IS_MAC & ~IS_CALL].sum(-1))
+        return least
+
     def bounds(self, phase: Phase) -> tuple[np.ndarray, np.ndarray]:
         """Least and largest milliseconds of each column, [17] each."""
         step, units = phase == "train_step", self._at(self.bytes_per_s, phase)

@@ -1,16 +1,14 @@
 """What no unit of a device can beat: its work at the datasheet's peak and bandwidth.
 
 A client's unit may be faster than its model and a round faster than usual, but nothing computes above its peak. May
-import: numpy and this package.
+import: this package.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
 
-import numpy as np
-
-from devices.columns import FOLDABLE, Isa, Phase, Physics, as_matrix
+from devices.columns import FOLDABLE, Isa, Phase, Physics, counts
 from devices.cost import Work
 from devices.prices import Prices
 from devices.prior import IN_ORDER, Facts, recalled
@@ -65,11 +63,9 @@ def least_ms(
     Source: the bounds of `devices.columns.Physics`. Winograd saves three of four multiply-adds of a 3x3 convolution in
     inference and on cards, and none in a step.
     """
-    peak = peak_in(device, prices.precision)
-    if peak is None or device.peak_macs_per_s is None:
+    known, peak = physics_of(device), peak_in(device, prices.precision)
+    if known is None or peak is None:
         return 0.0
-    known = physics_of(device)
-    assert known is not None
     folded = not any(prices.cells[FOLDABLE])
     winograd = what == "inference" or known[0].isa == "gpu"
     element = {"fp16": 2, "bf16": 2, "int8": 1}.get(prices.precision, 4)
@@ -90,9 +86,7 @@ def _least_ms(
     folded: bool,
 ) -> float:
     physics = Physics(macs_per_s, bytes_per_s, isa, element_bytes=element_bytes, winograd=winograd)
-    low, _ = physics.bounds(phase)
-    spent = np.array(layers) * [batch, batch, 1.0, 1.0] * as_matrix(low, folded)
-    return float(max(spent[:, 0].sum(), spent[:, 1:3].sum()))
+    return float(physics.least_ms(counts(layers, batch, folded), phase))
 
 
 def least_work_s(work: Work, device: DeviceProfile, forward: Prices, step: Prices | None) -> float:

@@ -336,14 +336,9 @@ def _fit(
 
 def _check_possible(rows: Sequence[Row], sample: Sample) -> None:
     """Refuses rows that the peak or the bandwidth does not allow: a wrong unit, batch or network, mostly."""
-    import numpy as np
-
-    from devices.columns import IS_CALL, IS_MAC
     from devices.errors import DeviceError
 
-    low, _ = sample.physics.bounds(sample.phase)
-    spent = sample.counts * low
-    least = np.maximum(spent[:, IS_MAC].sum(axis=1), spent[:, ~IS_MAC & ~IS_CALL].sum(axis=1))
+    least = sample.physics.least_ms(sample.counts, sample.phase)
     for row, least_ms in zip(rows, least.tolist(), strict=True):
         if row.ms < ALLOWED_BELOW * least_ms:
             raise DeviceError(
