@@ -30,7 +30,7 @@ from devices.profile import DeviceProfile
 from fedsim.deployment import CALIBRATION, calibration
 from fedsim.engines.blocks import BlockSum
 from fedsim.engines.memory import keep_freed_memory
-from fedsim.errors import ConfigError
+from fedsim.errors import ConfigError, in_words
 from fedsim.messages import (
     ARRAYS,
     METRICS,
@@ -116,7 +116,7 @@ class Worker:
 
         Where clients that fail are dropped, a client whose last batch it is may fail.
         """
-        two, one = ({key: t.to(self.device) for key, t in self.workload.sample(n).items()} for n in (2, 1))
+        two, one = (self.workload.sample_on(self.device, size) for size in (2, 1))
         self.refusal_of_one = refusal_of_one(self.model, self.workload.loss, two, one)
         if self.refusal_of_one and self.world.settings["on_client_error"] != "drop":
             self._check_last_batches()
@@ -219,8 +219,7 @@ class Worker:
         except OutOfMemoryError as error:
             outcome, reason = "out_of_memory", str(error)
         except Exception as error:
-            outcome, reason, trace = "failed", f"{type(error).__name__}: {error}", traceback.format_exc()
-            reason = " ".join(reason.split())
+            outcome, reason, trace = "failed", in_words(error), traceback.format_exc()
             if reason == self.refusal_of_one:
                 reason += f"; that was a batch of one example: {INSTEAD_OF_ONE}"
         work = client.log.work(client.state.storage_bytes) if client else Work()

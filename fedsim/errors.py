@@ -5,6 +5,11 @@ ConfigError and DataError (nothing ran), with 1 for RunError (what was written s
 """
 
 
+def in_words(error: BaseException) -> str:
+    """Its class and its text on one line; a worker knows a failure again by it."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 class ConfigError(ValueError):
     """A setting that is wrong in itself or does not fit another one."""
 

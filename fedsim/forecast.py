@@ -1,6 +1,6 @@
 """How long a run will roughly take on this host, so that nobody waits for hours unannounced.
 
-May import: devices.trace, fedsim's federation (its type) and seeding-free parts.
+May import: devices.errors and trace, fedsim.console (lazily), the type of fedsim.federation.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ LOOKED_AT = 8  # clients whose data are counted
 
 
 def host_seconds(federation: Federation, after: int = 0) -> float:
-    """The time that training and judging will take at least, from their steps and multiply-adds; a rough figure.
+    """The time that training and judging will roughly take, from their steps and multiply-adds.
 
-    What a method does beside its steps is not in it, nor what two workers gain: it is right within a small factor.
+    What a method does beside its steps is not in it, nor what a second worker gains.
 
     Args:
         federation: before its first round.

@@ -1,7 +1,7 @@
 """Batch norms that meet a batch with one value per channel: a single example, as at the end of an epoch.
 
 Such a batch has no variance, and torch refuses it. Norms with running statistics can do without; others, and those that
-a network calls as functions, are found by trying. May import: torch.
+a network calls as functions, are found by trying. May import: torch, fedsim.errors.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from fedsim.errors import in_words
 
 _LONE = "normalises_by_running_statistics"
 
@@ -69,7 +71,7 @@ def refusal_of_one(model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], t
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 loss(deepcopy(model).train(), batch)
         except Exception as error:
-            return f"{type(error).__name__}: {' '.join(str(error).split())}"
+            return in_words(error)
         return ""
 
     said = refusal(one)

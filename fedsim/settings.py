@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from devices.errors import DeviceError, unknown
 from devices.texts import FILE_BYTES, VALUE_LETTERS, storable, visible
-from fedsim.errors import ConfigError, DataError
+from fedsim.errors import ConfigError, DataError, in_words
 from fedsim.host import check_fits, model_bytes
 from fedsim.parameters import check_parameters, said
 from fedsim.run_place import check_folder
@@ -680,7 +680,7 @@ def _no_factory(settings: Settings, error: Exception) -> str:
     """Says that the model's `_target_` makes no network when it is given the shapes of the data."""
     return (
         f"model._target_={settings['model']['_target_']!r} makes no network for the input_shape and num_classes of a "
-        f"workload ({type(error).__name__}: {_flat(error)}); name a function that takes both and returns the network, "
+        f"workload ({in_words(error)}); name a function that takes both and returns the network, "
         "in a file of your own, e.g. model._target_=mine.network"
     )
 

@@ -22,7 +22,7 @@ from devices.meter import inference_bytes, measure
 from devices.profile import DeviceProfile
 from devices.trace import trace
 from fedsim.errors import ConfigError
-from fedsim.workload import Tensors, Workload
+from fedsim.workload import Workload
 
 NETWORKS = 32  # static networks kept per process; others are built anew
 KEPT, BITS = "kept", "bits"  # the extra record that says which channels a part of the network has
@@ -31,15 +31,12 @@ RATIO = "keep-ratio"  # the setting that says how much of the network a client i
 
 def price(workload: Workload, model: nn.Module, name: str, device: torch.device | str = "cpu") -> NetworkCost:
     """What one example costs in a network: FLOPs and memory of a step, and its layers where they can be traced."""
-
-    def batch(size: int) -> Tensors:
-        return {key: tensor.to(device) for key, tensor in workload.sample(size).items()}
-
-    cost = measure(model, workload.loss, batch(4), name)
-    cost = replace(cost, inference_bytes=inference_bytes(model, workload.loss, batch(4)))
+    four = workload.sample_on(device, 4)
+    cost = measure(model, workload.loss, four, name)
+    cost = replace(cost, inference_bytes=inference_bytes(model, workload.loss, four))
     for examples in (1, 2):  # norms without running statistics refuse one; rows are of one example either way
         with suppress(DeviceError):
-            rows = trace(model, batch(examples)["x"]).rows
+            rows = trace(model, workload.sample_on(device, examples)["x"]).rows
             return replace(cost, layers=rows, encoding=getattr(model, "encoding", None))
     return cost  # latency=flops does without; the others say that they need it
 

@@ -204,6 +204,10 @@ class Workload(ABC):
         """A batch of held-out examples (repeated when there are too few), for tracing what the network costs."""
         return self.test.gather(torch.arange(batch) % len(self.test))
 
+    def sample_on(self, device: torch.device | str, batch: int) -> Tensors:
+        """The same on a device."""
+        return {key: tensor.to(device) for key, tensor in self.sample(batch).items()}
+
     def logits(self, model: nn.Module, batch: Tensors) -> Tensor:
         """What `model` says of a batch: [batch, classes] or, for sequences, [batch, steps, classes]."""
         logits: Tensor = model(batch["x"])

@@ -50,7 +50,7 @@ class FedRepTrainer(SGDTrainer):
         """
         if not self.private:
             return
-        sample = {key: t.to(next(model.parameters()).device) for key, t in workload.sample(4).items()}
+        sample = workload.sample_on(next(model.parameters()).device, 4)
         for private in (True, False):
             what = "private" if private else "shared"
             with self.only(model, private):

@@ -436,7 +436,7 @@ def require_single_examples(workload: Workload, model: nn.Module) -> None:
     device = next(model.parameters()).device
     with torch.no_grad(), scoring(model):
         try:
-            workload.logits(model, {key: t.to(device) for key, t in workload.sample(1).items()})
+            workload.logits(model, workload.sample_on(device, 1))
         except Exception as error:
             raise ConfigError(
                 f"model {type(model).__name__} takes no example by itself ({' '.join(str(error).split())}), and its "
@@ -452,7 +452,7 @@ def require_head(workload: Workload, model: nn.Module) -> None:
     """
     device = next(model.parameters()).device
     with scoring(model):
-        last_layer(workload, model, {key: t.to(device) for key, t in workload.sample(2).items()})
+        last_layer(workload, model, workload.sample_on(device, 2))
 
 
 def outputs_of(workload: Workload, model: nn.Module) -> Outputs:
