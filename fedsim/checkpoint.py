@@ -181,7 +181,8 @@ def load(run: Path) -> Saved | None:
     if not damaged:
         return None
     whole = "no checkpoint is whole" if len(damaged) > 1 else "there is no other checkpoint"
-    raise ConfigError(f"{'; '.join(damaged)}; {whole}: remove {folder}, and the run starts anew")
+    reasons = "; ".join(dict.fromkeys(damaged))  # what all of them build on is named once
+    raise ConfigError(f"{reasons}; {whole}: remove {folder}, and the run starts anew")
 
 
 def _read(run: Path, point: Path, number: int) -> Saved:

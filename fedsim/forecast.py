@@ -1,6 +1,6 @@
 """How long a run will roughly take on this host, so that nobody waits for hours unannounced.
 
-May import: devices.errors and trace, fedsim.console (lazily), the type of fedsim.federation.
+May import: devices.errors and trace, fedsim.errors and console (lazily), the types of fedsim.federation and workload.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from devices.errors import DeviceError
+from fedsim.errors import DataError
 
 if TYPE_CHECKING:
     from fedsim.federation import Federation
+    from fedsim.workload import Workload
 
 ANNOUNCED_S = 60.0  # shorter runs are simply waited for
 STEP_S, CLIENT_S, FLOPS_PER_S = 3e-4, 1e-3, 1.5e10  # a step's calls, a client's messages, one core at small batches
@@ -32,7 +34,7 @@ def host_seconds(federation: Federation, after: int = 0) -> float:
     trainer, rounds = settings["trainer"], settings["rounds"] - after
     cohort = min(settings["cohort"], workload.num_clients)
     ids = range(0, workload.num_clients, max(1, workload.num_clients // LOOKED_AT))
-    sizes = [len(workload.client_data(i).train) for i in islice(ids, LOOKED_AT)]
+    sizes = [_examples(workload, i, after + 1) for i in islice(ids, LOOKED_AT)]
     size = sum(sizes) / len(sizes)
     batch = max(1, min(_number(trainer, "batch_size", 1), size))
     epochs = _number(trainer, "local_epochs", 1)
@@ -60,6 +62,14 @@ def _number(settings: dict[str, Any], key: str, default: float) -> float:
     """A setting of the trainer; the default where it has none, as trainers from elsewhere may."""
     value = settings.get(key)
     return default if isinstance(value, bool) or not isinstance(value, int | float) else value
+
+
+def _examples(workload: Workload, client: int, round: int) -> int:
+    """What a client trains on in a round; none where a task has nothing for it."""
+    try:
+        return len(workload.client_part(client, workload.part(round)).train)
+    except DataError:
+        return 0
 
 
 def _macs(federation: Federation) -> float:

@@ -553,8 +553,9 @@ def test_the_installed_command_refuses_in_one_sentence(place: Path):
     [
         (signal.SIGINT, 130, "interrupted", "KeyboardInterrupt"),
         (signal.SIGTERM, 143, "terminated", "Terminated"),
+        (signal.SIGHUP, 129, "the terminal was closed", "Terminated"),
     ],
-    ids=["ctrl-c", "sigterm"],
+    ids=["ctrl-c", "sigterm", "sighup"],
 )
 @pytest.mark.parametrize(
     "engine", ["local", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.xdist_group("ray")])]
@@ -562,11 +563,13 @@ def test_the_installed_command_refuses_in_one_sentence(place: Path):
 def test_a_signal_ends_the_run_within_five_seconds_and_keeps_what_is_written(
     place: Path, engine: str, sent: signal.Signals, code: int, sentence: str, error: str
 ):
+    """Ctrl-C reaches every process of the terminal, SIGTERM and SIGHUP the command alone."""
     run = subprocess.Popen(
         [FEDSIM, "run", "rounds=100000", "out=out", f"engine={engine}"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     try:
         rounds, end = Path("out/rounds.jsonl"), time.monotonic() + 60
@@ -576,7 +579,7 @@ def test_a_signal_ends_the_run_within_five_seconds_and_keeps_what_is_written(
         family = psutil.Process(run.pid).children(recursive=True)
         assert bool(family) == (engine == "ray")
         started = time.monotonic()
-        run.send_signal(sent)
+        (os.killpg if sent == signal.SIGINT else os.kill)(run.pid, sent)
         out, err = run.communicate(timeout=30)
         assert time.monotonic() - started < 5
     finally:

@@ -30,6 +30,17 @@ def test_more_passes_and_a_larger_network_take_longer(federation):
     assert forecast.host_seconds(federation("model.hidden=[2000,2000]")) > 1.5 * short
 
 
+def test_a_task_of_a_stream_counts_with_its_own_examples(federation):
+    """Five tasks of two classes each are about a fifth of the examples; a permutation of the inputs leaves all."""
+    base = ("trainer.local_epochs=20", "workload.examples_per_client=80", "rounds=10", "evaluate_every=1")
+    whole, split, permuted = (
+        forecast.host_seconds(federation(*base, *more))
+        for more in ((), ("stream=split_classes", "stream.tasks=5"), ("stream=permuted", "stream.tasks=10"))
+    )
+    assert split < whole / 2
+    assert permuted == pytest.approx(whole, rel=0.1)
+
+
 def test_a_run_of_seconds_is_not_announced():
     assert forecast.sentence(59.0) == ""
     assert forecast.sentence(7200.0).startswith("roughly 2.00 h of training on one core lie ahead; ")

@@ -444,27 +444,6 @@ def started_run(out: Path) -> subprocess.Popen[str]:
     return subprocess.Popen([*command, "rounds=1000000", f"out={out}"], **silent, start_new_session=True)
 
 
-def test_interrupted_runs_end_within_seconds_and_leave_nothing(tmp_path):
-    """Ctrl-C reaches every process of the terminal, SIGTERM and SIGHUP the command alone."""
-    folders = tmp_path / "a", tmp_path / "b", tmp_path / "c"
-    runs = [started_run(folder) for folder in folders]
-    try:
-        for run, folder in zip(runs, folders, strict=True):
-            until_lines(run, folder, 4)
-        ends = ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129))
-        for run, (number, code) in zip(runs, ends, strict=True):
-            started, began = with_worker(run.pid), time.monotonic()
-            (os.killpg if number == signal.SIGINT else os.kill)(run.pid, number)
-            _, said = run.communicate(timeout=60)
-            assert time.monotonic() - began < 10  # 1 to 2 s on an idle host, 5.3 s once beside other tests
-            assert (run.returncode, said.count("\n")) == (code, 1)
-            assert not [p for p in started if is_alive(p)]
-        assert all(len(lines(folder)) >= 4 for folder in folders)
-    finally:
-        for run in runs:
-            run.kill()
-
-
 def test_ray_that_was_there_before_is_used_and_left_alone(session):
     import ray
 

@@ -98,13 +98,13 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 }
 # Which kind of run each command is tried on, and the files that it reads there.
 READS = {
-    "report": {"finished": FILES["finished"], "interrupted": ("failure.json",)},
+    "report": {"finished": (*FILES["finished"], "split.json"), "interrupted": ("failure.json",)},
     "paired": {"finished": ("config.yaml", "rounds.jsonl")},
     "resume": {"finished": ("config.yaml", "summary.json"), "interrupted": FILES["interrupted"]},
     "replay": {"failed": FILES["failed"]},
     "study": {"finished": ("config.yaml", "rounds.jsonl", "summary.json")},
 }
-NOT_NEEDED = ("failure.json", "summary.json", "failed-client.json")  # without them there is less to read
+NOT_NEEDED = ("failure.json", "summary.json", "split.json", "failed-client.json")  # without them there is less to read
 TRIED = [(command, kind, file) for command, kinds in READS.items() for kind, files in kinds.items() for file in files]
 
 

@@ -1,7 +1,7 @@
 """What a split of the data looks like, as rows, lines and a picture; and which workloads there are.
 
-May import: numpy, yaml, matplotlib (lazily), `devices.reading`, fedsim's workload, trust, strict_json and durable
-files. Reads the texts of the config folder.
+May import: numpy, yaml, matplotlib (lazily), fedsim's workload, trust, checksums and durable files.
+Reads the texts of the config folder.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ import yaml
 
 from devices.errors import FileError
 from devices.figures import legend_label, new_figure, save_figure
-from devices.reading import read_json
 from devices.texts import NAME_LETTERS, visible
-from fedsim import strict_json
+from fedsim.checksums import inside, read_signed_json, signed_json
 from fedsim.durable import write_atomic
 from fedsim.run_place import SPLIT
 from fedsim.trust import locate as locate_class
@@ -111,18 +110,19 @@ def split_of(workload: Workload, limit: int = 50) -> Split:
 
 def keep_split(workload: Workload, folder: Path) -> None:
     """Writes the split into a run folder, for `kept_split`."""
-    write_atomic(folder / SPLIT, strict_json.dumps(split_of(workload)._asdict()) + "\n")
+    write_atomic(folder / SPLIT, signed_json(split_of(workload)._asdict()))
 
 
 def kept_split(folder: Path) -> Split | None:
     """The split that a run has kept; None where it has not.
 
     Raises:
-        FileError: if it cannot be read.
+        FileError: if it cannot be read, or is not what the run wrote.
     """
-    if not (folder / SPLIT).exists():
+    path = folder / SPLIT
+    if not path.exists() and not path.is_symlink():
         return None
-    tree = read_json(folder / SPLIT)
+    tree = read_signed_json(inside(folder, path))
     try:
         rows = tuple(
             ClientRow(int(row[0]), int(row[1]), int(row[2]), int(row[3]), tuple(map(int, row[4])))
@@ -133,7 +133,7 @@ def kept_split(folder: Path) -> Split | None:
         if not rows or not sizes or not all(len(row.label_counts) in (0, len(names)) for row in rows):
             raise ValueError("its rows do not fit its classes")
     except (LookupError, TypeError, ValueError, OverflowError) as error:
-        raise FileError(f"{folder / SPLIT} is no split of data: {' '.join(str(error).split())}") from error
+        raise FileError(f"{path} is no split of data: {' '.join(str(error).split())}") from error
     return split
 
 
