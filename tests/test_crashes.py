@@ -22,7 +22,8 @@ from fedsim.settings import compose, settings_of_run
 
 FEDSIM = str(Path(sys.executable).parent / "fedsim")
 SMALL = (*TINY, "model.hidden=[8]", "rounds=3", "checkpoint_s=0")
-OCS = ("method=ocs", "workload.num_classes=4", "workload.examples_per_client=24", "stream.tasks=2", "rounds=4")
+STREAM = ("stream=split_classes", "stream.tasks=2", "workload.num_classes=4", "workload.examples_per_client=24")
+OCS = ("method=ocs", *STREAM, "rounds=4")
 METHODS = {"fedavg": (), "ditto": ("method=ditto",), "ocs": OCS}
 
 
