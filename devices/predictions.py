@@ -20,7 +20,7 @@ IN_WORDS = {
     "datasheet": "from the datasheet",
     "carried": "carried from other devices by peak",
     "assumed": "an assumed ratio to the forward pass",
-    "scaled": "another device's, by a stated factor",
+    "scaled": "another device's, scaled",
 }
 
 

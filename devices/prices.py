@@ -6,7 +6,7 @@ May import: numpy and this package.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -76,11 +76,13 @@ class Prices:
         """The cells as an array, [10, 4]."""
         return np.array(self.cells)
 
-    def scaled(self, factor: float) -> Prices:
-        """Of a device that is `factor` times slower."""
-        cells = tuple(tuple(x * factor for x in row) for row in self.cells)
+    def scaled(self, factor: float | Sequence[float]) -> Prices:
+        """Of a device that is `factor` times slower, or slower by a factor of its own in each column of the cells."""
+        factors = np.broadcast_to(np.asarray(factor, float), 4)
+        cells = tuple(tuple(map(float, row)) for row in self.matrix * factors)
         most = None if self.most is None else self.most.scaled(factor)
-        return replace(self, cells=cells, constant_ms=self.constant_ms * factor, most=most)  # type: ignore[arg-type]
+        constant_ms = self.constant_ms * float(factors[CALLS_COLUMN])
+        return replace(self, cells=cells, constant_ms=constant_ms, most=most)  # type: ignore[arg-type]
 
     def parts_ms(self, layers: tuple[tuple[float, ...], ...], batch: int) -> tuple[float, float]:
         """Milliseconds of calls and of all else in one pass, before launches hide behind work."""
@@ -125,7 +127,7 @@ class Prices:
                 "datasheet": "from the datasheet alone",
                 "carried": "carried from other devices by peak and bandwidth",
                 "assumed": "a stated ratio to the forward pass",
-                "scaled": "another device's by a stated factor",
+                "scaled": "another device's, scaled",
             }[self.basis]
             return [how]
         spent = (table * self.matrix).sum(axis=1)

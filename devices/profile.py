@@ -21,7 +21,8 @@ slopes rx_mw_per_mbps and tx_mw_per_mbps of the link too.
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -69,8 +70,14 @@ class LatencyFacts:
     sigma: float | None = None
     train_ratio: tuple[tuple[str, float], ...] = ()
 
-    def scaled(self, factor: float) -> LatencyFacts:
-        """The facts of a device that is `factor` times slower, none of which was measured there."""
+    def scaled(self, factor: float | Sequence[float]) -> LatencyFacts:
+        """The facts of a device that is slower, none of which was measured there.
+
+        Args:
+            factor: one for all, or [4] for multiply-adds, activations, weights and calls; milliseconds of whole
+                networks go by that of multiply-adds.
+        """
+        whole = factor if isinstance(factor, int | float) else factor[0]
         of_another = {
             key: replace(prices.scaled(factor), basis="scaled", error=None)
             for key in PRICED
@@ -78,9 +85,9 @@ class LatencyFacts:
         }
         return replace(
             self,
-            references=tuple((space, network, batch, ms * factor) for space, network, batch, ms in self.references),
-            embedding_ms=tuple(ms * factor for ms in self.embedding_ms),
-            coefficients_ms=tuple(ms * factor for ms in self.coefficients_ms),
+            references=tuple((space, network, batch, ms * whole) for space, network, batch, ms in self.references),
+            embedding_ms=tuple(ms * whole for ms in self.embedding_ms),
+            coefficients_ms=tuple(ms * whole for ms in self.coefficients_ms),
             **of_another,
         )
 
@@ -242,6 +249,9 @@ def parse_profile(tree: Any, file: str) -> DeviceProfile:
     _check_together(reader, given)
     reader.finish()
     fields, assumed = _fields(given, reader.assumed, link)
+    if isinstance(latency, DeviceProfile) and latency.latency is not None:
+        latency = latency.latency.scaled(_slower(fields, latency))
+    assert not isinstance(latency, DeviceProfile)
     return DeviceProfile(
         name=name,
         kind=kind,
@@ -322,7 +332,38 @@ def _check_together(reader: Reader, given: Mapping[str, Mapping[str, float]]) ->
             reader.problems.append(f"key {low!r} must be at most {high} ({known[high]:g}), got {known[low]:g}: {why}")
 
 
-def _latency_of(reader: Reader, tree: Any) -> LatencyFacts | None:
+_BEING_READ: ContextVar[tuple[str, ...]] = ContextVar("being read", default=())
+
+
+def _other(file: str, device: Any) -> DeviceProfile:
+    """The device whose latencies another file scales; files may do so one after the other, but not in a ring."""
+    chain = (*_BEING_READ.get(), str(Path(file).resolve()))
+    if str(Path(str(device)).resolve()) in chain:
+        raise DeviceError(f"{file}: latency.scaled.device {str(device)!r} leads back to itself")
+    token = _BEING_READ.set(chain)
+    try:
+        return load_profile(str(device))
+    finally:
+        _BEING_READ.reset(token)
+
+
+def _slower(fields: Mapping[str, Any], other: DeviceProfile) -> tuple[float, float, float, float]:
+    """How much slower a device does multiply-adds, moves activations and weights, and makes calls than another one.
+
+    Multiply-adds follow the peak, bytes the bandwidth of the memory, calls the clock; where one of the two files does
+    not say it, all follow the rate.
+    """
+
+    def ratio(field: str) -> float | None:
+        own, others = fields.get(field), getattr(other, field)
+        return others / own if own and others else None
+
+    rate = other.flops_per_s / fields["flops_per_s"]
+    macs, moved, calls = (ratio(field) or rate for field in ("peak_macs_per_s", "memory_bytes_per_s", "clock_ghz"))
+    return macs, moved, moved, calls
+
+
+def _latency_of(reader: Reader, tree: Any) -> LatencyFacts | DeviceProfile | None:
     """The latency section; its first problem joins those of the rest."""
     try:
         return _latency(reader.file, tree)
@@ -331,17 +372,22 @@ def _latency_of(reader: Reader, tree: Any) -> LatencyFacts | None:
         return None
 
 
-def _latency(file: str, tree: Any) -> LatencyFacts:
-    """The latency section: measured references, a fitted predictor, or those of another device times a factor."""
+def _latency(file: str, tree: Any) -> LatencyFacts | DeviceProfile:
+    """The latency section: prices, measured references, or those of another device times a factor.
+
+    Without a factor it is that other device itself: what its latencies are scaled by are figures of both.
+    """
     keys = (*PRICED, "references", "embedding", "coefficients_ms", "int8_coefficients_ms", "sigma", "train_ratio")
     _check_keys(file, "latency.", tree, (*keys, "scaled"), ())
     if "scaled" in tree:
-        _check_keys(file, "latency.scaled.", tree["scaled"], ("device", "factor"), ("device", "factor"))
-        factor = _number(file, "latency.scaled.factor", tree["scaled"]["factor"], _POSITIVE)
-        other = load_profile(tree["scaled"]["device"]).latency
-        if other is None:
-            raise DeviceError(f"{file}: latency.scaled.device {tree['scaled']['device']!r} has no latencies itself")
-        return other.scaled(factor)
+        _check_keys(file, "latency.scaled.", tree["scaled"], ("device", "factor"), ("device",))
+        scaled = tree["scaled"]
+        other = _other(file, scaled["device"])
+        if other.latency is None:
+            raise DeviceError(f"{file}: latency.scaled.device {scaled['device']!r} has no latencies itself")
+        if "factor" not in scaled:
+            return other
+        return other.latency.scaled(_number(file, "latency.scaled.factor", scaled["factor"], _POSITIVE))
     embedding = _sourced(file, "latency.embedding", tree["embedding"], ("ms",))["ms"] if "embedding" in tree else []
     ratios = tree.get("train_ratio", {})
     _check_keys(file, "latency.train_ratio.", ratios, tuple(ratios) if isinstance(ratios, Mapping) else (), ())

@@ -6,7 +6,6 @@ May import: devices (inside the functions, so that `--help` answers at once).
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,6 +23,11 @@ HEAD = """\
 # {provenances}.
 # Lines that begin with '# ' and a key may be used too: they show what counts without them, or '...' where nothing does.
 """
+LATENCY = """\
+latency:
+  # Prices of another device, scaled: multiply-adds by the peak, bytes by the memory's bandwidth, calls by the clock;
+  # all by `factor`, where it is given: how many times slower this device is. To measure: `fedsim devices calibrate`.
+  scaled: """
 LINK = "a link of devices/links.yaml for all that is left out here, and for the radio's power below"
 
 
@@ -65,9 +69,7 @@ def commented_profile(name: str, like: str) -> str:
     load_profile(like)  # says what is wrong with it
     base, _, variant = like.rpartition("@")
     if base and not Path(like).exists():
-        raise DeviceError(
-            f"--like must be a device, got {variant!r} of {base}; take {base}: a copy has its variants too"
-        )
+        raise DeviceError(f"--like must be a device, got {variant!r} of {base}, a way to run it; take {base}")
     path = SHIPPED / f"{like}.yaml" if like in profile_names() else Path(like)
     tree = read_yaml(path)
     lines = [
@@ -87,8 +89,10 @@ def commented_profile(name: str, like: str) -> str:
         if section == "network":
             lines.append(f"  {_entry('link', found, LINK, '...')}")
         lines += [f"  {line}" for line in _figures(found, figures)]
-    text = path.read_text()
-    return "\n".join(lines) + "\n" + _section_text(text, "latency") + _section_text(text, "variants")
+    if "latency" in tree:
+        own = tree["latency"].get("scaled") if like not in profile_names() else None
+        lines.append(LATENCY + _flow(own or {"device": like if like in profile_names() else str(path.resolve())}))
+    return "\n".join(lines) + "\n"
 
 
 def _figures(found: Mapping[str, Any], figures: Mapping[str, Figure]) -> list[str]:
@@ -109,9 +113,3 @@ def _flow(value: Any) -> str:
     import yaml
 
     return str(yaml.safe_dump([value], default_flow_style=True, sort_keys=False, width=10**6)).strip()[1:-1]
-
-
-def _section_text(text: str, section: str) -> str:
-    """A section as it stands in a file, comments included; empty where there is none."""
-    found = re.search(rf"^{section}:.*\n?(?:(?:[ \t#].*|)\n?)*", text, re.MULTILINE)
-    return found.group().rstrip() + "\n" if found else ""

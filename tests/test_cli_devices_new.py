@@ -5,12 +5,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas
 import pytest
 import yaml
 from conftest import Ended
 
-from devices.profile import SHIPPED, load_profile, profile_names
+from devices.errors import DeviceError
+from devices.profile import load_profile, profile_names
 from devices.profile_file import FIGURES
 from fedsim.cli_devices_new import commented_profile
 
@@ -31,19 +33,46 @@ def new(tmp_path: Path, monkeypatch, fedsim: Callable[..., Ended]) -> Callable[.
 def test_copy_of_a_shipped_device_equals_it_but_for_the_name(tmp_path: Path, like: str):
     path = tmp_path / "mine.yaml"
     path.write_text(commented_profile("mine", like))
-    assert load_profile(path) == replace(load_profile(like), name="mine")
+    mine, shipped = load_profile(path), load_profile(like)
+    assert replace(mine, latency=None) == replace(shipped, name="mine", latency=None)
+    assert mine.latency == (shipped.latency and shipped.latency.scaled(1.0))  # equal prices, which nobody measured here
+
+
+@pytest.mark.parametrize(("figure", "column"), [("peak_gmacs_per_s", 0), ("memory_gb_per_s", 1), ("clock_ghz", 3)])
+def test_prices_of_a_copy_follow_its_figures(tmp_path: Path, figure: str, column: int):
+    """Half the peak doubles what multiply-adds take, half the bandwidth what bytes take, half the clock what calls."""
+    tree = yaml.safe_load(commented_profile("mine", "raspberry_pi_4"))
+    compute = tree["compute"]
+    compute["rate_gmacs_per_s"] = compute["rate_gmacs_per_s"]["value"] / 2  # below the peak
+    compute[figure] = (compute[figure]["value"] if isinstance(compute[figure], dict) else compute[figure]) / 2
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    slow, own = load_profile(path).latency, load_profile("raspberry_pi_4").latency
+    factors = [
+        2.0 if place == column or (figure == "memory_gb_per_s" and place in (1, 2)) else 1.0 for place in range(4)
+    ]
+    for phase in ("inference", "forward", "step"):
+        np.testing.assert_allclose(getattr(slow, phase).matrix, getattr(own, phase).matrix * factors)
+        assert (getattr(slow, phase).basis, getattr(slow, phase).error) == ("scaled", None)
+
+
+def test_a_profile_that_scales_itself_is_refused(tmp_path: Path):
+    path = tmp_path / "mine.yaml"
+    tree = yaml.safe_load(commented_profile("mine", "pixel3"))
+    path.write_text(yaml.safe_dump({**tree, "latency": {"scaled": {"device": str(path)}}}))
+    with pytest.raises(DeviceError, match=r"scaled\.device .* leads back to itself"):
+        load_profile(path)
 
 
 def test_copy_has_every_key_with_its_meaning_and_its_source():
-    """Those that the device leaves out stand behind a '# '; latencies are copied as they stand."""
+    """Those that the device leaves out stand behind a '# '; latencies are the other device's, scaled."""
     text = commented_profile("mine", "raspberry_pi_4")
     for figures in FIGURES.values():
         for key, figure in figures.items():
             assert f"{key}: " in text
             assert f"  # {figure.meaning}\n" in text
     assert "Pi Dramble benchmark table, as repeated by other pages, idle" in text
-    shipped = (SHIPPED / "raspberry_pi_4.yaml").read_text()
-    assert text[text.index("latency:") :] == shipped[shipped.index("latency:") :]
+    assert text.endswith("\n  scaled: {device: raspberry_pi_4}\n")
 
 
 def test_figures_that_were_left_out_may_be_taken_in(tmp_path: Path):
@@ -88,7 +117,10 @@ def test_command_that_it_prints_runs_on_the_new_device(new, fedsim):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["nb", "--like", "raspberry_pi_4@1t"], "--like must be a device, got '1t' of raspberry_pi_4; take rasp"),
+        (
+            ["nb", "--like", "raspberry_pi_4@1t"],
+            "--like must be a device, got '1t' of raspberry_pi_4, a way to run it",
+        ),
         (["my_board", "--like", "raspberry_pi"], "unknown device 'raspberry_pi'; did you mean 'raspberry_pi_"),
         (["../board", "--like", "pixel3"], "NAME must be letters, digits, '_', '-' and '.', and no shipped device"),
         (["pixel3", "--like", "pixel3"], "no shipped device, got 'pixel3'"),

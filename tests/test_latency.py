@@ -253,7 +253,7 @@ def test_a_scaled_device_is_slower_by_its_factor():
     np.testing.assert_allclose(slow.step.matrix, 2.5 * own.step.matrix)
     for prices in (slow.inference, slow.step):  # nobody has measured this device
         assert (prices.basis, prices.error) == ("scaled", None)
-        assert prices.remarks(zoo_cost("resnet-16").layers, 4) == ["another device's by a stated factor"]
+        assert prices.remarks(zoo_cost("resnet-16").layers, 4) == ["another device's, scaled"]
 
 
 def test_a_variant_is_the_device_run_in_another_way():
