@@ -566,8 +566,9 @@ def run_one(settings: dict[str, Any], unfinished: Path | None = None) -> dict[st
             summary = run_federation(settings, engine, folder, watch, observe, resumed, announce)
         write_page(folder)
     _folders.clear()
-    console.print(closing_table(read_rounds(folder)))
-    for line in closing_lines(summary, folder):
+    reports = read_rounds(folder)
+    console.print(closing_table(reports))
+    for line in closing_lines(summary, folder, reports):
         console.print(line, highlight=False, soft_wrap=True)
     return summary
 

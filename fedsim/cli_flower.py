@@ -56,8 +56,9 @@ def flwr(
         _try_out(settings)
         with progress_bar(console, settings["rounds"]) as (watch, _):
             summary = run(settings, folder, place, app, watch)
-    console.print(closing_table(read_rounds(folder)))
-    for line in closing_lines(summary, folder):
+    reports = read_rounds(folder)
+    console.print(closing_table(reports))
+    for line in closing_lines(summary, folder, reports):
         console.print(line, highlight=False, soft_wrap=True)
 
 

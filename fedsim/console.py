@@ -19,6 +19,7 @@ from fedsim.metrics import ACCURACY, NOT_FINITE, judged
 from fedsim.report import RoundReport
 
 TABLE_ROWS = 10
+CLIENT_ACCURACY = "client_accuracy"  # mean over the clients that judged, of the model that each of them uses
 NO_ACCURACY = "not finite"
 CELL_LETTERS = 400  # of a line in a cell; commands and paths are the longest
 TEXTS = frozenset(
@@ -102,8 +103,13 @@ def progress_bar(console: Console, rounds: int) -> Iterator[Any]:
 
 
 def closing_table(reports: Sequence[RoundReport]) -> Table:
-    """Up to ten evaluated rounds, evenly spread and always the last; time, energy and bytes since the start."""
-    shown = table("round", "accuracy", "time", "energy", "down", "up", "done", "lost")
+    """Up to ten evaluated rounds, evenly spread and always the last; time, energy and bytes since the start.
+
+    Where clients judged models of their own, the mean of these is beside the accuracy of the global one.
+    """
+    own = any(CLIENT_ACCURACY in report.metrics for report in reports)
+    scores = ("accuracy", "clients' own") if own else ("accuracy",)
+    shown = table("round", *scores, "time", "energy", "down", "up", "done", "lost")
     joules, down, up, done, lost = 0.0, 0, 0, 0, 0
     rows = []
     for report in reports:
@@ -113,7 +119,9 @@ def closing_table(reports: Sequence[RoundReport]) -> Table:
         if judged([report]):
             accuracy = f"{report.metrics[ACCURACY]:.4f}" if ACCURACY in report.metrics else NO_ACCURACY
             costs = [simulated(report.now_s), energy(joules), size(down), size(up)]
-            rows.append([str(report.round), accuracy, *costs, str(done), str(lost)])
+            clients = report.metrics.get(CLIENT_ACCURACY)
+            theirs = ["" if clients is None else f"{clients:.4f}"] if own else []
+            rows.append([str(report.round), accuracy, *theirs, *costs, str(done), str(lost)])
     step = max(1, -(-len(rows) // TABLE_ROWS))
     for row in rows[::-1][::step][::-1]:
         shown.add_row(*row)
@@ -128,8 +136,9 @@ def final_accuracy(summary: dict[str, Any]) -> str:
     return f"{accuracy:.4f}"
 
 
-def closing_lines(summary: dict[str, Any], folder: Path) -> list[str]:
+def closing_lines(summary: dict[str, Any], folder: Path, reports: Sequence[RoundReport] = ()) -> list[str]:
     """Results, outcomes, who was never met, how far prices are known, the way to the target, and the folder."""
+    judged_own = [report.metrics[CLIENT_ACCURACY] for report in reports if CLIENT_ACCURACY in report.metrics]
     text = final_accuracy(summary)
     seconds, traffic = summary["simulated_s"], summary["down_bytes"] + summary["up_bytes"]
     counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in summary["outcomes"].items() if count)
@@ -137,6 +146,7 @@ def closing_lines(summary: dict[str, Any], folder: Path) -> list[str]:
     lines = [
         f"{summary['method']} on {summary['workload']}, fleet {summary['fleet']}: "
         f"test accuracy {text} after {summary['rounds']} rounds",
+        *([f"clients' own models: accuracy {judged_own[-1]:.4f} on their own held-out examples"] if judged_own else []),
         f"cost: {seconds / 3600:.4f} simulated hours ({simulated(seconds)}), "
         f"{summary['energy_j']['total']:.1f} joules, "
         f"{traffic / 1e6:.2f} megabytes, peak memory {size(summary['peak_memory_bytes'])}",

@@ -17,7 +17,7 @@ from clients.trainers.sgd import SGDTrainer
 from fedsim import federation as federations
 from fedsim import run_folder as folders
 from fedsim import run_place
-from fedsim.console import closing_lines
+from fedsim.console import closing_lines, closing_table
 from fedsim.engines.local import LocalGrid
 from fedsim.errors import ClientError, ConfigError
 from fedsim.messages import record_of
@@ -287,3 +287,13 @@ def test_folder_of_the_same_second_gets_a_number(settings, tmp_path, monkeypatch
             (folder / "config.yaml").touch()
         names.append(str(folder))
     assert names == [f"runs/20250102-030405-fedprox-blobs{end}" for end in ("", "-2", "-3")]
+
+
+def test_what_clients_judge_is_beside_the_global_model(run, tmp_path):
+    """Where some of the model is private, the server's copy says little."""
+    summary, reports = run("method=fedrep", "evaluate_clients=6"), read_rounds(tmp_path)
+    table, last = closing_table(reports), reports[-1].metrics["client_accuracy"]
+    assert [column.header for column in table.columns][:3] == ["round", "accuracy", "clients' own"]
+    assert list(table.columns[2].cells)[-1] == f"{last:.4f}"
+    own = f"clients' own models: accuracy {last:.4f} on their own held-out examples"
+    assert own in closing_lines(summary, tmp_path, reports)
