@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 
 from devices.errors import DeviceError
+from devices.texts import quoted
 
 TABLE_KINDS = (
     *("conv3x3", "conv", "pointwise", "grouped", "depthwise", "pool", "elementwise", "foldable", "fc", "recurrent"),
@@ -67,6 +68,7 @@ BYTES_PER_CYCLE = (
     2.0  # that one core streams through a layer: 2.6 GB/s at 1.8 GHz (Pi 4), 6 at 2.4 (Pi 5), measured copies
 )
 SLOWEST_MAC = 2000.0  # times a multiply-add at the peak: the worst kernel that anybody measured is at 500
+MOST_EXAMPLES = 2**31 - 1  # of a batch
 STEP_MACS = 3.0  # multiply-adds of a training step over those of a forward pass: two products more
 STEP_WEIGHTS = 6.0  # reads and writes of a weight in a step: forward, backward, its gradient, and an SGD update's three
 
@@ -80,10 +82,12 @@ def counts(table: np.ndarray | Sequence[Sequence[float]], batch: int, fused: boo
         fused: whether the runtime folds norms and rectifiers into the layers before them, so that they cost nothing.
 
     Raises:
-        DeviceError: if the batch is below 1.
+        DeviceError: if the batch is below 1, or no number that can be counted with.
     """
     if batch < 1:
         raise DeviceError(f"batch must be 1 or more, got {batch}")
+    if batch > MOST_EXAMPLES:
+        raise DeviceError(f"batch must be at most {MOST_EXAMPLES}, got {quoted(batch)}")
     scaled = np.asarray(table, float) * [batch, batch, 1.0, 1.0]
     if fused:
         scaled[FOLDABLE] = 0.0

@@ -11,12 +11,14 @@ import io
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedsim.cli_options import MOST, check_place
+from devices.texts import quoted
+from fedsim.cli_options import MOST, check_place, whole
 
 if TYPE_CHECKING:
     from devices.calibrate import Calibration
@@ -27,10 +29,13 @@ if TYPE_CHECKING:
     from devices.profile import DeviceProfile
 
 NEEDED = ("network", "input", "batch", "phase", "ms")
+KNOWN = (*NEEDED, "threads")  # others are the user's own
+MOST_MS = 1e9  # eleven days
 PHASES = ("forward", "train_step")
 PRECISIONS = ("fp32", "fp16", "tf32")
 CONTRADICTION = 2.0  # between times of one pass: more than a device that is warm or busy makes of it
 ALLOWED_BELOW = 0.8  # of the least milliseconds: a peak is known to a clock that boosts, and a row to its clock
+ALIKE = 0.8  # from which on a column's name is one that is known, with a slip
 LEAVE_OUT = 3  # networks from which on leaving one out says something
 
 
@@ -157,12 +162,20 @@ def read_rows(path: Path, num_classes: int, threads: int) -> list[Row]:
         raise DeviceError(f"{path}: cannot be read as CSV: {error}") from None
     if missing := [column for column in NEEDED if column not in columns]:
         raise DeviceError(f"{path}: lacks the column {missing[0]!r}; a file of rows has {', '.join(NEEDED)}")
+    for column in columns:
+        if column and columns.count(column) > 1:
+            raise DeviceError(f"{path}: has the column {quoted(column)} twice")
+        if column not in KNOWN and get_close_matches(column.strip().lower(), KNOWN, n=1, cutoff=ALIKE):
+            raise DeviceError(f"{path}: {unknown('column', column, KNOWN)}")
     if not lines:
         raise DeviceError(f"{path}: has no rows; one measured network is the least")
     found: list[Row] = []
     known: dict[tuple[str, str], NetworkCost] = {}
     for number, line in lines:
         where, values = f"{path}, line {number}", {key: (line[key] or "").strip() for key in NEEDED}
+        if None in line:  # csv's name for what is beyond the columns
+            cells = len(columns) + len(line[None])
+            raise DeviceError(f"{where}: has {cells} cells and not {len(columns)}; a decimal is written 5.6, not 5,6")
         if values["phase"] not in PHASES:
             raise DeviceError(f"{where}: {unknown('phase', values['phase'], PHASES)}")
         key = (values["network"], values["input"])
@@ -186,9 +199,12 @@ def read_rows(path: Path, num_classes: int, threads: int) -> list[Row]:
 def _whole(where: str, column: str, text: str) -> int:
     from devices.errors import DeviceError
 
-    if not text.isdecimal() or int(text) < 1:
-        raise DeviceError(f"{where}: {column} must be a whole number of at least 1, got {text!r}")
-    return int(text)
+    digits = text.lstrip("0") if text.isdecimal() else ""
+    if not digits or len(digits) > len(str(MOST)) or int(digits) > MOST:
+        raise DeviceError(
+            f"{where}: {column} must be a whole number of at least 1 and at most {MOST}, got {quoted(text)}"
+        )
+    return int(digits)
 
 
 def _positive(where: str, column: str, text: str) -> float:
@@ -198,8 +214,8 @@ def _positive(where: str, column: str, text: str) -> float:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0 < value < float("inf"):
-        raise DeviceError(f"{where}: {column} must be a number above 0, got {text!r}")
+    if not 0 < value <= MOST_MS:
+        raise DeviceError(f"{where}: {column} must be a number above 0 and at most {MOST_MS:g}, got {quoted(text)}")
     return value
 
 
@@ -211,12 +227,13 @@ def _cost(name: str, size: str, num_classes: int) -> NetworkCost:
     """
     from devices.errors import DeviceError
     from devices.zoo import IMAGE, SEQUENCE, ZOO
+    from fedsim.errors import ConfigError
     from fedsim.own_model import named_model, traced
 
-    numbers = size.split("x")
-    if not all(n.isdecimal() and int(n) > 0 for n in numbers):
-        raise DeviceError(f"input must be the shape of one example, e.g. 3x224x224, got {size!r}")
-    shape = tuple(map(int, numbers))
+    try:
+        shape = tuple(whole("input", n) for n in size.split("x"))
+    except ConfigError:
+        raise DeviceError(f"input must be the shape of one example, e.g. 3x224x224, got {quoted(size)}") from None
     if name in ZOO:
         own = SEQUENCE if ZOO[name].tokens else IMAGE
         if shape != own:

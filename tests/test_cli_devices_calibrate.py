@@ -7,10 +7,12 @@ import pytest
 import yaml
 from conftest import Ended
 
+from devices.errors import DeviceError
 from devices.latency import device_prices, step_ms
 from devices.picture import zoo_cost
 from devices.profile import DeviceProfile, load_profile
 from devices.zoo import ZOO
+from fedsim.cli_devices_calibrate import read_rows
 
 HEAD = "network,input,batch,phase,ms"
 ONE = f"{HEAD}\nresnet-16,3x32x32,1,forward,4\n"
@@ -143,13 +145,18 @@ def test_networks_come_from_four_places(calibrate, tmp_path):
             ["'torchvision.models.resnt18'; did you mean 'torchvision.models.resnet18'"],
         ),
         (f"{HEAD}\nmine.py:Net,3x32x32,1,forward,4\n", ["there is no file mine.py"]),
-        (f"{HEAD}\nresnet-16,3x32x32,1,forward,-4\n", ["line 2: ms must be a number above 0, got '-4'"]),
-        (f"{HEAD}\nresnet-16,3x32x32,1,forward,nan\n", ["ms must be a number above 0, got 'nan'"]),
-        (f"{HEAD}\nresnet-16,3x32x32,0,forward,4\n", ["batch must be a whole number of at least 1, got '0'"]),
+        (f"{HEAD}\nresnet-16,3x32x32,1,forward,-4\n", ["line 2: ms must be a number above 0 and at most 1e+09"]),
+        (f"{HEAD}\nresnet-16,3x32x32,1,forward,nan\n", ["ms must be a number above 0 and at most 1e+09, got 'nan'"]),
+        (f"{HEAD}\nresnet-16,3x32x32,0,forward,4\n", ["batch must be a whole number of at least 1 and at most"]),
         (f"{HEAD}\nresnet-16,3x32x32,1,train_stp,4\n", ["unknown phase 'train_stp'; did you mean 'train_step'"]),
         (f"{HEAD}\nresnet-16,3x64x64,1,forward,4\n", ["'resnet-16' takes input 3x32x32, got 3x64x64"]),
         (f"{HEAD}\nlenet5,3;32,1,forward,4\n", ["input must be the shape of one example, e.g. 3x224x224"]),
         (f"{HEAD}\nlenet5,1x8x8,1,forward,4\n", ["line 2: ", "lenet5"]),
+        (f"{HEAD}\nresnet-16,3x32x32,1,forward,5,6\n", ["line 2: has 6 cells and not 5; a decimal is written 5.6"]),
+        (f"{HEAD}\nresnet-16,3x32x32,1,forward,4,\n", ["line 2: has 6 cells and not 5"]),
+        (f"{HEAD},ms\nresnet-16,3x32x32,1,forward,4,5\n", ["has the column 'ms' twice"]),
+        (f"{HEAD},Threds\nresnet-16,3x32x32,1,forward,4,2\n", ["unknown column 'Threds'; did you mean 'threads'"]),
+        (f"{HEAD}\nresnet-16,3x32x32,1,forward,1e308\n", ["ms must be a number above 0 and at most 1e+09"]),
         (f"{HEAD},threads\nresnet-16,3x32x32,1,forward,4,8\n", ["threads must be at most the device's 4, got 8"]),
         (f"{HEAD},threads\nmlp-64,3x32x32,1,forward,4,1\nmlp-64,3x32x32,1,forward,4,2\n", ["the same threads"]),
     ],
@@ -158,6 +165,23 @@ def test_a_mistake_in_the_rows_is_one_sentence(text: str, words: list[str], cali
     ended = calibrate(text)
     assert (ended.code, ended.err.count("\n")) == (2, 1), ended
     assert all(word in ended.err for word in words), ended.err
+
+
+@pytest.mark.parametrize("value", ["9" * 320, "9" * 5000, "999999999999999999999999", "-1", "0", "", "nan", "1x", "²"])
+@pytest.mark.parametrize("column", ["input", "batch", "ms", "threads"])
+def test_no_number_in_the_rows_is_taken_that_cannot_be(column: str, value: str, tmp_path: Path):
+    if (column, value) == ("threads", ""):
+        value = " x "  # empty, they are the device's
+    cells = dict(zip([*HEAD.split(","), "threads"], ["resnet-16", "3x32x32", "1", "forward", "4", "1"], strict=True))
+    (tmp_path / "rows.csv").write_text(",".join(cells) + "\n" + ",".join((cells | {column: value}).values()) + "\n")
+    with pytest.raises(DeviceError, match=rf"^{tmp_path}/rows\.csv, line 2: {column} must be ") as refused:
+        read_rows(tmp_path / "rows.csv", 10, 4)
+    assert len(str(refused.value)) < 400 + len(str(tmp_path))
+
+
+def test_columns_of_ones_own_are_left_alone(tmp_path: Path):
+    (tmp_path / "rows.csv").write_text(f"{HEAD},date,note\nresnet-16,3x32x32,1,forward,4,today,warm\n")
+    assert [row.ms for row in read_rows(tmp_path / "rows.csv", 10, 4)] == [4.0]
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,8 @@ def test_counts_are_sums_of_the_layer_table():
     assert (folded["ps_per_activation.elementwise"], folded["us_per_call.rest"]) == (0, 1)
     with pytest.raises(DeviceError, match="batch must be 1 or more, got 0"):
         counts(table, 0)
+    with pytest.raises(DeviceError, match="batch must be at most 2147483647, got a number of thousands of digits"):
+        counts(table, 10**5000)
 
 
 @pytest.mark.parametrize("fused", [False, True])
