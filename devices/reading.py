@@ -26,6 +26,7 @@ MEGABYTE = 2**20
 MAX_JSON, MAX_LINE, MAX_YAML = 512 * MEGABYTE, 64 * MEGABYTE, 2 * MEGABYTE  # bytes of a text
 MAX_DEPTH = 200  # of maps and lists inside each other
 MAX_NODES = 300_000  # of a YAML tree with its aliases written out
+MAX_DIGITS = 1000  # of a whole number; Python neither reads nor writes those of more than 4300
 MAX_CELLS = 10**9  # of a Parquet file: a few bytes can stand for any number of equal rows
 UNREADABLE = (OSError, EOFError, ValueError, KeyError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
 KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
@@ -107,7 +108,7 @@ def parse_json(text: str, where: str) -> Any:
         FileError: if it is no JSON or nests too deeply.
     """
     try:
-        tree = json.loads(text)
+        tree = json.loads(text, parse_int=_whole)
     except RecursionError as error:
         raise FileError(f"{where} is not readable JSON: it nests too deeply") from error
     except ValueError as error:
@@ -121,7 +122,16 @@ def parse_json(text: str, where: str) -> Any:
     raise FileError(f"{where} is not readable JSON: it nests more than {MAX_DEPTH} maps and lists")
 
 
+def _whole(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"a whole number in it has {len(digits)} digits, and {MAX_DIGITS} are the most that is read")
+    return int(digits)
+
+
 # --- YAML ------------------------------------------------------------------------------------------------------------
+
+
+WHOLE = "tag:yaml.org,2002:int"
 
 
 class UniqueKeys(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # in C where there is libyaml
@@ -181,7 +191,7 @@ def _check_depth(text: str, where: str) -> None:
 
 
 def _measure(root: yaml.Node, where: str) -> None:
-    """Refuses a tree that is too deep, holds itself, or is too large with its aliases written out."""
+    """Refuses a tree that is too deep, holds itself or a number without end, or is too large, aliases written out."""
     sizes: dict[int, int] = {}
 
     def size(node: yaml.Node, above: tuple[int, ...]) -> int:
@@ -190,6 +200,8 @@ def _measure(root: yaml.Node, where: str) -> None:
         if len(above) > MAX_DEPTH:
             raise FileError(f"{where} is not valid YAML: it nests more than {MAX_DEPTH} maps and lists")
         if id(node) not in sizes:
+            if node.tag == WHOLE and len(node.value) > MAX_DIGITS:
+                raise FileError(f"{where} is not valid YAML: a whole number in it has more than {MAX_DIGITS} digits")
             inner: Sequence[Any] = () if isinstance(node, yaml.ScalarNode) else node.value
             flat = [one for entry in inner for one in (entry if isinstance(entry, tuple) else (entry,))]
             sizes[id(node)] = 1 + sum(size(one, (*above, id(node))) for one in flat)
