@@ -458,6 +458,23 @@ def test_address_where_nobody_answers_is_one_sentence(monkeypatch):
         ray_session.answering("127.0.0.1:9")
 
 
+@pytest.mark.parametrize("error", [Exception, RuntimeError, TimeoutError, ValueError, LookupError, AssertionError])
+@pytest.mark.parametrize("address", [None, "127.0.0.1:9"])
+def test_whatever_ray_raises_while_it_starts_is_one_sentence(address: str | None, error: type[Exception], monkeypatch):
+    """A raylet that is killed while it starts gives a plain Exception: "The current node timed out"."""
+    import ray
+
+    def init(**settings: Any) -> None:
+        raise error("The current node timed out\nduring startup.")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray_session, "answering", lambda address: address)
+    monkeypatch.setattr(ray_session, "_read_token_anew", lambda: None)  # other tests' Ray goes on
+    with pytest.raises(RunError, match=r"^(Ray could not|the Ray cluster at).*: The current node timed out during st"):
+        RaySession(address, num_cpus=1)
+
+
 @pytest.mark.parametrize(
     ("setting", "sentence"),
     [

@@ -132,7 +132,7 @@ class RaySession:
                     _temp_dir=str(self._folder.path / "ray"),  # Ray opens it, and all below, to everybody
                     _system_config=dict(SYSTEM),  # Ray writes this session's folder into it
                 )
-            except (RuntimeError, OSError, ValueError) as error:
+            except Exception as error:  # Ray raises that very class, too, where its raylet ends while it starts
                 raise RunError(f"Ray could not be started: {' '.join(str(error).split())}") from error
         _end_helpers()
 
@@ -143,7 +143,7 @@ class RaySession:
         where = answering(address)
         try:
             ray.init(address=where, log_to_driver=False, logging_level=logging.CRITICAL)
-        except (RuntimeError, OSError, ValueError) as error:  # such as another version of Ray or Python
+        except Exception as error:  # such as another version of Ray or Python
             reason = " ".join(str(error).split())
             raise RunError(f"the Ray cluster at engine.address={address} cannot be used: {reason}") from error
         self._joined = True
