@@ -220,11 +220,11 @@ def _without_training(network: NetworkCost, device: DeviceProfile) -> Fit:
     advice = []
     if activations > integers.sram:
         advice.append(
-            f"activations are {activations / integers.sram:.1f} times the SRAM: smaller images or fewer channels"
+            f"activations are {_times(activations / integers.sram, 'the SRAM')}: smaller images or fewer channels"
         )
     if integers.flash is not None and weights > integers.flash:
         factor = math.sqrt(integers.flash / weights)
-        advice.append(f"weights are {weights / integers.flash:.1f} times the flash: {_narrower(factor)}")
+        advice.append(f"weights are {_times(weights / integers.flash, 'the flash')}: {_narrower(factor)}")
     return Fit(device, (row,), None, activations, tuple(advice), integers)
 
 
@@ -232,8 +232,8 @@ def _advice(
     network: NetworkCost, device: DeviceProfile, momentum: bool, needs: int, others: Iterable[DeviceProfile]
 ) -> list[str]:
     held = 1.0 if momentum else 0.0
-    factor = needs / device.memory_bytes
-    found = [f"one example needs {megabytes(needs)}, {factor:.2g} times the {megabytes(device.memory_bytes)} there are"]
+    there = f"the {megabytes(device.memory_bytes)} there are"
+    found = [f"one example needs {megabytes(needs)}, {_times(needs / device.memory_bytes, there)}"]
     if momentum and largest_batch(network, 0.0, device.memory_bytes):
         found.append(f"without momentum it fits, with batches up to {largest_batch(network, 0.0, device.memory_bytes)}")
     found.append(_narrower(width_that_fits(network, held, device.memory_bytes)))
@@ -244,8 +244,22 @@ def _advice(
     return found
 
 
+def _times(factor: float, of: str) -> str:
+    said = _two_digits(factor)
+    return f"slightly more than {of}" if said == "1.0" else f"{said} times {of}"
+
+
 def _narrower(factor: float) -> str:
-    return f"a network about {factor:.2g} times as wide would fit" if factor >= 0.005 else "no narrower network fits"
+    if factor < 0.005:
+        return "no narrower network fits"
+    said = _two_digits(factor)
+    wide = "a slightly narrower network" if said == "1.0" else f"a network about {said} times as wide"
+    return f"{wide} would fit"
+
+
+def _two_digits(factor: float) -> str:
+    rounded = float(f"{factor:.2g}")
+    return f"{rounded:.0f}" if rounded >= 10 else f"{rounded:#.2g}"
 
 
 def megabytes(count: float) -> str:

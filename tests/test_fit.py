@@ -126,6 +126,21 @@ def test_what_does_not_fit_gets_advice(network: NetworkCost):
     assert fit(network, load_profile("pixel3")).advice == ()
 
 
+@pytest.mark.parametrize(
+    ("lacking", "words"),
+    [
+        (0.999, ["slightly more than", "a slightly narrower network would fit"]),
+        (0.5, ["2.0 times the", "times as wide"]),
+    ],
+)
+def test_factors_have_two_digits_and_are_left_out_at_one(lacking: float, words: list[str], network: NetworkCost):
+    needs = step_memory(network, 1, 0.0).total
+    advice = "; ".join(fit(network, replace(load_profile("pixel3"), memory_bytes=int(needs * lacking))).advice)
+    assert all(word in advice for word in words), advice
+    assert " 1 times" not in advice
+    assert " 1.0 times" not in advice
+
+
 def test_microcontroller_runs_integers_and_cannot_train(network: NetworkCost):
     """61706 parameters are as many bytes, of the 2 MB of flash."""
     result = fit(network, load_profile("nucleo_h7a3zi"))
@@ -133,7 +148,9 @@ def test_microcontroller_runs_integers_and_cannot_train(network: NetworkCost):
     assert (result.largest_batch, result.integers.weights, result.integers.fits) == (None, 61706, True)
     assert result.rows[0].prediction.step is None
     small = replace(load_profile("nucleo_h7a3zi"), memory_bytes=result.integers.activations - 1)
-    assert "times the SRAM" in fit(network, small).advice[0]
+    assert fit(network, small).advice[0].startswith("activations are slightly more than the SRAM: ")
+    half = replace(small, memory_bytes=result.integers.activations // 2)
+    assert fit(network, half).advice[0].startswith("activations are 2.0 times the SRAM: ")
 
 
 def test_prediction_says_how_far_it_is_known(network: NetworkCost):
