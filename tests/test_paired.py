@@ -110,6 +110,20 @@ def test_a_sweep_stands_for_its_runs_in_their_order(tmp_path):
     assert run_folders([folders[0]]) == [folders[0]]
 
 
+def test_runs_that_share_no_seed_are_not_compared(tmp_path):
+    made(tmp_path / "0", "plain", 1, 0.5)
+    made(tmp_path / "1", "other", 2, 0.75)
+    made(tmp_path / "2", "third", 1, 0.75)
+    app = Typer()
+    app.command()(paired)
+    result = CliRunner().invoke(app, [str(tmp_path), "--last", "1"], env={"COLUMNS": "150"})
+    assert result.exit_code == 0, result.output
+    assert "nan" not in result.output
+    assert result.output.count("+25.00") == 1
+    assert "accuracy % by seed" in result.output
+    assert result.output.splitlines()[-1] == "no seeds match those of plain, so there is no difference: other"
+
+
 def test_command_prints_the_table(tmp_path):
     made(tmp_path / "0", "plain", 1, 0.5)
     made(tmp_path / "1", "other", 1, 0.75)
