@@ -306,7 +306,7 @@ def run(
         watch: called with each round that has ended.
         observe: called with each client's id as its reply comes in.
         resume: `out` holds the beginning of this run: go on from its checkpoint, or from the start where it has none.
-        announce: told in a sentence how long a run that takes minutes will roughly be.
+        announce: told in a sentence that there was no checkpoint, and how long a run of minutes will roughly be.
 
     Raises:
         ConfigError, DataError: before anything is written; to go on with other data than those of the beginning, too.
@@ -324,7 +324,10 @@ def run(
         priced = repriced(saved.priced, last + 1)
     folder = RunFolder(out, settings, resume, last, sums)
     keep_split(federation.world.workload, out)
-    if announce and (said := forecast.sentence(forecast.host_seconds(federation, max(last, 0)))):
+    if announce and resume and saved is None:
+        announce(f"{out} has no checkpoint: this run starts anew")
+    ahead_s = forecast.host_seconds(federation, max(last, 0)) if announce else 0.0
+    if announce and (said := forecast.sentence(ahead_s, settings["checkpoint_s"])):
         announce(said)
     reports, started = folder.before, time.perf_counter()
     keeper = checkpoint.Checkpoints(out, settings["checkpoint_s"])

@@ -46,16 +46,23 @@ def host_seconds(federation: Federation, after: int = 0) -> float:
     return float(rounds * per_round + judged * FORWARD * macs / FLOPS_PER_S)
 
 
-def sentence(seconds: float) -> str:
-    """What is said before a run that takes longer than a minute; empty before others."""
+def sentence(seconds: float, checkpoint_s: float | None) -> str:
+    """What is said before a run that takes longer than a minute; empty before others.
+
+    Args:
+        seconds: as `host_seconds` has them.
+        checkpoint_s: host seconds between checkpoints; None: there are none.
+    """
     from fedsim.console import simulated
 
     if seconds < ANNOUNCED_S:
         return ""
-    return (
-        f"roughly {simulated(seconds)} of training on one core lie ahead; "
-        "Ctrl-C keeps what is done, and fedsim resume goes on from there"
-    )
+    if checkpoint_s is None:
+        after = "as checkpoint_s=null, fedsim resume would start it anew"
+    else:
+        often = f"at most one every {checkpoint_s:g} s" if checkpoint_s else "at most one a round"
+        after = f"after Ctrl-C, fedsim resume goes on from the last checkpoint ({often})"
+    return f"roughly {simulated(seconds)} of training on one core lie ahead; {after}"
 
 
 def _number(settings: dict[str, Any], key: str, default: float) -> float:

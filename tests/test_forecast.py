@@ -42,8 +42,20 @@ def test_a_task_of_a_stream_counts_with_its_own_examples(federation):
 
 
 def test_a_run_of_seconds_is_not_announced():
-    assert forecast.sentence(59.0) == ""
-    assert forecast.sentence(7200.0).startswith("roughly 2.00 h of training on one core lie ahead; ")
+    assert forecast.sentence(59.0, 30) == ""
+
+
+@pytest.mark.parametrize(
+    ("checkpoint_s", "words"),
+    [
+        (30, "after Ctrl-C, fedsim resume goes on from the last checkpoint (at most one every 30 s)"),
+        (0, "after Ctrl-C, fedsim resume goes on from the last checkpoint (at most one a round)"),
+        (None, "as checkpoint_s=null, fedsim resume would start it anew"),
+    ],
+)
+def test_a_long_run_is_told_what_an_interruption_costs(checkpoint_s: float | None, words: str):
+    ahead = "roughly 2.00 h of training on one core lie ahead; "
+    assert forecast.sentence(7200.0, checkpoint_s) == ahead + words
 
 
 def test_a_long_run_is_announced_before_it_begins(fedsim, tmp_path, monkeypatch):

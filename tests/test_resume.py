@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas
@@ -59,7 +60,7 @@ def comparable(folder: Path) -> tuple:
 def go(settings, tmp_path: Path):
     """Runs or resumes a tiny experiment in a folder by that name, perhaps only so far; the rounds that were run."""
 
-    def make(name: str, *overrides: str, until: int | None = None, resume: bool = False) -> list[int]:
+    def make(name: str, *overrides: str, until: int | None = None, resume: bool = False, **more: Any) -> list[int]:
         rounds: list[int] = []
         end = ends_after(until if until is not None else -1)
 
@@ -69,7 +70,7 @@ def go(settings, tmp_path: Path):
 
         chosen = settings_of_run(tmp_path / name) if resume else settings("checkpoint_s=0", *overrides)
         try:
-            federations.run(chosen, LocalGrid(app), tmp_path / name, watch, resume=resume)
+            federations.run(chosen, LocalGrid(app), tmp_path / name, watch, resume=resume, **more)
         except EndError:
             assert until is not None
         return rounds
@@ -207,7 +208,9 @@ def test_without_a_checkpoint_the_run_starts_anew(go, tmp_path: Path):
     go("whole", *RICH)
     go("cut", *RICH, "checkpoint_s=null", until=2)
     assert not (tmp_path / "cut" / "checkpoint").exists()
-    assert go("cut", resume=True) == list(range(6))
+    told: list[str] = []
+    assert go("cut", resume=True, announce=told.append) == list(range(6))
+    assert told == [f"{tmp_path / 'cut'} has no checkpoint: this run starts anew"]
     assert comparable(tmp_path / "cut") == comparable(tmp_path / "whole")
 
 
