@@ -50,6 +50,7 @@ from fedsim.settings import (
     World,
     asked,
     build_world,
+    devices_of_fleet,
     from_run_config,
     instantiate,
     pick_device,
@@ -414,7 +415,7 @@ def summarise(
     return {
         "method": method_name(settings),
         "workload": choices["workload"],
-        "fleet": choices["fleet"],
+        "fleet": fleet_name(settings),
         "seed": settings["seed"],
         "rounds": reports[-1].round,
         "final": figures.final(reports),
@@ -478,6 +479,13 @@ def method_name(settings: Settings) -> str:
         return " ".join([str(choices["method"]), *changed, *private])
     strategy, trainer = choices["strategy"], choices["trainer"]
     return " ".join([str(strategy) if trainer in ("sgd", strategy) else f"{strategy}+{trainer}", *private])
+
+
+def fleet_name(settings: Settings) -> str:
+    """The fleet that was chosen, and whether its devices are others than that option's."""
+    name = str(settings["choices"]["fleet"])
+    usual = devices_of_fleet(name)
+    return name if usual in (None, settings["fleet"].get("devices")) else f"{name}, own devices"
 
 
 def versions() -> dict[str, str]:

@@ -123,7 +123,7 @@ def _of(folder: Path) -> str:
 
 def _title(choices: dict[str, Any], summary: dict[str, Any]) -> str:
     method = summary.get("method") or choices.get("method") or choices.get("strategy")
-    return f"{method} on {choices.get('workload')}, fleet {choices.get('fleet')}"
+    return f"{method} on {choices.get('workload')}, fleet {summary.get('fleet') or choices.get('fleet')}"
 
 
 def _figures(summary: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -104,6 +104,15 @@ def preset_private(method: str) -> list[str]:
     return [str(name) for name in tree.get("private", [])]
 
 
+def devices_of_fleet(name: str) -> dict[str, float] | None:
+    """The devices of a fleet's own file with their shares; None where it has none, or is in another config tree."""
+    import yaml
+
+    file = _option("fleet", name)
+    tree = yaml.safe_load(file.read_text()) if file.is_file() else None
+    return tree.get("devices") if isinstance(tree, dict) else None
+
+
 # --- composing ---------------------------------------------------------------------------------------------------
 
 

@@ -19,9 +19,10 @@ from conftest import Ended
 
 from devices.profile import SHIPPED
 from fedsim import cli
+from fedsim.federation import fleet_name
 from fedsim.report import read_rounds
 from fedsim.run_place import WRITTEN
-from fedsim.settings import compose
+from fedsim.settings import compose, options
 
 FEDSIM = Path(sys.executable).with_name("fedsim")
 DEVICES = ["list", "show", "predict", "fit", "new", "calibrate", "links", "population", "build"]
@@ -247,6 +248,19 @@ def test_giving_devices_replaces_the_mix_of_the_fleet():
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("fleet", options("fleet"))
+def test_a_fleet_with_other_devices_than_its_option_says_so(fleet: str):
+    assert fleet_name(compose([f"fleet={fleet}", "fleet.speed_sigma=0.5"])) == fleet
+    for own in ("fleet.devices={pixel3: 2}", "++fleet.devices.pixel=7"):
+        assert fleet_name(compose([f"fleet={fleet}", own])) == f"{fleet}, own devices"
+
+
+def test_the_closing_line_names_a_fleet_of_own_devices(place: Path, fedsim: Callable[..., Ended]):
+    ended = fedsim("run", *SHORT, "fleet.devices={pixel3: 1}", f"out={place}/out")
+    assert "fleet uniform, own devices: test accuracy" in ended.out
+    assert "fleet uniform, own devices" in (place / "out" / "report.html").read_text()
 
 
 def test_a_run_writes_its_folder_and_nothing_else(place: Path, fedsim: Callable[..., Ended]):
