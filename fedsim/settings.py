@@ -369,9 +369,25 @@ def _unknown_key(key: str, overrides: Sequence[str]) -> str:
             prefix = "".join(f"{p}." for p in path)
             names = [prefix + str(name) for name in node if not str(name).startswith("_") and name != "choices"]
             names += list(GROUPS) if not path else []
+            if not path and (below := _below_groups(key, node)):
+                return below
             return unknown("setting", prefix + part, set(names))
         node, path = node[part], [*path, part]
     return ""
+
+
+def _below_groups(key: str, settings: Settings) -> str:
+    """Says that a setting is unknown but for its group, which was left out; empty where no group has it."""
+    found = []
+    for group in GROUPS:
+        node = settings.get(group)
+        for part in key.split("."):
+            if not isinstance(node, dict) or part not in node:
+                break
+            node = node[part]
+        else:
+            found.append(repr(f"{group}.{key}"))
+    return f"unknown setting {key!r}; did you mean {' or '.join(found)}?" if found else ""
 
 
 def _flat(error: BaseException) -> str:
@@ -390,7 +406,7 @@ def check(settings: Settings) -> Settings:
     known = _known_keys()
     for key in settings:
         if key not in known:
-            raise ConfigError(unknown("setting", key, known))
+            raise ConfigError(_below_groups(str(key), settings) or unknown("setting", key, known))
     for key in known:
         if key not in settings:
             raise ConfigError(f"{key} is missing from the settings; it is in configs/{PRIMARY}.yaml")
