@@ -287,6 +287,7 @@ def main() -> None:
     from devices.errors import DeviceError
     from fedsim.errors import ConfigError, DataError, RunError
 
+    _open_closed_streams()
     for number in ENDED_BY:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
             signal.signal(number, _terminate)
@@ -327,6 +328,21 @@ def main() -> None:
     if code == INTERRUPTED:  # click's own answer to Ctrl-C
         _give_up(f"interrupted; {_what_stays()}", INTERRUPTED, None)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _open_closed_streams() -> None:
+    """What was closed for this process (`>&-`) leads nowhere: else its number goes to the next file that is opened."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_RDWR)  # may get the number itself
+            os.dup2(nowhere, number)
+            if nowhere != number:
+                os.close(nowhere)
+            os.set_inheritable(number, True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8", closefd=False))
 
 
 def _naming(path: str, arguments: list[str]) -> str:

@@ -562,6 +562,17 @@ def test_a_failing_client_ends_with_code_1_and_shows_where_when_asked(
 # --- real processes -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_stream_that_is_closed_leads_nowhere(closed: str, place: Path):
+    """Also for what a run opens: its files do not get the numbers of the streams."""
+    command = f"exec {FEDSIM} run workload=blobs rounds=1 cohort=2 num_clients=6 fleet=uniform out=here {closed}"
+    ended = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ("run folder: here" in ended.stdout) == (">" not in closed.replace("2>", ""))
+    assert {path.name for path in Path("here").iterdir()} >= {"summary.json", "report.html"}
+    assert [report.round for report in read_rounds(Path("here"))] == [0, 1]
+
+
 def test_the_installed_command_refuses_in_one_sentence(place: Path):
     done = subprocess.run([FEDSIM, "run", "cohrt=5"], capture_output=True, text=True, timeout=60)
     assert_refused(Ended(done.returncode, done.stdout, done.stderr), "did you mean 'cohort'?")
