@@ -297,6 +297,7 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # texts may have letters that the terminal cannot show
     output, warnings.showwarning, named = _piped_output(), _warn, sys.argv[1:]
     try:
+        _check_working_folder()
         code = app(_with_trust(sys.argv[1:]), standalone_mode=False)
         sys.stdout.flush()
     except SystemExit:  # rich's and click's answer to a closed pipe, without a word
@@ -343,6 +344,16 @@ def _open_closed_streams() -> None:
             os.set_inheritable(number, True)
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8", closefd=False))
+
+
+def _check_working_folder() -> None:
+    """Libraries end the process, or say less, where it has been removed."""
+    from fedsim.errors import ConfigError
+
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise ConfigError(f"the working folder is not there any more ({error.strerror}); change to another") from error
 
 
 def _naming(path: str, arguments: list[str]) -> str:

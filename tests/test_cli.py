@@ -573,6 +573,24 @@ def test_a_stream_that_is_closed_leads_nowhere(closed: str, place: Path):
     assert [report.round for report in read_rounds(Path("here"))] == [0, 1]
 
 
+@pytest.mark.parametrize(
+    "command",
+    ["run", "resume x", "report x", "doctor", "data list", "data describe", "devices list", "study --list", "paired x"],
+)
+def test_a_working_folder_that_was_removed_is_one_sentence(command: str, place: Path, fedsim: Callable[..., Ended]):
+    folder = place / "gone"
+    folder.mkdir()
+    os.chdir(folder)
+    folder.rmdir()
+    assert_refused(fedsim(*command.split(" ")), "the working folder is not there any more", cwd=place / "cwd")
+
+
+def test_the_installed_command_in_a_folder_that_was_removed(place: Path):
+    command = f"mkdir gone && cd gone && rmdir ../gone && exec {FEDSIM} devices list"
+    ended = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60)
+    assert_refused(Ended(ended.returncode, ended.stdout, ended.stderr), "the working folder is not there any more")
+
+
 def test_the_installed_command_refuses_in_one_sentence(place: Path):
     done = subprocess.run([FEDSIM, "run", "cohrt=5"], capture_output=True, text=True, timeout=60)
     assert_refused(Ended(done.returncode, done.stdout, done.stderr), "did you mean 'cohort'?")
