@@ -309,7 +309,7 @@ def main() -> None:
         sys.exit(2)
     except exceptions.ClickException as error:
         command = getattr(getattr(error, "ctx", None), "command_path", "fedsim")
-        _give_up(f"{error.format_message()} (see {command} --help)", 2, error)
+        _give_up(f"{_shortened(error.format_message(), named)} (see {command} --help)", 2, error)
     except (ConfigError, DataError, DeviceError) as error:
         _give_up(str(error), 2, error)
     except RunError as error:
@@ -354,6 +354,16 @@ def _check_working_folder() -> None:
         os.getcwd()
     except OSError as error:
         raise ConfigError(f"the working folder is not there any more ({error.strerror}); change to another") from error
+
+
+def _shortened(text: str, arguments: list[str]) -> str:
+    """A sentence of a parser's with what was typed at great length cut short, so that its end can be read."""
+    for argument in arguments:
+        for typed in (argument, argument.partition("=")[2], *argument.split("=")):
+            if len(typed) > VALUE_LETTERS:
+                for said in (typed, repr(typed)[1:-1]):
+                    text = text.replace(said, visible(said, VALUE_LETTERS))
+    return text
 
 
 def _naming(path: str, arguments: list[str]) -> str:
@@ -521,7 +531,7 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
     from fedsim.errors import ConfigError
 
     def refuse(message: str) -> NoReturn:
-        raise ConfigError(f"{message} (see fedsim run --help)")
+        raise ConfigError(f"{_shortened(message, arguments)} (see fedsim run --help)")
 
     parser = get_args_parser()
     parser.error = refuse  # type: ignore[method-assign]

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from devices.errors import DeviceError, unknown
-from devices.texts import FILE_BYTES, VALUE_LETTERS, storable, visible
+from devices.texts import FILE_BYTES, VALUE_LETTERS, quoted, storable, visible
 from fedsim.errors import ConfigError, DataError, in_words
 from fedsim.host import check_fits, model_bytes
 from fedsim.parameters import check_parameters, said
@@ -162,6 +162,8 @@ def check_overrides(overrides: Sequence[str]) -> list[str]:
         override = _parsed(text)
         key, value = override.key_or_group, override.value()
         plain = not text.startswith(("+", "~"))
+        if any(len(part) > FILE_BYTES for part in re.split("[./@]", key)):
+            raise ConfigError(unknown("setting", key, _known_keys()))  # Hydra would look for a file of that name
         if plain and key in GROUPS and not (isinstance(value, str | dict) or override.is_sweep_override()):
             raise ConfigError(unknown(key, "null" if value is None else value, options(key)))
         if plain and key in GROUPS and isinstance(value, str) and (len(value) > FILE_BYTES or not storable(value)):
@@ -205,12 +207,13 @@ def _parsed(text: str) -> Any:
         override = OverridesParser.create().parse_override(text)
     except HydraException as error:
         reason = _flat(error).partition(" See https://")[0].replace(f"Error parsing override {text!r} ", "")
+        reason = visible(reason, VALUE_LETTERS)
         raise ConfigError(
-            f"cannot read the setting {text!r} ({reason}); write KEY=VALUE, and special characters in quotes that the "
-            f"shell leaves alone: {_quoted_for_a_shell(text)}"
+            f"cannot read the setting {quoted(text)} ({reason}); write KEY=VALUE, and special characters in quotes "
+            f"that the shell leaves alone: {_quoted_for_a_shell(text)}"
         ) from error
     if not override.key_or_group:
-        raise ConfigError(f"cannot read the setting {text!r}; write KEY=VALUE, e.g. rounds=20")
+        raise ConfigError(f"cannot read the setting {quoted(text)}; write KEY=VALUE, e.g. rounds=20")
     return override
 
 
@@ -364,7 +367,7 @@ def _unknown_key(key: str, overrides: Sequence[str]) -> str:
     path: list[str] = []
     for part in key.split("."):
         if not isinstance(node, dict):
-            return f"unknown setting {key!r}: {'.'.join(path)} has no settings below it"
+            return f"unknown setting {quoted(key)}: {'.'.join(path)} has no settings below it"
         if part not in node:
             prefix = "".join(f"{p}." for p in path)
             names = [prefix + str(name) for name in node if not str(name).startswith("_") and name != "choices"]

@@ -491,6 +491,34 @@ def test_bench_refuses_in_one_sentence(arguments: list[str], words: list[str], f
     assert_refused(fedsim("bench", *([] if "--engines" in arguments else ["--engines", "local"]), *arguments), *words)
 
 
+LONG = "a" * 20_000
+VERBOSE = {
+    "command": ([LONG], "No such command"),
+    "option": (["devices", f"--{LONG}"], "No such option"),
+    "number": (["devices", "show", "pixel3", "--batch", LONG], "is not a valid"),
+    "number after =": (["devices", "show", "pixel3", f"--batch={LONG}"], "is not a valid"),
+    "quotes": (["devices", "show", "pixel3", "--batch", "'\n" * 10_000], "is not a valid"),
+    "flag of Hydra": (["run", f"--{LONG}"], "unrecognized arguments"),
+    "choice of Hydra": (["run", "--cfg", LONG], "choose from"),
+    "no setting": (["run", LONG], "write KEY=VALUE"),
+    "open bracket": (["run", f"trainer.lr=[{LONG}"], "write KEY=VALUE"),
+    "key": (["run", f"{LONG}=3"], "did you mean|allowed"),
+    "key below a group": (["run", f"trainer.{LONG}=3"], "did you mean|allowed"),
+    "key below a number": (["run", f"rounds.{'a' * 100}.{'b' * 100}=3"], "has no settings below it"),
+    "value": (["run", f"seed={LONG}"], "seed must be"),
+}
+
+
+@pytest.mark.parametrize("case", VERBOSE)
+def test_whatever_is_typed_its_sentence_is_whole(case: str, fedsim: Callable[..., Ended]):
+    """It says what was wrong and what to do in at most a few lines."""
+    arguments, words = VERBOSE[case]
+    ended = fedsim(*arguments)
+    assert_refused(ended)
+    assert re.search(words, ended.err), ended.err
+    assert len(ended.err) < 900
+
+
 def test_unknown_commands_are_one_sentence(fedsim: Callable[..., Ended]):
     assert_refused(fedsim("rnu"), "'rnu'", "fedsim --help")
     assert_refused(fedsim("data", "nope"), "'nope'", "fedsim data --help")
