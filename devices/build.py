@@ -25,6 +25,7 @@ from devices.prices import Prices
 from devices.prior import Facts, Sample, recalled
 from devices.profile_text import as_yaml
 from devices.tables import LITTLE, RUNTIMES, Setting, Tables, cluster
+from devices.writing import write_atomic
 
 HERE = Path(__file__).parent
 FEWEST = 5  # networks of a setting with all big cores that is taken before one with fewer threads
@@ -402,7 +403,8 @@ def write_all(builder: Builder, out: Path) -> list[Path]:
     written = []
     priors = {name: prior.to_dict() for name, prior in builder.priors.items()}
     text = "# Priors of prices by family of runtimes, learned by `fedsim devices build`; see devices/prior.py.\n"
-    (out / "priors.yaml").write_text(text + yaml.safe_dump(priors, sort_keys=False, width=160, default_flow_style=None))
+    text += yaml.safe_dump(priors, sort_keys=False, width=160, default_flow_style=None)
+    write_atomic(out / "priors.yaml", text)
     written.append(out / "priors.yaml")
     entries = builder.catalogue["devices"]
     for name, tree in {**builder.trees(), "reference": reference_tree()}.items():
@@ -414,7 +416,7 @@ def write_all(builder: Builder, out: Path) -> list[Path]:
             profile = parse_profile(tree, name)
             tree["compute"]["rate_gmacs_per_s"]["value"] = _round(_usual_rate(profile))
         path = out / "profiles" / f"{name}.yaml"
-        path.write_text(as_yaml(tree, about))
+        write_atomic(path, as_yaml(tree, about))
         written.append(path)
     return written
 

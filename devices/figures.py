@@ -5,6 +5,7 @@ May import: matplotlib (when it draws) and this package.
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from devices.texts import NAME_LETTERS, visible, visible_lines
+from devices.writing import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,15 +38,19 @@ def save_figure(figure: Figure, file: str | Path | IO[bytes], **how: Any) -> Non
 
     Args:
         figure: any, also one that was not made here.
-        file: where it goes; a path's ending says the format, PNG where there is none.
+        file: where it goes; a path's ending says the format, PNG where there is none, and what was there by that
+            name stays until the whole picture is.
         how: further arguments of matplotlib's `savefig`.
 
     Raises:
-        OSError: if the file cannot be written.
+        OSError: naming the file, if it cannot be written.
     """
-    take_literally(figure)
     if isinstance(file, str | Path):
-        how = {"format": Path(file).suffix.lstrip(".").lower() or "png", **how}
+        drawn = io.BytesIO()
+        save_figure(figure, drawn, **{"format": Path(file).suffix.lstrip(".").lower() or "png", **how})
+        write_atomic(Path(file), drawn.getvalue())
+        return
+    take_literally(figure)
     with box_missing_letters():
         figure.savefig(file, **how)
 

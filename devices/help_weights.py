@@ -1,14 +1,12 @@
 """Weights of HELP: their names and shapes, and the files they are read from and written to.
 
 Names are those of the authors' checkpoints (github.com/HayeonLee/HELP), so that theirs and ours are read by one
-function. May import: torch, safetensors, `devices.help_encodings`, this package's errors
-and reader.
+function. May import: torch, safetensors, `devices.help_encodings`, this package's errors, reader and writer.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,12 +14,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from devices.errors import DeviceError, unknown
 from devices.help_encodings import ENCODINGS
 from devices.reading import open_file, read_npz
+from devices.writing import write_atomic
 
 Params = dict[str, Tensor]
 
@@ -145,15 +144,14 @@ def save_weights(weights: HelpWeights, path: str | Path, facts: dict[str, Any] |
 
 
 def write_arrays(path: str | Path, tensors: Params, facts: dict[str, Any]) -> None:
-    """Whole or not at all: a reader never sees half a file."""
-    aside = Path(f"{path}.{os.getpid()}.tmp")
-    aside.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        save_file(tensors, aside, metadata={_HEADER: json.dumps(facts, sort_keys=True)})
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    """Whole or not at all: a reader never sees half a file.
+
+    Raises:
+        OSError: naming the file, if the disk does not take it.
+    """
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    write_atomic(Path(path), save(tensors, metadata={_HEADER: json.dumps(facts, sort_keys=True)}))
 
 
 def read_arrays(path: str | Path) -> tuple[Params, dict[str, Any]]:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 PART = ".part"  # how a file's name ends while it is written; a dot stands before it
 
@@ -20,16 +22,23 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     Raises:
         OSError: naming the file; what was there before is there still.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}{PART}")
+    part = part_of(path)
     try:
         with naming(path):
             write_new(part, content)
             os.replace(part, path)
             sync_folder(path.parent)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename == str(part):
+            error.filename = str(path)  # which the user knows
         with suppress(OSError):
             part.unlink(missing_ok=True)
         raise
+
+
+def part_of(path: Path) -> Path:
+    """Where this process writes what becomes the file."""
+    return path.with_name(f".{path.name}.{os.getpid()}{PART}")
 
 
 def write_new(path: Path, content: str | bytes) -> None:
@@ -39,12 +48,47 @@ def write_new(path: Path, content: str | bytes) -> None:
         OSError: naming the file.
     """
     data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
-    with naming(path):
-        path.unlink(missing_ok=True)
-        with path.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+    with naming(path), open_new(path) as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def try_place(path: Path) -> None:
+    """Finds out whether a file can be written, as `write_atomic` will; what is there stays.
+
+    Raises:
+        OSError: with the system's reason: no permission, a disk that is full or only to be read, a name too long.
+    """
+    part = part_of(path)
+    open_new(part).close()
+    part.unlink()
+    if path.exists():
+        os.close(os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+
+
+def open_new(path: Path) -> IO[bytes]:
+    """Opens a new file to write it; what was there by that name, a link or a pipe perhaps, is taken away first."""
+    path.unlink(missing_ok=True)
+    return path.open("xb")
+
+
+def open_lock(path: Path) -> IO[bytes]:
+    """Opens a file that is there to be locked, or makes it; what is in it stays.
+
+    Raises:
+        OSError: naming the file; also for a link, a pipe or a device, which is not waited for.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            error.strerror = "it is a link"
+        raise
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return os.fdopen(descriptor, "r+b", buffering=0)
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "it is no file", str(path))
 
 
 def sync_folder(path: Path) -> None:

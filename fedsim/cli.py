@@ -263,16 +263,12 @@ def data_describe(
     from fedsim.console import split_table
     from fedsim.data.describe import split_picture, summary_lines
     from fedsim.data.describe import split_table as split_rows
-    from fedsim.errors import ConfigError
     from fedsim.settings import build_world, compose
 
     check_picture(picture)
     settings = {**compose(ctx.args), "cohort": 1, "evaluate_clients": 0}  # a split of any size can be looked at
     workload = build_world(json.dumps(settings)).workload
-    try:
-        split_picture(workload, picture)
-    except OSError as error:
-        raise ConfigError(f"--picture={picture} cannot be written: {error.strerror}") from error
+    split_picture(workload, picture)
     console = _console()
     console.print(split_table(split_rows(workload, limit), workload.num_clients))
     for line in summary_lines(workload):

@@ -34,7 +34,6 @@ def averages(
     from fedsim.cli_options import whole
     from fedsim.console import console, size, table
     from fedsim.data.averages import averages_picture, exposures
-    from fedsim.errors import ConfigError
     from fedsim.settings import build_world, compose
 
     check_picture(picture)
@@ -42,10 +41,7 @@ def averages(
     settings = {**compose(ctx.args), "cohort": 1, "evaluate_clients": 0}
     workload = build_world(json.dumps(settings)).workload
     found = exposures(workload, groups, looked_at, settings["seed"])
-    try:
-        averages_picture(workload, picture, groups, clients, settings["seed"])
-    except OSError as error:
-        raise ConfigError(f"--picture={picture} cannot be written: {error.strerror}") from error
+    averages_picture(workload, picture, groups, clients, settings["seed"])
     title = f"{workload.name}, {min(looked_at, workload.num_clients)} clients"
     rows = table("group size", "averages", "bytes", "nearest", "classes in one", title=title)
     for e in found:

@@ -43,16 +43,12 @@ def population(
 
     Example: fedsim devices population --data /data/devices --out devices/population.yaml
     """
-    from devices.errors import DeviceError
     from devices.population import YEARS, from_list, read_list, shipped_socs
     from fedsim.durable import write_atomic
 
     check_place("--out", out)
     made = from_list(read_list(data), shipped_socs())
-    try:
-        write_atomic(out, made.as_yaml())
-    except OSError as error:
-        raise DeviceError(f"--out={out} cannot be written: {error.strerror}") from error
+    write_atomic(out, made.as_yaml())
     years = f"{YEARS[0]} to {YEARS[1]}"
     print(f"{made.covered} of {made.listed} phones of {years} have the SoC of a shipped device: {made.coverage:.0%}")
     by_third = ", ".join(f"{part:.0%}" for part in made.covered_by_third)

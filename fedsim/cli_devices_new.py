@@ -6,6 +6,7 @@ May import: devices (inside the functions, so that `--help` answers at once).
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -41,16 +42,15 @@ def new(
     Example: fedsim devices new my_board --like raspberry_pi_4
     """
     from devices.errors import DeviceError
+    from devices.writing import write_atomic
 
     check_name("NAME", name)
     path = out or Path(f"{name}.yaml")
     check_place("--out", path, (".yaml", ".yml"))
     text = commented_profile(name, like)
-    try:
-        with path.open("x") as file:
-            file.write(text)
-    except FileExistsError:
-        raise DeviceError(f"{path} is there already; name another profile with --out or remove it") from None
+    if os.path.lexists(path):
+        raise DeviceError(f"{path} is there already; name another profile with --out or remove it")
+    write_atomic(path, text)
     print(f"profile: {path}, a copy of {like}; change its figures")
     print(f"look at it: fedsim devices show {path}")
     print(f"use it: fedsim run 'fleet.devices={{{path.resolve()}: 1}}'")

@@ -62,9 +62,13 @@ def run(
         if status == "finished:completed" and (out / "summary.json").exists():
             return read_summary(out)
         log = flower.log(run_id)
+    reason = failure(out, status, log)
     if out.is_dir():
-        (out / "flower.log").write_text(log)
-    raise failure(out, status, log)
+        try:
+            write_atomic(out / "flower.log", log)
+        except OSError as error:
+            reason.add_note(f"flower.log could not be written: {error.strerror}")
+    raise reason
 
 
 def failure(out: Path, status: str, log: str) -> Exception:
