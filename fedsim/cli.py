@@ -22,11 +22,12 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from devices.texts import SENTENCE_LETTERS, VALUE_LETTERS, visible
+from devices.writing import naming
 from fedsim import strict_json
 from fedsim.cli_averages import averages
 from fedsim.cli_devices import app as devices_app
 from fedsim.cli_flower import flwr
-from fedsim.cli_options import MOST, check_picture
+from fedsim.cli_options import MOST, check_folder_place, check_picture
 from fedsim.cli_options import whole as _whole
 from fedsim.cli_paired import paired
 from fedsim.cli_study import study
@@ -223,6 +224,7 @@ def report(run: Annotated[Path, typer.Argument(help="Folder of the run.")]) -> N
 
     settings_of_run(run)
     _console().print(f"page: {write_page(run)}", highlight=False, soft_wrap=True)
+    check_folder_place("RUN", run)
 
 
 @app.command()
@@ -504,7 +506,7 @@ def _hydra_run(arguments: list[str]) -> None:
     try:
         of_hydra = [*_hydra_settings(overrides, sweeping, made), *search_path()]
         sys.argv = ["fedsim run", *overrides, *of_hydra, *flags]
-        with one_sentence(overrides):
+        with one_sentence(overrides), naming(Path("multirun.yaml")) if sweeping else nullcontext():
             job()
     finally:
         remove_empty(made)
@@ -567,7 +569,9 @@ def _check_sweep(flags: list[str], overrides: list[str]) -> None:
 
 def _hydra_settings(overrides: list[str], sweeping: bool, made: list[Path]) -> list[str]:
     """Hydra writes no folder and no log of its own; a sweep's runs go below `out` or a dated folder, which is made."""
-    from fedsim.run_place import new_folder
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    from fedsim.run_place import make_sweep_folder, new_folder
 
     fixed = [
         "hydra.output_subdir=null",
@@ -584,6 +588,9 @@ def _hydra_settings(overrides: list[str], sweeping: bool, made: list[Path]) -> l
 
 def run_one(settings: dict[str, Any], unfinished: Path | None = None) -> dict[str, Any]:
     """One experiment with its progress bar and closing table; `unfinished` is the folder that holds its beginning."""
+    value = OverridesParser.create().parse_override(f"out={folder}").value() if out else None
+    if isinstance(value, str) and "${" not in value:
+        make_sweep_folder(Path(value), made)
     from fedsim.console import closing_lines, closing_table, progress_bar
     from fedsim.federation import run as run_federation
     from fedsim.page import write_page

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from fedsim import strict_json
+from fedsim.cli_options import check_folder_place
 
 
 def build(
@@ -31,6 +32,7 @@ def build(
     """
     from devices.build import Builder, write_all
 
+    check_folder_place("--out", out, ["profiles"])
     with _watched("learning priors") as watch:
         builder = Builder(data, watch)
         written = write_all(builder, out)

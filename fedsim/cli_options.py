@@ -1,4 +1,7 @@
-"""What several commands read from their options. May import: devices.texts and errors, fedsim.errors (lazily)."""
+"""What several commands read from their options.
+
+May import: devices.texts, errors and writing, fedsim.errors and run_place (lazily).
+"""
 
 from __future__ import annotations
 
@@ -39,6 +42,7 @@ def check_place(option: str, path: Path, endings: Sequence[str] = ()) -> None:
     Raises:
         ConfigError: if no such file can be written.
     """
+    from devices.writing import try_place
     from fedsim.errors import ConfigError
     from fedsim.parameters import said
 
@@ -51,8 +55,34 @@ def check_place(option: str, path: Path, endings: Sequence[str] = ()) -> None:
             raise ConfigError(f"{what} is a folder; name a file")
         if not path.name.strip(". ") or not path.parent.is_dir():
             raise ConfigError(f"{what} cannot be written: there is no folder {said(str(path.parent))}")
-        if not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise ConfigError(f"{what} cannot be written: permission denied")
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"{what} is no file; name one")
+        try_place(path)
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{what} cannot be written: {getattr(error, 'strerror', None) or error}") from error
+
+
+def check_folder_place(option: str, folder: Path, names: Sequence[str] = ()) -> None:
+    """As `check_place`, for a folder that is there or is made, and for those that are made in it.
+
+    Raises:
+        ConfigError: if there can be no such folder, or nothing can be written into it.
+    """
+    from devices.writing import try_place
+    from fedsim.errors import ConfigError
+    from fedsim.parameters import said
+    from fedsim.run_place import check_folder
+
+    check_folder(option, str(folder))
+    what = f"{option}={said(str(folder))}"
+    try:
+        for inner in (folder, *(folder / name for name in names)):
+            there = next(place for place in (inner, *inner.parents) if os.path.lexists(place))
+            if not there.is_dir():
+                raise ConfigError(f"{what} cannot be made: {said(str(there))} is no folder")
+            try_place(there / "a")
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise

@@ -47,6 +47,7 @@ def study(
 
     Example: fedsim study mafl_digits --jobs 2 --only FedAvg --only FedMix
     """
+    from fedsim.cli_options import check_folder_place
     from fedsim.errors import ConfigError, RunError
 
     if listed:
@@ -76,6 +77,8 @@ def study(
     failed: dict[str, str] = {}
     if not report:
         failed = _run(runs, jobs, folder, console)
+    elif folder.is_dir():
+        check_folder_place("--out", folder)
     result = collect(chosen, runs)
     if result.rows:
         _show(result, failed, folder, console)

@@ -1,6 +1,6 @@
 """Where a run goes: its folder is made where its name is chosen, and taken only where nothing else is in it.
 
-May import: devices.texts, fedsim's durable, checksums and errors.
+May import: devices.texts and writing, fedsim's durable, checksums and errors.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from devices.texts import VALUE_LETTERS, visible
+from devices.writing import try_place
 from fedsim.durable import make_folders, remove_empty
 from fedsim.errors import ConfigError
 
@@ -23,7 +24,7 @@ LONGEST_NAME, DEEPEST = 255, 100  # bytes of a folder's name; folders in each ot
 MOST_NAMED = 6  # of the things in a folder that is taken
 CONFIG, SUMMARY, FAILURE, PAGE = "config.yaml", "summary.json", "failure.json", "report.html"
 ROUNDS, CLIENTS, EVENTS, CHECKPOINT, PICTURES = "rounds.jsonl", "clients", "tensorboard", "checkpoint", "pictures"
-SPLIT = "split.json"
+SPLIT, SWEEP = "split.json", "multirun.yaml"
 FAILED_CLIENT, ITS_ARRAYS = "failed-client.json", "failed-client.safetensors"  # what a client that failed was sent
 RESERVE = ".reserved"  # room on the disk for the note of a failure
 WRITTEN = (
@@ -109,6 +110,26 @@ def new_folder(parent: Path, label: str, made: list[Path]) -> Path:
         made.append(folder)
         return folder
     raise ConfigError(f"{first} and 998 more like it are taken; name a folder with out=")
+
+
+def make_sweep_folder(folder: Path, made: list[Path]) -> None:
+    """Makes the folder of a sweep, where Hydra notes its settings; links in it are not followed.
+
+    Args:
+        folder: may be there.
+        made: gets the folders that were made.
+
+    Raises:
+        ConfigError: if it cannot be made or written into.
+    """
+    made += _made(folder)
+    note = folder / SWEEP
+    if os.path.lexists(note) and (note.is_symlink() or not note.is_file()):
+        raise ConfigError(f"out={folder} holds {SWEEP}, which is no file; name another folder, or remove that")
+    try:
+        try_place(note)
+    except OSError as error:
+        raise ConfigError(f"out={folder} cannot be written: {error.strerror}; name another folder") from error
 
 
 def _made(folder: Path) -> list[Path]:

@@ -95,3 +95,63 @@ def test_profiles_that_the_disk_does_not_take_are_whole_or_not_there(tmp_path: P
     with full_disk(), pytest.raises(OSError, match=r"File too large: .*profiles/reference\.yaml"):
         build.write_all(Nothing(), tmp_path)
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["priors.yaml", "profiles"]
+
+
+# --- places ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (("devices", "show", "pixel3", "--picture", "pipe"), "--picture='pipe' is no file; name one"),
+        (("devices", "new", "mine", "--like", "pixel3", "--out", "pipe.yaml"), "--out='pipe.yaml' is no file"),
+        (("devices", "new", "mine", "--like", "pixel3", "--out", "lost.yaml"), "lost.yaml is there already"),
+        (("devices", "build", "--data", ".", "--out", "file"), "--out='file' cannot be made: 'file' is no folder"),
+        (("devices", "build", "--data", ".", "--out", "file/in"), "--out='file/in' cannot be made: 'file' is no"),
+        (("devices", "build", "--data", ".", "--out", "."), "--out='.' cannot be made: 'profiles' is no folder"),
+        (("devices", "build", "--data", ".", "--out", "/proc/x/y"), "--out='/proc/x/y' cannot be written: "),
+        (("run", "-m", "seed=1,2", *TINY, "out=file"), "out=file cannot be made: File exists"),
+        (("run", "-m", "seed=1,2", *TINY, "out=linked"), "out=linked holds multirun.yaml, which is no file"),
+    ],
+    ids=lambda value: " ".join(value[:2] + value[-1:]) if isinstance(value, tuple) else "",
+)
+def test_a_place_for_no_file_or_folder_is_refused_before_the_work(command, words, tmp_path, monkeypatch, fedsim):
+    monkeypatch.chdir(tmp_path)
+    for name in ("pipe", "pipe.yaml"):
+        os.mkfifo(name)
+    for name in ("file", "profiles", "victim"):
+        Path(name).write_text("mine")
+    Path("linked").mkdir()
+    for link in ("lost.yaml", "linked/multirun.yaml"):
+        Path(link).symlink_to(tmp_path / ("victim" if "linked" in link else "nowhere"))
+    before = sorted(tmp_path.rglob("*"))
+    ended: Ended = fedsim(*command)
+    assert (ended.code, ended.err.count("\n"), ended.err.startswith(f"fedsim: {words}")) == (2, 1, True), ended.err
+    assert sorted(tmp_path.rglob("*")) == before
+    assert Path("victim").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("devices", "show", "pixel3", "--picture=a.png"),
+        (*SPLIT, "a.png"),
+        ("devices", "new", "mine", "--like", "pixel3", "--out=a.yaml"),
+        ("devices", "population", "--data", ".", "--out=a.yaml"),
+        ("devices", "build", "--data", ".", "--out=built"),
+        ("run", "-m", "seed=1,2", *TINY, "out=sweep"),
+    ],
+    ids=lambda command: " ".join(command[:2]),
+)
+def test_a_disk_that_can_only_be_read_is_named_with_its_key(command, tmp_path, monkeypatch, fedsim):
+    def refuse(path: Path) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(writing, "open_new", refuse)
+    ended: Ended = fedsim(*command)
+    key = next(text.partition("=")[0] for text in reversed(command) if text.startswith(("--", "out=")))
+    assert (ended.code, ended.err.count("\n")) == (2, 1)
+    assert ended.err.startswith(f"fedsim: {key}=")
+    assert "cannot be written: Read-only file system" in ended.err
+    assert os.listdir() == []
