@@ -47,6 +47,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(devices_app, name="devices")
 
 INTERRUPTED, CLOSED_PIPE = 130, 141
+OUTPUT = "standard output"
 ENDED_BY = {signal.SIGTERM: "terminated", signal.SIGHUP: "the terminal was closed"}
 _folders: list[Path] = []  # of the run that is going on
 BUILDING = ("run", "resume", "replay", "study", "flwr", "data", "devices")  # commands that make what a file names
@@ -223,8 +224,8 @@ def report(run: Annotated[Path, typer.Argument(help="Folder of the run.")]) -> N
     from fedsim.settings import settings_of_run
 
     settings_of_run(run)
-    _console().print(f"page: {write_page(run)}", highlight=False, soft_wrap=True)
     check_folder_place("RUN", run)
+    _console().print(f"page: {write_page(run)}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -293,6 +294,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # texts may have letters that the terminal cannot show
+    for name in ("write", "flush") if sys.stdout is not None else ():  # its faults are told apart from a file's
+        setattr(sys.stdout, name, naming(Path(OUTPUT))(getattr(sys.stdout, name)))
     output, warnings.showwarning, named = _piped_output(), _warn, sys.argv[1:]
     try:
         _check_working_folder()
@@ -316,6 +319,8 @@ def main() -> None:
         where = f": {error.filename}" if error.filename else ""
         if _has_no_reader(output):
             _give_up(f"nobody reads the output any more (closed pipe); {_what_stays()}", CLOSED_PIPE, None)
+        if error.filename == OUTPUT:
+            _give_up(f"{OUTPUT} cannot be written: {error.strerror}; {_what_stays()}", 1, error)
         if error.errno in (errno.ENAMETOOLONG, errno.ELOOP) and (argument := _naming(str(error.filename), named)):
             _give_up(f"{argument} names no file or folder: {error.strerror}", 2, error)
         stays = f"; {_what_stays()}" if _folders else ""
@@ -583,14 +588,14 @@ def _hydra_settings(overrides: list[str], sweeping: bool, made: list[Path]) -> l
         return fixed
     out = [a.split("=", 1)[1] for a in overrides if a.startswith("out=")]
     folder = out[-1] if out else new_folder(Path("runs"), "sweep", made)
+    value = OverridesParser.create().parse_override(f"out={folder}").value() if out else None
+    if isinstance(value, str) and "${" not in value:
+        make_sweep_folder(Path(value), made)
     return [*fixed, f"hydra.sweep.dir={folder}", "hydra.sweep.subdir=."]  # run_one makes the folder of each run
 
 
 def run_one(settings: dict[str, Any], unfinished: Path | None = None) -> dict[str, Any]:
     """One experiment with its progress bar and closing table; `unfinished` is the folder that holds its beginning."""
-    value = OverridesParser.create().parse_override(f"out={folder}").value() if out else None
-    if isinstance(value, str) and "${" not in value:
-        make_sweep_folder(Path(value), made)
     from fedsim.console import closing_lines, closing_table, progress_bar
     from fedsim.federation import run as run_federation
     from fedsim.page import write_page

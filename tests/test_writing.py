@@ -97,6 +97,17 @@ def test_profiles_that_the_disk_does_not_take_are_whole_or_not_there(tmp_path: P
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["priors.yaml", "profiles"]
 
 
+def test_output_that_is_not_taken_is_told_apart_from_a_file_and_the_run_is_whole(tmp_path: Path):
+    if not Path("/dev/full").exists():
+        pytest.skip("only Linux has /dev/full")
+    command = [sys.executable, "-m", "fedsim.cli", "run", *TINY, f"out={tmp_path / 'run'}"]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    said = "fedsim: standard output cannot be written: No space left on device; everything written so far stays\n"
+    assert (done.returncode, done.stderr) == (1, said)
+    assert (tmp_path / "run" / "report.html").exists()
+
+
 # --- places ----------------------------------------------------------------------------------------------------------
 
 
