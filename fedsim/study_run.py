@@ -1,6 +1,7 @@
 """Runs what a study lacks: each run a process of its own, some at a time; what is finished is kept.
 
-May import: the standard library, fedsim's errors, leash, study and trust.
+May import: the standard library, devices' errors, reading and writing, fedsim's checksums, errors, leash, study and
+trust.
 """
 
 from __future__ import annotations
@@ -16,6 +17,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from devices.errors import FileError
+from devices.reading import read_bytes
+from devices.writing import open_lock, open_new
+from fedsim.checksums import inside
 from fedsim.errors import ConfigError
 from fedsim.leash import TIED
 from fedsim.study import Planned, can_go_on, is_finished
@@ -70,9 +75,10 @@ def study_folder(out: Path) -> Iterator[int]:
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = (out / ".lock").open("w")
+        lock = open_lock(out / ".lock")
     except OSError as error:
-        raise ConfigError(f"--out={out} cannot be made: {error.strerror}; name another folder") from error
+        where = "" if error.filename in (None, str(out)) else f" ({error.filename})"
+        raise ConfigError(f"--out={out} cannot be made: {error.strerror}{where}; name another folder") from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -89,9 +95,12 @@ def run_study(runs: Sequence[Planned], jobs: int, lock: int, watch: Watch) -> Pr
     However this ends, its processes have ended too.
 
     Raises:
-        ConfigError: if a folder holds a finished run with other settings; then nothing is run.
+        ConfigError: if a folder holds a finished run with other settings, or a run would lie outside of the study's
+            folder; then nothing is run.
     """
     waiting = [run for run in runs if not is_finished(run)]
+    for run in waiting:
+        _refuse_links(run.folder)
     progress = Progress(len(runs), len(runs) - len(waiting), sum(run.settings["rounds"] for run in waiting))
     running: list[_Running] = []
     ended_rounds = 0
@@ -125,7 +134,7 @@ def _start(run: Planned, lock: int) -> _Running:
         _set_aside(run.folder)
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     log = run.folder.with_name(f"{run.folder.name}.log")
-    with log.open("wb") as file:
+    with open_new(log) as file:
         process = subprocess.Popen(
             [*COMMAND, *command, *flags()],
             stdin=subprocess.PIPE,  # its leash
@@ -138,17 +147,33 @@ def _start(run: Planned, lock: int) -> _Running:
     return _Running(run, process, log)
 
 
+def _refuse_links(folder: Path) -> None:
+    """Refuses the folder of a run that a link, or what stands in an arm's place, keeps out of its study's.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    try:
+        inside(folder.parent.parent, folder)
+    except FileError as error:
+        raise ConfigError(f"{error}; remove it, or name another --out") from error
+    if folder.parent.exists() and not folder.parent.is_dir():
+        raise ConfigError(f"{folder.parent} is no folder; remove it, or name another --out")
+
+
 def _set_aside(folder: Path) -> None:
     """Renames what a run without a checkpoint has left, so that nothing is lost and the folder is free."""
-    if folder.exists():
+    if os.path.lexists(folder):
         names = (folder.with_name(f"{folder.name}.unfinished-{number}") for number in range(1, 1000))
-        folder.rename(next(name for name in names if not name.exists()))
+        folder.rename(next(name for name in names if not os.path.lexists(name)))
 
 
 def _rounds(folder: Path) -> int:
     """Training rounds that a run has written."""
-    path = folder / "rounds.jsonl"
-    return max(0, path.read_bytes().count(b"\n") - 1) if path.exists() else 0
+    try:
+        return max(0, read_bytes(inside(folder, folder / "rounds.jsonl")).count(b"\n") - 1)
+    except FileError:
+        return 0
 
 
 def _reason(one: _Running) -> str:

@@ -23,6 +23,7 @@ import pandas as pd
 import psutil
 import pytest
 import yaml
+from test_writing import full_disk
 
 from fedsim import study_run
 from fedsim.errors import ConfigError
@@ -320,6 +321,54 @@ def test_two_studies_cannot_run_in_one_folder(file, fedsim):
     assert code == 2
     assert "a study is running in runs/mine just now" in err
     assert started() == []
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+@pytest.mark.parametrize("name", [".lock", "study.png", "study.csv", "study.json", "plain/seed-1.log"])
+def test_nothing_is_written_through_a_link_or_a_pipe(name: str, kind: str, file, fedsim):
+    """The lock is refused; all else is the study's own to replace."""
+    place = Path("runs/mine") / name
+    place.parent.mkdir(parents=True)
+    Path("victim").write_text("mine")
+    place.symlink_to(Path("victim").resolve()) if kind == "link" else os.mkfifo(place)
+    code, _, err = fedsim("study", file(seeds=[1]))
+    assert Path("victim").read_text() == "mine"
+    if name == ".lock":
+        what = "it is a link" if kind == "link" else "it is no file"
+        said = f"fedsim: --out=runs/mine cannot be made: {what} (runs/mine/.lock); name another folder\n"
+        assert (code, err, started()) == (2, said, [])
+    else:
+        assert (code, err) == (0, "")
+        assert place.is_file() == (not name.endswith(".log"))
+        assert not place.is_symlink()
+
+
+@pytest.mark.parametrize("name", ["plain", "plain/seed-1"])
+def test_a_run_that_would_lie_outside_of_the_study_is_refused(name: str, file, fedsim):
+    place = Path("runs/mine") / name
+    place.parent.mkdir(parents=True)
+    Path("elsewhere").mkdir()
+    place.symlink_to(Path("elsewhere").resolve())
+    code, _, err = fedsim("study", file(seeds=[1]))
+    assert (code, err.count("\n"), started(), os.listdir("elsewhere")) == (2, 1, [], [])
+    assert "runs/mine/plain/seed-1 is a link to something outside of runs/mine" in err
+
+
+def test_a_file_in_the_place_of_an_arm_is_refused_before_anything_runs(file, fedsim):
+    Path("runs/mine").mkdir(parents=True)
+    Path("runs/mine/plain").touch()
+    code, _, err = fedsim("study", file(seeds=[1]))
+    assert (code, started()) == (2, [])
+    assert err == "fedsim: runs/mine/plain is no folder; remove it, or name another --out\n"
+
+
+def test_a_picture_that_the_disk_does_not_take_leaves_the_one_before(file, fedsim):
+    assert fedsim("study", file(seeds=[1])).code == 0
+    before = Path("runs/mine/study.png").read_bytes()
+    with full_disk(8192):
+        code, _, err = fedsim("study", file(seeds=[1]), "--report")
+    assert (code, err) == (1, "fedsim: File too large: runs/mine/study.png\n")
+    assert Path("runs/mine/study.png").read_bytes() == before
 
 
 def test_ctrl_c_ends_the_study_and_its_runs_and_keeps_what_is_finished(file):

@@ -166,3 +166,14 @@ def test_a_disk_that_can_only_be_read_is_named_with_its_key(command, tmp_path, m
     assert ended.err.startswith(f"fedsim: {key}=")
     assert "cannot be written: Read-only file system" in ended.err
     assert os.listdir() == []
+
+
+def test_a_lock_is_neither_emptied_nor_taken_through_a_link(tmp_path: Path):
+    (tmp_path / "lock").write_text("mine")
+    open_lock(tmp_path / "lock").close()
+    (tmp_path / "link").symlink_to(tmp_path / "lock")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("link", "pipe"):
+        with pytest.raises(OSError, match=f"it is (a link|no file): .*{name}"):
+            open_lock(tmp_path / name)
+    assert (tmp_path / "lock").read_text() == "mine"
