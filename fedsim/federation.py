@@ -323,6 +323,7 @@ def run(
         check_same(saved.state.get(DATA), settings, federation.world.workload, out)
         totals, last, sums = _go_on(federation, saved, out), saved.round, saved.sums
         priced = repriced(saved.priced, last + 1)
+    list(engine.get_node_ids())  # an engine that cannot be started leaves nothing behind
     folder = RunFolder(out, settings, resume, last, sums)
     keep_split(federation.world.workload, out)
     if announce and resume and saved is None:

@@ -475,6 +475,17 @@ def test_whatever_ray_raises_while_it_starts_is_one_sentence(address: str | None
         RaySession(address, num_cpus=1)
 
 
+def test_address_where_nobody_answers_leaves_no_folder_and_the_corrected_command_runs(tmp_path, monkeypatch, fedsim):
+    monkeypatch.setattr(ray_session, "ANSWER_S", 0.5)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # another test's session would be used
+    given = ("run", *TINY, f"out={tmp_path / 'run'}")
+    ended = fedsim(*given, "engine=ray", "engine.address=127.0.0.1:9")
+    assert (ended.code, ended.err.count("\n")) == (1, 1)
+    assert ended.err.startswith("fedsim: no Ray cluster answers at engine.address=127.0.0.1:9; ")
+    assert not (tmp_path / "run").exists()
+    assert fedsim(*given).code == 0
+
+
 @pytest.mark.parametrize(
     ("setting", "sentence"),
     [

@@ -177,3 +177,14 @@ def test_a_lock_is_neither_emptied_nor_taken_through_a_link(tmp_path: Path):
         with pytest.raises(OSError, match=f"it is (a link|no file): .*{name}"):
             open_lock(tmp_path / name)
     assert (tmp_path / "lock").read_text() == "mine"
+
+
+def test_an_engine_that_cannot_be_started_leaves_no_folder(settings, tmp_path: Path):
+    class Broken(LocalGrid):
+        def get_node_ids(self) -> Any:
+            raise RunError("nobody answers")
+
+    with pytest.raises(RunError, match="nobody answers"):
+        federation.run(settings(), Broken(app), tmp_path / "run")
+    assert os.listdir(tmp_path) == []
+    federation.run(settings(), LocalGrid(app), tmp_path / "run")

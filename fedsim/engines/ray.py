@@ -24,7 +24,7 @@ from fedsim.errors import ConfigError
 
 
 class RayGrid(EngineGrid):
-    """A Flower Grid whose nodes are Ray actors; Ray is started or joined with the first exchange.
+    """A Flower Grid whose nodes are Ray actors; Ray is started or joined when it is first asked for its nodes.
 
     Args:
         client_app: called in the workers as `client_app(message, context)`; pickled, so its functions are to be found
