@@ -339,7 +339,8 @@ def _check_kind(key: str, name: str, found: Any, kinds: Kinds, partial: bool) ->
             return
     said = " or ".join("a callable object" if kind is Callable else kind.__name__ for kind in kinds or ())
     said = said or ("plain values" if kinds == () else "what fedsim is made of: a Workload, a Module, a Strategy ...")
-    hint = "" if _isclass(found) else " (a function says what it makes in its annotation, -> Module)"
+    makers = "CLASS" if kinds is None else " | ".join(kind.__name__ for kind in kinds if kind is not Callable)
+    hint = f" (a function says what it makes in its annotation, -> {makers})" if makers and not _isclass(found) else ""
     what = f"{key}={name!r} cannot be used: this place takes {said}, which it is not{hint}"
     raise ConfigError(f"{what}; if you trust it, add {FLAG} {name}")
 
