@@ -78,9 +78,10 @@ def _data() -> Iterator[Check]:
 
 
 def _writable(folder: Path) -> tuple[bool, str]:
-    parent = folder if folder.exists() else folder.resolve().parent
+    real = Path(os.path.realpath(folder))  # not resolve(), which fails for links in a loop
+    parent = folder if folder.exists() else real.parent
     good = os.access(parent, os.W_OK)
-    return good, str(folder.resolve()) if good else f"{parent} is not writable; use out=... or another working folder"
+    return good, str(real) if good else f"{parent} is not writable; use out=... or another working folder"
 
 
 def _short_run(make_engine: Callable[[dict[str, Any]], Any]) -> tuple[bool, str]:

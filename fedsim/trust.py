@@ -86,18 +86,18 @@ def keep_out(folder: Path) -> None:
     Args:
         folder: as it was given; a link counts as where it stands and as where it leads.
     """
-    resolved, here = folder.resolve(), working_folder()
+    resolved, here = _real(folder), working_folder()
     _given.append(resolved)
     as_written = Path(os.path.abspath(folder))
-    for place in (resolved, *(above.resolve() for above in (as_written, *as_written.parents))):
+    for place in (resolved, *map(_real, (as_written, *as_written.parents))):
         if place != here and place.is_relative_to(here):
             _given.append(here / place.relative_to(here).parts[0])
 
 
 def keep_out_beside(file: Path) -> None:
     """Likewise for a file that a command was given, unless it lies in the working folder itself or above it."""
-    for folder in (Path(os.path.abspath(file)).parent, file.resolve().parent):
-        if not working_folder().is_relative_to(folder.resolve()):
+    for folder in (Path(os.path.abspath(file)).parent, _real(file).parent):
+        if not working_folder().is_relative_to(_real(folder)):
             keep_out(folder)
 
 
@@ -130,7 +130,7 @@ def _kept_out() -> list[Path]:
 
 def working_folder() -> Path:
     """The user's own."""
-    return Path(os.environ.get(FOLDER) or Path.cwd()).resolve()
+    return _real(Path(os.environ.get(FOLDER) or Path.cwd()))
 
 
 # --- trees ------------------------------------------------------------------------------------------------------------
@@ -358,7 +358,7 @@ def check_file(name: str, file: Path, by_user: bool) -> None:
     """
     if name in allowed() or not file.is_file():
         return
-    file = file.resolve()
+    file = _real(file)
     if _came_with_a_run(file) if by_user else not _is_the_users(file):
         where = "a run or study folder" if by_user else "a file that is not in the working folder"
         raise ConfigError(f"model {name} would run code of {where}; if you trust it, add {FLAG} {name}")
@@ -426,7 +426,7 @@ def _may(module: str, file: str | None) -> bool:
         return file is not None and _is_below(Path(file), Path(__file__).resolve().parent.parent / root)
     if any(module == library or module.startswith(f"{library}.") for library in LIBRARIES) or root in plugins():
         return True
-    return file is not None and os.path.isabs(file) and _is_the_users(Path(file).resolve())  # not "frozen"
+    return file is not None and os.path.isabs(file) and _is_the_users(_real(Path(file)))  # not "frozen"
 
 
 def _leads_to_library(module: str) -> bool:
@@ -467,17 +467,22 @@ def _installed() -> tuple[Path, ...]:
     """Where packages and Python itself are installed."""
     names = ("stdlib", "platstdlib", "purelib", "platlib")
     found = {sysconfig.get_paths()[name] for name in names} | {site.getusersitepackages(), *site.getsitepackages()}
-    return tuple(Path(path).resolve() for path in found)
+    return tuple(_real(Path(path)) for path in found)
 
 
 def _is_below(path: Path, folder: Path) -> bool:
-    return path.resolve().is_relative_to(folder)
+    return _real(path).is_relative_to(folder)
+
+
+def _real(path: Path) -> Path:
+    """Where a path leads; `Path.resolve` fails for links that lead to each other, before Python 3.13."""
+    return Path(os.path.realpath(path))
 
 
 def _where(origin: str | None) -> str:
     if origin is None or not os.path.isabs(origin):  # "built-in", "frozen"
         return "a part of Python"
-    file = Path(origin).resolve()
+    file = _real(Path(origin))
     if any(_is_below(file, folder) for folder in _installed()):
         return "another package"
     if any(_is_below(file, folder) for folder in _kept_out()) or _is_below(file, working_folder()):

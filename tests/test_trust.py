@@ -549,6 +549,29 @@ OF_HYDRA = {
         "x/y": "(): os.system\ncommand: touch ran",
     },
     "the root": {"config": "defaults: [x: y, _self_]", "x/y": "# @package _global_\nhydra: {job: {chdir: true}}"},
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["resume", "loop"],
+        ["replay", "loop", "--round", "1", "--client", "0"],
+        ["report", "loop"],
+        ["study", "loop"],
+        ["study", "loop.yaml"],
+        ["run", "--config-dir", "loop"],
+        ["run", "out=loop"],
+        ["devices", "calibrate", "raspberry_pi_4", "--rows", "loop"],
+        ["devices", "predict", "--model", "loop.py:Net", "--device", "pixel3"],
+        ["devices", "predict", "--model", "lenet5", "--device", "loop.yaml"],
+    ],
+)
+def test_a_link_loop_is_one_sentence_in_every_command(here, fedsim, command: list[str]):
+    for name in ("loop", "loop.py", "loop.yaml"):
+        (here / name).symlink_to(name)
+    code, _, err = fedsim(*command)
+    assert (code, err.count("\n")) == (2, 1), err
+    assert "loop" in err
+
+
     "an override": {
         "config": "defaults: [override hydra/launcher: mine, _self_]",
         "hydra/launcher/mine": "_target_: os.system",
