@@ -22,10 +22,11 @@ import sys
 import sysconfig
 import types
 import typing
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, lru_cache
 from importlib.machinery import ModuleSpec, PathFinder
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, distributions, entry_points
 from importlib.util import find_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -511,8 +512,33 @@ def _class(text: str) -> Any:
 
 @lru_cache(maxsize=1)
 def plugins() -> frozenset[str]:
-    """Top packages of the installed plug-ins."""
-    return frozenset(entry.module.partition(".")[0] for entry in entry_points(group=PLUGINS))
+    """Top packages of the installed plug-ins; warns of entry points that name none, which stay unused."""
+    found = set()
+    for entry in _entries():
+        root = re.split(r"[.:\s\[]", entry.value)[0]  # entry.module fails for a value that has none
+        try:
+            there = root.isidentifier() and root != "__main__" and find_spec(root) is not None
+        except (ImportError, ValueError):
+            there = False
+        if there:
+            found.add(root)
+        else:
+            what = f"plug-in {said(entry.name)} is not used: its entry point {said(entry.value)} names no package"
+            warnings.warn(f"{what} that can be imported; install what brings it again", stacklevel=2)
+    return frozenset(found)
+
+
+def _entries() -> Iterable[EntryPoint]:
+    """Entry points of plug-ins, also where those of some other package cannot be read."""
+    try:
+        yield from entry_points(group=PLUGINS)
+    except (OSError, TypeError, ValueError, AttributeError):
+        for package in distributions():
+            try:
+                yield from package.entry_points.select(group=PLUGINS)
+            except (OSError, TypeError, ValueError, AttributeError) as error:
+                what = f"the entry points of a package in {package.locate_file('')} cannot be read"
+                warnings.warn(f"{what} ({' '.join(str(error).split())})", stacklevel=3)
 
 
 def plugin_folders() -> list[Path]:

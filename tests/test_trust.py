@@ -363,6 +363,39 @@ def test_an_installed_plug_in_may_be_named_and_brings_options(here: Path, monkey
     try_out(compose(["trainer=plugged"]))
 
 
+@pytest.mark.parametrize(
+    "line", ["x = :::", "x =", "x", "[", "x = ..a", "x = __main__", "x = a b", "x = not_there.sub:f"]
+)
+def test_an_entry_point_that_names_no_package_is_told_and_left_out(here: Path, monkeypatch, line: str):
+    for name, text in {"odd-1.dist-info": line, "good-1.dist-info": "good = yaml"}.items():
+        (here.parent / "site" / name).mkdir(parents=True)
+        (here.parent / "site" / name / "entry_points.txt").write_text(f"[fedsim.plugins]\n{text}\n")
+        (here.parent / "site" / name / "METADATA").write_text(f"Name: {name[:-12]}\nVersion: 1\n")
+    monkeypatch.syspath_prepend(here.parent / "site")
+    trust.plugins.cache_clear()
+    with pytest.warns(UserWarning, match="is not used: its entry point|cannot be read"):
+        assert trust.plugins() == {"yaml"}
+    assert trust.plugin_folders() == []
+
+
+def test_links_that_lead_to_each_other_are_looked_at_like_any_path(here: Path):
+    loop = here / "loop"
+    loop.symlink_to(loop)
+    trust.keep_out(loop)
+    trust.keep_out_beside(loop)
+    trust.check_file("loop", loop, by_user=True)
+    assert not trust._is_the_users(loop / "x.py")
+    assert not trust.is_run_folder(loop)
+
+
+@pytest.mark.parametrize("kind", ["model", "strategy", "trainer", "latency"])
+def test_a_function_is_told_the_annotation_of_its_place(here: Path, kind: str):
+    write_module(here / "mine_a.py")
+    made = trust.group_kinds(kind)[0].__name__
+    with pytest.raises(ConfigError, match=rf"what it makes in its annotation, -> {made}\)"):
+        check_tree(kind, {"_target_": "mine_a.unsaid"}, group_kinds(kind))
+
+
 # --- the commands ----------------------------------------------------------------------------------------------------
 
 DOORS = {
@@ -516,6 +549,29 @@ def test_the_command_line_can_allow_a_name(here, sent, fedsim):
     assert fedsim("resume", str(folder), "--allow-target").code == 2
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["resume", "loop"],
+        ["replay", "loop", "--round", "1", "--client", "0"],
+        ["report", "loop"],
+        ["study", "loop"],
+        ["study", "loop.yaml"],
+        ["run", "--config-dir", "loop"],
+        ["run", "out=loop"],
+        ["devices", "calibrate", "raspberry_pi_4", "--rows", "loop"],
+        ["devices", "predict", "--model", "loop.py:Net", "--device", "pixel3"],
+        ["devices", "predict", "--model", "lenet5", "--device", "loop.yaml"],
+    ],
+)
+def test_a_link_loop_is_one_sentence_in_every_command(here, fedsim, command: list[str]):
+    for name in ("loop", "loop.py", "loop.yaml"):
+        (here / name).symlink_to(name)
+    code, _, err = fedsim(*command)
+    assert (code, err.count("\n")) == (2, 1), err
+    assert "loop" in err
+
+
 def test_reading_commands_make_nothing(here, run, sent, fedsim, monkeypatch):
     """`report` and `paired` read a run whose settings name what must not be called."""
     import hydra.utils
@@ -549,29 +605,6 @@ OF_HYDRA = {
         "x/y": "(): os.system\ncommand: touch ran",
     },
     "the root": {"config": "defaults: [x: y, _self_]", "x/y": "# @package _global_\nhydra: {job: {chdir: true}}"},
-@pytest.mark.parametrize(
-    "command",
-    [
-        ["resume", "loop"],
-        ["replay", "loop", "--round", "1", "--client", "0"],
-        ["report", "loop"],
-        ["study", "loop"],
-        ["study", "loop.yaml"],
-        ["run", "--config-dir", "loop"],
-        ["run", "out=loop"],
-        ["devices", "calibrate", "raspberry_pi_4", "--rows", "loop"],
-        ["devices", "predict", "--model", "loop.py:Net", "--device", "pixel3"],
-        ["devices", "predict", "--model", "lenet5", "--device", "loop.yaml"],
-    ],
-)
-def test_a_link_loop_is_one_sentence_in_every_command(here, fedsim, command: list[str]):
-    for name in ("loop", "loop.py", "loop.yaml"):
-        (here / name).symlink_to(name)
-    code, _, err = fedsim(*command)
-    assert (code, err.count("\n")) == (2, 1), err
-    assert "loop" in err
-
-
     "an override": {
         "config": "defaults: [override hydra/launcher: mine, _self_]",
         "hydra/launcher/mine": "_target_: os.system",
