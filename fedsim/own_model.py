@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import math
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from devices.errors import DeviceError, unknown
+from devices.reading import open_file
 from fedsim.errors import ConfigError
 from fedsim.host import AT_ONCE, check_fits, model_bytes
 from fedsim.trust import check_file, locate
@@ -82,6 +84,7 @@ def named_model(
     Raises:
         ConfigError: for a name that is not there, with the nearest one, a network that cannot be built, or a file that
             may not be run.
+        FileError: for what is no file.
     """
     from devices.zoo import ZOO
     from fedsim.settings import options
@@ -281,6 +284,8 @@ def _run_file(path: Path) -> ModuleType:
         others = [str(other) for other in path.parent.glob("*.py")] if path.parent.is_dir() else []
         near = get_close_matches(str(path), others, n=1)
         raise ConfigError(f"there is no file {path}{f'; did you mean {near[0]}?' if near else ''}")
+        if os.path.lexists(path):
+            open_file(path)  # says what it is instead
     spec = importlib.util.spec_from_file_location(f"own_model_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None

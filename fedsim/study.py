@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -159,7 +160,7 @@ def read_study(name: str, overrides: Sequence[str] = (), seeds: Sequence[int] = 
     """
     if name.endswith((".yaml", ".yml")) or "/" in name:
         path = Path(name)
-        if not path.is_file():
+        if not os.path.lexists(path):
             raise ConfigError(f"there is no study file {name}")
         keep_out_beside(path)
     else:
