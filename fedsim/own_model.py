@@ -87,7 +87,7 @@ def named_model(
         FileError: for what is no file.
     """
     from devices.zoo import ZOO
-    from fedsim.settings import options
+    from fedsim.settings import ENDLESS, options
 
     given = (tokens,) if tokens else tuple(input_shape) if input_shape else None
     if given:
@@ -112,7 +112,10 @@ def named_model(
     takes_tokens = bool(tokens or getattr(module, "takes_tokens", False))
     if takes_tokens and len(shape) != 1:
         raise ConfigError(f"model {name} takes token ids; say how long a sequence is, e.g. --tokens 80")
-    return NamedModel(name, module.eval(), shape, takes_tokens)
+    try:
+        return NamedModel(name, module.eval(), shape, takes_tokens)
+    except RecursionError as error:
+        raise ConfigError(f"model {name} {ENDLESS}") from error
 
 
 def traced(model: NamedModel) -> NetworkCost:
@@ -281,11 +284,11 @@ def _is_maker(value: Any, module: ModuleType) -> bool:
 def _run_file(path: Path) -> ModuleType:
     """Runs a file as a module of its own; its folder can be imported from, as when it is started itself."""
     if not path.is_file():
+        if os.path.lexists(path):
+            open_file(path)  # says what it is instead
         others = [str(other) for other in path.parent.glob("*.py")] if path.parent.is_dir() else []
         near = get_close_matches(str(path), others, n=1)
         raise ConfigError(f"there is no file {path}{f'; did you mean {near[0]}?' if near else ''}")
-        if os.path.lexists(path):
-            open_file(path)  # says what it is instead
     spec = importlib.util.spec_from_file_location(f"own_model_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None

@@ -52,6 +52,7 @@ TEXTS = ("name", "out")  # settings that are text whatever they look like
 FREE_MAPS = ("fleet.devices",)  # whose keys are the user's own: giving the map replaces it
 RESULTS_HANG_ON = ("threads", "device", "batch_clients")  # of the engine's settings, in the last bits
 FORMAT, FORMATS = "memory_format", ("contiguous", "channels_last")
+ENDLESS = "contains itself, or nests deeper than torch can follow; keep what is around a layer outside of it"
 WORLDS = 4  # kept per process: `fedsim bench` has a few runs open at a time, everything else one
 
 
@@ -678,12 +679,14 @@ def model_factory(settings: Settings) -> ModelFactory:
         from fedsim.workload import MEMORY_FORMATS
 
         network: nn.Module = make(**shapes)
-        _refuse_lazy(network)
-        if not any(p.requires_grad for p in network.parameters()):
-            raise ConfigError(
-                f"model._target_={settings['model']['_target_']!r} makes a network without weights to train"
-            )
-        return network.to(memory_format=MEMORY_FORMATS[format])  # type: ignore[call-overload]
+        target = f"model._target_={settings['model']['_target_']!r}"
+        try:
+            _refuse_lazy(network)
+            if not any(p.requires_grad for p in network.parameters()):
+                raise ConfigError(f"{target} makes a network without weights to train")
+            return network.to(memory_format=MEMORY_FORMATS[format])  # type: ignore[call-overload]
+        except RecursionError as error:
+            raise ConfigError(f"{target} makes a network that {ENDLESS}") from error
 
     return model
 

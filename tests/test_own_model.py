@@ -1,5 +1,6 @@
 """Networks that a user names on the command line, and the sentence for those that cannot be had."""
 
+import os
 import re
 from pathlib import Path
 
@@ -7,8 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from devices.errors import FileError
 from fedsim.errors import ConfigError
 from fedsim.own_model import labels, loss, measured, named_model, outputs, traced
+from fedsim.settings import model_factory
 
 FILE = """
 import torch
@@ -49,6 +52,22 @@ def number():
 
 def broken():
     raise RuntimeError("no such thing")
+
+class Own(nn.Module):
+    def __init__(self, num_classes=3, input_shape=(1, 4, 4)):
+        super().__init__()
+        self.fc, self.again = nn.Linear(16, num_classes), self
+
+class InItsChild(Net):
+    def __init__(self, num_classes=3, input_shape=(1, 4, 4)):
+        super().__init__(num_classes, input_shape)
+        self.fc.above = self
+
+def deep(num_classes=3, input_shape=(1, 4, 4)):
+    net = nn.Linear(16, num_classes)
+    for _ in range(3000):
+        net = nn.Sequential(net)
+    return net
 """
 
 
@@ -147,3 +166,30 @@ def test_a_network_that_this_host_cannot_hold_is_refused_before_it_is_made(argum
     monkeypatch.setattr("fedsim.host.host_bytes", lambda: 8 * 10**9)
     with pytest.raises(ConfigError, match=re.escape(words)):
         named_model(**arguments)
+
+
+@pytest.mark.parametrize("name", ["Own", "InItsChild", "deep"])
+def test_a_network_without_an_end_is_one_sentence_behind_both_doors(file: Path, name: str, monkeypatch):
+    monkeypatch.chdir(file.parent)
+    monkeypatch.syspath_prepend(file.parent)
+    monkeypatch.setenv("FEDSIM_ALLOW_TARGET", f"net.{name}")
+    target = {"_target_": f"net.{name}", "_partial_": True}
+    with pytest.raises(ConfigError, match=r"net\.py:\w+ contains itself, or nests deeper"):
+        named_model(f"{file}:{name}", (1, 4, 4))
+    with pytest.raises(ConfigError, match=rf"model\._target_='net\.{name}' makes a network that contains itself"):
+        model_factory({"model": target})(input_shape=(1, 4, 4), num_classes=3)
+
+
+@pytest.mark.parametrize("kind", ["a folder", "a pipe", "a device", "a loop", "a link to nothing"])
+def test_a_model_file_that_is_no_file_is_called_what_it_is(tmp_path: Path, kind: str):
+    path = tmp_path / "net.py"
+    {
+        "a folder": path.mkdir,
+        "a pipe": lambda: os.mkfifo(path),
+        "a device": lambda: path.symlink_to("/dev/null"),
+        "a loop": lambda: path.symlink_to(path),
+        "a link to nothing": lambda: path.symlink_to("nothing"),
+    }[kind]()
+    words = f"is {kind}, and must be a file" if " to " not in kind and "loop" not in kind else "cannot be read: "
+    with pytest.raises(FileError, match=rf"^{re.escape(str(path))} {words}"):
+        named_model(f"{path}:Net")
