@@ -196,11 +196,15 @@ class Federation:
         """Makes these the global weights; what is private stays as it was.
 
         Raises:
-            RunError: if they are not finite: clients whose own updates are not have failed before.
+            RunError: if they are not finite: clients whose own updates are not have failed before; if they do not fit.
         """
-        new = like(shared, self.shared)
-        if not all_finite(new):
-            name = type(self.strategy).__name__
+        name = type(self.strategy).__name__
+        try:
+            new = like(shared, self.shared)
+            finite = all_finite(new)
+        except (LookupError, TypeError, ValueError) as error:
+            raise RunError(f"{name} made weights that do not fit in round {number}: {error}") from error
+        if not finite:
             raise RunError(f"{name} made NaN or infinite weights of finite updates in round {number}; {self._advice()}")
         self.arrays = array_record({name: new.get(name, array) for name, array in self.arrays.items()})
 
@@ -217,7 +221,7 @@ class Federation:
         shared = self.shared
         handed = self.server.handed(shared)
         with seeded_globals(self.seed, "cohort", number):
-            messages = self.strategy.configure_train(number, handed, ConfigRecord(), self.grid)
+            messages = self.server.ask("configure_train", number, handed, ConfigRecord(), self.grid)
             return self.server.sent(messages, handed, shared)
 
     def complete(self, number: int) -> None:
@@ -225,7 +229,7 @@ class Federation:
         if hasattr(self.strategy, "complete"):
             shared = self.shared
             handed = self.server.handed(shared)
-            if (completed := self.strategy.complete(number, handed, self.grid)) is not handed:
+            if (completed := self.server.ask("complete", number, handed, self.grid)) is not handed:
                 self.take(number, self.server.whole(completed, shared))
 
     def judge(self, number: int) -> dict[str, float]:
@@ -273,11 +277,11 @@ class Federation:
         shared = self.shared
         handed = self.server.handed(shared)
         with seeded_globals(self.seed, "evaluate", number):
-            asked_for = self.strategy.configure_evaluate(number, handed, ConfigRecord(), self.grid)
+            asked_for = self.server.ask("configure_evaluate", number, handed, ConfigRecord(), self.grid)
             messages = self.server.sent(asked_for, handed, shared)
         replies = self.grid.send_and_receive(messages)
         failed = sum(r.phase == "evaluate" and r.outcome == "failed" for r in self.grid.reports)
-        metrics = self.strategy.aggregate_evaluate(number, replies) if replies else None
+        metrics = self.server.ask("aggregate_evaluate", number, replies) if replies else None
         counted = {"failed": float(failed)} if failed else {}
         return {f"client_{key}": value for key, value in (self.with_means("evaluate", metrics) | counted).items()}
 

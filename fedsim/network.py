@@ -206,7 +206,7 @@ class EdgeGrid(Grid):
             ClientError: when a client fails and `on_client_error` is "stop".
             ValueError: when a message is addressed twice or to no client.
         """
-        asked = self._in_client_order(messages)
+        asked = self.in_client_order(messages)
         if not asked:
             return []
         phase = asked[0].metadata.message_type
@@ -280,7 +280,12 @@ class EdgeGrid(Grid):
 
     # --- one exchange, step by step -----------------------------------------------------------------------------
 
-    def _in_client_order(self, messages: Iterable[Message]) -> list[Message]:
+    def in_client_order(self, messages: Iterable[Message]) -> list[Message]:
+        """The messages of one exchange by client id.
+
+        Raises:
+            ValueError: when one is addressed twice or to no client.
+        """
         asked = sorted(messages, key=lambda m: m.metadata.dst_node_id)
         ids = [m.metadata.dst_node_id for m in asked]
         if len(set(ids)) < len(ids):

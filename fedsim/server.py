@@ -1,22 +1,51 @@
 """What a strategy is handed of the model: the tensors that are trained; statistics and counters are averaged beside it.
 
 To Flower's strategies all arrays are weights: an optimiser of theirs moves the running variance of a batch norm below
-zero, and clients count as close to each other that took equally many steps. May import: flwr, fedsim's engines.blocks,
-messages, roles.
+zero, and clients count as close to each other that took equally many steps. May import: flwr, devices.errors, fedsim's
+engines.blocks, errors, messages, parameters, roles.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp.exception import AppExitException
 from flwr.serverapp.strategy import Strategy
 
+from devices.errors import DeviceError
 from fedsim.engines.blocks import WeightedSum
+from fedsim.errors import ConfigError, DataError, ExitError, NotFiniteError, RunError, in_words, no_exit
 from fedsim.messages import ARRAYS, METRICS, NUM_EXAMPLES, array_record
+from fedsim.parameters import said
 from fedsim.roles import TensorRoles
+
+
+def _is_messages(answer: Any) -> bool:
+    return isinstance(answer, list) and all(isinstance(m, Message) and m.has_content() for m in answer)
+
+
+def _is_metrics(answer: Any) -> bool:
+    return answer is None or isinstance(answer, Mapping)
+
+
+def _is_pair(answer: Any) -> bool:
+    if not isinstance(answer, tuple | list) or len(answer) != 2:
+        return False
+    return (answer[0] is None or isinstance(answer[0], ArrayRecord)) and _is_metrics(answer[1])
+
+
+# What the hooks of a strategy must return: a test, and in words.
+MESSAGES = (_is_messages, "messages, one for each client that it asks")
+ANSWERS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "configure_train": MESSAGES,
+    "configure_evaluate": MESSAGES,
+    "aggregate_train": (_is_pair, "an ArrayRecord or None, and a MetricRecord or None"),
+    "aggregate_evaluate": (_is_metrics, "a MetricRecord or None"),
+    "complete": (lambda answer: isinstance(answer, ArrayRecord), "an ArrayRecord"),
+}
 
 
 class ServerSide:
@@ -64,6 +93,41 @@ class ServerSide:
             message.content = contents[id(content)][1]
         return every
 
+    def ask(self, hook: str, number: int, *given: Any) -> Any:
+        """What a hook of the strategy returns; messages as a list.
+
+        Args:
+            hook: name of a method of the strategy.
+            number: of the round, its first argument.
+            given: its other arguments.
+
+        Raises:
+            RunError: where it raises what is no sentence of ours, or returns what the round cannot go on with; names
+                the strategy, the hook and the round.
+            AppExitException: of `aggregate_train`, where Flower's strategies refuse what the clients sent.
+        """
+        what = f"{hook} of {type(self.strategy).__name__}"
+        try:
+            with no_exit():
+                answer = getattr(self.strategy, hook)(number, *given)
+                if hook.startswith("configure") and answer is not None:
+                    answer, grid = list(answer), given[-1]
+                    if _is_messages(answer):
+                        grid.in_client_order(answer)
+        except ExitError as error:
+            raise RunError(f"{what} failed in round {number}: {error}") from error
+        except (ConfigError, DataError, DeviceError, NotFiniteError, RunError):
+            raise
+        except Exception as error:
+            if isinstance(error, AppExitException) and hook == "aggregate_train":
+                raise
+            shown = "FEDSIM_TRACEBACK=1 shows where"
+            raise RunError(f"{what} failed in round {number}: {in_words(error)}; {shown}") from error
+        is_right, needed = ANSWERS[hook]
+        if not is_right(answer):
+            raise RunError(f"{what} must return {needed}, got {said(answer)} in round {number}")
+        return answer
+
     def aggregate(
         self, number: int, replies: Sequence[Message], shared: ArrayRecord
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
@@ -74,7 +138,7 @@ class ServerSide:
         """
         beside = self._mean_beside(replies, shared) if self.beside else shared
         with np.errstate(all="ignore"):  # whoever takes the weights looks whether they are finite
-            arrays, metrics = self.strategy.aggregate_train(number, replies)
+            arrays, metrics = self.ask("aggregate_train", number, replies)
         return (None if arrays is None else self.whole(arrays, beside)), metrics
 
     def _mean_beside(self, replies: Sequence[Message], shared: ArrayRecord) -> ArrayRecord:
