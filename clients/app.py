@@ -30,7 +30,7 @@ from devices.profile import DeviceProfile
 from fedsim.deployment import CALIBRATION, calibration
 from fedsim.engines.blocks import BlockSum
 from fedsim.engines.memory import keep_freed_memory
-from fedsim.errors import ConfigError, in_words
+from fedsim.errors import ConfigError, in_words, no_exit
 from fedsim.messages import (
     ARRAYS,
     METRICS,
@@ -177,7 +177,8 @@ class Worker:
                 yield alone[0]()
                 continue
             try:
-                together = self._together(ids, own, round)
+                with no_exit():
+                    together = self._together(ids, own, round)
             except OutOfMemoryError:
                 together = [make() for make in alone]
             except Exception as error:
@@ -212,8 +213,9 @@ class Worker:
     def _one(self, client_id: int, part: RecordDict, round: int, phase: str) -> tuple[RecordDict, dict[str, Any], Work]:
         outcome, reason, trace, answer, client = "completed", "", "", RecordDict(), None
         try:
-            client = self.context(client_id, part, round)
-            answer = self._answer(client, part, phase)
+            with no_exit():
+                client = self.context(client_id, part, round)
+                answer = self._answer(client, part, phase)
         except ConfigError:
             raise
         except OutOfMemoryError as error:
@@ -448,7 +450,8 @@ def worker_for(config_json: str) -> Worker:
 def serve(message: Message, _: Context) -> Message:
     """Handles every kind of cohort message; the header says which."""
     header, parts = unpack_cohort(message.content)
-    worker = worker_for(str(message.content[SETTINGS]["json"]))
+    with no_exit():
+        worker = worker_for(str(message.content[SETTINGS]["json"]))
     return Message(worker.serve(header, parts), reply_to=message)
 
 

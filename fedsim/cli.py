@@ -31,6 +31,7 @@ from fedsim.cli_options import MOST, check_folder_place, check_picture
 from fedsim.cli_options import whole as _whole
 from fedsim.cli_paired import paired
 from fedsim.cli_study import study
+from fedsim.errors import Terminated, as_error
 from fedsim.leash import tie
 
 app = typer.Typer(
@@ -48,6 +49,7 @@ app.add_typer(devices_app, name="devices")
 
 INTERRUPTED, CLOSED_PIPE = 130, 141
 OUTPUT = "standard output"
+MAY_END = ("argparse", "click", "fedsim", "hydra", "ray", "rich", "typer")  # these have said all, as --version does
 ENDED_BY = {signal.SIGTERM: "terminated", signal.SIGHUP: "the terminal was closed"}
 _folders: list[Path] = []  # of the run that is going on
 BUILDING = ("run", "resume", "replay", "study", "flwr", "data", "devices")  # commands that make what a file names
@@ -301,10 +303,12 @@ def main() -> None:
         _check_working_folder()
         code = app(_with_trust(sys.argv[1:]), standalone_mode=False)
         sys.stdout.flush()
-    except SystemExit:  # rich's and click's answer to a closed pipe, without a word
-        if not _has_no_reader(output):
+    except SystemExit as end:  # rich's and click's answer to a closed pipe, without a word
+        if _has_no_reader(output):
+            _give_up(f"nobody reads the output any more (closed pipe); {_what_stays()}", CLOSED_PIPE, None)
+        if (ended := as_error(end, MAY_END)) is end:
             raise
-        _give_up(f"nobody reads the output any more (closed pipe); {_what_stays()}", CLOSED_PIPE, None)
+        _give_up(str(ended), 1, end)
     except getattr(exceptions, "NoArgsIsHelpError", ()) as error:  # not in click 8.1
         error.show()
         sys.exit(2)
@@ -329,6 +333,10 @@ def main() -> None:
         code = INTERRUPTED
     except Terminated as error:
         _give_up(f"{ENDED_BY[error.number]}; {_what_stays()}", 128 + error.number, None)
+    except BaseException as end:
+        if (ended := as_error(end)) is end:
+            raise
+        _give_up(str(ended), 1, end)
     if code == INTERRUPTED:  # click's own answer to Ctrl-C
         _give_up(f"interrupted; {_what_stays()}", INTERRUPTED, None)
     sys.exit(code if isinstance(code, int) else 0)
@@ -398,14 +406,6 @@ def _with_trust(arguments: list[str]) -> list[str]:
             left.append(argument)
     begin(allowed)
     return left or arguments
-
-
-class Terminated(BaseException):
-    """SIGTERM or SIGHUP came: engines and run folders are closed on the way out, as after Ctrl-C."""
-
-    def __init__(self, number: int):
-        super().__init__(number)
-        self.number = signal.Signals(number)
 
 
 def _terminate(number: int, _: object) -> NoReturn:

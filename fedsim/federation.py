@@ -32,7 +32,7 @@ from fedsim.checkpoint import restore_strategy, strategy_state
 from fedsim.data.describe import keep_split
 from fedsim.deployment import check_plan, deployments
 from fedsim.engines.blocks import is_plain_mean, mean_is_all
-from fedsim.errors import ClientError, ConfigError, NotFiniteError, RunError
+from fedsim.errors import ClientError, ConfigError, NotFiniteError, RunError, as_error, no_exit
 from fedsim.fingerprint import DATA, check_same, of_run
 from fedsim.messages import ARRAYS, Instruction, all_finite, array_record, in_float64, like, record_of, tensors_of
 from fedsim.network import ONE_METHOD, ClientReport, EdgeGrid
@@ -293,6 +293,7 @@ class Federation:
         return RoundReport.of(number, now_s, now_s - start_s, clients, metrics, time.perf_counter() - started), clients
 
 
+@no_exit()
 def run(
     settings: Settings,
     engine: Grid,
@@ -373,7 +374,8 @@ def run(
         keep(ended=True)
         folder.finish(summary, workload.pictures(reports))
         keeper.keep(1)
-    except BaseException as error:
+    except BaseException as raised:
+        error = as_error(raised)
         # Halves that do not belong together are seen when they first meet: still a wrong setting, so nothing stays.
         if isinstance(error, ConfigError | DeviceError) and not resume and len(reports) <= 1:
             folder.discard()
@@ -381,7 +383,9 @@ def run(
             if isinstance(error, ClientError) and isinstance(error.instruction, Instruction):
                 error.instruction = replace(error.instruction, data=data)
             folder.fail(error)
-        raise
+        if error is raised:
+            raise
+        raise error from raised
     finally:
         folder.close()
     return summary

@@ -9,7 +9,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from devices.errors import DeviceError
-from fedsim.errors import DataError
+from fedsim.errors import DataError, ExitError, no_exit
 
 if TYPE_CHECKING:
     from fedsim.federation import Federation
@@ -85,6 +85,7 @@ def _macs(federation: Federation) -> float:
 
     model = federation.model
     try:
-        return trace(model, federation.world.workload.sample(1)["x"]).macs
-    except DeviceError:
+        with no_exit():
+            return trace(model, federation.world.workload.sample(1)["x"]).macs
+    except (DeviceError, ExitError):
         return float(sum(p.numel() for p in model.parameters()))

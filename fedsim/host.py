@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedsim.errors import ConfigError
+from fedsim.errors import ConfigError, no_exit
 
 if TYPE_CHECKING:
     import torch
@@ -90,7 +90,7 @@ def model_bytes(
             if isinstance(answer, torch.Tensor):
                 largest = max(largest, float(math.prod(answer.shape) * answer.element_size()))
 
-        with suppress(Exception), torch.device(place):
+        with suppress(Exception), no_exit(), torch.device(place):
             if is_small:
                 network = make(input_shape=input_shape, num_classes=num_classes).eval()
             for module in network.modules():

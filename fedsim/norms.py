@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedsim.errors import in_words
+from fedsim.errors import in_words, no_exit
 
 _LONE = "normalises_by_running_statistics"
 
@@ -68,7 +68,7 @@ def refusal_of_one(model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], t
 
     def refusal(batch: Any) -> str:
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            with no_exit(), torch.no_grad(), torch.random.fork_rng(devices=[]):
                 loss(deepcopy(model).train(), batch)
         except Exception as error:
             return in_words(error)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from devices.errors import DeviceError, unknown
 from devices.reading import open_file
-from fedsim.errors import ConfigError
+from fedsim.errors import ConfigError, ExitError, no_exit
 from fedsim.host import AT_ONCE, check_fits, model_bytes
 from fedsim.trust import check_file, locate
 
@@ -127,8 +127,9 @@ def traced(model: NamedModel) -> NetworkCost:
     from devices.picture import traced_cost
 
     try:
-        return traced_cost(model.name, model.module, model.examples(1))
-    except DeviceError as error:
+        with no_exit():
+            return traced_cost(model.name, model.module, model.examples(1))
+    except (DeviceError, ExitError) as error:
         raise ConfigError(f"{error}; {_shape_hint(model)}") from error
 
 
@@ -144,10 +145,11 @@ def measured(model: NamedModel) -> NetworkCost:
 
     cost = traced(model)
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with no_exit(), torch.no_grad(), torch.random.fork_rng(devices=[]):
             batch = {"x": model.examples(HELD_ON)}
             batch["y"] = labels(model.module(batch["x"]))
-        return with_memory(cost, model.module, loss, batch)
+        with no_exit():
+            return with_memory(cost, model.module, loss, batch)
     except Exception as error:
         raise ConfigError(f"model {model.name} cannot be trained: {_sentence(error)}; {_shape_hint(model)}") from error
 
@@ -297,7 +299,8 @@ def _run_file(path: Path) -> ModuleType:
     folder = str(path.parent.resolve())
     sys.path.insert(0, folder)
     try:
-        spec.loader.exec_module(module)
+        with no_exit():
+            spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[module.__name__]
         raise ConfigError(f"{path} cannot be run: {_sentence(error)}") from error
@@ -327,7 +330,8 @@ def _called(maker: Callable[..., Any], name: str, offered: Mapping[str, Any]) ->
             f"{defaults} ({' and '.join(OFFERED)} are given where asked for)"
         )
     try:
-        return maker(**{key: offered[key] for key in OFFERED if key in parameters})
+        with no_exit():
+            return maker(**{key: offered[key] for key in OFFERED if key in parameters})
     except Exception as error:
         raise ConfigError(f"{name} cannot be built: {_sentence(error)}") from error
 

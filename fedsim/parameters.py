@@ -19,7 +19,7 @@ from annotated_types import BaseMetadata, Ge, Gt, Interval, Le, Lt
 
 from devices.errors import unknown
 from devices.texts import quoted
-from fedsim.errors import ConfigError
+from fedsim.errors import ConfigError, no_exit
 
 # Of numbers that have no bounds of their own: nothing in a run is beyond them, and torch and numpy can count so far.
 WHOLE, NUMBER = Interval(ge=-(2**31) + 1, le=2**31 - 1), Interval(ge=-1e9, le=1e9)
@@ -45,7 +45,8 @@ def check_parameters(where: str, tree: Mapping[str, Any], given: Collection[str]
     from hydra.utils import get_object
 
     try:
-        target = get_object(str(tree["_target_"]))
+        with no_exit():
+            target = get_object(str(tree["_target_"]))
         known, open_ended = _parameters(target)
         mro = getattr(target, "__mro__", ())
         stock: Mapping[str, Any] = next((bounds for of, bounds in get_object(STOCK).items() if of in mro), {})

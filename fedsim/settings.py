@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from devices.errors import DeviceError, unknown
 from devices.texts import FILE_BYTES, VALUE_LETTERS, quoted, storable, visible
-from fedsim.errors import ConfigError, DataError, in_words
+from fedsim.errors import ConfigError, DataError, ExitError, in_words, no_exit
 from fedsim.host import check_fits, model_bytes
 from fedsim.parameters import check_parameters, said
 from fedsim.run_place import check_folder
@@ -652,7 +652,10 @@ def instantiate(settings: Settings, group: str, **extra: Any) -> Any:
     check_group(group, settings[group])
     check_parameters(group, settings[group], extra)
     try:
-        return hydra_instantiate(settings[group], **extra)
+        with no_exit():
+            return hydra_instantiate(settings[group], **extra)
+    except ExitError as error:
+        raise ConfigError(f"{group}: {error}") from error
     except InstantiationException as error:
         cause = error.__cause__
         if isinstance(cause, ConfigError | DataError | DeviceError):
@@ -678,7 +681,8 @@ def model_factory(settings: Settings) -> ModelFactory:
     def model(**shapes: Any) -> nn.Module:
         from fedsim.workload import MEMORY_FORMATS
 
-        network: nn.Module = make(**shapes)
+        with no_exit():
+            network: nn.Module = make(**shapes)
         target = f"model._target_={settings['model']['_target_']!r}"
         try:
             _refuse_lazy(network)

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsim import strict_json
-from fedsim.errors import ConfigError
+from fedsim.errors import ConfigError, no_exit
 from fedsim.parameters import SPECIAL, said
 
 OWN = ("fedsim", "clients", "strategies", "devices")
@@ -312,7 +312,8 @@ def _found(key: str, name: Any) -> Any:
 
     _reach_working_folder(str(name).partition(".")[0])
     try:
-        return get_object(str(name))
+        with no_exit():
+            return get_object(str(name))
     except Exception as error:
         raise ConfigError(f"{key}={name!r} cannot be used: {' '.join(str(error).split())}") from error
 
@@ -379,7 +380,8 @@ def _module(key: str, name: str) -> types.ModuleType:
     _reach_working_folder(name.partition(".")[0])
     last = list(files)[-1]
     try:
-        return importlib.import_module(last)
+        with no_exit():
+            return importlib.import_module(last)
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ConfigError(f"{key}={name!r} cannot be used: {last} cannot be imported ({reason})") from error
