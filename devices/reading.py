@@ -148,16 +148,21 @@ class UniqueKeys(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore
         return super().construct_mapping(node, deep)
 
 
-def read_yaml(path: Path, at_most: int = MAX_YAML) -> Any:
+def read_yaml(path: Path, at_most: int = MAX_YAML, max_nodes: int = MAX_NODES) -> Any:
     """What a YAML file holds: maps, lists, texts, numbers, dates.
+
+    Args:
+        path: of the file.
+        at_most: bytes.
+        max_nodes: values, with aliases written out.
 
     Raises:
         FileError: if it cannot be read, is no YAML, gives a key twice, or is larger than it looks by its aliases.
     """
-    return parse_yaml(read_text(path, at_most), str(path))
+    return parse_yaml(read_text(path, at_most), str(path), max_nodes)
 
 
-def parse_yaml(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str, max_nodes: int = MAX_NODES) -> Any:
     """What a YAML text holds; `where` names it in the sentence.
 
     Raises:
@@ -170,7 +175,7 @@ def parse_yaml(text: str, where: str) -> Any:
         node = loader.get_single_node()
         if node is None:
             return None
-        _measure(node, where)
+        _measure(node, where, max_nodes)
         return loader.construct_document(node)
     except FileError:
         raise
@@ -190,7 +195,7 @@ def _check_depth(text: str, where: str) -> None:
             raise FileError(f"{where} is not valid YAML: it nests more than {MAX_DEPTH} maps and lists")
 
 
-def _measure(root: yaml.Node, where: str) -> None:
+def _measure(root: yaml.Node, where: str, max_nodes: int) -> None:
     """Refuses a tree that is too deep, holds itself or a number without end, or is too large, aliases written out."""
     sizes: dict[int, int] = {}
 
@@ -205,8 +210,8 @@ def _measure(root: yaml.Node, where: str) -> None:
             inner: Sequence[Any] = () if isinstance(node, yaml.ScalarNode) else node.value
             flat = [one for entry in inner for one in (entry if isinstance(entry, tuple) else (entry,))]
             sizes[id(node)] = 1 + sum(size(one, (*above, id(node))) for one in flat)
-            if sizes[id(node)] > MAX_NODES:
-                raise FileError(f"{where} is too large: more than {MAX_NODES} values, aliases written out")
+            if sizes[id(node)] > max_nodes:
+                raise FileError(f"{where} is too large: more than {max_nodes} values, aliases written out")
         return sizes[id(node)]
 
     size(root, ())

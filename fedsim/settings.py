@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from devices.errors import DeviceError, unknown
+from devices.reading import read_yaml
 from devices.texts import FILE_BYTES, VALUE_LETTERS, quoted, storable, visible
 from fedsim.errors import ConfigError, DataError, ExitError, in_words, no_exit
 from fedsim.host import check_fits, model_bytes
@@ -71,7 +72,8 @@ def config_folders() -> list[Path]:
 
 def options(group: str) -> list[str]:
     """The names that a group accepts, sorted."""
-    return sorted({path.stem for folder in config_folders() for path in (folder / group).glob("*.yaml")})
+    paths = (path for folder in config_folders() for path in (folder / group).glob("*.yaml"))
+    return sorted({path.stem for path in paths if path.is_file()})
 
 
 def _option(group: str, name: str) -> Path:
@@ -82,26 +84,20 @@ def _option(group: str, name: str) -> Path:
 
 def model_settings(name: str) -> Settings:
     """The settings of a model config by itself."""
-    import yaml
-
-    tree: Settings = yaml.safe_load(_option("model", name).read_text())
+    tree: Settings = read_yaml(_option("model", name))
     return tree
 
 
 def preset(method: str) -> dict[str, str]:
     """The options that a method preset takes, by group."""
-    import yaml
-
-    tree = yaml.safe_load(_option("method", method).read_text())
+    tree = read_yaml(_option("method", method))
     chosen = {str(key): str(value) for entry in tree["defaults"] for key, value in entry.items()}
     return {key.removeprefix("override /"): value for key, value in chosen.items()}
 
 
 def preset_private(method: str) -> list[str]:
     """What a method preset keeps on the devices."""
-    import yaml
-
-    tree = yaml.safe_load(_option("method", method).read_text())
+    tree = read_yaml(_option("method", method))
     return [str(name) for name in tree.get("private", [])]
 
 
@@ -206,7 +202,7 @@ def _parsed(text: str) -> Any:
 
     try:
         override = OverridesParser.create().parse_override(text)
-    except HydraException as error:
+    except (HydraException, ValueError, RecursionError) as error:
         reason = _flat(error).partition(" See https://")[0].replace(f"Error parsing override {text!r} ", "")
         reason = visible(reason, VALUE_LETTERS)
         raise ConfigError(
@@ -333,8 +329,13 @@ def one_sentence(overrides: Sequence[str] = ()) -> Iterator[None]:
     from hydra.errors import HydraException, MissingConfigException
     from omegaconf.errors import OmegaConfBaseException
 
+    from fedsim.config_files import COMPOSING, check_before_hydra
+
+    check_before_hydra()
     try:
         yield
+    except (ConfigError, DataError, DeviceError):
+        raise
     except MissingConfigException as error:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         if group and error.options is not None:
@@ -342,10 +343,13 @@ def one_sentence(overrides: Sequence[str] = ()) -> Iterator[None]:
         raise ConfigError(_flat(error)) from error
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, overrides)) from error
+    except COMPOSING as error:
+        hint = "; do the defaults of a file name itself?" if isinstance(error, RecursionError) else ""
+        raise ConfigError(f"these settings cannot be put together: {in_words(error)}{hint}") from error
 
 
 def _explain(error: Exception, overrides: Sequence[str]) -> str:
-    text = _flat(error)
+    text = _flat(error) or f"these settings cannot be put together: {type(error).__name__}"
     key = re.search(r"Could not override '([^']+)'|Could not delete from config\. '([^']+)' does not exist", text)
     if key:
         # A map may hold the wrong key one level further down: the cause knows where.
