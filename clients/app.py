@@ -1,8 +1,7 @@
 """The Flower ClientApp: unpacks a cohort message, lets the trainer work for each client in it, packs the answers.
 
 The same app runs in this process, in Ray actors and on Flower SuperNodes; it builds its world (data, model, trainer)
-once per process from the settings that come with the message. May import: fedsim, devices, torch, flwr (not
-strategies). Nothing here knows a method.
+once per process from the settings that come with the message. Nothing here knows a method.
 """
 
 from __future__ import annotations

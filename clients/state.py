@@ -1,4 +1,4 @@
-"""What a client keeps between rounds. May import: torch, fedsim.messages, fedsim.workload."""
+"""What a client keeps between rounds."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """When a client can be reached, as a function of the simulated time: no state, so every order of asking agrees.
 
-A fleet builds one of these with `num_clients` and `seed`; in a configuration it is `_partial_: true`. May import: numpy
-and this package.
+A fleet builds one of these with `num_clients` and `seed`; in a configuration it is `_partial_: true`.
 """
 
 from __future__ import annotations

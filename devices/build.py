@@ -1,7 +1,6 @@
 """Makes the shipped device profiles and priors from public tables, so that facts and not guesses are in the YAML.
 
-`devices/catalogue.yaml` says which devices there are and what no table knows of them. May import: numpy, pandas, yaml,
-torch and this package.
+`devices/catalogue.yaml` says which devices there are and what no table knows of them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""From measurements, few or many or none, to the prices of a runtime on a device.
-
-May import: numpy, `devices.prior` and what stands below it.
-"""
+"""From measurements, few or many or none, to the prices of a runtime on a device."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 A network's layer table becomes 17 counts, a device's costs are 17 non-negative prices for them. Each price has a unit
 that the datasheet gives (a multiply-add at the peak, four bytes at the memory's bandwidth, a microsecond a call) and
-bounds that nature gives. May import: numpy and this package.
+bounds that nature gives.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Work (facts about what ran) and its price on a device (seconds and joules).
 
 A trainer reports `Work`; a `LatencyModel` turns (work, device) into a `Cost`. Nothing here knows of federations, so a
-finished run can be priced again on other devices. May import: numpy and this package.
+finished run can be priced again on other devices.
 """
 
 from __future__ import annotations

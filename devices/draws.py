@@ -1,7 +1,7 @@
 """Named random draws: equal names, equal numbers, on every machine and in any order of asking.
 
 `stream` fills whole arrays (one draw per client); `uniforms` answers single questions (this client, this round) in a
-few microseconds. May import: numpy.
+few microseconds.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Joules of graphics cards: fitted to the rows that have them, and carried to other cards by watts and peak.
-
-May import: numpy, scipy and this package.
-"""
+"""Joules of graphics cards: fitted to the rows that have them, and carried to other cards by watts and peak."""
 
 from __future__ import annotations
 

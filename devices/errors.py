@@ -1,7 +1,6 @@
 """Errors of the devices package and the sentence that every unknown name gets.
 
-May import: the standard library and devices.texts. Everything above `devices` uses `unknown` too, so that a wrong
-name reads the same everywhere.
+Everything above `devices` uses `unknown` too, so that a wrong name reads the same everywhere.
 """
 
 from collections.abc import Iterable

@@ -1,7 +1,4 @@
-"""How well latency predictors do on devices that they have not seen, under HELP's protocol, on a table of latencies.
-
-May import: numpy, scipy and this package; matplotlib only for the picture.
-"""
+"""How well latency predictors do on devices that they have not seen, under HELP's protocol, on a table of latencies."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """How far the structured model is off, on public tables: networks left out, devices left out, steps, joules.
 
 Everything is judged on what the fit did not see: a network's rows are all left out together, and the prior is that of
-all other devices. May import: numpy, scipy and this package.
+all other devices.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Pictures: made and saved here only, so that no text in one is taken for a formula.
-
-May import: matplotlib (when it draws) and this package.
-"""
+"""Pictures: made and saved here only, so that no text in one is taken for a formula."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Whether a network fits on a device: time, energy and memory of its passes, and what would make it fit.
 
-Memory is what a run reserves (`devices.meter`). May import: this package.
+Memory is what a run reserves (`devices.meter`).
 """
 
 from __future__ import annotations

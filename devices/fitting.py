@@ -7,8 +7,7 @@ A problem's prices w [k] minimise
 over low <= w <= high: relative errors with a Cauchy loss (c = 2), and a Gaussian prior on the logarithms of the prices,
 so that what the rows cannot tell apart is shared out as on other devices, and a device with one row gets a scale. A
 prediction is (launches^p + work^p)^(1/p), launches the columns of calls, work the others: p = 1 is a sum (processors
-run one thing after the other), larger p lets launches hide behind work (graphics cards). Source: fedsim. May import:
-numpy, `devices.columns`.
+run one thing after the other), larger p lets launches hide behind work (graphics cards). Source: fedsim.
 """
 
 from __future__ import annotations

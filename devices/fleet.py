@@ -1,6 +1,6 @@
 """Which client owns which device: drawn once from shares, the same for the same configuration and seed.
 
-May import: numpy and this package. A fleet holds a few bytes per client: a million clients cost a few megabytes.
+A fleet holds a few bytes per client: a million clients cost a few megabytes.
 """
 
 from __future__ import annotations

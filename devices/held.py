@@ -1,6 +1,6 @@
 """The memory that a pass through a network holds, counted tensor by tensor; the same on every host.
 
-Counted is what torch allocates for tensors, not what it takes inside of one operator. May import: torch, devices.modes.
+Counted is what torch allocates for tensors, not what it takes inside of one operator.
 """
 
 from __future__ import annotations

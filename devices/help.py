@@ -9,8 +9,7 @@ Source: Lee et al., "HELP: Hardware-Adaptive Efficient Latency Prediction for NA
 written anew after the authors' code (github.com/HayeonLee/HELP). Differs: the references, which are measured anyway,
 belong to the support (the authors adapt to ten others only); the scale of the labels comes from measured networks
 (theirs from the extremes of the whole pool, which a new device does not have); predictions are the mean of all draws;
-milliseconds come from a least-squares line through the support but for the references. May import: numpy, torch,
-`devices.draws`, `devices.errors`, `devices.spaces` and the other HELP modules.
+milliseconds come from a least-squares line through the support but for the references.
 """
 
 from __future__ import annotations

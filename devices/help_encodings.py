@@ -1,8 +1,7 @@
 """Networks of a search space as the numbers that HELP reads: one row of operation ids in, one float32 tensor out.
 
 Source: Lee et al., "HELP: Hardware-Adaptive Efficient Latency Prediction for NAS via Meta-Learning", NeurIPS 2021; the
-layouts are those of the authors' code, so that their released weights can be used. May import: numpy, torch and
-`devices.errors`.
+layouts are those of the authors' code, so that their released weights can be used.
 """
 
 from __future__ import annotations

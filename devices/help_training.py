@@ -7,8 +7,7 @@ weights are kept.
 Source: Lee et al., "HELP: Hardware-Adaptive Efficient Latency Prediction for NAS via Meta-Learning", NeurIPS 2021,
 written anew after the authors' code. Differs: support and scale of the labels are those of the test (`devices.help`),
 the scale from what the episode measured and from the other source devices; the divergence of the gates is the mean over
-the episode's devices (theirs counts the last device's once per device: `kl_reference_quirk`). May import: numpy, scipy,
-torch, safetensors and this package.
+the episode's devices (theirs counts the last device's once per device: `kl_reference_quirk`).
 """
 
 from __future__ import annotations

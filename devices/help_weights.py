@@ -1,7 +1,7 @@
 """Weights of HELP: their names and shapes, and the files they are read from and written to.
 
 Names are those of the authors' checkpoints (github.com/HayeonLee/HELP), so that theirs and ours are read by one
-function. May import: torch, safetensors, `devices.help_encodings`, this package's errors, reader and writer.
+function.
 """
 
 from __future__ import annotations

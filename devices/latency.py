@@ -1,7 +1,6 @@
 """Latency models that know the network: the structured cost model, fitted per device, and HELP for its own space.
 
 Both price the layer table that comes with the work, so pruned and narrowed networks cost what their true shapes cost.
-May import: numpy, yaml, torch (where a network is traced) and this package.
 """
 
 from __future__ import annotations

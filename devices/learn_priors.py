@@ -1,7 +1,4 @@
-"""Learns the priors of prices from all devices of the public tables, and from all but one to judge them.
-
-May import: numpy and this package.
-"""
+"""Learns the priors of prices from all devices of the public tables, and from all but one to judge them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """Named links between a device and the server, such as `mobile`, `5g_low_us` and `wifi`: speed, spread and radio.
 
-May import: the standard library and this package. They are `devices/links.yaml`, every figure with its source. A
-profile names one as `network.link`, a fleet as `link`.
+They are `devices/links.yaml`, every figure with its source. A profile names one as `network.link`, a fleet as `link`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What one example costs in a network: counted by running it, so that nobody writes FLOPs down by hand.
-
-May import: torch and this package; everything else in `devices` works without this module.
-"""
+"""What one example costs in a network: counted by running it, so that nobody writes FLOPs down by hand."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The base of what looks at every operator that torch runs.
-
-May import: torch.
-"""
+"""The base of what looks at every operator that torch runs."""
 
 from __future__ import annotations
 

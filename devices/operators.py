@@ -2,7 +2,6 @@
 
 Torch's own FLOP formulas know plain matrix products, convolutions and fused attention of cards only. An operator that
 neither they nor this module know is refused: to take it for an elementwise one would price its products as nothing.
-May import: torch and `devices.errors`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Small networks of the public tables that no library ships, as their sources describe them. May import: torch."""
+"""Small networks of the public tables that no library ships, as their sources describe them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""A device as a picture: predicted latency of small networks against their multiply-adds.
-
-May import: matplotlib (when it draws), torch and this package.
-"""
+"""A device as a picture: predicted latency of small networks against their multiply-adds."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """Which phones people had: a list of phones turned into shares of the shipped devices, by their SoC.
 
-`devices/population.yaml` holds the shares; `fedsim devices population` makes it from the list. May import: numpy, yaml
-and this package.
+`devices/population.yaml` holds the shares; `fedsim devices population` makes it from the list.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What one pass of a network takes on a device, and how far that is known. May import: this package."""
+"""What one pass of a network takes on a device, and how far that is known."""
 
 from __future__ import annotations
 

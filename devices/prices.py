@@ -1,7 +1,4 @@
-"""Prices of a runtime on a device: what a pass costs, and how far that is known.
-
-May import: numpy and this package.
-"""
+"""Prices of a runtime on a device: what a pass costs, and how far that is known."""
 
 from __future__ import annotations
 

@@ -1,11 +1,10 @@
 """What prices look like on devices in general: the prior that a fit is drawn to, and all there is without measurements.
 
-A device's logarithms of (price / physical unit) are normal around a linear function of a few facts of its datasheet
-and runtime; mean and covariance are learned from many measured devices by empirical Bayes (EM: fit every device under
-the prior, then take the prior from the fits and their uncertainty). The covariance knows that a device slow at one
-thing is slow at others, so that one measured network moves all prices, and which move apart. Source: fedsim; the
-shipped numbers are learned by `fedsim devices build` and stand in `devices/priors.yaml`. May import: numpy, yaml and
-this package.
+A device's logarithms of (price / physical unit) are normal around a linear function of a few facts of its datasheet and
+runtime; mean and covariance are learned from many measured devices by empirical Bayes (EM: fit every device under the
+prior, then take the prior from the fits and their uncertainty). The covariance knows that a device slow at one thing is
+slow at others, so that one measured network moves all prices, and which move apart. Source: fedsim; the shipped numbers
+are learned by `fedsim devices build` and stand in `devices/priors.yaml`.
 """
 
 from __future__ import annotations

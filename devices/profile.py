@@ -1,7 +1,7 @@
 """What a device can do: its rate, memory, network and power, read from a YAML file that says where each number is from.
 
-May import: the standard library and this package. The shipped devices are `devices/profiles/*.yaml`; a user's own file
-has the same keys, all of them in `devices.profile_file.FIGURES`. A number is plain, or {value, provenance, source}:
+The shipped devices are `devices/profiles/*.yaml`; a user's own file has the same keys, all of them in
+`devices.profile_file.FIGURES`. A number is plain, or {value, provenance, source}:
 
     name: my_board
     kind: sbc

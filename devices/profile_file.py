@@ -1,7 +1,6 @@
 """The YAML file of a device or a link: which numbers it may hold, within which bounds, and what is wrong in one.
 
-May import: the standard library and this package. `FIGURES` is the whole schema: checks, defaults and the
-comments of `fedsim devices new` come from it.
+`FIGURES` is the whole schema: checks, defaults and the comments of `fedsim devices new` come from it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The text of a shipped device profile: YAML with a figure a line and prices a kind a line, for people to read.
-
-May import: the standard library.
-"""
+"""The text of a shipped device profile: YAML with a figure a line and prices a kind a line, for people to read."""
 
 from __future__ import annotations
 

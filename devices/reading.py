@@ -1,8 +1,7 @@
 """Reads files that somebody else may have written: JSON, JSON lines, YAML, NumPy archives and Parquet.
 
 Whatever the file holds, the answer is its content or a `FileError` of one sentence: nothing is unpickled, no pipe or
-device is opened, and sizes, depths and YAML aliases are bounded before they cost memory. May import: numpy, yaml,
-pyarrow (lazily), devices.errors.
+device is opened, and sizes, depths and YAML aliases are bounded before they cost memory.
 """
 
 from __future__ import annotations

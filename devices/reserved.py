@@ -1,7 +1,7 @@
 """What a step and an inference reserve, from shapes alone: `devices.meter` without its arithmetic.
 
 A network runs on the meta device, where tensors have sizes and no numbers: a ResNet-50 takes a second in the place of
-half a minute. May import: torch and this package.
+half a minute.
 """
 
 from __future__ import annotations

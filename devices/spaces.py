@@ -1,7 +1,6 @@
 """Tables of measured latencies: many networks of one search space on many devices, and how they are split for judging.
 
-The files are HELP's released tables as npz (see `load_space`). May import: numpy and this package's errors
-and reader.
+The files are HELP's released tables as npz (see `load_space`).
 """
 
 from __future__ import annotations

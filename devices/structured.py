@@ -1,7 +1,7 @@
 """Latency of any network on a device from a handful of measured ones: a non-negative sum over layer kinds.
 
 The device is a vector of coefficients, the network a vector of features (`LayerTable.features`), the latency their
-product, as runtimes run layers one after the other. Source: fedsim. May import: numpy, scipy and `devices.errors`.
+product, as runtimes run layers one after the other. Source: fedsim.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A folder of tables has `devices.csv`, `networks.csv`, `network_features.csv` and any of the measurement files of
 `MEASUREMENTS`, all CSV. A setting is what was measured on one device in one way: never two runtimes, thread counts,
-precisions or phases together. May import: numpy, pandas, yaml, torch (where a network is traced) and this package.
+precisions or phases together.
 """
 
 from __future__ import annotations

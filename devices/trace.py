@@ -1,7 +1,7 @@
 """What one example costs in a network, layer kind by layer kind: the input of `devices.structured`.
 
 The network is run once on the meta device, which knows shapes and no numbers; every operation below autograd is seen,
-whether a module or a function called it. May import: numpy, torch and this package.
+whether a module or a function called it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Files that are there whole or not at all, also when the process is killed, the disk is full or the power fails.
-
-May import: the standard library only.
-"""
+"""Files that are there whole or not at all, also when the process is killed, the disk is full or the power fails."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Small networks that span every layer kind: what a device is measured with, and what predictors are judged on.
 
 A name says all: "resnet-16" is the family at width 16, "resnet-16-keep0.5" the same with the inner channels of each
-block pruned to a half. May import: torch and this package.
+block pruned to a half.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python -m fedsim` is the command `fedsim`. May import: fedsim.cli."""
+"""`python -m fedsim` is the command `fedsim`."""
 
 from fedsim.cli import main
 

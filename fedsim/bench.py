@@ -1,7 +1,7 @@
 """How much the engines cost above the bare PyTorch loop, side by side on this host.
 
 Every side runs in its own process and they take turns, round by round; medians are compared, because absolute times on
-a shared machine are noise and their ratios are not. May import: fedsim, rich. Engines come from the caller.
+a shared machine are noise and their ratios are not. Engines come from the caller.
 """
 
 from __future__ import annotations

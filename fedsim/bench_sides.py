@@ -1,7 +1,7 @@
 """The sides of `fedsim bench`, each in a process of its own: two bare loops, and whole rounds of an engine.
 
 A process of its own keeps what one side does to its process (allocator, garbage collector, loaded libraries) away from
-the others. Sides work one at a time, when the bench tells them to. May import: torch, psutil, fedsim.
+the others. Sides work one at a time, when the bench tells them to.
 """
 
 from __future__ import annotations

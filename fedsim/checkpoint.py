@@ -1,9 +1,8 @@
 """The state of a run between two rounds, on disk, so that a run that was cut short goes on to the same bytes.
 
-One folder per checkpoint, `checkpoint/round-000010/`, there whole or not at all: weights.safetensors (the global
-model, as any library reads it), tensors.safetensors (what clients and strategy keep), state.json (everything else),
+One folder per checkpoint, `checkpoint/round-000010/`, there whole or not at all: weights.safetensors (the global model,
+as any library reads it), tensors.safetensors (what clients and strategy keep), state.json (everything else),
 checksums.json (of these and of all else that a run goes on from). The last two are kept. Nothing in them can run code.
-May import: flwr, torch, numpy, safetensors, devices.reading, fedsim.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""`fedsim data averages`: what a server would see of clients that share averages.
-
-May import: fedsim's settings, console and averages (inside the command, so that `--help` answers at once).
-"""
+"""`fedsim data averages`: what a server would see of clients that share averages."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""`fedsim devices`: what devices there are, what a network costs on them, and how well that is known.
-
-May import: devices, and fedsim's settings and console (inside the commands, so that `--help` answers at once).
-"""
+"""`fedsim devices`: what devices there are, what a network costs on them, and how well that is known."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""`fedsim devices list`, `show` and `predict`: what devices there are, what a network takes on them, how far one knows.
-
-May import: devices, and fedsim's own models and console (inside the commands, so that `--help` answers at once).
-"""
+"""`fedsim devices list`, `show` and `predict`: the devices, what a network takes on them, how far that is known."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""`fedsim devices calibrate`: prices of a device from rows that one measured on it oneself, be it a single one.
-
-May import: devices, torch, yaml, and fedsim's settings and console (inside the functions, so that `--help` answers at
-once).
-"""
+"""`fedsim devices calibrate`: prices of a device from rows that one measured on it oneself, be it a single one."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""`fedsim devices fit`: whether a network fits on devices, what its passes take there, and what would make it fit.
-
-May import: devices, and fedsim's own models and console (inside the command, so that `--help` answers at once).
-"""
+"""`fedsim devices fit`: whether a network fits on devices, what its passes take there, and what would make it fit."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""`fedsim devices links` and `population`: what connects the devices of a fleet, and which phones people had.
-
-May import: devices, and fedsim's console and report (inside the functions, so that `--help` answers at once).
-"""
+"""`fedsim devices links` and `population`: what connects the devices of a fleet, and which phones people had."""
 
 from __future__ import annotations
 

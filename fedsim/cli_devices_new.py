@@ -1,7 +1,4 @@
-"""`fedsim devices new`: a profile of one's own, to start from a device that is there.
-
-May import: devices (inside the functions, so that `--help` answers at once).
-"""
+"""`fedsim devices new`: a profile of one's own, to start from a device that is there."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""`fedsim devices build` and `fedsim devices evaluate --tables`: the public tables behind the shipped devices.
-
-May import: devices, and fedsim's console (inside the functions).
-"""
+"""`fedsim devices build` and `fedsim devices evaluate --tables`: the public tables behind the shipped devices."""
 
 from __future__ import annotations
 

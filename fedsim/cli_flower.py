@@ -1,7 +1,4 @@
-"""`fedsim flwr`: an experiment on Flower's own runtime, with the same result and an exit code that tells the truth.
-
-May import: fedsim (inside the command, so that `--help` answers at once).
-"""
+"""`fedsim flwr`: an experiment on Flower's own runtime, with the same result and an exit code that tells the truth."""
 
 from __future__ import annotations
 

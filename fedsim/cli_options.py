@@ -1,7 +1,4 @@
-"""What several commands read from their options.
-
-May import: devices.texts, errors and writing, fedsim.errors and run_place (lazily).
-"""
+"""What several commands read from their options."""
 
 from __future__ import annotations
 

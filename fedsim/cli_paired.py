@@ -1,7 +1,4 @@
-"""`fedsim paired`: the runs of a sweep against each other, seed by seed.
-
-May import: fedsim's console and `fedsim.paired` (inside the command, so that `--help` answers at once).
-"""
+"""`fedsim paired`: the runs of a sweep against each other, seed by seed."""
 
 from __future__ import annotations
 

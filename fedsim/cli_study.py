@@ -1,7 +1,4 @@
-"""`fedsim study`: a whole comparison by one command: methods x settings x seeds, a table and a picture.
-
-May import: fedsim's console and studies (inside the command, so that `--help` answers at once).
-"""
+"""`fedsim study`: a whole comparison by one command: methods x settings x seeds, a table and a picture."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The rows of `clients/*.parquet`: one for each client and exchange.
-
-May import: pyarrow (lazily), fedsim.network's reports.
-"""
+"""The rows of `clients/*.parquet`: one for each client and exchange."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Simulated time: who is on time and how long a round takes. Host time never enters. May import: nothing else."""
+"""Simulated time: who is on time and how long a round takes. Host time never enters."""
 
 from __future__ import annotations
 

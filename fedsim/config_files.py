@@ -1,7 +1,7 @@
 """Config files that do not come with fedsim, of a tree or plug-in of somebody else's: bounded before Hydra reads them.
 
 Hydra's own reader takes any size and depth, writes aliases out, and ends in a traceback for what is no YAML. What comes
-with fedsim is not read twice. May import: hydra, omegaconf, yaml, devices.errors and reading, fedsim.parameters.
+with fedsim is not read twice.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""What a person sees of a run in the terminal: a progress bar and tables. May import: rich, devices.texts,
-fedsim's reports.
-"""
+"""What a person sees of a run in the terminal: a progress bar and tables."""
 
 from __future__ import annotations
 

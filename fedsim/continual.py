@@ -2,7 +2,7 @@
 
 a[t, s] is the test accuracy on task s after task t, a0[s] that of the untrained model. Source: Lopez-Paz and Ranzato,
 "Gradient Episodic Memory for Continual Learning", NeurIPS 2017 (backward and forward transfer); Chaudhry et al.,
-"Riemannian Walk for Incremental Learning", ECCV 2018 (forgetting). May import: numpy, fedsim.report's types.
+"Riemannian Walk for Incremental Learning", ECCV 2018 (forgetting).
 """
 
 from __future__ import annotations

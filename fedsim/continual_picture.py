@@ -1,7 +1,4 @@
-"""Pictures of a continual run: the accuracy matrix as a heat map, and the accuracy of each task over the rounds.
-
-May import: numpy, matplotlib (lazily), devices.figures, devices.texts, fedsim.continual, the types of fedsim.report.
-"""
+"""Pictures of a continual run: the accuracy matrix as a heat map, and the accuracy of each task over the rounds."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The trained network on the devices of the fleet: compressed as each runs it, judged, weighed and priced.
-
-May import: torch, devices and fedsim's slices, settings, workload.
-"""
+"""The trained network on the devices of the fleet: compressed as each runs it, judged, weighed and priced."""
 
 from __future__ import annotations
 

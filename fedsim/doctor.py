@@ -1,7 +1,4 @@
-"""Checks an installation: versions, GPU, data, writable folders, and a run of a few seconds.
-
-May import: everything in fedsim; the engine comes from the caller.
-"""
+"""Checks an installation: versions, GPU, data, writable folders, and a run of a few seconds."""
 
 from __future__ import annotations
 

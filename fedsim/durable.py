@@ -1,7 +1,4 @@
-"""Files that are there whole or not at all, as `devices.writing` makes them, and the folders that they lie in.
-
-May import: the standard library, devices.writing.
-"""
+"""Files that are there whole or not at all, as `devices.writing` makes them, and the folders that they lie in."""
 
 from __future__ import annotations
 

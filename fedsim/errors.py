@@ -1,7 +1,7 @@
 """Errors of the core that a user can act on; their text is one sentence that says what to change.
 
-May import: the standard library. Wrong names get their sentence from `devices.errors.unknown`. The command line ends
-with code 2 for ConfigError and DataError (nothing ran), with 1 for RunError (what was written so far stays).
+Wrong names get their sentence from `devices.errors.unknown`. The command line ends with code 2 for ConfigError and
+DataError (nothing ran), with 1 for RunError (what was written so far stays).
 """
 
 from collections.abc import Iterator

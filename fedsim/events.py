@@ -1,6 +1,6 @@
 """TensorBoard's event file of a run, written in this thread: a disk that is full is seen where it happens.
 
-The format and its checksums are TensorBoard's own code. May import: tensorboard (lazily), fedsim.durable.
+The format and its checksums are TensorBoard's own code.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One run from top to bottom: build, the round loop, report.
 
 The loop is ours and calls the hooks of a Flower `Strategy`, so any stock strategy runs as an edge workload; Flower's
-own `start` has no clock, budget, early stop or evaluation cadence. May import: flwr, devices, fedsim. Never a method.
+own `start` has no clock, budget, early stop or evaluation cadence. Never a method.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A fingerprint is a flat map of texts: for arrays "train x" and the like, each with dtype, shape and a hash of the
 content; for data that are drawn, what draws them, with the seed; for device files, traces and weights that the settings
-name, a hash of the file. May import: numpy, yaml, devices.reading, fedsim's errors.
+name, a hash of the file.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """One experiment on Flower's own runtime: handed in, followed, and ended with its true outcome.
 
-`flwr run` returns 0 whatever happens; the truth is in `flwr ls`, the reason in the run folder or the log. May import:
-the standard library, devices.errors, fedsim.
+`flwr run` returns 0 whatever happens; the truth is in `flwr ls`, the reason in the run folder or the log.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""How long a run will roughly take on this host, so that nobody waits for hours unannounced.
-
-May import: devices.errors and trace, fedsim.errors and console (lazily), the types of fedsim.federation and workload.
-"""
+"""How long a run will roughly take on this host, so that nobody waits for hours unannounced."""
 
 from __future__ import annotations
 

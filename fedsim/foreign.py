@@ -1,8 +1,7 @@
 """A config tree that `fedsim run --config-path` or `--config-dir` names: perhaps somebody else's.
 
 Hydra itself calls what stands below `hydra` (its launcher, sweeper, callbacks, logging), sets environment variables and
-imports packages for its search path. So a tree from elsewhere may set nothing there; the command line may. May import:
-hydra, omegaconf (lazily), devices.reading, fedsim's settings, trust and errors.
+imports packages for its search path. So a tree from elsewhere may set nothing there; the command line may.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Forms of what a run writes as JSON, to refuse a damaged or foreign file in one sentence before it is used.
-
-May import: devices.errors.
-"""
+"""Forms of what a run writes as JSON, to refuse a damaged or foreign file in one sentence before it is used."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What this host can hold, asked before anything is made that it cannot.
-
-May import: psutil, torch (lazily), fedsim.errors.
-"""
+"""What this host can hold, asked before anything is made that it cannot."""
 
 from __future__ import annotations
 

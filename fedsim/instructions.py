@@ -1,7 +1,4 @@
-"""What a client that stopped a run was sent, kept beside the run's reports for `fedsim replay`.
-
-May import: flwr, torch, safetensors (lazily), devices.reading, fedsim.
-"""
+"""What a client that stopped a run was sent, kept beside the run's reports for `fedsim replay`."""
 
 from __future__ import annotations
 

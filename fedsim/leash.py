@@ -1,7 +1,7 @@
 """Ends a process that another `fedsim` has started when that one is gone, also after a kill -9.
 
 The starter holds the other end of the child's standard input, and writes nothing: when it can be read, nobody is there
-any longer. May import: the standard library.
+any longer.
 """
 
 from __future__ import annotations

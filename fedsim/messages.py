@@ -1,7 +1,7 @@
 """What server and clients say to each other, and how it travels in Flower records.
 
-`Broadcast` and `ClientUpdate` are what methods see. A *cohort message* carries many clients at once: records
-that several clients share travel once, each client's own beside them. May import: flwr.app, numpy, torch.
+`Broadcast` and `ClientUpdate` are what methods see. A *cohort message* carries many clients at once: records that
+several clients share travel once, each client's own beside them.
 
 Record names on the wire (per client): `arrays` weights, `config` settings, `metrics` numbers, `state` what
 the client keeps (never counted as traffic), and any further ArrayRecord is an extra of the method. What `state` names

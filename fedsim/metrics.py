@@ -1,7 +1,4 @@
-"""Figures drawn from the reports of a run, and the means over clients that are in them.
-
-May import: the standard library, fedsim.report's and fedsim.network's types.
-"""
+"""Figures drawn from the reports of a run, and the means over clients that are in them."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 `EdgeGrid` is a Flower `Grid` with stable client ids 0..N-1 over any engine's `Grid`. It weighs messages, asks who is
 online, packs clients into cohort messages, prices their work, keeps the simulated clock, withholds late replies and
-stores client state. May import: flwr, devices, and fedsim's clock, messages, seeding-free parts. Never a method.
+stores client state. Never a method.
 """
 
 from __future__ import annotations

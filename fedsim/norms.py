@@ -1,7 +1,7 @@
 """Batch norms that meet a batch with one value per channel: a single example, as at the end of an epoch.
 
 Such a batch has no variance, and torch refuses it. Norms with running statistics can do without; others, and those that
-a network calls as functions, are found by trying. May import: torch, fedsim.errors.
+a network calls as functions, are found by trying.
 """
 
 from __future__ import annotations

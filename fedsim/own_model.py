@@ -5,7 +5,7 @@
     path/to/net.py:Net              a class, or a function without arguments, in a file, which is run
     torchvision.models.resnet18     without weights
 
-May import: torch, torchvision (lazily), devices, fedsim's settings and errors.
+What is no config is built once, and tried with an input.
 """
 
 from __future__ import annotations

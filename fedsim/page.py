@@ -1,8 +1,4 @@
-"""A run as one page that needs nothing else: `report.html`, made from what the run folder holds.
-
-May import: jinja2, pandas (lazily), devices.reading, devices.texts, fedsim's page_pictures, console, run files and data
-descriptions.
-"""
+"""A run as one page that needs nothing else: `report.html`, made from what the run folder holds."""
 
 from __future__ import annotations
 

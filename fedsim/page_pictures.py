@@ -1,7 +1,4 @@
-"""The pictures of a run's page: what accuracy took, where the devices' time went, what became of clients.
-
-May import: numpy, pandas, matplotlib (when it draws), devices.figures and devices.texts, fedsim's paired and reports.
-"""
+"""The pictures of a run's page: what accuracy took, where the devices' time went, what became of clients."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Runs of a sweep against each other, seed by seed: what a difference is worth.
-
-May import: numpy, scipy (lazily), devices.errors, fedsim.report, fedsim.run_files and fedsim.metrics.
-"""
+"""Runs of a sweep against each other, seed by seed: what a difference is worth."""
 
 from __future__ import annotations
 

@@ -2,8 +2,7 @@
 
 A constructor says what it takes in its annotations; a wrong key or type becomes one sentence that names the whole
 setting, e.g. `trainer.lr`. So do bounds: `lr: Annotated[float, Interval(gt=0, le=1e3)]` holds for `trainer.lr`, and a
-number without any has those of `WHOLE` and `NUMBER`. May import: hydra (lazily), annotated_types, devices.errors,
-devices.texts, fedsim.errors.
+number without any has those of `WHOLE` and `NUMBER`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Who owns which training example: iid, label skew, few classes per client, unequal sizes, or the data's own users.
 
-A partition is a value: the same labels, owners and generator give the same clients. May import: numpy, `fedsim.errors`.
+A partition is a value: the same labels, owners and generator give the same clients.
 """
 
 from __future__ import annotations

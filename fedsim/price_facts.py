@@ -1,7 +1,6 @@
 """How far the prices of a finished run are known: one line, from the work of a few of its rounds.
 
-Read from the run folder, so that a resumed run says the same as one that never stopped. May import: pyarrow (lazily),
-devices.
+Read from the run folder, so that a resumed run says the same as one that never stopped.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Which price model priced which rounds of a run: one that goes on under a newer version has two.
-
-May import: the standard library only.
-"""
+"""Which price model priced which rounds of a run: one that goes on under a newer version has two."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What one client's work costs on its device, and whether its reply comes at all.
 
 A pure function of the settings and the work, so that a worker which adds up a block of clients leaves out the same
-clients as the edge grid does. May import: devices.
+clients as the edge grid does.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Which data a run folder says that it was made with.
-
-May import: devices.errors, fedsim's checkpoint, fingerprint, run_files and errors.
-"""
+"""Which data a run folder says that it was made with."""
 
 from __future__ import annotations
 

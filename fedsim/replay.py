@@ -1,7 +1,7 @@
 """One client of one round again, by itself and in this process, so that a debugger can look at it.
 
 When a client stops a run, what it was sent is kept beside the reports; any other client is reached by running the
-rounds before it again. May import: flwr.app, yaml, fedsim.
+rounds before it again.
 """
 
 from __future__ import annotations

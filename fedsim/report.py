@@ -1,7 +1,4 @@
-"""What a run says of its rounds: one line for each, sums over all, and the fingerprint of its weights.
-
-May import: flwr, devices.reading, fedsim's forms, fedsim.network's reports.
-"""
+"""What a run says of its rounds: one line for each, sums over all, and the fingerprint of its weights."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """What each tensor of a model is, and which of them stay on the clients' devices: found once, from the model.
 
 Server and clients resolve `private` in the settings (roles or patterns) alike against the model's state dict, so a
-private tensor is in no message: everything else is shared, that is sent and averaged. May import: torch,
-devices.errors, fedsim.errors.
+private tensor is in no message: everything else is shared, that is sent and averaged.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Reads what a run folder holds, whoever made it: settings, summary, note of a failure, client rows, pictures.
 
 Every reader gives what the page and the comparisons need, or one sentence. Links that lead out of the folder are not
-followed. May import: pyarrow and pandas (lazily), devices.reading, fedsim's checksums, forms and rows.
+followed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """The folder of a run while it is written: rounds, client rows, events, pictures, summary, or the note of a failure.
 
-Everything is on disk as it happens, so that a killed run leaves a readable folder. May import: pyarrow (lazily), yaml,
-fedsim.
+Everything is on disk as it happens, so that a killed run leaves a readable folder.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Where a run goes: its folder is made where its name is chosen, and taken only where nothing else is in it.
-
-May import: devices.texts and writing, fedsim's durable, checksums and errors.
-"""
+"""Where a run goes: its folder is made where its name is chosen, and taken only where nothing else is in it."""
 
 from __future__ import annotations
 

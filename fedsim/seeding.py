@@ -1,7 +1,7 @@
 """One seed in, independent named streams out.
 
 Every random draw of a run comes from `generator(seed, purpose, ...)`: the draws of one purpose, round or client never
-shift those of another. May import: numpy and torch (lazily).
+shift those of another.
 """
 
 from __future__ import annotations

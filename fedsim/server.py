@@ -1,8 +1,7 @@
 """What a strategy is handed of the model: the tensors that are trained; statistics and counters are averaged beside it.
 
 To Flower's strategies all arrays are weights: an optimiser of theirs moves the running variance of a batch norm below
-zero, and clients count as close to each other that took equally many steps. May import: flwr, devices.errors, fedsim's
-engines.blocks, errors, messages, parameters, roles.
+zero, and clients count as close to each other that took equally many steps.
 """
 
 from __future__ import annotations

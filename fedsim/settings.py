@@ -1,7 +1,6 @@
 """One config tree, two doors: composes it, checks it, and builds from it what a run needs.
 
-`fedsim run` and `flwr run` both come here. May import: hydra, omegaconf, devices, fedsim. Methods, trainers and
-strategies are reached only as `_target_` texts.
+`fedsim run` and `flwr run` both come here. Methods, trainers and strategies are reached only as `_target_` texts.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The narrowed forms of a run's network: their channel groups, static networks and prices, made once per process.
 
-Server and clients of methods that train different widths both build one from the workload, so that only tensors and
-one bit per channel travel. May import: torch, devices, fedsim.errors and fedsim.workload.
+Server and clients of methods that train different widths both build one from the workload, so that only tensors and one
+bit per channel travel.
 """
 
 from __future__ import annotations

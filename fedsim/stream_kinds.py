@@ -1,7 +1,4 @@
-"""How a data set becomes a sequence of tasks: its classes in groups, all of it rotated or permuted, or several in turn.
-
-May import: torch, numpy, torchvision (lazily), fedsim's streams, data.bundle, partition, fingerprint, seeding, errors.
-"""
+"""How a data set becomes a sequence of tasks: its classes in groups, all of it rotated or permuted, or several."""
 
 from __future__ import annotations
 

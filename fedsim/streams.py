@@ -1,8 +1,7 @@
 """Continual learning: any workload as a stream of tasks, which arrive at its clients by simulated round.
 
 A stream wraps a workload and changes only what clients have in which round: strategies and trainers need not know of
-it. `fedsim/stream_kinds.py` says how a data set becomes tasks. May import: torch, numpy, fedsim's workload, seeding,
-fingerprint, continual, continual_picture, errors.
+it. `fedsim/stream_kinds.py` says how a data set becomes tasks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""JSON as its standard has it: no NaN, no infinity, for readers in any language. May import: the standard library."""
+"""JSON as its standard has it: no NaN, no infinity, for readers in any language."""
 
 from __future__ import annotations
 

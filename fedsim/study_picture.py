@@ -1,8 +1,6 @@
 """A study as a picture: accuracy against what it took, a line per arm with a band over the seeds.
 
 Where every axis is a figure of a run, such as a latency, an arm is a point, and the points of one family are joined.
-
-May import: matplotlib (when it draws), numpy, devices.figures and devices.texts, fedsim's study_result and paired.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What a study found: a row per arm with differences to one of them, as a table's figures, JSON and CSV.
-
-May import: pandas (lazily), devices.errors, fedsim's study, paired and report.
-"""
+"""What a study found: a row per arm with differences to one of them, as a table's figures, JSON and CSV."""
 
 from __future__ import annotations
 

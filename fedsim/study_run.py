@@ -1,8 +1,4 @@
-"""Runs what a study lacks: each run a process of its own, some at a time; what is finished is kept.
-
-May import: the standard library, devices' errors, reading and writing, fedsim's checksums, errors, leash, study and
-trust.
-"""
+"""Runs what a study lacks: each run a process of its own, some at a time; what is finished is kept."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 torch's own forward mode convolves values and tangents apart, and takes 2.7 to 3 training steps for what counts as two.
 Here they are one batch of twice the size, the values before the tangents, which goes through convolutions, fully
 connected layers, ReLU and max-pooling as it is; every other operator is left to torch's forward mode, one at a time.
-May import: torch.
 """
 
 from __future__ import annotations

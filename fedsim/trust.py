@@ -7,7 +7,6 @@ below a folder that a command was given. What is given may be a part of somethin
 folder or file deeper in the working folder, say pack/runs/A, all of pack is kept out. It goes by where the object is
 defined, not by the path that leads to it, and the object must be of the kind that its place needs. Everything else
 needs `--allow-target NAME` on the command line.
-May import: the standard library, hydra (lazily), devices.errors, fedsim.errors, parameters and strict_json.
 """
 
 from __future__ import annotations

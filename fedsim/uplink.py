@@ -3,7 +3,7 @@
 A client's reply holds the difference to the weights that it was sent. Buffers (statistics of batch norms) and counts
 travel as they are, in one array each; beside 8-bit values, buffers in half precision. What compression lost stays on
 the device as `reply.residual`, which belongs to the reply: a client that is not sampled, is late or fails keeps the one
-it had, since nothing of its update has reached the server. May import: torch, flwr.app, devices and fedsim.messages.
+it had, since nothing of its update has reached the server.
 """
 
 from __future__ import annotations

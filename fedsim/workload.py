@@ -1,7 +1,7 @@
 """What is learned: data, model, objective and how it is judged.
 
-A workload may be a finite data set, an endless task generator or an environment; `ClientData` hides which. May import:
-torch, numpy, fedsim's errors, fingerprint, norms and seeding. Concrete workloads live in `fedsim/data/`.
+A workload may be a finite data set, an endless task generator or an environment; `ClientData` hides which. Concrete
+workloads live in `fedsim/data/`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""FedAvg whose broadcast may differ per client and whose replies carry extras: the base of our own strategies.
-
-May import: flwr, torch, devices, fedsim (not clients).
-"""
+"""FedAvg whose broadcast may differ per client and whose replies carry extras: the base of our own strategies."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 Source: Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", PNAS 2017; averaging the Fisher
 information over clients is fedsim's. Records: fisher, up, once per task: curvature [weights] float32, examples []
 int64; penalty, down, from the second task on: curvature, weighted [weights], constant [] float32, the sums over tasks
-of F, F w* and F w*^2, which is all that a sum of quadratics needs. May import: what `strategies.tasks` may.
+of F, F w* and F w*^2, which is all that a sum of quadratics needs.
 """
 
 from __future__ import annotations

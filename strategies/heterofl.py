@@ -2,11 +2,11 @@
 
 Statistics of static batch norms are collected when training is done, not while it runs. Source: Diao et al.,
 "HeteroFL", ICLR 2021, section 3, and its code (`fed.py`: clients count alike; rows of the classifier, where labels are
-masked, only those of the client's own classes). Differs: each client looks at its data through the part
-that it trains, and each channel's statistics are the mean over those who hold it, weighted by examples; the authors'
-code passes the data through the whole network. Records: statistics, up, asked before the weights are judged: for each
-batch norm running_mean and running_var [channels of the part] float32, examples [] int64; classes, up where labels are
-masked: bits [ceil(classes / 8)] uint8; else those of `strategies.subnet`. May import: what `strategies.widths` may.
+masked, only those of the client's own classes). Differs: each client looks at its data through the part that it trains,
+and each channel's statistics are the mean over those who hold it, weighted by examples; the authors' code passes the
+data through the whole network. Records: statistics, up, asked before the weights are judged: for each batch norm
+running_mean and running_var [channels of the part] float32, examples [] int64; classes, up where labels are masked:
+bits [ceil(classes / 8)] uint8; else those of `strategies.subnet`.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ Records: averages, up, once for each version of a client's data: x [groups, *inp
 low, step [groups]; room, up with them: bytes [], version []. pool, down: the pairs that a client does not hold yet, in
 the form of averages; pool-dropped, down: rows [pairs] int64 of those that it holds and that are no more. An update's
 metric data_version tells when its client's data have changed: it is asked again.
-May import: flwr, torch, numpy, devices, fedsim (not clients).
 """
 
 from __future__ import annotations

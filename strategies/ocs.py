@@ -3,7 +3,7 @@
 Source: Yoon et al., "Online Coreset Selection for Rehearsal-based Continual Learning", ICLR 2022, for one learner; the
 federated protocol is fedsim's. Records: reference, both ways, only with trainer.ref_scope=global: direction [weights]
 float32 of length 1, the gradient of the coreset (down: of all of them); examples [] int64, up. The coresets stay where
-they are. May import: what `strategies.tasks` may.
+they are.
 """
 
 from __future__ import annotations

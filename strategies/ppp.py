@@ -1,12 +1,11 @@
 """Prototype-based personalised pruning, federated: clients train one network and its gates, each for its own channels.
 
 After Kim et al., "Prototype-based Personalized Pruning", ICASSP 2021: a reconstruction from the abstract and the patent
-abstract, federated by us, so no figure of it is the paper's; a patent (US 12 505 348 B2) covers the idea.
-Records: arrays, both ways: the network, or the part that the client trains. gates, both ways where the keep ratio is
-below 1: its gate modules. kept, down and, in masked training, up: bits [ceil(C / 8)] uint8, the channels of arrays.
-mask, up, where it differs from kept: bits of the channels that the client's prototype asks for; masked training sends
-them in its next round. share, down, with trainer.diversity above 0: by group, the share of clients that keep a unit.
-May import: what `strategies.widths` may, and devices.compression.
+abstract, federated by us, so no figure of it is the paper's; a patent (US 12 505 348 B2) covers the idea. Records:
+arrays, both ways: the network, or the part that the client trains. gates, both ways where the keep ratio is below 1:
+its gate modules. kept, down and, in masked training, up: bits [ceil(C / 8)] uint8, the channels of arrays. mask, up,
+where it differs from kept: bits of the channels that the client's prototype asks for; masked training sends them in its
+next round. share, down, with trainer.diversity above 0: by group, the share of clients that keep a unit.
 """
 
 from __future__ import annotations

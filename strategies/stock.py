@@ -1,6 +1,6 @@
 """What Flower's own strategies leave unchecked: the bounds that their papers set, and how many replies they need.
 
-May import: annotated_types, flwr, fedsim.errors. Settings are checked against BOUNDS when a run is composed.
+Settings are checked against BOUNDS when a run is composed.
 
 Sources: Reddi et al., "Adaptive Federated Optimization", ICLR 2021 (FedAdagrad, FedAdam, FedYogi); Hsu et al.,
 arXiv 1909.06335 (FedAvgM); Blanchard et al., NIPS 2017 (Krum); Li et al., ICLR 2020 (q-FedAvg) and MLSys 2020

@@ -2,9 +2,8 @@
 
 Source: Vahidian et al., "Personalized Federated Learning by Structured and Unstructured Pruning under Data
 Heterogeneity", ICDCS Workshops 2021, the unstructured form. Differs: the mean is weighted by examples, as everywhere
-here.
-Records: arrays, both ways: the network, zero where pruned, up; mask, up: by weight, bits [ceil(entries / 8)] uint8.
-May import: flwr, torch, devices, fedsim (not clients).
+here. Records: arrays, both ways: the network, zero where pruned, up; mask, up: by weight, bits [ceil(entries / 8)]
+uint8.
 """
 
 from __future__ import annotations

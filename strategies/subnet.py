@@ -3,7 +3,7 @@
 The server cuts the tensors and puts what comes back where it was: each coordinate becomes the mean over the clients
 that hold it, weighted by examples, and stays as it is where nobody does. With all channels everywhere this is FedAvg.
 Records: arrays, down and up: the tensors of the part. kept, down, and up where the client chose: bits [ceil(C / 8)]
-uint8, one bit for each of the C channels that could be removed. May import: flwr, torch, devices, fedsim (not clients).
+uint8, one bit for each of the C channels that could be removed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Strategies on a stream of tasks: what the server asks its clients when a task has ended.
-
-May import: what `strategies.edge` may.
-"""
+"""Strategies on a stream of tasks: what the server asks its clients when a task has ended."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Who trains how wide a part of the network: the first channels of every layer, more of them on faster devices.
 
 Source of the nested widths: Diao et al., "HeteroFL", ICLR 2021, section 3; Horvath et al., "FjORD", NeurIPS 2021,
-section 3. May import: what `strategies.subnet` may.
+section 3.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Averaged gradient episodic memory (A-GEM): a step never goes against the gradient of the memory.
 
 Source: Chaudhry et al., "Efficient Lifelong Learning with A-GEM", ICLR 2019, equation 11. Differs: the memory is a
-reservoir, not one ring buffer per task. May import: what `clients.trainers.reservoir` may.
+reservoir, not one ring buffer per task.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every local trainer is given and must answer. May import: torch, numpy, devices, fedsim (not strategies)."""
+"""What every local trainer is given and must answer."""
 
 from __future__ import annotations
 

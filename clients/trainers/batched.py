@@ -1,7 +1,7 @@
 """Many clients through one network at once: their parameters stacked, their steps mapped over the stack.
 
 On a GPU a small network leaves most of the device idle; K clients at once fill it. On a CPU it gains nothing for
-convolutional networks. May import: torch, fedsim, clients.trainers.base; `clients.trainers.sgd` calls it.
+convolutional networks.
 """
 
 from __future__ import annotations

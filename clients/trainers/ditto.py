@@ -1,7 +1,7 @@
 """Ditto: beside the global update each client trains a personal model, pulled towards the weights it received.
 
 Source: Li et al., "Ditto: Fair and Robust Federated Learning Through Personalization", ICML 2021, algorithm 1
-(recalled). May import: what `clients.trainers.fedprox` may.
+(recalled).
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
 Source: Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", PNAS 2017, equation 3. The penalty
 is the sum of one quadratic per task; the server keeps their sum (strategy=ewc). Differs: a weight is pulled at most as
-far as to its centre in one step, see `bounded`. Records: see `strategies.ewc`. May import: what `clients.trainers.sgd`
-may, clients.trainers.gradients.
+far as to its centre in one step, see `bounded`. Records: see `strategies.ewc`.
 """
 
 from __future__ import annotations

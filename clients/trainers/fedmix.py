@@ -1,7 +1,7 @@
 """FedMix: mixup with all clients' examples, approximated to first order from their means alone.
 
 Source: Yoon et al., "FedMix: Approximation of Mixup under Mean Augmented Federated Learning", ICLR 2021; the form of
-the loss was read in a third party's transcription, and derived. May import: what `clients.trainers.mixup` may.
+the loss was read in a third party's transcription, and derived.
 """
 
 from __future__ import annotations

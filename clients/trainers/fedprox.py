@@ -1,7 +1,6 @@
 """SGD held close to the broadcast weights.
 
 Source: Li et al., "Federated Optimization in Heterogeneous Networks", MLSys 2020, equation 2 (the proximal term).
-May import: what `clients.trainers.sgd` may.
 """
 
 from __future__ import annotations

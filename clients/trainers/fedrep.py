@@ -2,7 +2,6 @@
 
 Source: Collins et al., "Exploiting Shared Representations for Personalized Federated Learning", ICML 2021, algorithm 1
 (recalled; defaults as in Flower's baseline). Which part is private says `private` in the settings, here the head.
-May import: what `clients.trainers.sgd` may.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """FedAvg whose model each client fine-tunes on its own examples before it judges it: the simplest personal baseline.
 
-The federation learns as with plain SGD; nothing of the fine-tuning is kept or sent. May import: what
-`clients.trainers.sgd` may.
+The federation learns as with plain SGD; nothing of the fine-tuning is kept or sent.
 """
 
 from __future__ import annotations

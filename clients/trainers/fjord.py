@@ -4,7 +4,7 @@ Source: Horvath et al., "FjORD: Fair and Accurate Federated Learning under heter
 NeurIPS 2021, section 3 (recalled); the step with self-distillation as in Flower's baseline `fjord`, by one of the
 authors: the widest network learns from the labels, the narrow one from the widest. Differs: models with batch norms are
 refused, for which the authors keep statistics by width; a step that draws the widest itself takes one pass, where the
-baseline takes a second whose gradient is zero. May import: what `clients.trainers.subnet` may.
+baseline takes a second whose gradient is zero.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 It reads the other clients' training examples, which no message brings: no bytes are counted for them, and privacy is
 given up. Its updates carry the metric `oracle`, so that results say so. Source: "Global Mixup" in Yoon et al.,
-"FedMix", ICLR 2021. May import: what `clients.trainers.mixup` may.
+"FedMix", ICLR 2021.
 """
 
 from __future__ import annotations

@@ -7,8 +7,7 @@ example. `chunked` is `full_vmap` for two chunks at a time. Without a backward p
 last layer, and `features`, the inputs of the last layer. Tasks that have their own outputs have nothing in common in
 the last layer. Source: Yoon et al., "Online Coreset Selection for Rehearsal-based Continual Learning", ICLR 2022 (full
 gradients); Goodfellow, "Efficient Per-Example Gradient Computations", 2015 (layer by layer); Mirzasoleiman et al.,
-"Coresets for Data-efficient Training of Machine Learning Models", ICML 2020 (inputs of the last layer). May import:
-torch, devices, fedsim, clients.trainers.base.
+"Coresets for Data-efficient Training of Machine Learning Models", ICML 2020 (inputs of the last layer).
 """
 
 from __future__ import annotations

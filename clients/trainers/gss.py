@@ -1,8 +1,7 @@
 """Gradient-based sample selection (GSS-greedy): a memory of examples whose gradients point in different directions.
 
 Source: Aljundi et al., "Gradient based sample selection for online continual learning", NeurIPS 2019, algorithm 2.
-Gradients are those of the last layer. State: gss_scores [memory] float32; see ReplayTrainer. May import: what
-`clients.trainers.replay` may, clients.trainers.gradients.
+Gradients are those of the last layer. State: gss_scores [memory] float32; see ReplayTrainer.
 """
 
 from __future__ import annotations

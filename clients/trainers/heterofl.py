@@ -4,7 +4,7 @@ Source: Diao et al., "HeteroFL: Computation and Communication Efficient Federate
 ICLR 2021, section 3, and its code (gradients clipped to norm 1). Batch norms are static (sBN): in training they
 normalise by the batch and keep no statistics, which are collected when the weights are judged, see
 `strategies.heterofl`. Records: classes, up where labels are masked: bits [ceil(classes / 8)] uint8, which of them the
-client has examples of. May import: what `clients.trainers.subnet` may.
+client has examples of.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""All tasks at once: an upper bound for continual learning, which may look at what has not arrived yet.
-
-May import: what `clients.trainers.sgd` may.
-"""
+"""All tasks at once: an upper bound for continual learning, which may look at what has not arrived yet."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Mixup among a client's own examples: the baseline that needs no exchange.
 
 Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018, with a constant ratio, as "Local Mixup" in
-Yoon et al., "FedMix", ICLR 2021. May import: what `clients.trainers.mixup` may.
+Yoon et al., "FedMix", ICLR 2021.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Learning without forgetting (LwF): the model before the task teaches the present one on the task's own examples.
 
 Source: Li and Hoiem, "Learning without Forgetting", ECCV 2016. The teacher is the model that a client received when it
-first took part in a task, kept on the device (state: teacher.*, as large as the model). May import: what
-`clients.trainers.sgd` may.
+first took part in a task, kept on the device (state: teacher.*, as large as the model).
 """
 
 from __future__ import annotations

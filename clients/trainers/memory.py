@@ -1,8 +1,7 @@
 """The examples that a client keeps from earlier tasks: their names in its state, their tensors while it trains.
 
 The device stores inputs as bytes; the simulation keeps their names (`Workload.arrivals`) and asks for the examples when
-a round needs them, or takes them from the state, where they are stored. May import: torch, fedsim,
-clients.trainers.base, clients.trainers.samples.
+a round needs them, or takes them from the state, where they are stored.
 """
 
 from __future__ import annotations

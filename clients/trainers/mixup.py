@@ -4,8 +4,7 @@ A mixed example is (1 - mix_ratio) times an own one plus mix_ratio times a partn
 losses for both labels. Partners are means that other clients shared (`PoolTrainer`) or single examples. Tokens are
 mixed behind the model's embedding. Source: Yoon et al., "FedMix: Approximation of Mixup under Mean Augmented Federated
 Learning", ICLR 2021 (equations as third parties transcribed them: the paper itself was not at hand); Zhang et al.,
-"mixup: Beyond Empirical Risk Minimization", ICLR 2018. May import: what `clients.trainers.fedprox` may, and
-`fedsim.data.averages`.
+"mixup: Beyond Empirical Risk Minimization", ICLR 2018.
 """
 
 from __future__ import annotations

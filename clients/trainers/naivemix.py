@@ -1,7 +1,6 @@
 """NaiveMix: mixup with the means of other clients' examples.
 
-Source: Yoon et al., "FedMix", ICLR 2021, equation 1 (read in a third party's transcription). May import: what
-`clients.trainers.mixup` may.
+Source: Yoon et al., "FedMix", ICLR 2021, equation 1 (read in a third party's transcription).
 """
 
 from __future__ import annotations

@@ -9,8 +9,7 @@ which learned and forgot less. In tasks of two classes, whose gradients point in
 most chosen batches hold one class. Differs: every kept example is scored under the mask of its own task; examples are
 always scored in evaluation mode, as in the public code for CIFAR, where that for MNIST leaves dropout on. `warm_start`
 counts batches: shorten it with the tasks, or all of a first pass is drawn at random (public code: 100 of 600 on MNIST,
-100 of 125 on CIFAR). May import: what `clients.trainers.replay` may, clients.trainers.gradients,
-clients.trainers.recalled.
+100 of 125 on CIFAR).
 """
 
 from __future__ import annotations

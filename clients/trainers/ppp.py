@@ -2,8 +2,7 @@
 
 After Kim et al., "Prototype-based Personalized Pruning", ICASSP 2021: a reconstruction from the abstract and the patent
 abstract, federated by us, so no figure of it is the paper's; a patent (US 12 505 348 B2) covers the idea. Support
-examples, prototypes and labels stay on the device. Records: see `strategies.ppp`. May import: what
-`clients.trainers.subnet` may, and devices.compression.
+examples, prototypes and labels stay on the device. Records: see `strategies.ppp`.
 """
 
 from __future__ import annotations

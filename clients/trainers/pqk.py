@@ -2,7 +2,7 @@
 
 After Kim, Chang and Kwak, "PQK: Model Compression via Pruning, Quantization, and Knowledge Distillation", Interspeech
 2021: a reconstruction from the abstract, with the routing of gradients of DCIL's code (same first author); its tables
-were not to be had, so no figure here is the paper's. May import: what `clients.trainers.two_paths` may.
+were not to be had, so no figure here is the paper's.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
 A replay step sends a part of the memory through the network anyway. Its outputs are kept, so that the mean over all
 examples is known at every step, each as it was when it was last replayed: the idea of Le Roux et al., "A Stochastic
-Gradient Method with an Exponential Convergence Rate for Finite Training Sets" (SAG), NeurIPS 2012. May import: torch,
-fedsim, clients.trainers.gradients, clients.trainers.memory.
+Gradient Method with an Exponential Convergence Rate for Finite Training Sets" (SAG), NeurIPS 2012.
 """
 
 from __future__ import annotations

@@ -3,8 +3,7 @@
 The base of all methods with a memory. Source: Chaudhry et al., "On Tiny Episodic Memories in Continual Learning", 2019
 (joint steps); the rules of `clients.trainers.selection`. State: memory_names, memory_phases [memory] int64;
 candidate_names [candidates] int64, phase [] of the task that is being learned; those of clients.trainers.samples.
-Nothing of it is ever sent. May import: what `clients.trainers.sgd` may, clients.trainers.gradients,
-clients.trainers.memory, clients.trainers.samples, clients.trainers.selection.
+Nothing of it is ever sent.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Experience replay with a reservoir: every example seen so far is in the memory with the same probability.
 
 Source: Chaudhry et al., "On Tiny Episodic Memories in Continual Learning", 2019; Vitter, "Random Sampling with a
-Reservoir", 1985. State: reservoir_seen [], part []; see ReplayTrainer. May import: what `clients.trainers.replay` may.
+Reservoir", 1985. State: reservoir_seen [], part []; see ReplayTrainer.
 """
 
 from __future__ import annotations

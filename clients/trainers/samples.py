@@ -1,8 +1,7 @@
 """Kept examples themselves, eight bits for each number of an input: for streams that make their examples as they come.
 
 Such examples cannot be fetched again by name. State: sample_names [n] int64, rising; sample_x [n, ...] uint8 with
-sample_low, sample_span [n] float32; sample_KEY [n, ...] int16 of what else a batch holds (y, task). May import: torch,
-fedsim, clients.trainers.base.
+sample_low, sample_span [n] float32; sample_KEY [n, ...] int16 of what else a batch holds (y, task).
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Rules that pick examples for a memory: functions of a pool of examples, a size and random numbers.
 
 Every rule gives distinct positions in the pool, [size] int64, in the order in which they were picked: a memory that
-shrinks keeps the first. k-means rules are the k-means++ seeding alone, as in public code. May import: torch, fedsim,
-clients.trainers.gradients.
+shrinks keeps the first. k-means rules are the k-means++ seeding alone, as in public code.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Mini-batch SGD on the client's own examples: the one local loop, from which most trainers override a step.
 
 Source: McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS 2017,
-algorithm 1 (ClientUpdate). May import: torch, devices, fedsim, clients.trainers.base and
-clients.trainers.batched.
+algorithm 1 (ClientUpdate).
 """
 
 from __future__ import annotations

@@ -2,9 +2,8 @@
 
 Source: Vahidian et al., "Personalized Federated Learning by Structured and Unstructured Pruning under Data
 Heterogeneity", ICDCS Workshops 2021, the unstructured form. Differs: the accuracy that permits pruning is measured on a
-validation split of the client's training part, where the authors' code takes the test split. Masks are unstructured,
-so a device gains memory and bytes from them, but no time. Records: see `strategies.sub_fedavg`. May import: what
-`clients.trainers.sgd` may.
+validation split of the client's training part, where the authors' code takes the test split. Masks are unstructured, so
+a device gains memory and bytes from them, but no time. Records: see `strategies.sub_fedavg`.
 """
 
 from __future__ import annotations

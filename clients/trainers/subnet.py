@@ -1,8 +1,7 @@
 """Training a part of the network: the channels that the server sent, as a dense network of its own.
 
 What runs, is priced and takes memory is the small network. Records: arrays, down and up: its tensors. kept, down: bits
-[ceil(C / 8)] uint8, which of the C removable channels it has. May import: what `clients.trainers.sgd` may, and
-fedsim.slices.
+[ceil(C / 8)] uint8, which of the C removable channels it has.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """What PQK and DCIL share: local training of a pruned network inside the whole one that teaches it.
 
 The server averages the dense weights; a client is judged with the pruned network that they hold. The teacher's norms
-never leave the device: they are of use in its training only. May import: what `clients.trainers.sgd` may, and
-devices.compression.
+never leave the device: they are of use in its training only.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Which channels of a network can only be removed together: Torch-Pruning's dependency graph as plain values.
-
-May import: torch, torch-pruning and `devices.errors`.
-"""
+"""Which channels of a network can only be removed together: Torch-Pruning's dependency graph as plain values."""
 
 from __future__ import annotations
 

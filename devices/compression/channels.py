@@ -1,7 +1,7 @@
 """The smaller network that remains when some channels of a network go.
 
 Groups of channels are found once per network (`channel_graph`); everything after that is `index_select` on state dicts,
-so that a server and its clients can cut and mend weights without a graph. May import: torch and this package.
+so that a server and its clients can cut and mend weights without a graph.
 """
 
 from __future__ import annotations

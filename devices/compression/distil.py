@@ -1,4 +1,4 @@
-"""What a small network learns from the outputs of a larger one. May import: torch and `devices.errors`."""
+"""What a small network learns from the outputs of a larger one."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 After Kim et al., "Prototype-based Personalized Pruning", ICASSP 2021: a reconstruction from the abstract and the patent
 abstract, no figure here is the paper's; a patent (US 12 505 348 B2) covers the idea. The shape of a gate module follows
-ConvNet-AIG (recalled). May import: torch, `devices.errors` and this package.
+ConvNet-AIG (recalled).
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Real int8 kernels of this host: the one place that knows torch's quantisation workflow, for measuring time.
 
-The workflow is deprecated in torch and may move: only `int8_network` has to change then. May import: torch and
-`devices.errors`.
+The workflow is deprecated in torch and may move: only `int8_network` has to change then.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Which single weights are zero: global and layer-wise masks by magnitude, and how many at which step.
 
-Zeros inside a dense tensor save bytes, not time: dense kernels multiply them like any number. May import: torch and
-`devices.errors`.
+Zeros inside a dense tensor save bytes, not time: dense kernels multiply them like any number.
 """
 
 from __future__ import annotations

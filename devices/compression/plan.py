@@ -1,7 +1,4 @@
-"""What each device of a fleet runs of one network: how many channels, which weights and with how many bits.
-
-May import: torch and this package.
-"""
+"""What each device of a fleet runs of one network: how many channels, which weights and with how many bits."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Which channels of a network are worth keeping, and networks with fewer of them.
 
 Channels go from all coupled layers at once (`ChannelGroups`), so residual sums stay whole and what remains is a dense,
-static network that any runtime runs faster. May import: torch, torch-pruning and this package.
+static network that any runtime runs faster.
 """
 
 from __future__ import annotations

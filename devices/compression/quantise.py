@@ -1,7 +1,6 @@
 """Integers for weights and activations: after training, and fake ones in training with gradients that pass rounding.
 
 Everything here computes in floats what integer kernels would: for accuracy and bytes. `kernels.py` runs real ones.
-May import: torch and this package.
 """
 
 from __future__ import annotations

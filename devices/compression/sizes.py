@@ -1,7 +1,6 @@
 """How large a network is: in memory, by its non-zero values, and as the bytes that are really sent.
 
-The three are always reported together, because each alone flatters some method. May import: numpy, torch and
-`devices.errors`.
+The three are always reported together, because each alone flatters some method.
 """
 
 from __future__ import annotations

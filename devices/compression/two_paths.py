@@ -1,9 +1,9 @@
 """Two networks in one set of weights: a pruned one, and the whole one that teaches it.
 
 The pruned network (the student) has the important weights, those where a mask is 1; the whole one (the teacher) has all
-of them. Gradients are routed: important weights learn from the student's loss, the others from the teacher's.
-Source: Kim et al., "Dynamic Collective Intelligence Learning", arXiv 2109.04660, and its code (named there `part` and
-`full`); the routing of Kim et al., "PQK", Interspeech 2021, is taken to be the same. May import: torch, this package.
+of them. Gradients are routed: important weights learn from the student's loss, the others from the teacher's. Source:
+Kim et al., "Dynamic Collective Intelligence Learning", arXiv 2109.04660, and its code (named there `part` and `full`);
+the routing of Kim et al., "PQK", Interspeech 2021, is taken to be the same.
 """
 
 from __future__ import annotations

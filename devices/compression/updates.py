@@ -1,8 +1,7 @@
 """Updates that are smaller than the weights: chosen coordinates, fewer bits, and the error that is made up for later.
 
 A compressed update is one array of values, one of places and one of scales, whatever the number of tensors, so that
-headers do not eat what was saved. The arrays say by themselves how they are read. May import: torch and
-`devices.errors`.
+headers do not eat what was saved. The arrays say by themselves how they are read.
 """
 
 from __future__ import annotations

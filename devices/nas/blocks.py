@@ -1,7 +1,7 @@
 """What the networks of all search spaces are made of: convolutions with a norm that can be chosen, and argument checks.
 
 BatchNorm is what the papers have; its parameters are counted and its statistics mix up federated clients. GroupNorm has
-the same number of parameters and no statistics. May import: torch and `devices.errors`.
+the same number of parameters and no statistics.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ convolutions in two groups; the last id skips the layer.
 Source: Wu et al., "FBNet: Hardware-Aware Efficient ConvNet Design via Differentiable Neural Architecture Search", CVPR
 2019, table 1 and figure 3; strides, head and skips of the CIFAR variant as in the code of Li et al., "HW-NAS-Bench:
 Hardware-Aware Neural Architecture Search Benchmark", ICLR 2021. That HELP measured the same is assumed.
-May import: torch and this package.
 """
 
 from __future__ import annotations

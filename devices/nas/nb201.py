@@ -5,7 +5,7 @@ architecture is the six operation ids (`OPERATIONS`) in the order of `EDGES`, or
 of an architecture in the benchmark's tables follows from neither: that order is shuffled.
 
 Source: Dong & Yang, "NAS-Bench-201: Extending the Scope of Reproducible Neural Architecture Search", ICLR 2020, section
-2 and figure 1. May import: numpy, torch and this package.
+2 and figure 1.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ blocks of a stage behind its depth are left out. The resolution (128..224, by 4)
 
 Source: Cai et al., "Once-for-All: Train One Network and Specialize it for Efficient Deployment", ICLR 2020; widths,
 strides, activations and squeeze-and-excitation were read in the authors' code (github.com/mit-han-lab/once-for-all).
-May import: torch and this package.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 The columns are those of `devices.trace`: seven layer kinds times (macs, activations, weights, calls), then a constant,
 for one example. Norms and activations are left out, as runtimes fuse them. Source: fedsim (the networks are those of
 Dong and Yang, "NAS-Bench-201", ICLR 2020, and Wu et al., "FBNet", CVPR 2019, with the stem and head assumed there).
-May import: numpy, `devices.errors` and `devices.trace`.
 """
 
 from __future__ import annotations

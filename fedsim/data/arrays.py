@@ -1,7 +1,4 @@
-"""Workloads whose examples are arrays in memory: checked once, split by a partition, prepared batch by batch.
-
-May import: numpy, torch, fedsim's workload, fingerprint, partition, seeding, errors.
-"""
+"""Workloads whose examples are arrays in memory: checked once, split by a partition, prepared batch by batch."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Means of groups of examples: what clients show a server that asks for averages instead of data.
 
 A mean of many images is blurred, one of few is not, and the means of the labels are a class histogram: averaging alone
-is no formal privacy. May import: torch, matplotlib (lazily), `fedsim.workload`, `fedsim.seeding`, `fedsim.errors`.
+is no formal privacy.
 """
 
 from __future__ import annotations

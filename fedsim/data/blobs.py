@@ -1,7 +1,4 @@
-"""Gaussian class blobs, made on demand: tests and benchmarks with any number of clients and no data.
-
-May import: numpy, torch, `fedsim.workload`, `fedsim.seeding`, `fedsim.data.arrays` (how many to hold out).
-"""
+"""Gaussian class blobs, made on demand: tests and benchmarks with any number of clients and no data."""
 
 from __future__ import annotations
 

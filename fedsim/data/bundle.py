@@ -1,7 +1,7 @@
 """Data from a folder: train.npz and test.npz with arrays x, y and optionally client, and a meta.json beside them.
 
 meta.json holds `classes` (their names; for next-token prediction, the vocabulary) and `kind` (image, text, audio or
-tabular). Nothing is unpickled. May import: the standard library, `fedsim.data.arrays`, `devices.reading`.
+tabular). Nothing is unpickled.
 """
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
 """What a split of the data looks like, as rows, lines and a picture; and which workloads there are.
 
-May import: numpy, yaml, matplotlib (lazily), fedsim's workload, trust, checksums and durable files.
 Reads the texts of the config folder.
 """
 

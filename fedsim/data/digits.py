@@ -1,6 +1,6 @@
 """Handwritten digits that ship inside scikit-learn: 1797 real images of 8x8, for tests and first steps; no download.
 
-May import: numpy and `fedsim.data.arrays`. The file is read without importing scikit-learn, which takes seconds.
+The file is read without importing scikit-learn, which takes seconds.
 """
 
 from __future__ import annotations

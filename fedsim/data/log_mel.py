@@ -1,7 +1,4 @@
-"""Log-mel spectrograms of sound, the front-end that keyword spotters are fed.
-
-May import: torch, torchaudio (lazily), `fedsim.errors`.
-"""
+"""Log-mel spectrograms of sound, the front-end that keyword spotters are fed."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Data sets in the files of their makers: where they are looked up, and what is said where they are missing.
-
-May import: `fedsim.data.bundle`, `fedsim.errors`.
-"""
+"""Data sets in the files of their makers: where they are looked up, and what is said where they are missing."""
 
 from __future__ import annotations
 

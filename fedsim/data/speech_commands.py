@@ -1,7 +1,4 @@
-"""Speech Commands from its official files: listed by torchaudio, read by soundfile.
-
-May import: torchaudio, soundfile, rich (all lazily), `fedsim.data`, `fedsim.seeding`.
-"""
+"""Speech Commands from its official files: listed by torchaudio, read by soundfile."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """CIFAR-10, CIFAR-100 and MNIST from their official files, read by torchvision.
 
-torchvision checks the files against their published MD5 before it unpickles CIFAR's. May import: torchvision (lazily),
-`fedsim.data`, `devices.errors`.
+torchvision checks the files against their published MD5 before it unpickles CIFAR's.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Sums whose shape never changes: clients in fixed blocks, float64 inside, cast once at the end.
 
 The blocks are a function of the cohort alone, never of the number of workers, so every engine adds the same numbers in
-the same order and gets the same bytes. May import: flwr, numpy, fedsim.messages.
+the same order and gets the same bytes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Flower's own runtime as an engine: the grid that a ServerApp is given under `flwr run`.
 
-May import: flwr. Flower starts the ServerApp before its nodes are registered, and drops what does not answer; both are
-handled here, so that the edge grid above sees an engine like any other.
+Flower starts the ServerApp before its nodes are registered, and drops what does not answer; both are handled here, so
+that the edge grid above sees an engine like any other.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The engine that runs every client in this process, one after the other: no start-up, real tracebacks, the default.
-
-May import: flwr, fedsim.engines.base.
-"""
+"""The engine that runs every client in this process, one after the other: no start-up, real tracebacks, the default."""
 
 from __future__ import annotations
 

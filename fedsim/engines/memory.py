@@ -1,4 +1,4 @@
-"""How this process handles freed memory. May import: the standard library."""
+"""How this process handles freed memory."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """One exchange with Ray's workers: who gets which message, and what happens to messages whose worker is lost.
 
 Everything here follows the host's clock and the order of arrival, and none of it reaches a result: a client's update
-depends on its message alone. May import: flwr, ray (lazily), devices, fedsim.
+depends on its message alone.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Ray for the time of a run: a private instance that nobody else can reach, or a cluster that already stands.
 
 `ray.init` does more than is wanted here: it takes the handler of SIGTERM, may join any cluster that it finds, listens
-on every interface, tries for minutes when nobody answers. May import: ray (lazily, it takes half a second), grpc,
-psutil, fedsim.errors.
+on every interface, tries for minutes when nobody answers.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The leash is a process of its own, started before anything else: however this process ends, and be it by kill -9 in the
 middle of a start, what belongs to the folder is killed and the folder removed. Should both be killed, the next session
-sweeps what they left. May import: the standard library; psutil in the leash.
+sweeps what they left.
 """
 
 from __future__ import annotations

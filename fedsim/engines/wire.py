@@ -1,7 +1,7 @@
 """How the contents of messages cross process borders without copies: large arrays travel beside the pickle.
 
 Flower's records would be pickled with all their bytes inside. Here an array's bytes become a `PickleBuffer`, which Ray
-lays into shared memory as it is and hands out as a view; the rest of a record is small. May import: flwr.
+lays into shared memory as it is and hands out as a view; the rest of a record is small.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Next-character LSTM, the usual model for Shakespeare.
-
-May import: torch, `fedsim.models.shapes`, `fedsim.errors`.
-"""
+"""Next-character LSTM, the usual model for Shakespeare."""
 
 from __future__ import annotations
 

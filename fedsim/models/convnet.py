@@ -1,7 +1,4 @@
-"""A few strided or pooled convolutions and a linear head: the smallest network that learns small images.
-
-May import: torch, `fedsim.models.shapes`, `fedsim.errors`.
-"""
+"""A few strided or pooled convolutions and a linear head: the smallest network that learns small images."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The two-convolution network of the FedAvg paper, the usual one for (FE)MNIST.
-
-May import: torch and `fedsim.models.shapes`.
-"""
+"""The two-convolution network of the FedAvg paper, the usual one for (FE)MNIST."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""LeNet-5 with ReLU and max-pooling, as federated papers use it.
-
-May import: torch and `fedsim.models.shapes`.
-"""
+"""LeNet-5 with ReLU and max-pooling, as federated papers use it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Multi-layer perceptron for anything that is fed as numbers.
-
-May import: torch, `fedsim.models.shapes`, `fedsim.errors`, `devices.errors`.
-"""
+"""Multi-layer perceptron for anything that is fed as numbers."""
 
 from __future__ import annotations
 

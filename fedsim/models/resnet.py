@@ -1,7 +1,4 @@
-"""The CIFAR ResNets (8, 14, 20, ...) with group normalisation, which does not mix up clients as batch statistics do.
-
-May import: torch, `fedsim.models.shapes`, `fedsim.errors`.
-"""
+"""The CIFAR ResNets (8, 14, 20, ...) with group normalisation, which does not mix up clients as batch statistics do."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What every model of this package asks of the shape it is built for.
-
-May import: `fedsim.errors` only.
-"""
+"""What every model of this package asks of the shape it is built for."""
 
 from __future__ import annotations
 

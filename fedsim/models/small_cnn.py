@@ -1,7 +1,4 @@
-"""A small pooled network for comparisons on a CPU: a tenth of the time of a step of VGG, a third of LeNet-5.
-
-May import: torch and `fedsim.models.shapes`.
-"""
+"""A small pooled network for comparisons on a CPU: a tenth of the time of a step of VGG, a third of LeNet-5."""
 
 from __future__ import annotations
 

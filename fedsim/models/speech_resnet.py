@@ -1,7 +1,4 @@
-"""The first residual networks for keyword spotting (res8, res15, res26 and their narrow forms).
-
-May import: torch, `fedsim.models.shapes`, `fedsim.errors`.
-"""
+"""The first residual networks for keyword spotting (res8, res15, res26 and their narrow forms)."""
 
 from __future__ import annotations
 

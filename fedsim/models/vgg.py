@@ -1,7 +1,4 @@
-"""A small VGG without normalisation layers, for CIFAR.
-
-May import: torch and `fedsim.models.shapes`.
-"""
+"""A small VGG without normalisation layers, for CIFAR."""
 
 from __future__ import annotations
 
