@@ -11,12 +11,12 @@ from torch import Tensor
 from clients.app import Worker
 from clients.app import app as client_app
 from clients.state import ClientState
-from clients.trainers.agem import project
-from clients.trainers.ewc import EWCTrainer, bounded, fisher
-from clients.trainers.gss import replaced
-from clients.trainers.joint import JointTrainer
-from clients.trainers.lwf import LwFTrainer
-from clients.trainers.memory import CANDIDATES, PHASES
+from clients.trainers.rehearsal.agem import project
+from clients.trainers.rehearsal.ewc import EWCTrainer, bounded, fisher
+from clients.trainers.rehearsal.gss import replaced
+from clients.trainers.rehearsal.joint import JointTrainer
+from clients.trainers.rehearsal.lwf import LwFTrainer
+from clients.trainers.rehearsal.memory import CANDIDATES, PHASES
 from fedsim.engines.local import LocalGrid
 from fedsim.errors import ConfigError
 from fedsim.federation import Federation

@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from torchs_counter import counter
 
 from clients.app import Worker
-from clients.trainers.fedmix import FORMS, STEP, FedMixTrainer, central_difference, double_backward
-from clients.trainers.global_mixup import GlobalMixupTrainer
-from clients.trainers.mixup import MixupTrainer, cross_entropy
-from clients.trainers.naivemix import NaiveMixTrainer
+from clients.trainers.mixing.fedmix import FORMS, STEP, FedMixTrainer, central_difference, double_backward
+from clients.trainers.mixing.global_mixup import GlobalMixupTrainer
+from clients.trainers.mixing.mixup import MixupTrainer, cross_entropy
+from clients.trainers.mixing.naivemix import NaiveMixTrainer
 from fedsim.errors import ConfigError
 from fedsim.models.char_lstm import CharLSTM
 from fedsim.models.mlp import MLP

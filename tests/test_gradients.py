@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torchs_counter import counter
 
 from clients.trainers.base import WorkLog
-from clients.trainers.gradients import (
+from clients.trainers.rehearsal.gradients import (
     MODES,
     head_of,
     log_products,

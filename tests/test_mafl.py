@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from clients.trainers.mixup import PoolTrainer
-from clients.trainers.naivemix import NaiveMixTrainer
+from clients.trainers.mixing.mixup import PoolTrainer
+from clients.trainers.mixing.naivemix import NaiveMixTrainer
 from fedsim.data.averages import averages, averages_picture, exposures, from_uint8, to_uint8
 from fedsim.errors import ClientError, ConfigError
 from fedsim.federation import Federation

@@ -11,9 +11,9 @@ import clients.app
 from clients.app import Worker, worker_for
 from clients.app import app as client_app
 from clients.state import ClientState
-from clients.trainers.gradients import Products
-from clients.trainers.memory import CANDIDATES, NAMES, PHASES, Memory
-from clients.trainers.ocs import OCSTrainer, best, scores
+from clients.trainers.rehearsal.gradients import Products
+from clients.trainers.rehearsal.memory import CANDIDATES, NAMES, PHASES, Memory
+from clients.trainers.rehearsal.ocs import OCSTrainer, best, scores
 from fedsim.engines.local import LocalGrid
 from fedsim.errors import ConfigError
 from fedsim.federation import Federation

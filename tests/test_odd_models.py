@@ -13,7 +13,7 @@ from test_methods import Outcome, assert_contract, federate
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clients.trainers.agem import project
+from clients.trainers.rehearsal.agem import project
 from clients.trainers.sgd import SGDTrainer
 from devices.errors import DeviceError
 from fedsim.errors import ConfigError, DataError

@@ -12,11 +12,11 @@ from clients.app import Worker
 from clients.app import app as client_app
 from clients.state import ClientState
 from clients.trainers.base import ClientContext
-from clients.trainers.gradients import last_layer, mean_gradient
-from clients.trainers.memory import NAMES, PHASES, Memory
-from clients.trainers.ocs import OCSTrainer
-from clients.trainers.recalled import Recalled
-from clients.trainers.replay import ReplayTrainer
+from clients.trainers.rehearsal.gradients import last_layer, mean_gradient
+from clients.trainers.rehearsal.memory import NAMES, PHASES, Memory
+from clients.trainers.rehearsal.ocs import OCSTrainer
+from clients.trainers.rehearsal.recalled import Recalled
+from clients.trainers.rehearsal.replay import ReplayTrainer
 from fedsim.engines.local import LocalGrid
 from fedsim.errors import ConfigError
 from fedsim.federation import Federation

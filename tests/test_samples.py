@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from clients.app import app as client_app
-from clients.trainers import samples
-from clients.trainers.memory import CANDIDATES, NAMES, NONE
+from clients.trainers.rehearsal import samples
+from clients.trainers.rehearsal.memory import CANDIDATES, NAMES, NONE
 from fedsim.engines.local import LocalGrid
 from fedsim.errors import ConfigError, DataError
 from fedsim.federation import Federation, run

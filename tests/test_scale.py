@@ -10,9 +10,9 @@ from flwr.app import Message, MetricRecord, RecordDict
 from flwr.serverapp import strategy as strategies
 
 from clients.app import app as client_app
-from clients.trainers.gradients import Products
-from clients.trainers.ocs import scores
-from clients.trainers.selection import farthest, herd, seeding
+from clients.trainers.rehearsal.gradients import Products
+from clients.trainers.rehearsal.ocs import scores
+from clients.trainers.rehearsal.selection import farthest, herd, seeding
 from devices.compression.quantise import first_step
 from fedsim.data.arrays import Arrays, ArrayWorkload
 from fedsim.data.averages import exposures

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clients.trainers.selection import RULES, Pool, balanced, farthest, herd, pick, quotas, seeding
+from clients.trainers.rehearsal.selection import RULES, Pool, balanced, farthest, herd, pick, quotas, seeding
 from fedsim.data.blobs import Blobs
 from fedsim.models.mlp import MLP
 

@@ -8,7 +8,7 @@ import torch
 from flwr.app import ConfigRecord
 
 from clients.app import Worker
-from clients.trainers.sub_fedavg import SubFedAvgTrainer, alive
+from clients.trainers.personal.sub_fedavg import SubFedAvgTrainer, alive
 from fedsim.errors import ConfigError
 from fedsim.messages import ARRAYS, ClientUpdate, record_bytes, tensors_of, unpacked
 from fedsim.settings import build_world

@@ -11,7 +11,7 @@ from test_models import CONFIGS, batch_for, from_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedsim.tangents import Dual, along
+from clients.trainers.mixing.tangents import Dual, along
 
 
 @pytest.fixture(autouse=True)

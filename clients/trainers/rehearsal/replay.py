@@ -1,8 +1,8 @@
 """Rehearsal: SGD on the current batch plus a share of a batch of kept examples, picked when a task has ended.
 
 The base of all methods with a memory. Source: Chaudhry et al., "On Tiny Episodic Memories in Continual Learning", 2019
-(joint steps); the rules of `clients.trainers.selection`. State: memory_names, memory_phases [memory] int64;
-candidate_names [candidates] int64, phase [] of the task that is being learned; those of clients.trainers.samples.
+(joint steps); the rules of `clients.trainers.rehearsal.selection`. State: memory_names, memory_phases [memory] int64;
+candidate_names [candidates] int64, phase [] of the task that is being learned; those of clients.trainers.rehearsal.samples.
 Nothing of it is ever sent.
 """
 
@@ -16,11 +16,11 @@ import torch
 from annotated_types import Le
 from torch import Tensor, nn
 
-from clients.trainers import samples
 from clients.trainers.base import ClientContext, Gradients
-from clients.trainers.gradients import require_head
-from clients.trainers.memory import CANDIDATES, NONE, PHASE, Memory, example_bytes, recall
-from clients.trainers.selection import MODEL_FREE, RULES, Pool, balanced, pick
+from clients.trainers.rehearsal import samples
+from clients.trainers.rehearsal.gradients import require_head
+from clients.trainers.rehearsal.memory import CANDIDATES, NONE, PHASE, Memory, example_bytes, recall
+from clients.trainers.rehearsal.selection import MODEL_FREE, RULES, Pool, balanced, pick
 from clients.trainers.sgd import SGDTrainer
 from devices.cost import NetworkCost
 from devices.errors import unknown

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clients.trainers.base import ClientContext
-from clients.trainers.gradients import matrix_product, require_head
-from clients.trainers.memory import Memory
-from clients.trainers.replay import StreamReplayTrainer
-from clients.trainers.selection import Pool
+from clients.trainers.rehearsal.gradients import matrix_product, require_head
+from clients.trainers.rehearsal.memory import Memory
+from clients.trainers.rehearsal.replay import StreamReplayTrainer
+from clients.trainers.rehearsal.selection import Pool
 from devices.cost import NetworkCost
 from fedsim.messages import Broadcast
 from fedsim.workload import Tensors, Workload

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from clients.trainers.base import ClientContext
-from clients.trainers.gradients import per_sample, require_single_examples, scoring
+from clients.trainers.rehearsal.gradients import per_sample, require_single_examples, scoring
 from clients.trainers.sgd import SGDTrainer
 from devices.cost import NetworkCost
 from fedsim.errors import ConfigError

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from clients.trainers.base import ClientContext, Gradients
-from clients.trainers.memory import Memory
-from clients.trainers.reservoir import ReservoirTrainer
+from clients.trainers.rehearsal.memory import Memory
+from clients.trainers.rehearsal.reservoir import ReservoirTrainer
 from fedsim.errors import ConfigError
 from fedsim.messages import Broadcast
 from fedsim.workload import Tensors

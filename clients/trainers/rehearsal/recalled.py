@@ -12,8 +12,8 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from clients.trainers.gradients import error_of, head_of, last_layer, mean_of_outputs, scoring
-from clients.trainers.memory import Memory
+from clients.trainers.rehearsal.gradients import error_of, head_of, last_layer, mean_of_outputs, scoring
+from clients.trainers.rehearsal.memory import Memory
 from fedsim.workload import Workload
 
 OUTPUTS = nn.Identity()  # a network that has been passed already

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from clients.trainers.base import ClientContext
-from clients.trainers.mixup import MixupTrainer
+from clients.trainers.mixing.mixup import MixupTrainer
 from devices.cost import NetworkCost
 from fedsim.messages import Broadcast, ClientUpdate
 from fedsim.workload import Examples, Tensors, Workload

@@ -3,7 +3,7 @@
 Source: Kim et al., "Dynamic Collective Intelligence Learning: Finding Efficient Sparse Model via Refined Gradients for
 Pruned Weights", arXiv 2109.04660, and its code. Differs: the server averages clients' dense weights, and the dense
 network's own norms stay on the device; targets get no 1e-7; the share of weights that every layer keeps is new. May
-import: what `clients.trainers.two_paths` may.
+import: what `clients.trainers.compressing.two_paths` may.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from clients.trainers.base import ClientContext
-from clients.trainers.two_paths import TwoPathTrainer
+from clients.trainers.compressing.two_paths import TwoPathTrainer
 from devices.compression.distil import divergence
 from devices.compression.two_paths import prunable_first
 from fedsim.errors import ConfigError

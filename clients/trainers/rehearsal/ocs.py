@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from clients.trainers.base import ClientContext, Gradients
-from clients.trainers.gradients import (
+from clients.trainers.rehearsal.gradients import (
     MODES,
     WITHOUT_BACKWARD,
     Outputs,
@@ -35,10 +35,10 @@ from clients.trainers.gradients import (
     require_head,
     scoring,
 )
-from clients.trainers.memory import Memory
-from clients.trainers.recalled import Recalled
-from clients.trainers.replay import ReplayTrainer
-from clients.trainers.selection import Pool, balanced
+from clients.trainers.rehearsal.memory import Memory
+from clients.trainers.rehearsal.recalled import Recalled
+from clients.trainers.rehearsal.replay import ReplayTrainer
+from clients.trainers.rehearsal.selection import Pool, balanced
 from devices.cost import NetworkCost
 from devices.errors import unknown
 from devices.meter import inference_memory_bytes

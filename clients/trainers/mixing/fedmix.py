@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clients.trainers.mixup import OWN, PARTNER, Entrance, PoolTrainer, cross_entropy
+from clients.trainers.mixing.mixup import OWN, PARTNER, Entrance, PoolTrainer, cross_entropy
+from clients.trainers.mixing.tangents import along
 from devices.cost import NetworkCost
 from devices.errors import unknown
 from fedsim.errors import ConfigError
-from fedsim.tangents import along
 from fedsim.workload import Tensors, Workload
 
 TAYLOR = "taylor"

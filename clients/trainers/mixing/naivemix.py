@@ -5,7 +5,7 @@ Source: Yoon et al., "FedMix", ICLR 2021, equation 1 (read in a third party's tr
 
 from __future__ import annotations
 
-from clients.trainers.mixup import PoolTrainer
+from clients.trainers.mixing.mixup import PoolTrainer
 
 
 class NaiveMixTrainer(PoolTrainer):

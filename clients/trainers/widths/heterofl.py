@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from clients.trainers.base import ClientContext
-from clients.trainers.subnet import SubnetTrainer
+from clients.trainers.widths.subnet import SubnetTrainer
 from devices.compression.channel_graph import BATCH_NORMS
 from devices.compression.channels import Kept
 from devices.meter import inference_memory_bytes

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from clients.trainers.base import ClientContext
-from clients.trainers.two_paths import TwoPathTrainer
+from clients.trainers.compressing.two_paths import TwoPathTrainer
 from devices.compression.distil import divergence
 from devices.compression.masks import RULES, prunable
 from devices.errors import unknown

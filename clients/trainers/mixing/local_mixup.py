@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from clients.trainers.base import ClientContext
-from clients.trainers.mixup import MixupTrainer
+from clients.trainers.mixing.mixup import MixupTrainer
 from fedsim.workload import Tensors
 
 

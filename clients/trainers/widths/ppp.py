@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clients.trainers.base import ClientContext
-from clients.trainers.subnet import SubnetTrainer
+from clients.trainers.widths.subnet import SubnetTrainer
 from devices.compression.channels import Kept
 from devices.compression.gates import (
     MODES,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clients.trainers.gradients import last_layer, scoring
+from clients.trainers.rehearsal.gradients import last_layer, scoring
 from fedsim.workload import Tensors, Workload
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from clients.trainers.base import ClientContext
-from clients.trainers.subnet import SubnetTrainer
+from clients.trainers.widths.subnet import SubnetTrainer
 from devices.compression.channel_graph import BATCH_NORMS
 from devices.compression.channels import Kept
 from devices.compression.distil import Remembering, divergence

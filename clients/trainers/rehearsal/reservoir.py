@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from clients.trainers.base import ClientContext
-from clients.trainers.memory import Memory
-from clients.trainers.replay import StreamReplayTrainer
+from clients.trainers.rehearsal.memory import Memory
+from clients.trainers.rehearsal.replay import StreamReplayTrainer
 from fedsim.messages import Broadcast
 from fedsim.workload import Tensors
 

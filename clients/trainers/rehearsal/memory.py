@@ -12,8 +12,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from clients.trainers import samples
 from clients.trainers.base import ClientContext
+from clients.trainers.rehearsal import samples
 from fedsim.workload import Tensors, in_format
 
 NAMES, PHASES = "memory_names", "memory_phases"
