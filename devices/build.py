@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 import yaml
 
-from devices.calibrate import Calibration, calibrate, prices_by_kind, prices_of
-from devices.columns import FOLDABLE, IS_MAC, MAC_ROWS, TABLE_KINDS, Physics, counts
-from devices.energy import card_energy
 from devices.errors import DeviceError
-from devices.latency import macs_and_bytes, reference_table
-from devices.learn_priors import PRIOR_NETWORKS, Watch, learn_priors, start_of
-from devices.prices import Prices
-from devices.prior import Facts, Sample, recalled
+from devices.latency.calibrate import Calibration, calibrate, prices_by_kind, prices_of
+from devices.latency.columns import FOLDABLE, IS_MAC, MAC_ROWS, TABLE_KINDS, Physics, counts
+from devices.latency.energy import card_energy
+from devices.latency.learn_priors import PRIOR_NETWORKS, Watch, learn_priors, start_of
+from devices.latency.models import macs_and_bytes, reference_table
+from devices.latency.prices import Prices
+from devices.latency.prior import Facts, Sample, recalled
+from devices.latency.tables import LITTLE, RUNTIMES, Setting, Tables, cluster
 from devices.profile_text import as_yaml
-from devices.tables import LITTLE, RUNTIMES, Setting, Tables, cluster
 from devices.writing import write_atomic
 
 HERE = Path(__file__).parent
@@ -401,7 +401,9 @@ def write_all(builder: Builder, out: Path) -> list[Path]:
     (out / "profiles").mkdir(parents=True, exist_ok=True)
     written = []
     priors = {name: prior.to_dict() for name, prior in builder.priors.items()}
-    text = "# Priors of prices by family of runtimes, learned by `fedsim devices build`; see devices/prior.py.\n"
+    text = (
+        "# Priors of prices by family of runtimes, learned by `fedsim devices build`; see devices/latency/prior.py.\n"
+    )
     text += yaml.safe_dump(priors, sort_keys=False, width=160, default_flow_style=None)
     write_atomic(out / "priors.yaml", text)
     written.append(out / "priors.yaml")
@@ -422,7 +424,7 @@ def write_all(builder: Builder, out: Path) -> list[Path]:
 
 def _usual_rate(profile: Any) -> float:
     """1e9 multiply-adds per second on the ten networks of NAS-Bench-201 that profiles are measured with, median."""
-    from devices.latency import device_prices
+    from devices.latency.models import device_prices
 
     prices = device_prices(profile).inference
     rates = []

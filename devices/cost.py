@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from devices.columns import TABLE_KINDS_0_1, from_0_1
+from devices.latency.columns import TABLE_KINDS_0_1, from_0_1
 
 if TYPE_CHECKING:
     from devices.profile import DeviceProfile

@@ -12,8 +12,8 @@ from typing import Any
 
 from devices.cost import NetworkCost
 from devices.held import Moments
+from devices.latency.predictions import Prediction, predict
 from devices.meter import inference_memory_bytes, peak_memory_bytes
-from devices.predictions import Prediction, predict
 from devices.profile import DeviceProfile
 
 LARGEST_BATCH = 512  # of the batches that are shown where none were asked for
@@ -140,7 +140,7 @@ def fit(
         others: devices to look among for one that has the memory.
 
     Raises:
-        DeviceError: as `devices.predictions.predict`.
+        DeviceError: as `devices.latency.predictions.predict`.
     """
     if predict(network, 1, device).step is None:
         return _without_training(network, device)

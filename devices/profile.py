@@ -29,10 +29,10 @@ from typing import Any
 
 import numpy as np
 
-from devices.columns import TABLE_KINDS, from_0_1
 from devices.errors import DeviceError, unknown
+from devices.latency.columns import TABLE_KINDS, from_0_1
+from devices.latency.prices import BASES, Prices
 from devices.links import Link, load_link
-from devices.prices import BASES, Prices
 from devices.profile_file import FIGURES, PROVENANCES, Reader, Rule, read_yaml
 
 SHIPPED = Path(__file__).parent / "profiles"

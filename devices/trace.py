@@ -1,4 +1,4 @@
-"""What one example costs in a network, layer kind by layer kind: the input of `devices.structured`.
+"""What one example costs in a network, layer kind by layer kind: the input of `devices.latency.structured`.
 
 The network is run once on the meta device, which knows shapes and no numbers; every operation below autograd is seen,
 whether a module or a function called it.
@@ -19,8 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from devices.columns import MAC_KINDS, TABLE_KINDS
 from devices.errors import DeviceError
+from devices.latency.columns import MAC_KINDS, TABLE_KINDS
 from devices.modes import UncompiledMode
 from devices.operators import macs_of, name_of
 

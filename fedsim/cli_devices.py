@@ -52,8 +52,8 @@ def enroll(
     import yaml
     from rich.progress import Progress
 
-    from devices.enroll import enroll as measure
-    from devices.enroll import profile_tree
+    from devices.enrol.measure import enroll as measure
+    from devices.enrol.measure import profile_tree
     from fedsim.console import table
     from fedsim.durable import write_atomic
     from fedsim.errors import ConfigError
@@ -146,12 +146,12 @@ def evaluate(
     if space is None or data is None:
         raise ConfigError("give --space and --data (a search space), or --tables (a folder of public measurements)")
     if predictor == "profile":
-        from devices.spaces import load_space
+        from devices.latency.spaces import load_space
 
         evaluate_profiles(load_space(space, data), as_json)
         return
-    from devices.evaluate import evaluate as judge
-    from devices.spaces import load_space
+    from devices.latency.evaluate import evaluate as judge
+    from devices.latency.spaces import load_space
     from fedsim.console import table
 
     loaded = load_space(space, data, devices)
@@ -190,9 +190,9 @@ def compare(
 
     Example: fedsim devices compare --space nb201 --data help_nb201.npz --predictors structured,macs
     """
-    from devices.evaluate import compare as judge
-    from devices.evaluate import comparison_picture
-    from devices.spaces import load_space
+    from devices.latency.evaluate import compare as judge
+    from devices.latency.evaluate import comparison_picture
+    from devices.latency.spaces import load_space
     from fedsim.console import table
 
     check_picture(picture)
@@ -236,9 +236,9 @@ def train_help(
     import torch
     from rich.progress import Progress
 
-    from devices.help_training import HelpSettings, Look, meta_train
-    from devices.help_weights import save_weights
-    from devices.spaces import load_space
+    from devices.latency.help.training import HelpSettings, Look, meta_train
+    from devices.latency.help.weights import save_weights
+    from devices.latency.spaces import load_space
 
     check_place("--out", out)
     torch.set_num_threads(1)

@@ -13,8 +13,8 @@ from fedsim import strict_json
 from fedsim.cli_options import MOST, check_picture
 
 if TYPE_CHECKING:
-    from devices.predictions import Pass, Prediction
-    from devices.prices import Prices
+    from devices.latency.predictions import Pass, Prediction
+    from devices.latency.prices import Prices
     from devices.profile import DeviceProfile
 
 Model = Annotated[
@@ -86,7 +86,7 @@ def show(
 
     Example: fedsim devices show raspberry_pi_4 --picture pi4.png
     """
-    from devices.picture import latency_picture
+    from devices.enrol.picture import latency_picture
     from devices.profile import load_profile
     from fedsim.console import console, table
 
@@ -130,7 +130,7 @@ def predict(
 
     Of your own: fedsim devices predict --model net.py:Net --kind phone (this runs net.py)
     """
-    from devices.predictions import predict as judge
+    from devices.latency.predictions import predict as judge
     from fedsim.console import console, table
     from fedsim.own_model import named_model, traced
 
@@ -186,7 +186,7 @@ def shape_of(text: str | None) -> tuple[int, ...] | None:
 
 def notes(found: Sequence[Prediction]) -> list[str]:
     """One line for each reason to doubt the figures, with the devices that it holds for."""
-    from devices.predictions import MOSTLY_CALLS
+    from devices.latency.predictions import MOSTLY_CALLS
 
     lines, of = [], len({p.device.name for p in found})
     if any(x.error is None for p in found for x in (p.forward, p.step) if x):
@@ -276,7 +276,7 @@ def _by_kind(rows: Any, profiles: Iterable[DeviceProfile]) -> Iterator[list[Devi
 
 def _inference(profile: DeviceProfile) -> Prices | None:
     from devices.errors import DeviceError
-    from devices.latency import device_prices
+    from devices.latency.models import device_prices
 
     try:
         return device_prices(profile).inference
@@ -354,8 +354,8 @@ def figures_of(profile: DeviceProfile, name: str) -> dict[str, dict[str, tuple[s
 
 def _priced(profile: DeviceProfile, name: str) -> Iterator[tuple[str, Prices, str]]:
     """The prices of a device by kind of pass, and where they are from."""
-    from devices.latency import device_prices
-    from devices.predictions import IN_WORDS
+    from devices.latency.models import device_prices
+    from devices.latency.predictions import IN_WORDS
 
     prices, given = device_prices(profile), _tree(name).get("latency", {})
     own = {key: given.get(key) for key in ("inference", "forward", "step", "int8")}

@@ -17,11 +17,11 @@ from devices.texts import quoted
 from fedsim.cli_options import MOST, check_place, whole
 
 if TYPE_CHECKING:
-    from devices.calibrate import Calibration
-    from devices.columns import Physics
     from devices.cost import NetworkCost
-    from devices.prices import Prices
-    from devices.prior import Facts, Sample
+    from devices.latency.calibrate import Calibration
+    from devices.latency.columns import Physics
+    from devices.latency.prices import Prices
+    from devices.latency.prior import Facts, Sample
     from devices.profile import DeviceProfile
 
 NEEDED = ("network", "input", "batch", "phase", "ms")
@@ -221,8 +221,8 @@ def _cost(name: str, size: str, num_classes: int) -> NetworkCost:
     Raises:
         ValueError: where there is no such network, or it does not take that input.
     """
+    from devices.enrol.zoo import IMAGE, SEQUENCE, ZOO
     from devices.errors import DeviceError
-    from devices.zoo import IMAGE, SEQUENCE, ZOO
     from fedsim.errors import ConfigError
     from fedsim.own_model import named_model, traced
 
@@ -252,7 +252,7 @@ class _Section:
 
     def of(self, profile: DeviceProfile) -> Prices | None:
         """What a profile takes for these passes."""
-        from devices.latency import device_prices
+        from devices.latency.models import device_prices
 
         prices = device_prices(profile)
         return {"inference": prices.inference, "forward": prices.forward, "step": prices.step}[self.names[0]]
@@ -260,7 +260,7 @@ class _Section:
 
 def _physics(profile: DeviceProfile, device: str) -> tuple[Physics, Facts]:
     from devices.errors import DeviceError
-    from devices.limits import physics_of
+    from devices.latency.limits import physics_of
 
     if profile.kind == "mcu":
         raise DeviceError(f"device {device!r} is a microcontroller; calibrate takes devices that run a framework")
@@ -284,13 +284,13 @@ def _fit(
     """Prices for each phase that was measured."""
     import numpy as np
 
-    from devices.calibrate import prices_of
-    from devices.columns import counts
     from devices.errors import DeviceError, unknown
-    from devices.latency import MOST_THREADS
-    from devices.limits import OF_CARDS
-    from devices.prior import Sample, shipped_prior
-    from devices.tables import RUNTIMES
+    from devices.latency.calibrate import prices_of
+    from devices.latency.columns import counts
+    from devices.latency.limits import OF_CARDS
+    from devices.latency.models import MOST_THREADS
+    from devices.latency.prior import Sample, shipped_prior
+    from devices.latency.tables import RUNTIMES
 
     own = None if profile.latency is None else profile.latency.inference
     card = physics.isa == "gpu"

@@ -40,7 +40,7 @@ def build(
 
 def evaluate_tables(folder: Path, as_json: bool) -> None:
     """Prints how far the structured model is off on networks and devices that it has not seen."""
-    from devices.evaluate_tables import evaluate_tables as judge
+    from devices.latency.evaluate_tables import evaluate_tables as judge
     from fedsim.console import console, table
 
     with _watched("judging") as watch:
@@ -62,7 +62,7 @@ def evaluate_tables(folder: Path, as_json: bool) -> None:
 
 def evaluate_profiles(space: Any, as_json: bool) -> None:
     """Prints Spearman and error of the prices that runs are priced with, inside a search space."""
-    from devices.evaluate_tables import evaluate_profiles as judge
+    from devices.latency.evaluate_tables import evaluate_profiles as judge
     from fedsim.console import console, table
 
     found = judge(space)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from devices.compression.plan import CompressionPlan, Recipe
 from devices.errors import DeviceError
 from devices.fleet import Fleet
-from devices.latency import int8_ms
+from devices.latency.models import int8_ms
 from fedsim.errors import NotFiniteError
 from fedsim.settings import World, instantiate
 from fedsim.slices import price

@@ -86,7 +86,7 @@ def named_model(
             may not be run.
         FileError: for what is no file.
     """
-    from devices.zoo import ZOO
+    from devices.enrol.zoo import ZOO
     from fedsim.settings import ENDLESS, options
 
     given = (tokens,) if tokens else tuple(input_shape) if input_shape else None
@@ -124,7 +124,7 @@ def traced(model: NamedModel) -> NetworkCost:
     Raises:
         ConfigError: if it does not run on such an example.
     """
-    from devices.picture import traced_cost
+    from devices.enrol.picture import traced_cost
 
     try:
         with no_exit():
@@ -207,8 +207,8 @@ def _cross_entropy(output: Tensor, y: Tensor) -> Tensor:
 
 
 def _of_the_zoo(name: str, given: tuple[int, ...] | None) -> NamedModel:
-    from devices.zoo import IMAGE as SHAPE
-    from devices.zoo import SEQUENCE, ZOO
+    from devices.enrol.zoo import IMAGE as SHAPE
+    from devices.enrol.zoo import SEQUENCE, ZOO
 
     network = ZOO[name]
     shape = SEQUENCE if network.tokens else SHAPE

@@ -13,12 +13,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from devices.columns import TABLE_KINDS
 from devices.cost import LatencyModel, Passes, Work
 from devices.fleet import Fleet
-from devices.latency import DevicePrices, StructuredLatency, device_prices
-from devices.predictions import IN_WORDS, MOSTLY_CALLS
-from devices.prices import Prices
+from devices.latency.columns import TABLE_KINDS
+from devices.latency.models import DevicePrices, StructuredLatency, device_prices
+from devices.latency.predictions import IN_WORDS, MOSTLY_CALLS
+from devices.latency.prices import Prices
 from devices.profile import DeviceProfile
 from fedsim.run_files import read_rows, row_files
 

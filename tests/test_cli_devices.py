@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from conftest import Ended
 
+from devices.latency.spaces import DEVICE_SETS, SPLITS
 from devices.nas.tables import network_features
 from devices.profile import profile_names
-from devices.spaces import DEVICE_SETS, SPLITS
 
 EVALUATE = ["evaluate", "--data", "x.npz", "--space"]
 

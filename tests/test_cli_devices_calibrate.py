@@ -7,11 +7,11 @@ import pytest
 import yaml
 from conftest import Ended
 
+from devices.enrol.picture import zoo_cost
+from devices.enrol.zoo import ZOO
 from devices.errors import DeviceError
-from devices.latency import device_prices, step_ms
-from devices.picture import zoo_cost
+from devices.latency.models import device_prices, step_ms
 from devices.profile import DeviceProfile, load_profile
-from devices.zoo import ZOO
 from fedsim.cli_devices_calibrate import read_rows
 
 HEAD = "network,input,batch,phase,ms"

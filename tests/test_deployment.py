@@ -9,7 +9,7 @@ import torch
 from devices.compression.plan import CompressionPlan, Recipe
 from devices.cost import NetworkCost
 from devices.errors import DeviceError
-from devices.latency import int8_ms
+from devices.latency.models import int8_ms
 from devices.profile import LatencyFacts, load_profile
 from devices.trace import KINDS, trace
 from fedsim.deployment import calibration
@@ -143,7 +143,7 @@ def test_integer_kernels_are_priced_where_they_were_measured():
     """One millisecond per call of a pointwise layer, half of that in integers, on a device twice as fast."""
     from dataclasses import replace
 
-    from devices.prices import Prices
+    from devices.latency.prices import Prices
 
     rows = [[0.0] * 4 for _ in KINDS]
     rows[KINDS.index("pointwise")][3] = 6.0

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import yaml
 
-from devices import enroll
 from devices.cost import NetworkCost
-from devices.enroll import Enrolment, Timing
-from devices.host import HostFigures, _clock_ghz, _isa, measure_host
-from devices.latency import device_prices, int8_ms, step_ms
-from devices.prices import Prices
+from devices.enrol import measure as enroll
+from devices.enrol.host import HostFigures, _clock_ghz, _isa, measure_host
+from devices.enrol.measure import Enrolment, Timing
+from devices.enrol.zoo import HELD_OUT, ZOO
+from devices.latency.models import device_prices, int8_ms, step_ms
+from devices.latency.prices import Prices
 from devices.profile import DeviceProfile, load_profile
 from devices.trace import trace
-from devices.zoo import HELD_OUT, ZOO
 
 HOST = HostFigures(1, 50e9, 20e9, 2.5, "x86")
 NETWORK = {"down_mbps": 80.0, "up_mbps": 40.0, "rtt_ms": 20.0}
@@ -224,7 +224,7 @@ def test_a_host_is_measured_and_its_profile_prices(monkeypatch, tmp_path):
 
 def test_a_peak_is_measured_by_products_and_a_bandwidth_by_arrays(monkeypatch):
     """Each run takes a millisecond: 64**3 multiply-adds times 1.1, and two times 1 MB."""
-    from devices import host
+    from devices.enrol import host
 
     calls = {"number": 0}
 

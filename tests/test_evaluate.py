@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from devices.errors import DeviceError
-from devices.evaluate import FEATURES, compare, comparison_picture, evaluate
-from devices.help_training import HelpSettings, first_weights
+from devices.latency.evaluate import FEATURES, compare, comparison_picture, evaluate
+from devices.latency.help.training import HelpSettings, first_weights
+from devices.latency.spaces import DEVICE_SETS, SPLITS, Space, device_split, load_space
 from devices.nas.tables import connected, network_features
-from devices.spaces import DEVICE_SETS, SPLITS, Space, device_split, load_space
 
 # Milliseconds of each operation: none, skip, 1x1 and 3x3 convolution, pool.
 PRICES = {"near": (0, 0.1, 0.7, 2.0, 0.5), "far": (0, 1.0, 1.1, 1.3, 3.0), "gpu": (0, 0.5, 0.6, 0.7, 0.6)}
@@ -209,7 +209,7 @@ def test_device_sets_are_in_the_table(table):
 @pytest.mark.data
 def test_measured_references_confirm_the_features(table):
     """For FBNet at ten networks the left-out error of positions is well below that of mere counts."""
-    from devices.structured import choose_references, left_out_error
+    from devices.latency.structured import choose_references, left_out_error
 
     space, errors = table("fbnet"), {}
     for features in ("counts", "layers"):

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from clients.trainers.sgd import SGDTrainer
 from devices.cost import NetworkCost
+from devices.enrol.picture import traced_cost
 from devices.fit import (
     StepMemory,
     fit,
@@ -20,9 +21,8 @@ from devices.fit import (
     step_memory,
     width_that_fits,
 )
+from devices.latency.predictions import predict
 from devices.meter import inference_bytes, measure
-from devices.picture import traced_cost
-from devices.predictions import predict
 from devices.profile import load_profile
 from devices.reserved import with_memory
 from fedsim.own_model import measured, named_model

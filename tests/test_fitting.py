@@ -5,12 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from devices.calibrate import basis_of, calibrate, prices_of
-from devices.columns import COLUMNS, IS_CALL, NUM_COLUMNS, TABLE_KINDS, Physics, as_matrix, counts, from_0_1
 from devices.errors import DeviceError
-from devices.fitting import Problems, predict, solve
-from devices.learn_priors import start_of
-from devices.prior import Facts, Prior, Sample, choose_networks, learn, left_out, problems_of
+from devices.latency.calibrate import basis_of, calibrate, prices_of
+from devices.latency.columns import COLUMNS, IS_CALL, NUM_COLUMNS, TABLE_KINDS, Physics, as_matrix, counts, from_0_1
+from devices.latency.fitting import Problems, predict, solve
+from devices.latency.learn_priors import start_of
+from devices.latency.prior import Facts, Prior, Sample, choose_networks, learn, left_out, problems_of
 
 PHYSICS = Physics(macs_per_s=10e9, bytes_per_s=10e9, isa="arm", threads=1, clock_ghz=2.0)
 PRIOR = replace(start_of("mobile")[0], sigma=0.05)

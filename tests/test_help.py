@@ -13,8 +13,9 @@ from scipy.stats import spearmanr
 from torch.nn import functional as F
 
 from devices.errors import DeviceError
-from devices.evaluate import evaluate
-from devices.help import (
+from devices.latency.evaluate import evaluate
+from devices.latency.help.encodings import encode, graph_adjacency
+from devices.latency.help.predictor import (
     HelpPredictor,
     adapt,
     gate_divergence,
@@ -28,10 +29,9 @@ from devices.help import (
     rising_line,
     source_labels,
 )
-from devices.help_encodings import encode, graph_adjacency
-from devices.help_training import HelpSettings, HelpTraining, first_weights, meta_train
-from devices.help_weights import GATES, HelpWeights, flatten_weights, load_weights, save_weights
-from devices.spaces import Space, SpaceSplit, load_space
+from devices.latency.help.training import HelpSettings, HelpTraining, first_weights, meta_train
+from devices.latency.help.weights import GATES, HelpWeights, flatten_weights, load_weights, save_weights
+from devices.latency.spaces import Space, SpaceSplit, load_space
 
 SETTINGS = HelpSettings(
     episodes=8, devices=2, support=10, query=40, validate_every=4, validation_draws=1, learning_rate=1e-3

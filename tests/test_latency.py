@@ -9,10 +9,12 @@ import pytest
 import torch
 import yaml
 
-from devices.columns import TABLE_KINDS
 from devices.cost import NetworkCost, Passes, Work, pack_works, unpack_works
+from devices.enrol.picture import zoo_cost
+from devices.enrol.zoo import ZOO, zoo_network
 from devices.errors import DeviceError
-from devices.latency import (
+from devices.latency.columns import TABLE_KINDS
+from devices.latency.models import (
     HelpLatency,
     StructuredLatency,
     _shipped_tables,
@@ -22,11 +24,9 @@ from devices.latency import (
     step_ms,
     traced_reference,
 )
-from devices.picture import zoo_cost
-from devices.prices import Prices
+from devices.latency.prices import Prices
 from devices.profile import SHIPPED, DeviceProfile, LatencyFacts, load_profile, parse_profile, profile_names
 from devices.trace import KINDS, trace
-from devices.zoo import ZOO, zoo_network
 
 CONV, FC = KINDS.index("conv"), KINDS.index("fc")
 
@@ -310,8 +310,8 @@ def test_a_broken_latency_section_is_one_sentence(change: dict, sentence: str):
 
 
 def test_help_prices_networks_of_its_space_only(tmp_path):
-    from devices.help_training import HelpSettings, first_weights
-    from devices.help_weights import save_weights
+    from devices.latency.help.training import HelpSettings, first_weights
+    from devices.latency.help.weights import save_weights
 
     save_weights(first_weights("nb201", HelpSettings()), tmp_path / "w.safetensors")
     latency = HelpLatency(str(tmp_path / "w.safetensors"))

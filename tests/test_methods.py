@@ -28,8 +28,8 @@ from clients.app import ClientState, Worker, worker_for
 from clients.app import app as client_app
 from devices.availability import DAY_S
 from devices.cost import Work
-from devices.help_training import HelpSettings, first_weights
-from devices.help_weights import save_weights
+from devices.latency.help.training import HelpSettings, first_weights
+from devices.latency.help.weights import save_weights
 from fedsim.errors import ConfigError, DataError
 from fedsim.federation import Federation
 from fedsim.messages import ARRAYS, CONFIG, record_of

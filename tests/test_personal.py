@@ -12,7 +12,7 @@ from torchs_counter import counter
 from clients.app import Worker, app
 from clients.state import ClientState
 from clients.trainers.sgd import SGDTrainer
-from devices.latency import StructuredLatency
+from devices.latency.models import StructuredLatency
 from fedsim.data.blobs import Blobs
 from fedsim.engines.local import LocalGrid
 from fedsim.errors import ConfigError

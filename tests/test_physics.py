@@ -5,14 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from devices.columns import MAC_ROWS, STEP_MACS, TABLE_KINDS, WINOGRAD_GAIN, Physics
 from devices.cost import FlopsLatency, Jitter, NetworkCost, Passes, Work
-from devices.latency import StructuredLatency, device_prices, step_ms
-from devices.limits import peak_in, physics_of
-from devices.picture import zoo_cost
-from devices.prices import Prices
+from devices.enrol.picture import zoo_cost
+from devices.enrol.zoo import ZOO
+from devices.latency.columns import MAC_ROWS, STEP_MACS, TABLE_KINDS, WINOGRAD_GAIN, Physics
+from devices.latency.limits import peak_in, physics_of
+from devices.latency.models import StructuredLatency, device_prices, step_ms
+from devices.latency.prices import Prices
 from devices.profile import LatencyFacts, load_profile, profile_names
-from devices.zoo import ZOO
 
 BATCHES = (1, 8, 64, 512)
 ZOO_COSTS = {name: zoo_cost(name) for name in ZOO}
@@ -171,7 +171,7 @@ def test_a_mobilenet_trains_slower_than_a_resnet_on_a_pi():
     import torch
     from torchvision import models
 
-    from devices.picture import traced_cost
+    from devices.enrol.picture import traced_cost
 
     pi, image = load_profile("raspberry_pi_4"), torch.zeros(1, 3, 224, 224)
     mobilenet, resnet = (traced_cost("n", m(weights=None), image) for m in (models.mobilenet_v2, models.resnet18))

@@ -7,7 +7,7 @@ import pytest
 
 from clients.app import app
 from devices.cost import NetworkCost, Passes, Work
-from devices.latency import device_prices
+from devices.latency.models import device_prices
 from devices.profile import load_profile
 from fedsim import checkpoint, federation
 from fedsim.console import closing_lines

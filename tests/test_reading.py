@@ -12,10 +12,10 @@ import pytest
 
 from devices.availability import Trace
 from devices.errors import DeviceError, FileError
-from devices.help_weights import load_weights, read_arrays
+from devices.latency.help.weights import load_weights, read_arrays
+from devices.latency.spaces import load_space
 from devices.profile import load_profile
 from devices.reading import read_json, read_json_lines, read_npz, read_parquet, read_yaml
-from devices.spaces import load_space
 from fedsim.data.bundle import read_bundle
 from fedsim.errors import ConfigError, DataError
 from fedsim.study import read_study

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from devices.errors import DeviceError
+from devices.latency.structured import StructuredPredictor, choose_references, left_out_error, price, prior_of
 from devices.nas.tables import fbnet_features, nb201_connected, nb201_features, network_features, network_macs
-from devices.structured import StructuredPredictor, choose_references, left_out_error, price, prior_of
 from devices.trace import FEATURES, KINDS, trace
 
 

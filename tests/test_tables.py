@@ -10,18 +10,18 @@ import yaml
 from scipy.stats import spearmanr
 
 from devices.build import Builder, write_all
-from devices.calibrate import calibrate
-from devices.columns import COLUMNS, counts
-from devices.energy import CardEnergy, fit_energy
 from devices.errors import DeviceError
-from devices.evaluate_tables import Figure, evaluate_profiles, evaluate_tables, over_settings
-from devices.latency import device_prices, reference_table
-from devices.limits import physics_of
+from devices.latency.calibrate import calibrate
+from devices.latency.columns import COLUMNS, counts
+from devices.latency.energy import CardEnergy, fit_energy
+from devices.latency.evaluate_tables import Figure, evaluate_profiles, evaluate_tables, over_settings
+from devices.latency.limits import physics_of
+from devices.latency.models import device_prices, reference_table
+from devices.latency.prior import shipped_prior
+from devices.latency.spaces import load_space
+from devices.latency.tables import Core, Tables, cluster, parse_cores, runtime_of
 from devices.nas.tables import network_features
-from devices.prior import shipped_prior
 from devices.profile import SHIPPED, load_profile, profile_names
-from devices.spaces import load_space
-from devices.tables import Core, Tables, cluster, parse_cores, runtime_of
 
 tables_of_tests = pytest.mark.xdist_group("tables")  # one worker evaluates, once
 

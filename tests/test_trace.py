@@ -17,7 +17,7 @@ from torch.nn.utils import prune
 from torchs_counter import counter
 
 from devices.errors import DeviceError
-from devices.structured import price
+from devices.latency.structured import price
 from devices.trace import FEATURES, KINDS, LayerTable, trace
 from fedsim.settings import model_factory, model_settings
 

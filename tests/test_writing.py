@@ -16,7 +16,7 @@ from conftest import TINY, Ended
 
 from clients.app import app
 from devices import build, writing
-from devices.help_weights import write_arrays
+from devices.latency.help.weights import write_arrays
 from devices.writing import open_lock, write_atomic
 from fedsim import federation
 from fedsim.engines.local import LocalGrid

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from devices.columns import FOLDABLE, Isa, Phase, Physics, counts
 from devices.cost import Work
-from devices.prices import Prices
-from devices.prior import IN_ORDER, Facts, recalled
+from devices.latency.columns import FOLDABLE, Isa, Phase, Physics, counts
+from devices.latency.prices import Prices
+from devices.latency.prior import IN_ORDER, Facts, recalled
 from devices.profile import DeviceProfile
 
 NEWEST = 2024.0  # year of the runtime that a device without measurements is priced with
@@ -60,7 +60,7 @@ def least_ms(
         what: inference, forward (of the training runtime) or step.
         prices: of the pass: a precision has a peak of its own, and a runtime that folds layers does not pay for them.
 
-    Source: the bounds of `devices.columns.Physics`. Winograd saves three of four multiply-adds of a 3x3 convolution in
+    Source: the bounds of `devices.latency.columns.Physics`. Winograd saves three of four multiply-adds of a 3x3 convolution in
     inference and on cards, and none in a step.
     """
     known, peak = physics_of(device), peak_in(device, prices.precision)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from devices.columns import MAC_ROWS, TABLE_KINDS, as_matrix
+from devices.latency.columns import MAC_ROWS, TABLE_KINDS, as_matrix
 
 BASES = ("rows", "few rows", "one row", "threads", "datasheet", "carried", "assumed", "scaled")
 CELL_UNITS_MS = np.array([1e-9, 1e-9, 1e-9, 1e-3])  # of the prices in a profile: ps, ps, ps, us
@@ -36,7 +36,7 @@ class Prices:
         batches: smallest and largest that was measured.
         largest_macs: of one example of the largest network that was measured.
         kinds: that the measured networks have.
-        overlap: how launches hide behind work: 1 is a sum (`devices.fitting`).
+        overlap: how launches hide behind work: 1 is a sum (`devices.latency.fitting`).
         constant_ms: of each pass; only in profiles of fedsim 0.1.
         extra_calls: of each pass, at the price of elementwise ones: the loss and the update of a step on a GPU.
         most: prices of a pass that was measured and that holds this one, so that it never takes longer; None for none.

@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from devices.errors import DeviceError, unknown
-from devices.help_encodings import ENCODINGS
+from devices.latency.help.encodings import ENCODINGS
 from devices.reading import open_file, read_npz
 from devices.writing import write_atomic
 

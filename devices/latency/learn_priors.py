@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from devices.columns import IS_CALL, NUM_COLUMNS
-from devices.fitting import solve
-from devices.prior import COVARIATES, Prior, choose_networks, error_with, learn, problems_of
-from devices.tables import Setting
+from devices.latency.columns import IS_CALL, NUM_COLUMNS
+from devices.latency.fitting import solve
+from devices.latency.prior import COVARIATES, Prior, choose_networks, error_with, learn, problems_of
+from devices.latency.tables import Setting
 
 PRIOR_NETWORKS = 15  # of a setting that the prior of mobile runtimes is learned from
 DISPATCH_SPREAD = 0.3  # of the logarithm of a framework's cost of a call, between devices of one clock

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from devices.columns import IS_CALL
+from devices.latency.columns import IS_CALL
 
 ROUNDS = 60
 CAUCHY = 2.0

@@ -7,13 +7,13 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from devices.cost import NetworkCost
+from devices.enrol.zoo import ZOO
 from devices.figures import new_figure, save_figure
-from devices.latency import device_prices
-from devices.predictions import predict
+from devices.latency.models import device_prices
+from devices.latency.predictions import predict
 from devices.profile import DeviceProfile
 from devices.texts import NAME_LETTERS, visible
 from devices.trace import trace
-from devices.zoo import ZOO
 
 
 def zoo_cost(name: str) -> NetworkCost:

@@ -9,8 +9,8 @@ import numpy as np
 from scipy.optimize import nnls
 
 from devices.errors import DeviceError
-from devices.latency import macs_and_bytes
-from devices.tables import RUNTIMES, Setting, Tables
+from devices.latency.models import macs_and_bytes
+from devices.latency.tables import RUNTIMES, Setting, Tables
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,16 @@ import numpy as np
 from scipy.optimize import nnls
 from scipy.stats import kendalltau, spearmanr
 
-from devices.columns import TABLE_KINDS, TABLE_KINDS_0_1
 from devices.errors import DeviceError, unknown
 from devices.figures import new_figure, save_figure
+from devices.latency.columns import TABLE_KINDS, TABLE_KINDS_0_1
+from devices.latency.spaces import SPLITS, Space
+from devices.latency.structured import StructuredPredictor, choose_references, price, prior_of
 from devices.nas.tables import connected, network_features, network_macs
-from devices.spaces import SPLITS, Space
-from devices.structured import StructuredPredictor, choose_references, price, prior_of
 from devices.texts import NAME_LETTERS, visible
 
 if TYPE_CHECKING:
-    from devices.help_weights import HelpWeights
+    from devices.latency.help.weights import HelpWeights
 
 PREDICTORS = ("structured", "macs", "flops", "help")
 REFERENCES = ("chosen", "random")
@@ -67,7 +67,7 @@ def evaluate(
             latencies best; none for no prior.
         weights: of HELP, or their file.
         help_predictions: (space, device, measured, seed, weights) to milliseconds of the judged networks; none for that
-            of `devices.help`.
+            of `devices.latency.help.predictor`.
         features: "counts" or "layers"; none for that of `FEATURES`.
         robust: whether the structured fit reweights outliers.
         progress: called with a line of text after each device.
@@ -89,7 +89,7 @@ def evaluate(
     if leaked := sorted(set(devices) & set(source or ())):
         raise DeviceError(f"device {leaked[0]!r} cannot be both source and judged")
     if predictor == "help" and help_predictions is None:
-        from devices.help import help_predictions
+        from devices.latency.help.predictor import help_predictions
 
         weights = _weights(weights, space, devices)
     trial = _Trial(space, predictor, measurements, references, features or FEATURES[space.name], source or (), robust)
@@ -113,7 +113,7 @@ def evaluate(
 
 def _weights(weights: HelpWeights | str | Path | None, space: Space, devices: Sequence[str]) -> HelpWeights:
     """Reads them once, and refuses those that know a device that they would be judged on."""
-    from devices.help_weights import HelpWeights, load_weights
+    from devices.latency.help.weights import HelpWeights, load_weights
 
     if weights is None:
         raise DeviceError("help predicts with meta-trained weights only; name their file (weights)")

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from devices.calibrate import MANY, best_believed
-from devices.energy import energy_columns, fit_energy
 from devices.errors import DeviceError
-from devices.learn_priors import PRIOR_NETWORKS, Watch, fits_by_id, learn_prior, of_family, unseen_errors
-from devices.prior import error_with, left_out, left_out_ms
-from devices.tables import Setting, Tables
+from devices.latency.calibrate import MANY, best_believed
+from devices.latency.energy import energy_columns, fit_energy
+from devices.latency.learn_priors import PRIOR_NETWORKS, Watch, fits_by_id, learn_prior, of_family, unseen_errors
+from devices.latency.prior import error_with, left_out, left_out_ms
+from devices.latency.tables import Setting, Tables
 
 if TYPE_CHECKING:
-    from devices.spaces import Space
+    from devices.latency.spaces import Space
 
 KNOWN = (0, 1, 3, 10)  # measured networks of a device that the prior has not seen
 
@@ -61,7 +61,7 @@ def of_rows(what: str, errors: np.ndarray) -> Figure:
 
 
 def evaluate_tables(folder: str | Path, watch: Watch = lambda text: None) -> list[Figure]:
-    """Judges the model on a folder of tables; see `devices.tables` for what it holds.
+    """Judges the model on a folder of tables; see `devices.latency.tables` for what it holds.
 
     Raises:
         DeviceError: where a table is missing or broken, or no setting has enough networks.
@@ -187,7 +187,7 @@ def evaluate_profiles(space: Space, seed: int = 0, judged: int = 800) -> list[tu
     """
     from scipy.stats import spearmanr
 
-    from devices.latency import device_prices
+    from devices.latency.models import device_prices
     from devices.nas.tables import connected, network_features
     from devices.profile import load_profile
     from devices.trace import COLUMNS, KINDS

@@ -1,7 +1,7 @@
 """Measures this host with the zoo and makes a device profile of it.
 
 Networks are run forward and as training steps at two batch sizes, and in int8 where the backend has it; prices inside
-the host's physical bounds (`devices.calibrate`) are fitted and judged on networks that they never saw, and on whole
+the host's physical bounds (`devices.latency.calibrate`) are fitted and judged on networks that they never saw, and on whole
 families that are left out in turn. The network's bandwidth cannot be measured from inside and is given by the caller or
 assumed.
 """
@@ -21,17 +21,17 @@ import torch
 from scipy.stats import spearmanr
 from torch import nn
 
-from devices.calibrate import Calibration, at_least, prices_of
-from devices.columns import Phase, Physics, counts
 from devices.compression.kernels import int8_network
+from devices.enrol.host import OF_PEAK, HostFigures, measure_host
+from devices.enrol.zoo import HELD_OUT, ZOO
 from devices.errors import DeviceError
-from devices.host import OF_PEAK, HostFigures, measure_host
-from devices.latency import MOST_THREADS
-from devices.limits import NEWEST
-from devices.prices import Prices
-from devices.prior import Facts, Prior, Sample, shipped_prior
+from devices.latency.calibrate import Calibration, at_least, prices_of
+from devices.latency.columns import Phase, Physics, counts
+from devices.latency.limits import NEWEST
+from devices.latency.models import MOST_THREADS
+from devices.latency.prices import Prices
+from devices.latency.prior import Facts, Prior, Sample, shipped_prior
 from devices.trace import LayerTable, trace
-from devices.zoo import HELD_OUT, ZOO
 
 BATCHES = (1, 8)
 REFERENCES = tuple((name, batch) for name in ZOO if name not in HELD_OUT for batch in BATCHES)
@@ -212,7 +212,7 @@ def _physics(result: Enrolment, section: str) -> tuple[Physics, Facts]:
     """What is known of the host for a section of its profile."""
     host = result.host
     clock = host.clock_ghz or USUAL_CLOCK_GHZ
-    isa = "x86" if host.isa == "none" else host.isa  # as `devices.limits.physics_of` takes a host
+    isa = "x86" if host.isa == "none" else host.isa  # as `devices.latency.limits.physics_of` takes a host
     fp32 = Physics(result.peak_macs_per_s, host.bytes_per_s, isa, host.threads, clock, winograd=False)
     facts = Facts(min(host.threads, MOST_THREADS), isa=isa, year=NEWEST)
     if section == "int8":

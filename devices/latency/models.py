@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from devices.calibrate import at_least, datasheet_prices
-from devices.columns import MAC_ROWS, TABLE_KINDS, WINOGRAD_GAIN, Phase, Physics, from_0_1
 from devices.cost import LatencyModel, NetworkCost, Passes, Work
 from devices.errors import DeviceError
-from devices.limits import least_ms, least_work_s, physics_of
-from devices.prices import MEASURED, Prices
-from devices.prior import Facts, shipped_prior
+from devices.latency.calibrate import at_least, datasheet_prices
+from devices.latency.columns import MAC_ROWS, TABLE_KINDS, WINOGRAD_GAIN, Phase, Physics, from_0_1
+from devices.latency.limits import least_ms, least_work_s, physics_of
+from devices.latency.prices import MEASURED, Prices
+from devices.latency.prior import Facts, shipped_prior
 from devices.profile import DeviceProfile, LatencyFacts
 from devices.trace import COLUMNS, KINDS, MAC_KINDS, LayerTable, trace
 
@@ -261,7 +261,7 @@ def fit_references(facts: LatencyFacts) -> tuple[np.ndarray, float]:
     out. Kinds that the references do not tell anything of are priced like the multiply-adds of the others, with
     weights at 10 GB/s; what was measured as free stays free.
     """
-    from devices.structured import StructuredPredictor
+    from devices.latency.structured import StructuredPredictor
 
     latency_ms = np.array([ms for *_, ms in facts.references])
     sums = reference_features(facts)
@@ -336,7 +336,7 @@ class HelpLatency(LatencyModel):
     """
 
     def __init__(self, weights: str, space: str = "nb201", seed: int = 0):
-        from devices.help_weights import load_weights
+        from devices.latency.help.weights import load_weights
 
         self.space, self.seed = space, seed
         self.weights = load_weights(weights, space)
@@ -371,7 +371,7 @@ class HelpLatency(LatencyModel):
         if facts is None or len(measured) < 2 or not facts.embedding_ms:
             raise DeviceError(f"device {device.name!r} has no measurements of {space} that HELP could adapt to")
         if (facts, word) not in self._known:
-            from devices.help import HelpPredictor
+            from devices.latency.help.predictor import HelpPredictor
 
             support = np.array([_ids(r[1]) for r in measured])
             measured_ms = np.array([r[3] for r in measured])

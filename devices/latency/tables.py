@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from devices.columns import TABLE_KINDS, Phase, Physics, counts
 from devices.errors import DeviceError
-from devices.prior import IN_ORDER, Facts, Sample, recalled
+from devices.latency.columns import TABLE_KINDS, Phase, Physics, counts
+from devices.latency.prior import IN_ORDER, Facts, Sample, recalled
 
 MEASUREMENTS = ("ncnn.csv", "mobile_inference.csv", "training.csv", "training_own.csv")
 LITTLE = frozenset(["A53", "A55", "A510", "A520", "FTC310", "Icestorm", "RaptorE"])
@@ -332,10 +332,10 @@ def _table(row: Mapping[Any, Any]) -> np.ndarray:
 
 
 def _traced(network: str, size: str, constructor: str) -> np.ndarray | None:
-    """The layer table of a network that torchvision or `devices.own_networks` can build; None for others."""
+    """The layer table of a network that torchvision or `devices.latency.own_networks` can build; None for others."""
     import torch
 
-    from devices.own_networks import OWN
+    from devices.latency.own_networks import OWN
     from devices.trace import trace
 
     build: Callable[[], torch.nn.Module] | None = OWN.get(network)

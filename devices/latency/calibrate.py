@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from devices.columns import _CELLS, IS_CALL, IS_MAC, TABLE_KINDS, Phase, Physics
 from devices.errors import DeviceError
-from devices.fitting import Problems, predict, solve
-from devices.prices import Prices
-from devices.prior import Facts, Prior, Sample, left_out, problems_of
+from devices.latency.columns import _CELLS, IS_CALL, IS_MAC, TABLE_KINDS, Phase, Physics
+from devices.latency.fitting import Problems, predict, solve
+from devices.latency.prices import Prices
+from devices.latency.prior import Facts, Prior, Sample, left_out, problems_of
 
 MANY = 10  # networks from which on a fit speaks for itself
 SIGMAS = (0.04, 0.06, 0.08, 0.12, 0.15)  # believed errors of rows that a fit chooses from

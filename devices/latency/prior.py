@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from devices.columns import IS_CALL, NUM_COLUMNS, Phase, Physics
 from devices.errors import DeviceError, unknown
-from devices.fitting import Problems, predict, solve
+from devices.latency.columns import IS_CALL, NUM_COLUMNS, Phase, Physics
+from devices.latency.fitting import Problems, predict, solve
 
 IN_ORDER = frozenset(
     (
@@ -80,7 +80,7 @@ class Prior:
         effects: on the mean logarithm of price / unit, [covariates, 17].
         covariance: of that logarithm around its mean, [17, 17].
         sigma: relative error that rows are believed to have.
-        overlap: p of `devices.fitting`.
+        overlap: p of `devices.latency.fitting`.
         step_calls: calls of the loss and the update, added to the others of a training step.
         errors: mean relative error on devices that are not in the prior, by number of measured networks.
         devices: that it was learned from.

@@ -1,11 +1,11 @@
-"""Meta-training of HELP: learns, over the source devices of a table, the weights that `devices.help` adapts.
+"""Meta-training of HELP: learns, over the source devices of a table, the weights that `devices.latency.help.predictor` adapts.
 
 Each episode plays eight new devices: the ten references and ten other networks to adapt with, 200 to judge the adapted
 predictor, one Adam step through both. Every 50 episodes the validation devices are predicted as at test; the best
 weights are kept.
 
 Source: Lee et al., "HELP: Hardware-Adaptive Efficient Latency Prediction for NAS via Meta-Learning", NeurIPS 2021,
-written anew after the authors' code. Differs: support and scale of the labels are those of the test (`devices.help`),
+written anew after the authors' code. Differs: support and scale of the labels are those of the test (`devices.latency.help.predictor`),
 the scale from what the episode measured and from the other source devices; the divergence of the gates is the mean over
 the episode's devices (theirs counts the last device's once per device: `kl_reference_quirk`).
 """
@@ -25,7 +25,8 @@ from torch import Tensor
 
 from devices.draws import stream
 from devices.errors import DeviceError
-from devices.help import (
+from devices.latency.help.encodings import encode
+from devices.latency.help.predictor import (
     HelpPredictor,
     adapt,
     gate_divergence,
@@ -37,8 +38,7 @@ from devices.help import (
     predict,
     source_labels,
 )
-from devices.help_encodings import encode
-from devices.help_weights import (
+from devices.latency.help.weights import (
     DEVICES,
     GATES,
     TRAINING,
@@ -50,7 +50,7 @@ from devices.help_weights import (
     weight_shapes,
     write_arrays,
 )
-from devices.spaces import Space
+from devices.latency.spaces import Space
 
 
 @dataclass(frozen=True)

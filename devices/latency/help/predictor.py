@@ -2,8 +2,8 @@
 
 A device is described by its latencies on ten reference networks. From them a small network draws gates for the head of
 the predictor, whose weights then take two gradient steps, with learned step sizes, on the measured support networks.
-`help_predictions` does it for the tables of `devices.spaces`, `HelpPredictor` for any measurements;
-`devices.help_training` makes the weights.
+`help_predictions` does it for the tables of `devices.latency.spaces`, `HelpPredictor` for any measurements;
+`devices.latency.help.training` makes the weights.
 
 Source: Lee et al., "HELP: Hardware-Adaptive Efficient Latency Prediction for NAS via Meta-Learning", NeurIPS 2021,
 written anew after the authors' code (github.com/HayeonLee/HELP). Differs: the references, which are measured anyway,
@@ -25,9 +25,9 @@ from torch.nn import functional as F
 
 from devices.draws import stream
 from devices.errors import DeviceError
-from devices.help_encodings import encode, graph_adjacency
-from devices.help_weights import GATES, HEAD, REFERENCES, WIDTH, HelpWeights, Params, load_weights
-from devices.spaces import Space
+from devices.latency.help.encodings import encode, graph_adjacency
+from devices.latency.help.weights import GATES, HEAD, REFERENCES, WIDTH, HelpWeights, Params, load_weights
+from devices.latency.spaces import Space
 
 Z_SCALING = 0.01
 STEPS = 2  # of the inner loop

@@ -7,8 +7,8 @@ from typing import Any
 
 from devices.cost import NetworkCost, Passes, Work
 from devices.errors import DeviceError
-from devices.latency import StructuredLatency, device_prices, pass_ms
-from devices.prices import Prices
+from devices.latency.models import StructuredLatency, device_prices, pass_ms
+from devices.latency.prices import Prices
 from devices.profile import DeviceProfile
 
 MOSTLY_CALLS = 0.5  # share of calls above which a time says more of the runtime than of the network
@@ -32,7 +32,7 @@ class Pass:
         error: relative, to expect; None where nobody knows it.
         calls_share: part of the time that is overhead of calls.
         remarks: why this is an extrapolation; empty where measured networks surround it.
-        basis: one of `devices.prices.BASES`.
+        basis: one of `devices.latency.prices.BASES`.
     """
 
     ms: float
