@@ -26,11 +26,12 @@ from clients.trainers.base import RECEIVED, ClientContext, LocalTrainer, OutOfMe
 from devices.compression.plan import CompressionPlan, Pruned, Recipe
 from devices.cost import NetworkCost, Work, pack_works
 from devices.profile import DeviceProfile
-from fedsim.deployment import CALIBRATION, calibration
 from fedsim.engines.blocks import BlockSum
 from fedsim.engines.memory import keep_freed_memory
 from fedsim.errors import ConfigError, in_words, no_exit
-from fedsim.messages import (
+from fedsim.exchanges.slices import price
+from fedsim.grid.pricing import Prices
+from fedsim.messages.records import (
     ARRAYS,
     METRICS,
     NUM_EXAMPLES,
@@ -51,14 +52,13 @@ from fedsim.messages import (
     tensors_of,
     unpack_cohort,
 )
-from fedsim.norms import needs_two_examples, refusal_of_one
-from fedsim.pricing import Prices
-from fedsim.roles import TensorRoles
+from fedsim.messages.uplink import compressed, decompress
+from fedsim.models.norms import needs_two_examples, refusal_of_one
+from fedsim.models.roles import TensorRoles
+from fedsim.runs.deployment import CALIBRATION, calibration
 from fedsim.seeding import derive, seed_torch
-from fedsim.settings import WORLDS, World, build_world, instantiate, memory_format, pick_device
-from fedsim.slices import price
-from fedsim.uplink import compressed, decompress
-from fedsim.workload import ClientData, Tensors
+from fedsim.settings.compose import WORLDS, World, build_world, instantiate, memory_format, pick_device
+from fedsim.workloads.base import ClientData, Tensors
 
 app = ClientApp()
 NOT_FINITE = "its update holds NaN or infinite weights; lower trainer.lr or set trainer.clip_norm"

@@ -8,8 +8,8 @@ import torch
 from flwr.app import ArrayRecord
 from torch import Tensor
 
-from fedsim.messages import record_of, tensors_of
-from fedsim.workload import Tensors
+from fedsim.messages.records import record_of, tensors_of
+from fedsim.workloads.base import Tensors
 
 
 class ClientState(Tensors):

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from devices.compression.channels import grid as entries
 from fedsim.errors import ConfigError
-from fedsim.messages import NUM_EXAMPLES, Broadcast, ClientUpdate, content_of, record_of, tensors_of, update_of
-from fedsim.network import EdgeGrid, Enrolled
-from fedsim.workload import Tensors
+from fedsim.grid.edge import EdgeGrid, Enrolled
+from fedsim.messages.records import NUM_EXAMPLES, Broadcast, ClientUpdate, content_of, record_of, tensors_of, update_of
+from fedsim.workloads.base import Tensors
 
 
 class EdgeStrategy(FedAvg):

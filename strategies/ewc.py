@@ -14,9 +14,9 @@ import torch
 from flwr.app import ArrayRecord, Message
 
 from fedsim.errors import ConfigError
-from fedsim.messages import Broadcast, tensors_of
-from fedsim.network import Enrolled
-from fedsim.workload import Tensors
+from fedsim.grid.edge import Enrolled
+from fedsim.messages.records import Broadcast, tensors_of
+from fedsim.workloads.base import Tensors
 from strategies.tasks import TaskStrategy
 
 FISHER, PENALTY = "fisher", "penalty"

@@ -16,11 +16,11 @@ from flwr.app import ArrayRecord, Message
 from torch import Tensor
 
 from devices.compression.channel_graph import BATCH_NORMS
-from fedsim.messages import ClientUpdate, content_of, record_of, tensors_of
-from fedsim.network import EdgeGrid
-from fedsim.roles import head
-from fedsim.slices import BITS, unpack_bits
-from fedsim.workload import Tensors
+from fedsim.exchanges.slices import BITS, unpack_bits
+from fedsim.grid.edge import EdgeGrid
+from fedsim.messages.records import ClientUpdate, content_of, record_of, tensors_of
+from fedsim.models.roles import head
+from fedsim.workloads.base import Tensors
 from strategies.edge import mean_by_coordinate
 from strategies.widths import WidthStrategy
 

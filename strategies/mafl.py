@@ -21,12 +21,12 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 from torch import Tensor
 
 from devices.errors import unknown
-from fedsim.data.averages import from_uint8, to_uint8
 from fedsim.errors import ConfigError
-from fedsim.messages import record_of, tensors_of
-from fedsim.network import EdgeGrid
+from fedsim.exchanges.averages import from_uint8, to_uint8
+from fedsim.grid.edge import EdgeGrid
+from fedsim.messages.records import record_of, tensors_of
 from fedsim.seeding import generator, torch_generator
-from fedsim.workload import Tensors
+from fedsim.workloads.base import Tensors
 
 QUERY, AVERAGES, ROOM, POOL = "query.averages", "averages", "room", "pool"
 SIZE, KEPT, DROPPED = "pool-size", "pool-kept", "pool-dropped"

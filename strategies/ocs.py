@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from fedsim.messages import Broadcast, ClientUpdate
-from fedsim.network import Enrolled
-from fedsim.workload import Tensors
+from fedsim.grid.edge import Enrolled
+from fedsim.messages.records import Broadcast, ClientUpdate
+from fedsim.workloads.base import Tensors
 from strategies.tasks import TaskStrategy
 
 REFERENCE = "reference"

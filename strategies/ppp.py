@@ -24,11 +24,11 @@ from devices.compression.gates import Gates, mean_jaccard_distance
 from devices.compression.prune import largest_ratio
 from devices.errors import DeviceError, unknown
 from fedsim.errors import ConfigError
-from fedsim.messages import Broadcast, ClientUpdate
-from fedsim.network import Enrolled
+from fedsim.exchanges.slices import BITS, KEPT, RATIO
+from fedsim.grid.edge import Enrolled
+from fedsim.messages.records import Broadcast, ClientUpdate
 from fedsim.seeding import derive
-from fedsim.slices import BITS, KEPT, RATIO
-from fedsim.workload import Tensors
+from fedsim.workloads.base import Tensors
 from strategies.edge import EdgeStrategy
 from strategies.widths import WidthStrategy
 

@@ -8,10 +8,10 @@ uint8.
 
 from __future__ import annotations
 
-from fedsim.messages import Broadcast, ClientUpdate
-from fedsim.network import Enrolled
-from fedsim.slices import unpack_bits
-from fedsim.workload import Tensors
+from fedsim.exchanges.slices import unpack_bits
+from fedsim.grid.edge import Enrolled
+from fedsim.messages.records import Broadcast, ClientUpdate
+from fedsim.workloads.base import Tensors
 from strategies.edge import EdgeStrategy, mean_by_coordinate
 
 MASK = "mask"

@@ -17,11 +17,11 @@ from flwr.serverapp import Grid
 
 from devices.compression.channels import Kept
 from fedsim.errors import ConfigError
-from fedsim.messages import Broadcast, ClientUpdate, tensors_of
-from fedsim.network import EdgeGrid, Enrolled
-from fedsim.settings import World, build_world
-from fedsim.slices import BITS, KEPT, Slices
-from fedsim.workload import Tensors
+from fedsim.exchanges.slices import BITS, KEPT, Slices
+from fedsim.grid.edge import EdgeGrid, Enrolled
+from fedsim.messages.records import Broadcast, ClientUpdate, tensors_of
+from fedsim.settings.compose import World, build_world
+from fedsim.workloads.base import Tensors
 from strategies.edge import EdgeStrategy, mean_by_coordinate
 
 

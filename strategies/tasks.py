@@ -7,9 +7,9 @@ from typing import Any
 from flwr.app import ArrayRecord, Message
 
 from fedsim.errors import ConfigError
-from fedsim.messages import Broadcast, ClientUpdate, array_record, content_of
-from fedsim.network import EdgeGrid
-from fedsim.workload import Tensors
+from fedsim.grid.edge import EdgeGrid
+from fedsim.messages.records import Broadcast, ClientUpdate, array_record, content_of
+from fedsim.workloads.base import Tensors
 from strategies.edge import EdgeStrategy
 
 

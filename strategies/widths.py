@@ -16,11 +16,11 @@ from devices.errors import unknown
 from devices.population import group_names, groups_of
 from devices.profile import kind_named
 from fedsim.errors import ConfigError
-from fedsim.messages import Broadcast, ClientUpdate
-from fedsim.network import Enrolled
+from fedsim.exchanges.slices import RATIO
+from fedsim.grid.edge import Enrolled
+from fedsim.messages.records import Broadcast, ClientUpdate
 from fedsim.seeding import generator
-from fedsim.slices import RATIO
-from fedsim.workload import Tensors
+from fedsim.workloads.base import Tensors
 from strategies.subnet import SubnetStrategy
 
 RULES = ("tier", "latency", "random")

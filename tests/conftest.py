@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from clients.app import app
-from fedsim import cli
-from fedsim import federation as federations
+from fedsim.cli import main as cli
 from fedsim.engines.base import assume_task_identity
 from fedsim.engines.local import LocalGrid
-from fedsim.federation import Federation
-from fedsim.settings import Settings, build_world, compose
+from fedsim.runs import federation as federations
+from fedsim.runs.federation import Federation
+from fedsim.settings.compose import Settings, build_world, compose
 
 # Six clients with eight examples each, of which one is held out; three of them train for one epoch of two steps.
 TINY = (

@@ -46,7 +46,7 @@ def counted(folder: Path, die_at: int) -> list[int]:
 
 def command(*arguments: str) -> int:
     """`fedsim ARGUMENTS` in this process, quietly; its exit code, or 99 with a traceback."""
-    from fedsim import cli
+    from fedsim.cli import main as cli
 
     sys.argv = ["fedsim", *arguments]
     try:

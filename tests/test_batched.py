@@ -11,10 +11,10 @@ from torch.nn import functional as F
 from clients.app import Worker
 from clients.trainers.sgd import SGDTrainer
 from fedsim.errors import ConfigError
-from fedsim.messages import Broadcast, from_array
+from fedsim.messages.records import Broadcast, from_array
 from fedsim.models.mlp import MLP
-from fedsim.settings import build_world, compose, instantiate
-from fedsim.workload import ClientData, Examples
+from fedsim.settings.compose import build_world, compose, instantiate
+from fedsim.workloads.base import ClientData, Examples
 
 BLOBS = ("workload=blobs", "workload.examples_per_client=20", "workload.input_shape=[3,32,32]")
 STREAM = ("workload=digits", "stream=split_classes", "stream.tasks=2", "stream.order=shuffled")
@@ -94,12 +94,12 @@ def test_sizes_of_clients_and_last_batches_differ_in_these_tests():
 
 def test_a_run_does_not_depend_on_the_messages_but_on_the_groups(federation, monkeypatch):
     """70 clients are blocks of two; groups of four are two blocks. K = 1 is the sequential run, bit for bit."""
-    from fedsim import network
     from fedsim.engines.local import LocalGrid
+    from fedsim.grid import edge as network
 
     def weights(k: int, per_message: int):
         from clients.app import app
-        from fedsim.federation import Federation
+        from fedsim.runs.federation import Federation
 
         monkeypatch.setattr(network, "CLIENTS_PER_MESSAGE", per_message)
         tiny = settings("num_clients=80", "cohort=70", "rounds=1", "trainer.local_epochs=1", *BLOBS, k=k)

@@ -17,9 +17,9 @@ from flwr.serverapp.strategy import (
     QFedAvg,
 )
 
-from fedsim import network
 from fedsim.engines.blocks import BlockSum, WeightedSum, blocks, is_plain_mean
-from fedsim.messages import from_array, split_cohort, to_array
+from fedsim.grid import edge as network
+from fedsim.messages.records import from_array, split_cohort, to_array
 from strategies import fedadam
 from strategies.edge import EdgeStrategy
 

@@ -17,20 +17,20 @@ from test_models import CONFIGS, from_config
 from torch import nn
 
 from clients.app import app
-from fedsim.checkpoint import Checkpoints, Saved, load
-from fedsim.checksums import Beginning, Checksums
 from fedsim.engines.local import LocalGrid
 from fedsim.errors import ConfigError
-from fedsim.federation import Federation
-from fedsim.messages import array_record, from_array, like, record_of, to_array
+from fedsim.grid.edge import ClientReport
+from fedsim.messages.records import array_record, from_array, like, record_of, to_array
 from fedsim.models.convnet import ConvNet
 from fedsim.models.mlp import MLP
-from fedsim.network import ClientReport
-from fedsim.norms import allow_single_examples, needs_two_examples
-from fedsim.report import weights_sha256
-from fedsim.roles import COUNTER, STATISTIC, TRAINED, TensorRoles
-from fedsim.server import ServerSide
-from fedsim.settings import build_world, compose, options
+from fedsim.models.norms import allow_single_examples, needs_two_examples
+from fedsim.models.roles import COUNTER, STATISTIC, TRAINED, TensorRoles
+from fedsim.report.checksums import Beginning, Checksums
+from fedsim.report.rounds import weights_sha256
+from fedsim.runs.checkpoint import Checkpoints, Saved, load
+from fedsim.runs.federation import Federation
+from fedsim.runs.server import ServerSide
+from fedsim.settings.compose import build_world, compose, options
 
 
 class Odd(nn.Module):

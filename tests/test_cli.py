@@ -18,11 +18,11 @@ import yaml
 from conftest import Ended
 
 from devices.profile import SHIPPED
-from fedsim import cli
-from fedsim.federation import fleet_name
-from fedsim.report import read_rounds
-from fedsim.run_place import WRITTEN
-from fedsim.settings import compose, options
+from fedsim.cli import main as cli
+from fedsim.report.place import WRITTEN
+from fedsim.report.rounds import read_rounds
+from fedsim.runs.federation import fleet_name
+from fedsim.settings.compose import compose, options
 
 FEDSIM = Path(sys.executable).with_name("fedsim")
 DEVICES = ["list", "show", "predict", "fit", "new", "calibrate", "links", "population", "build"]
@@ -309,7 +309,7 @@ def test_a_folder_that_may_not_be_written_is_one_sentence(
 
 
 def test_a_full_disk_ends_in_one_sentence(place: Path, fedsim: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch):
-    from fedsim.run_folder import RunFolder
+    from fedsim.report.folder import RunFolder
 
     def full(self: Any, *_: Any) -> None:
         raise OSError(28, "No space left on device", "rounds.jsonl")
@@ -442,12 +442,12 @@ def test_doctor_finds_this_installation_well_and_writes_nothing(fedsim: Callable
 
 
 def test_doctor_says_when_something_is_wrong(fedsim: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("fedsim.doctor.PACKAGES", ("fedsim", "no-such-package"))
+    monkeypatch.setattr("fedsim.cli.doctor.PACKAGES", ("fedsim", "no-such-package"))
 
     def broken(*_: Any) -> None:
         raise RuntimeError("it broke")
 
-    monkeypatch.setattr("fedsim.federation.run", broken)
+    monkeypatch.setattr("fedsim.runs.federation.run", broken)
     ended = fedsim("doctor")
     assert ended.code == 1
     assert "not installed" in ended.out
@@ -560,7 +560,7 @@ def test_every_command_is_covered_by_the_help_test():
 
 
 def test_help_of_run_lists_every_group_and_option(fedsim: Callable[..., Ended]):
-    from fedsim.settings import GROUPS, options
+    from fedsim.settings.compose import GROUPS, options
 
     shown = fedsim("run", "--help").out
     assert all(f"{group}=" in shown and name in shown for group in GROUPS for name in options(group))

@@ -12,7 +12,7 @@ from devices.enrol.zoo import ZOO
 from devices.errors import DeviceError
 from devices.latency.models import device_prices, step_ms
 from devices.profile import DeviceProfile, load_profile
-from fedsim.cli_devices_calibrate import read_rows
+from fedsim.cli.devices.calibrate import read_rows
 
 HEAD = "network,input,batch,phase,ms"
 ONE = f"{HEAD}\nresnet-16,3x32x32,1,forward,4\n"

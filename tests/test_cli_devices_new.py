@@ -14,7 +14,7 @@ from conftest import Ended
 from devices.errors import DeviceError
 from devices.profile import load_profile, profile_names
 from devices.profile_file import FIGURES
-from fedsim.cli_devices_new import commented_profile
+from fedsim.cli.devices.new import commented_profile
 
 
 @pytest.fixture

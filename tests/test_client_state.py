@@ -11,9 +11,9 @@ from test_methods import NEEDS
 from clients.app import app
 from clients.trainers.base import WorkLog
 from fedsim.engines.local import LocalGrid
-from fedsim.federation import Federation
-from fedsim.messages import OF_REPLY, STATE, from_array, unpack_cohort
-from fedsim.settings import build_world, compose, options
+from fedsim.messages.records import OF_REPLY, STATE, from_array, unpack_cohort
+from fedsim.runs.federation import Federation
+from fedsim.settings.compose import build_world, compose, options
 
 # Two tasks with phases and parts, so that methods that rehearse have something to keep.
 TINY = [

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedsim.clock import SimClock
+from fedsim.grid.clock import SimClock
 
 
 def test_round_lasts_until_the_slowest_reply():

@@ -21,9 +21,9 @@ import pytest
 import yaml
 
 from clients.app import app as client_app
-from fedsim import federation as federations
 from fedsim.engines.local import LocalGrid
-from fedsim.settings import GROUPS, compose, config_dir
+from fedsim.runs import federation as federations
+from fedsim.settings.compose import GROUPS, compose, config_dir
 
 PROJECT = Path(__file__).parent.parent
 FILES = sorted((PROJECT / "configs" / "ray").glob("*.yaml"))
@@ -143,7 +143,7 @@ print(json.dumps(ray.get([who.remote() for _ in range(4)])))
 WITHOUT = """
 import os, sys
 del os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN_PATH"]
-from fedsim.engines.ray_session import RaySession
+from fedsim.engines.ray.session import RaySession
 from fedsim.errors import RunError
 try:
     RaySession(sys.argv[1], 1)

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from conftest import TINY
 
-from fedsim import config_files, trust
 from fedsim.errors import ConfigError
-from fedsim.settings import check_overrides, compose, one_sentence, options
+from fedsim.settings import config_files, trust
+from fedsim.settings.compose import check_overrides, compose, one_sentence, options
 
 SGD = "_target_: clients.trainers.sgd.SGDTrainer\nlr: 0.1\nbatch_size: 4\nlocal_epochs: 1\n"
 BOMB = SGD + "a: &a [" + "1, " * 30 + "]\nb: &b [" + "*a, " * 30 + "]\nc: [" + "*b, " * 100 + "]\n"
@@ -60,7 +60,7 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def plug_in(tree: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The same as what an installed plug-in brings."""
-    monkeypatch.setattr("fedsim.settings.plugin_folders", lambda: [tree])
+    monkeypatch.setattr("fedsim.settings.compose.plugin_folders", lambda: [tree])
     return tree
 
 

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from fedsim import continual
-from fedsim.continual import key_of
-from fedsim.continual_picture import heat_map, task_curves
-from fedsim.report import RoundReport
+from fedsim.report.rounds import RoundReport
+from fedsim.workloads.streams import figures as continual
+from fedsim.workloads.streams.figures import key_of
+from fedsim.workloads.streams.picture import heat_map, task_curves
 
 NAN = float("nan")
 TWO = np.array([[90, NAN], [60, 80]])

@@ -19,10 +19,10 @@ from clients.trainers.rehearsal.lwf import LwFTrainer
 from clients.trainers.rehearsal.memory import CANDIDATES, PHASES
 from fedsim.engines.local import LocalGrid
 from fedsim.errors import ConfigError
-from fedsim.federation import Federation
-from fedsim.messages import STATE, Broadcast, ClientUpdate, record_bytes, record_of, tensors_of
-from fedsim.report import weights_sha256
-from fedsim.settings import build_world, compose
+from fedsim.messages.records import STATE, Broadcast, ClientUpdate, record_bytes, record_of, tensors_of
+from fedsim.report.rounds import weights_sha256
+from fedsim.runs.federation import Federation
+from fedsim.settings.compose import build_world, compose
 from strategies.ewc import EWC
 from strategies.ocs import OCS
 

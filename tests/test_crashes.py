@@ -13,12 +13,12 @@ from conftest import TINY, Ended
 from test_resume import EndError, comparable, ends_after
 
 from clients.app import app
-from fedsim import federation as federations
-from fedsim.checkpoint import ASIDE, Checkpoints, Saved, load
-from fedsim.checksums import Beginning, Checksums
 from fedsim.engines.local import LocalGrid
-from fedsim.messages import record_of
-from fedsim.settings import compose, settings_of_run
+from fedsim.messages.records import record_of
+from fedsim.report.checksums import Beginning, Checksums
+from fedsim.runs import federation as federations
+from fedsim.runs.checkpoint import ASIDE, Checkpoints, Saved, load
+from fedsim.settings.compose import compose, settings_of_run
 
 FEDSIM = str(Path(sys.executable).parent / "fedsim")
 SMALL = (*TINY, "model.hidden=[8]", "rounds=3", "checkpoint_s=0")

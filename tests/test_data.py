@@ -10,16 +10,16 @@ import pytest
 import torch
 from hydra import compose, initialize_config_module
 
-from fedsim.data.arrays import Arrays, ArrayWorkload
-from fedsim.data.blobs import Blobs
-from fedsim.data.bundle import Bundle
-from fedsim.data.describe import list_workloads, split_picture, split_table, summary_lines
-from fedsim.data.digits import Digits
-from fedsim.data.torchvision import Torchvision
 from fedsim.errors import ConfigError, DataError
 from fedsim.models.char_lstm import CharLSTM
 from fedsim.models.mlp import MLP
-from fedsim.partition import Dirichlet, Iid, Natural, Shards
+from fedsim.workloads.arrays import Arrays, ArrayWorkload
+from fedsim.workloads.blobs import Blobs
+from fedsim.workloads.bundle import Bundle
+from fedsim.workloads.describe import list_workloads, split_picture, split_table, summary_lines
+from fedsim.workloads.digits import Digits
+from fedsim.workloads.partition import Dirichlet, Iid, Natural, Shards
+from fedsim.workloads.torchvision import Torchvision
 
 rng = np.random.default_rng(0)
 TRAIN = Arrays(rng.integers(0, 256, (60, 4, 5, 3)).astype(np.uint8), np.arange(60) % 3, np.arange(60) % 6)

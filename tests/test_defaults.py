@@ -8,9 +8,9 @@ import pytest
 from clients.app import app
 from fedsim.engines.local import LocalGrid
 from fedsim.errors import ConfigError
-from fedsim.federation import Federation
-from fedsim.messages import all_finite
-from fedsim.settings import build_world, compose, options
+from fedsim.messages.records import all_finite
+from fedsim.runs.federation import Federation
+from fedsim.settings.compose import build_world, compose, options
 
 # Seven clients, of whom three are asked: what a method does to weights does not hang on how many there are.
 ROUNDS = ("rounds=20", "num_clients=7", "cohort=3", "fleet=uniform", "engine.device=cpu", "partition=iid")

@@ -12,11 +12,11 @@ from devices.errors import DeviceError
 from devices.latency.models import int8_ms
 from devices.profile import LatencyFacts, load_profile
 from devices.trace import KINDS, trace
-from fedsim.deployment import calibration
 from fedsim.errors import ConfigError
-from fedsim.messages import tensors_of
+from fedsim.messages.records import tensors_of
 from fedsim.models.lenet import LeNet5
-from fedsim.workload import Examples
+from fedsim.runs.deployment import calibration
+from fedsim.workloads.base import Examples
 
 LENET = ("model=lenet5", "workload.input_shape=[1,12,12]", "latency=structured")
 
@@ -177,9 +177,9 @@ def test_wrong_settings_are_one_sentence_before_the_run(federation, overrides, s
 def test_a_network_that_cannot_be_narrowed_is_refused_before_the_run(settings):
     from clients.app import app
     from fedsim.engines.local import LocalGrid
-    from fedsim.federation import Federation
     from fedsim.models.char_lstm import CharLSTM
-    from fedsim.settings import build_world
+    from fedsim.runs.federation import Federation
+    from fedsim.settings.compose import build_world
 
     world = build_world(json.dumps(settings("compression=prune")))
     world.workload.build_model = lambda: CharLSTM((7,), 5)

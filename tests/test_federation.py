@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from clients.app import Worker
 from clients.trainers.sgd import SGDTrainer
 from fedsim.errors import RunError
-from fedsim.messages import Broadcast, ClientUpdate, from_array, tensors_of
-from fedsim.report import weights_sha256
+from fedsim.messages.records import Broadcast, ClientUpdate, from_array, tensors_of
+from fedsim.report.rounds import weights_sha256
 from strategies.edge import EdgeStrategy
 
 MODEL_BYTES = 6952

@@ -22,8 +22,8 @@ from clients.trainers.mixing.naivemix import NaiveMixTrainer
 from fedsim.errors import ConfigError
 from fedsim.models.char_lstm import CharLSTM
 from fedsim.models.mlp import MLP
-from fedsim.settings import build_world, compose
-from fedsim.workload import Tensors
+from fedsim.settings.compose import build_world, compose
+from fedsim.workloads.base import Tensors
 
 CLASSES, FEATURES = 3, 4
 SGD = {"lr": 0.1, "batch_size": 4}
@@ -281,7 +281,7 @@ def test_penalty_is_added_once_to_the_mixed_loss(settings):
     trainer, batch = worker.trainer, worker.workload.sample(4)
     from flwr.app import RecordDict
 
-    from fedsim.messages import Broadcast
+    from fedsim.messages.records import Broadcast
 
     client = worker.context(0, RecordDict(), 1)
     sent = {name: p.detach() + 0.1 for name, p in worker.model.named_parameters()}

@@ -11,16 +11,18 @@ import yaml
 
 from clients.app import app, worker_for
 from devices import profile
-from fedsim import checkpoint, fingerprint, study
-from fedsim import federation as federations
-from fedsim.data.arrays import Arrays, ArrayWorkload
 from fedsim.engines.local import LocalGrid
 from fedsim.errors import ConfigError, DataError
-from fedsim.fingerprint import content_of, difference
 from fedsim.models.mlp import MLP
-from fedsim.partition import Dirichlet, Iid, Natural
-from fedsim.settings import build_workload, build_world, compose, options
-from fedsim.study import is_finished, plan, read_study
+from fedsim.runs import checkpoint
+from fedsim.runs import federation as federations
+from fedsim.settings.compose import build_workload, build_world, compose, options
+from fedsim.study import spec as study
+from fedsim.study.spec import is_finished, plan, read_study
+from fedsim.workloads import fingerprint
+from fedsim.workloads.arrays import Arrays, ArrayWorkload
+from fedsim.workloads.fingerprint import content_of, difference
+from fedsim.workloads.partition import Dirichlet, Iid, Natural
 
 
 def bundle(folder: Path, **changes: Any) -> Path:

@@ -25,7 +25,7 @@ from devices.latency.predictions import predict
 from devices.meter import inference_bytes, measure
 from devices.profile import load_profile
 from devices.reserved import with_memory
-from fedsim.own_model import measured, named_model
+from fedsim.cli.devices.own_model import measured, named_model
 
 # 1000 bytes of weights. At the turn 1000 + 100 are there whatever the batch and 50 an example; at the end of the step
 # all gradients, 2000, and 10 an example.

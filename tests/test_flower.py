@@ -23,14 +23,16 @@ import pytest
 from conftest import DAILY
 
 from clients.app import app as client_app
-from fedsim import cli_flower, flower_run, flower_runtime
+from fedsim.cli import flower as cli_flower
+from fedsim.engines.flower import runtime as flower_runtime
+from fedsim.engines.flower.runtime import FlowerRuntime, Place, environment
 from fedsim.engines.local import LocalGrid
 from fedsim.errors import ConfigError, RunError
-from fedsim.federation import run
-from fedsim.flower_run import anchored, failure
-from fedsim.flower_runtime import FlowerRuntime, Place, environment
-from fedsim.report import HOST_FIELDS, read_rounds
-from fedsim.settings import compose, from_run_config
+from fedsim.report.rounds import HOST_FIELDS, read_rounds
+from fedsim.runs import flower_launch as flower_run
+from fedsim.runs.federation import run
+from fedsim.runs.flower_launch import anchored, failure
+from fedsim.settings.compose import compose, from_run_config
 
 PROJECT = Path(__file__).parent.parent
 FEDSIM = Path(sys.executable).with_name("fedsim")
@@ -236,7 +238,7 @@ def test_run_config_composes_the_same_settings_as_the_command():
 @pytest.fixture
 def refused(tmp_path: Path, monkeypatch, capsys) -> Callable[..., str]:
     """Calls `fedsim flwr` in this process with arguments that must be refused before Flower is started."""
-    from fedsim import cli
+    from fedsim.cli import main as cli
 
     def start(self: FlowerRuntime) -> FlowerRuntime:
         raise AssertionError("Flower was started")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from conftest import TINY
 
-from fedsim import forecast
+from fedsim.runs import forecast
 
 
 def test_twice_the_rounds_or_clients_take_twice_as_long(federation):

@@ -23,12 +23,12 @@ from clients.trainers.rehearsal.gradients import (
 )
 from devices.meter import measure
 from devices.trace import KINDS
-from fedsim.data.blobs import Blobs
 from fedsim.models.char_lstm import CharLSTM
 from fedsim.models.convnet import ConvNet
 from fedsim.models.mlp import MLP
 from fedsim.models.resnet import ResNet
-from fedsim.workload import Examples, Tensors, Workload
+from fedsim.workloads.base import Examples, Tensors, Workload
+from fedsim.workloads.blobs import Blobs
 
 LAST = ("last_layer", "features")
 

@@ -19,9 +19,9 @@ from test_methods import chosen, taken
 from clients.app import app as client_app
 from fedsim.engines.local import LocalGrid
 from fedsim.errors import ConfigError
-from fedsim.federation import Federation
-from fedsim.report import weights_sha256
-from fedsim.settings import build_world, compose, options
+from fedsim.report.rounds import weights_sha256
+from fedsim.runs.federation import Federation
+from fedsim.settings.compose import build_world, compose, options
 
 # Two tasks of two rounds each, of which the second has a memory, a teacher, a penalty; three steps and more a round.
 BASE = (

@@ -15,14 +15,14 @@ import torch
 
 from clients.trainers.mixing.mixup import PoolTrainer
 from clients.trainers.mixing.naivemix import NaiveMixTrainer
-from fedsim.data.averages import averages, averages_picture, exposures, from_uint8, to_uint8
 from fedsim.errors import ClientError, ConfigError
-from fedsim.federation import Federation
-from fedsim.messages import tensors_of
-from fedsim.network import ClientReport
-from fedsim.report import weights_sha256
-from fedsim.settings import build_world, compose
-from fedsim.workload import Examples
+from fedsim.exchanges.averages import averages, averages_picture, exposures, from_uint8, to_uint8
+from fedsim.grid.edge import ClientReport
+from fedsim.messages.records import tensors_of
+from fedsim.report.rounds import weights_sha256
+from fedsim.runs.federation import Federation
+from fedsim.settings.compose import build_world, compose
+from fedsim.workloads.base import Examples
 from strategies.mafl import RETIRED, Mafl
 
 PAIR, MODEL, ROOM, UINT8_PAIR = 104, 6952, 8 + 8, 16 + 4 * 10 + 8

@@ -9,10 +9,10 @@ from conftest import honest
 
 from clients.app import app as client_app
 from fedsim.engines.local import LocalGrid
-from fedsim.federation import Federation
-from fedsim.metrics import AVERAGED, BY_CLIENTS, BY_EXAMPLES, averaged_by
-from fedsim.network import ClientReport
-from fedsim.settings import build_world, compose, options
+from fedsim.grid.edge import ClientReport
+from fedsim.runs.federation import Federation
+from fedsim.settings.compose import build_world, compose, options
+from fedsim.workloads.metrics import AVERAGED, BY_CLIENTS, BY_EXAMPLES, averaged_by
 
 SIZES = (8, 30, 12, 25)  # training examples of each user; of the test split (3, 20, 1, 9)
 JUDGED = (3, 20, 1, 9)

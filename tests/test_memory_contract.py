@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_leaves
 from clients.app import Worker
 from clients.app import app as client_app
 from clients.trainers.sgd import SGDTrainer
-from fedsim.federation import Federation
-from fedsim.settings import build_world, compose, instantiate, options
+from fedsim.runs.federation import Federation
+from fedsim.settings.compose import build_world, compose, instantiate, options
 
 # 40,000 weights and more; batches of 4 are 1.6 % of them.
 WIDE = [

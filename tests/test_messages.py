@@ -5,7 +5,7 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from fedsim.messages import (
+from fedsim.messages.records import (
     PACKED,
     Broadcast,
     ClientUpdate,

@@ -31,12 +31,12 @@ from devices.cost import Work
 from devices.latency.help.training import HelpSettings, first_weights
 from devices.latency.help.weights import save_weights
 from fedsim.errors import ConfigError, DataError
-from fedsim.federation import Federation
-from fedsim.messages import ARRAYS, CONFIG, record_of
-from fedsim.network import ClientReport
-from fedsim.pricing import OUTCOMES
-from fedsim.report import HOST_FIELDS, RoundReport, weights_sha256
-from fedsim.settings import build_world, compose, instantiate, options
+from fedsim.grid.edge import ClientReport
+from fedsim.grid.pricing import OUTCOMES
+from fedsim.messages.records import ARRAYS, CONFIG, record_of
+from fedsim.report.rounds import HOST_FIELDS, RoundReport, weights_sha256
+from fedsim.runs.federation import Federation
+from fedsim.settings.compose import build_world, compose, instantiate, options
 
 TINY = [
     "workload=blobs",
@@ -446,7 +446,7 @@ def test_every_experiment_composes(experiment: str):
 )
 def test_every_constructor_takes_exactly_what_its_config_says(group: str):
     """A key of a yaml that no constructor takes, or of another type, is a mistake in the file."""
-    from fedsim.parameters import check_parameters
+    from fedsim.settings.parameters import check_parameters
 
     given = {
         "workload": ("model", "partition", "num_clients", "seed"),

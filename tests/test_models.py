@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from fedsim.data.blobs import Blobs
 from fedsim.errors import ConfigError
 from fedsim.models.char_lstm import CharLSTM
 from fedsim.models.convnet import ConvNet
@@ -15,7 +14,8 @@ from fedsim.models.lenet import LeNet5
 from fedsim.models.mlp import MLP
 from fedsim.models.resnet import ResNet
 from fedsim.models.vgg import VGG
-from fedsim.settings import compose, model_factory, model_settings
+from fedsim.settings.compose import compose, model_factory, model_settings
+from fedsim.workloads.blobs import Blobs
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs" / "model").glob("*.yaml"))
 IMAGES = (3, 32, 32)

@@ -24,12 +24,12 @@ from devices.availability import Always, Availability
 from devices.cost import Cost, FlopsLatency, NetworkCost, Passes, Work, pack_works
 from devices.fleet import Fleet
 from devices.profile import SHIPPED
-from fedsim.data.blobs import Blobs
 from fedsim.engines.local import LocalGrid
 from fedsim.errors import ClientError, RunError
-from fedsim.messages import from_array, pack_cohort, to_array, unpack_cohort
-from fedsim.network import EMPTY_ROUND_S, ClientReport, EdgeGrid
-from fedsim.pricing import RadioTails
+from fedsim.grid.edge import EMPTY_ROUND_S, ClientReport, EdgeGrid
+from fedsim.grid.pricing import RadioTails
+from fedsim.messages.records import from_array, pack_cohort, to_array, unpack_cohort
+from fedsim.workloads.blobs import Blobs
 
 WEIGHTS = ArrayRecord({"w": to_array(np.zeros(250_000, np.float32))})
 NETWORK = NetworkCost("net", 1e6, 2e6, 0, 0)

@@ -16,16 +16,16 @@ from flwr.serverapp.strategy import FedAvg
 from torch import nn
 
 from clients.trainers.sgd import SGDTrainer
-from fedsim import metrics as figures
-from fedsim import strict_json
-from fedsim.checkpoint import decode, encode
-from fedsim.console import closing_table, final_accuracy
 from fedsim.errors import ClientError, ConfigError, NotFiniteError, RunError
-from fedsim.messages import Broadcast, all_finite, array_record, from_array, record_of, to_array
-from fedsim.network import Enrolled
-from fedsim.paired import score
-from fedsim.report import RoundReport, read_rounds
-from fedsim.workload import Tensors
+from fedsim.grid.edge import Enrolled
+from fedsim.messages.records import Broadcast, all_finite, array_record, from_array, record_of, to_array
+from fedsim.report import strict_json
+from fedsim.report.rounds import RoundReport, read_rounds
+from fedsim.report.text import closing_table, final_accuracy
+from fedsim.runs.checkpoint import decode, encode
+from fedsim.study.paired import score
+from fedsim.workloads import metrics as figures
+from fedsim.workloads.base import Tensors
 from strategies.edge import EdgeStrategy
 
 PACKAGES = Path(__file__).parent.parent

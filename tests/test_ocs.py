@@ -16,11 +16,11 @@ from clients.trainers.rehearsal.memory import CANDIDATES, NAMES, PHASES, Memory
 from clients.trainers.rehearsal.ocs import OCSTrainer, best, scores
 from fedsim.engines.local import LocalGrid
 from fedsim.errors import ConfigError
-from fedsim.federation import Federation
-from fedsim.messages import STATE, Broadcast, payload_bytes, record_bytes, tensors_of
-from fedsim.report import weights_sha256
-from fedsim.settings import build_world, compose
-from fedsim.streams import Stream
+from fedsim.messages.records import STATE, Broadcast, payload_bytes, record_bytes, tensors_of
+from fedsim.report.rounds import weights_sha256
+from fedsim.runs.federation import Federation
+from fedsim.settings.compose import build_world, compose
+from fedsim.workloads.streams.base import Stream
 
 BASE = (
     *("workload=digits", "partition=iid", "num_clients=3", "cohort=3", "rounds=5", "fleet=uniform", "latency=flops"),

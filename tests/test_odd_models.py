@@ -17,9 +17,9 @@ from clients.trainers.rehearsal.agem import project
 from clients.trainers.sgd import SGDTrainer
 from devices.errors import DeviceError
 from fedsim.errors import ConfigError, DataError
-from fedsim.messages import all_finite, from_array
-from fedsim.report import weights_sha256
-from fedsim.settings import options
+from fedsim.messages.records import all_finite, from_array
+from fedsim.report.rounds import weights_sha256
+from fedsim.settings.compose import options
 
 
 class Plain(nn.Module):

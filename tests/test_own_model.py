@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from devices.errors import FileError
+from fedsim.cli.devices.own_model import labels, loss, measured, named_model, outputs, traced
 from fedsim.errors import ConfigError
-from fedsim.own_model import labels, loss, measured, named_model, outputs, traced
-from fedsim.settings import model_factory
+from fedsim.settings.compose import model_factory
 
 FILE = """
 import torch
@@ -163,7 +163,7 @@ def test_file_that_fails_and_wrong_shape_say_so(file: Path):
     ],
 )
 def test_a_network_that_this_host_cannot_hold_is_refused_before_it_is_made(arguments, words, monkeypatch):
-    monkeypatch.setattr("fedsim.host.host_bytes", lambda: 8 * 10**9)
+    monkeypatch.setattr("fedsim.workloads.host_memory.host_bytes", lambda: 8 * 10**9)
     with pytest.raises(ConfigError, match=re.escape(words)):
         named_model(**arguments)
 

@@ -12,11 +12,11 @@ import pandas
 import pytest
 from conftest import DAILY
 
-from fedsim import cli
+from fedsim.cli import main as cli
 from fedsim.errors import ConfigError
-from fedsim.page import _devices, _stragglers, write_page
-from fedsim.page_pictures import as_svg, curves, outcomes, time_by_device
-from fedsim.report import RoundReport, read_rounds
+from fedsim.report.page import _devices, _stragglers, write_page
+from fedsim.report.page_pictures import as_svg, curves, outcomes, time_by_device
+from fedsim.report.rounds import RoundReport, read_rounds
 
 COSTS = ("fleet=phones", "deadline_s=2", "evaluate_clients=2", "rounds=3")
 

@@ -10,10 +10,10 @@ import yaml
 from typer import Typer
 from typer.testing import CliRunner
 
-from fedsim.cli_paired import paired
+from fedsim.cli.paired import paired
 from fedsim.errors import ConfigError
-from fedsim.paired import compare, correction, holm, interval, p_value, run_folders
-from fedsim.report import RoundReport
+from fedsim.report.rounds import RoundReport
+from fedsim.study.paired import compare, correction, holm, interval, p_value, run_folders
 
 
 def made(folder: Path, method: str, seed: int, *accuracies: float, **trainer: float) -> Path:

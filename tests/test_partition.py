@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fedsim.errors import ConfigError, DataError
-from fedsim.partition import Dirichlet, Iid, Natural, Partition, Quantity, Shards
+from fedsim.workloads.partition import Dirichlet, Iid, Natural, Partition, Quantity, Shards
 
 LABELS = np.repeat(np.arange(10), 60)  # 10 classes of 60
 OWNERS = np.arange(600) % 25

@@ -13,16 +13,16 @@ from clients.app import Worker, app
 from clients.state import ClientState
 from clients.trainers.sgd import SGDTrainer
 from devices.latency.models import StructuredLatency
-from fedsim.data.blobs import Blobs
 from fedsim.engines.local import LocalGrid
 from fedsim.errors import ConfigError
-from fedsim.federation import Federation, method_name
-from fedsim.messages import ARRAYS, STATE, arrays_in, record_bytes, record_of, tensors_of
+from fedsim.messages.records import ARRAYS, STATE, arrays_in, record_bytes, record_of, tensors_of
 from fedsim.models.mlp import MLP
-from fedsim.report import weights_sha256
-from fedsim.roles import private_names
-from fedsim.settings import build_world, compose
-from fedsim.workload import ClientData, Examples
+from fedsim.models.roles import private_names
+from fedsim.report.rounds import weights_sha256
+from fedsim.runs.federation import Federation, method_name
+from fedsim.settings.compose import build_world, compose
+from fedsim.workloads.base import ClientData, Examples
+from fedsim.workloads.blobs import Blobs
 
 PERSONAL = ["fedrep", "lg_fedavg", "fedbn", "ditto", "fedavg_ft"]
 TINY = [

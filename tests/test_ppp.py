@@ -25,7 +25,9 @@ from devices.compression.gates import (
 )
 from devices.profile import load_profile
 from fedsim.errors import ConfigError
-from fedsim.messages import (
+from fedsim.exchanges.slices import BITS, KEPT
+from fedsim.grid.edge import Enrolled
+from fedsim.messages.records import (
     ARRAYS,
     METRICS,
     STATE,
@@ -36,10 +38,8 @@ from fedsim.messages import (
     unpacked,
     update_of,
 )
-from fedsim.network import Enrolled
-from fedsim.report import weights_sha256
-from fedsim.settings import build_world
-from fedsim.slices import BITS, KEPT
+from fedsim.report.rounds import weights_sha256
+from fedsim.settings.compose import build_world
 
 IMAGES = ("workload.input_shape=[1,16,16]", "workload.separation=16")
 PPP = ("method=ppp", "trainer.batch_size=4", "strategy.warmup=0")

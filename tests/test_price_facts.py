@@ -9,11 +9,11 @@ from clients.app import app
 from devices.cost import NetworkCost, Passes, Work
 from devices.latency.models import device_prices
 from devices.profile import load_profile
-from fedsim import checkpoint, federation
-from fedsim.console import closing_lines
 from fedsim.engines.local import LocalGrid
-from fedsim.page import write_page
-from fedsim.price_facts import facts_of
+from fedsim.report.page import write_page
+from fedsim.report.text import closing_lines
+from fedsim.runs import checkpoint, federation
+from fedsim.runs.price_facts import facts_of
 
 NOTHING = (0.0, 0.0, 0.0, 0.0)
 # One layer of matrix products: a thousand multiply-adds, or a thousand million, in one call.

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedsim.price_models import FROM_THE_START, PRICE_MODEL, price_models, repriced
+from fedsim.runs.price_models import FROM_THE_START, PRICE_MODEL, price_models, repriced
 
 # Of one round by all six clients of a fleet: change them together with PRICE_MODEL, which resumed runs are told by.
 PRICED_BY_2 = {"phones": (0.3398369776, 75.0182777884), "mixed": (0.3398369776, 62.6164855541)}  # seconds, joules

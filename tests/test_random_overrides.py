@@ -17,7 +17,7 @@ import pytest
 from conftest import TINY
 from test_values import AT_THE_TOP, NEEDED, leaves, places, settings_of
 
-from fedsim import cli
+from fedsim.cli import main as cli
 
 SEED, LONGEST_S = 20261127, 60.0
 VALUES = ("1" + "0" * 18, "1e308", "1e-320", "1e-9", "-3", "-0.5", "nan", "inf", "''", "null", "true", "[]", "{}")

@@ -28,17 +28,17 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
 import clients.app
 from clients.trainers.sgd import SGDTrainer
-from fedsim import federation as federations
-from fedsim.engines import ray_session
 from fedsim.engines.local import LocalGrid
-from fedsim.engines.ray import RayGrid
-from fedsim.engines.ray_exchange import Job, longest_first
-from fedsim.engines.ray_session import RaySession
-from fedsim.engines.wire import OUT_OF_BAND_BYTES, Loan, content_of, letter_of, records_in_common
+from fedsim.engines.ray import session as ray_session
+from fedsim.engines.ray.exchange import Job, longest_first
+from fedsim.engines.ray.grid import RayGrid
+from fedsim.engines.ray.session import RaySession
+from fedsim.engines.ray.wire import OUT_OF_BAND_BYTES, Loan, content_of, letter_of, records_in_common
 from fedsim.errors import ClientError, ConfigError, RunError
-from fedsim.messages import from_array, pack_cohort, to_array
-from fedsim.report import HOST_FIELDS
-from fedsim.settings import build_world, compose
+from fedsim.messages.records import from_array, pack_cohort, to_array
+from fedsim.report.rounds import HOST_FIELDS
+from fedsim.runs import federation as federations
+from fedsim.settings.compose import build_world, compose
 
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
 TESTS = Path(__file__).parent

@@ -16,9 +16,9 @@ from devices.latency.help.weights import load_weights, read_arrays
 from devices.latency.spaces import load_space
 from devices.profile import load_profile
 from devices.reading import read_json, read_json_lines, read_npz, read_parquet, read_yaml
-from fedsim.data.bundle import read_bundle
 from fedsim.errors import ConfigError, DataError
-from fedsim.study import read_study
+from fedsim.study.spec import read_study
+from fedsim.workloads.bundle import read_bundle
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 10)

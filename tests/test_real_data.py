@@ -10,8 +10,8 @@ import pytest
 
 from clients.app import app as client_app
 from fedsim.engines.local import LocalGrid
-from fedsim.federation import run
-from fedsim.settings import build_world, compose
+from fedsim.runs.federation import run
+from fedsim.settings.compose import build_world, compose
 
 pytestmark = [pytest.mark.data, pytest.mark.usefixtures("data_folder")]
 

@@ -19,9 +19,9 @@ from clients.trainers.rehearsal.recalled import Recalled
 from clients.trainers.rehearsal.replay import ReplayTrainer
 from fedsim.engines.local import LocalGrid
 from fedsim.errors import ConfigError
-from fedsim.federation import Federation
-from fedsim.messages import STATE, Broadcast
-from fedsim.settings import build_world, compose
+from fedsim.messages.records import STATE, Broadcast
+from fedsim.runs.federation import Federation
+from fedsim.settings.compose import build_world, compose
 
 BASE = (
     *("num_clients=2", "cohort=2", "rounds=5", "fleet=uniform", "latency=flops", "engine.device=cpu"),

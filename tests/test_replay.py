@@ -11,11 +11,11 @@ import yaml
 
 from clients.app import app
 from clients.trainers.sgd import SGDTrainer
-from fedsim import cli
+from fedsim.cli import main as cli
 from fedsim.engines.local import LocalGrid
 from fedsim.errors import ClientError, ConfigError
-from fedsim.instructions import kept_instruction
-from fedsim.replay import instruction_of, replay, settings_of
+from fedsim.report.instructions import kept_instruction
+from fedsim.runs.replay import instruction_of, replay, settings_of
 
 
 class Remembering(SGDTrainer):
@@ -57,7 +57,7 @@ def test_a_failed_client_replays_at_once_with_its_traceback(run, tmp_path: Path,
         run("trainer._target_=test_replay.Remembering", "cohort=6", "rounds=5")
     (note,) = caught.value.__notes__
     assert note == f"replay it with: fedsim replay {shlex.quote(str(tmp_path))} --round 3 --client 0"
-    monkeypatch.setattr("fedsim.federation.Federation.rounds", lambda self: pytest.fail("no round is run again"))
+    monkeypatch.setattr("fedsim.runs.federation.Federation.rounds", lambda self: pytest.fail("no round is run again"))
     result = again(tmp_path, 3, 0)
     assert (result.outcome, result.reason) == ("failed", "OSError: disk is gone")
     assert 'raise OSError("disk is gone")' in result.traceback

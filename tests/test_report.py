@@ -14,16 +14,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from clients.app import app
 from clients.trainers.sgd import SGDTrainer
-from fedsim import federation as federations
-from fedsim import run_folder as folders
-from fedsim import run_place
-from fedsim.console import closing_lines, closing_table
 from fedsim.engines.local import LocalGrid
 from fedsim.errors import ClientError, ConfigError
-from fedsim.messages import record_of
-from fedsim.report import RoundReport, read_rounds, weights_sha256
-from fedsim.run_place import new_run_folder
-from fedsim.settings import from_run_config
+from fedsim.messages.records import record_of
+from fedsim.report import folder as folders
+from fedsim.report import place as run_place
+from fedsim.report.place import new_run_folder
+from fedsim.report.rounds import RoundReport, read_rounds, weights_sha256
+from fedsim.report.text import closing_lines, closing_table
+from fedsim.runs import federation as federations
+from fedsim.settings.compose import from_run_config
 
 KEYS = {
     "price_models",

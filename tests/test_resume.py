@@ -18,16 +18,16 @@ from flwr.app import ArrayRecord, ConfigRecord
 from test_methods import TINY as BLOBS
 
 from clients.app import app
-from fedsim import checkpoint
-from fedsim import federation as federations
-from fedsim.checkpoint import NotKeptError, Saved, decode, encode, load
-from fedsim.checksums import Beginning, Checksums
 from fedsim.engines.local import LocalGrid
 from fedsim.errors import ConfigError
-from fedsim.federation import Federation
-from fedsim.messages import record_of, tensors_of
-from fedsim.report import read_rounds, weights_sha256
-from fedsim.settings import build_world, compose, on_engine, options, settings_of_run
+from fedsim.messages.records import record_of, tensors_of
+from fedsim.report.checksums import Beginning, Checksums
+from fedsim.report.rounds import read_rounds, weights_sha256
+from fedsim.runs import checkpoint
+from fedsim.runs import federation as federations
+from fedsim.runs.checkpoint import NotKeptError, Saved, decode, encode, load
+from fedsim.runs.federation import Federation
+from fedsim.settings.compose import build_world, compose, on_engine, options, settings_of_run
 
 FEDSIM = str(Path(sys.executable).parent / "fedsim")
 # Late and absent clients, personal layers, clients that judge: all that a run can keep between rounds.
@@ -296,7 +296,7 @@ def test_a_killed_command_goes_on_elsewhere(tmp_path: Path, monkeypatch):
 @pytest.mark.ray
 @pytest.mark.parametrize("given", [RICH, pytest.param(SURPLUS, marks=pytest.mark.slow)], ids=["rich", "surplus"])
 def test_the_rest_may_run_on_another_engine(go, tmp_path: Path, given: tuple[str, ...]):
-    from fedsim.engines.ray import RayGrid
+    from fedsim.engines.ray.grid import RayGrid
 
     go("whole", *given)
     go("cut", *given, until=2)
@@ -331,7 +331,7 @@ def test_what_cannot_be_resumed_is_one_sentence(go, tmp_path: Path, fedsim):
 def test_a_run_that_is_going_on_is_left_alone(go, tmp_path: Path, settings):
     go("cut", *RICH, until=3)
     before = (tmp_path / "cut" / "rounds.jsonl").read_bytes()
-    from fedsim.run_folder import RunFolder
+    from fedsim.report.folder import RunFolder
 
     folder = RunFolder(tmp_path / "cut", settings(*RICH), resume=True, last=2)
     with pytest.raises(ConfigError, match=r"the run in .*cut is going on just now; wait for it, or end it"):

@@ -12,10 +12,10 @@ import pytest
 from conftest import TINY, Ended
 
 from clients.app import app
-from fedsim import federation as federations
 from fedsim.engines.local import LocalGrid
-from fedsim.page import write_page
-from fedsim.settings import compose
+from fedsim.report.page import write_page
+from fedsim.runs import federation as federations
+from fedsim.settings.compose import compose
 
 SETTINGS = (*TINY, "model.hidden=[8]", "rounds=3", "checkpoint_s=0")
 STUDY = f"title: t\narms: {{one: []}}\nbase: {json.dumps(SETTINGS)}\nseeds: [1]\n"
@@ -118,7 +118,7 @@ def test_every_command_answers_every_damage_with_a_sentence(
     (tmp_path / "st.yaml").write_text(STUDY)
     client = [str(json.loads((runs["failed"] / "failed-client.json").read_text())["client"])]
     if command == "resume":  # pages are for `report`
-        monkeypatch.setattr("fedsim.page.write_page", lambda *_: run / "report.html")
+        monkeypatch.setattr("fedsim.report.page.write_page", lambda *_: run / "report.html")
     wrong = []
     for damage in (*CONTENTS, *PLACES):
         shutil.rmtree(run, ignore_errors=True)

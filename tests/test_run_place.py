@@ -13,13 +13,13 @@ from conftest import TINY, Ended
 from test_resume import comparable
 
 from clients.app import app
-from fedsim import federation as federations
-from fedsim import run_folder as folders
-from fedsim import run_place
 from fedsim.engines.local import LocalGrid
 from fedsim.errors import ConfigError
-from fedsim.run_place import check_free, new_folder, new_run_folder, remove_unfinished
-from fedsim.settings import compose
+from fedsim.report import folder as folders
+from fedsim.report import place as run_place
+from fedsim.report.place import check_free, new_folder, new_run_folder, remove_unfinished
+from fedsim.runs import federation as federations
+from fedsim.settings.compose import compose
 
 FEDSIM = str(Path(sys.executable).parent / "fedsim")
 SMALL = (*TINY, "model.hidden=[8]")

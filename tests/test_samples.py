@@ -11,10 +11,10 @@ from clients.trainers.rehearsal import samples
 from clients.trainers.rehearsal.memory import CANDIDATES, NAMES, NONE
 from fedsim.engines.local import LocalGrid
 from fedsim.errors import ConfigError, DataError
-from fedsim.federation import Federation, run
-from fedsim.messages import record_bytes, tensors_of
-from fedsim.settings import build_world, compose
-from fedsim.streams import Stream
+from fedsim.messages.records import record_bytes, tensors_of
+from fedsim.runs.federation import Federation, run
+from fedsim.settings.compose import build_world, compose
+from fedsim.workloads.streams.base import Stream
 
 BASE = (
     *("workload=digits", "partition=iid", "num_clients=2", "cohort=2", "rounds=6", "fleet=uniform", "latency=flops"),

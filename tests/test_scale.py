@@ -14,15 +14,15 @@ from clients.trainers.rehearsal.gradients import Products
 from clients.trainers.rehearsal.ocs import scores
 from clients.trainers.rehearsal.selection import farthest, herd, seeding
 from devices.compression.quantise import first_step
-from fedsim.data.arrays import Arrays, ArrayWorkload
-from fedsim.data.averages import exposures
 from fedsim.engines.blocks import PLAIN_MEANS
 from fedsim.engines.local import LocalGrid
-from fedsim.federation import Federation
-from fedsim.messages import ARRAYS, METRICS, NUM_EXAMPLES, from_array, record_of, tensors_of
+from fedsim.exchanges.averages import exposures
+from fedsim.messages.records import ARRAYS, METRICS, NUM_EXAMPLES, from_array, record_of, tensors_of
 from fedsim.models.mlp import MLP
-from fedsim.partition import Iid
-from fedsim.settings import build_world, compose, config_dir, options
+from fedsim.runs.federation import Federation
+from fedsim.settings.compose import build_world, compose, config_dir, options
+from fedsim.workloads.arrays import Arrays, ArrayWorkload
+from fedsim.workloads.partition import Iid
 
 FLOWER = "flwr.serverapp.strategy"
 UNITS = [2.0**-100, 2.0**-30, 1.0, 2.0**30, 2.0**60]  # powers of two: a product is exact in floats

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from clients.trainers.rehearsal.selection import RULES, Pool, balanced, farthest, herd, pick, quotas, seeding
-from fedsim.data.blobs import Blobs
 from fedsim.models.mlp import MLP
+from fedsim.workloads.blobs import Blobs
 
 
 def draw(seed: int = 0) -> torch.Generator:

@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from fedsim.engines.leash import TIED
 from fedsim.engines.session_folder import HELD, UNBORN_S, SessionFolder, private_files, sweep, token_file, usual_files
-from fedsim.leash import TIED
 
 OWNER = """
 import subprocess, sys, time
@@ -93,7 +93,7 @@ def test_the_next_session_sweeps_what_nobody_holds(tmp_path: Path):
 
 TIED_CHILD = """
 import signal, sys, time
-from fedsim.leash import tie
+from fedsim.engines.leash import tie
 def closing(*_):
     print("closed", flush=True)
     sys.exit(3)

@@ -15,9 +15,9 @@ from clients.app import app as client_app
 from clients.app import worker_for
 from fedsim.engines.local import LocalGrid
 from fedsim.errors import ConfigError, DataError
-from fedsim.federation import Federation
-from fedsim.settings import build_world, compose, config_dir, options
-from fedsim.study import Arm, plan, read_study, studies
+from fedsim.runs.federation import Federation
+from fedsim.settings.compose import build_world, compose, config_dir, options
+from fedsim.study.spec import Arm, plan, read_study, studies
 
 # One step each of two clients at most; every client has what its experiment gives it.
 SHORT = ["engine.device=cpu", "trainer.local_steps=1"]

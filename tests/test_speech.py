@@ -18,14 +18,14 @@ from devices.compression.channels import ChannelGroups
 from devices.compression.kernels import int8_network, integer_operators
 from devices.compression.masks import apply_masks, global_masks, prunable
 from devices.compression.sizes import dense_bytes, nonzero_bytes
-from fedsim.data.arrays import Arrays, ArrayWorkload
-from fedsim.data.bundle import Bundle
-from fedsim.data.log_mel import LogMel
-from fedsim.data.speech_commands import FOLDER, KEYWORDS, SpeechCommands
 from fedsim.errors import ConfigError, DataError
 from fedsim.models.bcresnet import BCResNet, BroadcastedBlock, SubSpectralNorm
 from fedsim.models.speech_resnet import SpeechResNet
-from fedsim.partition import Iid, Natural
+from fedsim.workloads.arrays import Arrays, ArrayWorkload
+from fedsim.workloads.bundle import Bundle
+from fedsim.workloads.log_mel import LogMel
+from fedsim.workloads.partition import Iid, Natural
+from fedsim.workloads.speech_commands import FOLDER, KEYWORDS, SpeechCommands
 
 SHAPE = (1, 40, 101)
 

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from clients.app import app as client_app
 from fedsim.engines.local import LocalGrid
 from fedsim.errors import ConfigError, DataError
-from fedsim.federation import Federation, run
-from fedsim.report import HOST_FIELDS
-from fedsim.settings import build_world, compose, options
-from fedsim.streams import MASKED, Stream
+from fedsim.report.rounds import HOST_FIELDS
+from fedsim.runs.federation import Federation, run
+from fedsim.settings.compose import build_world, compose, options
+from fedsim.workloads.streams.base import MASKED, Stream
 
 # Digits in three clients: 10 classes, about 480 training examples each.
 BASE = (

@@ -25,14 +25,14 @@ import pytest
 import yaml
 from test_writing import full_disk
 
-from fedsim import study_run
 from fedsim.errors import ConfigError
-from fedsim.paired import interval, rows
-from fedsim.report import RoundReport
-from fedsim.settings import compose
-from fedsim.study import plan, read_study, studies
-from fedsim.study_picture import MOST_LINES, curve, families, shown
-from fedsim.study_result import collect
+from fedsim.report.rounds import RoundReport
+from fedsim.settings.compose import compose
+from fedsim.study import runner as study_run
+from fedsim.study.paired import interval, rows
+from fedsim.study.picture import MOST_LINES, curve, families, shown
+from fedsim.study.results import collect
+from fedsim.study.spec import plan, read_study, studies
 
 BASE = ["workload=blobs", "fleet=uniform", "latency=flops", "num_clients=6", "cohort=3", "rounds=2"]
 FILE: dict[str, Any] = {
@@ -45,11 +45,11 @@ FILE: dict[str, Any] = {
         "Local {mix_ratio}": {"overrides": ["method=local_mixup"], "grid": {"trainer.mix_ratio": [0.1, 0.2]}},
     },
 }
-# Stands in for `python -m fedsim.cli`: settings as the real command would compose them, reports made up.
+# Stands in for `python -m fedsim.cli.main`: settings as the real command would compose them, reports made up.
 FAKE = """
 import json, sys, yaml
 from pathlib import Path
-from fedsim.settings import compose
+from fedsim.settings.compose import compose
 if sys.argv[1] == "resume":
     Path(sys.argv[2], "checkpoint").rename(Path(sys.argv[2], "summary.json"))
     sys.exit()
@@ -374,7 +374,7 @@ def test_a_picture_that_the_disk_does_not_take_leaves_the_one_before(file, fedsi
 def test_ctrl_c_ends_the_study_and_its_runs_and_keeps_what_is_finished(file):
     """Real runs: the first ends at once, the second has more rounds than anybody waits for."""
     arms = {"Short": ["rounds=1"], "Long": ["rounds=1000000"]}
-    command = [sys.executable, "-m", "fedsim.cli", "study", file(arms=arms, seeds=[1]), "--jobs", "1"]
+    command = [sys.executable, "-m", "fedsim.cli.main", "study", file(arms=arms, seeds=[1]), "--jobs", "1"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         long, end = Path("runs/mine/long/seed-1/rounds.jsonl"), time.monotonic() + 120
@@ -398,7 +398,7 @@ def test_ctrl_c_ends_the_study_and_its_runs_and_keeps_what_is_finished(file):
 
 @pytest.mark.slow
 def test_kill_9_of_the_study_takes_its_runs_along(file):
-    command = [sys.executable, "-m", "fedsim.cli", "study", file(arms={"Long": ["rounds=1000000"]}, seeds=[1])]
+    command = [sys.executable, "-m", "fedsim.cli.main", "study", file(arms={"Long": ["rounds=1000000"]}, seeds=[1])]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         folder, end = Path("runs/mine/long/seed-1"), time.monotonic() + 120

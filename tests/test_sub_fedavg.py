@@ -10,9 +10,9 @@ from flwr.app import ConfigRecord
 from clients.app import Worker
 from clients.trainers.personal.sub_fedavg import SubFedAvgTrainer, alive
 from fedsim.errors import ConfigError
-from fedsim.messages import ARRAYS, ClientUpdate, record_bytes, tensors_of, unpacked
-from fedsim.settings import build_world
-from fedsim.slices import pack_bits, unpack_bits
+from fedsim.exchanges.slices import pack_bits, unpack_bits
+from fedsim.messages.records import ARRAYS, ClientUpdate, record_bytes, tensors_of, unpacked
+from fedsim.settings.compose import build_world
 from strategies.sub_fedavg import SubFedAvg
 
 OWN = ("method=sub_fedavg", "workload.examples_per_client=24", "workload.client_test_fraction=0.25")

@@ -11,11 +11,11 @@ from torch.nn import functional as F
 from clients.app import Worker
 from devices.profile import load_profile
 from fedsim.errors import ConfigError
-from fedsim.messages import ARRAYS, ClientUpdate, broadcast_of, payload_bytes, record_of, tensors_of
-from fedsim.network import Enrolled
-from fedsim.report import weights_sha256
-from fedsim.settings import build_world
-from fedsim.slices import BITS, KEPT, pack_bits, unpack_bits
+from fedsim.exchanges.slices import BITS, KEPT, pack_bits, unpack_bits
+from fedsim.grid.edge import Enrolled
+from fedsim.messages.records import ARRAYS, ClientUpdate, broadcast_of, payload_bytes, record_of, tensors_of
+from fedsim.report.rounds import weights_sha256
+from fedsim.settings.compose import build_world
 from strategies.edge import EdgeStrategy, mean_by_coordinate
 from strategies.widths import WidthStrategy
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from fedsim.data.arrays import Arrays, ArrayWorkload
-from fedsim.data.digits import Digits
 from fedsim.errors import DataError
 from fedsim.models.mlp import MLP
-from fedsim.partition import Iid, Natural
-from fedsim.settings import build_world, compose, instantiate, options
-from fedsim.workload import Examples, Workload
+from fedsim.settings.compose import build_world, compose, instantiate, options
+from fedsim.workloads.arrays import Arrays, ArrayWorkload
+from fedsim.workloads.base import Examples, Workload
+from fedsim.workloads.digits import Digits
+from fedsim.workloads.partition import Iid, Natural
 
 OWNERS, EACH, TESTED = 6, 20, 8
 

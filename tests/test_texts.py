@@ -21,11 +21,11 @@ from devices.errors import DeviceError
 from devices.figures import legend_label, new_figure, save_figure
 from devices.profile import load_profile
 from devices.texts import FILE_BYTES, file_name, visible
-from fedsim import study
-from fedsim.console import CELL_LETTERS, console, table
 from fedsim.errors import ConfigError
-from fedsim.settings import check, compose, config_dir
-from fedsim.study import Arm, plan, read_study
+from fedsim.report.text import CELL_LETTERS, console, table
+from fedsim.settings.compose import check, compose, config_dir
+from fedsim.study import spec as study
+from fedsim.study.spec import Arm, plan, read_study
 
 NASTY = {
     "a formula": "$\\frac{$",

@@ -11,11 +11,11 @@ import pytest
 import yaml
 from conftest import TINY
 
-from fedsim import trust
 from fedsim.errors import ConfigError
-from fedsim.foreign import check_foreign
-from fedsim.settings import GROUPS, NEEDED, check_trusted, compose, config_dir, options, try_out
-from fedsim.trust import check_tree, group_kinds
+from fedsim.settings import trust
+from fedsim.settings.compose import GROUPS, NEEDED, check_trusted, compose, config_dir, options, try_out
+from fedsim.settings.foreign import check_foreign
+from fedsim.settings.trust import check_tree, group_kinds
 
 # Readers, writers, loaders and runners of the standard library and of what is installed beside fedsim.
 CALLABLES = """
@@ -48,9 +48,9 @@ CALLABLES = """
     tensorboard.program.TensorBoard hydra.utils.instantiate hydra.utils.call hydra.utils.get_method
     hydra.utils.get_object hydra.utils.get_class hydra._internal.utils._locate omegaconf.OmegaConf.load
     omegaconf.OmegaConf.save omegaconf.OmegaConf.register_new_resolver flwr.server.start_server
-    flwr.simulation.run_simulation flwr.client.start_client fedsim.cli.main fedsim.settings.Path
-    fedsim.settings.json.loads fedsim.study_run.subprocess.Popen fedsim.run_folder.RunFolder
-    fedsim.engines.ray_session.RaySession fedsim.flower_runtime.FlowerRuntime fedsim.own_model.named_model
+    flwr.simulation.run_simulation flwr.client.start_client fedsim.cli.main fedsim.settings.compose.Path
+    fedsim.settings.compose.json.loads fedsim.study.runner.subprocess.Popen fedsim.report.folder.RunFolder
+    fedsim.engines.ray.session.RaySession fedsim.engines.flower.runtime.FlowerRuntime fedsim.cli.devices.own_model.named_model
     clients.trainers.sgd.torch.load strategies.mafl.np.load devices.profile.Path
 """.split()  # noqa: SIM905 - a hundred lines otherwise
 
@@ -663,7 +663,7 @@ def test_a_study_hands_hydra_nothing(here, fedsim, override: str):
 @pytest.mark.parametrize("door", ["resume", "repeat", "study"])
 def test_a_cluster_that_only_a_file_names_is_not_joined(here, fedsim, sent, door: str):
     """Whatever its workers answer is unpickled, and the user's token would be shown to it."""
-    folder = sent("engine", "fedsim.engines.ray.RayGrid", address="203.0.113.1:6379")
+    folder = sent("engine", "fedsim.engines.ray.grid.RayGrid", address="203.0.113.1:6379")
     code, _, err = fedsim(*(part.format(run=folder) for part in DOORS[door]))
     assert (code, err.count("\n")) == (2, 1)
     assert "engine.address='203.0.113.1:6379' comes from " in err
@@ -694,5 +694,5 @@ def test_nothing_else_looks_names_up():
     found = {
         str(path): word for path in sources for word in words if word in path.read_text().replace("exec_module(", "")
     }
-    assert set(found) <= {"fedsim/trust.py", "fedsim/parameters.py"}, found
+    assert set(found) <= {"fedsim/settings/trust.py", "fedsim/settings/parameters.py"}, found
     assert GROUPS

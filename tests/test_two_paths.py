@@ -15,7 +15,7 @@ from devices.compression.quantise import limits
 from devices.compression.sizes import nonzero_bytes, wire_bytes
 from devices.compression.two_paths import TwoPaths, norm_tensors, prunable_first, step_of, unimportant
 from fedsim.errors import ConfigError
-from fedsim.messages import record_of, tensors_of
+from fedsim.messages.records import record_of, tensors_of
 
 IMAGES = ("workload.input_shape=[1,8,8]", "model=convnet", "model.channels=[6,8]", "model.batch_norm=true")
 DCIL = ("method=dcil", *IMAGES, "trainer.sparsity=0.5", "trainer.refresh=1", "trainer.prune_rounds=2")

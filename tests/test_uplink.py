@@ -12,10 +12,10 @@ from clients.app import Worker
 from devices.compression.updates import Packed, UpdateCompressor, restore
 from devices.errors import DeviceError
 from fedsim.engines.blocks import is_plain_mean
-from fedsim.messages import ARRAYS, STATE, payload_bytes, record_bytes, record_of, tensors_of
-from fedsim.report import weights_sha256
-from fedsim.settings import build_world, options
-from fedsim.uplink import BUFFERS, COUNTS, INDEX, RESIDUAL, SCALE, VALUES, WHICH, compressed, decompress
+from fedsim.messages.records import ARRAYS, STATE, payload_bytes, record_bytes, record_of, tensors_of
+from fedsim.messages.uplink import BUFFERS, COUNTS, INDEX, RESIDUAL, SCALE, VALUES, WHICH, compressed, decompress
+from fedsim.report.rounds import weights_sha256
+from fedsim.settings.compose import build_world, options
 
 DRAW = torch.Generator().manual_seed(0)
 

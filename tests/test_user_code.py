@@ -12,11 +12,11 @@ from conftest import TINY
 from flwr.app import ArrayRecord, ConfigRecord
 from flwr.serverapp.strategy import FedAvg
 
-from fedsim import trust
-from fedsim.cli import Terminated
+from fedsim.cli.main import Terminated
 from fedsim.errors import ConfigError, DataError, ExitError, NotFiniteError, RunError, no_exit
-from fedsim.roles import TensorRoles
-from fedsim.server import ANSWERS, ServerSide
+from fedsim.models.roles import TensorRoles
+from fedsim.runs.server import ANSWERS, ServerSide
+from fedsim.settings import trust
 
 MODULE = """
 import asyncio

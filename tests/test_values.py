@@ -21,12 +21,12 @@ from conftest import TINY
 
 from devices.availability import Trace
 from devices.errors import DeviceError
-from fedsim import host
-from fedsim.cli import app
+from fedsim.cli.main import app
 from fedsim.errors import ConfigError, DataError
-from fedsim.federation import build_strategy
-from fedsim.parameters import check_parameters
-from fedsim.settings import GROUPS, Settings, build_world, check, compose, options
+from fedsim.runs.federation import build_strategy
+from fedsim.settings.compose import GROUPS, Settings, build_world, check, compose, options
+from fedsim.settings.parameters import check_parameters
+from fedsim.workloads import host_memory as host
 
 REFUSALS = (ConfigError, DataError, DeviceError)
 ODD: dict[str, Any] = {

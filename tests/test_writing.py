@@ -18,9 +18,9 @@ from clients.app import app
 from devices import build, writing
 from devices.latency.help.weights import write_arrays
 from devices.writing import open_lock, write_atomic
-from fedsim import federation
 from fedsim.engines.local import LocalGrid
 from fedsim.errors import RunError
+from fedsim.runs import federation
 
 SPLIT = ("data", "describe", *TINY, "--picture")
 AVERAGES = ("data", "averages", "workload=digits", "cohort=3", "--sizes", "5", "--picture")
@@ -100,7 +100,7 @@ def test_profiles_that_the_disk_does_not_take_are_whole_or_not_there(tmp_path: P
 def test_output_that_is_not_taken_is_told_apart_from_a_file_and_the_run_is_whole(tmp_path: Path):
     if not Path("/dev/full").exists():
         pytest.skip("only Linux has /dev/full")
-    command = [sys.executable, "-m", "fedsim.cli", "run", *TINY, f"out={tmp_path / 'run'}"]
+    command = [sys.executable, "-m", "fedsim.cli.main", "run", *TINY, f"out={tmp_path / 'run'}"]
     with open("/dev/full", "wb") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     said = "fedsim: standard output cannot be written: No space left on device; everything written so far stays\n"

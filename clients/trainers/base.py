@@ -12,9 +12,9 @@ from clients.state import ClientState
 from devices.cost import NetworkCost, Passes, Work
 from devices.meter import inference_memory_bytes
 from devices.profile import DeviceProfile
-from fedsim.messages import Broadcast, ClientUpdate
+from fedsim.messages.records import Broadcast, ClientUpdate
 from fedsim.seeding import torch_generator
-from fedsim.workload import JUDGED_AT_ONCE, ClientData, Tensors, Workload
+from fedsim.workloads.base import JUDGED_AT_ONCE, ClientData, Tensors, Workload
 
 Gradients = Sequence[Tensor | None]  # of each parameter; None where the pass did not use it
 RECEIVED = "received weights"  # what a trainer or the uplink holds, see `WorkLog.hold`

@@ -16,8 +16,8 @@ from torch.func import grad_and_value, vmap
 from torch.nn.utils.stateless import _reparametrize_module
 
 from clients.trainers.base import ClientContext
-from fedsim.messages import Broadcast, ClientUpdate
-from fedsim.workload import Tensors
+from fedsim.messages.records import Broadcast, ClientUpdate
+from fedsim.workloads.base import Tensors
 
 IGNORED = -100  # label that cross-entropy leaves out of its mean
 Loss = Callable[[ClientContext, Tensors, Broadcast], Tensor]

@@ -13,8 +13,8 @@ from torch import Tensor
 from clients.trainers.base import RECEIVED, ClientContext
 from clients.trainers.sgd import SGDTrainer
 from fedsim.errors import ConfigError
-from fedsim.messages import Broadcast
-from fedsim.workload import Tensors
+from fedsim.messages.records import Broadcast
+from fedsim.workloads.base import Tensors
 
 PROXIMAL_COPIES = 2.0
 

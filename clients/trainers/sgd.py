@@ -19,8 +19,8 @@ from devices.cost import NetworkCost
 from devices.errors import unknown
 from devices.meter import peak_memory_bytes
 from fedsim.errors import ConfigError
-from fedsim.messages import Broadcast, ClientUpdate
-from fedsim.workload import Tensors
+from fedsim.messages.records import Broadcast, ClientUpdate
+from fedsim.workloads.base import Tensors
 
 Arrays = tuple[Tensor, ...] | list[Tensor]
 

@@ -1,6 +1,6 @@
 """What Flower's abstract Grid asks of every engine and is the same for all of ours.
 
-This and `fedsim.federation` are the only places that touch Flower's internal task identity.
+This and `fedsim.runs.federation` are the only places that touch Flower's internal task identity.
 """
 
 from __future__ import annotations

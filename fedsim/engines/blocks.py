@@ -14,7 +14,7 @@ from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi, Strategy
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 
-from fedsim.messages import NUM_EXAMPLES, array_record, cast_to, from_array, to_array
+from fedsim.messages.records import NUM_EXAMPLES, array_record, cast_to, from_array, to_array
 
 MAX_BLOCKS = 64
 UNEQUAL = "clients sent weights of different names or shapes; a mean needs equal ones"

@@ -17,8 +17,8 @@ from clients.trainers.compressing.two_paths import TwoPathTrainer
 from devices.compression.distil import divergence
 from devices.compression.two_paths import prunable_first
 from fedsim.errors import ConfigError
-from fedsim.messages import Broadcast
-from fedsim.workload import Tensors
+from fedsim.messages.records import Broadcast
+from fedsim.workloads.base import Tensors
 
 
 class DCILTrainer(TwoPathTrainer):

@@ -17,8 +17,8 @@ from devices.compression.distil import divergence
 from devices.compression.masks import RULES, prunable
 from devices.errors import unknown
 from fedsim.errors import ConfigError
-from fedsim.messages import Broadcast
-from fedsim.workload import Tensors
+from fedsim.messages.records import Broadcast
+from fedsim.workloads.base import Tensors
 
 WIDTHS = (*range(2, 9), 32)
 

@@ -20,7 +20,7 @@ from clients.trainers.mixing.tangents import along
 from devices.cost import NetworkCost
 from devices.errors import unknown
 from fedsim.errors import ConfigError
-from fedsim.workload import Tensors, Workload
+from fedsim.workloads.base import Tensors, Workload
 
 TAYLOR = "taylor"
 # Of `central_difference`, in lengths of an example: the cube root of float32's precision, where rounding and truncation

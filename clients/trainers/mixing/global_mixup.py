@@ -15,8 +15,8 @@ from torch import nn
 from clients.trainers.base import ClientContext
 from clients.trainers.mixing.mixup import MixupTrainer
 from devices.cost import NetworkCost
-from fedsim.messages import Broadcast, ClientUpdate
-from fedsim.workload import Examples, Tensors, Workload
+from fedsim.messages.records import Broadcast, ClientUpdate
+from fedsim.workloads.base import Examples, Tensors, Workload
 
 
 class GlobalMixupTrainer(MixupTrainer):

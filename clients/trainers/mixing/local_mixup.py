@@ -10,7 +10,7 @@ import torch
 
 from clients.trainers.base import ClientContext
 from clients.trainers.mixing.mixup import MixupTrainer
-from fedsim.workload import Tensors
+from fedsim.workloads.base import Tensors
 
 
 class LocalMixupTrainer(MixupTrainer):

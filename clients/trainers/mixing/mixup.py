@@ -21,10 +21,10 @@ from clients.trainers.base import ClientContext
 from clients.trainers.fedprox import FedProxTrainer
 from devices.cost import NetworkCost
 from devices.meter import measure
-from fedsim.data.averages import averages, from_uint8, to_uint8
 from fedsim.errors import ConfigError
-from fedsim.messages import OF_REPLY, Broadcast, ClientUpdate
-from fedsim.workload import Tensors, Workload
+from fedsim.exchanges.averages import averages, from_uint8, to_uint8
+from fedsim.messages.records import OF_REPLY, Broadcast, ClientUpdate
+from fedsim.workloads.base import Tensors, Workload
 
 QUESTION, AVERAGES, ROOM, POOL = "averages", "averages", "room", "pool"
 HELD = f"{OF_REPLY}{POOL}_"  # state: the pool as the server believes it to be with the client

@@ -18,8 +18,8 @@ from clients.trainers.base import RECEIVED, ClientContext
 from clients.trainers.fedprox import PROXIMAL_COPIES, FedProxTrainer
 from devices.cost import NetworkCost
 from fedsim.errors import ConfigError
-from fedsim.messages import Broadcast, ClientUpdate
-from fedsim.workload import Tensors, Workload
+from fedsim.messages.records import Broadcast, ClientUpdate
+from fedsim.workloads.base import Tensors, Workload
 
 PERSONAL = "personal"  # group of a client's state: a whole model
 

@@ -20,8 +20,8 @@ from clients.trainers.sgd import SGDTrainer
 from devices.cost import NetworkCost
 from devices.meter import measure
 from fedsim.errors import ConfigError
-from fedsim.messages import Broadcast, ClientUpdate
-from fedsim.workload import Workload
+from fedsim.messages.records import Broadcast, ClientUpdate
+from fedsim.workloads.base import Workload
 
 
 class FedRepTrainer(SGDTrainer):

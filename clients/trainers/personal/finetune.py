@@ -12,7 +12,7 @@ from annotated_types import Le
 from clients.trainers.base import ClientContext
 from clients.trainers.sgd import SGDTrainer
 from fedsim.errors import ConfigError
-from fedsim.messages import Broadcast
+from fedsim.messages.records import Broadcast
 
 
 class FineTuneTrainer(SGDTrainer):

@@ -19,10 +19,10 @@ from clients.trainers.base import ClientContext, Gradients
 from clients.trainers.sgd import Arrays, SGDTrainer
 from devices.cost import NetworkCost
 from fedsim.errors import ConfigError
-from fedsim.messages import Broadcast, ClientUpdate
+from fedsim.exchanges.slices import pack_bits
+from fedsim.messages.records import Broadcast, ClientUpdate
 from fedsim.seeding import torch_generator
-from fedsim.slices import pack_bits
-from fedsim.workload import ClientData, Examples, Tensors, Workload
+from fedsim.workloads.base import ClientData, Examples, Tensors, Workload
 
 MASK = "mask"  # extra record, and group of a client's state: by weight, [entries] bool
 

@@ -15,8 +15,8 @@ from clients.trainers.base import ClientContext, Gradients
 from clients.trainers.rehearsal.memory import Memory
 from clients.trainers.rehearsal.reservoir import ReservoirTrainer
 from fedsim.errors import ConfigError
-from fedsim.messages import Broadcast
-from fedsim.workload import Tensors
+from fedsim.messages.records import Broadcast
+from fedsim.workloads.base import Tensors
 
 
 def project(gradients: Gradients, past: Gradients) -> Gradients:

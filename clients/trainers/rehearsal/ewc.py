@@ -18,8 +18,8 @@ from clients.trainers.rehearsal.gradients import per_sample, require_single_exam
 from clients.trainers.sgd import SGDTrainer
 from devices.cost import NetworkCost
 from fedsim.errors import ConfigError
-from fedsim.messages import Broadcast, ClientUpdate
-from fedsim.workload import Tensors, Workload
+from fedsim.messages.records import Broadcast, ClientUpdate
+from fedsim.workloads.base import Tensors, Workload
 
 QUESTION, FISHER, PENALTY = "fisher", "fisher", "penalty"
 

@@ -28,7 +28,7 @@ from clients.trainers.base import WorkLog
 from devices.cost import NetworkCost
 from devices.trace import KINDS
 from fedsim.errors import ConfigError
-from fedsim.workload import Tensors, Workload
+from fedsim.workloads.base import Tensors, Workload
 
 MODES = ("full", "full_vmap", "chunked", "last_layer", "features")
 WITHOUT_BACKWARD = ("last_layer", "features")

@@ -16,8 +16,8 @@ from clients.trainers.rehearsal.memory import Memory
 from clients.trainers.rehearsal.replay import StreamReplayTrainer
 from clients.trainers.rehearsal.selection import Pool
 from devices.cost import NetworkCost
-from fedsim.messages import Broadcast
-from fedsim.workload import Tensors, Workload
+from fedsim.messages.records import Broadcast
+from fedsim.workloads.base import Tensors, Workload
 
 SCORES, COMPARED = "gss_scores", 10
 

@@ -8,8 +8,8 @@ import torch
 
 from clients.trainers.base import ClientContext
 from clients.trainers.sgd import SGDTrainer
-from fedsim.messages import Broadcast
-from fedsim.workload import Tensors
+from fedsim.messages.records import Broadcast
+from fedsim.workloads.base import Tensors
 
 EVER = 10**9  # a round after all others
 

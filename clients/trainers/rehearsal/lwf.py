@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from clients.trainers.base import ClientContext
 from clients.trainers.sgd import SGDTrainer
 from fedsim.errors import ConfigError
-from fedsim.messages import Broadcast, ClientUpdate
-from fedsim.workload import Tensors
+from fedsim.messages.records import Broadcast, ClientUpdate
+from fedsim.workloads.base import Tensors
 
 PHASE, TEACHER = "phase", "teacher."
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from clients.trainers.base import ClientContext
 from clients.trainers.rehearsal import samples
-from fedsim.workload import Tensors, in_format
+from fedsim.workloads.base import Tensors, in_format
 
 NAMES, PHASES = "memory_names", "memory_phases"
 CANDIDATES, PHASE = "candidate_names", "phase"

@@ -43,8 +43,8 @@ from devices.cost import NetworkCost
 from devices.errors import unknown
 from devices.meter import inference_memory_bytes
 from fedsim.errors import ConfigError
-from fedsim.messages import Broadcast, ClientUpdate
-from fedsim.workload import Tensors, Workload
+from fedsim.messages.records import Broadcast, ClientUpdate
+from fedsim.workloads.base import Tensors, Workload
 
 FLOOR = 1e-6  # of products of norms, relative to the largest: a perfectly fitted example scores 0
 SEEN = "ocs_batches"  # stream batches of the phase so far, for the warm start

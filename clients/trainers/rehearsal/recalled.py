@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from clients.trainers.rehearsal.gradients import error_of, head_of, last_layer, mean_of_outputs, scoring
 from clients.trainers.rehearsal.memory import Memory
-from fedsim.workload import Workload
+from fedsim.workloads.base import Workload
 
 OUTPUTS = nn.Identity()  # a network that has been passed already
 

@@ -25,9 +25,9 @@ from clients.trainers.sgd import SGDTrainer
 from devices.cost import NetworkCost
 from devices.errors import unknown
 from fedsim.errors import ConfigError
-from fedsim.messages import Broadcast, ClientUpdate
+from fedsim.messages.records import Broadcast, ClientUpdate
 from fedsim.seeding import generator
-from fedsim.workload import Tensors, Workload
+from fedsim.workloads.base import Tensors, Workload
 
 PART = "part"
 PICKING = ("selection", "candidate_size", "class_balanced")

@@ -12,8 +12,8 @@ from torch import Tensor
 from clients.trainers.base import ClientContext
 from clients.trainers.rehearsal.memory import Memory
 from clients.trainers.rehearsal.replay import StreamReplayTrainer
-from fedsim.messages import Broadcast
-from fedsim.workload import Tensors
+from fedsim.messages.records import Broadcast
+from fedsim.workloads.base import Tensors
 
 SEEN = "reservoir_seen"
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from clients.trainers.base import ClientContext
-from fedsim.workload import Tensors
+from fedsim.workloads.base import Tensors
 
 GROUP = "sample_"
 NAMES, LOW, SPAN = f"{GROUP}names", f"{GROUP}low", f"{GROUP}span"

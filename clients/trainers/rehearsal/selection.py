@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clients.trainers.rehearsal.gradients import last_layer, scoring
-from fedsim.workload import Tensors, Workload
+from fedsim.workloads.base import Tensors, Workload
 
 
 class Pool:

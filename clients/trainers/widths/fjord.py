@@ -23,8 +23,8 @@ from devices.compression.channels import Kept
 from devices.compression.distil import Remembering, divergence
 from devices.cost import NetworkCost
 from fedsim.errors import ConfigError
-from fedsim.messages import Broadcast
-from fedsim.workload import Tensors, Workload
+from fedsim.messages.records import Broadcast
+from fedsim.workloads.base import Tensors, Workload
 
 BOTH_COPIES = 1.0  # as large as the weights: the gradients of one network, while those of the other are made
 WIDTH = "width"  # beside the examples of a batch: which of the client's widths its step trains

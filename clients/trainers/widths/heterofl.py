@@ -20,9 +20,9 @@ from clients.trainers.widths.subnet import SubnetTrainer
 from devices.compression.channel_graph import BATCH_NORMS
 from devices.compression.channels import Kept
 from devices.meter import inference_memory_bytes
-from fedsim.messages import Broadcast, ClientUpdate
-from fedsim.slices import BITS, pack_bits
-from fedsim.workload import Tensors
+from fedsim.exchanges.slices import BITS, pack_bits
+from fedsim.messages.records import Broadcast, ClientUpdate
+from fedsim.workloads.base import Tensors
 
 STATISTICS, EXAMPLES, CLASSES = "statistics", "examples", "classes"
 MOMENTS = ("running_mean", "running_var")

@@ -34,10 +34,10 @@ from devices.cost import NetworkCost
 from devices.errors import DeviceError, unknown
 from devices.meter import inference_memory_bytes
 from fedsim.errors import ConfigError
-from fedsim.messages import Broadcast, ClientUpdate
+from fedsim.exchanges.slices import BITS, KEPT, RATIO, price
+from fedsim.messages.records import Broadcast, ClientUpdate
 from fedsim.seeding import torch_generator
-from fedsim.slices import BITS, KEPT, RATIO, price
-from fedsim.workload import Tensors, Workload
+from fedsim.workloads.base import Tensors, Workload
 
 GATES, MASK, SHARE = "gates", "mask", "share"  # extra records
 MASKED = "masked"  # setting of the strategy

@@ -18,9 +18,9 @@ from clients.trainers.sgd import SGDTrainer
 from devices.compression.channels import Kept
 from devices.cost import NetworkCost
 from fedsim.errors import ConfigError
-from fedsim.messages import Broadcast, ClientUpdate
-from fedsim.slices import BITS, KEPT, RATIO, Slices
-from fedsim.workload import Tensors, Workload
+from fedsim.exchanges.slices import BITS, KEPT, RATIO, Slices
+from fedsim.messages.records import Broadcast, ClientUpdate
+from fedsim.workloads.base import Tensors, Workload
 
 
 class SubnetTrainer(SGDTrainer):

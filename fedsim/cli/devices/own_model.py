@@ -1,0 +1,347 @@
+"""The network that a user names on the command line: a config, one of the zoo, a class in a file, one of torchvision.
+
+    lenet5                          a model config of fedsim
+    resnet-16                       a network of the zoo
+    path/to/net.py:Net              a class, or a function without arguments, in a file, which is run
+    torchvision.models.resnet18     without weights
+
+What is no config is built once, and tried with an input.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from devices.errors import DeviceError, unknown
+from devices.reading import open_file
+from fedsim.errors import ConfigError, ExitError, no_exit
+from fedsim.settings.trust import check_file, locate
+from fedsim.workloads.host_memory import AT_ONCE, check_fits, model_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from devices.cost import NetworkCost
+
+IMAGE, CLASSES = (3, 32, 32), 10  # of an example, and of the output, where nobody says them
+LARGE_IMAGE, LARGER_IMAGE = (3, 224, 224), (3, 299, 299)  # of torchvision's networks, and of its Inception
+TORCHVISION = "torchvision.models."
+OFFERED = ("num_classes", "input_shape")  # arguments that a constructor is given if it has them
+NUMBER_BYTES = 4
+HELD_ON = 4  # examples of a batch whose memory is counted
+FORMS = "a class of your own is FILE.py:CLASS, a network of torchvision torchvision.models.NAME"
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """A network with an example of what it takes.
+
+    Attributes:
+        name: as the user wrote it.
+        module: in evaluation mode.
+        shape: of one example; (steps,) where it takes token ids.
+        tokens: whether it does.
+    """
+
+    name: str
+    module: nn.Module
+    shape: tuple[int, ...]
+    tokens: bool = False
+
+    def examples(self, count: int) -> Tensor:
+        """Inputs, [count, *shape]; their values do not matter."""
+        import torch
+
+        return torch.zeros(count, *self.shape, dtype=torch.long if self.tokens else torch.float32)
+
+
+def named_model(
+    name: str,
+    input_shape: Sequence[int] | None = None,
+    num_classes: int | None = None,
+    tokens: int | None = None,
+    by_user: bool = True,
+) -> NamedModel:
+    """Builds the network.
+
+    Args:
+        name: see the module.
+        input_shape: of one example; 3,32,32 when left out, 3,224,224 for torchvision.
+        num_classes: size of the output; 10 when left out, for torchvision its own 1000.
+        tokens: length of a sequence of token ids, for networks that take these; in the place of `input_shape`.
+        by_user: the name stands on the command line, not in a file.
+
+    Raises:
+        ConfigError: for a name that is not there, with the nearest one, a network that cannot be built, or a file that
+            may not be run.
+        FileError: for what is no file.
+    """
+    from devices.enrol.zoo import ZOO
+    from fedsim.settings.compose import ENDLESS, options
+
+    given = (tokens,) if tokens else tuple(input_shape) if input_shape else None
+    if given:
+        option = f"--tokens {tokens}" if tokens else f"--input-shape {','.join(map(str, given))}"
+        check_fits(option, NUMBER_BYTES * AT_ONCE * HELD_ON * math.prod(given))
+    if name in ZOO:
+        return _of_the_zoo(name, given)
+    file, _, wanted = name.rpartition(":")
+    if file.endswith(".py") or name.endswith(".py"):
+        shape = given or IMAGE
+        path = Path(file if file.endswith(".py") else name)
+        check_file(name, path, by_user)
+        module = _of_a_file(path, wanted if file.endswith(".py") else "", name, shape, num_classes or CLASSES)
+    elif name.startswith(TORCHVISION):
+        shape = given or (LARGER_IMAGE if name.endswith("inception_v3") else LARGE_IMAGE)
+        module = _of_torchvision(name, shape, num_classes)
+    elif name in options("model"):
+        shape = given or IMAGE
+        module = _of_a_config(name, shape, num_classes or CLASSES)
+    else:
+        raise ConfigError(f"{unknown('model', name, [*options('model'), *ZOO])}; {FORMS}")
+    takes_tokens = bool(tokens or getattr(module, "takes_tokens", False))
+    if takes_tokens and len(shape) != 1:
+        raise ConfigError(f"model {name} takes token ids; say how long a sequence is, e.g. --tokens 80")
+    try:
+        return NamedModel(name, module.eval(), shape, takes_tokens)
+    except RecursionError as error:
+        raise ConfigError(f"model {name} {ENDLESS}") from error
+
+
+def traced(model: NamedModel) -> NetworkCost:
+    """What it costs, by its layer table: enough to predict latency.
+
+    Raises:
+        ConfigError: if it does not run on such an example.
+    """
+    from devices.enrol.picture import traced_cost
+
+    try:
+        with no_exit():
+            return traced_cost(model.name, model.module, model.examples(1))
+    except (DeviceError, ExitError) as error:
+        raise ConfigError(f"{error}; {_shape_hint(model)}") from error
+
+
+def measured(model: NamedModel) -> NetworkCost:
+    """What it costs, and what a step and an inference of it hold.
+
+    Raises:
+        ConfigError: if it cannot be trained as a classifier on such examples.
+    """
+    import torch
+
+    from devices.reserved import with_memory
+
+    cost = traced(model)
+    try:
+        with no_exit(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            batch = {"x": model.examples(HELD_ON)}
+            batch["y"] = labels(model.module(batch["x"]))
+        with no_exit():
+            return with_memory(cost, model.module, loss, batch)
+    except Exception as error:
+        raise ConfigError(f"model {model.name} cannot be trained: {_sentence(error)}; {_shape_hint(model)}") from error
+
+
+# --- a loss for any classifier ---------------------------------------------------------------------------------------
+
+
+def loss(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Cross-entropy of what the network says, and of its auxiliary outputs where it has some in training."""
+    import torch
+
+    values = [_cross_entropy(output, batch["y"]) for output in outputs(module(batch["x"]), labels_of=batch["y"])]
+    return values[0] if len(values) == 1 else torch.stack(values).sum()
+
+
+def outputs(result: Any, labels_of: Tensor | None = None) -> list[Tensor]:
+    """The tensors of a result, which may be one, or a tuple or map of some: the main output, then auxiliary ones.
+
+    Args:
+        result: of a call of the network; of a map, what is called logits or out comes first.
+        labels_of: labels; with them, only outputs that can be judged by them stay.
+    """
+    from torch.utils._pytree import tree_leaves
+
+    first = []
+    if isinstance(result, Mapping):
+        first = [value for key, value in result.items() if key in ("logits", "out")]
+        result = first + [value for key, value in result.items() if key not in ("logits", "out")]
+    found = [x for x in tree_leaves(result) if hasattr(x, "is_floating_point") and x.is_floating_point() and x.ndim]
+    if not found:
+        raise ValueError(f"it returns {type(result).__name__} without a tensor of floats")
+    if labels_of is None:
+        return found
+    return [x for number, x in enumerate(found) if number == 0 or labels(x).shape == labels_of.shape]
+
+
+def labels(result: Any) -> Tensor:
+    """Labels that fit an output: [batch] for [batch, classes], [batch, steps] for sequences, [batch, h, w] for maps."""
+    import torch
+
+    output = outputs(result)[0]
+    shape = output.shape[:-1] if output.ndim in (2, 3) else (output.shape[:1] + output.shape[2:])
+    return torch.zeros(shape, dtype=torch.long)
+
+
+def _cross_entropy(output: Tensor, y: Tensor) -> Tensor:
+    from torch.nn import functional as F
+
+    if output.ndim in (2, 3):
+        return F.cross_entropy(output.flatten(0, -2), y.flatten())
+    return F.cross_entropy(output, y) if output.ndim > 3 else output.square().mean()
+
+
+# --- where networks come from ----------------------------------------------------------------------------------------
+
+
+def _of_the_zoo(name: str, given: tuple[int, ...] | None) -> NamedModel:
+    from devices.enrol.zoo import IMAGE as SHAPE
+    from devices.enrol.zoo import SEQUENCE, ZOO
+
+    network = ZOO[name]
+    shape = SEQUENCE if network.tokens else SHAPE
+    return NamedModel(name, network.build(), shape, network.tokens)
+
+
+def _of_a_config(name: str, shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    from fedsim.settings.compose import model_factory, model_settings
+
+    settings = model_settings(name)
+    if len(shape) != 1 and _is_of_tokens(str(settings["_target_"])):
+        raise ConfigError(f"model {name} takes token ids; say how long a sequence is, e.g. --tokens 80")
+    return _fitting(model_factory({"model": settings}), name, shape, num_classes)
+
+
+def _is_of_tokens(target: str) -> bool:
+    return bool(getattr(locate("model._target_", target), "takes_tokens", False))
+
+
+def _of_torchvision(name: str, shape: tuple[int, ...], num_classes: int | None) -> nn.Module:
+    import torchvision.models
+
+    wanted, known = name.removeprefix(TORCHVISION), torchvision.models.list_models(torchvision.models)
+    if wanted not in known:
+        near = get_close_matches(wanted, known, n=1)
+        hint = f"; did you mean {TORCHVISION + near[0]!r}?" if near else ""
+        raise ConfigError(f"unknown model {name!r}{hint} (a classifier of torchvision; there are {len(known)})")
+    # Weights are drawn slowly by some, and a head that only training has is no part of what is deployed.
+    extra: dict[str, Any] = {"aux_logits": False} if wanted in ("googlenet", "inception_v3") else {}
+    extra |= {"init_weights": False} if wanted.startswith(("googlenet", "inception", "vgg")) else {}
+
+    def make(input_shape: tuple[int, ...], num_classes: int | None) -> nn.Module:
+        classes = {"num_classes": num_classes} if num_classes else {}
+        built: nn.Module = torchvision.models.get_model(wanted, weights=None, **extra, **classes)
+        return built
+
+    return _fitting(make, name, shape, num_classes)
+
+
+def _fitting(make: Callable[..., nn.Module], name: str, shape: tuple[int, ...], num_classes: int | None) -> nn.Module:
+    """Makes a network that this host can hold.
+
+    Raises:
+        ConfigError: before it is made, if it cannot.
+    """
+    import torch
+
+    with_classes = f" with --num-classes {num_classes}" if num_classes else ""
+    check_fits(f"model {name}{with_classes}", model_bytes(make, shape, num_classes, 1, torch.float32))
+    return make(input_shape=shape, num_classes=num_classes)
+
+
+def _of_a_file(path: Path, wanted: str, name: str, shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    from torch import nn
+
+    module = _run_file(path)
+    own = [key for key, value in vars(module).items() if not key.startswith("_") and _is_maker(value, module)]
+    if wanted not in vars(module):
+        what = unknown(f"model in {path}:", wanted, own) if wanted else f"{path} holds models, and --model names none"
+        raise ConfigError(what if wanted else f"{what}; write {path}:NAME with one of {', '.join(own) or 'your own'}")
+    maker = vars(module)[wanted]
+    if isinstance(maker, nn.Module):
+        return maker
+    built = _called(maker, name, {"num_classes": num_classes, "input_shape": shape})
+    if not isinstance(built, nn.Module):
+        raise ConfigError(f"{name} must be a torch.nn.Module, or make one, got {type(built).__name__}")
+    return built
+
+
+def _is_maker(value: Any, module: ModuleType) -> bool:
+    here = getattr(value, "__module__", None) == module.__name__
+    return here and (inspect.isclass(value) or inspect.isfunction(value))
+
+
+def _run_file(path: Path) -> ModuleType:
+    """Runs a file as a module of its own; its folder can be imported from, as when it is started itself."""
+    if not path.is_file():
+        if os.path.lexists(path):
+            open_file(path)  # says what it is instead
+        others = [str(other) for other in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        near = get_close_matches(str(path), others, n=1)
+        raise ConfigError(f"there is no file {path}{f'; did you mean {near[0]}?' if near else ''}")
+    spec = importlib.util.spec_from_file_location(f"own_model_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module  # copies of its objects look their classes up
+    folder = str(path.parent.resolve())
+    sys.path.insert(0, folder)
+    try:
+        with no_exit():
+            spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[module.__name__]
+        raise ConfigError(f"{path} cannot be run: {_sentence(error)}") from error
+    finally:
+        sys.path.remove(folder)
+    return module
+
+
+def _called(maker: Callable[..., Any], name: str, offered: Mapping[str, Any]) -> Any:
+    """What a class or function makes with no arguments but those that it has of `OFFERED`."""
+    if not callable(maker):
+        raise ConfigError(f"{name} must be a class or a function that makes a network, got {type(maker).__name__}")
+    try:
+        parameters = inspect.signature(maker).parameters
+    except (TypeError, ValueError):
+        parameters = {}  # type: ignore[assignment]
+    empty, named = inspect.Parameter.empty, (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    needed = [
+        key
+        for key, p in parameters.items()
+        if p.default is empty and p.kind in (*named, inspect.Parameter.POSITIONAL_ONLY) and key not in OFFERED
+    ]
+    if needed:
+        defaults = "it a default" if len(needed) == 1 else "them defaults"
+        raise ConfigError(
+            f"{name} needs {', '.join(needed)}; name a function without arguments that returns the network, or give "
+            f"{defaults} ({' and '.join(OFFERED)} are given where asked for)"
+        )
+    try:
+        with no_exit():
+            return maker(**{key: offered[key] for key in OFFERED if key in parameters})
+    except Exception as error:
+        raise ConfigError(f"{name} cannot be built: {_sentence(error)}") from error
+
+
+def _shape_hint(model: NamedModel) -> str:
+    given = ",".join(map(str, model.shape))
+    if model.tokens:
+        return f"is it a network for {given} token ids?"
+    return f"is --input-shape {given} right, or does it take token ids (--tokens LENGTH)?"
+
+
+def _sentence(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".removesuffix(": ")

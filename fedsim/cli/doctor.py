@@ -1,0 +1,96 @@
+"""Checks an installation: versions, GPU, data, writable folders, and a run of a few seconds."""
+
+from __future__ import annotations
+
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+Check = tuple[str, bool, str]  # what, whether it is fine, what was found
+PACKAGES = (
+    "fedsim",
+    "torch",
+    "torchvision",
+    "flwr",
+    "ray",
+    "hydra-core",
+    "numpy",
+    "tensorboard",
+    "pyarrow",
+    "torch-pruning",
+)
+
+
+def examine(console: Console, make_engine: Callable[[dict[str, Any]], Any]) -> int:
+    """Prints one line per check; returns 0 when all are fine, else 1."""
+    table = Table(header_style="bold")
+    for name in ("check", "", "found"):
+        table.add_column(name, overflow="fold")
+    fine = True
+    with console.status("examining"):
+        for what, good, found in _checks(make_engine):
+            fine &= good
+            table.add_row(what, "ok" if good else Text("FAILED", style="red"), found)
+    console.print(table)
+    return 0 if fine else 1
+
+
+def _checks(make_engine: Callable[[dict[str, Any]], Any]) -> Iterator[Check]:
+    yield "python", True, f"{platform.python_version()} on {platform.platform()}, {os.cpu_count()} cores"
+    for package in PACKAGES:
+        try:
+            yield package, True, version(package)
+        except PackageNotFoundError:
+            yield package, False, "not installed"
+    yield _gpu()
+    yield from _data()
+    for folder in (Path("runs"), Path("data")):
+        yield f"write to {folder}/", *_writable(folder)
+    yield "run", *_short_run(make_engine)
+
+
+def _gpu() -> Check:
+    import torch
+
+    if not torch.cuda.is_available():
+        return "GPU", True, "none; clients train on the CPU"
+    names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
+    return "GPU", True, f"{torch.cuda.device_count()} x {', '.join(sorted(names))}"
+
+
+def _data() -> Iterator[Check]:
+    from fedsim.workloads.describe import list_workloads
+
+    here = [row.name for row in list_workloads() if row.found]
+    yield "data", True, f"FEDSIM_DATA={os.environ.get('FEDSIM_DATA', '(not set)')}; found: {', '.join(here)}"
+
+
+def _writable(folder: Path) -> tuple[bool, str]:
+    real = Path(os.path.realpath(folder))  # not resolve(), which fails for links in a loop
+    parent = folder if folder.exists() else real.parent
+    good = os.access(parent, os.W_OK)
+    return good, str(real) if good else f"{parent} is not writable; use out=... or another working folder"
+
+
+def _short_run(make_engine: Callable[[dict[str, Any]], Any]) -> tuple[bool, str]:
+    from fedsim.runs.federation import run
+    from fedsim.settings.compose import compose
+
+    started = time.monotonic()
+    try:
+        settings = compose(["rounds=3", "cohort=5"])
+        with tempfile.TemporaryDirectory() as folder:
+            summary = run(settings, make_engine(settings), Path(folder) / "run")
+    except Exception as error:  # whatever it is, it is the finding
+        return False, f"{type(error).__name__}: {error}"
+    accuracy = summary["final"]["accuracy"]
+    return True, f"3 rounds in {time.monotonic() - started:.1f} s, test accuracy {accuracy:.3f}"

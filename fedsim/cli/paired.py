@@ -1,0 +1,41 @@
+"""`fedsim paired`: the runs of a sweep against each other, seed by seed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedsim.cli.options import MOST
+
+
+def paired(
+    folders: Annotated[list[Path], typer.Argument(help="Folder of a sweep, or folders of runs.")],
+    last: Annotated[int, typer.Option(help="Evaluations whose mean accuracy is a run's score.", min=1, max=MOST)] = 4,
+    against: Annotated[str | None, typer.Option(help="Row to compare with; the first if left out.")] = None,
+) -> None:
+    """Compare the runs of a sweep: paired differences over the seeds with 95 % intervals, and what each row cost.
+
+    Example: fedsim paired runs/20261121-101500-sweep --against fedavg
+    """
+    from fedsim.report.text import console, energy, simulated, size, table
+    from fedsim.study.paired import compare, correction, run_folders
+
+    rows = compare(run_folders(folders), last, against)
+    columns = ("accuracy % by seed", "mean", "difference", "95 % interval", "time", "energy", "traffic")
+    shown = table("overrides", *columns, title=f"mean of the last {last} evaluations; differences to {rows[0].label}")
+    for number, row in enumerate(rows):
+        low, high = (100 * end for end in row.interval)
+        star = " *" if row.stands else ""
+        matched = number and rows[0].scores.keys() & row.scores.keys()
+        compared = [f"{100 * row.difference:+.2f}{star}", f"{low:+.2f} to {high:+.2f}"] if matched else ["", ""]
+        costs = [simulated(row.simulated_s), energy(row.joules), size(row.traffic_bytes)]
+        scores = " ".join(f"{100 * s:.1f}" for s in row.scores.values())
+        shown.add_row(row.label, scores, f"{100 * row.mean:.2f}", *compared, *costs)
+    shown.caption = correction(rows) or None
+    terminal = console()
+    terminal.print(shown)
+    if alone := [row.label for row in rows[1:] if not rows[0].scores.keys() & row.scores.keys()]:
+        text = f"no seeds match those of {rows[0].label}, so there is no difference: {', '.join(alone)}"
+        terminal.print(text, highlight=False, soft_wrap=True)

@@ -1,0 +1,243 @@
+"""`fedsim study`: a whole comparison by one command: methods x settings x seeds, a table and a picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from fedsim.study.results import Result
+    from fedsim.study.runner import Progress, Watch
+    from fedsim.study.spec import Planned, Study
+
+PRINTED = 150  # columns of what is not printed to a terminal
+SEED_DIGITS = 19  # of 2**63 - 1
+HEADING = 15  # characters of a line of a heading, so that the arms keep their room
+
+
+def study(
+    ctx: typer.Context,
+    out: Annotated[Path | None, typer.Option(help="Folder of the study; runs/<study> when left out.")] = None,
+    jobs: Annotated[
+        int | None, typer.Option(help="Runs at a time; the cores of this host when left out.", min=1, max=4096)
+    ] = (None),
+    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas, in the place of the study's.")] = "",
+    only: Annotated[list[str] | None, typer.Option(help="Arm by its label, or how labels begin; can be repeated.")] = (
+        None
+    ),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs, and run nothing.")] = False,
+    report: Annotated[bool, typer.Option("--report", help="Compare what is finished, and run nothing.")] = False,
+    listed: Annotated[bool, typer.Option("--list", help="List the studies.")] = False,
+) -> None:
+    """Run every arm of a study with every seed, several at a time, and compare them: fedsim study NAME [KEY=VALUE...].
+
+    NAME is one of --list, or a YAML file like those in configs/study. Runs that are finished are not run again, so a
+    study that was interrupted goes on where it was. Settings behind the name hold for all arms.
+
+    Example: fedsim study mafl_digits --jobs 2 --only FedAvg --only FedMix
+    """
+    from fedsim.cli.options import check_folder_place
+    from fedsim.errors import ConfigError, RunError
+
+    if listed:
+        return _list()
+    flags = [argument for argument in ctx.args if argument.startswith("-")]
+    if flags:
+        raise ConfigError(f"fedsim study does not know {flags[0]} (see fedsim study --help)")
+    if not ctx.args:
+        raise ConfigError("name a study, or the YAML file of one (see fedsim study --list)")
+
+    import logging
+
+    from fedsim.report.place import check_folder
+    from fedsim.study.results import check_columns, collect, write_result
+    from fedsim.study.spec import plan, read_study
+
+    if out is not None:
+        check_folder("--out", str(out))
+    name, *overrides = ctx.args
+    chosen = read_study(name, overrides, _seeds(seeds)).only(only or [])
+    folder = out or Path("runs") / chosen.name
+    logging.getLogger("flwr").setLevel(logging.ERROR)  # strategies that are only tried out have no say
+    runs, console = plan(chosen, folder, building=not report), _console()
+    if dry_run:
+        console.print(_runs_table(chosen, runs))
+        return None
+    failed: dict[str, str] = {}
+    if not report:
+        failed = _run(runs, jobs, folder, console)
+    elif folder.is_dir():
+        check_folder_place("--out", folder)
+    result = collect(chosen, runs)
+    if result.rows:
+        _show(result, failed, folder, console)
+        write_result(result, failed, folder)
+        _draw(result, folder)
+        check_columns(result)
+    if failed:
+        raise RunError(f"{len(failed)} of {len(runs)} runs failed: {'; '.join(f'{n}: {r}' for n, r in failed.items())}")
+    if not result.rows:
+        raise ConfigError(f"no run of study {chosen.name} is finished in {folder}")
+    return None
+
+
+def _seeds(text: str) -> list[int]:
+    from fedsim.errors import ConfigError
+    from fedsim.settings.parameters import said
+
+    parts = [part.strip() for part in text.split(",")] if text else []
+    if not all(part.isdecimal() and len(part) <= SEED_DIGITS for part in parts):
+        most = f", of at most {SEED_DIGITS} digits" if len(text) > SEED_DIGITS else ""
+        raise ConfigError(f"--seeds must be whole numbers separated by commas{most}, got {said(text)}")
+    return [int(part) for part in parts]
+
+
+def _list() -> None:
+    from fedsim.report.text import table
+    from fedsim.study.spec import studies
+
+    shown = table("study", "title")
+    for name, title in studies().items():
+        shown.add_row(name, title)
+    _console().print(shown)
+
+
+def _runs_table(study: Study, runs: Sequence[Planned]) -> Table:
+    """What would be run, and as which command."""
+    import shlex
+
+    from fedsim.report.text import table
+    from fedsim.study.spec import is_finished
+
+    shown = table("arm", "seed", "state", "command", title=study.title)
+    for run in runs:
+        state = "finished" if is_finished(run) else "unfinished" if run.folder.exists() else "to run"
+        shown.add_row(run.arm.label, str(run.seed), state, f"fedsim {shlex.join(run.command)}")
+    return shown
+
+
+def _run(runs: Sequence[Planned], jobs: int | None, folder: Path, console: Console) -> dict[str, str]:
+    """Runs what is missing; the sentences of the runs that failed, by their names."""
+    from fedsim.study.runner import cores, run_study, study_folder
+
+    with study_folder(folder) as lock, _bar(console) as watch:
+        return run_study(runs, jobs or cores(), lock, watch).failed
+
+
+@contextmanager
+def _bar(console: Console) -> Iterator[Watch]:
+    """A bar over the rounds of all runs; where there is no terminal, a line for each run that has ended."""
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns: list[Any] = [TextColumn("{task.fields[state]}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %")]
+    columns += [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=False)]
+    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("study", total=None, state="")
+
+        def watch(progress: Progress, ended: Planned | None) -> None:
+            lost = f", {len(progress.failed)} failed" if progress.failed else ""
+            state = f"runs {progress.done}/{progress.total}{lost}"
+            bar.update(task, total=progress.rounds_total, completed=progress.rounds_done, state=state)
+            if ended and not console.is_terminal:
+                how = "FAILED" if ended.name in progress.failed else "finished"
+                console.print(f"{state}: {ended.name} {how}", highlight=False, soft_wrap=True)
+
+        yield watch
+
+
+def _show(result: Result, failed: dict[str, str], folder: Path, console: Console) -> None:
+    """The table, in two where the terminal is too narrow for one."""
+    scores, costs = _scores(result), _costs(result)
+    whole = _table(result, {**scores, **costs})
+    if console.measure(whole).maximum <= console.width:
+        console.print(whole)
+    else:
+        console.print(_table(result, scores))
+        console.print(_table(result, costs))
+    for name, reason in failed.items():
+        console.print(f"FAILED {name}: {reason}", highlight=False, soft_wrap=True)
+    console.print(f"study folder: {folder} (study.json, study.csv, study.png)", highlight=False, soft_wrap=True)
+
+
+def _table(result: Result, columns: dict[str, list[str]]) -> Table:
+    from fedsim.report.text import table
+    from fedsim.study.paired import correction
+
+    study, many = result.study, len(result.study.seeds) > 1
+    seeds = ", ".join(map(str, study.seeds))
+    over = f"mean ± standard deviation of seeds {seeds}" if many else f"seed {seeds}"
+    shown = table("arm", *columns, title=f"{study.title}\n{over}; differences to {study.against}")
+    notes = [f"{study.metric}: mean of the last {study.last} evaluations of a run"] if study.last > 1 else []
+    if "difference" in columns and (note := correction(result.rows)):
+        notes.append(note)
+    shown.caption = "\n".join(notes) or None
+    for number, row in enumerate(result.rows):
+        lacks = len(row.scores) < len(study.seeds)
+        label = f"{row.label} ({len(row.scores)} of {len(study.seeds)} seeds)" if lacks else row.label
+        shown.add_row(label, *(cells[number] for cells in columns.values()))
+    return shown
+
+
+def _scores(result: Result) -> dict[str, list[str]]:
+    """Cells by column: the metric, and what it differs by."""
+    metric = f"{result.study.metric.replace('_', ' ')} %"
+    cells: dict[str, list[str]] = {metric: [], "difference": [], "95 % interval": []}
+    for row in result.rows:
+        spread = f" ± {100 * row.deviation:.2f}" if len(row.scores) > 1 else ""
+        low, high = (100 * end for end in row.interval)
+        compared = row.label != result.study.against and not math.isnan(row.difference)
+        cells[metric].append(f"{100 * row.mean:.2f}{spread}")
+        cells["difference"].append(f"{100 * row.difference:+.2f}{' *' if row.stands else ''}" if compared else "")
+        cells["95 % interval"].append(f"{low:+.2f} to {high:+.2f}" if compared and math.isfinite(low) else "")
+    return {name: column for name, column in cells.items() if any(column)}
+
+
+def _costs(result: Result) -> dict[str, list[str]]:
+    """Cells by column: what a run of each arm took, and the study's own columns."""
+    from fedsim.report.text import energy, simulated, size
+
+    columns = {_heading(path): [_figure(v) for v in values] for path, values in result.columns.items()}
+    return {
+        "time": [simulated(row.simulated_s) for row in result.rows],
+        "energy": [energy(row.joules) for row in result.rows],
+        "traffic": [size(row.traffic_bytes) for row in result.rows],
+        "rounds": [f"{row.rounds:g}" for row in result.rows],
+        **columns,
+    }
+
+
+def _heading(path: str) -> str:
+    """A value's path as a narrow heading of several lines."""
+    from textwrap import wrap
+
+    from fedsim.study.spec import METRICS
+
+    return "\n".join(wrap(path.removeprefix(METRICS).replace("_", " "), HEADING))
+
+
+def _figure(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.4g}"
+
+
+def _draw(result: Result, folder: Path) -> None:
+    from fedsim.study.picture import draw_study
+
+    draw_study(result, folder / "study.png")
+
+
+def _console() -> Console:
+    import os
+
+    from fedsim.report.text import console
+
+    shown = console()
+    return shown if shown.is_terminal or "COLUMNS" in os.environ else console(PRINTED)

@@ -1,0 +1,170 @@
+"""Means of groups of examples: what clients show a server that asks for averages instead of data.
+
+A mean of many images is blurred, one of few is not, and the means of the labels are a class histogram: averaging alone
+is no formal privacy.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from devices.figures import new_figure, save_figure
+from devices.texts import NAME_LETTERS, visible
+from fedsim.errors import ConfigError
+from fedsim.seeding import torch_generator
+from fedsim.workloads.base import Examples, Tensors, Workload
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+LEVELS = 255  # of a mean that travels as uint8
+DIFFERENCES = "donot_use_mm_for_euclid_dist"  # torch would expand |a - b|^2, which cancels where data are far from 0
+
+
+def averages(
+    data: Examples, group_size: int | None, num_classes: int, shuffle: torch.Generator, vocabulary: int | None = None
+) -> Tensors:
+    """Shuffles the examples once, cuts them into groups and takes the means of each.
+
+    Args:
+        data: a client's own, as the network is fed; there is no augmentation in it.
+        group_size: examples per mean; a last group that is smaller is dropped. None: one group of all.
+        num_classes: of the labels.
+        shuffle: decides who is in a group with whom.
+        vocabulary: of token inputs, which are averaged as one-hot vectors.
+
+    Returns:
+        "x" [groups, *input] (tokens: [groups, steps, vocabulary]) and "y" [groups, classes] (sequences: [groups, steps,
+        classes]), float32 unless the examples are of higher precision; each y sums to 1 over the classes.
+    """
+    size = len(data) if group_size is None else group_size
+    groups = len(data) // size if size else 0
+    batch = data.gather(torch.randperm(len(data), generator=shuffle)[: groups * size])
+    x = batch["x"]
+    if not x.is_floating_point():
+        if vocabulary is None:
+            raise ConfigError("means of token ids mean nothing; they need a model with an embedding")
+        x = F.one_hot(x, vocabulary).float()
+    y = F.one_hot(batch["y"], num_classes).to(x.dtype)
+    return {name: t.reshape(groups, size, *t.shape[1:]).mean(1) for name, t in (("x", x), ("y", y))}
+
+
+def to_uint8(x: Tensor) -> Tensors:
+    """Means in a quarter of the bytes: 256 evenly spaced levels between the smallest and largest entry of each.
+
+    Args:
+        x: [groups, ...] floating.
+
+    Returns:
+        "x" [groups, ...] uint8, and of each group "low" and "step" [groups] float32.
+    """
+    flat = x.flatten(1)
+    low = flat.amin(1)
+    step = (flat.amax(1) - low) / LEVELS
+    levels = ((flat - low[:, None]) / step.clamp(min=torch.finfo(x.dtype).tiny)[:, None]).round()
+    return {"x": levels.reshape(x.shape).to(torch.uint8), "low": low.float(), "step": step.float()}
+
+
+def from_uint8(pairs: Tensors) -> Tensor:
+    """What `to_uint8` packed, within half a step, [groups, ...] float32."""
+    shape = (-1, *[1] * (pairs["x"].dim() - 1))
+    return pairs["low"].view(shape) + pairs["x"].float() * pairs["step"].view(shape)
+
+
+# --- looking at them -----------------------------------------------------------------------------------------------
+
+
+class Exposure(NamedTuple):
+    """What a server would see for one group size.
+
+    Attributes:
+        group_size: examples per mean; None: all of a client.
+        pairs: of all clients that were looked at.
+        pair_bytes: of one pair in float32.
+        nearest: mean distance of a mean to the closest example of its client, over the mean distance of two examples
+            of one client: 0 is an example itself.
+        labels: mean number of classes in a histogram.
+    """
+
+    group_size: int | None
+    pairs: int
+    pair_bytes: int
+    nearest: float
+    labels: float
+
+
+def exposures(workload: Workload, group_sizes: list[int | None], clients: int, seed: int) -> list[Exposure]:
+    """Figures for each group size over the first `clients` clients.
+
+    Raises:
+        ConfigError: for token sequences, whose means are no picture.
+    """
+    return [_exposure(workload, size, range(min(clients, workload.num_clients)), seed) for size in group_sizes]
+
+
+def averages_picture(
+    workload: Workload, path: str | Path, group_sizes: list[int | None], clients: int, seed: int
+) -> None:
+    """Draws the first mean of each client (rows) for each group size (columns), with its classes, as a PNG."""
+    shown = range(min(clients, workload.num_clients))
+    figure = new_figure(1.9 * len(group_sizes) + 0.4, 2.1 * len(shown) + 0.5, dpi=110)
+    axes = figure.subplots(len(shown), len(group_sizes), squeeze=False)
+    names = getattr(workload, "classes", None) or [str(label) for label in range(workload.num_classes)]
+    for row, client in enumerate(shown):
+        for column, size in enumerate(group_sizes):
+            pairs = _of_client(workload, client, size, seed)
+            _draw(axes[row][column], pairs, names)
+            if row == 0:
+                axes[row][column].set_title(f"groups of {size or 'all'}")
+        axes[row][0].set_ylabel(f"client {client}")
+    figure.suptitle(f"{visible(workload.name, NAME_LETTERS)}: what a server would see")
+    save_figure(figure, path)
+
+
+def _of_client(workload: Workload, client: int, size: int | None, seed: int) -> Tensors:
+    data = workload.client_data(client).train
+    if data.labels.dim() > 1 or not data.gather(torch.arange(1))["x"].is_floating_point():
+        raise ConfigError(f"workload {workload.name} feeds tokens, whose means are no picture; take one of images")
+    return averages(data, size, workload.num_classes, torch_generator(seed, "averages", 0, client))
+
+
+def _exposure(workload: Workload, size: int | None, clients: range, seed: int) -> Exposure:
+    pairs, nearest, labels, pair_bytes = 0, 0.0, 0.0, 0
+    for client in clients:
+        means = _of_client(workload, client, size, seed)
+        own = workload.client_data(client).train
+        x = own.gather(torch.arange(len(own)))["x"].flatten(1).double()
+        if not len(means["x"]):
+            continue
+        apart = float(torch.pdist(x).mean()) if len(x) > 1 else 0.0  # 0: examples that are all equal
+        closest = torch.cdist(means["x"].flatten(1).double(), x, compute_mode=DIFFERENCES).amin(1)
+        nearest += float(closest.sum()) / (apart or 1.0)
+        labels += float((means["y"] > 0).sum())
+        pairs += len(means["x"])
+        pair_bytes = 4 * (means["x"][0].numel() + means["y"][0].numel())
+    return Exposure(size, pairs, pair_bytes, nearest / max(pairs, 1), labels / max(pairs, 1))
+
+
+def _draw(axes: Axes, pairs: Tensors, names: list[str]) -> None:
+    axes.set_xticks([])
+    axes.set_yticks([])
+    if not len(pairs["x"]):
+        axes.text(0.5, 0.5, "too few\nexamples", ha="center", va="center", transform=axes.transAxes)
+        return
+    x, y = pairs["x"][0], pairs["y"][0]
+    if x.dim() == 3 and len(x) == 3:
+        low, high = float(x.min()), float(x.max())
+        axes.imshow(((x.permute(1, 2, 0) - low) / ((high - low) or 1.0)).numpy())
+    elif x.dim() == 3:
+        axes.imshow(x[0].numpy(), cmap="gray")
+    else:
+        axes.imshow(x.reshape(1, -1).numpy(), cmap="gray", aspect="auto")
+    top = y.argsort(descending=True, stable=True)[:3].tolist()
+    axes.set_xlabel(
+        ", ".join(f"{visible(names[k], NAME_LETTERS // 2)} {y[k]:.0%}" for k in top if y[k] > 0), fontsize="x-small"
+    )

@@ -1,0 +1,112 @@
+"""The narrowed forms of a run's network: their channel groups, static networks and prices, made once per process.
+
+Server and clients of methods that train different widths both build one from the workload, so that only tensors and one
+bit per channel travel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from devices.compression.channels import ChannelGroups, Kept
+from devices.cost import LatencyModel, NetworkCost, Passes, Work
+from devices.errors import DeviceError
+from devices.meter import inference_bytes, measure
+from devices.profile import DeviceProfile
+from devices.trace import trace
+from fedsim.errors import ConfigError
+from fedsim.workloads.base import Workload
+
+NETWORKS = 32  # static networks kept per process; others are built anew
+KEPT, BITS = "kept", "bits"  # the extra record that says which channels a part of the network has
+RATIO = "keep-ratio"  # the setting that says how much of the network a client is to use
+
+
+def price(workload: Workload, model: nn.Module, name: str, device: torch.device | str = "cpu") -> NetworkCost:
+    """What one example costs in a network: FLOPs and memory of a step, and its layers where they can be traced."""
+    four = workload.sample_on(device, 4)
+    cost = measure(model, workload.loss, four, name)
+    cost = replace(cost, inference_bytes=inference_bytes(model, workload.loss, four))
+    for examples in (1, 2):  # norms without running statistics refuse one; rows are of one example either way
+        with suppress(DeviceError):
+            rows = trace(model, workload.sample_on(device, examples)["x"]).rows
+            return replace(cost, layers=rows, encoding=getattr(model, "encoding", None))
+    return cost  # latency=flops does without; the others say that they need it
+
+
+class Slices:
+    """Narrowed networks of one workload.
+
+    Args:
+        workload: whose model is narrowed.
+        device: where the networks are used.
+        prepare: called once with each network that is built and what it keeps, e.g. to hang hooks on its layers.
+
+    Attributes:
+        groups: of the model's channels.
+
+    Raises:
+        ConfigError: if the model cannot be narrowed, saying why.
+    """
+
+    def __init__(
+        self,
+        workload: Workload,
+        device: torch.device | str = "cpu",
+        prepare: Callable[[nn.Module, Kept], None] | None = None,
+    ):
+        self.workload, self.device, self.prepare = workload, device, prepare
+        self.model = workload.build_model()
+        try:
+            self.groups = ChannelGroups.find(self.model, workload.sample(2)["x"])
+        except DeviceError as error:
+            raise ConfigError(f"{error}; take another model or another method") from error
+        self._networks: OrderedDict[tuple[int, ...], nn.Module] = OrderedDict()
+        self._costs: dict[tuple[int, ...], NetworkCost] = {}
+
+    def network(self, kept: Kept) -> nn.Module:
+        """A static network with room for the weights of this choice; one object for all choices of its sizes."""
+        sizes = tuple(map(len, kept.values()))
+        if sizes not in self._networks:
+            network = self.groups.build(self.model, kept).to(self.device)
+            if self.prepare is not None:
+                self.prepare(network, kept)
+            self._networks[sizes] = network
+            while len(self._networks) > NETWORKS:
+                self._networks.popitem(last=False)
+        self._networks.move_to_end(sizes)
+        return self._networks[sizes]
+
+    def cost(self, kept: Kept) -> NetworkCost:
+        """What one example costs in the narrowed network."""
+        sizes = tuple(map(len, kept.values()))
+        if sizes not in self._costs:
+            network = self.groups.build(self.model, kept)
+            share = self.groups.keep_ratio(kept)
+            name = "dense" if share == 1 else f"{share:.3g} of its channels"
+            self._costs[sizes] = price(self.workload, network, name)
+        return self._costs[sizes]
+
+    def step_ms(self, kept: Kept, batch: int, latency: LatencyModel, profile: DeviceProfile) -> float:
+        """Predicted milliseconds of a training step of the narrowed network on a device."""
+        work = Work((Passes(self.cost(kept), batch, 1, 1),))
+        return 1e3 * latency.compute_s(work, profile)
+
+
+def pack_bits(mask: torch.Tensor) -> torch.Tensor:
+    """One bit per entry, first bit highest, [ceil(entries / 8)] uint8: what a message carries of a mask."""
+    bits = nn.functional.pad(mask.flatten().to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
+    return (bits << torch.arange(7, -1, -1, device=mask.device)).sum(1).to(torch.uint8)
+
+
+def unpack_bits(bits: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """The inverse of `pack_bits`, for a mask of this shape."""
+    flat = (bits.view(-1, 1) >> torch.arange(7, -1, -1, dtype=torch.uint8) & 1).flatten()
+    return flat[: math.prod(shape)].view(*shape).bool()

@@ -1,0 +1,189 @@
+"""Reads what a run folder holds, whoever made it: settings, summary, note of a failure, client rows, pictures.
+
+Every reader gives what the page and the comparisons need, or one sentence. Links that lead out of the folder are not
+followed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from devices.errors import FileError
+from devices.reading import parse_yaml, read_bytes, read_json, read_parquet, read_text
+from fedsim.errors import ConfigError
+from fedsim.report.checksums import check_signed, inside
+from fedsim.report.client_rows import client_schema
+from fedsim.report.place import CLIENTS, CONFIG, FAILURE, PICTURES, ROUNDS, ROWS, SUMMARY
+from fedsim.settings.forms import (
+    FIGURE,
+    MAP,
+    MAPS,
+    NUMBER,
+    TEXT,
+    TEXTS,
+    WHOLE,
+    Form,
+    Forms,
+    check_tree,
+    maps_of,
+    optional,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+NAME = Form("text or null", lambda value: value is None or isinstance(value, str))
+SETTINGS: Forms = {"seed": optional(WHOLE), "choices": optional(maps_of(NAME))}
+CHOSEN: Forms = dict.fromkeys(("workload", "fleet", "strategy", "trainer", "engine"), TEXT)
+OUTCOMES = Form(
+    "a map of whole numbers, 'completed' among them", lambda value: maps_of(WHOLE).fits(value) and "completed" in value
+)
+FIGURES: Forms = {
+    **{"method": TEXT, "workload": TEXT, "fleet": TEXT, "seed": WHOLE, "rounds": WHOLE},
+    "final": {"accuracy": FIGURE},
+    "best": {"accuracy": FIGURE, "round": Form("a round or null", lambda value: value is None or WHOLE.fits(value))},
+    "energy_j": {"total": NUMBER, "max_client": NUMBER, "waiting": NUMBER},
+    "outcomes": OUTCOMES,
+    **dict.fromkeys(("simulated_s", "host_s"), NUMBER),
+    **dict.fromkeys(("down_bytes", "up_bytes", "peak_memory_bytes", "storage_bytes"), WHOLE),
+    "to_target": Form("a map or null", lambda value: value is None or isinstance(value, dict)),
+    "clients": optional(MAP),
+    "warnings": optional(TEXTS),
+    "prices": optional(MAP),
+    "compression": optional(MAPS),
+}
+TARGET = {"accuracy": NUMBER, "round": WHOLE, "simulated_s": NUMBER, "energy_j": NUMBER}
+PRICES = {"line": TEXT, "calls_share": NUMBER}
+CLIENTS_SEEN = {"population": WHOLE}
+NOTE = {"error": TEXT, "reason": TEXT}
+LATER_COLUMNS = {"down_joules", "compute_joules", "up_joules", "tail_joules"}  # fedsim 0.1 had their sum alone
+PNG, MAX_PICTURE = b"\x89PNG\r\n\x1a\n", 32 * 2**20
+
+
+def check_run(folder: Path) -> None:
+    """Refuses what is no run folder.
+
+    Raises:
+        ConfigError: naming what it lacks.
+    """
+    for name in (CONFIG, ROUNDS):
+        if not (folder / name).exists():
+            raise ConfigError(f"{folder} holds no run: {name} is not in it")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The settings of a run, as they were written.
+
+    Raises:
+        ConfigError: if there are none.
+        FileError: if they cannot be read, or are not what the run wrote.
+    """
+    path = folder / CONFIG
+    if not path.exists():
+        raise ConfigError(f"{folder} holds no run: there is no {CONFIG} in it")
+    text = config_text(folder)
+    settings = parse_yaml(text, str(path))
+    if not isinstance(settings, dict):
+        raise FileError(f"{path} holds no settings")
+    check_tree(settings, SETTINGS, str(path))
+    return dict(settings)
+
+
+def config_text(folder: Path) -> str:
+    """`config.yaml` as it stands.
+
+    Raises:
+        FileError: if it cannot be read, or is not what the run wrote.
+    """
+    path = inside(folder, folder / CONFIG)
+    text = read_text(path)
+    check_signed(text, path)
+    return text
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The summary of a finished run; empty where there is none.
+
+    Raises:
+        FileError: if it cannot be read, or is none.
+    """
+    path = folder / SUMMARY
+    if not path.exists() and not path.is_symlink():
+        return {}
+    summary = read_json(inside(folder, path))
+    check_tree(summary, FIGURES, str(path))
+    for key, forms in (("to_target", TARGET), ("prices", PRICES), ("clients", CLIENTS_SEEN)):
+        if summary.get(key):
+            check_tree(summary[key], forms, f"{path}: {key}")
+    return dict(summary)
+
+
+def read_failure(folder: Path) -> dict[str, Any]:
+    """The note of a run that failed; empty where there is none.
+
+    Raises:
+        FileError: if it cannot be read, or is none.
+    """
+    path = folder / FAILURE
+    if not path.exists() and not path.is_symlink():
+        return {}
+    note = read_json(inside(folder, path))
+    check_tree(note, NOTE, str(path))
+    return dict(note)
+
+
+def row_files(folder: Path) -> list[Path]:
+    """The files of client rows, in order.
+
+    Raises:
+        FileError: if `clients` is no folder, or leads elsewhere.
+    """
+    place = inside(folder, folder / CLIENTS)
+    if place.exists() and not place.is_dir():
+        raise FileError(f"{place} is a file, and must be a folder of client rows")
+    return [inside(folder, path) for path in sorted(place.glob("*.parquet")) if ROWS.fullmatch(path.name)]
+
+
+def read_rows(path: Path, columns: list[str] | None = None, filters: Any = None) -> Any:
+    """Client rows of one file, as a pyarrow Table.
+
+    Raises:
+        FileError: if it cannot be read, or lacks a column or has one of another type.
+    """
+    table = read_parquet(path, columns, filters)
+    for field in client_schema():
+        if columns is not None and field.name not in columns:
+            continue
+        if field.name not in table.schema.names:
+            if field.name not in LATER_COLUMNS:
+                raise FileError(f"{path} holds no client rows: it has no column {field.name!r}")
+        elif table.schema.field(field.name).type != field.type:
+            found = table.schema.field(field.name).type
+            raise FileError(f"{path} holds no client rows: {field.name} is {found}, and must be {field.type}")
+    return table
+
+
+def read_all_rows(folder: Path) -> pd.DataFrame | None:
+    """All client rows of a run; None where there are none.
+
+    Raises:
+        FileError: as `read_rows`.
+    """
+    import pandas as pd
+
+    tables = [read_rows(path).replace_schema_metadata().to_pandas() for path in row_files(folder)]
+    return pd.concat(tables) if tables else None
+
+
+def read_pictures(folder: Path) -> list[bytes]:
+    """The pictures that a run drew, in order of their names; links to elsewhere and what is no PNG are left out."""
+    found = []
+    for path in sorted((folder / PICTURES).glob("*.png")):
+        try:
+            data = read_bytes(inside(folder, path), MAX_PICTURE)
+        except FileError:
+            continue
+        if data.startswith(PNG):
+            found.append(data)
+    return found

@@ -1,0 +1,72 @@
+"""What a client that stopped a run was sent, kept beside the run's reports for `fedsim replay`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import ConfigRecord, RecordDict
+
+from devices.errors import FileError
+from devices.reading import read_bytes
+from fedsim.errors import ConfigError
+from fedsim.messages.records import Instruction, arrays_in, from_array, record_of
+from fedsim.report.checksums import inside, of_bytes, read_signed_json, signed_json
+from fedsim.report.durable import write_atomic
+from fedsim.report.place import FAILED_CLIENT, ITS_ARRAYS
+from fedsim.settings.forms import MAP, TEXT, WHOLE, Forms, check_tree, maps_of, optional
+
+FACTS: Forms = {"round": WHOLE, "client": WHOLE, "phase": TEXT, "configs": maps_of(MAP), "sha256": optional(TEXT)}
+MAX_ARRAYS = 2**36  # bytes
+
+
+def keep_instruction(folder: Path, sent: Instruction) -> None:
+    """Writes what one client was sent: its settings as JSON, its arrays as safetensors.
+
+    Raises:
+        OSError: if the disk does not take it.
+    """
+    from safetensors.torch import save
+
+    arrays = save(
+        {
+            f"{name}/{key}": torch.from_numpy(from_array(array).copy())
+            for name, record in arrays_in(sent.content).items()
+            for key, array in record.items()
+        }
+    )
+    configs = {name: dict(r) for name, r in sent.content.items() if isinstance(r, ConfigRecord)}
+    facts = {"round": sent.round, "client": sent.client, "phase": sent.phase, "configs": configs}
+    facts["data"] = dict(sent.data)
+    write_atomic(folder / ITS_ARRAYS, arrays)
+    write_atomic(folder / FAILED_CLIENT, signed_json({**facts, "sha256": of_bytes(arrays)}))
+
+
+def kept_instruction(folder: Path) -> Instruction | None:
+    """What the client was sent that stopped the run, if one did.
+
+    Raises:
+        ConfigError: if its files cannot be read, or are not what the run wrote.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    if not os.path.lexists(folder / FAILED_CLIENT):
+        return None
+    try:
+        facts = read_signed_json(inside(folder, folder / FAILED_CLIENT))
+        check_tree(facts, FACTS, FAILED_CLIENT)
+        data = read_bytes(inside(folder, folder / ITS_ARRAYS), MAX_ARRAYS)
+        if facts.get("sha256", of_bytes(data)) != of_bytes(data):
+            raise FileError(f"{ITS_ARRAYS} is not what the run wrote")
+        arrays = load(data)
+        content: dict[str, Any] = {name: ConfigRecord(values) for name, values in facts["configs"].items()}
+        for name in dict.fromkeys(key.partition("/")[0] for key in arrays):
+            content[name] = record_of({k.partition("/")[2]: t for k, t in arrays.items() if k.startswith(f"{name}/")})
+        sent_with = dict(facts.get("data", {}))  # not in version 0.1
+        return Instruction(facts["round"], facts["client"], facts["phase"], RecordDict(content), sent_with)
+    except (OSError, LookupError, TypeError, ValueError, AttributeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{FAILED_CLIENT} and .safetensors in {folder} cannot be read: {reason}") from error

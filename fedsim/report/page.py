@@ -1,0 +1,240 @@
+"""A run as one page that needs nothing else: `report.html`, made from what the run folder holds."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from devices.errors import FileError
+from devices.reading import read_text
+from devices.texts import visible, visible_lines
+from fedsim.grid.pricing import OUTCOMES
+from fedsim.report import strict_json
+from fedsim.report.checksums import inside, of_file
+from fedsim.report.durable import write_atomic
+from fedsim.report.files import (
+    check_run,
+    config_text,
+    read_all_rows,
+    read_config,
+    read_failure,
+    read_pictures,
+    read_summary,
+)
+from fedsim.report.page_template import HTML
+from fedsim.report.place import PAGE, SUMMARY
+from fedsim.report.rounds import RoundReport, read_rounds
+from fedsim.report.text import energy, simulated, size
+from fedsim.workloads.describe import Split, draw_split, kept_split
+from fedsim.workloads.metrics import took_part
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+CELL_LETTERS = 100  # of a text in a table
+SLOWEST = 8  # clients in the table of stragglers
+OF_AN_EXCHANGE = (
+    "Seconds and joules are of a completed exchange: a client that is asked to train, or to judge a model. Tail J is "
+    "what its radio takes while it stays awake after a transfer; it is part of mean J."
+)
+JOULES = ("down", "compute", "up", "tail")  # the parts of a client's joules; runs of fedsim 0.1 have their sum alone
+WHO_CLOSED = (
+    "The clients that were most often the last of a round whose reply was taken: without a deadline, it took as long "
+    "as they did."
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of texts under a header; the first column stands to the left."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A section of the page.
+
+    Attributes:
+        pictures: addresses that hold the pictures themselves.
+        note: what to know when reading it.
+    """
+
+    title: str
+    pictures: Sequence[str] = ()
+    table: Table | None = None
+    note: str = ""
+
+
+def write_page(folder: Path) -> Path:
+    """Writes the page of a run, finished or not, into its folder.
+
+    Args:
+        folder: of the run.
+
+    Raises:
+        ConfigError, FileError: if the folder holds no run, or one that cannot be read.
+    """
+    import jinja2
+
+    check_run(folder)
+    rounds, config, summary = read_rounds(folder), config_text(folder), read_summary(folder)
+    split = kept_split(folder)
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["short"] = partial(visible, most=CELL_LETTERS)
+    html = environment.from_string(HTML).render(
+        title=_title(read_config(folder).get("choices", {}), summary),
+        of=_of(folder),
+        folder=str(folder),
+        figures=[*(_figures(summary) if summary else []), _never(rounds, summary, split)],
+        warnings=summary.get("warnings", []),
+        prices=summary.get("prices"),
+        failure=read_failure(folder),
+        parts=_parts(folder, rounds, read_all_rows(folder), summary, split),
+        config=config,
+        summary=strict_json.dumps(summary, indent=1) if summary else "",
+    )
+    write_atomic(folder / PAGE, visible_lines(html))
+    return folder / PAGE
+
+
+def page_is_whole(folder: Path) -> bool:
+    """Whether a finished run has its page, made after its summary."""
+    try:
+        return _of(folder) in read_text(inside(folder, folder / PAGE))
+    except FileError:
+        return False
+
+
+def _of(folder: Path) -> str:
+    """Which summary a page is of."""
+    path = folder / SUMMARY
+    return f"of summary {of_file(path)}" if path.exists() else "of a run that is not finished"
+
+
+def _title(choices: dict[str, Any], summary: dict[str, Any]) -> str:
+    method = summary.get("method") or choices.get("method") or choices.get("strategy")
+    return f"{method} on {choices.get('workload')}, fleet {summary.get('fleet') or choices.get('fleet')}"
+
+
+def _figures(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """What one wants to know first: name, figure, what it is of."""
+    final, best, outcomes, joules = summary["final"], summary["best"], summary["outcomes"], summary["energy_j"]
+    traffic = summary["down_bytes"] + summary["up_bytes"]
+    asked = sum(outcomes.values())
+    found = [
+        ("accuracy", _percent(final["accuracy"]), f"best {_percent(best['accuracy'])} in round {best['round']}"),
+        ("simulated time", simulated(summary["simulated_s"]), f"{summary['rounds']} rounds"),
+        ("energy", energy(joules["total"]), f"busiest client {energy(joules['max_client'])}"),
+        ("waiting", energy(joules["waiting"]), "for rounds to close, beside that energy"),
+        ("traffic", size(traffic), f"down {size(summary['down_bytes'])}, up {size(summary['up_bytes'])}"),
+        ("peak memory", size(summary["peak_memory_bytes"]), "of the busiest device"),
+        ("completed", f"{outcomes['completed']} of {asked}", "clients that were asked to train"),
+    ]
+    if summary["storage_bytes"]:
+        found.append(("storage", size(summary["storage_bytes"]), "kept on a device between rounds, at most"))
+    if target := summary["to_target"]:
+        spent = f"{simulated(target['simulated_s'])}, {energy(target['energy_j'])}"
+        found.append((f"to {_percent(target['accuracy'])}", f"round {target['round']}", spent))
+    return found
+
+
+def _never(rounds: list[RoundReport], summary: dict[str, Any], split: Split | None) -> tuple[str, str, str]:
+    """Clients that took part in no round; where nobody says how many there are, those that did."""
+    count = len(took_part(rounds))
+    population = summary.get("clients", {}).get("population") or (split.num_clients if split else None)
+    so_far = "" if summary else ", so far"
+    if population is None:
+        return "took part", str(count), f"clients that completed a round{so_far}"
+    return "never took part", f"{population - count} of {population}", f"clients that completed no round{so_far}"
+
+
+def _percent(share: float | None) -> str:
+    return "not judged" if share is None else f"{100 * share:.1f} %"
+
+
+def _parts(
+    folder: Path,
+    rounds: list[RoundReport],
+    rows: pd.DataFrame | None,
+    summary: dict[str, Any],
+    split: Split | None,
+) -> list[Part]:
+    from fedsim.report.page_pictures import as_svg, curves, outcomes, time_by_device
+
+    parts = []
+    if (picture := curves(rounds)) is not None:
+        parts.append(Part("What accuracy took", [as_svg(picture)]))
+    own = [_png(picture) for picture in read_pictures(folder)]
+    if own:
+        parts.append(Part("Tasks", own))
+    if rows is not None and not rows.empty:
+        picture = time_by_device(rows)
+        shown = [as_svg(picture)] if picture else []
+        parts.append(Part("Where the time of a device goes", shown, _devices(rows), OF_AN_EXCHANGE))
+        if (stragglers := _stragglers(rows)) is not None:
+            parts.append(Part("Stragglers", (), stragglers, WHO_CLOSED))
+    if (picture := outcomes(rounds)) is not None:
+        parts.append(Part("What became of the clients that were asked", [as_svg(picture)]))
+    if summary.get("compression"):
+        parts.append(Part("What each kind of device runs", (), _deployed(summary["compression"])))
+    if split is not None:
+        parts.append(Part("How the data are split", [as_svg(draw_split(split))]))
+    return parts
+
+
+def _png(data: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+
+
+def _devices(rows: pd.DataFrame) -> Table:
+    """A line per device: who was asked, what became of them, and what a completed exchange took."""
+    seen = [outcome for outcome in OUTCOMES if (rows["outcome"] == outcome).any()]
+    parts = [part for part in JOULES if f"{part}_joules" in rows]
+    header = ["device", "clients", "asked", *(o.replace("_", " ") for o in seen), "median s", "95 % s", "mean J"]
+    header += [f"{part} J" for part in parts]
+    lines = []
+    for device, group in rows.groupby("device"):
+        done = group[group["outcome"] == "completed"]
+        counts = [str(int((group["outcome"] == outcome).sum())) for outcome in seen]
+        took = [_short(v) for v in (*done["total_s"].quantile([0.5, 0.95]), done["joules"].mean())]
+        took += [_short(done[f"{part}_joules"].mean()) for part in parts]
+        peak, kept = size(group["peak_memory_bytes"].max()), size(group["storage_bytes"].max())
+        lines.append([str(device), str(group["client"].nunique()), str(len(group)), *counts, *took, peak, kept])
+    return Table([*header, "peak memory", "storage"], lines)
+
+
+def _stragglers(rows: pd.DataFrame) -> Table | None:
+    """The clients that closed most rounds."""
+    done = rows[(rows["phase"] == "train") & (rows["outcome"] == "completed")]
+    if done.empty:
+        return None
+    last = done.sort_values(["round", "total_s", "client"]).groupby("round").tail(1)
+    lines = []
+    order = last.groupby("client").size().sort_values(ascending=False, kind="stable").head(SLOWEST)
+    for client, closed in order.items():
+        own = done[done["client"] == client]
+        means = [_short(own[f"{phase}_s"].mean()) for phase in ("down", "compute", "up", "total")]
+        share = f"{closed} of {last['round'].nunique()}"
+        lines.append([f"client {client}", str(own["device"].iloc[0]), share, str(len(own)), *means])
+    return Table(["client", "device", "rounds closed", "completed", "down s", "compute s", "up s", "total s"], lines)
+
+
+def _deployed(entries: Sequence[dict[str, Any]]) -> Table:
+    names = list(dict.fromkeys(key for entry in entries for key in entry))
+    return Table(
+        [name.replace("_", " ") for name in names],
+        [
+            [_short(entry[n]) if isinstance(entry.get(n), float) else str(entry.get(n, "")) for n in names]
+            for entry in entries
+        ],
+    )
+
+
+def _short(value: Any) -> str:
+    return "" if value != value else f"{value:.3g}"

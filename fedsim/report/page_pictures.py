@@ -1,0 +1,114 @@
+"""The pictures of a run's page: what accuracy took, where the devices' time went, what became of clients."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from devices.figures import new_figure, save_figure
+from devices.texts import NAME_LETTERS, visible
+from fedsim.grid.pricing import OUTCOMES
+from fedsim.report.rounds import RoundReport
+from fedsim.study.paired import spent
+from fedsim.study.picture import COLOURS, NAMES, UNITS
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+PHASES = ("down", "compute", "up", "wait")  # of a client's round; waiting for the others comes last
+PHASE_COLOURS = dict(zip(PHASES, ("#56B4E9", "#0072B2", "#009E73", "#D9D9D9"), strict=True))
+OUTCOME_COLOURS = dict(zip(OUTCOMES, ("#009E73", "#E69F00", "#BDBDBD", "#CC79A7", "#D55E00"), strict=True))
+JUDGED = {"accuracy": "global model, test set", "client_accuracy": "clients' models, their own held-out examples"}
+BARS = 60  # rounds with a bar of their own; more are put together
+
+
+def curves(rounds: Sequence[RoundReport]) -> Figure | None:
+    """Accuracy against rounds, simulated time, energy and traffic; None where nothing was judged."""
+    shown = [key for key in JUDGED if any(key in r.metrics for r in rounds)]
+    if not shown:
+        return None
+    figure, took = new_figure(9.6, 5.6), spent(list(rounds))
+    panels = figure.subplots(2, 2, sharey=True)
+    for panel, axis in zip(panels.flat, ("rounds", "simulated_s", "joules", "traffic_bytes"), strict=True):
+        most, units = took[axis][-1], UNITS.get(axis, ((1.0, ""),))
+        size, unit = next((u for u in units if most >= 2 * u[0]), units[-1])
+        for key, colour in zip(shown, COLOURS, strict=False):
+            points = [
+                (x / size, 100 * r.metrics[key]) for x, r in zip(took[axis], rounds, strict=True) if key in r.metrics
+            ]
+            marker = "o" if len(points) < 30 else None
+            panel.plot(
+                *zip(*points, strict=True), color=colour, linewidth=1.6, marker=marker, markersize=3, label=JUDGED[key]
+            )
+        panel.set_xlabel(f"{NAMES[axis]}{', ' if unit else ''}{unit}")
+        panel.set_xlim(left=0)
+        _plain(panel)
+    for panel in panels[:, 0]:
+        panel.set_ylabel("accuracy, %")
+    if len(shown) > 1:
+        handles, labels = panels[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=len(shown), frameon=False, fontsize="small")
+    return figure
+
+
+def time_by_device(rows: pd.DataFrame) -> Figure | None:
+    """Mean seconds of a client's round by device, in its phases; None where no client answered."""
+    answered = rows[rows["outcome"].isin(("completed", "late"))]
+    if answered.empty:
+        return None
+    means = answered.groupby("device")[[f"{phase}_s" for phase in PHASES]].mean()
+    means = means.loc[means[[f"{p}_s" for p in PHASES if p != "wait"]].sum(axis=1).sort_values().index]
+    figure = new_figure(9.6, 1.2 + 0.34 * len(means))
+    panel, left, places = figure.subplots(), np.zeros(len(means)), np.arange(len(means))
+    for phase in PHASES:
+        width = means[f"{phase}_s"].to_numpy()
+        panel.barh(places, width, left=left, color=PHASE_COLOURS[phase], label=phase, height=0.7)
+        left += width
+    panel.set_yticks(places, labels=[visible(device, NAME_LETTERS) for device in means.index])
+    panel.set_xlabel("mean simulated seconds of a client and exchange")
+    panel.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize="small")
+    _plain(panel, "x")
+    return figure
+
+
+def outcomes(rounds: Sequence[RoundReport]) -> Figure | None:
+    """What became of the clients that were asked, by round; None where none was."""
+    asked = [r for r in rounds if r.cohort]
+    if not asked:
+        return None
+    step = -(-len(asked) // BARS)
+    groups = [asked[i : i + step] for i in range(0, len(asked), step)]
+    figure = new_figure(9.6, 2.8)
+    panel, bottom = figure.subplots(), np.zeros(len(groups))
+    places = [group[0].round + (group[-1].round - group[0].round) / 2 for group in groups]
+    for outcome in OUTCOMES:
+        height = np.array([np.mean([len(r.outcomes.get(outcome, ())) for r in group]) for group in groups])
+        if height.any():
+            colour, label = OUTCOME_COLOURS[outcome], outcome.replace("_", " ")
+            panel.bar(places, height, bottom=bottom, width=0.9 * step, color=colour, label=label)
+            bottom += height
+    panel.set(xlabel="round", ylabel="clients asked" if step == 1 else f"clients, mean of {step} rounds")
+    panel.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize="small")
+    _plain(panel, "y")
+    return figure
+
+
+def as_svg(figure: Figure) -> str:
+    """The figure as the address of a picture within the page; equal figures give equal text."""
+    import matplotlib
+
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "fedsim"}):
+        save_figure(figure, buffer, format="svg", metadata={"Date": None})
+    return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _plain(panel: Any, axis: str = "both") -> None:
+    panel.grid(alpha=0.25, linewidth=0.6, axis=axis)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)

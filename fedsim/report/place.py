@@ -1,0 +1,239 @@
+"""Where a run goes: its folder is made where its name is chosen, and taken only where nothing else is in it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from devices.texts import VALUE_LETTERS, visible
+from devices.writing import try_place
+from fedsim.errors import ConfigError
+from fedsim.report.durable import make_folders, remove_empty
+
+LONGEST_NAME, DEEPEST = 255, 100  # bytes of a folder's name; folders in each other that somebody may name
+MOST_NAMED = 6  # of the things in a folder that is taken
+CONFIG, SUMMARY, FAILURE, PAGE = "config.yaml", "summary.json", "failure.json", "report.html"
+ROUNDS, CLIENTS, EVENTS, CHECKPOINT, PICTURES = "rounds.jsonl", "clients", "tensorboard", "checkpoint", "pictures"
+SPLIT, SWEEP = "split.json", "multirun.yaml"
+FAILED_CLIENT, ITS_ARRAYS = "failed-client.json", "failed-client.safetensors"  # what a client that failed was sent
+RESERVE = ".reserved"  # room on the disk for the note of a failure
+WRITTEN = (
+    CONFIG,
+    ROUNDS,
+    CLIENTS,
+    EVENTS,
+    SUMMARY,
+    FAILURE,
+    CHECKPOINT,
+    PICTURES,
+    SPLIT,
+    PAGE,
+    FAILED_CLIENT,
+    ITS_ARRAYS,
+)
+ROWS = re.compile(r"rounds-(\d{6,})-(\d{6,})\.parquet")
+# What is being written when a run is killed: a name of the run's own between a dot and the number of the process.
+UNFINISHED = re.compile(
+    r"\.(?:config\.yaml|summary\.json|split\.json|failure\.json|report\.html|failed-client\.(?:json|safetensors)|[^/]+\.png"
+    r"|flower\.log|rounds-\d+-\d+\.parquet|round-\d+)(?:\.(\d+))?\.part|rounds-\d+-\d+\.part"
+)
+
+
+def check_folder(key: str, folder: str) -> None:
+    """Refuses a path that no folder can have, or that is so deep that what makes or removes it gives up.
+
+    Raises:
+        ConfigError: naming the key or option, and what came.
+    """
+    parts = [part for part in folder.split("/") if part]
+    if any(len(os.fsencode(part)) > LONGEST_NAME for part in parts):
+        what = f"has a part that is longer than the {LONGEST_NAME} bytes of a folder's name"
+        raise ConfigError(f"{key} {what}: {visible(repr(folder), VALUE_LETTERS)}")
+    if len(parts) > DEEPEST:
+        raise ConfigError(f"{key} must be at most {DEEPEST} folders in each other, got {len(parts)}")
+
+
+@contextmanager
+def new_run_folder(settings: dict[str, Any]) -> Iterator[Path]:
+    """Makes the folder of a run: `out`, or `runs/<date>-<time>-<name>` with a number behind it when that is taken.
+
+    What was made is taken away in the end if nothing came into it.
+
+    Raises:
+        ConfigError: if `out` is taken or cannot be made.
+    """
+    made: list[Path] = []
+    try:
+        if settings["out"] is not None:
+            folder = Path(str(settings["out"]))
+            check_free(folder)
+            made += _made(folder)
+        else:
+            choices = settings["choices"]
+            label = settings["name"] or f"{choices.get('method') or choices['strategy']}-{choices['workload']}"
+            folder = new_folder(Path("runs"), str(label), made)
+        yield folder
+    finally:
+        remove_empty(made)
+
+
+def new_folder(parent: Path, label: str, made: list[Path]) -> Path:
+    """Makes `<parent>/<date>-<time>-<label>`, with a number behind it when that is taken, by another process perhaps.
+
+    Args:
+        parent: made too.
+        label: how the name ends.
+        made: gets the folders that were made.
+
+    Raises:
+        ConfigError: if it cannot be made.
+    """
+    first = parent / f"{time.strftime('%Y%m%d-%H%M%S')}-{label}"
+    made += _made(parent)
+    for folder in (first, *(first.with_name(f"{first.name}-{number}") for number in range(2, 1000))):
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise ConfigError(f"{folder} cannot be made: {error.strerror}; name a folder with out=") from error
+        made.append(folder)
+        return folder
+    raise ConfigError(f"{first} and 998 more like it are taken; name a folder with out=")
+
+
+def make_sweep_folder(folder: Path, made: list[Path]) -> None:
+    """Makes the folder of a sweep, where Hydra notes its settings; links in it are not followed.
+
+    Args:
+        folder: may be there.
+        made: gets the folders that were made.
+
+    Raises:
+        ConfigError: if it cannot be made or written into.
+    """
+    made += _made(folder)
+    note = folder / SWEEP
+    if os.path.lexists(note) and (note.is_symlink() or not note.is_file()):
+        raise ConfigError(f"out={folder} holds {SWEEP}, which is no file; name another folder, or remove that")
+    try:
+        try_place(note)
+    except OSError as error:
+        raise ConfigError(f"out={folder} cannot be written: {error.strerror}; name another folder") from error
+
+
+def _made(folder: Path) -> list[Path]:
+    try:
+        return make_folders(folder)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"out={folder} cannot be made: {reason}; name another folder") from error
+
+
+def check_free(folder: Path) -> None:
+    """Refuses a folder that holds anything, or is no folder; called before anything is built or written.
+
+    What a run writes before its `config.yaml` does not count: it was killed in its first instant.
+
+    Raises:
+        ConfigError: naming the folder and what is in it, or the run that it would lie in: that one's checkpoints go.
+    """
+    try:
+        above = folder.resolve().parents
+    except (OSError, RuntimeError, ValueError):  # said by the next line
+        above = ()
+    for outer in above:
+        if (outer / CONFIG).is_file() and (outer / ROUNDS).exists():
+            raise ConfigError(f"out={folder} lies in the folder of another run, {outer}; name a folder outside of it")
+    refuse_taken(folder)
+    if (folder / ROUNDS).exists() and _is_locked(folder / ROUNDS):
+        raise ConfigError(f"a run is beginning in out={folder} just now; name another folder")
+
+
+def refuse_taken(folder: Path) -> None:
+    """As `check_free`, for the run that has begun to write there.
+
+    Raises:
+        ConfigError: naming the folder and what is in it.
+    """
+    try:
+        there = sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return
+    except NotADirectoryError as error:
+        free = "is a file; name a folder that is new or empty"
+        what = free if folder.exists() else f"cannot be made: {error.strerror}"
+        raise ConfigError(f"out={folder} {what}") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"out={folder} cannot be read: {reason}; name another folder") from error
+    taken = [name for name in there if not _of_a_first_instant(folder / name)]
+    if not taken:
+        return
+    run = [name for name in WRITTEN if name in taken]
+    what = f"another run ({', '.join(run)})" if run else f"something else ({_some(taken)})"
+    raise ConfigError(f"out={folder} holds {what}; name a new folder{' or remove it' if run else ''}")
+
+
+def _some(names: list[str]) -> str:
+    left = len(names) - MOST_NAMED
+    return ", ".join(names[:MOST_NAMED]) + (f" and {left} more" if left > 0 else "")
+
+
+def _of_a_first_instant(path: Path) -> bool:
+    """Whether a run leaves this before its `config.yaml`: empty, or half written."""
+    if path.is_symlink():
+        return False
+    if path.name == CLIENTS:
+        return path.is_dir() and not any(path.iterdir())
+    if path.name == ROUNDS:
+        return path.is_file() and path.stat().st_size == 0
+    return path.is_file() and (path.name == RESERVE or UNFINISHED.fullmatch(path.name) is not None)
+
+
+def _is_locked(path: Path) -> bool:
+    with suppress(OSError), path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Takes away what a run that was killed had half written, below the folder and those that it makes."""
+    for place in (folder, *(folder / name for name in (CLIENTS, CHECKPOINT, PICTURES))):
+        if place.is_symlink() or not place.is_dir():
+            continue
+        for path in place.iterdir():
+            found = UNFINISHED.fullmatch(path.name)
+            if found and not (found[1] and _lives(int(found[1]))):
+                remove(path)
+
+
+def remove(path: Path) -> None:
+    """Takes away a file, a link, or a folder with what is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _lives(pid: int) -> bool:
+    """Whether another process by this number is there: it may be writing just now."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return True

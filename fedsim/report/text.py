@@ -1,0 +1,237 @@
+"""What a person sees of a run in the terminal: a progress bar and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from devices.texts import visible_lines
+from fedsim.report.rounds import RoundReport
+from fedsim.workloads.describe import ClientRow, WorkloadRow
+from fedsim.workloads.metrics import ACCURACY, NOT_FINITE, judged
+
+TABLE_ROWS = 10
+CLIENT_ACCURACY = "client_accuracy"  # mean over the clients that judged, of the model that each of them uses
+NO_ACCURACY = "not finite"
+CELL_LETTERS = 400  # of a line in a cell; commands and paths are the longest
+TEXTS = frozenset(
+    {
+        "overrides",
+        "arm",
+        "study",
+        "title",
+        "state",
+        "command",
+        "workload",
+        "kind",
+        "here",
+        "where, or how to get it",
+        "examples of each class",
+        "device",
+        "figure",
+        "predictor",
+        "references",
+        "network",
+        "link",
+        "precision",
+        "source",
+        "soc",
+        "pass",
+        "runtime",
+    }
+)
+
+
+def simulated(seconds: float) -> str:
+    """Simulated time in the unit that reads best."""
+    for unit, size in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * size or (unit == "h" and seconds >= size):
+            return f"{seconds / size:.2f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def energy(joules: float) -> str:
+    """Energy in J, kJ or MJ."""
+    for unit, size in (("MJ", 1e6), ("kJ", 1e3)):
+        if joules >= size:
+            return f"{joules / size:.2f} {unit}"
+    return f"{joules:.1f} J"
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units, as networks and phones count them."""
+    for unit, step in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= step:
+            return f"{count / step:.2f} {unit}"
+    return f"{count:.0f} B"
+
+
+@contextmanager
+def progress_bar(console: Console, rounds: int) -> Iterator[Any]:
+    """A bar over rounds with accuracy and simulated time; yields (watch, observe) for `fedsim.runs.federation.run`."""
+    columns = [
+        TextColumn("round"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TextColumn("{task.fields[state]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    ]
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("run", total=rounds, state="building data and fleet")
+        shown = {"text": ""}
+
+        def watch(report: RoundReport) -> None:
+            if "accuracy" in report.metrics:
+                shown["text"] = f"accuracy {report.metrics['accuracy']:.3f}"
+            elif NOT_FINITE in report.metrics:
+                shown["text"] = NO_ACCURACY
+            progress.update(task, completed=report.round, state=f"{shown['text']}  simulated {simulated(report.now_s)}")
+
+        def observe(client_id: int) -> None:
+            progress.refresh()
+
+        yield watch, observe
+
+
+def closing_table(reports: Sequence[RoundReport]) -> Table:
+    """Up to ten evaluated rounds, evenly spread and always the last; time, energy and bytes since the start.
+
+    Where clients judged models of their own, the mean of these is beside the accuracy of the global one.
+    """
+    own = any(CLIENT_ACCURACY in report.metrics for report in reports)
+    scores = ("accuracy", "clients' own") if own else ("accuracy",)
+    shown = table("round", *scores, "time", "energy", "down", "up", "done", "lost")
+    joules, down, up, done, lost = 0.0, 0, 0, 0, 0
+    rows = []
+    for report in reports:
+        completed = len(report.outcomes.get("completed", ()))
+        joules, down, up = joules + report.joules, down + report.down_bytes, up + report.up_bytes
+        done, lost = done + completed, lost + len(report.cohort) - completed
+        if judged([report]):
+            accuracy = f"{report.metrics[ACCURACY]:.4f}" if ACCURACY in report.metrics else NO_ACCURACY
+            costs = [simulated(report.now_s), energy(joules), size(down), size(up)]
+            clients = report.metrics.get(CLIENT_ACCURACY)
+            theirs = ["" if clients is None else f"{clients:.4f}"] if own else []
+            rows.append([str(report.round), accuracy, *theirs, *costs, str(done), str(lost)])
+    step = max(1, -(-len(rows) // TABLE_ROWS))
+    for row in rows[::-1][::step][::-1]:
+        shown.add_row(*row)
+    return shown
+
+
+def final_accuracy(summary: dict[str, Any]) -> str:
+    """The accuracy of the last evaluation, or why there is none."""
+    accuracy = summary["final"]["accuracy"]
+    if accuracy is None:
+        return NO_ACCURACY if summary.get("not_finite_rounds") else "not evaluated"
+    return f"{accuracy:.4f}"
+
+
+def closing_lines(summary: dict[str, Any], folder: Path, reports: Sequence[RoundReport] = ()) -> list[str]:
+    """Results, outcomes, who was never met, how far prices are known, the way to the target, and the folder."""
+    judged_own = [report.metrics[CLIENT_ACCURACY] for report in reports if CLIENT_ACCURACY in report.metrics]
+    text = final_accuracy(summary)
+    seconds, traffic = summary["simulated_s"], summary["down_bytes"] + summary["up_bytes"]
+    counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in summary["outcomes"].items() if count)
+    clients = summary["clients"]
+    lines = [
+        f"{summary['method']} on {summary['workload']}, fleet {summary['fleet']}: "
+        f"test accuracy {text} after {summary['rounds']} rounds",
+        *([f"clients' own models: accuracy {judged_own[-1]:.4f} on their own held-out examples"] if judged_own else []),
+        f"cost: {seconds / 3600:.4f} simulated hours ({simulated(seconds)}), "
+        f"{summary['energy_j']['total']:.1f} joules, "
+        f"{traffic / 1e6:.2f} megabytes, peak memory {size(summary['peak_memory_bytes'])}",
+        f"clients: {counts}; the busiest spent {energy(summary['energy_j']['max_client'])}",
+        f"clients that never took part: {clients['never']} of {clients['population']}",
+        *(f"warning: {text}" for text in summary["warnings"]),
+        *([f"prices: {summary['prices']['line']}"] if "prices" in summary else []),
+    ]
+    target = summary["to_target"]
+    if target:
+        lines.append(
+            f"accuracy {target['accuracy']:g} reached in round {target['round']}: {simulated(target['simulated_s'])}, "
+            f"{energy(target['energy_j'])}, {size(target['down_bytes'] + target['up_bytes'])}"
+        )
+    return [*lines, f"run folder: {folder} ({summary['host_s']:.1f} s on this host)"]
+
+
+def sweep_table(summaries: Sequence[tuple[list[str], dict[str, Any]]]) -> Table:
+    """One row per run of a sweep, named by the overrides in which the runs differ."""
+    common = set.intersection(*(set(overrides) for overrides, _ in summaries))
+    shown = table("run", "overrides", "accuracy", "time", "energy", "down", "up")
+    for number, (overrides, s) in enumerate(summaries):
+        score = final_accuracy(s)
+        costs = [
+            simulated(s["simulated_s"]),
+            energy(s["energy_j"]["total"]),
+            size(s["down_bytes"]),
+            size(s["up_bytes"]),
+        ]
+        shown.add_row(str(number), " ".join(o for o in overrides if o not in common), score, *costs)
+    return shown
+
+
+def split_table(rows: Sequence[ClientRow], num_clients: int) -> Table:
+    """The first clients of a split: sizes and labels."""
+    shown = table("client", "train", "held out", "classes", "examples of each class")
+    for row in rows:
+        counts = " ".join(f"{label}:{count}" for label, count in enumerate(row.label_counts) if count)
+        shown.add_row(str(row.client), str(row.train), str(row.test), str(row.classes), counts)
+    if len(rows) < num_clients:
+        shown.caption = f"the first {len(rows)} of {num_clients} clients"
+    return shown
+
+
+def workload_table(rows: Sequence[WorkloadRow]) -> Table:
+    """The workloads there are."""
+    shown = table("workload", "kind", "here", "where, or how to get it")
+    for row in rows:
+        shown.add_row(row.name, row.kind, "yes" if row.found else "no", row.where)
+    return shown
+
+
+class PlainConsole(Console):
+    """A terminal on which a text is only a text: no markup, no emoji names, no control characters."""
+
+    def print(self, *objects: Any, **how: Any) -> None:
+        """As rich prints, with what cannot be seen written as escapes."""
+        super().print(*(visible_lines(o) if isinstance(o, str) else o for o in objects), **how)
+
+
+class PlainTable(Table):
+    """A table whose cells are only texts; a long one is shortened."""
+
+    def add_row(self, *cells: RenderableType | None, **how: Any) -> None:
+        """As rich adds a row."""
+        super().add_row(*(visible_lines(c, CELL_LETTERS) if isinstance(c, str) else c for c in cells), **how)
+
+
+def console(width: int | None = None) -> PlainConsole:
+    """Where every command prints to.
+
+    Args:
+        width: columns; the terminal's when None.
+    """
+    return PlainConsole(markup=False, emoji=False, width=width)
+
+
+def table(*columns: str, title: str | None = None) -> PlainTable:
+    """An empty table: text columns to the left, figures to the right."""
+    made = PlainTable(title=None if title is None else visible_lines(title, CELL_LETTERS), header_style="bold")
+    for name in columns:
+        text = name in TEXTS
+        made.add_column(
+            visible_lines(name, CELL_LETTERS),
+            justify="left" if text else "right",
+            overflow="fold",
+            no_wrap=not text,
+            min_width=8 if text else None,
+        )
+    return made

@@ -1,0 +1,97 @@
+"""The trained network on the devices of the fleet: compressed as each runs it, judged, weighed and priced."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from devices.compression.plan import CompressionPlan, Recipe
+from devices.errors import DeviceError
+from devices.fleet import Fleet
+from devices.latency.models import int8_ms
+from fedsim.errors import NotFiniteError
+from fedsim.exchanges.slices import price
+from fedsim.settings.compose import World, instantiate
+from fedsim.workloads.base import Examples, Workload
+
+CALIBRATION = (8, 16)  # batches and examples in each, for the ranges of activations
+
+
+def calibration(data: Examples) -> Iterator[Tensor]:
+    """Inputs of a client's own examples, without labels: the first ones, as many as there are."""
+    batches, size = CALIBRATION
+    for rows in torch.arange(min(len(data), batches * size)).split(size):
+        yield data.gather(rows)["x"]
+
+
+def deployments(world: World, model: nn.Module) -> list[dict[str, Any]]:
+    """One entry per recipe that devices of the fleet follow, in the order of the fleet.
+
+    Each has the recipe, the devices and how many clients own them; sizes; metrics on the test set; and the predicted
+    milliseconds of one inference by device: `latency_ms` by the run's latency model and the compressed network's own
+    shape (zeros in it save no time), `int8_ms` where the device was measured with integers. Empty without compression.
+
+    Args:
+        world: of the run.
+        model: the trained network.
+    """
+    plan: CompressionPlan = instantiate(world.settings, "compression")
+    if not plan.active:
+        return []
+    workload, example = world.workload, world.workload.sample(2)["x"]
+    model = model.cpu().eval()
+    entries = []
+    for recipe, devices in _by_recipe(plan, world.fleet).items():
+        batches = calibration(workload.client_data(0).train)
+        compressed = plan.apply(model, example, recipe, batches)
+        cost = price(workload, compressed.shape, "compressed")
+        predicted, integers = {}, {}
+        for profile in world.fleet.profiles:
+            if profile.name in devices:
+                predicted[profile.name] = world.latency.inference_ms(cost, profile)
+                if recipe.bits == 8 and (ms := int8_ms(cost, 1, profile)) is not None:
+                    integers[profile.name] = ms
+        entries.append(
+            {
+                **vars(recipe),
+                "devices": devices,
+                **compressed.facts(),
+                "flops": cost.forward_flops,
+                **_judged(workload, compressed.model),
+                "latency_ms": predicted,
+                **({"int8_ms": integers} if integers else {}),
+            }
+        )
+    return entries
+
+
+def _judged(workload: Workload, model: nn.Module) -> dict[str, float | None]:
+    """Its metrics on the test set; None where its output is not finite."""
+    try:
+        return {**workload.evaluate(model, workload.test)}
+    except NotFiniteError:
+        return {"accuracy": None, "loss": None}
+
+
+def _by_recipe(plan: CompressionPlan, fleet: Fleet) -> dict[Recipe, dict[str, int]]:
+    """Devices with the number of clients that own them, by recipe."""
+    owners = {name: count for name, count, _ in fleet.summary() if count}
+    found: dict[Recipe, dict[str, int]] = {}
+    for profile in fleet.profiles:
+        if profile.name in owners:
+            found.setdefault(plan.recipe(profile), {})[profile.name] = owners[profile.name]
+    return found
+
+
+def check_plan(plan: CompressionPlan, model: nn.Module, example: Tensor, fleet: Fleet) -> None:
+    """Raises DeviceError before a run if a recipe of the fleet cannot be followed with this network."""
+    if any(recipe.keep < 1 for recipe in _by_recipe(plan, fleet)):
+        from devices.compression.channels import ChannelGroups
+
+        try:
+            ChannelGroups.find(model, example)
+        except DeviceError as error:
+            raise DeviceError(f"{error}; take compression=magnitude or quantise, or another model") from error

@@ -1,0 +1,99 @@
+"""Config files that do not come with fedsim, of a tree or plug-in of somebody else's: bounded before Hydra reads them.
+
+Hydra's own reader takes any size and depth, writes aliases out, and ends in a traceback for what is no YAML. What comes
+with fedsim is not read twice.
+"""
+
+from __future__ import annotations
+
+from datetime import date
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra._internal.core_plugins.file_config_source import FileConfigSource as HydrasFiles
+from hydra._internal.core_plugins.importlib_resources_config_source import (
+    ImportlibResourcesConfigSource as HydrasPackages,
+)
+from hydra._internal.sources_registry import SourcesRegistry
+from hydra.core.plugins import Plugins
+from hydra.plugins.config_source import ConfigResult
+from omegaconf.errors import OmegaConfBaseException
+
+from devices.errors import FileError
+from devices.reading import read_yaml
+from fedsim.settings.parameters import said
+
+MAX_SETTINGS = 10_000  # of a file, its aliases written out: OmegaConf takes a millisecond for each
+SHIPPED = Path(__file__).resolve().parent.parent / "configs"
+PACKAGES = ("configs", "hydra")  # whose files are known
+PLAIN = (str, int, float, bool, date)
+COMPOSING = (yaml.YAMLError, ValueError, OverflowError, RecursionError)  # what Hydra and OmegaConf let through
+
+
+@cache
+def check_before_hydra() -> None:
+    """From now on, Hydra reads no file in this process that `check` has not taken."""
+    Plugins.instance()  # registers Hydra's own
+    SourcesRegistry.instance().types |= {"file": FileConfigSource, "pkg": ImportlibResourcesConfigSource}
+
+
+def check(file: Path) -> None:
+    """Checks a config file.
+
+    Raises:
+        FileError: if it is no regular file, no YAML, too large or too deep, or holds something else than a map of plain
+            settings.
+    """
+    tree = read_yaml(file, max_nodes=MAX_SETTINGS)
+    if tree is not None and not isinstance(tree, dict):
+        raise FileError(f"{file} must be a map of settings, got {said(tree)}")
+    left: list[Any] = [tree]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            for key in value:
+                if not isinstance(key, PLAIN):
+                    raise FileError(f"{file} must have words for keys, got {said(key)}")
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
+        elif value is not None and not isinstance(value, PLAIN):
+            raise FileError(f"{file} must hold texts, numbers, lists and maps, got {said(value)}")
+
+
+# Called as Hydra's own are: its registry goes by these names.
+class FileConfigSource(HydrasFiles):
+    """Hydra's source of `file://`, which looks before it reads."""
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        """As Hydra's."""
+        file = Path(self.path) / self._normalize_file_name(config_path)
+        if Path(self.path) == SHIPPED or not self.is_config(config_path):
+            return super().load_config(config_path)
+        check(file)
+        try:
+            return super().load_config(config_path)
+        except (*COMPOSING, OmegaConfBaseException) as error:
+            raise _unusable(file, error) from error
+
+
+class ImportlibResourcesConfigSource(HydrasPackages):
+    """Hydra's source of `pkg://`, which looks before it reads."""
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        """As Hydra's."""
+        if self.path.partition(".")[0] in PACKAGES or not self.is_config(config_path):
+            return super().load_config(config_path)
+        with resources.as_file(resources.files(self.path) / self._normalize_file_name(config_path)) as file:
+            check(file)
+        try:
+            return super().load_config(config_path)
+        except (*COMPOSING, OmegaConfBaseException) as error:
+            raise _unusable(file, error) from error
+
+
+def _unusable(file: Path, error: Exception) -> FileError:
+    return FileError(f"{file} cannot be used: {' '.join(str(error).split()) or type(error).__name__}")

@@ -1,0 +1,237 @@
+"""Runs of a sweep against each other, seed by seed: what a difference is worth."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from devices.errors import FileError, unknown
+from fedsim.errors import ConfigError
+from fedsim.report.files import read_config
+from fedsim.report.rounds import RoundReport, read_rounds
+from fedsim.settings.forms import MAP, WHOLE, check_tree
+from fedsim.workloads.metrics import ACCURACY, NOT_FINITE, judged
+
+SIGNIFICANT = 0.05
+IGNORED = ("seed", "out", "name", "choices", "checkpoint_s")  # settings in which runs of one row may differ
+
+
+@dataclass(frozen=True)
+class Row:
+    """Equal runs but for their seeds.
+
+    Attributes:
+        label: the method, and the settings that tell it from other rows of that method.
+        scores: by seed, mean accuracy of a run's last evaluations.
+        difference: mean over the seeds in common of the score less that of the row compared with; nan without any.
+        half_width: of its 95 % interval (Student's t), for this difference alone; infinite for a single seed.
+        p: of the paired t test that the difference is 0; nan for a single seed, and for the row compared with.
+        p_holm: p after Holm's correction for the comparisons of the table.
+        simulated_s, joules, traffic_bytes, rounds: means over the seeds.
+    """
+
+    label: str
+    scores: dict[int, float]
+    difference: float
+    half_width: float
+    simulated_s: float
+    joules: float
+    traffic_bytes: float
+    rounds: float
+    p: float = math.nan
+    p_holm: float = math.nan
+
+    @property
+    def stands(self) -> bool:
+        """Whether the difference is there (p below 0.05) when all comparisons of the table are counted."""
+        return self.p_holm < SIGNIFICANT
+
+    @property
+    def mean(self) -> float:
+        """Of the scores."""
+        return float(np.mean(list(self.scores.values())))
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation of the scores over the seeds (n - 1); nan for a single one."""
+        return float(np.std(list(self.scores.values()), ddof=1)) if len(self.scores) > 1 else math.nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the difference."""
+        return self.difference - self.half_width, self.difference + self.half_width
+
+
+def compare(folders: Iterable[Path], last: int, against: str | None = None) -> list[Row]:
+    """One row per method and setting, in order of the folders.
+
+    Args:
+        folders: of runs.
+        last: evaluations that make a score.
+        against: label (or its beginning) of the row that the others are compared with; the first when None.
+
+    Raises:
+        ConfigError: if there are no runs, one was given twice, or no row is called `against`.
+    """
+    runs = [_read(folder) for folder in folders]
+    if not runs:
+        raise ConfigError("there are no runs to compare; give the folder of a sweep, or several of runs")
+    groups: dict[str, dict[int, list[RoundReport]]] = {}
+    for label, (settings, rounds) in zip(_labels([s for s, _ in runs]), runs, strict=True):
+        group = groups.setdefault(label, {})
+        if settings["seed"] in group:
+            raise ConfigError(f"{label!r} was run twice with seed {settings['seed']}; leave one out")
+        group[settings["seed"]] = rounds
+    first = next((name for name in groups if name.startswith(against or "")), None)
+    if first is None:
+        raise ConfigError(f"no row is called {against!r}; there are: {', '.join(groups)}")
+    return rows({first: groups[first], **groups}, last, first)
+
+
+def rows(
+    groups: Mapping[str, Mapping[int, list[RoundReport]]], last: int, against: str, metric: str = ACCURACY
+) -> list[Row]:
+    """One row per label, in their order.
+
+    Args:
+        groups: by label and seed, the rounds of a run.
+        last: evaluations that make a score.
+        against: label of the row that all are compared with; where it has no runs there are no differences.
+        metric: of the rounds, that makes a score.
+
+    Raises:
+        ConfigError: if a run has no such metric.
+    """
+    base = {seed: score(rounds, last, metric) for seed, rounds in groups.get(against, {}).items()}
+    found = [_row(label, group, base, last, metric) for label, group in groups.items()]
+    found = [replace(row, p=math.nan) if row.label == against else row for row in found]
+    return [replace(row, p_holm=p) for row, p in zip(found, holm([row.p for row in found]), strict=True)]
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """Corrects p values for their number: the smallest times that, the next times one less, never falling.
+
+    Args:
+        values: nan is no comparison, and stays.
+
+    Source: Holm, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of Statistics, 1979.
+    """
+    places = sorted((i for i, p in enumerate(values) if not math.isnan(p)), key=lambda i: values[i])
+    corrected, largest = list(values), 0.0
+    for number, place in enumerate(places):
+        largest = max(largest, min(1.0, (len(places) - number) * values[place]))
+        corrected[place] = largest
+    return corrected
+
+
+def correction(rows: Sequence[Row]) -> str:
+    """What a table says below itself about its comparisons; empty where there is one at most, or none with a p."""
+    count = sum(not math.isnan(row.p) for row in rows)
+    return (
+        f"intervals: of one difference each; *: p < {SIGNIFICANT} after Holm's correction for {count}"
+        if count > 1
+        else ""
+    )
+
+
+def run_folders(given: Iterable[Path]) -> list[Path]:
+    """The run folders among and directly below the given ones, those of a sweep in its order."""
+    found: list[Path] = []
+    for folder in given:
+        below = sorted((p.parent for p in folder.glob("*/rounds.jsonl")), key=lambda p: (len(p.name), p.name))
+        found += [folder] if (folder / "rounds.jsonl").is_file() else below
+    return found
+
+
+def score(rounds: list[RoundReport], last: int, metric: str = ACCURACY) -> float:
+    """Mean of a metric over the last evaluations; nan where the model's output in one of them was not finite.
+
+    Raises:
+        ConfigError: if there is no such metric.
+    """
+    values = [r.metrics.get(metric, math.nan) for r in rounds if metric in r.metrics or NOT_FINITE in r.metrics]
+    if not values:
+        known = {name for r in rounds for name in r.metrics}
+        raise ConfigError(unknown("metric of the runs", metric, sorted(known)))
+    return float(np.mean(values[-last:]))
+
+
+def spent(rounds: list[RoundReport]) -> dict[str, list[float]]:
+    """What a run has cost up to the end of each round: simulated seconds, joules, bytes down and up, rounds."""
+    return {
+        "simulated_s": [r.now_s for r in rounds],
+        "joules": np.cumsum([r.joules for r in rounds]).tolist(),
+        "traffic_bytes": np.cumsum([r.down_bytes + r.up_bytes for r in rounds]).tolist(),
+        "rounds": [float(r.round) for r in rounds],
+    }
+
+
+def interval(differences: list[float]) -> float:
+    """Half the width of the 95 % interval of their mean."""
+    from scipy.stats import t
+
+    if len(differences) < 2:
+        return math.inf
+    return float(t.ppf(0.975, len(differences) - 1) * np.std(differences, ddof=1) / len(differences) ** 0.5)
+
+
+def p_value(differences: Sequence[float]) -> float:
+    """Of Student's t test that their mean is 0, two-sided; nan for less than two."""
+    from scipy.stats import t
+
+    if len(differences) < 2:
+        return math.nan
+    mean, error = float(np.mean(differences)), float(np.std(differences, ddof=1)) / len(differences) ** 0.5
+    if not error:
+        return 0.0 if mean else 1.0
+    return float(2 * t.sf(abs(mean) / error, len(differences) - 1))
+
+
+def _row(label: str, group: Mapping[int, list[RoundReport]], base: dict[int, float], last: int, metric: str) -> Row:
+    scores = {seed: score(rounds, last, metric) for seed, rounds in group.items()}
+    differences = [scores[seed] - base[seed] for seed in scores if seed in base]
+    ends = [[costs[-1] for costs in spent(rounds).values()] for rounds in group.values()]
+    means = [float(np.mean(column)) for column in zip(*ends, strict=True)]
+    mean = float(np.mean(differences)) if differences else math.nan
+    return replace(Row(label, scores, mean, interval(differences), *means), p=p_value(differences))
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], list[RoundReport]]:
+    try:
+        settings, rounds = read_config(folder), read_rounds(folder)
+        check_tree(settings, {"seed": WHOLE, "choices": MAP}, str(folder / "config.yaml"))
+    except (ConfigError, FileError) as error:
+        raise ConfigError(f"{folder} is not a run that can be read: {error}") from error
+    if not judged(rounds):
+        raise ConfigError(f"{folder} holds no evaluated round")
+    return settings, rounds
+
+
+def _labels(runs: list[dict[str, Any]]) -> list[str]:
+    """The method of each run and the settings in which it differs from others of that method."""
+    chosen = [s["choices"] for s in runs]
+    names = [str(c.get("method") or f"{c.get('strategy')}+{c.get('trainer')}") for c in chosen]
+    flat = [_flat({key: value for key, value in s.items() if key not in IGNORED}) for s in runs]
+    values: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for name, settings in zip(names, flat, strict=True):
+        for key, value in settings.items():
+            values[name, key].add(value)
+    labels = []
+    for name, settings in zip(names, flat, strict=True):
+        several = [f"{key}={value}" for key, value in settings.items() if len(values[name, key]) > 1]
+        labels.append(" ".join([name, *several]))
+    return labels
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    found: dict[str, str] = {}
+    for key, value in tree.items():
+        below = _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": str(value)}
+        found.update(below)
+    return found

@@ -1,0 +1,173 @@
+"""What a study found: a row per arm with differences to one of them, as a table's figures, JSON and CSV."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from devices.errors import unknown
+from fedsim.errors import ConfigError
+from fedsim.report import strict_json
+from fedsim.report.durable import write_atomic
+from fedsim.report.files import read_summary
+from fedsim.report.rounds import RoundReport, read_rounds
+from fedsim.study.paired import Row, rows
+from fedsim.study.spec import AXES, METRICS, Arm, Planned, Study, is_finished
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished run.
+
+    Attributes:
+        rounds: its reports.
+        summary: its `summary.json`.
+    """
+
+    run: Planned
+    rounds: list[RoundReport]
+    summary: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Result:
+    """The finished runs of a study, compared.
+
+    Attributes:
+        rows: one per arm that has a finished run, in the study's order; figures as fractions, seconds, joules, bytes.
+        columns: by path, the mean over the seeds of each row; nan where no run of the row has the value.
+        runs: by label, for the picture.
+    """
+
+    study: Study
+    rows: list[Row]
+    columns: dict[str, list[float]]
+    runs: dict[str, list[Finished]]
+
+
+def collect(study: Study, runs: Sequence[Planned]) -> Result:
+    """Reads the runs that are finished and compares them.
+
+    Raises:
+        ConfigError: if one was run with other settings.
+    """
+    found: dict[str, list[Finished]] = {}
+    for run in runs:
+        if is_finished(run):
+            one = Finished(run, read_rounds(run.folder), read_summary(run.folder))
+            found.setdefault(run.arm.label, []).append(one)
+    found = {
+        arm.label: [_read_as(arm, one) for one in found[arm.of or arm.label]]
+        for arm in study.arms
+        if (arm.of or arm.label) in found
+    }
+    compared = rows(
+        {label: {f.run.seed: f.rounds for f in finished} for label, finished in found.items()},
+        study.last,
+        study.against,
+        study.metric,
+    )
+    paths = [*study.columns, *(axis for axis in study.x if axis not in AXES)]
+    columns = {path: [mean_of(path, finished) for finished in found.values()] for path in paths}
+    return Result(study, compared, columns, found)
+
+
+def _read_as(arm: Arm, finished: Finished) -> Finished:
+    """A run as an arm sees it: one that has none of its own sees the metrics with its suffix, by their usual names."""
+    if not arm.of:
+        return finished
+    rounds = [
+        replace(r, metrics={n.removesuffix(arm.suffix): v for n, v in r.metrics.items() if n.endswith(arm.suffix)})
+        for r in finished.rounds
+    ]
+    return replace(finished, rounds=rounds)
+
+
+def check_columns(result: Result) -> None:
+    """Refuses a column that no run has a value for.
+
+    Raises:
+        ConfigError: naming the nearest value there is.
+    """
+    for path, values in result.columns.items():
+        if result.rows and all(math.isnan(value) for value in values):
+            known = {name for runs in result.runs.values() for f in runs for name in figures(f)}
+            raise ConfigError(f"study {result.study.name}: {unknown('value of a run', path, known)}")
+
+
+def mean_of(path: str, finished: Sequence[Finished]) -> float:
+    """Mean over runs of a figure by its dotted path; nan where none has it."""
+    values = [figures(f)[path] for f in finished if path in figures(f)]
+    return float(np.mean(values)) if values else math.nan
+
+
+def figures(finished: Finished) -> dict[str, float]:
+    """Every number of a run by dotted path: those of its summary, and the last value of each metric of its rounds."""
+    last = {f"{METRICS}{name}": value for report in finished.rounds for name, value in report.metrics.items()}
+    return dict(_numbers(finished.summary)) | last
+
+
+def _numbers(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{prefix}{key}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield f"{prefix}{key}", float(value)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def write_result(result: Result, failed: Mapping[str, str], out: Path) -> None:
+    """Writes `study.json` and `study.csv` into the study's folder; missing figures are null and empty."""
+    import pandas as pd
+
+    study, arms = result.study, [_record(result, number) for number in range(len(result.rows))]
+    tree = {
+        "study": study.name,
+        "title": study.title,
+        "against": study.against,
+        "metric": study.metric,
+        "last": study.last,
+        "seeds": study.seeds,
+        "arms": arms,
+        "failed": dict(failed),
+    }
+    write_atomic(out / "study.json", strict_json.dumps(tree, indent=1, ensure_ascii=False) + "\n")
+    flat = [
+        {**{k: v for k, v in arm.items() if k not in ("overrides", "of", "suffix", "scores")}, **_by_seed(arm)}
+        for arm in arms
+    ]
+    write_atomic(out / "study.csv", pd.DataFrame(flat).to_csv(index=False))
+
+
+def _record(result: Result, number: int) -> dict[str, Any]:
+    row = result.rows[number]
+    arm = next(arm for arm in result.study.arms if arm.label == row.label)
+    return {
+        "arm": row.label,
+        "overrides": arm.overrides,
+        **({"of": arm.of, "suffix": arm.suffix} if arm.of else {}),
+        "scores": {str(seed): score for seed, score in row.scores.items()},
+        "mean": row.mean,
+        "std": row.deviation,
+        "difference": row.difference,
+        "low": row.interval[0],
+        "high": row.interval[1],
+        "p": row.p,
+        "p_holm": row.p_holm,
+        "simulated_s": row.simulated_s,
+        "joules": row.joules,
+        "traffic_bytes": row.traffic_bytes,
+        "rounds": row.rounds,
+        **{path: values[number] for path, values in result.columns.items()},
+    }
+
+
+def _by_seed(arm: dict[str, Any]) -> dict[str, float]:
+    return {f"score_seed_{seed}": score for seed, score in arm["scores"].items()}

@@ -1,0 +1,203 @@
+"""Runs what a study lacks: each run a process of its own, some at a time; what is finished is kept."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from devices.errors import FileError
+from devices.reading import read_bytes
+from devices.writing import open_lock, open_new
+from fedsim.engines.leash import TIED
+from fedsim.errors import ConfigError
+from fedsim.report.checksums import inside
+from fedsim.settings.trust import environment, flags
+from fedsim.study.spec import Planned, can_go_on, is_finished
+
+POLL_S, END_S = 0.2, 10.0  # between looks at the runs; that they have to close their folders
+COMMAND = (sys.executable, "-P", "-m", "fedsim.cli.main")  # -P: no file of the working folder stands in for a library
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+
+
+@dataclass
+class Progress:
+    """How far a study is.
+
+    Attributes:
+        total, done: runs; those finished before count as done.
+        rounds_total, rounds_done: of the runs that were not finished before.
+        failed: the sentence of each run that failed, by its name.
+    """
+
+    total: int
+    done: int
+    rounds_total: int
+    rounds_done: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class _Running:
+    run: Planned
+    process: subprocess.Popen[bytes]
+    log: Path
+
+
+Watch = Callable[[Progress, Planned | None], None]  # called often with None, and with each run that has just ended
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def study_folder(out: Path) -> Iterator[int]:
+    """Makes a study's folder and locks it; the lock lasts as long as this process or a run that was given it.
+
+    Yields:
+        The lock's file descriptor, for `run_study`.
+
+    Raises:
+        ConfigError: if the folder cannot be made or another study is running in it.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open_lock(out / ".lock")
+    except OSError as error:
+        where = "" if error.filename in (None, str(out)) else f" ({error.filename})"
+        raise ConfigError(f"--out={out} cannot be made: {error.strerror}{where}; name another folder") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"a study is running in {out} just now; wait for it, or name another --out") from None
+        yield lock.fileno()
+
+
+def run_study(runs: Sequence[Planned], jobs: int, lock: int, watch: Watch) -> Progress:
+    """Runs those that are not finished, `jobs` at a time, in their order; a failing one does not stop the others.
+
+    One that was cut short goes on from its checkpoint.
+
+    However this ends, its processes have ended too.
+
+    Raises:
+        ConfigError: if a folder holds a finished run with other settings, or a run would lie outside of the study's
+            folder; then nothing is run.
+    """
+    waiting = [run for run in runs if not is_finished(run)]
+    for run in waiting:
+        _refuse_links(run.folder)
+    progress = Progress(len(runs), len(runs) - len(waiting), sum(run.settings["rounds"] for run in waiting))
+    running: list[_Running] = []
+    ended_rounds = 0
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                running.append(_start(waiting.pop(0), lock))
+            time.sleep(POLL_S)
+            for one in [r for r in running if r.process.poll() is not None]:
+                running.remove(one)
+                _untie(one)
+                ended_rounds += one.run.settings["rounds"]
+                progress.done += 1
+                if reason := _reason(one):
+                    progress.failed[one.run.name] = reason
+                watch(progress, one.run)
+            progress.rounds_done = ended_rounds + sum(_rounds(one.run.folder) for one in running)
+            watch(progress, None)
+    finally:
+        _end(running)
+    return progress
+
+
+def _start(run: Planned, lock: int) -> _Running:
+    """A process in a session of its own: Ctrl-C reaches the study alone, which ends its runs, as its own end does."""
+    if can_go_on(run):
+        address = run.settings["engine"].get("address")  # which the study was told on its command line
+        command = ["resume", str(run.folder), *([f"engine.address={address}"] if address else [])]
+    else:
+        command = run.command
+        _set_aside(run.folder)
+    run.folder.parent.mkdir(parents=True, exist_ok=True)
+    log = run.folder.with_name(f"{run.folder.name}.log")
+    with open_new(log) as file:
+        process = subprocess.Popen(
+            [*COMMAND, *command, *flags()],
+            stdin=subprocess.PIPE,  # its leash
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **ONE_THREAD, **environment(), TIED: "1"},
+            start_new_session=True,
+            pass_fds=(lock,),
+        )
+    return _Running(run, process, log)
+
+
+def _refuse_links(folder: Path) -> None:
+    """Refuses the folder of a run that a link, or what stands in an arm's place, keeps out of its study's.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    try:
+        inside(folder.parent.parent, folder)
+    except FileError as error:
+        raise ConfigError(f"{error}; remove it, or name another --out") from error
+    if folder.parent.exists() and not folder.parent.is_dir():
+        raise ConfigError(f"{folder.parent} is no folder; remove it, or name another --out")
+
+
+def _set_aside(folder: Path) -> None:
+    """Renames what a run without a checkpoint has left, so that nothing is lost and the folder is free."""
+    if os.path.lexists(folder):
+        names = (folder.with_name(f"{folder.name}.unfinished-{number}") for number in range(1, 1000))
+        folder.rename(next(name for name in names if not os.path.lexists(name)))
+
+
+def _rounds(folder: Path) -> int:
+    """Training rounds that a run has written."""
+    try:
+        return max(0, read_bytes(inside(folder, folder / "rounds.jsonl")).count(b"\n") - 1)
+    except FileError:
+        return 0
+
+
+def _reason(one: _Running) -> str:
+    """Why a run that has ended is not finished, as it said itself; empty, and its log gone, if it is."""
+    code = one.process.returncode
+    if code == 0 and (one.run.folder / "summary.json").is_file():
+        one.log.unlink()
+        return ""
+    said = [line for line in one.log.read_text(errors="replace").splitlines() if line.startswith("fedsim: ")]
+    how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    return said[-1].removeprefix("fedsim: ") if said else f"{how}, see {one.log}"
+
+
+def _untie(one: _Running) -> None:
+    """Closes the leash of a run that has ended."""
+    if one.process.stdin is not None:
+        one.process.stdin.close()
+
+
+def _end(running: Sequence[_Running]) -> None:
+    """Asks processes to end, as Ctrl-C would, and ends those that do not."""
+    for one in running:
+        one.process.terminate()
+    end = time.monotonic() + END_S
+    for one in running:
+        try:
+            one.process.wait(max(0.0, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            one.process.kill()
+            one.process.wait()
+        _untie(one)

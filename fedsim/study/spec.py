@@ -1,0 +1,459 @@
+"""A study: a named list of arms that are run with the same seeds and compared, read from one YAML file.
+
+Methods have different settings, so a comparison is no product of settings: each arm has overrides of its own. May
+import: devices.errors, devices.reading, fedsim's settings.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from devices.errors import FileError, unknown
+from devices.reading import read_yaml
+from devices.texts import file_name, storable
+from fedsim.errors import ConfigError, DataError
+from fedsim.report.files import read_config
+from fedsim.runs.recorded_data import of_summary
+from fedsim.settings.compose import (
+    Settings,
+    asked,
+    build_workload,
+    check_address,
+    completed,
+    compose,
+    config_dir,
+    try_out,
+)
+from fedsim.settings.parameters import said
+from fedsim.settings.trust import keep_out_beside
+from fedsim.workloads.fingerprint import SEED, Fingerprint, difference, files_of
+from fedsim.workloads.metrics import ACCURACY
+
+KEYS = ("title", "base", "seeds", "arms", "against", "metric", "x", "last", "columns")
+ARM_KEYS = ("overrides", "grid", "of", "suffix")
+MOST_ARMS = 1000
+LARGEST = 2**63 - 1  # of whole numbers, as of a seed
+AXES = ("rounds", "simulated_s", "joules", "traffic_bytes")
+# Of `summary.json`, known before a run.
+WHOLE = ("down_bytes", "up_bytes", "peak_memory_bytes", "storage_bytes", "host_s")
+OWN = {"seed": "--seeds, or seeds in the file", "out": "--out"}  # settings that a study gives its runs
+DRAWN_BY = ("seed", "num_clients", "partition")  # what data that are made for a run hang on, beside their settings
+_HERE: dict[str, Fingerprint | None] = {}  # of this process, by what names the data
+METRICS = "metrics."  # columns that begin so are the last value of a metric of the rounds
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of the comparison.
+
+    Attributes:
+        label: what a reader sees.
+        overrides: of `configs/run.yaml`, those of the study first.
+        family: the label without values of a grid, or a number at its end; a picture joins the points of a family.
+        of: label of the arm whose runs have this one's metrics too; empty for an arm with runs of its own.
+        suffix: where `of` is given: how the names of these metrics end; without it they are named as usual.
+    """
+
+    label: str
+    overrides: tuple[str, ...]
+    family: str = ""
+    of: str = ""
+    suffix: str = ""
+
+    @property
+    def slug(self) -> str:
+        """The label as a folder's name."""
+        return file_name(re.sub(r"[^a-z0-9.]+", "-", self.label.lower()).strip("-.") or "arm")
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is compared.
+
+    Attributes:
+        name: of the file.
+        arms: in the order of the table, grids expanded.
+        against: label of the arm that the others are compared with.
+        metric: of the rounds, that the arms are judged by; a share of 1, shown in percent.
+        x: axes of the picture: some of AXES, along which the metric is a line, or a value of `summary.json` (WHOLE, or
+            by its dotted path), against which an arm's score is a point.
+        last: evaluations that make a score.
+        columns: further values of `summary.json` by dotted path, or `metrics.NAME` of a metric of the rounds.
+        sources: arms that have no row, but whose runs have the metrics of some that do.
+        own: the user's overrides for all arms, which do not stand in the file.
+    """
+
+    name: str
+    title: str
+    arms: tuple[Arm, ...]
+    seeds: tuple[int, ...]
+    against: str
+    x: tuple[str, ...] = ("rounds", "simulated_s")
+    last: int = 4
+    metric: str = ACCURACY
+    columns: tuple[str, ...] = ()
+    sources: tuple[Arm, ...] = ()
+    own: tuple[str, ...] = ()
+
+    def only(self, labels: Sequence[str]) -> Study:
+        """The same study with some arms: those with a label, or whose label begins with it; all when none is given.
+
+        Raises:
+            ConfigError: for a label that no arm has.
+        """
+        chosen: list[Arm] = []
+        for label in labels:
+            found = [a for a in self.arms if a.label == label] or [a for a in self.arms if a.label.startswith(label)]
+            if not found:
+                raise ConfigError(unknown(f"arm of study {self.name}", label, [a.label for a in self.arms]))
+            chosen += found
+        needed = {arm.of for arm in chosen} - {arm.label for arm in chosen}
+        sources = tuple(a for a in (*self.arms, *self.sources) if a.label in needed)
+        return replace(self, arms=tuple(a for a in self.arms if a in chosen), sources=sources) if labels else self
+
+    @property
+    def trained(self) -> tuple[Arm, ...]:
+        """The arms that have runs: those of the table, and those that only others are read from."""
+        return tuple(arm for arm in (*self.arms, *self.sources) if not arm.of)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run of a study: an arm with a seed.
+
+    Attributes:
+        settings: composed and checked.
+        folder: where it goes.
+    """
+
+    arm: Arm
+    seed: int
+    settings: Settings
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm.label}, seed {self.seed}"
+
+    @property
+    def command(self) -> list[str]:
+        """The arguments of `fedsim` that make this run."""
+        return ["run", *self.arm.overrides, f"seed={self.seed}", f"out={_quoted(str(self.folder))}"]
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def studies() -> dict[str, str]:
+    """Title of every study that comes with fedsim, by name."""
+    return {path.stem: str(_tree(path)["title"]) for path in sorted((config_dir() / "study").glob("*.yaml"))}
+
+
+def read_study(name: str, overrides: Sequence[str] = (), seeds: Sequence[int] = ()) -> Study:
+    """A study by the name of a shipped one or the path of a file.
+
+    Args:
+        name: a path where it has a suffix or a folder in it.
+        overrides: for all arms, after the arms' own.
+        seeds: in the place of the file's.
+
+    Raises:
+        ConfigError: names the file, the key, what came and what is allowed.
+    """
+    if name.endswith((".yaml", ".yml")) or "/" in name:
+        path = Path(name)
+        if not os.path.lexists(path):
+            raise ConfigError(f"there is no study file {name}")
+        keep_out_beside(path)
+    else:
+        path = config_dir() / "study" / f"{name}.yaml"
+        if not path.is_file():
+            raise ConfigError(unknown("study", name, studies()))
+    tree = _tree(path)
+    arms: list[Arm] = []
+    for label, entry in tree["arms"].items():
+        arms += itertools.islice(_expanded(path, str(label), entry), MOST_ARMS + 1 - len(arms))
+    if len(arms) > MOST_ARMS:
+        raise ConfigError(f"{path}: arms with their grids are more than {MOST_ARMS}; take fewer values, or two studies")
+    base = _texts(path, "base", tree.get("base", []))
+    study = Study(
+        name=path.stem,
+        title=str(tree["title"]),
+        arms=tuple(a if a.of else replace(a, overrides=(*base, *a.overrides, *overrides)) for a in arms),
+        seeds=tuple(seeds) or _seeds(path, tree.get("seeds", [1])),
+        against=str(tree.get("against", arms[0].label)),
+        x=_texts(path, "x", tree.get("x", ["rounds", "simulated_s"])),
+        last=tree.get("last", 4),
+        metric=tree.get("metric", ACCURACY),
+        columns=_texts(path, "columns", tree.get("columns", [])),
+        own=tuple(overrides),
+    )
+    return _checked(path, study)
+
+
+def _tree(path: Path) -> dict[str, Any]:
+    try:
+        tree = read_yaml(path)
+    except FileError as error:
+        raise ConfigError(f"this cannot be read as a study: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must be a map with {', '.join(KEYS)}, got {said(tree)}")
+    for key in tree:
+        if key not in KEYS:
+            raise ConfigError(f"{path}: {unknown('key of a study', key, KEYS)}")
+        _check_numbers(f"{path}: {key}", tree[key])
+    if not isinstance(tree.get("title"), str) or not tree["title"].strip():
+        raise ConfigError(f"{path}: title must be text, got {said(tree.get('title'))}")
+    for text in (tree["title"], *(tree["arms"] if isinstance(tree.get("arms"), dict) else ())):
+        if not storable(str(text).replace("\n", " ")):
+            raise ConfigError(f"{path}: a title or label holds letters that files cannot: {str(text)!r}")
+    if not isinstance(tree.get("arms"), dict) or not tree["arms"]:
+        raise ConfigError(f"{path}: arms must be a map of labels to overrides, got {said(tree.get('arms'))}")
+    return tree
+
+
+def _check_numbers(where: str, tree: Any) -> None:
+    """Refuses whole numbers that no setting takes; Python does not even write those of thousands of digits."""
+    left, seen = [tree], set()
+    while left:
+        value = left.pop()
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise ConfigError(f"{where} must hold whole numbers of at most {LARGEST}, got {said(value)}")
+        if isinstance(value, dict | list) and id(value) not in seen:  # an alias leads to the same again
+            seen.add(id(value))
+            left += [*value, *value.values()] if isinstance(value, dict) else value
+
+
+def _checked(path: Path, study: Study) -> Study:
+    labels = [arm.label for arm in study.arms]
+    if study.against not in labels:
+        raise ConfigError(f"{path}: {unknown('arm in against', study.against, labels)}")
+    if not isinstance(study.metric, str) or not study.metric:
+        raise ConfigError(f"{path}: metric must name a metric of the rounds, e.g. {ACCURACY}, got {said(study.metric)}")
+    if isinstance(study.last, bool) or not isinstance(study.last, int) or study.last < 1:
+        raise ConfigError(f"{path}: last must be a whole number of at least 1, got {said(study.last)}")
+    if not study.x:
+        raise ConfigError(f"{path}: x must name an axis at least: {', '.join(AXES)}, or a value of summary.json")
+    for axis in study.x:
+        if axis not in (*AXES, *WHOLE) and "." not in axis:
+            raise ConfigError(
+                f"{path}: {unknown('axis in x', axis, (*AXES, *WHOLE))}, or a dotted path in summary.json"
+            )
+    folders: dict[str, str] = {}
+    trained = [arm.label for arm in study.trained]
+    for arm in study.arms:
+        if arm.of and arm.of not in trained:
+            raise ConfigError(f"{path}: {unknown(f'arm with runs in arms.{arm.label}.of', arm.of, trained)}")
+    for arm in study.trained:
+        if arm.slug in folders:
+            both = f"{folders[arm.slug]!r} and {arm.label!r}"
+            raise ConfigError(f"{path}: arms {both} would share the folder {arm.slug}; rename one")
+        folders[arm.slug] = arm.label
+        for override in arm.overrides:
+            key = override.lstrip("+~").partition("=")[0]
+            if key in OWN:
+                raise ConfigError(f"{arm.label}: {key}= belongs to the study; use {OWN[key]}")
+    if len(set(study.seeds)) < len(study.seeds):
+        raise ConfigError(f"{path}: a seed is there twice in {list(study.seeds)}")
+    return study
+
+
+def _expanded(path: Path, label: str, entry: Any) -> Iterator[Arm]:
+    """The arms of an entry: one, or one for each point of its grid."""
+    family = re.sub(r",?\s*(\{[^}]*\}|[0-9.]+$)", "", label).strip() or label
+    if not isinstance(entry, dict):
+        yield Arm(label, _texts(path, f"arms.{label}", entry), family)
+        return
+    for key in entry:
+        if key not in ARM_KEYS:
+            raise ConfigError(f"{path}: {unknown(f'key of arm {label!r}', key, ARM_KEYS)}")
+    overrides, grid = _texts(path, f"arms.{label}.overrides", entry.get("overrides", [])), entry.get("grid", {})
+    if not isinstance(grid, dict) or not all(isinstance(values, list) and values for values in grid.values()):
+        raise ConfigError(f"{path}: arms.{label}.grid must be a map of settings to lists of values, got {said(grid)}")
+    for key in grid:
+        if not isinstance(key, str):
+            raise ConfigError(f"{path}: arms.{label}.grid must name settings, e.g. trainer.lr, got {said(key)}")
+    of, suffix = entry.get("of", ""), entry.get("suffix", "")
+    if not isinstance(of, str) or not isinstance(suffix, str) or bool(of) != bool(suffix) or (of and overrides):
+        raise ConfigError(
+            f"{path}: arms.{label} either has runs by overrides, or names an arm in `of` and in `suffix` how the "
+            f"metrics end that its runs have for this one, got {said(entry)}"
+        )
+    for point in itertools.product(*grid.values()):
+        values = dict(zip(grid, (_value(v) for v in point), strict=True))
+        name = _labelled(label, values)
+        if of:
+            yield Arm(name, (), family, _placed(of, values)[0], _placed(suffix, values)[0])
+        else:
+            yield Arm(name, (*overrides, *(f"{key}={value}" for key, value in values.items())), family)
+
+
+def _labelled(label: str, values: Mapping[str, str]) -> str:
+    """The label with the values in the place of {key} (or the key's last word), others behind it."""
+    label, others = _placed(label, values)
+    return " ".join([label, *(f"{key.rpartition('.')[2]}={value}" for key, value in others.items())])
+
+
+def _placed(text: str, values: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+    """The text with the values in their places, and those that have none."""
+    others = {}
+    for key, value in values.items():
+        places = [p for p in (f"{{{key}}}", f"{{{key.rpartition('.')[2]}}}") if p in text]
+        text = text.replace(places[0], value) if places else text
+        if not places:
+            others[key] = value
+    return text, others
+
+
+def _value(value: Any) -> str:
+    """A YAML value as Hydra writes it."""
+    if isinstance(value, list):
+        return f"[{','.join(map(_value, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}: {_value(below)}' for key, below in value.items())}}}"
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return str(value)
+
+
+def _texts(path: Path, key: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise ConfigError(f"{path}: {key} must be a list of texts, got {said(value)}")
+    return tuple(value)
+
+
+def _seeds(path: Path, value: Any) -> tuple[int, ...]:
+    whole = isinstance(value, list) and all(isinstance(s, int) and not isinstance(s, bool) and s >= 0 for s in value)
+    if not whole or not value:
+        raise ConfigError(f"{path}: seeds must be a list of whole numbers of at least 0, got {said(value)}")
+    return tuple(value)
+
+
+def _quoted(text: str) -> str:
+    """A text that Hydra's override grammar reads as it is."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'" if re.search(r"[^\w./-]", text) else text
+
+
+# --- planning --------------------------------------------------------------------------------------------------------
+
+
+def plan(study: Study, out: Path, building: bool = True) -> list[Planned]:
+    """Every run of a study, seed by seed, so that a study that is cut short has compared whole seeds.
+
+    Args:
+        study: its arms and seeds.
+        out: folder of the study.
+        building: tries out what costs nothing; without it nothing is made of what the study names.
+
+    Raises:
+        ConfigError: for the first arm whose settings are wrong; its sentence names the arm.
+    """
+    composed: dict[Arm, Settings] = {}
+    for arm in study.trained:
+        try:
+            composed[arm] = compose([*arm.overrides, f"seed={study.seeds[0]}"])
+            check_address(composed[arm], study.own, f"study {study.name}")
+            if building:
+                _try_out(composed[arm])
+        except ValueError as error:
+            error.add_note(f"in arm {arm.label!r} of study {study.name}")
+            raise
+    return [
+        Planned(arm, seed, _seeded(arm, composed[arm], seed), out / arm.slug / f"seed-{seed}")
+        for seed in study.seeds
+        for arm in study.trained
+    ]
+
+
+def _seeded(arm: Arm, settings: Settings, seed: int) -> Settings:
+    """The arm's settings with another seed; composed anew only where one may depend on it."""
+    if any("${" in override for override in arm.overrides):
+        return compose([*arm.overrides, f"seed={seed}"])
+    return {**settings, "seed": seed}
+
+
+def _try_out(settings: Settings) -> None:
+    """As `try_out`, with the strategy; how many clients there are is known only to the data."""
+    from fedsim.runs.federation import build_strategy
+
+    try_out(settings)
+    build_strategy(settings, settings["num_clients"] or max(asked(settings), settings["evaluate_clients"]))
+
+
+def is_finished(run: Planned) -> bool:
+    """Whether the run's folder holds it, finished.
+
+    Raises:
+        ConfigError: if the folder holds a finished run with other settings or other data.
+    """
+    if not (run.folder / "summary.json").is_file():
+        return False
+    try:
+        changed = _changed(run)
+    except FileError as error:
+        raise ConfigError(f"{run.folder} is not a run that can be read: {error}") from error
+    if changed:
+        key, before, now = changed
+        raise ConfigError(
+            f"{run.folder} was run with {key}={before}, and the study now says {now}; "
+            "name another folder with --out, or remove that one"
+        )
+    if other := _other_data(run):
+        raise ConfigError(
+            f"{run.folder} was run with other data than those here: {other}; bring those back, name another folder "
+            "with --out, or remove that one"
+        )
+    return True
+
+
+def _other_data(run: Planned) -> str:
+    """In what the data of a finished run differ from those here; empty where nothing does, or nobody can tell."""
+    before = of_summary(run.folder)
+    now = _data_here(run.settings, SEED in before) if before else None
+    return difference(before, {**now, **files_of(run.settings)}) if before and now else ""
+
+
+def _data_here(settings: Settings, drawn: bool) -> Fingerprint | None:
+    """The fingerprint of the data that these settings name here; None where they are not here.
+
+    Args:
+        settings: of a run.
+        drawn: the seed decides on them; otherwise they are the same for all runs of a study that name them alike.
+    """
+    named = {key: settings[key] for key in ("workload", "stream", *(DRAWN_BY if drawn else ()))}
+    key = json.dumps(named, sort_keys=True)
+    if key not in _HERE:
+        try:
+            _HERE[key] = build_workload(settings).fingerprint()
+        except DataError:
+            _HERE[key] = None
+    return _HERE[key]
+
+
+def can_go_on(run: Planned) -> bool:
+    """Whether the run's folder holds its beginning, with a checkpoint."""
+    try:
+        return (run.folder / "checkpoint").exists() and _changed(run) is None
+    except (FileError, ConfigError):
+        return False
+
+
+def _changed(run: Planned) -> tuple[str, Any, Any] | None:
+    """The first setting in which what the folder holds differs from what the study asks for."""
+    return _difference(completed(read_config(run.folder)), {**run.settings, "out": None})
+
+
+def _difference(there: Any, asked: Any, prefix: str = "") -> tuple[str, Any, Any] | None:
+    """The first setting in which two trees differ: its key and both values."""
+    if not isinstance(there, dict) or not isinstance(asked, dict):
+        return None if there == asked else (prefix.rstrip("."), there, asked)
+    pairs: Iterable[str] = {**asked, **there}
+    found = (_difference(there.get(key), asked.get(key), f"{prefix}{key}.") for key in pairs)
+    return next((one for one in found if one), None)

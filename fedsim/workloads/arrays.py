@@ -1,0 +1,359 @@
+"""Workloads whose examples are arrays in memory: checked once, split by a partition, prepared batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedsim.errors import ConfigError, DataError
+from fedsim.seeding import generator
+from fedsim.workloads.base import ClientData, Examples, ModelFactory, Tensors, Workload
+from fedsim.workloads.fingerprint import Fingerprint, content_of
+from fedsim.workloads.partition import Partition
+
+Kind = Literal["image", "text", "audio", "tabular"]
+
+DIMENSIONS = {"image": (3, 4), "text": (2,), "audio": (2, 3), "tabular": (2,)}  # of x, examples included
+LAYOUT = {
+    "image": "[n, height, width] or [n, height, width, channels]",
+    "text": "[n, steps]",
+    "audio": "[n, samples] or [n, frames, features]",
+    "tabular": "[n, features]",
+}
+Features = Callable[[Tensor], Tensor]  # of [n, ...] float32
+STATISTICS_BYTES = 2**25  # of examples whose features are held at once
+FULL_SCALE = {torch.uint8: 255.0, torch.int16: 32768.0}
+
+
+class Arrays(NamedTuple):
+    """One part of a data set.
+
+    Attributes:
+        x: examples, [n, ...] in the layout of their kind; uint8, int16 or floating (text: any integers).
+        y: labels, [n] or for sequences [n, steps], integers.
+        owners: who made each example, [n] integers or strings ("": nobody); None where the data do not say.
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+    owners: np.ndarray | None = None
+
+
+class Prepare:
+    """Turns gathered raw rows into what the network is fed.
+
+    uint8 is divided by 255 and int16 by 32768; floats stay as they are; images become channels first; text int64.
+
+    Args:
+        kind: what the examples are.
+        features: makes of the scaled examples what is fed, row by row.
+        mean, std: subtracted and divided by afterwards, float64, shaped to broadcast against one prepared example.
+    """
+
+    def __init__(
+        self, kind: Kind, features: Features | None = None, mean: Tensor | None = None, std: Tensor | None = None
+    ):
+        self.kind, self.features, self.mean, self.std = kind, features, mean, std
+
+    def __call__(self, batch: Tensors) -> Tensors:
+        """`batch["x"]` [b, ...] raw to float32 (text: int64); everything else is passed on."""
+        x = batch["x"]
+        if self.kind == "text":
+            return {**batch, "x": x.long()}
+        if self.kind == "image":
+            x = x.unsqueeze(1) if x.dim() == 3 else x.permute(0, 3, 1, 2)
+        scale = FULL_SCALE.get(x.dtype)
+        x = x.to(torch.float32, memory_format=torch.contiguous_format)
+        if scale:
+            x = x / scale
+        if self.features is not None:
+            x = self.features(x)
+        if self.mean is not None and self.std is not None:
+            x = ((x.double() - self.mean) / self.std).to(x.dtype)  # in float32, a mean of 1e7 is off by up to 0.5
+        return {**batch, "x": x}
+
+
+class ArrayWorkload(Workload):
+    """A classification problem held in arrays and split over the clients.
+
+    Every client's own examples are divided into a part to train on and a part to judge its personal model on. With a
+    partition by owner and a test split that has the client's owner, the second part is the owner's rows of the test
+    split, as far as the partition keeps them; where that is none, and otherwise, it is a seeded draw of the client's
+    own examples. Rows of the test split are never trained on, and nobody's ("") judge the global model alone.
+
+    Args:
+        name: of the workload, as in the configuration.
+        train: what the clients own.
+        test: what the global model is judged on.
+        classes: their names; for next-token prediction, the vocabulary.
+        kind: image, text, audio or tabular.
+        model: makes the network.
+        partition: who owns which training example.
+        num_clients: population size; None for all owners of a natural partition and `default_clients` of any other.
+        seed: of the run.
+        input_range: "unit" scales integers to [0, 1] (audio: [-1, 1)); "standard" also brings every channel of the
+            training part (images), the whole (audio) or every feature (tabular) to mean 0 and standard deviation 1.
+        features: makes of sound [n, samples] in [-1, 1) what the network is fed, e.g. `LogMel`; None: the samples.
+        client_test_fraction: share of its own examples that a client holds out, in [0, 1); at least one always trains.
+        default_clients: population size when `num_clients` does not say.
+        source: what errors call the data, e.g. "bundle data/mnist"; the name when empty.
+
+    Raises:
+        ConfigError: if a setting is wrong.
+        DataError: if the arrays cannot be used or are too few for the clients.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        train: Arrays,
+        test: Arrays,
+        classes: Sequence[str],
+        kind: Kind,
+        model: ModelFactory,
+        partition: Partition,
+        num_clients: int | None,
+        seed: int,
+        input_range: Literal["unit", "standard"] = "unit",
+        client_test_fraction: float = 0.1,
+        default_clients: int = 100,
+        source: str = "",
+        features: Features | None = None,
+    ):
+        super().__init__(model, seed)
+        source = source or name
+        if kind not in get_args(Kind):
+            raise ConfigError(f"{source}: kind must be one of {', '.join(get_args(Kind))}, got {kind!r}")
+        if input_range not in ("unit", "standard"):
+            raise ConfigError(f"workload.input_range must be unit or standard, got {input_range!r}")
+        if input_range == "standard" and kind == "text":
+            raise ConfigError(f"workload.input_range=standard is for numbers and {source} holds tokens: set it to unit")
+        if features is not None and (kind != "audio" or train.x.ndim != 2):
+            raise ConfigError(
+                f"workload.features is for sound, and {source} holds {kind} {list(train.x.shape)}; set it to null"
+            )
+        check_fraction(client_test_fraction)
+        train = check_arrays(train, kind, len(classes), f"{source}, train part")
+        test = check_arrays(test, kind, len(classes), f"{source}, test part")
+        for key in ("x", "y"):
+            ours, theirs = getattr(train, key), getattr(test, key)
+            if ours.shape[1:] != theirs.shape[1:] or (key == "x" and ours.dtype != theirs.dtype):
+                raise DataError(
+                    f"{source}: one example of {key} is {_describe(ours)} in the train part but {_describe(theirs)} in "
+                    "the test part; save both parts alike"
+                )
+        owners, test_owners = _alike(train.owners, test.owners, source)
+        self._owners = {"train client": owners, "test client": test_owners}
+        self.name, self.kind, self.classes = name, kind, list(classes)
+        self.num_classes, self.client_test_fraction = len(self.classes), client_test_fraction
+        self._fingerprint: Fingerprint | None = None
+        statistics = _channel_statistics(train.x, kind, features) if input_range == "standard" else (None, None)
+        self.prepare = Prepare(kind, features, *statistics)
+        self.train_tensors = {"x": torch.from_numpy(train.x), "y": torch.from_numpy(train.y)}
+        self.test = Examples({"x": torch.from_numpy(test.x), "y": torch.from_numpy(test.y)}, prepare=self.prepare)
+        self.input_shape = tuple(self.test.gather(torch.tensor([0]))["x"].shape[1:])
+        if num_clients is None and not partition.by_owner:
+            num_clients = default_clients
+        self.parts = partition.split(train.y, owners, num_clients, generator(seed, "partition"))
+        self.num_clients = len(self.parts)
+        self._test_rows: list[np.ndarray | None] = [None] * self.num_clients
+        if partition.by_owner and owners is not None and test_owners is not None:
+            theirs_of = _rows_of_owners(test_owners, [owners[rows] for rows in self.parts])
+            kept = (
+                rows[partition.keeps_held_out(train.y[part], test.y[rows])]
+                for part, rows in zip(self.parts, theirs_of, strict=True)
+            )
+            self._test_rows = [rows if len(rows) else None for rows in kept]
+
+    def fingerprint(self) -> Fingerprint:
+        """Hashes of examples, labels and owners of both parts, as they are used; see `fedsim.workloads.fingerprint`."""
+        if self._fingerprint is None:
+            arrays = {"train y": self.train_tensors["y"], "train x": self.train_tensors["x"]}
+            arrays |= {"test y": self.test.tensors["y"], "test x": self.test.tensors["x"]}
+            hashed = {name: content_of(t.numpy()) for name, t in arrays.items()}
+            hashed |= {name: "none" if ids is None else content_of(ids) for name, ids in self._owners.items()}
+            self._fingerprint = {**hashed, "classes": str(self.num_classes)}
+        return self._fingerprint
+
+    def build_model(self) -> nn.Module:
+        """A fresh model: the same weights for the same seed.
+
+        Raises:
+            ConfigError: if the model does not take what this workload feeds (numbers or token ids).
+        """
+        model = super().build_model()
+        takes = getattr(model, "takes_tokens", None)  # models from elsewhere need not say
+        if takes is not None and takes != (self.kind == "text"):
+            fed, other = ("token ids", "char_lstm") if self.kind == "text" else ("numbers, not token ids", "mlp")
+            raise ConfigError(
+                f"workload {self.name} feeds {fed}, which {type(model).__name__} does not take; try model={other}"
+            )
+        return model
+
+    def client_data(self, client_id: int) -> ClientData:
+        """The examples of one client; time and memory grow with their number only.
+
+        Raises:
+            IndexError: if there is no such client.
+        """
+        self.check_client(client_id)
+        rows, theirs = self.parts[client_id], self._test_rows[client_id]
+        if theirs is not None:
+            return ClientData(self._examples(rows), Examples(self.test.tensors, torch.from_numpy(theirs), self.prepare))
+        held = held_out(len(rows), self.client_test_fraction)
+        order = generator(self.seed, "holdout", client_id).permutation(len(rows))
+        return ClientData(self._examples(rows[np.sort(order[held:])]), self._examples(rows[np.sort(order[:held])]))
+
+    def _examples(self, rows: np.ndarray) -> Examples:
+        return Examples(self.train_tensors, torch.from_numpy(rows), self.prepare)
+
+
+def check_fraction(client_test_fraction: float) -> None:
+    """Raises ConfigError unless the share of held-out examples is in [0, 1)."""
+    if not isinstance(client_test_fraction, int | float) or not 0 <= client_test_fraction < 1:
+        raise ConfigError(f"workload.client_test_fraction must be in [0, 1), got {client_test_fraction!r}")
+
+
+def held_out(examples: int, fraction: float) -> int:
+    """How many of a client's examples are kept for its own test: the rounded share, but one always trains."""
+    return min(int(examples * fraction + 0.5), examples - 1)
+
+
+def check_arrays(part: Arrays, kind: Kind, num_classes: int, where: str) -> Arrays:
+    """Refuses arrays that cannot be trained on, in one sentence.
+
+    Args:
+        part: what came.
+        kind: what the examples should be.
+        num_classes: labels must be below it.
+        where: what the sentence calls this part.
+
+    Returns:
+        The same examples: contiguous, in the machine's byte order, y int64, text int32 or uint8.
+
+    Raises:
+        DataError: if shapes, types or values are not as `Arrays` says.
+    """
+    x, y, owners = part
+    if not len(x) or not len(y) or not x.size:
+        raise DataError(f"{where} is empty: x has shape {list(x.shape)} and y {list(y.shape)}")
+    if x.ndim not in DIMENSIONS[kind]:
+        raise DataError(f"{where}: x of kind {kind} must be {LAYOUT[kind]}, got shape {list(x.shape)}")
+    if kind == "image" and x.ndim == 4 and x.shape[3] > 4 >= x.shape[1]:
+        raise DataError(
+            f"{where}: x has shape {list(x.shape)}, which looks like channels first; images are {LAYOUT[kind]}"
+        )
+    if len(x) != len(y):
+        raise DataError(f"{where}: x has {len(x)} examples but y has {len(y)} labels; save one label per example")
+    if owners is not None and (owners.ndim != 1 or len(owners) != len(x) or owners.dtype.kind not in "iuU"):
+        raise DataError(
+            f"{where}: client must be one integer or string id per example ([{len(x)}]), got {owners.dtype} of shape "
+            f"{list(owners.shape)}"
+        )
+    x = np.ascontiguousarray(x, x.dtype.newbyteorder("="))
+    if kind == "text":
+        x = _check_tokens(x, num_classes if y.ndim == 2 else None, where)
+    elif x.dtype.kind == "f":
+        with np.errstate(over="ignore"):  # what float32 cannot hold counts as infinite
+            x = x.astype(np.float32, copy=False)
+        wrong = len(x) - int(np.isfinite(x).reshape(len(x), -1).all(1).sum())
+        if wrong:
+            raise DataError(f"{where}: x holds NaN or infinite values in {wrong} of {len(x)} examples; remove these")
+    elif x.dtype not in (np.uint8, np.int16):
+        raise DataError(f"{where}: x must be uint8, int16 or floating, got {x.dtype}; save it as one of these")
+    if y.dtype.kind not in "iu":
+        raise DataError(f"{where}: labels must be integers, got {y.dtype}; save y as class numbers from 0")
+    if y.ndim != 1 and not (kind == "text" and y.shape == x.shape):
+        shapes = f"[{len(x)}]" + (f" or, per step, {list(x.shape)}" if kind == "text" else "")
+        raise DataError(f"{where}: y must have shape {shapes}, got {list(y.shape)}")
+    low, high = y.min(), y.max()
+    if low < 0 or high >= num_classes:
+        raise DataError(
+            f"{where}: labels must be in 0..{num_classes - 1} (there are {num_classes} classes), got {low}..{high}"
+        )
+    return Arrays(x, y.astype(np.int64), owners)
+
+
+def _check_tokens(x: np.ndarray, vocabulary: int | None, where: str) -> np.ndarray:
+    """Tokens must be whole and not negative and, where the next one is predicted, below `vocabulary`."""
+    if x.dtype.kind not in "iu":
+        raise DataError(f"{where}: x of kind text must be integer token ids, got {x.dtype}")
+    low, high = x.min(), x.max()
+    if low < 0 or high >= (vocabulary or 2**31):
+        allowed = f"0..{vocabulary - 1} (the classes)" if vocabulary else "0..2147483647"
+        raise DataError(f"{where}: token ids in x must be in {allowed}, got {low}..{high}")
+    return x if x.dtype == np.uint8 else x.astype(np.int32, copy=False)
+
+
+def _describe(array: np.ndarray) -> str:
+    return f"{array.dtype} {list(array.shape[1:])}"
+
+
+def _channel_statistics(x: np.ndarray, kind: Kind, features: Features | None) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the prepared examples, shaped to broadcast against one of them, float64.
+
+    No number in it has a unit: a channel counts as constant, with deviation 1, where all its values are equal, and
+    deviations are summed from each piece's own mean and joined as in Chan, Golub and LeVeque, "Updating Formulae and a
+    Pairwise Algorithm for Computing Sample Variances", 1979. Summed by numpy, not torch, so that the number of threads
+    cannot change the last bit.
+    """
+    channels = x.shape[-1] if kind == "tabular" or (kind == "image" and x.ndim == 4) else 1
+    scale = 1.0 if features else FULL_SCALE.get(torch.from_numpy(x[:1]).dtype, 1.0)
+    mean, squares, count = np.zeros(channels), np.zeros(channels), 0
+    low, high = np.full(channels, np.inf), np.full(channels, -np.inf)
+    for piece in _features_of(x, kind, features) if features else np.array_split(x, max(1, x.size // 2**20)):
+        rows = piece.reshape(-1, channels).astype(np.float64)  # of all, it might not fit
+        low, high = np.minimum(low, rows.min(0)), np.maximum(high, rows.max(0))
+        own = rows.mean(0)
+        rows -= own
+        apart, count = own - mean, count + len(rows)
+        mean = mean + apart * (len(rows) / count)
+        squares = squares + np.einsum("ij,ij->j", rows, rows) + apart**2 * (len(rows) * (count - len(rows)) / count)
+    std = np.where(low < high, np.sqrt(squares / count), scale)
+    mean = np.where(low < high, mean, low)
+    shape = {"image": (-1, 1, 1), "tabular": (-1,), "audio": (), "text": ()}[kind]
+    mean_of, std_of = (torch.from_numpy(values / scale).reshape(shape) for values in (mean, std))
+    return mean_of, std_of
+
+
+def _features_of(x: np.ndarray, kind: Kind, features: Features) -> Iterable[np.ndarray]:
+    prepare = Prepare(kind, features)
+    for rows in torch.from_numpy(x).split(max(1, STATISTICS_BYTES // (4 * x[0].size))):
+        yield prepare({"x": rows})["x"].numpy()
+
+
+def _alike(ours: np.ndarray | None, theirs: np.ndarray | None, source: str) -> tuple[np.ndarray | None, ...]:
+    """The owners of both parts as one type: text, int64 or uint64. Mixed integers would be compared as floats.
+
+    Raises:
+        DataError: for text and integers, or integers that no 64-bit type holds together.
+    """
+    if ours is None or theirs is None:
+        return ours, theirs
+    kinds = {owners.dtype.kind for owners in (ours, theirs)}
+    where = f"{source}: client is {ours.dtype} in the train part but {theirs.dtype} in the test part"
+    if kinds == {"U"}:
+        return ours, theirs
+    if "U" in kinds:
+        raise DataError(f"{where}; save the ids of both parts as integers, or of both as text")
+    low, high = (min(int(o.min()) for o in (ours, theirs)), max(int(o.max()) for o in (ours, theirs)))
+    if low < 0 and high >= 2**63:
+        raise DataError(f"{where}, with ids from {low} to {high}, which no 64-bit type holds; save both parts alike")
+    dtype = np.uint64 if high >= 2**63 else np.int64
+    return ours.astype(dtype), theirs.astype(dtype)
+
+
+def _rows_of_owners(test_owners: np.ndarray, owners_of_clients: list[np.ndarray]) -> list[np.ndarray]:
+    """For each client, the rows of the test split that its owner made, in order."""
+    order = np.argsort(test_owners, kind="stable")
+    ordered = test_owners[order]
+    result: list[np.ndarray] = []
+    for owners in owners_of_clients:
+        owner = np.sort(owners)[-1]  # all alike, but for "" (nobody), which sorts first
+        first, last = np.searchsorted(ordered, owner, "left"), np.searchsorted(ordered, owner, "right")
+        result.append(order[first:first] if owner == "" else order[first:last])
+    return result

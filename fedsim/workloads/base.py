@@ -1,0 +1,261 @@
+"""What is learned: data, model, objective and how it is judged.
+
+A workload may be a finite data set, an endless task generator or an environment; `ClientData` hides which. Concrete
+workloads live in `fedsim/data/`.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from fedsim.errors import NotFiniteError
+from fedsim.models.norms import allow_single_examples
+from fedsim.seeding import derive
+from fedsim.workloads.fingerprint import SEED, Fingerprint, content_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from fedsim.report.rounds import RoundReport
+
+Tensors = dict[str, Tensor]
+ModelFactory = Callable[..., nn.Module]  # called with input_shape=(...), num_classes=int
+SAID_NOT_FINITE = (
+    "its model's output on held-out examples is NaN or infinite; lower trainer.lr or set trainer.clip_norm"
+)
+JUDGED_AT_ONCE = 512  # examples of a batch when a model is judged
+GATHERED_BYTES = 2**19  # of batches gathered at once: they should still be in the cache when they are trained on
+MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+class Examples(Dataset[Tensors]):
+    """Equally long tensors and the rows of them that belong here: no copy until `gather` or `materialise`.
+
+    Args:
+        tensors: e.g. {"x": [n, ...], "y": [n] or [n, steps]}; may be shared by many clients.
+        rows: which rows, [m] int64; all of them when None.
+        prepare: turns gathered raw rows into what the network is fed (uint8 to float, normalisation).
+    """
+
+    def __init__(
+        self, tensors: Tensors, rows: Tensor | None = None, prepare: Callable[[Tensors], Tensors] | None = None
+    ):
+        self.tensors, self.rows, self.prepare = tensors, rows, prepare
+
+    def __len__(self) -> int:
+        return len(self.rows) if self.rows is not None else len(self.tensors["y"])
+
+    def __getitem__(self, index: int) -> Tensors:
+        return {name: t[0] for name, t in self.gather(torch.tensor([index])).items()}
+
+    def gather(self, index: Tensor) -> Tensors:
+        """The examples at `index` [b] int64 as one batch, ready for the network."""
+        rows = self.rows[index] if self.rows is not None else index
+        batch = {name: _rows(t, rows) for name, t in self.tensors.items()}
+        return self.prepare(batch) if self.prepare else batch
+
+    def gather_batches(self, index: Tensor, batch: int) -> Iterator[Tensors]:
+        """The examples at `index` [b] int64 in batches; the last may be smaller.
+
+        Several small batches are gathered at once and handed out as views: half the time of one by one.
+        """
+        example_bytes = sum(t[:1].element_size() * t[:1].numel() for t in self.tensors.values())
+        together = max(1, GATHERED_BYTES // max(1, batch * example_bytes))
+        for some in index.split(batch * together):
+            rows = self.gather(some)
+            parts = {name: t.split(batch) for name, t in rows.items()}
+            for number in range(-(-len(some) // batch)):
+                yield {name: part[number] for name, part in parts.items()}
+
+    def materialise(self, device: torch.device | str = "cpu", memory_format: str = "contiguous") -> Examples:
+        """The same examples with their own prepared tensors on `device`, so that `gather` is one copy per tensor.
+
+        Args:
+            device: where they will be used.
+            memory_format: of images, as the network wants it.
+        """
+        raw = self.rows is None and self.prepare is None
+        own = self.tensors if raw else self.gather(torch.arange(len(self)))
+        return Examples({name: in_format(t.to(device), memory_format) for name, t in own.items()})
+
+    @property
+    def labels(self) -> Tensor:
+        """Labels without touching the inputs, [m] or [m, steps] int64."""
+        y = self.tensors["y"]
+        return y[self.rows] if self.rows is not None else y
+
+
+def in_format(tensor: Tensor, memory_format: str) -> Tensor:
+    """A batch of images or convolution weights ([n, c, h, w]) in this memory format; others as they are."""
+    return tensor.contiguous(memory_format=MEMORY_FORMATS[memory_format]) if tensor.dim() == 4 else tensor
+
+
+def _rows(t: Tensor, index: Tensor) -> Tensor:
+    """`t[index]` in the memory format of `t`, in a third of the time: whole examples are copied at once."""
+    index = index.to(t.device)
+    if t.is_contiguous():
+        return t.index_select(0, index)
+    if t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last):
+        return t.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
+    return t[index]
+
+
+@dataclass(frozen=True)
+class ClientData:
+    """What one client owns: a part to train on and a held-out part to judge its personal model on (may be empty).
+
+    `version` is another number whenever the training part is another, for what was derived from it.
+    """
+
+    train: Examples
+    test: Examples
+    version: int = 0
+
+
+class Workload(ABC):
+    """Data of all clients, the model, the objective and the metrics of one learning problem.
+
+    Attributes:
+        name: as in the configuration.
+        num_clients: population size; client ids are 0..num_clients-1.
+        input_shape: of one example as the network is fed, e.g. (1, 28, 28), or (80,) for token sequences.
+        num_classes: size of the output.
+        test: the held-out examples that the global model is judged on; no client trains on them.
+        endless: training examples are made as they arrive, and `recall` cannot give them again.
+    """
+
+    name: str
+    num_clients: int
+    input_shape: tuple[int, ...]
+    num_classes: int
+    test: Examples
+    endless = False
+
+    def __init__(self, model: ModelFactory, seed: int):
+        self.model_factory, self.seed = model, seed
+
+    def build_model(self) -> nn.Module:
+        """A fresh model: the same weights for the same seed, whatever was drawn before."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive(self.seed, "model"))
+            model = self.model_factory(input_shape=self.input_shape, num_classes=self.num_classes)
+        allow_single_examples(model)
+        return model
+
+    @abstractmethod
+    def client_data(self, client_id: int) -> ClientData:
+        """The data of one client; equal at every call.
+
+        Raises:
+            IndexError: if there is no such client.
+        """
+
+    def fingerprint(self) -> Fingerprint:
+        """What tells these data from others, whoever owns which part of them; see `fedsim.workloads.fingerprint`.
+
+        Here of data that the seed decides on: who makes them, and the labels of the test part and of the first client.
+        No inputs: numbers that are drawn anew may differ in their last bits from machine to machine.
+        """
+        labels = {"test y": self.test.labels, "client 0 y": self.client_data(0).train.labels}
+        made_by = f"{type(self).__module__}.{type(self).__qualname__}"
+        return {"made by": made_by, SEED: str(self.seed), **{k: content_of(y.numpy()) for k, y in labels.items()}}
+
+    def part(self, round: int) -> int:
+        """Which part of its examples a client has in a round; ordinary workloads have one part only."""
+        return 0
+
+    def phase(self, round: int) -> int:
+        """Which task a round belongs to, from 0; ordinary workloads have one task."""
+        return 0
+
+    def client_part(self, client_id: int, part: int) -> ClientData:
+        """What a client has while `part` lasts: all its data, where they do not arrive in parts.
+
+        Raises:
+            IndexError: if there is no such client.
+        """
+        return self.client_data(client_id)
+
+    def arrivals(self, client_id: int, part: int) -> Tensor:
+        """Names the training examples of a part for `recall`, [len(train)] int64: equal names, equal examples."""
+        return torch.arange(len(self.client_part(client_id, part).train))
+
+    def recall(self, client_id: int, names: Tensor) -> Tensors:
+        """Training examples that a client has kept, as one batch; `names` [b] int64 as `arrivals` gave them."""
+        return self.client_data(client_id).train.gather(names)
+
+    def check_client(self, client_id: int) -> None:
+        """Raises IndexError unless `client_id` is in 0..num_clients-1 (a negative one must not count from the end)."""
+        if not 0 <= client_id < self.num_clients:
+            raise IndexError(
+                f"client_id must be in 0..{self.num_clients - 1} for workload {self.name}, got {client_id}"
+            )
+
+    def sample(self, batch: int) -> Tensors:
+        """A batch of held-out examples (repeated when there are too few), for tracing what the network costs."""
+        return self.test.gather(torch.arange(batch) % len(self.test))
+
+    def sample_on(self, device: torch.device | str, batch: int) -> Tensors:
+        """The same on a device."""
+        return {key: tensor.to(device) for key, tensor in self.sample(batch).items()}
+
+    def logits(self, model: nn.Module, batch: Tensors) -> Tensor:
+        """What `model` says of a batch: [batch, classes] or, for sequences, [batch, steps, classes]."""
+        logits: Tensor = model(batch["x"])
+        return logits
+
+    def loss(self, model: nn.Module, batch: Tensors) -> Tensor:
+        """Mean cross-entropy of `batch["y"]` under the logits; every step counts alike for sequences."""
+        logits = self.logits(model, batch)
+        return F.cross_entropy(logits.flatten(0, -2), batch["y"].flatten())
+
+    def losses(self, model: nn.Module, batch: Tensors) -> Tensor:
+        """The loss of each example by itself, [batch]; `loss` is their mean up to rounding."""
+        logits = self.logits(model, batch)
+        each = F.cross_entropy(logits.flatten(0, -2), batch["y"].flatten(), reduction="none")
+        return each.view(len(logits), -1).mean(1)
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, data: Examples, batch: int = JUDGED_AT_ONCE) -> dict[str, float]:
+        """Accuracy and mean loss on `data`; an empty part gives an empty dict.
+
+        Raises:
+            NotFiniteError: if the model's output is NaN or infinite.
+        """
+        if not len(data):
+            return {}
+        device = next(model.parameters()).device
+        was_training = model.training
+        model.eval()
+        correct, loss, count = 0, 0.0, 0
+        for rows in torch.arange(len(data)).split(batch):
+            part = {name: t.to(device) for name, t in data.gather(rows).items()}
+            logits, y = self.logits(model, part).flatten(0, -2), part["y"].flatten()
+            correct += int((logits.argmax(-1) == y).sum())
+            loss += float(F.cross_entropy(logits, y, reduction="sum"))
+            count += len(y)
+        model.train(was_training)
+        if not math.isfinite(loss):
+            raise NotFiniteError(SAID_NOT_FINITE)
+        return {"accuracy": correct / count, "loss": loss / count}
+
+    def judge(self, model: nn.Module, round: int) -> dict[str, float]:
+        """Metrics of the global model after a round (0: untrained): here on the held-out test set."""
+        return self.evaluate(model, self.test)
+
+    def figures(self, reports: Sequence[RoundReport]) -> dict[str, Any]:
+        """What the summary of a finished run says beside the figures that every run has."""
+        return {}
+
+    def pictures(self, reports: Sequence[RoundReport]) -> dict[str, Figure]:
+        """Drawings of a finished run, by name."""
+        return {}

@@ -1,0 +1,257 @@
+"""What a split of the data looks like, as rows, lines and a picture; and which workloads there are.
+
+Reads the texts of the config folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import yaml
+
+from devices.errors import FileError
+from devices.figures import legend_label, new_figure, save_figure
+from devices.texts import NAME_LETTERS, visible
+from fedsim.report.checksums import inside, read_signed_json, signed_json
+from fedsim.report.durable import write_atomic
+from fedsim.report.place import SPLIT
+from fedsim.settings.trust import locate as locate_class
+from fedsim.settings.trust import plugin_folders
+from fedsim.workloads.base import Workload
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+LOOKED_AT = 2000  # clients that summaries and histograms look at; evenly spaced when there are more
+NAMED_COLOURS = 20  # classes that can be told apart by colour
+
+
+class ClientRow(NamedTuple):
+    """What one client owns.
+
+    Attributes:
+        client: its id.
+        train: examples to train on.
+        test: examples that its personal model is judged on.
+        classes: how many classes its training part holds (sequences: distinct tokens to predict).
+        label_counts: training examples of each class, [num_classes]; empty for sequences.
+    """
+
+    client: int
+    train: int
+    test: int
+    classes: int
+    label_counts: tuple[int, ...]
+
+
+class Split(NamedTuple):
+    """A split as a picture needs it; a run keeps it, so that its page can be made without its data.
+
+    Attributes:
+        name: of the workload.
+        num_clients: in all.
+        class_names: of every class.
+        rows: of the first clients.
+        sizes: training examples of all clients, or of LOOKED_AT evenly spaced ones.
+    """
+
+    name: str
+    num_clients: int
+    class_names: tuple[str, ...]
+    rows: tuple[ClientRow, ...]
+    sizes: tuple[int, ...]
+
+
+class WorkloadRow(NamedTuple):
+    """A workload that can be chosen: its config's name, kind of data, whether they are here, where or how to get."""
+
+    name: str
+    kind: str
+    found: bool
+    where: str
+
+
+def split_table(workload: Workload, limit: int | None = None) -> list[ClientRow]:
+    """One row per client, the first `limit` of them (all when None)."""
+    return _rows(workload, range(min(workload.num_clients, limit or workload.num_clients)))
+
+
+def summary_lines(workload: Workload) -> list[str]:
+    """The split in a few lines of text, for the terminal."""
+    rows = _rows(workload, _spread(workload))
+    of = f" (of {len(rows)} clients looked at)" if len(rows) < workload.num_clients else ""
+    lines = [
+        f"workload          {workload.name}",
+        f"input             {' x '.join(map(str, workload.input_shape))}, {workload.num_classes} classes",
+        f"clients           {workload.num_clients}",
+        f"training examples {sum(row.train for row in rows)}{of}",
+        f"  per client      {_spread_of([row.train for row in rows])}",
+        f"  held out each   {_spread_of([row.test for row in rows])}",
+        f"test examples     {len(workload.test)}",
+    ]
+    if rows[0].label_counts:
+        lines.append(f"classes of each   {_spread_of([row.classes for row in rows])}")
+    return lines
+
+
+def split_of(workload: Workload, limit: int = 50) -> Split:
+    """The split of a workload, with rows of the first `limit` clients."""
+    sizes = tuple(row.train for row in _rows(workload, _spread(workload)))
+    rows = tuple(split_table(workload, limit))
+    return Split(workload.name, workload.num_clients, tuple(_class_names(workload)), rows, sizes)
+
+
+def keep_split(workload: Workload, folder: Path) -> None:
+    """Writes the split into a run folder, for `kept_split`."""
+    write_atomic(folder / SPLIT, signed_json(split_of(workload)._asdict()))
+
+
+def kept_split(folder: Path) -> Split | None:
+    """The split that a run has kept; None where it has not.
+
+    Raises:
+        FileError: if it cannot be read, or is not what the run wrote.
+    """
+    path = folder / SPLIT
+    if not path.exists() and not path.is_symlink():
+        return None
+    tree = read_signed_json(inside(folder, path))
+    try:
+        rows = tuple(
+            ClientRow(int(row[0]), int(row[1]), int(row[2]), int(row[3]), tuple(map(int, row[4])))
+            for row in tree["rows"]
+        )
+        names, sizes = tuple(map(str, tree["class_names"])), tuple(map(int, tree["sizes"]))
+        split = Split(str(tree["name"]), int(tree["num_clients"]), names, rows, sizes)
+        if not rows or not sizes or not all(len(row.label_counts) in (0, len(names)) for row in rows):
+            raise ValueError("its rows do not fit its classes")
+    except (LookupError, TypeError, ValueError, OverflowError) as error:
+        raise FileError(f"{path} is no split of data: {' '.join(str(error).split())}") from error
+    return split
+
+
+def split_picture(workload: Workload, path: str | Path) -> None:
+    """Draws the split as a PNG; see `draw_split`."""
+    save_figure(draw_split(split_of(workload)), path)
+
+
+def draw_split(split: Split) -> Figure:
+    """The labels of the first clients and the sizes of all.
+
+    Up to 20 classes are stacked bars, more a map; sequences show the sizes only. Above 2000 clients the histogram shows
+    2000 evenly spaced ones.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    rows, num_classes = split.rows, len(split.class_names)
+    figure = new_figure(12, 4.8, dpi=110)
+    left, right = figure.subplots(1, 2, width_ratios=[2.4, 1])
+    shown = f"first {len(rows)} clients" if len(rows) < split.num_clients else "every client"
+    if not rows[0].label_counts:
+        left.bar([row.client for row in rows], [row.train for row in rows], width=0.85)
+        left.set(title=f"Training examples, {shown}", ylabel="sequences")
+    elif num_classes <= NAMED_COLOURS:
+        _draw_bars(left, rows, split.class_names)
+        left.set(title=f"Labels, {shown}", ylabel="training examples")
+    else:
+        counts = np.array([row.label_counts for row in rows]).T  # [classes, clients]
+        image = left.imshow(counts, aspect="auto", origin="lower", cmap="Blues", interpolation="nearest")
+        figure.colorbar(image, ax=left, label="training examples", pad=0.01)
+        left.set(title=f"Labels, {shown}", ylabel="class")
+    left.set_xlabel("client")
+    left.xaxis.set_major_locator(MaxNLocator(10, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+    _draw_sizes(right, split.sizes, split.num_clients)
+    name = visible(split.name, NAME_LETTERS)
+    figure.suptitle(f"{name}: clients {split.num_clients}, classes {num_classes}")
+    return figure
+
+
+def list_workloads() -> list[WorkloadRow]:
+    """Every workload of the config folder, by name, and whether its data are on this machine."""
+    folders: list[Traversable] = [files("configs"), *plugin_folders()]
+    found = {
+        file.name.removesuffix(".yaml"): file
+        for folder in reversed(folders)
+        if folder.joinpath("workload").is_dir()
+        for file in folder.joinpath("workload").iterdir()
+        if file.name.endswith(".yaml")
+    }
+    rows = []
+    for name in sorted(found):
+        settings = _settings(found, name)
+        make = locate_class("workload._target_", settings["_target_"])
+        here = getattr(make, "locate", None)  # workloads from elsewhere need not have it
+        rows.append(WorkloadRow(name, *(here(settings) if here else ("?", False, "not known"))))
+    return rows
+
+
+def _settings(found: Mapping[str, Traversable], name: str) -> dict[str, Any]:
+    """The keys of one workload file and, below them, of the files of the same group that it builds on."""
+    own = yaml.safe_load(found[name].read_text(encoding="utf-8"))
+    bases = [base for base in own.pop("defaults", []) if isinstance(base, str) and base != "_self_"]
+    merged: dict[str, Any] = {}
+    for layer in (*(_settings(found, base) for base in bases), own):
+        merged.update(layer)
+    return merged
+
+
+def _rows(workload: Workload, clients: range | list[int]) -> list[ClientRow]:
+    rows = []
+    for client in clients:
+        data = workload.client_data(client)
+        labels = data.train.labels
+        if labels.dim() > 1:
+            rows.append(ClientRow(client, len(data.train), len(data.test), len(labels.unique()), ()))
+            continue
+        counts = np.bincount(labels.numpy(), minlength=workload.num_classes)
+        rows.append(ClientRow(client, len(data.train), len(data.test), int((counts > 0).sum()), tuple(counts.tolist())))
+    return rows
+
+
+def _spread(workload: Workload) -> list[int]:
+    """All clients, or evenly spaced ones when there are too many to look at."""
+    return np.linspace(0, workload.num_clients - 1, min(workload.num_clients, LOOKED_AT)).astype(int).tolist()
+
+
+def _spread_of(values: list[int]) -> str:
+    return f"{min(values)} to {max(values)}, median {np.median(values):g}"
+
+
+def _class_names(workload: Workload) -> list[str]:
+    return getattr(workload, "classes", None) or [str(label) for label in range(workload.num_classes)]
+
+
+def _draw_bars(axes: Axes, rows: Sequence[ClientRow], names: Sequence[str]) -> None:
+    import matplotlib
+
+    colours = matplotlib.colormaps["tab10" if len(names) <= 10 else "tab20"]
+    clients, bottom = [row.client for row in rows], np.zeros(len(rows))
+    for label, name in enumerate(names):
+        height = np.array([row.label_counts[label] for row in rows])
+        axes.bar(clients, height, bottom=bottom, width=0.85, color=colours(label), label=legend_label(name))
+        bottom += height
+    axes.margins(x=0.01)
+    axes.set_ylim(0, 1.05 * max(row.train for row in rows))
+    axes.legend(
+        title="class", loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="small", frameon=False, reverse=True
+    )
+
+
+def _draw_sizes(axes: Axes, sizes: Sequence[int], num_clients: int) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    low, high = min(sizes), max(sizes)
+    step = max(1, -(-(high - low + 1) // 25))  # whole numbers of examples per bin, at most 25 bins
+    axes.hist(sizes, bins=[edge - 0.5 for edge in range(low, high + step + 1, step)], color="0.45", edgecolor="white")
+    looked_at = f" ({len(sizes)} looked at)" if len(sizes) < num_clients else ""
+    axes.set(title=f"Sizes, median {np.median(sizes):g}{looked_at}", ylabel="clients")
+    axes.set(xlabel="training examples of a client", xlim=(low - 1.5 * step, high + 1.5 * step))
+    axes.axvline(float(np.median(sizes)), color="tab:red", linestyle="--")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))

@@ -1,0 +1,86 @@
+"""Handwritten digits that ship inside scikit-learn: 1797 real images of 8x8, for tests and first steps; no download.
+
+The file is read without importing scikit-learn, which takes seconds.
+"""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from fedsim.errors import DataError
+from fedsim.seeding import generator
+from fedsim.workloads.arrays import Arrays, ArrayWorkload
+from fedsim.workloads.base import ModelFactory
+from fedsim.workloads.partition import Partition
+
+
+class Digits(ArrayWorkload):
+    """Ten digits, [1, 8, 8] in [0, 1]; a fixed fifth of each class is the test split, whatever the seed of the run.
+
+    Source: Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI 1998 (its test part).
+    """
+
+    def __init__(
+        self,
+        model: ModelFactory,
+        partition: Partition,
+        num_clients: int | None,
+        seed: int,
+        name: str = "digits",
+        input_range: Literal["unit", "standard"] = "unit",
+        client_test_fraction: float = 0.1,
+        default_clients: int = 20,
+    ):
+        x, y = _read()
+        tested = _fifth_of_each_class(y)
+        super().__init__(
+            name,
+            train=Arrays(x[~tested], y[~tested]),
+            test=Arrays(x[tested], y[tested]),
+            classes=[str(digit) for digit in range(10)],
+            kind="image",
+            model=model,
+            partition=partition,
+            num_clients=num_clients,
+            seed=seed,
+            input_range=input_range,
+            client_test_fraction=client_test_fraction,
+            default_clients=default_clients,
+        )
+
+    @staticmethod
+    def locate(settings: Mapping[str, Any]) -> tuple[str, bool, str]:
+        """Kind, whether the data are here, and where or how to get them."""
+        return "image", True, "ships with scikit-learn"
+
+
+def _read() -> tuple[np.ndarray, np.ndarray]:
+    """Images [1797, 8, 8, 1] float32 in [0, 1] and labels [1797] int64."""
+    spec = find_spec("sklearn")
+    if spec is None or spec.origin is None:
+        raise DataError("workload digits reads the images that ship with scikit-learn: pip install scikit-learn")
+    path = Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    if path.exists():
+        with gzip.open(path, "rt") as file:
+            table = np.loadtxt(file, delimiter=",", dtype=np.int64)  # 64 grey values in 0..16, then the digit
+        x, y = table[:, :64], table[:, 64]
+    else:  # a release that stores the file elsewhere
+        from sklearn.datasets import load_digits
+
+        x, y = load_digits(return_X_y=True)
+    return (x.reshape(-1, 8, 8, 1) / 16).astype(np.float32), y.astype(np.int64)
+
+
+def _fifth_of_each_class(y: np.ndarray) -> np.ndarray:
+    """Which examples are the test split, [n] bool."""
+    rng, tested = generator(0, "digits", "test"), np.zeros(len(y), bool)
+    for label in np.unique(y):
+        rows = rng.permutation(np.flatnonzero(y == label))
+        tested[rows[: round(len(rows) / 5)]] = True
+    return tested
