@@ -402,7 +402,7 @@ def write_all(builder: Builder, out: Path) -> list[Path]:
     written = []
     priors = {name: prior.to_dict() for name, prior in builder.priors.items()}
     text = (
-        "# Priors of prices by family of runtimes, learned by `fedsim devices build`; see devices/latency/prior.py.\n"
+        "# Priors of prices by family of runtimes, learned by `fedsim devices build`; see latency/prior.py.\n"
     )
     text += yaml.safe_dump(priors, sort_keys=False, width=160, default_flow_style=None)
     write_atomic(out / "priors.yaml", text)

@@ -62,8 +62,8 @@ def fullest_moments(run: Callable[[int], object], small: int, large: int) -> Mom
     A step holds most at the turn from forward to backward when the batch is large, and at its end, when all gradients
     are there, when it is small: one figure per example would not say both.
 
-    What a run makes once per process and keeps, such as the constants of `clients.trainers.mixing.tangents`, is made before anything is
-    counted, and the garbage collector waits: the moments do not depend on what the process did before.
+    What a run makes once per process and keeps, such as constants, is made before anything is counted, and the garbage
+    collector waits: the moments do not depend on what the process did before.
 
     Args:
         run: with so many examples.

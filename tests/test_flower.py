@@ -274,7 +274,7 @@ def test_a_wrong_setting_is_refused_before_flower_starts(refused, arguments: lis
 
 
 def test_another_engine_is_refused(monkeypatch):
-    monkeypatch.setattr("fedsim.settings.compose", lambda _: {"choices": {"engine": "ray"}})
+    monkeypatch.setattr("fedsim.settings.compose.compose", lambda _: {"choices": {"engine": "ray"}})
     with pytest.raises(ConfigError, match="leave out engine=ray"):
         cli_flower._composed(["engine=ray"])
 

@@ -187,7 +187,7 @@ import json, sys
 import fedsim.cli.main
 sys.argv = ["fedsim", *{arguments!r}]
 try:
-    fedsim.cli.main()
+    fedsim.cli.main.main()
 finally:
     heavy = {{"torch", "ray", "flwr", "pyarrow", "pandas", "matplotlib", "sklearn", "tensorboard"}}
     print("HEAVY", json.dumps(sorted(heavy & set(sys.modules))))

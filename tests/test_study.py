@@ -45,7 +45,7 @@ FILE: dict[str, Any] = {
         "Local {mix_ratio}": {"overrides": ["method=local_mixup"], "grid": {"trainer.mix_ratio": [0.1, 0.2]}},
     },
 }
-# Stands in for `python -m fedsim.cli.main`: settings as the real command would compose them, reports made up.
+# Stands in for `python -m fedsim`: settings as the real command would compose them, reports made up.
 FAKE = """
 import json, sys, yaml
 from pathlib import Path
@@ -374,7 +374,7 @@ def test_a_picture_that_the_disk_does_not_take_leaves_the_one_before(file, fedsi
 def test_ctrl_c_ends_the_study_and_its_runs_and_keeps_what_is_finished(file):
     """Real runs: the first ends at once, the second has more rounds than anybody waits for."""
     arms = {"Short": ["rounds=1"], "Long": ["rounds=1000000"]}
-    command = [sys.executable, "-m", "fedsim.cli.main", "study", file(arms=arms, seeds=[1]), "--jobs", "1"]
+    command = [sys.executable, "-m", "fedsim", "study", file(arms=arms, seeds=[1]), "--jobs", "1"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         long, end = Path("runs/mine/long/seed-1/rounds.jsonl"), time.monotonic() + 120
@@ -398,7 +398,7 @@ def test_ctrl_c_ends_the_study_and_its_runs_and_keeps_what_is_finished(file):
 
 @pytest.mark.slow
 def test_kill_9_of_the_study_takes_its_runs_along(file):
-    command = [sys.executable, "-m", "fedsim.cli.main", "study", file(arms={"Long": ["rounds=1000000"]}, seeds=[1])]
+    command = [sys.executable, "-m", "fedsim", "study", file(arms={"Long": ["rounds=1000000"]}, seeds=[1])]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         folder, end = Path("runs/mine/long/seed-1"), time.monotonic() + 120

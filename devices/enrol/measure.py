@@ -1,9 +1,9 @@
 """Measures this host with the zoo and makes a device profile of it.
 
 Networks are run forward and as training steps at two batch sizes, and in int8 where the backend has it; prices inside
-the host's physical bounds (`devices.latency.calibrate`) are fitted and judged on networks that they never saw, and on whole
-families that are left out in turn. The network's bandwidth cannot be measured from inside and is given by the caller or
-assumed.
+the host's physical bounds (`devices.latency.calibrate`) are fitted and judged on networks that they never saw, and on
+whole families that are left out in turn. The network's bandwidth cannot be measured from inside and is given by the
+caller or assumed.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def least_ms(
         what: inference, forward (of the training runtime) or step.
         prices: of the pass: a precision has a peak of its own, and a runtime that folds layers does not pay for them.
 
-    Source: the bounds of `devices.latency.columns.Physics`. Winograd saves three of four multiply-adds of a 3x3 convolution in
+    Source: the bounds of `columns.Physics`. Winograd saves three of four multiply-adds of a 3x3 convolution in
     inference and on cards, and none in a step.
     """
     known, peak = physics_of(device), peak_in(device, prices.precision)

@@ -307,7 +307,7 @@ def reference_table(space: str, network: str) -> np.ndarray:
 def _shipped_tables() -> dict[str, dict[str, list[list[float]]]]:
     """Layer tables of the shipped profiles' networks: tracing all of them anew would take seconds at every start."""
     tables: dict[str, dict[str, list[list[float]]]] = yaml.safe_load(
-        (Path(__file__).parent / "references.yaml").read_text()
+        (Path(__file__).parent.parent / "references.yaml").read_text()
     )
     return tables
 

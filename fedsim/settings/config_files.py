@@ -27,7 +27,7 @@ from devices.reading import read_yaml
 from fedsim.settings.parameters import said
 
 MAX_SETTINGS = 10_000  # of a file, its aliases written out: OmegaConf takes a millisecond for each
-SHIPPED = Path(__file__).resolve().parent.parent / "configs"
+SHIPPED = Path(__file__).resolve().parents[2] / "configs"
 PACKAGES = ("configs", "hydra")  # whose files are known
 PLAIN = (str, int, float, bool, date)
 COMPOSING = (yaml.YAMLError, ValueError, OverflowError, RecursionError)  # what Hydra and OmegaConf let through

@@ -425,7 +425,7 @@ def _may(module: str, file: str | None) -> bool:
     """Whether a configuration may name what a module defines."""
     root = module.partition(".")[0]
     if root in OWN:
-        return file is not None and _is_below(Path(file), Path(__file__).resolve().parent.parent / root)
+        return file is not None and _is_below(Path(file), Path(__file__).resolve().parents[2] / root)
     if any(module == library or module.startswith(f"{library}.") for library in LIBRARIES) or root in plugins():
         return True
     return file is not None and os.path.isabs(file) and _is_the_users(_real(Path(file)))  # not "frozen"

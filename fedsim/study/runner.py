@@ -23,7 +23,7 @@ from fedsim.settings.trust import environment, flags
 from fedsim.study.spec import Planned, can_go_on, is_finished
 
 POLL_S, END_S = 0.2, 10.0  # between looks at the runs; that they have to close their folders
-COMMAND = (sys.executable, "-P", "-m", "fedsim.cli.main")  # -P: no file of the working folder stands in for a library
+COMMAND = (sys.executable, "-P", "-m", "fedsim")  # -P: no file of the working folder stands in for a library
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
 

@@ -2,8 +2,8 @@
 
 The base of all methods with a memory. Source: Chaudhry et al., "On Tiny Episodic Memories in Continual Learning", 2019
 (joint steps); the rules of `clients.trainers.rehearsal.selection`. State: memory_names, memory_phases [memory] int64;
-candidate_names [candidates] int64, phase [] of the task that is being learned; those of clients.trainers.rehearsal.samples.
-Nothing of it is ever sent.
+candidate_names [candidates] int64, phase [] of the task that is being learned; those of `samples`. Nothing of it is
+ever sent.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Meta-training of HELP: learns, over the source devices of a table, the weights that `devices.latency.help.predictor` adapts.
+"""Meta-training of HELP: learns over the source devices of a table the weights that HELP adapts.
 
 Each episode plays eight new devices: the ten references and ten other networks to adapt with, 200 to judge the adapted
 predictor, one Adam step through both. Every 50 episodes the validation devices are predicted as at test; the best
 weights are kept.
 
 Source: Lee et al., "HELP: Hardware-Adaptive Efficient Latency Prediction for NAS via Meta-Learning", NeurIPS 2021,
-written anew after the authors' code. Differs: support and scale of the labels are those of the test (`devices.latency.help.predictor`),
-the scale from what the episode measured and from the other source devices; the divergence of the gates is the mean over
-the episode's devices (theirs counts the last device's once per device: `kl_reference_quirk`).
+written anew after the authors' code. Differs: support and scale of the labels are those of the test (`predictor`), the
+scale from what the episode measured and from the other source devices; the divergence of the gates is the mean over the
+episode's devices (theirs counts the last device's once per device: `kl_reference_quirk`).
 """
 
 from __future__ import annotations
