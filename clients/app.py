@@ -57,7 +57,7 @@ from fedsim.models.norms import needs_two_examples, refusal_of_one
 from fedsim.models.roles import TensorRoles
 from fedsim.runs.deployment import CALIBRATION, calibration
 from fedsim.seeding import derive, seed_torch
-from fedsim.settings.compose import WORLDS, World, build_world, instantiate, memory_format, pick_device
+from fedsim.settings.build import WORLDS, World, build_world, instantiate, memory_format, pick_device
 from fedsim.workloads.base import ClientData, Tensors
 
 app = ClientApp()

@@ -401,9 +401,7 @@ def write_all(builder: Builder, out: Path) -> list[Path]:
     (out / "profiles").mkdir(parents=True, exist_ok=True)
     written = []
     priors = {name: prior.to_dict() for name, prior in builder.priors.items()}
-    text = (
-        "# Priors of prices by family of runtimes, learned by `fedsim devices build`; see latency/prior.py.\n"
-    )
+    text = "# Priors of prices by family of runtimes, learned by `fedsim devices build`; see latency/prior.py.\n"
     text += yaml.safe_dump(priors, sort_keys=False, width=160, default_flow_style=None)
     write_atomic(out / "priors.yaml", text)
     written.append(out / "priors.yaml")

@@ -35,3 +35,8 @@ def unknown(what: str, name: object, options: Iterable[object]) -> str:
         others = f", near it: {', '.join(near[1:])}" if near[1:] else ""
         return f"unknown {what} {name!r}{hint} ({len(allowed)} are allowed{others})"
     return f"unknown {what} {name!r}{hint} (allowed: {', '.join(allowed) or 'none'})"
+
+
+def one_line(error: BaseException) -> str:
+    """Returns its text on one line."""
+    return " ".join(str(error).split())

@@ -110,3 +110,21 @@ def naming(path: Path) -> Iterator[None]:
         if error.filename is None and error.errno is not None:
             error.filename = str(path)
         raise
+
+
+def make_folders(path: Path) -> list[Path]:
+    """Makes a folder with its parents; those that were not there, the outermost first.
+
+    Raises:
+        OSError: if one cannot be made.
+    """
+    new = [folder for folder in (path, *path.parents) if not folder.exists()][::-1]
+    path.mkdir(parents=True, exist_ok=True)
+    return new
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Takes away folders of `make_folders`, the innermost first, as far as nothing is in them."""
+    for folder in reversed(folders):
+        with suppress(OSError):
+            folder.rmdir()

@@ -20,7 +20,7 @@ from fedsim.errors import ConfigError
 from fedsim.exchanges.slices import BITS, KEPT, Slices
 from fedsim.grid.edge import EdgeGrid, Enrolled
 from fedsim.messages.records import Broadcast, ClientUpdate, tensors_of
-from fedsim.settings.compose import World, build_world
+from fedsim.settings.build import World, build_world
 from fedsim.workloads.base import Tensors
 from strategies.edge import EdgeStrategy, mean_by_coordinate
 

@@ -19,7 +19,9 @@ from fedsim.engines.base import assume_task_identity
 from fedsim.engines.local import LocalGrid
 from fedsim.runs import federation as federations
 from fedsim.runs.federation import Federation
-from fedsim.settings.compose import Settings, build_world, compose
+from fedsim.settings.build import build_world
+from fedsim.settings.compose import compose
+from fedsim.settings.groups import Settings
 
 # Six clients with eight examples each, of which one is held out; three of them train for one epoch of two steps.
 TINY = (

@@ -13,7 +13,8 @@ from clients.trainers.sgd import SGDTrainer
 from fedsim.errors import ConfigError
 from fedsim.messages.records import Broadcast, from_array
 from fedsim.models.mlp import MLP
-from fedsim.settings.compose import build_world, compose, instantiate
+from fedsim.settings.build import build_world, instantiate
+from fedsim.settings.compose import compose
 from fedsim.workloads.base import ClientData, Examples
 
 BLOBS = ("workload=blobs", "workload.examples_per_client=20", "workload.input_shape=[3,32,32]")

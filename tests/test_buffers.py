@@ -30,7 +30,9 @@ from fedsim.report.rounds import weights_sha256
 from fedsim.runs.checkpoint import Checkpoints, Saved, load
 from fedsim.runs.federation import Federation
 from fedsim.runs.server import ServerSide
-from fedsim.settings.compose import build_world, compose, options
+from fedsim.settings.build import build_world
+from fedsim.settings.compose import compose
+from fedsim.settings.groups import options
 
 
 class Odd(nn.Module):

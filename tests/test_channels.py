@@ -8,7 +8,8 @@ from torch.nn import functional as F
 from devices.compression.channels import ChannelGroups
 from devices.errors import DeviceError
 from devices.trace import trace
-from fedsim.settings.compose import compose, model_factory
+from fedsim.settings.build import model_factory
+from fedsim.settings.compose import compose
 
 MODELS = {
     "mlp": (1, 8, 8),

@@ -22,7 +22,8 @@ from fedsim.cli import main as cli
 from fedsim.report.place import WRITTEN
 from fedsim.report.rounds import read_rounds
 from fedsim.runs.federation import fleet_name
-from fedsim.settings.compose import compose, options
+from fedsim.settings.compose import compose
+from fedsim.settings.groups import options
 
 FEDSIM = Path(sys.executable).with_name("fedsim")
 DEVICES = ["list", "show", "predict", "fit", "new", "calibrate", "links", "population", "build"]
@@ -560,7 +561,7 @@ def test_every_command_is_covered_by_the_help_test():
 
 
 def test_help_of_run_lists_every_group_and_option(fedsim: Callable[..., Ended]):
-    from fedsim.settings.compose import GROUPS, options
+    from fedsim.settings.groups import GROUPS, options
 
     shown = fedsim("run", "--help").out
     assert all(f"{group}=" in shown and name in shown for group in GROUPS for name in options(group))

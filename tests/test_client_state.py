@@ -13,7 +13,9 @@ from clients.trainers.base import WorkLog
 from fedsim.engines.local import LocalGrid
 from fedsim.messages.records import OF_REPLY, STATE, from_array, unpack_cohort
 from fedsim.runs.federation import Federation
-from fedsim.settings.compose import build_world, compose, options
+from fedsim.settings.build import build_world
+from fedsim.settings.compose import compose
+from fedsim.settings.groups import options
 
 # Two tasks with phases and parts, so that methods that rehearse have something to keep.
 TINY = [

@@ -23,7 +23,8 @@ import yaml
 from clients.app import app as client_app
 from fedsim.engines.local import LocalGrid
 from fedsim.runs import federation as federations
-from fedsim.settings.compose import GROUPS, compose, config_dir
+from fedsim.settings.compose import compose
+from fedsim.settings.groups import GROUPS, config_dir
 
 PROJECT = Path(__file__).parent.parent
 FILES = sorted((PROJECT / "configs" / "ray").glob("*.yaml"))

@@ -12,7 +12,8 @@ from conftest import TINY
 
 from fedsim.errors import ConfigError
 from fedsim.settings import config_files, trust
-from fedsim.settings.compose import check_overrides, compose, one_sentence, options
+from fedsim.settings.compose import check_overrides, compose, one_sentence
+from fedsim.settings.groups import options
 
 SGD = "_target_: clients.trainers.sgd.SGDTrainer\nlr: 0.1\nbatch_size: 4\nlocal_epochs: 1\n"
 BOMB = SGD + "a: &a [" + "1, " * 30 + "]\nb: &b [" + "*a, " * 30 + "]\nc: [" + "*b, " * 100 + "]\n"

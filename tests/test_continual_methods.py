@@ -22,7 +22,8 @@ from fedsim.errors import ConfigError
 from fedsim.messages.records import STATE, Broadcast, ClientUpdate, record_bytes, record_of, tensors_of
 from fedsim.report.rounds import weights_sha256
 from fedsim.runs.federation import Federation
-from fedsim.settings.compose import build_world, compose
+from fedsim.settings.build import build_world
+from fedsim.settings.compose import compose
 from strategies.ewc import EWC
 from strategies.ocs import OCS
 

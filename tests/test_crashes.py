@@ -18,7 +18,8 @@ from fedsim.messages.records import record_of
 from fedsim.report.checksums import Beginning, Checksums
 from fedsim.runs import federation as federations
 from fedsim.runs.checkpoint import ASIDE, Checkpoints, Saved, load
-from fedsim.settings.compose import compose, settings_of_run
+from fedsim.runs.recorded import settings_of_run
+from fedsim.settings.compose import compose
 
 FEDSIM = str(Path(sys.executable).parent / "fedsim")
 SMALL = (*TINY, "model.hidden=[8]", "rounds=3", "checkpoint_s=0")

@@ -10,7 +10,9 @@ from fedsim.engines.local import LocalGrid
 from fedsim.errors import ConfigError
 from fedsim.messages.records import all_finite
 from fedsim.runs.federation import Federation
-from fedsim.settings.compose import build_world, compose, options
+from fedsim.settings.build import build_world
+from fedsim.settings.compose import compose
+from fedsim.settings.groups import options
 
 # Seven clients, of whom three are asked: what a method does to weights does not hang on how many there are.
 ROUNDS = ("rounds=20", "num_clients=7", "cohort=3", "fleet=uniform", "engine.device=cpu", "partition=iid")

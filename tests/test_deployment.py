@@ -179,7 +179,7 @@ def test_a_network_that_cannot_be_narrowed_is_refused_before_the_run(settings):
     from fedsim.engines.local import LocalGrid
     from fedsim.models.char_lstm import CharLSTM
     from fedsim.runs.federation import Federation
-    from fedsim.settings.compose import build_world
+    from fedsim.settings.build import build_world
 
     world = build_world(json.dumps(settings("compression=prune")))
     world.workload.build_model = lambda: CharLSTM((7,), 5)

@@ -6,7 +6,8 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import strategy as flower
 
 from fedsim.messages.records import NUM_EXAMPLES
-from fedsim.settings.compose import compose, instantiate
+from fedsim.settings.build import instantiate
+from fedsim.settings.compose import compose
 
 SETTINGS = {"eta": 0.01, "eta_l": 0.1, "beta_1": 0.9, "beta_2": 0.99, "tau": 0.001}
 

@@ -22,7 +22,8 @@ from clients.trainers.mixing.naivemix import NaiveMixTrainer
 from fedsim.errors import ConfigError
 from fedsim.models.char_lstm import CharLSTM
 from fedsim.models.mlp import MLP
-from fedsim.settings.compose import build_world, compose
+from fedsim.settings.build import build_world
+from fedsim.settings.compose import compose
 from fedsim.workloads.base import Tensors
 
 CLASSES, FEATURES = 3, 4

@@ -16,7 +16,9 @@ from fedsim.errors import ConfigError, DataError
 from fedsim.models.mlp import MLP
 from fedsim.runs import checkpoint
 from fedsim.runs import federation as federations
-from fedsim.settings.compose import build_workload, build_world, compose, options
+from fedsim.settings.build import build_workload, build_world
+from fedsim.settings.compose import compose
+from fedsim.settings.groups import options
 from fedsim.study import spec as study
 from fedsim.study.spec import is_finished, plan, read_study
 from fedsim.workloads import fingerprint

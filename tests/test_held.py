@@ -12,7 +12,8 @@ from devices.cost import NetworkCost
 from devices.held import fullest_moments
 from devices.meter import inference_bytes, measure, most_bytes, peak_memory_bytes
 from devices.reserved import with_memory
-from fedsim.settings.compose import model_factory, model_settings, options
+from fedsim.settings.build import model_factory
+from fedsim.settings.groups import model_settings, options
 
 SHAPES = {"char_lstm": (80,), "mlp": (784,), **dict.fromkeys(SPEECH, (1, 40, 101))}
 GREY = ("lenet5", "femnist_cnn", "small_cnn")

@@ -21,7 +21,9 @@ from fedsim.engines.local import LocalGrid
 from fedsim.errors import ConfigError
 from fedsim.report.rounds import weights_sha256
 from fedsim.runs.federation import Federation
-from fedsim.settings.compose import build_world, compose, options
+from fedsim.settings.build import build_world
+from fedsim.settings.compose import compose
+from fedsim.settings.groups import options
 
 # Two tasks of two rounds each, of which the second has a memory, a teacher, a penalty; three steps and more a round.
 BASE = (

@@ -1,4 +1,4 @@
-"""Who may import whom (style.md section 2), read from the imports of every module, inside functions as well."""
+"""What holds for all modules beside the contracts on imports in pyproject.toml."""
 
 import ast
 import io
@@ -17,111 +17,12 @@ MODULES = {
     for package in PACKAGES
     for path in sorted((ROOT / package).rglob("*.py"))
 }
-BASES = ("clients.app", "clients.state", "clients.trainers.base", "strategies.edge", "strategies.tasks")
-# No trainers but what several of them are made of: functions, and the memory that rehearsal methods share.
-BASES += tuple(f"clients.trainers.{part}" for part in ("gradients", "memory", "recalled", "samples", "selection"))
 # A method's own words; the classes of Flower's that only average are listed once, in PLAIN_MEANS of engines/blocks.py.
 METHOD_NAMES = {
     path.stem for group in ("method", "strategy", "trainer") for path in (ROOT / "configs" / group).iterdir()
 }
 EVERYDAY = {"sgd", "fedavg", "edge_mean"}  # the optimiser, the base class whose arguments all strategies take, the mean
 CORE = [path for name, path in MODULES.items() if name.startswith("fedsim.")]
-
-
-def imports(path: Path) -> set[str]:
-    """Every module, or module.name, that the file imports anywhere, also for type checkers only."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: imports are absolute"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
-
-
-def roots(path: Path) -> set[str]:
-    return {name.partition(".")[0] for name in imports(path)}
-
-
-def modules_of(names: set[str]) -> set[str]:
-    """The modules of ours among imported names: `a.b.Name` is `a.b`."""
-    return {n if n in MODULES else n.rpartition(".")[0] for n in names} & set(MODULES)
-
-
-def of(package: str) -> list[tuple[str, Path]]:
-    return [(name, path) for name, path in MODULES.items() if name.split(".")[0] == package]
-
-
-@pytest.mark.parametrize("name, path", of("devices"))
-def test_devices_know_no_federation(name: str, path: Path):
-    assert not roots(path) & {"fedsim", "clients", "strategies", "configs", "flwr", "hydra", "omegaconf"}
-
-
-@pytest.mark.parametrize("name, path", of("fedsim"))
-def test_core_imports_no_method_but_the_command_its_client_app(name: str, path: Path):
-    above = {n for n in imports(path) if n.partition(".")[0] in ("clients", "strategies")}
-    assert above <= ({"clients.app", "clients.app.app"} if name == "fedsim.cli.main" else set())
-
-
-@pytest.mark.parametrize("name, path", MODULES.items())
-def test_nothing_imports_the_command(name: str, path: Path):
-    assert name == "fedsim.__main__" or "fedsim.cli.main" not in modules_of(imports(path))
-
-
-@pytest.mark.parametrize("name, path", [*of("clients"), *of("strategies")])
-def test_clients_and_strategies_meet_only_in_messages(name: str, path: Path):
-    assert not roots(path) & ({"clients", "strategies"} - {name.partition(".")[0]})
-
-
-@pytest.mark.parametrize("name, path", [*of("clients"), *of("strategies")])
-def test_plugins_import_bases_or_at_most_one_parent(name: str, path: Path):
-    siblings = {n for n in modules_of(imports(path)) if n.partition(".")[0] in ("clients", "strategies")}
-    parents = siblings - set(BASES)
-    assert len(parents) <= (name not in BASES), f"{name} imports {sorted(parents)}"
-
-
-def test_a_plugin_uses_its_parent_as_a_parent():
-    """A plug-in that imports another one subclasses something of it, else it should share through the base."""
-    for name, path in [*of("clients"), *of("strategies")]:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        bases = {ast.unparse(base) for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for base in node.bases}
-        for node in ast.walk(tree):
-            ours = isinstance(node, ast.ImportFrom) and node.module in MODULES
-            if ours and node.module.partition(".")[0] in ("clients", "strategies") and node.module not in BASES:
-                assert bases & {alias.name for alias in node.names}, (
-                    f"{name} uses {node.module} but is no variant of it"
-                )
-
-
-def test_modules_form_no_cycle():
-    """Imports for type checkers only may point back; all others, also those inside functions, may not."""
-    graph = {name: modules_of(_running_imports(path)) - {name} for name, path in MODULES.items()}
-    done: set[str] = set()
-
-    def visit(name: str, trail: tuple[str, ...]) -> None:
-        assert name not in trail, f"cycle: {' -> '.join((*trail, name))}"
-        if name not in done:
-            for other in graph[name]:
-                visit(other, (*trail, name))
-            done.add(name)
-
-    for name in graph:
-        visit(name, ())
-
-
-def _running_imports(path: Path) -> set[str]:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            node.body = [ast.Pass()]
-    found: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
 
 
 @pytest.mark.parametrize("path", CORE, ids=lambda path: str(path.relative_to(ROOT / "fedsim")))
@@ -164,7 +65,7 @@ def test_package_files_hold_no_code(path: Path):
 
 
 def test_every_folder_with_configs_is_known_to_the_help():
-    from fedsim.settings.compose import GROUPS
+    from fedsim.settings.groups import GROUPS
 
     folders = {path.name for path in (ROOT / "configs").iterdir() if path.is_dir() and any(path.glob("*.yaml"))}
     assert folders - {"ray", "study"} <= set(GROUPS)  # files for `ray up` and `fedsim study`, no settings

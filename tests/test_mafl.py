@@ -21,7 +21,8 @@ from fedsim.grid.edge import ClientReport
 from fedsim.messages.records import tensors_of
 from fedsim.report.rounds import weights_sha256
 from fedsim.runs.federation import Federation
-from fedsim.settings.compose import build_world, compose
+from fedsim.settings.build import build_world
+from fedsim.settings.compose import compose
 from fedsim.workloads.base import Examples
 from strategies.mafl import RETIRED, Mafl
 

@@ -11,7 +11,9 @@ from clients.app import app as client_app
 from fedsim.engines.local import LocalGrid
 from fedsim.grid.edge import ClientReport
 from fedsim.runs.federation import Federation
-from fedsim.settings.compose import build_world, compose, options
+from fedsim.settings.build import build_world
+from fedsim.settings.compose import compose
+from fedsim.settings.groups import options
 from fedsim.workloads.metrics import AVERAGED, BY_CLIENTS, BY_EXAMPLES, averaged_by
 
 SIZES = (8, 30, 12, 25)  # training examples of each user; of the test split (3, 20, 1, 9)

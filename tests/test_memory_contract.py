@@ -20,7 +20,9 @@ from clients.app import Worker
 from clients.app import app as client_app
 from clients.trainers.sgd import SGDTrainer
 from fedsim.runs.federation import Federation
-from fedsim.settings.compose import build_world, compose, instantiate, options
+from fedsim.settings.build import build_world, instantiate
+from fedsim.settings.compose import compose
+from fedsim.settings.groups import options
 
 # 40,000 weights and more; batches of 4 are 1.6 % of them.
 WIDE = [

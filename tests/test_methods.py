@@ -36,7 +36,9 @@ from fedsim.grid.pricing import OUTCOMES
 from fedsim.messages.records import ARRAYS, CONFIG, record_of
 from fedsim.report.rounds import HOST_FIELDS, RoundReport, weights_sha256
 from fedsim.runs.federation import Federation
-from fedsim.settings.compose import build_world, compose, instantiate, options
+from fedsim.settings.build import build_world, instantiate
+from fedsim.settings.compose import compose
+from fedsim.settings.groups import options
 
 TINY = [
     "workload=blobs",

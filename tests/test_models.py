@@ -14,7 +14,9 @@ from fedsim.models.lenet import LeNet5
 from fedsim.models.mlp import MLP
 from fedsim.models.resnet import ResNet
 from fedsim.models.vgg import VGG
-from fedsim.settings.compose import compose, model_factory, model_settings
+from fedsim.settings.build import model_factory
+from fedsim.settings.compose import compose
+from fedsim.settings.groups import model_settings
 from fedsim.workloads.blobs import Blobs
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs" / "model").glob("*.yaml"))

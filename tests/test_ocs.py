@@ -19,7 +19,8 @@ from fedsim.errors import ConfigError
 from fedsim.messages.records import STATE, Broadcast, payload_bytes, record_bytes, tensors_of
 from fedsim.report.rounds import weights_sha256
 from fedsim.runs.federation import Federation
-from fedsim.settings.compose import build_world, compose
+from fedsim.settings.build import build_world
+from fedsim.settings.compose import compose
 from fedsim.workloads.streams.base import Stream
 
 BASE = (

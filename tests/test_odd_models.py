@@ -19,7 +19,7 @@ from devices.errors import DeviceError
 from fedsim.errors import ConfigError, DataError
 from fedsim.messages.records import all_finite, from_array
 from fedsim.report.rounds import weights_sha256
-from fedsim.settings.compose import options
+from fedsim.settings.groups import options
 
 
 class Plain(nn.Module):

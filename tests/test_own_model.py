@@ -11,7 +11,7 @@ from torch import nn
 from devices.errors import FileError
 from fedsim.cli.devices.own_model import labels, loss, measured, named_model, outputs, traced
 from fedsim.errors import ConfigError
-from fedsim.settings.compose import model_factory
+from fedsim.settings.build import model_factory
 
 FILE = """
 import torch

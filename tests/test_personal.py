@@ -20,7 +20,8 @@ from fedsim.models.mlp import MLP
 from fedsim.models.roles import private_names
 from fedsim.report.rounds import weights_sha256
 from fedsim.runs.federation import Federation, method_name
-from fedsim.settings.compose import build_world, compose
+from fedsim.settings.build import build_world
+from fedsim.settings.compose import compose
 from fedsim.workloads.base import ClientData, Examples
 from fedsim.workloads.blobs import Blobs
 

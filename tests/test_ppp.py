@@ -39,7 +39,7 @@ from fedsim.messages.records import (
     update_of,
 )
 from fedsim.report.rounds import weights_sha256
-from fedsim.settings.compose import build_world
+from fedsim.settings.build import build_world
 
 IMAGES = ("workload.input_shape=[1,16,16]", "workload.separation=16")
 PPP = ("method=ppp", "trainer.batch_size=4", "strategy.warmup=0")

@@ -38,7 +38,8 @@ from fedsim.errors import ClientError, ConfigError, RunError
 from fedsim.messages.records import from_array, pack_cohort, to_array
 from fedsim.report.rounds import HOST_FIELDS
 from fedsim.runs import federation as federations
-from fedsim.settings.compose import build_world, compose
+from fedsim.settings.build import build_world
+from fedsim.settings.compose import compose
 
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
 TESTS = Path(__file__).parent

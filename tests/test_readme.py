@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsim.settings.compose import options
+from fedsim.settings.groups import options
 
 README = Path(__file__).parent.parent / "README.md"
 BOX = "┏┡├└┃│"

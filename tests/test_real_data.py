@@ -11,7 +11,8 @@ import pytest
 from clients.app import app as client_app
 from fedsim.engines.local import LocalGrid
 from fedsim.runs.federation import run
-from fedsim.settings.compose import build_world, compose
+from fedsim.settings.build import build_world
+from fedsim.settings.compose import compose
 
 pytestmark = [pytest.mark.data, pytest.mark.usefixtures("data_folder")]
 

@@ -21,7 +21,8 @@ from fedsim.engines.local import LocalGrid
 from fedsim.errors import ConfigError
 from fedsim.messages.records import STATE, Broadcast
 from fedsim.runs.federation import Federation
-from fedsim.settings.compose import build_world, compose
+from fedsim.settings.build import build_world
+from fedsim.settings.compose import compose
 
 BASE = (
     *("num_clients=2", "cohort=2", "rounds=5", "fleet=uniform", "latency=flops", "engine.device=cpu"),

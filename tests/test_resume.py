@@ -27,7 +27,10 @@ from fedsim.runs import checkpoint
 from fedsim.runs import federation as federations
 from fedsim.runs.checkpoint import NotKeptError, Saved, decode, encode, load
 from fedsim.runs.federation import Federation
-from fedsim.settings.compose import build_world, compose, on_engine, options, settings_of_run
+from fedsim.runs.recorded import settings_of_run
+from fedsim.settings.build import build_world
+from fedsim.settings.compose import compose, on_engine
+from fedsim.settings.groups import options
 
 FEDSIM = str(Path(sys.executable).parent / "fedsim")
 # Late and absent clients, personal layers, clients that judge: all that a run can keep between rounds.

@@ -13,7 +13,8 @@ from fedsim.engines.local import LocalGrid
 from fedsim.errors import ConfigError, DataError
 from fedsim.messages.records import record_bytes, tensors_of
 from fedsim.runs.federation import Federation, run
-from fedsim.settings.compose import build_world, compose
+from fedsim.settings.build import build_world
+from fedsim.settings.compose import compose
 from fedsim.workloads.streams.base import Stream
 
 BASE = (

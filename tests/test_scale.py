@@ -20,7 +20,9 @@ from fedsim.exchanges.averages import exposures
 from fedsim.messages.records import ARRAYS, METRICS, NUM_EXAMPLES, from_array, record_of, tensors_of
 from fedsim.models.mlp import MLP
 from fedsim.runs.federation import Federation
-from fedsim.settings.compose import build_world, compose, config_dir, options
+from fedsim.settings.build import build_world
+from fedsim.settings.compose import compose
+from fedsim.settings.groups import config_dir, options
 from fedsim.workloads.arrays import Arrays, ArrayWorkload
 from fedsim.workloads.partition import Iid
 

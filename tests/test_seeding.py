@@ -7,7 +7,7 @@ import torch
 
 from clients.app import Worker
 from fedsim.seeding import seed_torch
-from fedsim.settings.compose import build_world
+from fedsim.settings.build import build_world
 
 
 def test_the_generator_of_the_device_is_seeded_beside_that_of_the_cpu(monkeypatch: pytest.MonkeyPatch):

@@ -16,7 +16,9 @@ from clients.app import worker_for
 from fedsim.engines.local import LocalGrid
 from fedsim.errors import ConfigError, DataError
 from fedsim.runs.federation import Federation
-from fedsim.settings.compose import build_world, compose, config_dir, options
+from fedsim.settings.build import build_world
+from fedsim.settings.compose import compose
+from fedsim.settings.groups import config_dir, options
 from fedsim.study.spec import Arm, plan, read_study, studies
 
 # One step each of two clients at most; every client has what its experiment gives it.

@@ -15,7 +15,9 @@ from fedsim.engines.local import LocalGrid
 from fedsim.errors import ConfigError, DataError
 from fedsim.report.rounds import HOST_FIELDS
 from fedsim.runs.federation import Federation, run
-from fedsim.settings.compose import build_world, compose, options
+from fedsim.settings.build import build_world
+from fedsim.settings.compose import compose
+from fedsim.settings.groups import options
 from fedsim.workloads.streams.base import MASKED, Stream
 
 # Digits in three clients: 10 classes, about 480 training examples each.

@@ -12,7 +12,7 @@ from clients.trainers.personal.sub_fedavg import SubFedAvgTrainer, alive
 from fedsim.errors import ConfigError
 from fedsim.exchanges.slices import pack_bits, unpack_bits
 from fedsim.messages.records import ARRAYS, ClientUpdate, record_bytes, tensors_of, unpacked
-from fedsim.settings.compose import build_world
+from fedsim.settings.build import build_world
 from strategies.sub_fedavg import SubFedAvg
 
 OWN = ("method=sub_fedavg", "workload.examples_per_client=24", "workload.client_test_fraction=0.25")

@@ -15,7 +15,7 @@ from fedsim.exchanges.slices import BITS, KEPT, pack_bits, unpack_bits
 from fedsim.grid.edge import Enrolled
 from fedsim.messages.records import ARRAYS, ClientUpdate, broadcast_of, payload_bytes, record_of, tensors_of
 from fedsim.report.rounds import weights_sha256
-from fedsim.settings.compose import build_world
+from fedsim.settings.build import build_world
 from strategies.edge import EdgeStrategy, mean_by_coordinate
 from strategies.widths import WidthStrategy
 

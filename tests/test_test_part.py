@@ -10,7 +10,9 @@ import torch
 
 from fedsim.errors import DataError
 from fedsim.models.mlp import MLP
-from fedsim.settings.compose import build_world, compose, instantiate, options
+from fedsim.settings.build import build_world, instantiate
+from fedsim.settings.compose import compose
+from fedsim.settings.groups import options
 from fedsim.workloads.arrays import Arrays, ArrayWorkload
 from fedsim.workloads.base import Examples, Workload
 from fedsim.workloads.digits import Digits

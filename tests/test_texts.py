@@ -23,7 +23,9 @@ from devices.profile import load_profile
 from devices.texts import FILE_BYTES, file_name, visible
 from fedsim.errors import ConfigError
 from fedsim.report.text import CELL_LETTERS, console, table
-from fedsim.settings.compose import check, compose, config_dir
+from fedsim.settings.check import check
+from fedsim.settings.compose import compose
+from fedsim.settings.groups import config_dir
 from fedsim.study import spec as study
 from fedsim.study.spec import Arm, plan, read_study
 

@@ -19,7 +19,8 @@ from torchs_counter import counter
 from devices.errors import DeviceError
 from devices.latency.structured import price
 from devices.trace import FEATURES, KINDS, LayerTable, trace
-from fedsim.settings.compose import model_factory, model_settings
+from fedsim.settings.build import model_factory
+from fedsim.settings.groups import model_settings
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 VISION = ["resnet18", "mobilenet_v2", "mobilenet_v3_small", "shufflenet_v2_x1_0", "squeezenet1_1", "efficientnet_b0"]

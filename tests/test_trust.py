@@ -13,8 +13,11 @@ from conftest import TINY
 
 from fedsim.errors import ConfigError
 from fedsim.settings import trust
-from fedsim.settings.compose import GROUPS, NEEDED, check_trusted, compose, config_dir, options, try_out
+from fedsim.settings.build import check_trusted
+from fedsim.settings.check import try_out
+from fedsim.settings.compose import compose
 from fedsim.settings.foreign import check_foreign
+from fedsim.settings.groups import GROUPS, NEEDED, config_dir, options
 from fedsim.settings.trust import check_tree, group_kinds
 
 # Readers, writers, loaders and runners of the standard library and of what is installed beside fedsim.

@@ -15,7 +15,8 @@ from fedsim.engines.blocks import is_plain_mean
 from fedsim.messages.records import ARRAYS, STATE, payload_bytes, record_bytes, record_of, tensors_of
 from fedsim.messages.uplink import BUFFERS, COUNTS, INDEX, RESIDUAL, SCALE, VALUES, WHICH, compressed, decompress
 from fedsim.report.rounds import weights_sha256
-from fedsim.settings.compose import build_world, options
+from fedsim.settings.build import build_world
+from fedsim.settings.groups import options
 
 DRAW = torch.Generator().manual_seed(0)
 

@@ -24,7 +24,10 @@ from devices.errors import DeviceError
 from fedsim.cli.main import app
 from fedsim.errors import ConfigError, DataError
 from fedsim.runs.federation import build_strategy
-from fedsim.settings.compose import GROUPS, Settings, build_world, check, compose, options
+from fedsim.settings.build import build_world
+from fedsim.settings.check import check
+from fedsim.settings.compose import compose
+from fedsim.settings.groups import GROUPS, Settings, options
 from fedsim.settings.parameters import check_parameters
 from fedsim.workloads import host_memory as host
 

@@ -31,7 +31,8 @@ def averages(
     from fedsim.cli.options import whole
     from fedsim.exchanges.averages import averages_picture, exposures
     from fedsim.report.text import console, size, table
-    from fedsim.settings.compose import build_world, compose
+    from fedsim.settings.build import build_world
+    from fedsim.settings.compose import compose
 
     check_picture(picture)
     groups = [None if text.strip() == "all" else whole("--sizes", text) for text in sizes.split(",")]

@@ -20,7 +20,8 @@ from rich.table import Table
 
 from fedsim.cli.bench_sides import EngineFactory, EngineRounds, FastLoop, PlainLoop, SideProcess
 from fedsim.errors import ConfigError
-from fedsim.settings.compose import Settings, compose
+from fedsim.settings.compose import compose
+from fedsim.settings.groups import Settings
 
 COHORT, CLIENTS, EXAMPLES, BATCH = 10, 100, 100, 20
 WARM_UP = 2

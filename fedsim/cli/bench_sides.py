@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from flwr.serverapp import Grid
 
 from fedsim.errors import RunError
-from fedsim.settings.compose import Settings
+from fedsim.settings.groups import Settings
 
 EngineFactory = Callable[[Settings], Grid]
 START_TIMEOUT_S = 300.0
@@ -45,7 +45,8 @@ class PlainLoop:
     def __init__(self, settings: Settings):
         import torch
 
-        from fedsim.settings.compose import FORMAT, build_world
+        from fedsim.settings.build import build_world
+        from fedsim.settings.groups import FORMAT
 
         if FORMAT in settings["model"]:
             settings = {**settings, "model": {**settings["model"], FORMAT: self.memory_format}}
@@ -116,7 +117,7 @@ class EngineRounds:
     def __init__(self, settings: Settings, make_engine: EngineFactory, folder: Path):
         from fedsim.report.folder import RunFolder
         from fedsim.runs.federation import Federation
-        from fedsim.settings.compose import build_world
+        from fedsim.settings.build import build_world
 
         self.engine = make_engine(settings)
         self.federation = Federation(build_world(json.dumps(settings)), self.engine)

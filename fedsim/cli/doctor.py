@@ -68,7 +68,7 @@ def _gpu() -> Check:
 
 
 def _data() -> Iterator[Check]:
-    from fedsim.workloads.describe import list_workloads
+    from fedsim.settings.catalogue import list_workloads
 
     here = [row.name for row in list_workloads() if row.found]
     yield "data", True, f"FEDSIM_DATA={os.environ.get('FEDSIM_DATA', '(not set)')}; found: {', '.join(here)}"

@@ -78,7 +78,7 @@ def _try_out(settings: dict[str, Any]) -> None:
     import logging
 
     from fedsim.runs.federation import build_strategy
-    from fedsim.settings.compose import build_world
+    from fedsim.settings.build import build_world
 
     logging.getLogger("flwr").setLevel(logging.ERROR)
     build_strategy(settings, build_world(json.dumps(settings)).workload.num_clients)
@@ -86,7 +86,7 @@ def _try_out(settings: dict[str, Any]) -> None:
 
 
 def _default_workers(settings: dict[str, Any]) -> int:
-    from fedsim.settings.compose import asked
+    from fedsim.settings.build import asked
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, asked(settings))
@@ -95,7 +95,7 @@ def _default_workers(settings: dict[str, Any]) -> int:
 def _gpus(settings: dict[str, Any]) -> int:
     import torch
 
-    from fedsim.settings.compose import pick_device
+    from fedsim.settings.build import pick_device
 
     return torch.cuda.device_count() if pick_device(settings["engine"]["device"]).type == "cuda" else 0
 

@@ -82,7 +82,7 @@ fedsim run --cfg job
 
 
 def _groups() -> str:
-    from fedsim.settings.compose import GROUPS, options
+    from fedsim.settings.groups import GROUPS, options
 
     return "\n\n".join(f"{group}= {' '.join(options(group))}" for group in GROUPS if options(group))
 
@@ -125,7 +125,7 @@ def bench(
     from fedsim.cli.bench import bench as measure
     from fedsim.cli.bench import table
     from fedsim.errors import ConfigError
-    from fedsim.settings.compose import options
+    from fedsim.settings.groups import options
 
     names = [name for name in engines.split(",") if name]
     for name in names or [engines]:
@@ -188,7 +188,8 @@ def resume(
 
     Example: fedsim resume runs/20261121-101500-fedavg-digits engine=ray engine.workers=2
     """
-    from fedsim.settings.compose import check_address, on_engine, settings_of_run
+    from fedsim.runs.recorded import settings_of_run
+    from fedsim.settings.compose import check_address, on_engine
     from fedsim.settings.trust import keep_out
 
     keep_out(run)
@@ -223,7 +224,7 @@ def report(run: Annotated[Path, typer.Argument(help="Folder of the run.")]) -> N
     Example: fedsim report runs/20261121-101500-fedavg-digits
     """
     from fedsim.report.page import write_page
-    from fedsim.settings.compose import settings_of_run
+    from fedsim.runs.recorded import settings_of_run
 
     settings_of_run(run)
     check_folder_place("RUN", run)
@@ -248,7 +249,7 @@ def data_list() -> None:
     Example: FEDSIM_DATA=/data/bundles fedsim data list
     """
     from fedsim.report.text import workload_table
-    from fedsim.workloads.describe import list_workloads
+    from fedsim.settings.catalogue import list_workloads
 
     _console().print(workload_table(list_workloads()))
 
@@ -266,7 +267,8 @@ def data_describe(
     import json
 
     from fedsim.report.text import split_table
-    from fedsim.settings.compose import build_world, compose
+    from fedsim.settings.build import build_world
+    from fedsim.settings.compose import compose
     from fedsim.workloads.describe import split_picture, summary_lines
     from fedsim.workloads.describe import split_table as split_rows
 
@@ -474,7 +476,7 @@ def _hydra_run(arguments: list[str]) -> None:
     from hydra.types import RunMode
     from omegaconf import DictConfig, OmegaConf
 
-    from fedsim.report.durable import remove_empty
+    from devices.writing import remove_empty
     from fedsim.settings.compose import check_overrides, one_sentence, resolve, search_path
     from fedsim.settings.foreign import check_foreign
 
@@ -559,7 +561,8 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 def _check_sweep(flags: list[str], overrides: list[str]) -> None:
     """Refuses a sweep with a wrong setting in any of its runs before the first one starts."""
-    from fedsim.settings.compose import compose, sweep_overrides, try_out
+    from fedsim.settings.check import try_out
+    from fedsim.settings.compose import compose, sweep_overrides
     from fedsim.settings.foreign import is_foreign
 
     if is_foreign(flags):
@@ -621,7 +624,7 @@ def run_one(settings: dict[str, Any], unfinished: Path | None = None) -> dict[st
 def build_engine(settings: dict[str, Any]) -> Any:
     """The engine that the settings name, for `clients.app`; the caller closes it."""
     from clients.app import app as client_app
-    from fedsim.settings.compose import instantiate
+    from fedsim.settings.build import instantiate
 
     quiet_flower()
     return instantiate(settings, "engine", client_app=client_app)
@@ -630,7 +633,7 @@ def build_engine(settings: dict[str, Any]) -> Any:
 def _forget_worlds() -> None:
     """A sweep's earlier runs would keep their data and models in memory."""
     import clients.app
-    from fedsim.settings.compose import build_world
+    from fedsim.settings.build import build_world
 
     clients.app.worker_for.cache_clear()
     build_world.cache_clear()

@@ -69,7 +69,7 @@ def check_folder_place(option: str, folder: Path, names: Sequence[str] = ()) -> 
     """
     from devices.writing import try_place
     from fedsim.errors import ConfigError
-    from fedsim.report.place import check_folder
+    from fedsim.settings.folder_names import check_folder
     from fedsim.settings.parameters import said
 
     check_folder(option, str(folder))

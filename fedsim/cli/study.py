@@ -57,7 +57,7 @@ def study(
 
     import logging
 
-    from fedsim.report.place import check_folder
+    from fedsim.settings.folder_names import check_folder
     from fedsim.study.results import check_columns, collect, write_result
     from fedsim.study.spec import plan, read_study
 

@@ -19,6 +19,7 @@ from fedsim.settings.forms import (
     FIGURE,
     MAP,
     MAPS,
+    NAME,
     NUMBER,
     TEXT,
     TEXTS,
@@ -33,9 +34,7 @@ from fedsim.settings.forms import (
 if TYPE_CHECKING:
     import pandas as pd
 
-NAME = Form("text or null", lambda value: value is None or isinstance(value, str))
 SETTINGS: Forms = {"seed": optional(WHOLE), "choices": optional(maps_of(NAME))}
-CHOSEN: Forms = dict.fromkeys(("workload", "fleet", "strategy", "trainer", "engine"), TEXT)
 OUTCOMES = Form(
     "a map of whole numbers, 'completed' among them", lambda value: maps_of(WHOLE).fits(value) and "completed" in value
 )

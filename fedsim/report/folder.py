@@ -20,6 +20,7 @@ from devices.errors import FileError
 from devices.figures import save_figure
 from devices.reading import open_file
 from devices.texts import file_name
+from devices.writing import make_folders, naming, remove_empty, sync_folder, write_atomic, write_new
 from fedsim.errors import ClientError, ConfigError
 from fedsim.grid.edge import ClientReport
 from fedsim.grid.pricing import OUTCOMES
@@ -27,7 +28,6 @@ from fedsim.messages.records import Instruction
 from fedsim.report import strict_json
 from fedsim.report.checksums import Beginning, Checksums, inside, of_bytes, of_file, signed
 from fedsim.report.client_rows import client_row, client_schema
-from fedsim.report.durable import make_folders, naming, remove_empty, sync_folder, write_atomic, write_new
 from fedsim.report.instructions import keep_instruction
 from fedsim.report.place import (
     CLIENTS,

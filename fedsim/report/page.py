@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from devices.errors import FileError
 from devices.reading import read_text
 from devices.texts import visible, visible_lines
+from devices.writing import write_atomic
 from fedsim.grid.pricing import OUTCOMES
 from fedsim.report import strict_json
 from fedsim.report.checksums import inside, of_file
-from fedsim.report.durable import write_atomic
 from fedsim.report.files import (
     check_run,
     config_text,
@@ -28,8 +28,9 @@ from fedsim.report.files import (
 from fedsim.report.page_template import HTML
 from fedsim.report.place import PAGE, SUMMARY
 from fedsim.report.rounds import RoundReport, read_rounds
+from fedsim.report.split import kept_split
 from fedsim.report.text import energy, simulated, size
-from fedsim.workloads.describe import Split, draw_split, kept_split
+from fedsim.workloads.describe import Split, draw_split
 from fedsim.workloads.metrics import took_part
 
 if TYPE_CHECKING:

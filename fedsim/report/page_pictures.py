@@ -12,9 +12,8 @@ import numpy as np
 from devices.figures import new_figure, save_figure
 from devices.texts import NAME_LETTERS, visible
 from fedsim.grid.pricing import OUTCOMES
-from fedsim.report.rounds import RoundReport
-from fedsim.study.paired import spent
-from fedsim.study.picture import COLOURS, NAMES, UNITS
+from fedsim.report.plots import COLOURS, NAMES, UNITS
+from fedsim.report.rounds import RoundReport, spent
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -12,12 +12,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from devices.texts import VALUE_LETTERS, visible
-from devices.writing import try_place
+from devices.writing import make_folders, remove_empty, try_place
 from fedsim.errors import ConfigError
-from fedsim.report.durable import make_folders, remove_empty
 
-LONGEST_NAME, DEEPEST = 255, 100  # bytes of a folder's name; folders in each other that somebody may name
 MOST_NAMED = 6  # of the things in a folder that is taken
 CONFIG, SUMMARY, FAILURE, PAGE = "config.yaml", "summary.json", "failure.json", "report.html"
 ROUNDS, CLIENTS, EVENTS, CHECKPOINT, PICTURES = "rounds.jsonl", "clients", "tensorboard", "checkpoint", "pictures"
@@ -44,20 +41,6 @@ UNFINISHED = re.compile(
     r"\.(?:config\.yaml|summary\.json|split\.json|failure\.json|report\.html|failed-client\.(?:json|safetensors)|[^/]+\.png"
     r"|flower\.log|rounds-\d+-\d+\.parquet|round-\d+)(?:\.(\d+))?\.part|rounds-\d+-\d+\.part"
 )
-
-
-def check_folder(key: str, folder: str) -> None:
-    """Refuses a path that no folder can have, or that is so deep that what makes or removes it gives up.
-
-    Raises:
-        ConfigError: naming the key or option, and what came.
-    """
-    parts = [part for part in folder.split("/") if part]
-    if any(len(os.fsencode(part)) > LONGEST_NAME for part in parts):
-        what = f"has a part that is longer than the {LONGEST_NAME} bytes of a folder's name"
-        raise ConfigError(f"{key} {what}: {visible(repr(folder), VALUE_LETTERS)}")
-    if len(parts) > DEEPEST:
-        raise ConfigError(f"{key} must be at most {DEEPEST} folders in each other, got {len(parts)}")
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from flwr.app import ArrayRecord
 
 from devices.errors import FileError
@@ -163,3 +164,13 @@ class Totals:
         self.storage_bytes = max(self.storage_bytes, report.storage_bytes)
         for c in clients:
             self.client_joules[c.client] += c.joules  # type: ignore[assignment]
+
+
+def spent(rounds: list[RoundReport]) -> dict[str, list[float]]:
+    """What a run has cost up to the end of each round: simulated seconds, joules, bytes down and up, rounds."""
+    return {
+        "simulated_s": [r.now_s for r in rounds],
+        "joules": np.cumsum([r.joules for r in rounds]).tolist(),
+        "traffic_bytes": np.cumsum([r.down_bytes + r.up_bytes for r in rounds]).tolist(),
+        "rounds": [float(r.round) for r in rounds],
+    }

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedsim.report.durable import naming
+from devices.writing import naming
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,7 +13,8 @@ from rich.table import Table
 
 from devices.texts import visible_lines
 from fedsim.report.rounds import RoundReport
-from fedsim.workloads.describe import ClientRow, WorkloadRow
+from fedsim.settings.catalogue import WorkloadRow
+from fedsim.workloads.describe import ClientRow
 from fedsim.workloads.metrics import ACCURACY, NOT_FINITE, judged
 
 TABLE_ROWS = 10

@@ -27,11 +27,11 @@ from flwr.serverapp.strategy import Strategy
 
 from devices.errors import FileError
 from devices.reading import open_file, read_json
+from devices.writing import PART, sync_folder, write_new
 from fedsim.errors import ConfigError
 from fedsim.messages.records import array_record, from_array, to_array
 from fedsim.report import checksums
 from fedsim.report.checksums import Checksums, inside, of_bytes
-from fedsim.report.durable import PART, sync_folder, write_new
 from fedsim.runs.price_models import FROM_THE_START, History
 
 FOLDER, WEIGHTS, TENSORS, STATE = "checkpoint", "weights.safetensors", "tensors.safetensors", "state.json"

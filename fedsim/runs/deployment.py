@@ -14,7 +14,7 @@ from devices.fleet import Fleet
 from devices.latency.models import int8_ms
 from fedsim.errors import NotFiniteError
 from fedsim.exchanges.slices import price
-from fedsim.settings.compose import World, instantiate
+from fedsim.settings.build import World, instantiate
 from fedsim.workloads.base import Examples, Workload
 
 CALIBRATION = (8, 16)  # batches and examples in each, for the ranges of activations

@@ -45,6 +45,7 @@ from fedsim.report import strict_json
 from fedsim.report.folder import RunFolder
 from fedsim.report.place import check_free, new_run_folder
 from fedsim.report.rounds import RoundReport, Totals, weights_sha256
+from fedsim.report.split import keep_split
 from fedsim.runs import checkpoint, forecast
 from fedsim.runs.checkpoint import restore_strategy, strategy_state
 from fedsim.runs.deployment import check_plan, deployments
@@ -52,20 +53,10 @@ from fedsim.runs.price_facts import price_facts
 from fedsim.runs.price_models import FROM_THE_START, price_models, repriced
 from fedsim.runs.server import ServerSide
 from fedsim.seeding import seeded_globals
-from fedsim.settings.compose import (
-    Settings,
-    World,
-    asked,
-    build_world,
-    devices_of_fleet,
-    from_run_config,
-    instantiate,
-    pick_device,
-    preset,
-    preset_private,
-)
+from fedsim.settings.build import World, asked, build_world, instantiate, pick_device
+from fedsim.settings.compose import from_run_config
+from fedsim.settings.groups import Settings, devices_of_fleet, preset, preset_private
 from fedsim.workloads import metrics as figures
-from fedsim.workloads.describe import keep_split
 from fedsim.workloads.fingerprint import DATA, check_same, of_run
 
 Watch = Callable[[RoundReport], None]

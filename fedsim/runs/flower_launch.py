@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from devices.errors import DeviceError
+from devices.writing import write_atomic
 from fedsim.engines.flower.runtime import FlowerRuntime, Place, end_of
 from fedsim.errors import ConfigError, DataError, RunError
 from fedsim.report import strict_json
-from fedsim.report.durable import write_atomic
 from fedsim.report.files import read_failure, read_summary
 from fedsim.report.place import check_free
 from fedsim.report.rounds import RoundReport

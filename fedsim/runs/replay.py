@@ -18,8 +18,11 @@ from fedsim.errors import ConfigError
 from fedsim.messages.records import STATE, Instruction, pack_cohort, unpack_cohort
 from fedsim.report.instructions import kept_instruction
 from fedsim.runs.federation import Federation
+from fedsim.runs.recorded import settings_of_run
 from fedsim.runs.recorded_data import recorded
-from fedsim.settings.compose import Settings, build_world, on_engine, settings_of_run
+from fedsim.settings.build import build_world
+from fedsim.settings.compose import on_engine
+from fedsim.settings.groups import Settings
 from fedsim.workloads.fingerprint import check_same
 
 

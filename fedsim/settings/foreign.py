@@ -13,17 +13,9 @@ from typing import Any
 
 from devices.reading import read_yaml
 from fedsim.errors import ConfigError
-from fedsim.settings.compose import (
-    PRIMARY,
-    check_address,
-    check_trusted,
-    config_dir,
-    is_of_hydra,
-    one_sentence,
-    resolve,
-    search_path,
-    sweep_overrides,
-)
+from fedsim.settings.build import check_trusted
+from fedsim.settings.compose import check_address, is_of_hydra, one_sentence, resolve, search_path, sweep_overrides
+from fedsim.settings.groups import PRIMARY, config_dir
 from fedsim.settings.trust import FLAG, allowed, keep_out, plugins
 
 PACKAGE = "pkg://"

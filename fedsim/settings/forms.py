@@ -59,11 +59,16 @@ WHOLE = Form("a whole number", _is_whole)
 NUMBER = Form("a number", _is_number)
 FIGURE = Form("a number or null", lambda value: value is None or _is_number(value))
 TEXT = Form("text", lambda value: isinstance(value, str))
+NAME = Form("text or null", lambda value: value is None or isinstance(value, str))
 TEXTS = Form("a list of texts", lambda value: _all(value, lambda v: isinstance(v, str)))
 INTEGERS = Form("a list of whole numbers", lambda value: _all(value, _is_whole))
 MAP = Form("a map", lambda value: isinstance(value, dict))
 MAPS = Form("a list of maps", lambda value: _all(value, lambda v: isinstance(v, dict)))
 NUMBERS = maps_of(FIGURE)
+
+
+# What a run was made of, in its settings.
+CHOSEN: Forms = dict.fromkeys(("workload", "fleet", "strategy", "trainer", "engine"), TEXT)
 
 
 def check_tree(tree: Any, forms: Forms, where: str) -> None:

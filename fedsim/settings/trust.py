@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 from fedsim.errors import ConfigError, no_exit
-from fedsim.report import strict_json
 from fedsim.settings.parameters import SPECIAL, said
 
 OWN = ("fedsim", "clients", "strategies", "devices")
@@ -115,7 +114,7 @@ def flags() -> list[str]:
 def environment() -> dict[str, str]:
     """The variables that allow the processes of a study or of Flower what this one was allowed, and no more."""
     kept_out = sorted({str(folder) for folder in _kept_out()})
-    return {ALLOWED: ",".join(sorted(allowed())), FOLDER: str(working_folder()), KEPT_OUT: strict_json.dumps(kept_out)}
+    return {ALLOWED: ",".join(sorted(allowed())), FOLDER: str(working_folder()), KEPT_OUT: json.dumps(kept_out)}
 
 
 def allowed() -> set[str]:

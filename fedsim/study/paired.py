@@ -14,7 +14,7 @@ import numpy as np
 from devices.errors import FileError, unknown
 from fedsim.errors import ConfigError
 from fedsim.report.files import read_config
-from fedsim.report.rounds import RoundReport, read_rounds
+from fedsim.report.rounds import RoundReport, read_rounds, spent
 from fedsim.settings.forms import MAP, WHOLE, check_tree
 from fedsim.workloads.metrics import ACCURACY, NOT_FINITE, judged
 
@@ -160,16 +160,6 @@ def score(rounds: list[RoundReport], last: int, metric: str = ACCURACY) -> float
         known = {name for r in rounds for name in r.metrics}
         raise ConfigError(unknown("metric of the runs", metric, sorted(known)))
     return float(np.mean(values[-last:]))
-
-
-def spent(rounds: list[RoundReport]) -> dict[str, list[float]]:
-    """What a run has cost up to the end of each round: simulated seconds, joules, bytes down and up, rounds."""
-    return {
-        "simulated_s": [r.now_s for r in rounds],
-        "joules": np.cumsum([r.joules for r in rounds]).tolist(),
-        "traffic_bytes": np.cumsum([r.down_bytes + r.up_bytes for r in rounds]).tolist(),
-        "rounds": [float(r.round) for r in rounds],
-    }
 
 
 def interval(differences: list[float]) -> float:

@@ -14,7 +14,8 @@ import numpy as np
 
 from devices.figures import legend_label, new_figure, save_figure
 from devices.texts import NAME_LETTERS, visible
-from fedsim.study.paired import spent
+from fedsim.report.plots import COLOURS, NAMES, UNITS
+from fedsim.report.rounds import spent
 from fedsim.study.results import Finished, Result
 from fedsim.study.spec import AXES, METRICS
 
@@ -23,22 +24,8 @@ if TYPE_CHECKING:
 
 MOST_LINES, MOST_FAMILIES = 12, 19  # in a panel; so many families can be told apart
 LETTERS, TITLE_LETTERS = 11, 300  # of a title: to an inch, and at most
-# Okabe and Ito, "Color Universal Design", 2008: told apart by all common kinds of colour vision. Black is the arm
-# that the others are compared with.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)))
 MARKS = ("o", "s", "^")
-UNITS: dict[str, tuple[tuple[float, str], ...]] = {
-    "simulated_s": ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds")),
-    "joules": ((1e6, "MJ"), (1e3, "kJ"), (1.0, "J")),
-    "traffic_bytes": ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "bytes")),
-}
-NAMES = {
-    "simulated_s": "simulated time",
-    "joules": "energy of all devices",
-    "traffic_bytes": "traffic, down and up",
-    "rounds": "rounds",
-}
 
 
 def draw_study(result: Result, path: Path) -> None:

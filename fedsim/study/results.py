@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from devices.errors import unknown
+from devices.writing import write_atomic
 from fedsim.errors import ConfigError
 from fedsim.report import strict_json
-from fedsim.report.durable import write_atomic
 from fedsim.report.files import read_summary
 from fedsim.report.rounds import RoundReport, read_rounds
 from fedsim.study.paired import Row, rows

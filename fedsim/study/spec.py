@@ -21,16 +21,10 @@ from devices.texts import file_name, storable
 from fedsim.errors import ConfigError, DataError
 from fedsim.report.files import read_config
 from fedsim.runs.recorded_data import of_summary
-from fedsim.settings.compose import (
-    Settings,
-    asked,
-    build_workload,
-    check_address,
-    completed,
-    compose,
-    config_dir,
-    try_out,
-)
+from fedsim.settings.build import asked, build_workload
+from fedsim.settings.check import try_out
+from fedsim.settings.compose import check_address, completed, compose
+from fedsim.settings.groups import Settings, config_dir
 from fedsim.settings.parameters import said
 from fedsim.settings.trust import keep_out_beside
 from fedsim.workloads.fingerprint import SEED, Fingerprint, difference, files_of

@@ -5,23 +5,14 @@ Reads the texts of the config folder.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from importlib.resources import files
-from importlib.resources.abc import Traversable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import yaml
 
-from devices.errors import FileError
 from devices.figures import legend_label, new_figure, save_figure
 from devices.texts import NAME_LETTERS, visible
-from fedsim.report.checksums import inside, read_signed_json, signed_json
-from fedsim.report.durable import write_atomic
-from fedsim.report.place import SPLIT
-from fedsim.settings.trust import locate as locate_class
-from fedsim.settings.trust import plugin_folders
 from fedsim.workloads.base import Workload
 
 if TYPE_CHECKING:
@@ -68,15 +59,6 @@ class Split(NamedTuple):
     sizes: tuple[int, ...]
 
 
-class WorkloadRow(NamedTuple):
-    """A workload that can be chosen: its config's name, kind of data, whether they are here, where or how to get."""
-
-    name: str
-    kind: str
-    found: bool
-    where: str
-
-
 def split_table(workload: Workload, limit: int | None = None) -> list[ClientRow]:
     """One row per client, the first `limit` of them (all when None)."""
     return _rows(workload, range(min(workload.num_clients, limit or workload.num_clients)))
@@ -105,35 +87,6 @@ def split_of(workload: Workload, limit: int = 50) -> Split:
     sizes = tuple(row.train for row in _rows(workload, _spread(workload)))
     rows = tuple(split_table(workload, limit))
     return Split(workload.name, workload.num_clients, tuple(_class_names(workload)), rows, sizes)
-
-
-def keep_split(workload: Workload, folder: Path) -> None:
-    """Writes the split into a run folder, for `kept_split`."""
-    write_atomic(folder / SPLIT, signed_json(split_of(workload)._asdict()))
-
-
-def kept_split(folder: Path) -> Split | None:
-    """The split that a run has kept; None where it has not.
-
-    Raises:
-        FileError: if it cannot be read, or is not what the run wrote.
-    """
-    path = folder / SPLIT
-    if not path.exists() and not path.is_symlink():
-        return None
-    tree = read_signed_json(inside(folder, path))
-    try:
-        rows = tuple(
-            ClientRow(int(row[0]), int(row[1]), int(row[2]), int(row[3]), tuple(map(int, row[4])))
-            for row in tree["rows"]
-        )
-        names, sizes = tuple(map(str, tree["class_names"])), tuple(map(int, tree["sizes"]))
-        split = Split(str(tree["name"]), int(tree["num_clients"]), names, rows, sizes)
-        if not rows or not sizes or not all(len(row.label_counts) in (0, len(names)) for row in rows):
-            raise ValueError("its rows do not fit its classes")
-    except (LookupError, TypeError, ValueError, OverflowError) as error:
-        raise FileError(f"{path} is no split of data: {' '.join(str(error).split())}") from error
-    return split
 
 
 def split_picture(workload: Workload, path: str | Path) -> None:
@@ -170,35 +123,6 @@ def draw_split(split: Split) -> Figure:
     name = visible(split.name, NAME_LETTERS)
     figure.suptitle(f"{name}: clients {split.num_clients}, classes {num_classes}")
     return figure
-
-
-def list_workloads() -> list[WorkloadRow]:
-    """Every workload of the config folder, by name, and whether its data are on this machine."""
-    folders: list[Traversable] = [files("configs"), *plugin_folders()]
-    found = {
-        file.name.removesuffix(".yaml"): file
-        for folder in reversed(folders)
-        if folder.joinpath("workload").is_dir()
-        for file in folder.joinpath("workload").iterdir()
-        if file.name.endswith(".yaml")
-    }
-    rows = []
-    for name in sorted(found):
-        settings = _settings(found, name)
-        make = locate_class("workload._target_", settings["_target_"])
-        here = getattr(make, "locate", None)  # workloads from elsewhere need not have it
-        rows.append(WorkloadRow(name, *(here(settings) if here else ("?", False, "not known"))))
-    return rows
-
-
-def _settings(found: Mapping[str, Traversable], name: str) -> dict[str, Any]:
-    """The keys of one workload file and, below them, of the files of the same group that it builds on."""
-    own = yaml.safe_load(found[name].read_text(encoding="utf-8"))
-    bases = [base for base in own.pop("defaults", []) if isinstance(base, str) and base != "_self_"]
-    merged: dict[str, Any] = {}
-    for layer in (*(_settings(found, base) for base in bases), own):
-        merged.update(layer)
-    return merged
 
 
 def _rows(workload: Workload, clients: range | list[int]) -> list[ClientRow]:

@@ -74,7 +74,7 @@ def calibrate(
     from devices.errors import DeviceError
     from devices.profile import load_profile, parse_profile
     from devices.texts import file_name
-    from fedsim.report.durable import write_atomic
+    from devices.writing import write_atomic
     from fedsim.settings.trust import keep_out_beside
 
     keep_out_beside(rows)

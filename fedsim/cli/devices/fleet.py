@@ -41,7 +41,7 @@ def population(
     Example: fedsim devices population --data /data/devices --out devices/population.yaml
     """
     from devices.population import YEARS, from_list, read_list, shipped_socs
-    from fedsim.report.durable import write_atomic
+    from devices.writing import write_atomic
 
     check_place("--out", out)
     made = from_list(read_list(data), shipped_socs())

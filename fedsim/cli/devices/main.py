@@ -54,8 +54,8 @@ def enroll(
 
     from devices.enrol.measure import enroll as measure
     from devices.enrol.measure import profile_tree
+    from devices.writing import write_atomic
     from fedsim.errors import ConfigError
-    from fedsim.report.durable import write_atomic
     from fedsim.report.text import table
 
     check_name("--name", name)

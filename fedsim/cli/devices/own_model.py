@@ -87,7 +87,8 @@ def named_model(
         FileError: for what is no file.
     """
     from devices.enrol.zoo import ZOO
-    from fedsim.settings.compose import ENDLESS, options
+    from fedsim.settings.build import ENDLESS
+    from fedsim.settings.groups import options
 
     given = (tokens,) if tokens else tuple(input_shape) if input_shape else None
     if given:
@@ -216,7 +217,8 @@ def _of_the_zoo(name: str, given: tuple[int, ...] | None) -> NamedModel:
 
 
 def _of_a_config(name: str, shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    from fedsim.settings.compose import model_factory, model_settings
+    from fedsim.settings.build import model_factory
+    from fedsim.settings.groups import model_settings
 
     settings = model_settings(name)
     if len(shape) != 1 and _is_of_tokens(str(settings["_target_"])):

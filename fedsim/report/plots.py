@@ -1,0 +1,18 @@
+"""Colours, units and names that all pictures of runs share."""
+
+from __future__ import annotations
+
+# Okabe and Ito, "Color Universal Design", 2008: told apart by all common kinds of colour vision. Black is the arm
+# that the others are compared with.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+UNITS: dict[str, tuple[tuple[float, str], ...]] = {
+    "simulated_s": ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds")),
+    "joules": ((1e6, "MJ"), (1e3, "kJ"), (1.0, "J")),
+    "traffic_bytes": ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "bytes")),
+}
+NAMES = {
+    "simulated_s": "simulated time",
+    "joules": "energy of all devices",
+    "traffic_bytes": "traffic, down and up",
+    "rounds": "rounds",
+}

@@ -1,0 +1,237 @@
+"""Builds what settings name: the workload, the model, the strategy, everything with a `_target_`."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import json
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from devices.errors import DeviceError, one_line, unknown
+from fedsim.errors import ConfigError, DataError, ExitError, in_words, no_exit
+from fedsim.settings.groups import (
+    FORMAT,
+    FORMATS,
+    NEEDED,
+    Settings,
+)
+from fedsim.settings.parameters import check_parameters, said
+from fedsim.settings.trust import check_group
+from fedsim.workloads.host_memory import check_fits, model_bytes
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from devices.cost import LatencyModel
+    from devices.fleet import Fleet
+    from fedsim.workloads.base import ModelFactory, Workload
+
+CLIENT_BYTES = 64  # of a client in a fleet while it is drawn
+ENDLESS = "contains itself, or nests deeper than torch can follow; keep what is around a layer outside of it"
+WORLDS = 4  # kept per process: `fedsim bench` has a few runs open at a time, everything else one
+
+
+def check_trusted(settings: Settings) -> None:
+    """Checks what the configuration would call, before any of it is called; see `fedsim.settings.trust`.
+
+    Raises:
+        ConfigError: for the first `_target_` that a configuration may not name.
+    """
+    for group in NEEDED:
+        check_group(group, settings[group])
+
+
+@dataclass(frozen=True)
+class World:
+    """What driver and workers build alike from the settings: pure functions of them, never changed by a run."""
+
+    settings: Settings
+    workload: Workload
+    fleet: Fleet
+    latency: LatencyModel
+
+
+@lru_cache(maxsize=WORLDS)
+def build_world(config_json: str) -> World:
+    """Builds data, fleet and latency model; once per process and run, also when driver and worker share the process.
+
+    Raises:
+        ConfigError: for settings that do not fit together, such as a cohort larger than the population.
+    """
+    settings: Settings = json.loads(config_json)
+    check_trusted(settings)
+    workload, seed = build_workload(settings), settings["seed"]
+    _check_memory(settings, model_factory(settings), workload)
+    fleet = instantiate(settings, "fleet", num_clients=workload.num_clients, seed=seed)
+    for key in ("cohort", "evaluate_clients"):
+        if settings[key] > workload.num_clients:
+            raise ConfigError(
+                f"{key} must be at most the {workload.num_clients} clients there are, got {settings[key]}"
+            )
+    for group in ("trainer", "compression", "uplink"):
+        instantiate(settings, group)  # workers make their own; a wrong setting is to be refused before a run begins
+    return World(settings, workload, fleet, instantiate(settings, "latency"))
+
+
+def build_workload(settings: Settings) -> Workload:
+    """Builds the data alone, as the stream brings them.
+
+    Raises:
+        ConfigError, DataError: if they are not there or do not fit the settings.
+    """
+    parts = {"model": model_factory(settings), "partition": instantiate(settings, "partition")}
+    seed = settings["seed"]
+    workload = instantiate(settings, "workload", **parts, num_clients=settings["num_clients"], seed=seed)
+    if not len(workload.test):
+        raise DataError(f"workload {workload.name} has no test examples, so no model can be judged on it")
+    stream = instantiate(settings, "stream")  # a partial: Hydra would copy the data
+    streamed: Workload = stream(
+        workload=workload, rounds=settings["rounds"], evaluate_every=settings["evaluate_every"], seed=seed
+    )
+    return streamed
+
+
+def _check_memory(settings: Settings, make: ModelFactory, workload: Workload) -> None:
+    """Refuses a population or a model that this host cannot hold, before it is made.
+
+    Raises:
+        ConfigError: naming the largest number among the settings of the model.
+    """
+    import torch
+
+    from fedsim.workloads.base import JUDGED_AT_ONCE
+
+    check_fits(f"num_clients={workload.num_clients}", CLIENT_BYTES * workload.num_clients)
+    batch = min(JUDGED_AT_ONCE, max(1, len(workload.test)))
+    dtype = workload.test.gather(torch.arange(min(1, len(workload.test))))["x"].dtype
+    needed = model_bytes(make, workload.input_shape, workload.num_classes, batch, dtype)
+    if not needed:  # it could not be made without numbers
+        try:
+            with torch.random.fork_rng(devices=[]):
+                make(input_shape=workload.input_shape, num_classes=workload.num_classes)
+        except (ConfigError, DataError, DeviceError):
+            raise
+        except Exception as error:
+            raise ConfigError(_no_factory(settings, error)) from error
+    sizes = {key: value for key, value in settings["model"].items() if _largest(value) > 1}
+    key = max(sizes, key=lambda name: _largest(sizes[name]), default="")
+    check_fits(f"model.{key}={said(sizes[key])}" if key else f"model={settings['choices']['model']}", needed)
+
+
+def _largest(value: Any) -> float:
+    """The largest number in a setting."""
+    if isinstance(value, list):
+        return max(map(_largest, value), default=0.0)
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else 0.0
+
+
+def instantiate(settings: Settings, group: str, **extra: Any) -> Any:
+    """Makes the object that a group's `_target_` names.
+
+    Raises:
+        ConfigError: when a configuration may not name it (see `fedsim.settings.trust`), or its constructor refuses the
+            settings; the sentence is the constructor's own.
+    """
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate as hydra_instantiate
+
+    check_group(group, settings[group])
+    check_parameters(group, settings[group], extra)
+    try:
+        with no_exit():
+            return hydra_instantiate(settings[group], **extra)
+    except ExitError as error:
+        raise ConfigError(f"{group}: {error}") from error
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, ConfigError | DataError | DeviceError):
+            raise type(cause)(str(cause)) from error
+        raise ConfigError(f"{group}: {one_line(cause or error)}") from error
+
+
+def model_factory(settings: Settings) -> ModelFactory:
+    """What makes the model, in the memory format of `memory_format`.
+
+    Raises:
+        ConfigError: when its constructor refuses the settings, or the format is unknown.
+    """
+    own = {key: value for key, value in settings["model"].items() if key != FORMAT}
+    make, format = instantiate({"model": own}, "model"), memory_format(settings)
+    try:
+        inspect.signature(make).bind(input_shape=(1,), num_classes=1)
+    except TypeError as error:
+        raise ConfigError(_no_factory(settings, error)) from error
+    except ValueError:  # it does not say what it takes
+        pass
+
+    def model(**shapes: Any) -> nn.Module:
+        from fedsim.workloads.base import MEMORY_FORMATS
+
+        with no_exit():
+            network: nn.Module = make(**shapes)
+        target = f"model._target_={settings['model']['_target_']!r}"
+        try:
+            _refuse_lazy(network)
+            if not any(p.requires_grad for p in network.parameters()):
+                raise ConfigError(f"{target} makes a network without weights to train")
+            return network.to(memory_format=MEMORY_FORMATS[format])  # type: ignore[call-overload]
+        except RecursionError as error:
+            raise ConfigError(f"{target} makes a network that {ENDLESS}") from error
+
+    return model
+
+
+def _refuse_lazy(network: nn.Module) -> None:
+    """Weights are counted, sent and averaged before the network sees a first input.
+
+    Raises:
+        ConfigError: naming the first tensor that has no shape until then.
+    """
+    from torch.nn.parameter import is_lazy
+
+    for name, tensor in itertools.chain(network.named_parameters(), network.named_buffers()):
+        if is_lazy(tensor):
+            raise ConfigError(
+                f"{name} of model {type(network).__name__} has no shape before a first input (a lazy layer); give the "
+                "layer its sizes"
+            )
+
+
+def _no_factory(settings: Settings, error: Exception) -> str:
+    """Says that the model's `_target_` makes no network when it is given the shapes of the data."""
+    return (
+        f"model._target_={settings['model']['_target_']!r} makes no network for the input_shape and num_classes of a "
+        f"workload ({in_words(error)}); name a function that takes both and returns the network, "
+        "in a file of your own, e.g. model._target_=mine.network"
+    )
+
+
+def memory_format(settings: Settings) -> str:
+    """How images and convolution weights lie in memory: a setting of the model, because it changes the last bits.
+
+    Channels-last, a training step of a small convolutional network on a CPU takes 0.6 to 0.85 of its time; networks
+    whose config says nothing stay contiguous.
+    """
+    name = settings["model"].get(FORMAT, FORMATS[0])
+    if name not in FORMATS:
+        raise ConfigError(unknown(f"value for model.{FORMAT}", name, FORMATS))
+    return str(name)
+
+
+def asked(settings: Settings) -> int:
+    """How many clients a round asks, so that `cohort` replies are likely to come: ceil(over_selection x cohort)."""
+    return math.ceil(settings["over_selection"] * settings["cohort"] - 1e-9)
+
+
+def pick_device(name: str) -> Any:
+    """The torch device of `engine.device`: "auto" takes a GPU when there is one."""
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("engine.device=cuda needs a GPU, and torch finds none here; use engine.device=auto or cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)

@@ -1,0 +1,91 @@
+"""The groups of settings, their options and where these lie."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from devices.reading import read_yaml
+from fedsim.errors import ConfigError
+from fedsim.settings.trust import plugin_folders
+
+Settings = dict[str, Any]
+GROUPS = (
+    *("workload", "model", "partition", "stream", "fleet", "latency", "compression", "uplink"),
+    *("strategy", "trainer", "method"),
+    *("engine", "experiment"),
+)
+NEEDED = tuple(group for group in GROUPS if group not in ("method", "experiment"))  # presets leave no settings behind
+PRIMARY = "run"
+MOST_ROUNDS, MOST_CLIENTS = 10**7, 10**9
+FREE_MAPS = ("fleet.devices",)  # whose keys are the user's own: giving the map replaces it
+RESULTS_HANG_ON = ("threads", "device", "batch_clients")  # of the engine's settings, in the last bits
+FORMAT, FORMATS = "memory_format", ("contiguous", "channels_last")
+
+
+def config_dir() -> Path:
+    """The folder of the installed `configs` package, wherever the process was started."""
+    spec = importlib.util.find_spec("configs")
+    if spec is None or spec.origin is None:
+        raise ConfigError("the package 'configs' is not installed beside fedsim; install fedsim again")
+    return Path(spec.origin).parent
+
+
+def config_folders() -> list[Path]:
+    """Where options of groups are looked up: fedsim's own folder, then those of plug-ins."""
+    return [config_dir(), *plugin_folders()]
+
+
+def options(group: str) -> list[str]:
+    """The names that a group accepts, sorted."""
+    paths = (path for folder in config_folders() for path in (folder / group).glob("*.yaml"))
+    return sorted({path.stem for path in paths if path.is_file()})
+
+
+def _option(group: str, name: str) -> Path:
+    """The file of an option."""
+    files = [folder / group / f"{name}.yaml" for folder in config_folders()]
+    return next((file for file in files if file.is_file()), files[0])
+
+
+def model_settings(name: str) -> Settings:
+    """The settings of a model config by itself."""
+    tree: Settings = read_yaml(_option("model", name))
+    return tree
+
+
+def preset(method: str) -> dict[str, str]:
+    """The options that a method preset takes, by group."""
+    tree = read_yaml(_option("method", method))
+    chosen = {str(key): str(value) for entry in tree["defaults"] for key, value in entry.items()}
+    return {key.removeprefix("override /"): value for key, value in chosen.items()}
+
+
+def preset_private(method: str) -> list[str]:
+    """What a method preset keeps on the devices."""
+    tree = read_yaml(_option("method", method))
+    return [str(name) for name in tree.get("private", [])]
+
+
+def devices_of_fleet(name: str) -> dict[str, float] | None:
+    """The devices of a fleet's own file with their shares; None where it has none, or is in another config tree."""
+    import yaml
+
+    file = _option("fleet", name)
+    tree = yaml.safe_load(file.read_text()) if file.is_file() else None
+    return tree.get("devices") if isinstance(tree, dict) else None
+
+
+def _below_groups(key: str, settings: Settings) -> str:
+    """Says that a setting is unknown but for its group, which was left out; empty where no group has it."""
+    found = []
+    for group in GROUPS:
+        node = settings.get(group)
+        for part in key.split("."):
+            if not isinstance(node, dict) or part not in node:
+                break
+            node = node[part]
+        else:
+            found.append(repr(f"{group}.{key}"))
+    return f"unknown setting {key!r}; did you mean {' or '.join(found)}?" if found else ""
