@@ -7,7 +7,6 @@ sweeps what they left.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import secrets
 import shutil
@@ -18,6 +17,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from fedsim.engines.locks import hold
 
 HELD = ".held"  # locked by the owner as long as it lives
 TOKEN = "token"  # file's name
@@ -79,7 +80,7 @@ class SessionFolder:
         self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         # Open, and so locked, until `remove` or the end of this process.
         self._held = os.fdopen(os.open(self.path / HELD, os.O_RDWR | os.O_CREAT, 0o600), "r+")
-        fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        hold(self._held)
         self.leash = subprocess.Popen(
             [sys.executable, "-I", "-c", LEASH, str(self.path), "group" if group else "alone"],
             stdin=subprocess.PIPE,
@@ -134,6 +135,6 @@ def sweep(prefix: str, parent: str) -> None:
                 if time.time() - folder.stat().st_mtime > UNBORN_S:
                     shutil.rmtree(folder, ignore_errors=True)
                 continue
-            with held.open() as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises where somebody holds it
+            with held.open("r+") as file:
+                hold(file)  # raises where somebody holds it
                 shutil.rmtree(folder, ignore_errors=True)

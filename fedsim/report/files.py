@@ -30,6 +30,7 @@ from fedsim.settings.forms import (
     maps_of,
     optional,
 )
+from fedsim.settings.moved import updated
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -72,7 +73,7 @@ def check_run(folder: Path) -> None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The settings of a run, as they were written.
+    """The settings of a run; classes that an earlier version had elsewhere go by their present names.
 
     Raises:
         ConfigError: if there are none.
@@ -86,7 +87,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise FileError(f"{path} holds no settings")
     check_tree(settings, SETTINGS, str(path))
-    return dict(settings)
+    return dict(updated(settings))
 
 
 def config_text(folder: Path) -> str:

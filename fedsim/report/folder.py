@@ -5,7 +5,6 @@ Everything is on disk as it happens, so that a killed run leaves a readable fold
 
 from __future__ import annotations
 
-import fcntl
 import io
 import os
 import shlex
@@ -21,6 +20,7 @@ from devices.figures import save_figure
 from devices.reading import open_file
 from devices.texts import file_name
 from devices.writing import make_folders, naming, remove_empty, sync_folder, write_atomic, write_new
+from fedsim.engines.locks import hold
 from fedsim.errors import ClientError, ConfigError
 from fedsim.grid.edge import ClientReport
 from fedsim.grid.pricing import OUTCOMES
@@ -100,7 +100,7 @@ class RunFolder:
             where = "" if error.filename in (None, str(path)) else f" ({error.filename})"
             raise ConfigError(f"out={path} cannot be made: {error.strerror}{where}; name another folder") from error
         try:
-            fcntl.flock(self._rounds, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with this process, however it ends
+            hold(self._rounds)  # gone with this process, however it ends
         except OSError:
             self._rounds.close()
             raise ConfigError(f"the run in {path} is going on just now; wait for it, or end it") from None

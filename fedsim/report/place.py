@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shutil
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from devices.writing import make_folders, remove_empty, try_place
+from fedsim.engines.locks import is_held
 from fedsim.errors import ConfigError
 
 MOST_NAMED = 6  # of the things in a folder that is taken
@@ -183,10 +183,7 @@ def _of_a_first_instant(path: Path) -> bool:
 
 def _is_locked(path: Path) -> bool:
     with suppress(OSError), path.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+        return is_held(file)
     return False
 
 

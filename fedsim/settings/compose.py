@@ -27,6 +27,7 @@ from fedsim.settings.groups import (
     config_dir,
     options,
 )
+from fedsim.settings.moved import updated
 from fedsim.settings.trust import plugin_folders
 
 
@@ -197,9 +198,10 @@ def resolve(config: Any, choices: Any) -> Settings:
         raise ConfigError(f"{missing[0]} must be given, e.g. {missing[0]}=...")
     settings = OmegaConf.to_container(config, resolve=True)
     assert isinstance(settings, dict)
+    settings = updated(settings)
     if not earlier:
-        return check(settings)  # type: ignore[arg-type]
-    settings = check(completed(settings))  # type: ignore[arg-type]
+        return check(settings)
+    settings = check(completed(settings))
     _check_choices(settings["choices"])
     return settings
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import subprocess
@@ -17,6 +16,7 @@ from devices.errors import FileError
 from devices.reading import read_bytes
 from devices.writing import open_lock, open_new
 from fedsim.engines.leash import TIED
+from fedsim.engines.locks import hold
 from fedsim.errors import ConfigError
 from fedsim.report.checksums import inside
 from fedsim.settings.trust import environment, flags
@@ -77,7 +77,7 @@ def study_folder(out: Path) -> Iterator[int]:
         raise ConfigError(f"--out={out} cannot be made: {error.strerror}{where}; name another folder") from error
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            hold(lock)
         except OSError:
             raise ConfigError(f"a study is running in {out} just now; wait for it, or name another --out") from None
         yield lock.fileno()

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from fedsim.errors import NotFiniteError
 from fedsim.models.norms import allow_single_examples
 from fedsim.seeding import derive
-from fedsim.workloads.fingerprint import SEED, Fingerprint, content_of
+from fedsim.workloads.fingerprint import MADE_BY, SEED, Fingerprint, content_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -167,7 +167,7 @@ class Workload(ABC):
         """
         labels = {"test y": self.test.labels, "client 0 y": self.client_data(0).train.labels}
         made_by = f"{type(self).__module__}.{type(self).__qualname__}"
-        return {"made by": made_by, SEED: str(self.seed), **{k: content_of(y.numpy()) for k, y in labels.items()}}
+        return {MADE_BY: made_by, SEED: str(self.seed), **{k: content_of(y.numpy()) for k, y in labels.items()}}
 
     def part(self, round: int) -> int:
         """Which part of its examples a client has in a round; ordinary workloads have one part only."""
