@@ -58,6 +58,7 @@ def study(
     import logging
 
     from fedsim.settings.folder_names import check_folder
+    from fedsim.study.page import write_page
     from fedsim.study.results import check_columns, collect, write_result
     from fedsim.study.spec import plan, read_study
 
@@ -80,6 +81,7 @@ def study(
     if result.rows:
         _show(result, failed, folder, console)
         write_result(result, failed, folder)
+        write_page(result, failed, folder)
         _draw(result, folder)
         check_columns(result)
     if failed:
@@ -165,7 +167,9 @@ def _show(result: Result, failed: dict[str, str], folder: Path, console: Console
         console.print(_table(result, costs))
     for name, reason in failed.items():
         console.print(f"FAILED {name}: {reason}", highlight=False, soft_wrap=True)
-    console.print(f"study folder: {folder} (study.json, study.csv, study.png)", highlight=False, soft_wrap=True)
+    console.print(
+        f"study folder: {folder} (study.md, study.json, study.csv, study.png)", highlight=False, soft_wrap=True
+    )
 
 
 def _table(result: Result, columns: dict[str, list[str]]) -> Table:

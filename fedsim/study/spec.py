@@ -30,7 +30,7 @@ from fedsim.settings.trust import keep_out_beside
 from fedsim.workloads.fingerprint import SEED, Fingerprint, difference, files_of
 from fedsim.workloads.metrics import ACCURACY
 
-KEYS = ("title", "base", "seeds", "arms", "against", "metric", "x", "last", "columns")
+KEYS = ("title", "question", "base", "seeds", "arms", "against", "metric", "x", "last", "columns", "reading")
 ARM_KEYS = ("overrides", "grid", "of", "suffix")
 MOST_ARMS = 1000
 LARGEST = 2**63 - 1  # of whole numbers, as of a seed
@@ -80,6 +80,8 @@ class Study:
             by its dotted path), against which an arm's score is a point.
         last: evaluations that make a score.
         columns: further values of `summary.json` by dotted path, or `metrics.NAME` of a metric of the rounds.
+        question: what the study asks, for its page; Markdown.
+        reading: how its table is to be read, for its page; Markdown.
         sources: arms that have no row, but whose runs have the metrics of some that do.
         own: the user's overrides for all arms, which do not stand in the file.
     """
@@ -95,6 +97,8 @@ class Study:
     columns: tuple[str, ...] = ()
     sources: tuple[Arm, ...] = ()
     own: tuple[str, ...] = ()
+    question: str = ""
+    reading: str = ""
 
     def only(self, labels: Sequence[str]) -> Study:
         """The same study with some arms: those with a label, or whose label begins with it; all when none is given.
@@ -188,6 +192,8 @@ def read_study(name: str, overrides: Sequence[str] = (), seeds: Sequence[int] = 
         metric=tree.get("metric", ACCURACY),
         columns=_texts(path, "columns", tree.get("columns", [])),
         own=tuple(overrides),
+        question=_text(path, "question", tree),
+        reading=_text(path, "reading", tree),
     )
     return _checked(path, study)
 
@@ -315,6 +321,13 @@ def _value(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     return str(value)
+
+
+def _text(path: Path, key: str, tree: Mapping[str, Any]) -> str:
+    value = tree.get(key, "")
+    if not isinstance(value, str) or not storable(value.replace("\n", " ")):
+        raise ConfigError(f"{path}: {key} must be text, got {said(value)}")
+    return value
 
 
 def _texts(path: Path, key: str, value: Any) -> tuple[str, ...]:

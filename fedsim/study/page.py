@@ -1,0 +1,113 @@
+"""A study as a Markdown page: what was asked, the command, a table of at most eight columns, and how to read it."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from devices.texts import visible_lines
+from fedsim.report.durable import write_atomic
+from fedsim.report.text import energy, simulated, size
+from fedsim.study.paired import Row, correction
+from fedsim.study.results import Result
+from fedsim.study.spec import METRICS
+
+PAGE = "study.md"
+MOST_COLUMNS = 8
+
+
+def write_page(result: Result, failed: Mapping[str, str], out: Path) -> None:
+    """Writes `study.md` into the study's folder.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    write_atomic(out / PAGE, visible_lines(text_of(result, failed)))
+
+
+def text_of(result: Result, failed: Mapping[str, str]) -> str:
+    """Returns the page as Markdown."""
+    study = result.study
+    command = shlex.join(["fedsim", "study", study.name, *study.own])
+    parts = [
+        f"# {_plain(study.title)}",
+        study.question,
+        f"```\n{command}\n```",
+        _table(_columns(result)),
+        "  \n".join(_notes(result)),
+        "\n".join(f"- {_plain(name)} failed: {_plain(reason)}" for name, reason in failed.items()),
+        study.reading if not study.own else "",
+    ]
+    return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
+
+
+def _columns(result: Result) -> dict[str, list[str]]:
+    study, compared = result.study, result.rows
+    metric = f"{study.metric.replace('_', ' ')}, %"
+    columns = {
+        "arm": [_label(row, len(study.seeds)) for row in compared],
+        metric: [
+            f"{100 * row.mean:.2f}" + (f" ± {100 * row.deviation:.2f}" if len(row.scores) > 1 else "")
+            for row in compared
+        ],
+        f"difference to {_plain(study.against)}": [_difference(row, study.against) for row in compared],
+        "time": [simulated(row.simulated_s) for row in compared],
+        "energy": [energy(row.joules) for row in compared],
+        "traffic": [size(row.traffic_bytes) for row in compared],
+    }
+    own = {_heading(path): [_figure(value) for value in values] for path, values in result.columns.items()}
+    for name, cells in [*own.items(), ("rounds", [f"{row.rounds:g}" for row in compared])]:
+        if len(columns) < MOST_COLUMNS:
+            columns[name] = cells
+    return columns
+
+
+def _label(row: Row, seeds: int) -> str:
+    return f"{row.label} ({len(row.scores)} of {seeds} seeds)" if len(row.scores) < seeds else row.label
+
+
+def _difference(row: Row, against: str) -> str:
+    """The difference with its interval; bold where it stands."""
+    if row.label == against or math.isnan(row.difference):
+        return ""
+    low, high = (100 * end for end in row.interval)
+    interval = f" ({low:+.2f} to {high:+.2f})" if math.isfinite(low) else ""
+    text = f"{100 * row.difference:+.2f}{interval}"
+    return f"**{text}**" if row.stands else text
+
+
+def _notes(result: Result) -> list[str]:
+    study = result.study
+    many = len(study.seeds) > 1
+    seeds = ", ".join(map(str, study.seeds))
+    notes = [f"Mean ± standard deviation of seeds {seeds}." if many else f"Seed {seeds}."]
+    if study.last > 1:
+        notes.append(f"{study.metric.replace('_', ' ')}: mean of the last {study.last} evaluations of a run.")
+    if correction(result.rows):
+        count = sum(not math.isnan(row.p) for row in result.rows)
+        notes.append(
+            f"Differences are paired by seed, each with its own 95 % interval; bold: p < 0.05 after Holm's correction "
+            f"for the {count} of the table."
+        )
+    return notes
+
+
+def _heading(path: str) -> str:
+    return path.removeprefix(METRICS).replace("_", " ").replace(".", " ")
+
+
+def _figure(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.4g}"
+
+
+def _table(columns: Mapping[str, Sequence[str]]) -> str:
+    """A Markdown table, its first column to the left and all others to the right."""
+    rows = [list(columns), ["---", *["---:"] * (len(columns) - 1)], *zip(*columns.values(), strict=True)]
+    return "\n".join(f"| {' | '.join(_plain(cell) for cell in row)} |" for row in rows)
+
+
+def _plain(text: str) -> str:
+    """Text that stays within its line and cell."""
+    return " ".join(text.split()).replace("|", "\\|")
