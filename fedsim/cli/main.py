@@ -33,6 +33,7 @@ from fedsim.cli.study import study
 from fedsim.engines.leash import tie
 from fedsim.errors import Terminated, as_error
 from fedsim.report import strict_json
+from fedsim.runs.experiment import build_engine, forget_worlds
 
 app = typer.Typer(
     add_completion=False,
@@ -605,7 +606,7 @@ def run_one(settings: dict[str, Any], unfinished: Path | None = None) -> dict[st
     from fedsim.report.text import closing_lines, closing_table, progress_bar
     from fedsim.runs.federation import run as run_federation
 
-    _forget_worlds()
+    forget_worlds()
     console = _console()
     with new_run_folder(settings) if unfinished is None else nullcontext(unfinished) as folder:
         _folders[:] = [folder]
@@ -619,33 +620,6 @@ def run_one(settings: dict[str, Any], unfinished: Path | None = None) -> dict[st
     for line in closing_lines(summary, folder, reports):
         console.print(line, highlight=False, soft_wrap=True)
     return summary
-
-
-def build_engine(settings: dict[str, Any]) -> Any:
-    """The engine that the settings name, for `clients.app`; the caller closes it."""
-    from clients.app import app as client_app
-    from fedsim.settings.build import instantiate
-
-    quiet_flower()
-    return instantiate(settings, "engine", client_app=client_app)
-
-
-def _forget_worlds() -> None:
-    """A sweep's earlier runs would keep their data and models in memory."""
-    import clients.app
-    from fedsim.settings.build import build_world
-
-    clients.app.worker_for.cache_clear()
-    build_world.cache_clear()
-
-
-def quiet_flower() -> None:
-    """Flower logs every round; the progress bar says it better. Warnings of ours come through `fedsim` itself."""
-    import logging
-
-    logger = logging.getLogger("flwr")
-    logger.propagate = False
-    logger.setLevel(logging.ERROR)
 
 
 def _console() -> Any:

@@ -1,0 +1,182 @@
+"""The door for Python: compose settings, run an experiment, read a run folder.
+
+Example:
+    run = fedsim.run(method="fedprox", rounds=20, fleet="mixed")
+    run.rounds[["round", "accuracy", "now_s", "joules"]]
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedsim.settings.groups import FREE_MAPS, Settings
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+PLAIN = re.compile(r"[\w./@+-]+")
+SHOWN = ("round", "accuracy", "loss", "now_s", "joules", "down_bytes", "up_bytes")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, finished or not.
+
+    Attributes:
+        folder: where it is.
+    """
+
+    folder: Path
+
+    @cached_property
+    def settings(self) -> Settings:
+        """The resolved configuration."""
+        from fedsim.report.files import read_config
+
+        return read_config(self.folder)
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """Final and best accuracy, time, energy, bytes and outcomes; empty while the run is not finished."""
+        from fedsim.report.files import read_summary
+
+        return read_summary(self.folder)
+
+    @cached_property
+    def rounds(self) -> pd.DataFrame:
+        """One row per round, with a column for each metric; seconds, joules and bytes of that round."""
+        import pandas as pd
+
+        from fedsim.report.rounds import read_rounds
+
+        return pd.DataFrame([_unpacked(vars(report), "metrics") for report in read_rounds(self.folder)])
+
+    @cached_property
+    def clients(self) -> pd.DataFrame:
+        """One row per client and exchange, with a column for each metric and each figure of its work (`work_...`)."""
+        import pandas as pd
+
+        from fedsim.report.files import read_all_rows
+
+        rows = read_all_rows(self.folder)
+        if rows is None:
+            return pd.DataFrame()
+        rows["metrics"] = rows["metrics"].map(_parsed)
+        rows["work"] = rows["work"].map(lambda text: {f"work_{key}": value for key, value in _parsed(text).items()})
+        return pd.DataFrame([_unpacked(dict(row), "metrics", "work") for _, row in rows.iterrows()])
+
+    def plot(self) -> Figure | None:
+        """Draws accuracy against rounds, simulated time, energy and traffic; None where nothing was judged."""
+        from fedsim.report.page_pictures import curves
+        from fedsim.report.rounds import read_rounds
+
+        return curves(read_rounds(self.folder))
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.folder)!r})"
+
+    def _repr_html_(self) -> str:
+        """A notebook's view: what the command prints below its table, and the last rounds."""
+        from fedsim.report.text import closing_lines
+
+        lines = closing_lines(self.summary, self.folder) if self.summary else [f"{self.folder} is not finished"]
+        shown = self.rounds[[name for name in SHOWN if name in self.rounds]].tail(10)
+        return "".join(f"<p>{html.escape(line)}</p>" for line in lines) + str(shown.to_html(index=False))
+
+
+def compose(*overrides: str, **settings: Any) -> Settings:
+    """Returns checked settings, as `fedsim run` would take them.
+
+    Args:
+        overrides: in Hydra's syntax, e.g. `"trainer.lr=0.05"`.
+        settings: the same as keywords: a group's option (`method="fedprox"`), a setting of the top (`rounds=20`), or a
+            group's settings as a map (`trainer={"lr": 0.05}`).
+
+    Raises:
+        ConfigError: naming the key, what came and what is allowed.
+    """
+    from fedsim.settings.compose import compose as composed
+
+    return composed([*overrides, *(text for key, value in settings.items() for text in _overrides(key, value))])
+
+
+def run(*overrides: str, progress: bool = True, **settings: Any) -> Run:
+    """Runs one experiment and returns its folder to look into.
+
+    Args:
+        overrides: as those of `compose`.
+        progress: whether a terminal shows a bar over the rounds.
+        settings: as those of `compose`.
+
+    Raises:
+        ConfigError, DataError: before anything is written.
+        ClientError: when a client fails; what was written so far stays.
+    """
+    from fedsim.report.page import write_page
+    from fedsim.report.place import new_run_folder
+    from fedsim.report.text import console, progress_bar
+    from fedsim.runs.experiment import build_engine, forget_worlds
+    from fedsim.runs.federation import run as run_federation
+
+    chosen, shown = compose(*overrides, **settings), console()
+    shown.quiet = not progress
+    forget_worlds()
+    with new_run_folder(chosen) as folder, closing(build_engine(chosen)) as engine:
+        with progress_bar(shown, chosen["rounds"]) as (watch, observe):
+            run_federation(chosen, engine, folder, watch, observe, announce=partial(shown.print, highlight=False))
+        write_page(folder)
+    return Run(folder)
+
+
+def load(folder: str | Path) -> Run:
+    """Returns a run folder to look into.
+
+    Raises:
+        ConfigError: if it holds no run.
+    """
+    from fedsim.report.files import check_run
+
+    check_run(Path(folder))
+    return Run(Path(folder))
+
+
+def _overrides(key: str, value: Any) -> list[str]:
+    if isinstance(value, Mapping) and key not in FREE_MAPS:
+        return [text for below, own in value.items() for text in _overrides(f"{key}.{below}", own)]
+    return [f"{key}={_as_text(value)}"]
+
+
+def _as_text(value: Any) -> str:
+    """A value in Hydra's syntax."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{_as_text(key)}: {_as_text(below)}" for key, below in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(_as_text, value)) + "]"
+    text = str(value)
+    if isinstance(value, int | float) or PLAIN.fullmatch(text):
+        return text
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    tree = json.loads(text or "{}")
+    return tree if isinstance(tree, dict) else {}
+
+
+def _unpacked(row: dict[str, Any], *keys: str) -> dict[str, Any]:
+    """A row whose maps of these keys are columns of their own; a column that is there keeps its value."""
+    flat = {key: value for key, value in row.items() if key not in keys}
+    for key in keys:
+        flat = {**row[key], **flat}
+    return {**{key: flat[key] for key in row if key in flat}, **flat}
