@@ -1,17 +1,24 @@
-"""The README can be read: its tables are tables, and every method has a row."""
+"""The pages can be read: short, their tables are tables, their links lead somewhere, their commands are commands."""
 
 from __future__ import annotations
 
 import itertools
 import re
+import shlex
 import unicodedata
 from pathlib import Path
 
 import pytest
 
 from fedsim.settings.groups import options
+from fedsim.study.spec import read_study
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+FOLDERS = ("clients", "configs", "devices", "fedsim", "strategies", "tests")
+PAGES = [README, *(path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.md")))]
+STUDY_PAGES = [path for path in PAGES if path.parent.name == "study" and path.stem != "README"]
+MOST_BYTES = 14_000
 BOX = "┏┡├└┃│"
 
 
@@ -60,12 +67,64 @@ def faults(text: str) -> list[str]:
     return found
 
 
-def test_every_table_of_the_readme_renders():
-    text = README.read_text(encoding="utf-8")
+def test_the_readme_is_short():
+    assert len(README.read_bytes()) < MOST_BYTES
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_tables_render_and_links_lead_to_files(page: Path):
+    text = page.read_text(encoding="utf-8")
     assert faults(text) == []
-    prose, code = prose_and_code(text)
-    assert len(blocks(prose, "|")) > 3
-    assert len(blocks(code, BOX)) > 3
+    prose = "\n".join(prose_and_code(text)[0])
+    for link in re.findall(r"\]\((?!https?:)([^)#]*)(?:#[^)]*)?\)", prose):
+        assert not link or (page.parent / link).exists(), link
+
+
+def test_the_pages_have_tables_at_all():
+    lines = [prose_and_code(page.read_text(encoding="utf-8")) for page in PAGES]
+    assert sum(len(blocks(prose, "|")) for prose, _ in lines) > 15
+    assert sum(len(blocks(code, BOX)) for _, code in lines) > 4
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words of every `fedsim` command in the fenced blocks of a page."""
+    _, code = prose_and_code(page.read_text(encoding="utf-8"))
+    lines = (line.removeprefix("$ ").partition("  #")[0].strip() for line in code)
+    return [shlex.split(line) for line in lines if line.startswith("fedsim ")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_command_on_a_page_is_one(page: Path):
+    """Its options are known, and its settings compose; nothing is run."""
+    import typer.main
+
+    from fedsim.cli.main import app
+    from fedsim.settings.compose import compose
+
+    for _, *words in commands(page):
+        command = typer.main.get_command(app)
+        while words and hasattr(command, "commands"):
+            assert words[0] in command.commands, words
+            command = command.commands[words.pop(0)]
+        known = {name for option in command.params for name in option.opts} | {"-m", "--config-path", "--config-name"}
+        assert {word.partition("=")[0] for word in words if word.startswith("-")} <= known | {"--cfg"}, words
+        if command.name in ("run", "flwr", "describe") and not {"-m", "--config-path"} & set(words):
+            compose([word for word in words if re.match(r"[^-/][^/]*=", word)])
+
+
+@pytest.mark.parametrize("page", STUDY_PAGES, ids=lambda path: path.stem)
+def test_a_study_page_is_of_its_study(page: Path):
+    """What surrounds the table is what the study's file says today; with other settings, up to the command."""
+    study = read_study(page.stem.partition("-")[0])
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith(f"# {study.title}\n\n{study.question.strip()}\n\n```\nfedsim study {study.name}")
+    if page.stem == study.name:
+        assert text.endswith(f"\n\n{study.reading.strip()}\n")
+    prose, _ = prose_and_code(text)
+    (table,) = blocks(prose, "|")
+    assert len(cells(table[0])) <= 8
+    labels = [re.sub(r" \(\d+ of \d+ seeds\)", "", row.split("|")[1].strip()) for row in table[2:]]
+    assert labels == [arm.label for arm in study.arms]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from devices.texts import visible_lines
-from fedsim.report.durable import write_atomic
+from devices.writing import write_atomic
 from fedsim.report.text import energy, simulated, size
 from fedsim.study.paired import Row, correction
 from fedsim.study.results import Result
