@@ -25,6 +25,7 @@ from clients.state import ClientState
 from clients.trainers.base import RECEIVED, ClientContext, LocalTrainer, OutOfMemoryError, WorkLog
 from devices.compression.plan import CompressionPlan, Pruned, Recipe
 from devices.cost import NetworkCost, Work, pack_works
+from devices.errors import one_line
 from devices.profile import DeviceProfile
 from fedsim.engines.blocks import BlockSum
 from fedsim.engines.memory import keep_freed_memory
@@ -183,7 +184,7 @@ class Worker:
             except Exception as error:
                 together = [make() for make in alone]  # a client that fails by itself is named
                 if all(fact["outcome"] == "completed" for _, fact, _ in together):
-                    reason = " ".join(str(error).split())
+                    reason = one_line(error)
                     raise ConfigError(f"{self._batching()} failed: {reason}; set engine.batch_clients=1") from error
             yield from together
 

@@ -19,7 +19,7 @@ import numpy as np
 import yaml
 from numpy.lib import format as npy
 
-from devices.errors import FileError
+from devices.errors import FileError, one_line
 
 MEGABYTE = 2**20
 MAX_JSON, MAX_LINE, MAX_YAML = 512 * MEGABYTE, 64 * MEGABYTE, 2 * MEGABYTE  # bytes of a text
@@ -312,5 +312,5 @@ def _short(error: BaseException) -> str:
         return error.strerror
     if isinstance(error, MemoryError):
         return "it does not fit into memory"
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = one_line(error) or type(error).__name__
     return text if len(text) <= 160 else f"{text[:157]}..."

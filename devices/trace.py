@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from devices.errors import DeviceError
+from devices.errors import DeviceError, one_line
 from devices.latency.columns import MAC_KINDS, TABLE_KINDS
 from devices.modes import UncompiledMode
 from devices.operators import macs_of, name_of
@@ -149,7 +149,7 @@ def trace(model: nn.Module, example: Tensor | tuple[Any, ...]) -> LayerTable:
 
 
 def _sentence(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return one_line(error)[:200] or type(error).__name__
 
 
 def _shape_of(tensor: Tensor) -> Tensor:

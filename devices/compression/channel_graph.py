@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from devices.errors import DeviceError
+from devices.errors import DeviceError, one_line
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -86,7 +86,7 @@ def find_groups(model: nn.Module, example: Tensor, network: str) -> dict[str, Ch
             graph = tp.DependencyGraph().build_dependency(model, example, verbose=False)
             raw = list(graph.get_all_groups())
         except Exception as error:
-            reason = " ".join(str(error).split())[:150] or type(error).__name__
+            reason = one_line(error)[:150] or type(error).__name__
             raise DeviceError(f"network {network} cannot be narrowed: its graph cannot be traced ({reason})") from error
     found = []
     for items in raw:

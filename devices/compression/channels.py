@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from devices.compression.channel_graph import BATCH_NORMS, CONVOLUTIONS, TRANSPOSED, ChannelGroup, Coupling, find_groups
-from devices.errors import DeviceError, unknown
+from devices.errors import DeviceError, one_line, unknown
 
 Tensors = dict[str, Tensor]
 Kept = dict[str, Tensor]  # by group: the channels that stay, ascending, [k] int64
@@ -282,7 +282,7 @@ class ChannelGroups:
                 float((narrow - silenced).abs().max() / silenced.abs().max().clamp(min=1e-300)) if alike else math.inf
             )
         except RuntimeError as failure:
-            reason = " ".join(str(failure).split())[:150]
+            reason = one_line(failure)[:150]
             raise DeviceError(f"network {name} cannot run with fewer channels: {reason}") from failure
         if error > PROBE_ERROR:
             raise DeviceError(

@@ -11,7 +11,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from devices.errors import DeviceError
+from devices.errors import DeviceError, one_line
 
 ENGINES = ("x86", "fbgemm", "onednn", "qnnpack")
 INTEGER_MODULES = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
@@ -43,7 +43,7 @@ def int8_network(model: nn.Module, example: Tensor, tokens: bool = False) -> nn.
                 network = convert_fx(prepared)
             network(example)
         except Exception as error:
-            reason = " ".join(str(error).split())[:150]
+            reason = one_line(error)[:150]
             raise DeviceError(f"network {type(model).__name__} cannot run in int8 here: {reason}") from error
     if not integer_operators(network):
         raise DeviceError(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from flwr.app import ConfigRecord, RecordDict
 
-from devices.errors import FileError
+from devices.errors import FileError, one_line
 from devices.reading import read_bytes
 from devices.writing import write_atomic
 from fedsim.errors import ConfigError
@@ -68,5 +68,5 @@ def kept_instruction(folder: Path) -> Instruction | None:
         sent_with = dict(facts.get("data", {}))  # not in version 0.1
         return Instruction(facts["round"], facts["client"], facts["phase"], RecordDict(content), sent_with)
     except (OSError, LookupError, TypeError, ValueError, AttributeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ConfigError(f"{FAILED_CLIENT} and .safetensors in {folder} cannot be read: {reason}") from error

@@ -25,7 +25,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp.strategy import Strategy
 
-from devices.errors import FileError
+from devices.errors import FileError, one_line
 from devices.reading import open_file, read_json
 from devices.writing import PART, sync_folder, write_new
 from fedsim.errors import ConfigError
@@ -206,7 +206,7 @@ def _read(run: Path, point: Path, number: int) -> Saved:
     except FileError:
         raise
     except (OSError, LookupError, TypeError, ValueError, AttributeError, RecursionError, SafetensorError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error) or type(error).__name__
         raise FileError(f"{point} cannot be read: {type(error).__name__}: {reason}") from error
 
 

@@ -24,7 +24,7 @@ from flwr.serverapp.exception import AppExitException
 from flwr.serverapp.strategy import Strategy
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 
-from devices.errors import DeviceError
+from devices.errors import DeviceError, one_line
 from devices.fleet import Fleet
 from fedsim.engines.blocks import is_plain_mean, mean_is_all
 from fedsim.errors import ClientError, ConfigError, NotFiniteError, RunError, as_error, no_exit
@@ -522,7 +522,7 @@ def _go_on(federation: Federation, saved: checkpoint.Saved, out: Path) -> Totals
         federation.restore(saved.weights, saved.state.get("federation"))
         return Totals(**saved.state["totals"])
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         point = f"the checkpoint of round {saved.round} in {out}"
         raise ConfigError(f"{point} is not of a run with these settings: {type(error).__name__}: {reason}") from error
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from annotated_types import BaseMetadata, Ge, Gt, Interval, Le, Lt
 
-from devices.errors import unknown
+from devices.errors import one_line, unknown
 from devices.texts import quoted
 from fedsim.errors import ConfigError, no_exit
 
@@ -50,7 +50,7 @@ def check_parameters(where: str, tree: Mapping[str, Any], given: Collection[str]
         mro = getattr(target, "__mro__", ())
         stock: Mapping[str, Any] = next((bounds for of, bounds in get_object(STOCK).items() if of in mro), {})
     except Exception as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ConfigError(f"{where}._target_={tree.get('_target_')!r} cannot be used: {reason}") from error
     own = {str(key): value for key, value in tree.items() if key not in SPECIAL}
     for key, value in own.items():

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from clients.trainers.mixing.mixup import OWN, PARTNER, Entrance, PoolTrainer, cross_entropy
 from clients.trainers.mixing.tangents import along
 from devices.cost import NetworkCost
-from devices.errors import unknown
+from devices.errors import one_line, unknown
 from fedsim.errors import ConfigError
 from fedsim.workloads.base import Tensors, Workload
 
@@ -200,7 +200,7 @@ class FedMixTrainer(PoolTrainer):
                 loss = self.mixed(probe, batch)[0]
                 torch.autograd.grad(loss, [p for p in probe.parameters() if p.requires_grad], allow_unused=True)
             except (RuntimeError, NotImplementedError) as error:
-                return " ".join(str(error).split()).partition(". ")[0]
+                return one_line(error).partition(". ")[0]
         return ""
 
     def mixed(self, model: nn.Module, batch: Tensors) -> tuple[Tensor, Tensors]:

@@ -17,7 +17,7 @@ from typing import Any
 from flwr.app import Error, Message, RecordDict
 
 from devices.cost import Work, pack_works
-from devices.errors import DeviceError
+from devices.errors import DeviceError, one_line
 from fedsim.engines.ray.wire import Letter, Loan, content_of, letter_of, pack, records_in_common
 from fedsim.engines.ray.workers import Call, Pool, Slot, living_nodes
 from fedsim.errors import ConfigError, DataError, RunError
@@ -169,7 +169,7 @@ class Exchange:
         if running is None:
             self.pool.failed_starts += 1
             if self.pool.failed_starts > self.retries * self.size and not any(slot.node for slot in self.pool.slots):
-                raise RunError(f"Ray's workers die while they start: {_flat(error)}")
+                raise RunError(f"Ray's workers die while they start: {one_line(error)}")
             return
         running.losses += 1
         if running.losses < self.retries:
@@ -269,8 +269,4 @@ def _loss(error: BaseException) -> BaseException:
     cause = error.cause if isinstance(error, exceptions.RayTaskError) else error
     if isinstance(cause, ConfigError | DataError | DeviceError | RunError):
         raise cause
-    raise RunError(f"a worker failed: {type(cause).__name__}: {_flat(cause)}") from error
-
-
-def _flat(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    raise RunError(f"a worker failed: {type(cause).__name__}: {one_line(cause)}") from error

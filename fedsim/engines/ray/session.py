@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from devices.errors import one_line
 from fedsim.engines.session_folder import SessionFolder, private_files, token_file
 from fedsim.errors import RunError
 
@@ -143,7 +144,7 @@ class RaySession:
         try:
             ray.init(address=where, log_to_driver=False, logging_level=logging.CRITICAL)
         except Exception as error:  # such as another version of Ray or Python
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             raise RunError(f"the Ray cluster at engine.address={address} cannot be used: {reason}") from error
         self._joined = True
 
