@@ -6,7 +6,10 @@ Example:
     run.summary["final"]["accuracy"]
 """
 
+import sys
 from importlib import import_module
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,6 +27,34 @@ _HOMES = {  # imported when asked for: torch takes seconds
     "Federation": "fedsim.runs.federation",
     "Workload": "fedsim.workloads.base",
 }
+
+
+class _Beside:
+    """Finds our other packages beside this one, also where the working folder has some of the same names."""
+
+    names = ("clients", "configs", "devices", "strategies")
+    folder = str(Path(__file__).resolve().parent.parent)
+
+    @classmethod
+    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        return PathFinder.find_spec(name, [cls.folder]) if name in cls.names else None
+
+
+def _put_ours_first() -> None:
+    for name in _Beside.names:
+        module = sys.modules.get(name)
+        places = [str(Path(place).resolve().parent) for place in getattr(module, "__path__", ())]
+        if module is not None and _Beside.folder not in places:
+            where = ", ".join(places) or name
+            raise ImportError(
+                f"the package {name!r} of {where} was imported before fedsim, which has one of that name too; import "
+                "fedsim first, or rename yours"
+            )
+    if not any(getattr(finder, "__qualname__", "") == _Beside.__qualname__ for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Beside)
+
+
+_put_ours_first()
 
 
 def __getattr__(name: str) -> Any:
