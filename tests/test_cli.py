@@ -443,7 +443,7 @@ def test_doctor_finds_this_installation_well_and_writes_nothing(fedsim: Callable
 
 
 def test_doctor_says_when_something_is_wrong(fedsim: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("fedsim.cli.doctor.PACKAGES", ("fedsim", "no-such-package"))
+    monkeypatch.setattr("fedsim.cli.doctor.PACKAGES", ("fedsim-edge", "no-such-package"))
 
     def broken(*_: Any) -> None:
         raise RuntimeError("it broke")

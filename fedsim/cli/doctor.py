@@ -17,7 +17,7 @@ from rich.text import Text
 
 Check = tuple[str, bool, str]  # what, whether it is fine, what was found
 PACKAGES = (
-    "fedsim",
+    "fedsim-edge",
     "torch",
     "torchvision",
     "flwr",

@@ -26,6 +26,7 @@ from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 
 from devices.errors import DeviceError, one_line
 from devices.fleet import Fleet
+from fedsim import __version__
 from fedsim.engines.blocks import is_plain_mean, mean_is_all
 from fedsim.errors import ClientError, ConfigError, NotFiniteError, RunError, as_error, no_exit
 from fedsim.grid.edge import ONE_METHOD, ClientReport, EdgeGrid
@@ -500,8 +501,8 @@ def fleet_name(settings: Settings) -> str:
 
 def versions() -> dict[str, str]:
     """What the figures may depend on."""
-    names = ("fedsim", "torch", "flwr", "numpy")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+    libraries = {name: version(name) for name in ("torch", "flwr", "numpy")}
+    return {"python": platform.python_version(), "fedsim": __version__, **libraries}
 
 
 def _go_on(federation: Federation, saved: checkpoint.Saved, out: Path) -> Totals:
