@@ -34,7 +34,8 @@ def cases(methods: list[str]) -> dict[str, list[str]]:
             found[method] = [*IMAGES, f"method={method}"]
         else:
             liars = ["strategy.num_malicious_nodes=0"] if method == "krum" else []
-            found[method] = [*SMALL, f"method={method}", *liars]
+            norm = ["model.norm=batch"] if method == "fedbn" else []
+            found[method] = [*SMALL, f"method={method}", *liars, *norm]
     for uplink in ("int8", "topk", "randomk", "sparse_mask"):
         found[f"uplink {uplink}"] = [*IMAGES, f"uplink={uplink}"]
     for stream in ("rotated", "permuted"):
@@ -48,7 +49,7 @@ def cases(methods: list[str]) -> dict[str, list[str]]:
         "fleet.availability._target_=devices.availability.Bernoulli",
         "+fleet.availability.p=0.6",
     ]
-    found["latency help"] = [*SMALL, "fleet=help_phones", "latency=flops"]
+    found["one rate"] = [*SMALL, "fleet=help_phones", "latency=flops"]
     found["batch norm"] = [*SMALL, "model=mlp", "model.norm=batch", "method=fedadam"]
     found["ray"] = [*SMALL, "engine=ray", "engine.workers=2"]
     found["together"] = [*SMALL, "engine.batch_clients=4"]

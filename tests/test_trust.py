@@ -18,7 +18,7 @@ from fedsim.settings.check import try_out
 from fedsim.settings.compose import compose
 from fedsim.settings.foreign import check_foreign
 from fedsim.settings.groups import GROUPS, NEEDED, config_dir, options
-from fedsim.settings.trust import check_tree, group_kinds
+from fedsim.settings.trust import check_tree, group_kinds, is_study_folder
 
 # Readers, writers, loaders and runners of the standard library and of what is installed beside fedsim.
 CALLABLES = """
@@ -700,3 +700,20 @@ def test_nothing_else_looks_names_up():
     }
     assert set(found) <= {"fedsim/settings/trust.py", "fedsim/settings/parameters.py"}, found
     assert GROUPS
+
+
+def test_a_folder_that_changes_while_it_is_looked_into_is_looked_into_again(tmp_path: Path, monkeypatch):
+    """One that never keeps still is taken for a study's: nothing in it is called."""
+    looks = []
+
+    def glob(folder: Path, pattern: str):
+        looks.append(pattern)
+        if len(looks) < 3:
+            raise FileNotFoundError(2, "No such file or directory", str(folder))
+        return iter(())
+
+    monkeypatch.setattr(Path, "glob", glob)
+    assert not is_study_folder(tmp_path)
+    assert len(looks) == 3
+    monkeypatch.setattr(Path, "glob", lambda *_: (_ for _ in ()).throw(FileNotFoundError(2, "gone")))
+    assert is_study_folder(tmp_path)

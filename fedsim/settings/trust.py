@@ -23,6 +23,7 @@ import types
 import typing
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache, lru_cache
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import EntryPoint, distributions, entry_points
@@ -37,6 +38,7 @@ OWN = ("fedsim", "clients", "strategies", "devices")
 LIBRARIES = ("flwr.serverapp.strategy", "torch.nn", "torchvision.models")
 PLUGINS = "fedsim.plugins"  # group of entry points, each naming a package
 FLAG = "--allow-target"
+LOOKS = 5  # into a folder that changes meanwhile
 # What fedsim tells the processes that it starts.
 ALLOWED, FOLDER, KEPT_OUT = "FEDSIM_ALLOW_TARGET", "FEDSIM_WORKING_FOLDER", "FEDSIM_KEEP_OUT"
 MAY = (
@@ -460,7 +462,15 @@ def is_run_folder(folder: Path) -> bool:
 
 def is_study_folder(folder: Path) -> bool:
     """Whether the runs of a study were written here."""
-    return (folder / "study.json").exists() or (folder / "study.csv").exists() or any(folder.glob("*/seed-*/*.yaml"))
+    return (folder / "study.json").exists() or (folder / "study.csv").exists() or _has_arms(folder)
+
+
+def _has_arms(folder: Path) -> bool:
+    """Whether arms lie below, for as long as they do: what others remove meanwhile is looked for again."""
+    for _ in range(LOOKS):
+        with suppress(OSError):
+            return any(folder.glob("*/seed-*/*.yaml"))
+    return True  # never still: what lies here is not called
 
 
 @cache
