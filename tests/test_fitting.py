@@ -11,6 +11,7 @@ from devices.latency.columns import COLUMNS, IS_CALL, NUM_COLUMNS, TABLE_KINDS, 
 from devices.latency.fitting import Problems, predict, solve
 from devices.latency.learn_priors import start_of
 from devices.latency.prior import Facts, Prior, Sample, choose_networks, learn, left_out, problems_of
+from devices.profile import load_profile
 
 PHYSICS = Physics(macs_per_s=10e9, bytes_per_s=10e9, isa="arm", threads=1, clock_ghz=2.0)
 PRIOR = replace(start_of("mobile")[0], sigma=0.05)
@@ -244,3 +245,13 @@ def test_problems_hold_what_samples_say():
     assert isinstance(problems, Problems)
     np.testing.assert_array_equal(problems.counts[0], own.counts)
     assert problems.mask.tolist() == [[1.0, 1.0, 1.0]]
+
+
+def test_rows_of_one_batch_do_not_say_what_weights_take():
+    """Steps of networks whose weights grow with their work: the memory bounds what the rows cannot tell."""
+    shipped = {name: load_profile(name) for name in ("raspberry_pi_4", "raspberry_pi_5")}
+    for profile in shipped.values():
+        step, bytes_per_s = profile.latency.step, profile.memory_bytes_per_s
+        assert step.batches[0] == step.batches[1]
+        weights = step.matrix[TABLE_KINDS.index("fc")][2]
+        assert weights <= 1.001 * 8 * 6 * 4e3 / bytes_per_s  # ms: eight times six passes over four bytes

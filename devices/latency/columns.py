@@ -70,6 +70,7 @@ BYTES_PER_CYCLE = (
 SLOWEST_MAC = 2000.0  # times a multiply-add at the peak: the worst kernel that anybody measured is at 500
 MOST_EXAMPLES = 2**31 - 1  # of a batch
 STEP_MACS = 3.0  # multiply-adds of a training step over those of a forward pass: two products more
+SLOWEST_WEIGHTS = 8.0  # times a step's bytes of weights at the memory's bandwidth: a third of it, and fresh pages
 STEP_WEIGHTS = 6.0  # reads and writes of a weight in a step: forward, backward, its gradient, and an SGD update's three
 
 
@@ -130,6 +131,8 @@ class Physics:
         clock_ghz: of a core; what a framework spends on a call goes with it.
         element_bytes: of a weight.
         winograd: whether the runtime has Winograd convolutions.
+        weights_told: whether what steps take for weights shows in rows: it does not where all have one batch, as it is
+            the same share of each network then; the memory bounds it.
     """
 
     macs_per_s: float
@@ -139,6 +142,7 @@ class Physics:
     clock_ghz: float = 2.0
     element_bytes: int = 4
     winograd: bool = True
+    weights_told: bool = True
 
     def units(self, phase: Phase) -> np.ndarray:
         """Milliseconds of each column at the peak and at what its threads can stream, [17]; a call is 1 us at 2 GHz."""
@@ -181,6 +185,8 @@ class Physics:
         first = len(MACS) + len(ACTIVATIONS)
         low[first + 1] = units[first] / (STEP_WEIGHTS if step else 1.0) / CACHE_OVER_MEMORY  # cached between steps
         high[first : first + 2] = self.element_bytes * slowest * 2
+        if step and not self.weights_told:
+            high[first : first + 2] = np.minimum(high[first : first + 2], SLOWEST_WEIGHTS * units[first])
         low[IS_CALL] = SHORTEST_CALL_MS[self.isa] if step else SHORTEST_INFERENCE_CALL_MS
         high[IS_CALL] = LONGEST_CALL_MS
         return low, np.maximum(high, 1.5 * low)
