@@ -51,7 +51,7 @@ CALLABLES = """
     tensorboard.program.TensorBoard hydra.utils.instantiate hydra.utils.call hydra.utils.get_method
     hydra.utils.get_object hydra.utils.get_class hydra._internal.utils._locate omegaconf.OmegaConf.load
     omegaconf.OmegaConf.save omegaconf.OmegaConf.register_new_resolver flwr.server.start_server
-    flwr.simulation.run_simulation flwr.client.start_client fedsim.cli.main.main fedsim.settings.compose.Path
+    flwr.simulation.run_simulation flwr.client.start_client fedsim.cli.main.main fedsim.settings.groups.Path
     fedsim.settings.compose.json.loads fedsim.study.runner.subprocess.Popen fedsim.report.folder.RunFolder
     fedsim.engines.ray.session.RaySession fedsim.engines.flower.runtime.FlowerRuntime
     fedsim.cli.devices.own_model.named_model

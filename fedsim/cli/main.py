@@ -301,6 +301,7 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # texts may have letters that the terminal cannot show
     for name in ("write", "flush") if sys.stdout is not None else ():  # its faults are told apart from a file's
         setattr(sys.stdout, name, naming(Path(OUTPUT))(getattr(sys.stdout, name)))
+    _folders.clear()
     output, warnings.showwarning, named = _piped_output(), _warn, sys.argv[1:]
     try:
         _check_working_folder()
