@@ -292,10 +292,10 @@ def spoken(federation: Federation) -> tuple[int, RecordDict]:
     return first.metadata.dst_node_id, first.content
 
 
-# The deepest networks, with every trainer slow; what differs between trainers does not hang on the depth.
-DEEP = ("bcresnet", "fbnet", "nb201")
+# With every trainer those of each kind of layer; others with one: what differs between trainers does not hang on depth.
+USUAL = ("mlp", "convnet", "char_lstm", "resnet8")
 COUNTED = [
-    pytest.param(trainer, model, marks=[pytest.mark.slow] if model in DEEP and trainer != "sgd" else [])
+    pytest.param(trainer, model, marks=[pytest.mark.slow] if model not in USUAL and trainer != "sgd" else [])
     for trainer in options("trainer")
     for model in options("model")
 ]
