@@ -402,7 +402,8 @@ def test_kill_9_of_the_study_takes_its_runs_along(file):
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         folder, end = Path("runs/mine/long/seed-1"), time.monotonic() + 120
-        while not (folder / "rounds.jsonl").exists() and time.monotonic() < end:
+        rounds = folder / "rounds.jsonl"
+        while not (rounds.exists() and rounds.stat().st_size) and time.monotonic() < end:  # its folder is made by then
             assert process.poll() is None
             time.sleep(0.05)
         (run,) = psutil.Process(process.pid).children()
