@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torchvision
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 from torchs_counter import counter
@@ -113,7 +113,7 @@ def test_a_deformable_convolution_is_a_convolution():
 
 
 def test_an_operator_that_nobody_knows_is_refused_until_a_formula_is_given():
-    @torch.library.custom_op("own::twice", mutates_args=())
+    @library.custom_op("own::twice", mutates_args=())
     def twice_through(x: Tensor, weight: Tensor) -> Tensor:
         return x @ weight @ weight
 

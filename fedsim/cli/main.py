@@ -14,8 +14,7 @@ import signal
 import stat
 import sys
 import warnings
-from contextlib import closing, nullcontext, suppress
-from functools import partial
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -33,7 +32,7 @@ from fedsim.cli.study import study
 from fedsim.engines.leash import tie
 from fedsim.errors import Terminated, as_error
 from fedsim.report import strict_json
-from fedsim.runs.experiment import build_engine, forget_worlds
+from fedsim.runs.experiment import build_engine, run_experiment
 
 app = typer.Typer(
     add_completion=False,
@@ -599,22 +598,17 @@ def _hydra_settings(overrides: list[str], sweeping: bool, made: list[Path]) -> l
     return [*fixed, f"hydra.sweep.dir={folder}", "hydra.sweep.subdir=."]  # run_one makes the folder of each run
 
 
+def _begin(folder: Path) -> None:
+    _folders[:] = [folder]
+
+
 def run_one(settings: dict[str, Any], unfinished: Path | None = None) -> dict[str, Any]:
     """One experiment with its progress bar and closing table; `unfinished` is the folder that holds its beginning."""
-    from fedsim.report.page import write_page
-    from fedsim.report.place import new_run_folder
     from fedsim.report.rounds import read_rounds
-    from fedsim.report.text import closing_lines, closing_table, progress_bar
-    from fedsim.runs.federation import run as run_federation
+    from fedsim.report.text import closing_lines, closing_table
 
-    forget_worlds()
     console = _console()
-    with new_run_folder(settings) if unfinished is None else nullcontext(unfinished) as folder:
-        _folders[:] = [folder]
-        with closing(build_engine(settings)) as engine, progress_bar(console, settings["rounds"]) as (watch, observe):
-            resumed, announce = unfinished is not None, partial(console.print, highlight=False, soft_wrap=True)
-            summary = run_federation(settings, engine, folder, watch, observe, resumed, announce)
-        write_page(folder)
+    folder, summary = run_experiment(settings, console, unfinished, _begin)
     _folders.clear()
     reports = read_rounds(folder)
     console.print(closing_table(reports))

@@ -12,7 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from devices.errors import FileError
+from devices.errors import FileError, one_line
 from devices.reading import open_file, read_json
 from fedsim.report import strict_json
 
@@ -109,7 +109,7 @@ def inside(folder: Path, path: Path) -> Path:
     try:
         lies_inside = path.resolve().is_relative_to(folder.resolve())
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: links in a loop
-        raise FileError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+        raise FileError(f"{path} cannot be read: {one_line(error)}") from error
     if not lies_inside:
         raise FileError(f"{path} is a link to something outside of {folder}, which is neither read nor written")
     return path

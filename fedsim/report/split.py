@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from devices.errors import FileError
+from devices.errors import FileError, one_line
 from devices.writing import write_atomic
 from fedsim.report.checksums import inside, read_signed_json, signed_json
 from fedsim.report.place import SPLIT
@@ -37,5 +37,5 @@ def kept_split(folder: Path) -> Split | None:
         if not rows or not sizes or not all(len(row.label_counts) in (0, len(names)) for row in rows):
             raise ValueError("its rows do not fit its classes")
     except (LookupError, TypeError, ValueError, OverflowError) as error:
-        raise FileError(f"{path} is no split of data: {' '.join(str(error).split())}") from error
+        raise FileError(f"{path} is no split of data: {one_line(error)}") from error
     return split

@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import html
 import json
-import re
 from collections.abc import Mapping
-from contextlib import closing
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsim.settings.groups import FREE_MAPS, Settings
+from fedsim.settings.hydra_text import as_hydra
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-PLAIN = re.compile(r"[\w./@+-]+")
 SHOWN = ("round", "accuracy", "loss", "now_s", "joules", "down_bytes", "up_bytes")
 
 
@@ -58,7 +56,8 @@ class Run:
 
         from fedsim.report.rounds import read_rounds
 
-        return pd.DataFrame([_unpacked(vars(report), "metrics") for report in read_rounds(self.folder)])
+        rounds = pd.DataFrame([vars(report) for report in read_rounds(self.folder)])
+        return _unpacked(rounds, "metrics", list(rounds["metrics"]))
 
     @cached_property
     def clients(self) -> pd.DataFrame:
@@ -70,9 +69,9 @@ class Run:
         rows = read_all_rows(self.folder)
         if rows is None:
             return pd.DataFrame()
-        rows["metrics"] = rows["metrics"].map(_parsed)
-        rows["work"] = rows["work"].map(lambda text: {f"work_{key}": value for key, value in _parsed(text).items()})
-        return pd.DataFrame([_unpacked(dict(row), "metrics", "work") for _, row in rows.iterrows()])
+        rows = rows.reset_index(drop=True)
+        work = [{f"work_{key}": value for key, value in _parsed(text).items()} for text in rows["work"]]
+        return _unpacked(_unpacked(rows, "work", work), "metrics", list(map(_parsed, rows["metrics"])))
 
     def plot(self) -> Figure | None:
         """Draws accuracy against rounds, simulated time, energy and traffic; None where nothing was judged."""
@@ -121,19 +120,12 @@ def run(*overrides: str, progress: bool = True, **settings: Any) -> Run:
         ConfigError, DataError: before anything is written.
         ClientError: when a client fails; what was written so far stays.
     """
-    from fedsim.report.page import write_page
-    from fedsim.report.place import new_run_folder
-    from fedsim.report.text import console, progress_bar
-    from fedsim.runs.experiment import build_engine, forget_worlds
-    from fedsim.runs.federation import run as run_federation
+    from fedsim.report.text import console
+    from fedsim.runs.experiment import run_experiment
 
-    chosen, shown = compose(*overrides, **settings), console()
+    shown = console()
     shown.quiet = not progress
-    forget_worlds()
-    with new_run_folder(chosen) as folder, closing(build_engine(chosen)) as engine:
-        with progress_bar(shown, chosen["rounds"]) as (watch, observe):
-            run_federation(chosen, engine, folder, watch, observe, announce=partial(shown.print, highlight=False))
-        write_page(folder)
+    folder, _ = run_experiment(compose(*overrides, **settings), shown)
     return Run(folder)
 
 
@@ -152,21 +144,7 @@ def load(folder: str | Path) -> Run:
 def _overrides(key: str, value: Any) -> list[str]:
     if isinstance(value, Mapping) and key not in FREE_MAPS:
         return [text for below, own in value.items() for text in _overrides(f"{key}.{below}", own)]
-    return [f"{key}={_as_text(value)}"]
-
-
-def _as_text(value: Any) -> str:
-    """A value in Hydra's syntax."""
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else str(value).lower()
-    if isinstance(value, Mapping):
-        return "{" + ",".join(f"{_as_text(key)}: {_as_text(below)}" for key, below in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ",".join(map(_as_text, value)) + "]"
-    text = str(value)
-    if isinstance(value, int | float) or PLAIN.fullmatch(text):
-        return text
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return [f"{key}={as_hydra(value)}"]
 
 
 def _parsed(text: str) -> dict[str, Any]:
@@ -174,9 +152,9 @@ def _parsed(text: str) -> dict[str, Any]:
     return tree if isinstance(tree, dict) else {}
 
 
-def _unpacked(row: dict[str, Any], *keys: str) -> dict[str, Any]:
-    """A row whose maps of these keys are columns of their own; a column that is there keeps its value."""
-    flat = {key: value for key, value in row.items() if key not in keys}
-    for key in keys:
-        flat = {**row[key], **flat}
-    return {**{key: flat[key] for key in row if key in flat}, **flat}
+def _unpacked(frame: pd.DataFrame, column: str, maps: list[dict[str, Any]]) -> pd.DataFrame:
+    """A frame with what a column's maps hold as columns behind; names that are there already keep their values."""
+    import pandas as pd
+
+    more = pd.DataFrame(maps, index=frame.index)
+    return pd.concat([frame.drop(columns=column), more[[name for name in more if name not in frame]]], axis=1)

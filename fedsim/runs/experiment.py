@@ -1,8 +1,48 @@
-"""Builds what one experiment needs beside its settings: the engine with the client app in it."""
+"""One experiment from its settings to its page: the engine with the client app in it, a bar, the run folder."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from contextlib import closing, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def run_experiment(
+    settings: dict[str, Any],
+    shown: Console,
+    unfinished: Path | None = None,
+    began: Callable[[Path], None] = lambda folder: None,
+) -> tuple[Path, dict[str, Any]]:
+    """Runs one experiment and writes its page; returns its folder and its summary.
+
+    Args:
+        settings: of the run.
+        shown: where a bar over the rounds goes.
+        unfinished: the folder that holds the run's beginning; None for a new one.
+        began: told the folder.
+
+    Raises:
+        ConfigError, DataError: before anything is written.
+        ClientError: when a client fails; what was written so far stays.
+    """
+    from fedsim.report.page import write_page
+    from fedsim.report.place import new_run_folder
+    from fedsim.report.text import progress_bar
+    from fedsim.runs.federation import run
+
+    forget_worlds()
+    with new_run_folder(settings) if unfinished is None else nullcontext(unfinished) as folder:
+        began(folder)
+        with closing(build_engine(settings)) as engine, progress_bar(shown, settings["rounds"]) as (watch, observe):
+            resumed, announce = unfinished is not None, partial(shown.print, highlight=False, soft_wrap=True)
+            summary = run(settings, engine, folder, watch, observe, resumed, announce)
+        write_page(folder)
+    return folder, summary
 
 
 def build_engine(settings: dict[str, Any]) -> Any:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from devices.errors import FileError
 from fedsim.errors import ConfigError
-from fedsim.settings.check import _check_choices, check
+from fedsim.report.files import read_config
+from fedsim.settings.check import check, check_choices
 from fedsim.settings.compose import completed
 from fedsim.settings.groups import Settings
 
@@ -16,12 +18,9 @@ def settings_of_run(folder: Path) -> Settings:
     Raises:
         ConfigError: if the folder holds no run or its settings are wrong.
     """
-    from devices.errors import FileError
-    from fedsim.report.files import read_config
-
     try:
         settings = check(completed(read_config(folder)))
     except FileError as error:
         raise ConfigError(str(error)) from error
-    _check_choices(settings["choices"], f"{folder / 'config.yaml'}: ")
+    check_choices(settings["choices"], f"{folder / 'config.yaml'}: ")
     return settings

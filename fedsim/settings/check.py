@@ -30,7 +30,7 @@ MOST_SECONDS = 1e10  # 300 years
 TEXTS = ("name", "out")  # settings that are text whatever they look like
 
 
-def _check_choices(choices: Any, where: str = "") -> None:
+def check_choices(choices: Any, where: str = "") -> None:
     """Checks which options an earlier run took: texts, by which it is named, and a method of `configs/method`."""
     from devices.errors import FileError
     from fedsim.settings.forms import CHOSEN, NAME, check_tree
@@ -50,7 +50,7 @@ def check(settings: Settings) -> Settings:
     Raises:
         ConfigError: names the key, what came and what is allowed.
     """
-    known = _known_keys()
+    known = known_keys()
     for key in settings:
         if key not in known:
             raise ConfigError(_below_groups(str(key), settings) or unknown("setting", key, known))
@@ -104,7 +104,7 @@ def try_out(settings: Settings) -> None:
 
 
 @lru_cache(maxsize=1)
-def _known_keys() -> frozenset[str]:
+def known_keys() -> frozenset[str]:
     import yaml
 
     tree = yaml.safe_load((config_dir() / f"{PRIMARY}.yaml").read_text(encoding="utf-8"))

@@ -16,7 +16,7 @@ from typing import Any
 from devices.errors import DeviceError, one_line, unknown
 from devices.texts import FILE_BYTES, VALUE_LETTERS, quoted, storable, visible
 from fedsim.errors import ConfigError, DataError, in_words
-from fedsim.settings.check import TEXTS, _check_choices, _known_keys, check
+from fedsim.settings.check import TEXTS, check, check_choices, known_keys
 from fedsim.settings.groups import (
     FREE_MAPS,
     GROUPS,
@@ -78,7 +78,7 @@ def check_overrides(overrides: Sequence[str]) -> list[str]:
         key, value = override.key_or_group, override.value()
         plain = not text.startswith(("+", "~"))
         if any(len(part) > FILE_BYTES for part in re.split("[./@]", key)):
-            raise ConfigError(unknown("setting", key, _known_keys()))  # Hydra would look for a file of that name
+            raise ConfigError(unknown("setting", key, known_keys()))  # Hydra would look for a file of that name
         if plain and key in GROUPS and not (isinstance(value, str | dict) or override.is_sweep_override()):
             raise ConfigError(unknown(key, "null" if value is None else value, options(key)))
         if plain and key in GROUPS and isinstance(value, str) and (len(value) > FILE_BYTES or not storable(value)):
@@ -149,7 +149,7 @@ def from_run_config(run_config: dict[str, Any]) -> Settings:
 def completed(settings: Settings) -> Settings:
     """Settings of an earlier version with what came later: a new setting's default is what was done before it."""
     choices = settings.get("choices")
-    if not isinstance(choices, dict) or not choices or all(key in settings for key in _known_keys()):
+    if not isinstance(choices, dict) or not choices or all(key in settings for key in known_keys()):
         return settings
     usual = compose([])
     groups = {group: usual["choices"][group] for group in GROUPS if group not in choices}
@@ -202,7 +202,7 @@ def resolve(config: Any, choices: Any) -> Settings:
     if not earlier:
         return check(settings)
     settings = check(completed(settings))
-    _check_choices(settings["choices"])
+    check_choices(settings["choices"])
     return settings
 
 

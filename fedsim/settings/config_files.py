@@ -22,7 +22,7 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigResult
 from omegaconf.errors import OmegaConfBaseException
 
-from devices.errors import FileError
+from devices.errors import FileError, one_line
 from devices.reading import read_yaml
 from fedsim.settings.parameters import said
 
@@ -96,4 +96,4 @@ class ImportlibResourcesConfigSource(HydrasPackages):
 
 
 def _unusable(file: Path, error: Exception) -> FileError:
-    return FileError(f"{file} cannot be used: {' '.join(str(error).split()) or type(error).__name__}")
+    return FileError(f"{file} cannot be used: {one_line(error) or type(error).__name__}")

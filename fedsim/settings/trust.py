@@ -31,6 +31,7 @@ from importlib.util import find_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
+from devices.errors import one_line
 from fedsim.errors import ConfigError, no_exit
 from fedsim.settings.parameters import SPECIAL, said
 
@@ -295,7 +296,7 @@ def locate(key: str, name: Any, kinds: Kinds = None, partial: bool = False) -> A
         try:
             found = getattr(found, part)
         except AttributeError as error:
-            raise ConfigError(f"{key}={name!r} cannot be used: {' '.join(str(error).split())}") from error
+            raise ConfigError(f"{key}={name!r} cannot be used: {one_line(error)}") from error
         if isinstance(found, types.ModuleType):
             raise _refused(key, name, f"it leads through {module.__name__} to the module {found.__name__}")
     home = getattr(found, "__module__", None)
@@ -315,7 +316,7 @@ def _found(key: str, name: Any) -> Any:
         with no_exit():
             return get_object(str(name))
     except Exception as error:
-        raise ConfigError(f"{key}={name!r} cannot be used: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{key}={name!r} cannot be used: {one_line(error)}") from error
 
 
 def _refused(key: str, name: Any, why: str) -> ConfigError:
@@ -383,7 +384,7 @@ def _module(key: str, name: str) -> types.ModuleType:
         with no_exit():
             return importlib.import_module(last)
     except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        reason = f"{type(error).__name__}: {one_line(error)}"
         raise ConfigError(f"{key}={name!r} cannot be used: {last} cannot be imported ({reason})") from error
 
 
@@ -548,7 +549,7 @@ def _entries() -> Iterable[EntryPoint]:
                 yield from package.entry_points.select(group=PLUGINS)
             except (OSError, TypeError, ValueError, AttributeError) as error:
                 what = f"the entry points of a package in {package.locate_file('')} cannot be read"
-                warnings.warn(f"{what} ({' '.join(str(error).split())})", stacklevel=3)
+                warnings.warn(f"{what} ({one_line(error)})", stacklevel=3)
 
 
 def plugin_folders() -> list[Path]:

@@ -25,6 +25,7 @@ from fedsim.settings.build import asked, build_workload
 from fedsim.settings.check import try_out
 from fedsim.settings.compose import check_address, completed, compose
 from fedsim.settings.groups import Settings, config_dir
+from fedsim.settings.hydra_text import as_hydra, quoted
 from fedsim.settings.parameters import said
 from fedsim.settings.trust import keep_out_beside
 from fedsim.workloads.fingerprint import SEED, Fingerprint, difference, files_of
@@ -143,7 +144,7 @@ class Planned:
     @property
     def command(self) -> list[str]:
         """The arguments of `fedsim` that make this run."""
-        return ["run", *self.arm.overrides, f"seed={self.seed}", f"out={_quoted(str(self.folder))}"]
+        return ["run", *self.arm.overrides, f"seed={self.seed}", f"out={quoted(str(self.folder))}"]
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -287,7 +288,7 @@ def _expanded(path: Path, label: str, entry: Any) -> Iterator[Arm]:
             f"metrics end that its runs have for this one, got {said(entry)}"
         )
     for point in itertools.product(*grid.values()):
-        values = dict(zip(grid, (_value(v) for v in point), strict=True))
+        values = dict(zip(grid, (as_hydra(v, str) for v in point), strict=True))
         name = _labelled(label, values)
         if of:
             yield Arm(name, (), family, _placed(of, values)[0], _placed(suffix, values)[0])
@@ -312,17 +313,6 @@ def _placed(text: str, values: Mapping[str, str]) -> tuple[str, dict[str, str]]:
     return text, others
 
 
-def _value(value: Any) -> str:
-    """A YAML value as Hydra writes it."""
-    if isinstance(value, list):
-        return f"[{','.join(map(_value, value))}]"
-    if isinstance(value, dict):
-        return f"{{{','.join(f'{key}: {_value(below)}' for key, below in value.items())}}}"
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else str(value).lower()
-    return str(value)
-
-
 def _text(path: Path, key: str, tree: Mapping[str, Any]) -> str:
     value = tree.get(key, "")
     if not isinstance(value, str) or not storable(value.replace("\n", " ")):
@@ -341,11 +331,6 @@ def _seeds(path: Path, value: Any) -> tuple[int, ...]:
     if not whole or not value:
         raise ConfigError(f"{path}: seeds must be a list of whole numbers of at least 0, got {said(value)}")
     return tuple(value)
-
-
-def _quoted(text: str) -> str:
-    """A text that Hydra's override grammar reads as it is."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'" if re.search(r"[^\w./-]", text) else text
 
 
 # --- planning --------------------------------------------------------------------------------------------------------

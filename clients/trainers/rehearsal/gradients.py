@@ -26,6 +26,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 
 from clients.trainers.base import WorkLog
 from devices.cost import NetworkCost
+from devices.errors import one_line
 from devices.trace import KINDS
 from fedsim.errors import ConfigError
 from fedsim.workloads.base import Tensors, Workload
@@ -438,7 +439,7 @@ def require_single_examples(workload: Workload, model: nn.Module) -> None:
             workload.logits(model, workload.sample_on(device, 1))
         except Exception as error:
             raise ConfigError(
-                f"model {type(model).__name__} takes no example by itself ({' '.join(str(error).split())}), and its "
+                f"model {type(model).__name__} takes no example by itself ({one_line(error)}), and its "
                 "gradient is asked for; take norms with running statistics"
             ) from error
 

@@ -133,7 +133,7 @@ class RaySession:
                     _system_config=dict(SYSTEM),  # Ray writes this session's folder into it
                 )
             except Exception as error:  # Ray raises that very class, too, where its raylet ends while it starts
-                raise RunError(f"Ray could not be started: {' '.join(str(error).split())}") from error
+                raise RunError(f"Ray could not be started: {one_line(error)}") from error
         _end_helpers()
 
     def _join(self, address: str) -> None:
