@@ -174,6 +174,7 @@ def _show(result: Result, failed: dict[str, str], folder: Path, console: Console
 
 def _table(result: Result, columns: dict[str, list[str]]) -> Table:
     from fedsim.report.text import table
+    from fedsim.study.page import label
     from fedsim.study.paired import correction
 
     study, many = result.study, len(result.study.seeds) > 1
@@ -185,21 +186,20 @@ def _table(result: Result, columns: dict[str, list[str]]) -> Table:
         notes.append(note)
     shown.caption = "\n".join(notes) or None
     for number, row in enumerate(result.rows):
-        lacks = len(row.scores) < len(study.seeds)
-        label = f"{row.label} ({len(row.scores)} of {len(study.seeds)} seeds)" if lacks else row.label
-        shown.add_row(label, *(cells[number] for cells in columns.values()))
+        shown.add_row(label(row, len(study.seeds)), *(cells[number] for cells in columns.values()))
     return shown
 
 
 def _scores(result: Result) -> dict[str, list[str]]:
     """Cells by column: the metric, and what it differs by."""
+    from fedsim.study.page import score
+
     metric = f"{result.study.metric.replace('_', ' ')} %"
     cells: dict[str, list[str]] = {metric: [], "difference": [], "95 % interval": []}
     for row in result.rows:
-        spread = f" ± {100 * row.deviation:.2f}" if len(row.scores) > 1 else ""
         low, high = (100 * end for end in row.interval)
         compared = row.label != result.study.against and not math.isnan(row.difference)
-        cells[metric].append(f"{100 * row.mean:.2f}{spread}")
+        cells[metric].append(score(row))
         cells["difference"].append(f"{100 * row.difference:+.2f}{' *' if row.stands else ''}" if compared else "")
         cells["95 % interval"].append(f"{low:+.2f} to {high:+.2f}" if compared and math.isfinite(low) else "")
     return {name: column for name, column in cells.items() if any(column)}
@@ -208,8 +208,9 @@ def _scores(result: Result) -> dict[str, list[str]]:
 def _costs(result: Result) -> dict[str, list[str]]:
     """Cells by column: what a run of each arm took, and the study's own columns."""
     from fedsim.report.text import energy, simulated, size
+    from fedsim.study.page import figure
 
-    columns = {_heading(path): [_figure(v) for v in values] for path, values in result.columns.items()}
+    columns = {_heading(path): [figure(v) for v in values] for path, values in result.columns.items()}
     return {
         "time": [simulated(row.simulated_s) for row in result.rows],
         "energy": [energy(row.joules) for row in result.rows],
@@ -226,10 +227,6 @@ def _heading(path: str) -> str:
     from fedsim.study.spec import METRICS
 
     return "\n".join(wrap(path.removeprefix(METRICS).replace("_", " "), HEADING))
-
-
-def _figure(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.4g}"
 
 
 def _draw(result: Result, folder: Path) -> None:

@@ -47,25 +47,28 @@ def _columns(result: Result) -> dict[str, list[str]]:
     study, compared = result.study, result.rows
     metric = f"{study.metric.replace('_', ' ')}, %"
     columns = {
-        "arm": [_label(row, len(study.seeds)) for row in compared],
-        metric: [
-            f"{100 * row.mean:.2f}" + (f" ± {100 * row.deviation:.2f}" if len(row.scores) > 1 else "")
-            for row in compared
-        ],
+        "arm": [label(row, len(study.seeds)) for row in compared],
+        metric: [score(row) for row in compared],
         f"difference to {_plain(study.against)}": [_difference(row, study.against) for row in compared],
         "time": [simulated(row.simulated_s) for row in compared],
         "energy": [energy(row.joules) for row in compared],
         "traffic": [size(row.traffic_bytes) for row in compared],
     }
-    own = {_heading(path): [_figure(value) for value in values] for path, values in result.columns.items()}
+    own = {_heading(path): [figure(value) for value in values] for path, values in result.columns.items()}
     for name, cells in [*own.items(), ("rounds", [f"{row.rounds:g}" for row in compared])]:
         if len(columns) < MOST_COLUMNS:
             columns[name] = cells
     return columns
 
 
-def _label(row: Row, seeds: int) -> str:
+def label(row: Row, seeds: int) -> str:
+    """Returns the name of an arm, and how many of the seeds it has where some lack."""
     return f"{row.label} ({len(row.scores)} of {seeds} seeds)" if len(row.scores) < seeds else row.label
+
+
+def score(row: Row) -> str:
+    """Returns the mean over the seeds in points, with their standard deviation where there are several."""
+    return f"{100 * row.mean:.2f}" + (f" ± {100 * row.deviation:.2f}" if len(row.scores) > 1 else "")
 
 
 def _difference(row: Row, against: str) -> str:
@@ -98,7 +101,8 @@ def _heading(path: str) -> str:
     return path.removeprefix(METRICS).replace("_", " ").replace(".", " ")
 
 
-def _figure(value: float) -> str:
+def figure(value: float) -> str:
+    """Returns a figure of a run in four digits; empty where there is none."""
     return "" if math.isnan(value) else f"{value:.4g}"
 
 

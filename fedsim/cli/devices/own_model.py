@@ -22,7 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from devices.errors import DeviceError, unknown
+from devices.errors import DeviceError, one_line, unknown
 from devices.reading import open_file
 from fedsim.errors import ConfigError, ExitError, no_exit
 from fedsim.settings.trust import check_file, locate
@@ -346,4 +346,4 @@ def _shape_hint(model: NamedModel) -> str:
 
 
 def _sentence(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".removesuffix(": ")
+    return f"{type(error).__name__}: {one_line(error)[:200]}".removesuffix(": ")
