@@ -9,14 +9,11 @@ from devices.compression.masks import (
     SparsitySchedule,
     apply_masks,
     global_masks,
-    iterative_sparsity,
-    kept_counts,
-    layer_masks,
     masked,
     prunable,
     sparsity_of,
 )
-from devices.compression.prune import channel_scores, largest_ratio, narrow, prune, strongest
+from devices.compression.prune import channel_scores, largest_ratio, strongest
 from devices.compression.sizes import dense_bytes, nonzero_bytes, pack, unpack, wire_bytes
 from devices.errors import DeviceError
 from fedsim.models.lenet import LeNet5
@@ -99,21 +96,17 @@ def test_global_masks_have_exactly_the_zeros_asked_for(sparsity: float, floor: f
     total = sum(w.numel() for w in weights.values())
     assert sum(int((~m).sum()) for m in masks.values()) == int(sparsity * total + 1e-9)
     if floor:
-        assert all(count >= max(1, floor * weights[n].numel()) for n, count in kept_counts(masks).items())
+        assert all(int(mask.sum()) >= max(1, floor * weights[n].numel()) for n, mask in masks.items())
 
 
-def test_ties_go_in_order_and_layerwise_counts_are_exact():
-    weights = {"a": torch.ones(10), "b": torch.arange(5.0)}
-    assert global_masks({"a": weights["a"]}, 0.3, 0.0)["a"].tolist() == [False] * 3 + [True] * 7
-    masks = layer_masks(weights, 0.5)
-    assert [int((~m).sum()) for m in masks.values()] == [5, 2]
-    assert sparsity_of(masks) == pytest.approx(7 / 15)
+def test_ties_go_in_order():
+    masks = global_masks({"a": torch.ones(10)}, 0.3, 0.0)
+    assert masks["a"].tolist() == [False] * 3 + [True] * 7
+    assert sparsity_of(masks) == pytest.approx(0.3)
 
 
-def test_an_empty_layer_and_too_high_a_floor_are_named():
+def test_a_floor_that_is_too_high_and_a_sparsity_out_of_range_are_named():
     weights = {"a": torch.tensor([5.0, 6.0]), "b": torch.tensor([0.1, 0.2])}
-    with pytest.raises(DeviceError, match="no weight in 'b'"):
-        kept_counts(global_masks(weights, 0.5, floor=0.0))
     with pytest.raises(DeviceError, match=r"removes 3 weights, but floor=0.9 leaves only 0"):
         global_masks(weights, 0.75, floor=0.9)
     with pytest.raises(DeviceError, match=r"sparsity must be in \[0, 1\), got 1.0"):
@@ -136,14 +129,11 @@ def test_cubic_schedule_by_hand():
     """s(E/2) = (1 - 1/8) s_f; it starts at s_i, never falls and ends at s_f."""
     schedule = SparsitySchedule(final=0.8, end=100)
     assert (schedule.at(0), schedule.at(50), schedule.at(100), schedule.at(500)) == (0.0, pytest.approx(0.7), 0.8, 0.8)
-    general = SparsitySchedule(final=0.9, initial=0.5, start=10, end=30, every=16)
+    general = SparsitySchedule(final=0.9, initial=0.5, start=10, end=30)
     assert (general.at(0), general.at(10), general.at(20)) == (0.5, 0.5, pytest.approx(0.9 - 0.4 / 8))
     values = [general.at(t) for t in range(40)]
     assert values == sorted(values)
-    assert [t for t in range(40) if general.refreshes(t)] == [10, 26, 30]
-    once = SparsitySchedule(final=0.9, start=5, end=5)
-    assert ([t for t in range(9) if once.refreshes(t)], once.at(5)) == ([5], 0.9)
-    assert iterative_sparsity(0.2, 16) == pytest.approx(0.97185, abs=1e-5)
+    assert SparsitySchedule(final=0.9, start=5, end=5).at(5) == 0.9
 
 
 @pytest.mark.parametrize("rule, gradient", [("masked", [2.0, 0.0, 2.0]), ("ste", [2.0, 2.0, 2.0])])
@@ -184,34 +174,33 @@ def test_pruning_keeps_the_strongest_channels():
     model = small_net()
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([3.0, 1.0, 4.0, 2.0]).view(4, 1, 1, 1).expand(4, 1, 3, 3))
-    pruned, kept = prune(model, torch.randn(1, 1, 8, 8), 0.5, round_to=1)
+    groups = ChannelGroups.find(model, torch.randn(1, 1, 8, 8))
+    kept = strongest(groups, channel_scores(groups, model.state_dict()), 0.5, round_to=1)
+    pruned = groups.build(model, kept)
     assert kept["0"].tolist() == [0, 2]
     assert torch.equal(pruned[0].weight, model[0].weight[[0, 2]])
     assert (pruned[2].in_channels, pruned[2].out_channels, pruned[4].in_features) == (2, 3, 48)
 
 
-@pytest.mark.parametrize("scope", ["layer", "global"])
-def test_counts_are_rounded_to_eight_and_blocks_stay_whole(scope: str):
+def test_counts_are_rounded_to_eight_and_blocks_stay_whole():
     model, x = ResNet((1, 8, 8), 3, width=32), torch.randn(2, 1, 8, 8)
-    pruned, kept = prune(model, x, 0.4, scope=scope)
-    assert all(len(k) % 8 == 0 and len(k) for k in kept.values())
-    assert pruned(x).shape == (2, 3)
-    if scope == "layer":
-        assert [len(k) for k in kept.values()] == [16, 16, 32, 32, 64, 64]
-
-
-def test_global_scope_takes_more_from_the_weaker_layer():
-    model, x = small_net(), torch.randn(1, 1, 8, 8)
     groups = ChannelGroups.find(model, x)
+    kept = strongest(groups, channel_scores(groups, model.state_dict()), 0.4)
+    assert [len(k) for k in kept.values()] == [16, 16, 32, 32, 64, 64]
+    assert groups.build(model, kept)(x).shape == (2, 3)
+
+
+def test_of_channels_with_equal_scores_the_first_stay():
+    groups = ChannelGroups.find(small_net(), torch.randn(1, 1, 8, 8))
     scores = {"0": torch.tensor([1.0, 1.0, 1.0, 1.0]), "2": torch.tensor([5.9, 0.02, 0.02, 0.02, 0.02, 0.02])}
-    kept = strongest(groups, scores, 0.5, round_to=1, scope="global")
-    assert {n: k.tolist() for n, k in kept.items()} == {"0": [0, 1, 2, 3], "2": [0]}
-    assert strongest(groups, scores, 0.5, round_to=1)["2"].tolist() == [0, 1, 2]
+    kept = strongest(groups, scores, 0.5, round_to=1)
+    assert {n: k.tolist() for n, k in kept.items()} == {"0": [0, 1], "2": [0, 1, 2]}
 
 
 def test_width_scaling_is_the_network_of_that_width():
     model, x = ResNet((1, 8, 8), 3, width=32), torch.randn(1, 1, 8, 8)
-    half, _ = narrow(model, x, 0.5)
+    groups = ChannelGroups.find(model, x)
+    half = groups.build(model, groups.first(0.5))
     groups_kept = {k: v.shape for k, v in half.state_dict().items()}
     assert groups_kept == {k: v.shape for k, v in ResNet((1, 8, 8), 3, width=16).state_dict().items()}
 

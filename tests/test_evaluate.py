@@ -209,12 +209,13 @@ def test_device_sets_are_in_the_table(table):
 @pytest.mark.data
 def test_measured_references_confirm_the_features(table):
     """For FBNet at ten networks the left-out error of positions is well below that of mere counts."""
-    from devices.latency.structured import choose_references, left_out_error
+    from devices.latency.structured import StructuredPredictor, choose_references
 
     space, errors = table("fbnet"), {}
     for features in ("counts", "layers"):
         phi = network_features("fbnet", space.ops, features)
         picks = choose_references(phi, np.arange(200), 10)
-        errors[features] = np.mean([left_out_error(phi[picks], space.latency(d)[picks]) for d in space.split.source])
+        fits = [StructuredPredictor.fit(phi[picks], space.latency(d)[picks]) for d in space.split.source]
+        errors[features] = np.mean([fit.sigma for fit in fits])
     assert errors["layers"] < 0.5 * errors["counts"]
     assert FEATURES["fbnet"] == "layers"

@@ -11,7 +11,7 @@ import yaml
 
 from devices.cost import NetworkCost, Passes, Work, pack_works, unpack_works
 from devices.enrol.picture import zoo_cost
-from devices.enrol.zoo import ZOO, zoo_network
+from devices.enrol.zoo import ZOO
 from devices.errors import DeviceError
 from devices.latency.columns import TABLE_KINDS
 from devices.latency.models import (
@@ -337,5 +337,3 @@ def test_the_zoo_runs_and_spans_every_layer_kind_but_groups():
             assert torch.isfinite(z.build()(z.example(2))).all(), name
         spanned |= np.array(trace(z.build(), z.example(1)).rows).any(axis=1)
     assert [kind for kind, there in zip(KINDS, spanned, strict=True) if not there] == ["grouped"]
-    with pytest.raises(DeviceError, match="unknown zoo network 'resnt-16'; did you mean 'resnet-16'"):
-        zoo_network("resnt-16")

@@ -13,7 +13,6 @@ from torchs_counter import counter
 from clients.app import Worker
 from devices.compression.channels import ChannelGroups
 from devices.compression.gates import (
-    Fixed,
     GatedNetwork,
     Gates,
     PerSample,
@@ -72,6 +71,11 @@ def built(settings, model: str):
     return workload, network, groups, gates
 
 
+def fixed(masks):
+    """A switch with the same masks for every example: by group, [units]."""
+    return lambda name, pooled: masks[name].to(pooled)[None]
+
+
 def start(federation, *overrides: str, round: int = 1):
     """Federation, worker, and the id, records and context of the first client of a round."""
     made = federation(*overrides)
@@ -98,7 +102,7 @@ def test_a_hard_gate_is_exactly_0_or_1_with_the_gradient_of_the_soft_one():
 def test_open_gates_leave_the_network_as_it_is_bit_for_bit(settings, model):
     workload, network, _, gates = built(settings, model)
     x = workload.sample(5)["x"]
-    ones = Fixed({name: torch.ones(gates.units(name)) for name in gates.names})
+    ones = fixed({name: torch.ones(gates.units(name)) for name in gates.names})
     with torch.no_grad():
         assert torch.equal(GatedNetwork(network, gates).eval().through(ones)(x), network(x))
 
@@ -113,7 +117,7 @@ def test_the_cut_network_computes_what_the_masked_one_does(settings, model, mode
     assert 0 < gates.keep_ratio(kept) < 1
     small = groups.build(network, kept)
     with torch.no_grad():
-        masked = GatedNetwork(network, gates).eval().through(Fixed(found.masks))(x)
+        masked = GatedNetwork(network, gates).eval().through(fixed(found.masks))(x)
         torch.testing.assert_close(small(x), masked, rtol=0, atol=1e-5)
         assert not torch.allclose(masked, network(x))
     # the gates, too, see the same on the network that was cut
@@ -158,17 +162,6 @@ def test_a_prototype_is_the_mean_of_gates_and_knows_no_order(settings):
         torch.testing.assert_close(copies.prototypes[name], one.prototypes[name])
         torch.testing.assert_close(shuffled.prototypes[name], straight.prototypes[name])
         assert torch.equal(shuffled.masks[name], straight.masks[name])
-
-
-def test_users_of_one_batch_have_the_prototypes_that_they_have_alone(settings):
-    workload, network, _, gates = built(settings, "small_cnn")
-    x = workload.sample(12)["x"]
-    both, alone = PerUser(gates, 0.5, users=3), PerUser(gates, 0.5)
-    gated = GatedNetwork(network, gates).eval()
-    together = gated.through(both)(x)
-    torch.testing.assert_close(together[4:8], gated.through(alone)(x[4:8]))
-    for name in gates.names:
-        torch.testing.assert_close(both.prototypes[name][1:2], alone.prototypes[name])
 
 
 @pytest.mark.parametrize("ratio", [0.01, 0.3, 0.5, 0.7, 1.0])

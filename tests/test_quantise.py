@@ -5,23 +5,20 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.func import functional_call
-from torch.nn import functional as F
 
-from devices.compression.distil import bernoulli_divergence, distillation, divergence
+from devices.compression.distil import divergence
 from devices.compression.kernels import int8_network, integer_operators
 from devices.compression.quantise import (
     ActivationRange,
-    WeightQuantiser,
     dequantise,
     fake_quantise,
-    first_step,
     fold_batch_norms,
     limits,
     quantise,
     quantise_weight,
 )
 from devices.compression.sizes import dense_bytes, wire_bytes
+from devices.compression.two_paths import step_of
 from devices.errors import DeviceError
 from fedsim.models.lenet import LeNet5
 from fedsim.models.resnet import ResNet
@@ -147,39 +144,10 @@ def test_steps_per_channel_get_the_sum_of_their_channel():
     torch.testing.assert_close(step.grad.flatten(), torch.tensor(by_hand) / math.sqrt(2))
 
 
-def test_first_step_by_hand():
+def test_steps_of_a_weight_by_hand():
     """Mean |w| of 2 and 4, 3 bits: 2 x mean / sqrt(3)."""
     weight = torch.tensor([[1.0, -3.0], [4.0, 4.0]])
-    torch.testing.assert_close(first_step(weight, 3), torch.tensor([[4.0], [8.0]]) / 3**0.5)
-    torch.testing.assert_close(first_step(weight, 3, per_channel=False), torch.tensor(6.0) / 3**0.5)
-
-
-@pytest.mark.parametrize("learn_step", [False, True])
-def test_training_with_fake_weights_separates_blobs_and_keeps_names(learn_step: bool):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 16), nn.ReLU(), nn.Linear(16, 3))
-    names = list(model.state_dict())
-    quantiser = WeightQuantiser(model, bits=3, learn_step=learn_step)
-    optimiser = torch.optim.Adam([*model.parameters(), *quantiser.steps.values()], 0.02)
-    y = torch.arange(60) % 3
-    x = 3 * F.one_hot(y, 3) + torch.randn(60, 3)
-    for _ in range(100):
-        logits = functional_call(model, quantiser(dict(model.named_parameters())), (x,))
-        optimiser.zero_grad()
-        F.cross_entropy(logits, y).backward()
-        optimiser.step()
-    assert float((logits.argmax(-1) == y).float().mean()) > 0.9
-    assert list(model.state_dict()) == names
-    fake = quantiser(dict(model.named_parameters()))
-    assert all(len(fake[n][c].unique()) <= 8 for n in quantiser.names for c in range(len(fake[n])))
-    assert fake["0.bias"] is model[0].bias
-
-
-def test_fake_weights_of_the_moment_are_those_after_training():
-    """Without a learned step, training sees what `quantise_weight` will store."""
-    model = LeNet5((1, 12, 12), 3)
-    fake = WeightQuantiser(model, bits=4)(dict(model.named_parameters()))
-    torch.testing.assert_close(fake["body.3.weight"], dequantise(*quantise_weight(model.body[3].weight, 4)))
+    torch.testing.assert_close(step_of(weight, torch.ones(2, 2), 3), torch.tensor([4.0, 8.0]) / 3**0.5)
 
 
 # --- real kernels -----------------------------------------------------------------------------------------------------
@@ -214,30 +182,20 @@ def test_a_network_that_stays_in_floats_is_refused():
 
 
 def test_distillation_by_hand():
-    """Teacher (ln 3, 0) at T = 1 says 3/4 and 1/4, the student 1/2: KL = 3/4 ln 3/2 + 1/4 ln 1/2; CE = ln 2."""
+    """Teacher (ln 3, 0) at T = 1 says 3/4 and 1/4, the student 1/2: KL = 3/4 ln 3/2 + 1/4 ln 1/2."""
     student, teacher = torch.zeros(2, 2), torch.tensor([[math.log(3), 0.0], [math.log(3), 0.0]])
     kl = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
     assert divergence(student, teacher).item() == pytest.approx(kl)
-    loss = distillation(student, teacher, torch.tensor([0, 1]), weight=0.9, temperature=1.0)
-    assert loss.item() == pytest.approx(0.1 * math.log(2) + 0.9 * kl)
     softened = torch.tensor([[2 * math.log(3), 0.0]])
     assert divergence(student[:1], softened, temperature=2.0).item() == pytest.approx(4 * kl)
 
 
 def test_distillation_teaches_the_student_only():
     student, teacher = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
-    distillation(student, teacher, torch.tensor([0, 1, 2])).backward()
+    divergence(student, teacher, temperature=4.0).backward()
     assert teacher.grad is None
     assert student.grad is not None
-    same = distillation(teacher, teacher, torch.tensor([0, 1, 2]), weight=1.0)
-    assert same.item() == pytest.approx(0.0, abs=1e-6)
-
-
-def test_several_labels_by_hand():
-    """Teacher p = 3/4, student 1/2 in one class, equal in the other: half of the KL above."""
-    student, teacher = torch.zeros(1, 2), torch.tensor([[math.log(3), 0.0]])
-    kl = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
-    assert bernoulli_divergence(student, teacher).item() == pytest.approx(kl / 2)
+    assert divergence(teacher, teacher, temperature=4.0).item() == pytest.approx(0.0, abs=1e-6)
 
 
 @pytest.mark.parametrize("call", [lambda: limits(1), lambda: divergence(torch.ones(1, 2), torch.ones(1, 2), 0.0)])

@@ -26,41 +26,6 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Te
     return temperature**2 * F.kl_div(own, target, reduction="batchmean", log_target=True)
 
 
-def distillation(
-    student: Tensor, teacher: Tensor, labels: Tensor, weight: float = 0.9, temperature: float = 4.0
-) -> Tensor:
-    """(1 - weight) CE(student, labels) + weight `divergence`.
-
-    Args:
-        student: logits, [..., classes].
-        teacher: logits of the same shape.
-        labels: [...] int64.
-        weight: of the teacher, in [0, 1].
-        temperature: see `divergence`.
-    """
-    if not 0 <= weight <= 1:
-        raise DeviceError(f"weight of the teacher must be in [0, 1], got {weight!r}")
-    hard = F.cross_entropy(student.flatten(0, -2), labels.flatten())
-    return (1 - weight) * hard + weight * divergence(student, teacher, temperature)
-
-
-def bernoulli_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """The same where an example may have several labels: KL of (p, 1 - p) for every class, averaged over all.
-
-    Args:
-        student: logits, [batch, classes].
-        teacher: logits of the same shape; no gradient reaches them.
-        temperature: T, above 0.
-    Source: as in the code of Park et al., "Attribution Preservation in Network Compression", NeurIPS 2020.
-    """
-    if not temperature > 0:
-        raise DeviceError(f"temperature must be above 0, got {temperature!r}")
-    own, target = student / temperature, teacher.detach() / temperature
-    p = target.sigmoid()
-    kl = p * (F.logsigmoid(target) - F.logsigmoid(own)) + (1 - p) * (F.logsigmoid(-target) - F.logsigmoid(-own))
-    return temperature**2 * kl.mean()
-
-
 class Remembering:
     """A network whose last outputs can be read: a workload's loss gives none.
 

@@ -286,16 +286,6 @@ class _Site(nn.Module):
 # --- switches ---------------------------------------------------------------------------------------------------------
 
 
-class Fixed:
-    """The same masks for every example: by group, [units]."""
-
-    def __init__(self, masks: Mapping[str, Tensor]):
-        self.masks = masks
-
-    def __call__(self, name: str, pooled: Tensor) -> Tensor:
-        return self.masks[name].to(pooled)[None]
-
-
 class PerSample:
     """Each example has gates of its own, hard with the gradient of the soft ones.
 
@@ -313,32 +303,30 @@ class PerSample:
 
 
 class PerUser:
-    """All examples of a user have the gates of its prototype, the mean of their soft gates (eq. of section 2.2).
+    """All examples, of one user, have the gates of its prototype, the mean of their soft gates (eq. of section 2.2).
 
-    Layer by layer: each layer is fed what remains under the prototype gates before it. Gradients reach all examples of
-    the user.
+    Layer by layer: each layer is fed what remains under the prototype gates before it. Gradients reach all examples.
 
     Args:
         gates: the gates.
         ratio: the keep ratio to aim at.
-        users: the batch holds equally many examples of each, one user behind the other.
         noise: as for `Gates.soft`.
 
     Attributes:
-        values: by group, the gates of the last pass, [users, units].
-        prototypes: by group, [users, units].
+        values: by group, the gates of the last pass, [1, units].
+        prototypes: by group, [1, units].
     """
 
-    def __init__(self, gates: Gates, ratio: float, users: int = 1, noise: torch.Generator | None = None):
-        self.gates, self.ratio, self.users, self.noise = gates, ratio, users, noise
+    def __init__(self, gates: Gates, ratio: float, noise: torch.Generator | None = None):
+        self.gates, self.ratio, self.noise = gates, ratio, noise
         self.values: dict[str, Tensor] = {}
         self.prototypes: dict[str, Tensor] = {}
 
     def __call__(self, name: str, pooled: Tensor) -> Tensor:
         soft = self.gates.soft(name, pooled, self.ratio, self.noise)
-        self.prototypes[name] = soft.view(self.users, -1, soft.shape[1]).mean(1)
+        self.prototypes[name] = soft.mean(0, keepdim=True)
         self.values[name] = hard(self.prototypes[name])
-        return self.values[name].repeat_interleave(len(soft) // self.users, 0)
+        return self.values[name].repeat_interleave(len(soft), 0)
 
 
 class Personal:

@@ -62,28 +62,9 @@ def global_masks(weights: Mapping[str, Tensor], sparsity: float, floor: float = 
     return masks
 
 
-def layer_masks(weights: Mapping[str, Tensor], sparsity: float) -> Masks:
-    """Removes the floor(sparsity x size) smallest weights of every layer."""
-    _share("sparsity", sparsity)
-    return {name: global_masks({name: weight}, sparsity, floor=0.0)[name] for name, weight in weights.items()}
-
-
 def sparsity_of(masks: Mapping[str, Tensor]) -> float:
     """Zeros over entries."""
     return 1 - sum(int(m.sum()) for m in masks.values()) / sum(m.numel() for m in masks.values())
-
-
-def kept_counts(masks: Mapping[str, Tensor]) -> dict[str, int]:
-    """Weights that each layer keeps.
-
-    Raises:
-        DeviceError: naming a layer that keeps none.
-    """
-    counts = {name: int(mask.sum()) for name, mask in masks.items()}
-    for name, count in counts.items():
-        if count == 0:
-            raise DeviceError(f"the mask leaves no weight in {name!r}; prune less, or set a floor")
-    return counts
 
 
 def apply_masks(state: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -128,7 +109,6 @@ class SparsitySchedule:
     Attributes:
         final, initial: sparsities.
         start, end: steps.
-        every: steps from one refresh of the masks to the next; the last one is at `end`.
     Source: Zhu and Gupta, "To prune, or not to prune", 2017, equation 1.
     """
 
@@ -136,15 +116,14 @@ class SparsitySchedule:
     end: int
     initial: float = 0.0
     start: int = 0
-    every: int = 1
 
     def __post_init__(self) -> None:
         _share("final sparsity", self.final)
         _share("initial sparsity", self.initial)
-        if not 0 <= self.start <= self.end or self.every < 1 or self.initial > self.final:
+        if not 0 <= self.start <= self.end or self.initial > self.final:
             raise DeviceError(
-                "a sparsity schedule needs 0 <= start <= end, every >= 1 and initial <= final, got "
-                f"start={self.start}, end={self.end}, every={self.every}, initial={self.initial}, final={self.final}"
+                "a sparsity schedule needs 0 <= start <= end and initial <= final, got "
+                f"start={self.start}, end={self.end}, initial={self.initial}, final={self.final}"
             )
 
     def at(self, step: float) -> float:
@@ -153,17 +132,6 @@ class SparsitySchedule:
             return self.final
         left = 1 - max(0.0, step - self.start) / (self.end - self.start)
         return self.final + (self.initial - self.final) * left**3
-
-    def refreshes(self, step: int) -> bool:
-        """Whether masks are made anew before this step."""
-        inside = self.start <= step <= self.end
-        return inside and ((step - self.start) % self.every == 0 or step == self.end)
-
-
-def iterative_sparsity(share: float, round: int) -> float:
-    """Sparsity after `round` rounds that each remove `share` of what is left: 1 - (1 - share)^round."""
-    _share("share", share)
-    return 1 - (1 - share) ** round
 
 
 def _share(what: str, value: float) -> None:

@@ -13,8 +13,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from devices.errors import DeviceError, unknown
-
 IMAGE, SEQUENCE, TOKENS = (3, 32, 32), (40,), 64
 
 
@@ -148,14 +146,3 @@ ZOO = _zoo()
 # Unseen widths and pruned variants of families that are measured at other widths; never a reference.
 _WIDTHS = ("cnn-12", "resnet-24", "plain-12", "mobilenet-0.75", "lstm-192", "mlp-256")
 HELD_OUT = (*_WIDTHS, *(name for name, network in ZOO.items() if network.family == "pruned"))
-
-
-def zoo_network(name: str) -> ZooNetwork:
-    """The network of that name.
-
-    Raises:
-        DeviceError: for an unknown name, with the nearest one.
-    """
-    if name not in ZOO:
-        raise DeviceError(unknown("zoo network", name, ZOO))
-    return ZOO[name]

@@ -147,18 +147,6 @@ def prior_of(sources: Sequence[StructuredPredictor], mean_ms: Sequence[float]) -
     return np.mean([p.coefficients / ms for p, ms in zip(sources, mean_ms, strict=True)], axis=0)
 
 
-def left_out_error(features: np.ndarray, latency_ms: np.ndarray, zoo: np.ndarray | None = None) -> float:
-    """How well each measured network is predicted from the others: mean of |log(predicted / measured)|, each at most 1.
-
-    Arguments and errors as in `StructuredPredictor.fit`; for choosing between sets of features.
-    """
-    phi, ms = _checked(features, latency_ms)
-    zoo = phi if zoo is None else _matrix("zoo", zoo, phi.shape[1])
-    used = np.append(np.flatnonzero(np.ptp(zoo[:, :-1], axis=0) > 0), phi.shape[1] - 1)
-    scaled = phi[:, used] / np.maximum(zoo.max(axis=0), phi.max(axis=0))[used]
-    return float(_left_out_errors(scaled, ms, np.zeros(len(used)), PENALTY, ROUNDS).mean())
-
-
 def choose_references(features: np.ndarray, candidates: np.ndarray, count: int) -> np.ndarray:
     """Which networks to measure, from the networks alone: a greedy D-optimal design.
 
