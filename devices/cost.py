@@ -6,15 +6,18 @@ finished run can be priced again on other devices.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from devices.latency.columns import TABLE_KINDS_0_1, from_0_1
 
 if TYPE_CHECKING:
-    from devices.profile import DeviceProfile
+    from devices.profile import DeviceProfile, Units
 
 
 @dataclass(frozen=True)
@@ -206,8 +209,88 @@ def _share(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
 
 
+@dataclass(frozen=True)
+class Costs:
+    """The costs of a cohort: of each figure of `Cost` a column, [clients]; `costs[number]` is the cost of one client.
+
+    The arithmetic is that of `Cost`, to the last bit.
+    """
+
+    down_s: np.ndarray
+    compute_s: np.ndarray
+    up_s: np.ndarray
+    down_joules: np.ndarray
+    compute_joules: np.ndarray
+    up_joules: np.ndarray
+    fits: np.ndarray  # bool
+    compute_tail_s: np.ndarray
+    up_tail_s: np.ndarray
+    tail_watts: np.ndarray
+    down_share: np.ndarray
+    up_share: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.down_s)
+
+    def __getitem__(self, number: int) -> Cost:
+        return Cost(*(column[number].item() for column in vars(self).values()))
+
+    def all(self) -> list[Cost]:
+        """The cost of each client."""
+        return [Cost(*figures) for figures in zip(*(column.tolist() for column in vars(self).values()), strict=True)]
+
+    @property
+    def total_s(self) -> np.ndarray:
+        return self.down_s + self.compute_s + self.up_s
+
+    @property
+    def tail_joules(self) -> np.ndarray:
+        return (self.compute_tail_s + self.up_tail_s) * self.tail_watts
+
+    @property
+    def joules(self) -> np.ndarray:
+        return self.down_joules + self.compute_joules + self.up_joules + self.tail_joules
+
+    def until(self, elapsed_s: np.ndarray) -> Costs:
+        """The part of each cost that is spent when its client stops after so many seconds, inf for never, [clients]."""
+        left, spent, shares = np.maximum(0.0, elapsed_s), [], []
+        for seconds in (self.down_s, self.compute_s, self.up_s):
+            spent.append(np.minimum(seconds, left))
+            shares.append(np.divide(spent[-1], seconds, out=np.zeros(len(self)), where=seconds != 0))
+            left = left - spent[-1]
+        (down_s, compute_s, up_s), (down, compute, up) = spent, shares
+        cut = Costs(
+            down_s,
+            compute_s,
+            up_s,
+            self.down_joules * down,
+            self.compute_joules * compute,
+            self.up_joules * up,
+            self.fits,
+            np.minimum(self.compute_tail_s, compute_s),
+            np.zeros(len(self)),
+            self.tail_watts,
+            self.down_share * down,
+            self.up_share * up,
+        )
+        ended = elapsed_s >= self.total_s
+        return Costs(**{name: np.where(ended, column, vars(cut)[name]) for name, column in vars(self).items()})
+
+
 class LatencyModel(ABC):
-    """Turns (work, device) into seconds; energy and transfer are the same for every model and live in `cost`."""
+    """Turns (work, device) into seconds; energy and transfer are the same for every model and live in `cost`.
+
+    `costs` prices a cohort at once, by `seconds` and `joules`. A class that says anew what one client takes and not
+    what a cohort takes gets the plain loop for the cohort, not its parent's shorter way.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = vars(cls)
+        if {"compute_s", "least_s"} & own.keys() and "seconds" not in own:
+            cls.seconds = LatencyModel.seconds  # type: ignore[method-assign]
+        if "compute_joules" in own and "joules" not in own:
+            cls.joules = LatencyModel.joules  # type: ignore[method-assign]
 
     @abstractmethod
     def compute_s(self, work: Work, device: DeviceProfile) -> float:
@@ -253,9 +336,56 @@ class LatencyModel(ABC):
             tail_watts=device.tail_watts,
         )
 
+    def costs(self, works: Sequence[Work], units: Units, jitters: Sequence[Jitter]) -> Costs:
+        """Prices the round of each client of a cohort: what `cost` says of each, to the last bit."""
+        jitter = np.array([(j.compute, j.down, j.up) for j in jitters]).reshape(-1, 3)
+        down_bytes, up_bytes = (np.array([w.down_bytes for w in works]), np.array([w.up_bytes for w in works]))
+        setup_s = units.column(lambda d: d.setup_round_trips * d.rtt_s)
+        tail_s, tail_watts = units.column(lambda d: d.tail_s), units.column(lambda d: d.tail_watts)
+        down_rate = units.column(lambda d: d.down_bytes_per_s) * units.bandwidth
+        up_rate = units.column(lambda d: d.up_bytes_per_s) * units.bandwidth
+        down_s = (setup_s + down_bytes / down_rate) * jitter[:, 1]
+        up_s = (setup_s + up_bytes / up_rate) * jitter[:, 2]
+        nominal_s, least_s = self.seconds(works, units)
+        compute_s = np.maximum(nominal_s * jitter[:, 0], least_s)
+        rx, tx = units.column(lambda d: d.rx_joules_per_byte), units.column(lambda d: d.tx_joules_per_byte)
+        return Costs(
+            down_s,
+            compute_s,
+            up_s,
+            down_s * units.column(lambda d: d.rx_watts) + down_bytes * rx,
+            self.joules(works, units, compute_s),
+            up_s * units.column(lambda d: d.tx_watts) + up_bytes * tx,
+            np.array([w.peak_memory_bytes for w in works]) <= units.column(lambda d: d.memory_bytes),
+            np.minimum(tail_s, compute_s),
+            tail_s,
+            tail_watts,
+            np.ones(len(works)),
+            np.ones(len(works)),
+        )
+
+    def seconds(self, works: Sequence[Work], units: Units) -> tuple[np.ndarray, np.ndarray]:
+        """`compute_s` and `least_s` of each client, [clients] each; a model that knows a shorter way takes it."""
+        devices = [units[number] for number in range(len(units))]
+        pairs = list(zip(works, devices, strict=True))
+        return np.array([self.compute_s(*pair) for pair in pairs]), np.array([self.least_s(*pair) for pair in pairs])
+
+    def joules(self, works: Sequence[Work], units: Units, compute_s: np.ndarray) -> np.ndarray:
+        """`compute_joules` of each client, [clients]; a model that knows a shorter way takes it."""
+        each = enumerate(zip(works, compute_s.tolist(), strict=True))
+        return np.array([self.compute_joules(work, units[number], seconds) for number, (work, seconds) in each])
+
 
 class FlopsLatency(LatencyModel):
     """One rate per device, whatever the network: the naive baseline that other simulators use."""
 
     def compute_s(self, work: Work, device: DeviceProfile) -> float:
         return max(work.flops / device.flops_per_s, self.least_s(work, device))
+
+    def seconds(self, works: Sequence[Work], units: Units) -> tuple[np.ndarray, np.ndarray]:
+        flops = np.array([work.flops for work in works])
+        least_s = flops / 2 / units.column(lambda d: d.peak_macs_per_s or math.inf)
+        return np.maximum(flops / (units.column(lambda d: d.flops_per_s) * units.speed), least_s), least_s
+
+    def joules(self, works: Sequence[Work], units: Units, compute_s: np.ndarray) -> np.ndarray:
+        return compute_s * units.column(lambda d: d.compute_watts)

@@ -6,8 +6,7 @@ A fleet holds a few bytes per client: a million clients cost a few megabytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from operator import index
 from statistics import NormalDist
 from typing import Annotated
@@ -20,7 +19,7 @@ from devices.cost import Jitter
 from devices.draws import stream, uniforms
 from devices.errors import DeviceError
 from devices.links import load_link
-from devices.profile import DeviceProfile, load_profile
+from devices.profile import DeviceProfile, Units, load_profile
 
 _NORMAL = NormalDist()
 MAX_NUMBER = 1e9  # of a share or a sigma
@@ -90,18 +89,17 @@ class Fleet:
     def __getitem__(self, client_id: int) -> DeviceProfile:
         if client_id in self._seen:
             return self._seen[client_id]
-        profile = self._profile(client_id)
+        model = self._profile(client_id)
         speed, bandwidth = float(self.speed[client_id]), float(self.bandwidth[client_id])
         if len(self._seen) >= SEEN:
             self._seen.clear()
-        self._seen[client_id] = replace(
-            profile,
-            flops_per_s=profile.flops_per_s * speed,
-            speed=profile.speed * speed,
-            down_bytes_per_s=profile.down_bytes_per_s * bandwidth,
-            up_bytes_per_s=profile.up_bytes_per_s * bandwidth,
-        )
+        self._seen[client_id] = model.unit(speed, bandwidth)
         return self._seen[client_id]
+
+    def units(self, client_ids: Sequence[int]) -> Units:
+        """The devices of some clients as columns."""
+        ids = np.array([self._checked(client_id) for client_id in client_ids], dtype=np.int64)
+        return Units(self.profiles, self.device[ids], self.speed[ids].astype(float), self.bandwidth[ids].astype(float))
 
     def device_name(self, client_id: int) -> str:
         """Name of the client's device, e.g. "pixel3"."""

@@ -21,7 +21,7 @@ slopes rx_mw_per_mbps and tx_mw_per_mbps of the link too.
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -167,6 +167,44 @@ class DeviceProfile:
     spread_sigma: float = 0.6
     link: str | None = None
     assumed: tuple[str, ...] = ()
+
+    def unit(self, speed: float, bandwidth: float) -> DeviceProfile:
+        """One unit of this model, faster than usual by a factor and with another one on its bandwidth."""
+        return replace(
+            self,
+            flops_per_s=self.flops_per_s * speed,
+            speed=self.speed * speed,
+            down_bytes_per_s=self.down_bytes_per_s * bandwidth,
+            up_bytes_per_s=self.up_bytes_per_s * bandwidth,
+        )
+
+
+@dataclass(frozen=True)
+class Units:
+    """The devices of some clients as columns; `units[number]` is the profile of one.
+
+    Attributes:
+        models: the profiles that occur.
+        model: of each client, index into `models`, [clients] int.
+        speed: factor of each client's own unit, [clients] float64.
+        bandwidth: factor on each client's bandwidth, [clients] float64.
+    """
+
+    models: tuple[DeviceProfile, ...]
+    model: np.ndarray
+    speed: np.ndarray
+    bandwidth: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.model)
+
+    def __getitem__(self, number: int) -> DeviceProfile:
+        own = self.models[self.model[number]]
+        return own.unit(float(self.speed[number]), float(self.bandwidth[number]))
+
+    def column(self, figure: Callable[[DeviceProfile], float]) -> np.ndarray:
+        """A figure of each client's model, [clients]; own factors are not in it."""
+        return np.array([figure(profile) for profile in self.models])[self.model]
 
 
 _POSITIVE: Rule = ("a finite number above 0", lambda value: value > 0)

@@ -5,6 +5,7 @@ Both price the layer table that comes with the work, so pruned and narrowed netw
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +20,7 @@ from devices.latency.columns import MAC_ROWS, TABLE_KINDS, WINOGRAD_GAIN, Phase,
 from devices.latency.limits import least_ms, least_work_s, physics_of
 from devices.latency.prices import MEASURED, Prices
 from devices.latency.prior import Facts, shipped_prior
-from devices.profile import DeviceProfile, LatencyFacts
+from devices.profile import DeviceProfile, LatencyFacts, Units
 from devices.trace import COLUMNS, KINDS, MAC_KINDS, LayerTable, trace
 
 USUAL_RATIO = 3.0  # a training step over a forward pass, where nothing is known of a device (FedScale's rule)
@@ -81,7 +82,7 @@ class StructuredLatency(LatencyModel):
         A board draws its limit at most. Where the work would take more, the seconds are the better known of the two:
         the joules of a multiply-add were carried from another card, or the unit is one that needs less for each.
         """
-        limit = super().compute_joules(work, device, compute_s)
+        limit = compute_s * device.compute_watts
         if device.base_watts is None:
             return limit
         joules = device.base_watts * compute_s
@@ -90,6 +91,47 @@ class StructuredLatency(LatencyModel):
             times = p.forwards + (USUAL_RATIO - 1) * _backwards(p)
             joules += times * (device.joules_per_mac * macs + device.joules_per_byte * moved)
         return min(joules, limit)
+
+    def seconds(self, works: Sequence[Work], units: Units) -> tuple[np.ndarray, np.ndarray]:
+        """As `compute_s` and `least_s`, with each pass of a network on a model of device priced once."""
+        priced: dict[tuple[int, int, int, bool], tuple[float, float, float, float]] = {}
+        sums_ms = []
+        for work, model in zip(works, units.model.tolist(), strict=True):
+            total_ms = floor_ms = 0.0
+            for p in work.passes:
+                key = model, id(p.network), p.batch, p.backwards > 0
+                if key not in priced:
+                    priced[key] = _pass_prices(p, units.models[model])
+                forward_ms, backward_ms, forward_floor_ms, backward_floor_ms = priced[key]
+                total_ms += p.forwards * forward_ms
+                floor_ms += p.forwards * forward_floor_ms
+                if p.backwards:
+                    total_ms += _backwards(p) * backward_ms
+                    floor_ms += _backwards(p) * backward_floor_ms
+            sums_ms.append((total_ms, floor_ms))
+        usual_s, least_s = np.array(sums_ms).reshape(-1, 2).T / 1e3
+        return np.maximum(usual_s / (units.column(lambda device: device.speed) * units.speed), least_s), least_s
+
+    def joules(self, works: Sequence[Work], units: Units, compute_s: np.ndarray) -> np.ndarray:
+        """As `compute_joules`, which does not ask for the speed of a unit."""
+        found = compute_s * units.column(lambda device: device.compute_watts)
+        for number in np.flatnonzero(units.column(lambda device: device.base_watts is not None)).tolist():
+            own = units.models[units.model[number]]
+            found[number] = self.compute_joules(works[number], own, float(compute_s[number]))
+        return found
+
+
+def _pass_prices(p: Passes, device: DeviceProfile) -> tuple[float, float, float, float]:
+    """Milliseconds of a forward and a backward pass on the usual unit of a device, and those at least of each."""
+    prices, layers = device_prices(device), _layers(p.network)
+    forward_ms = prices.forward.ms(layers, p.batch)
+    forward_floor_ms = least_ms(layers, p.batch, device, "forward", prices.forward)
+    if not p.backwards:
+        return forward_ms, 0.0, forward_floor_ms, 0.0
+    step = _step(prices, device)
+    backward_ms = max(0.0, step.ms(layers, p.batch) - forward_ms)
+    backward_floor_ms = max(0.0, least_ms(layers, p.batch, device, "step", step) - forward_floor_ms)
+    return forward_ms, backward_ms, forward_floor_ms, backward_floor_ms
 
 
 def _backwards(passes: Passes) -> float:
@@ -142,6 +184,7 @@ def int8_ms(network: NetworkCost, batch: int, device: DeviceProfile) -> float | 
     return device.latency.int8.ms(_layers(network), batch) / device.speed
 
 
+@lru_cache(maxsize=4096)
 def macs_and_bytes(layers: tuple[tuple[float, ...], ...], batch: int) -> tuple[float, float]:
     """Multiply-adds of one pass, and bytes of the activations and weights that it reads and writes, in fp32."""
     table = np.array(layers)
