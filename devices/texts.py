@@ -78,6 +78,12 @@ def quoted(value: object) -> str:
         return "a number of thousands of digits"
 
 
+def as_yaml(value: object) -> str:
+    """Writes a value as a config has it: null, true and false are not Python's words for them."""
+    text = quoted(value)
+    return {"None": "null", "True": "true", "False": "false"}.get(text, text)
+
+
 def storable(text: str) -> bool:
     """Whether files and tables can hold the text: it has no lone surrogates and no control characters."""
     return not any(unicodedata.category(letter) in ("Cc", "Cs") for letter in text)

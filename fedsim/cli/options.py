@@ -17,13 +17,13 @@ def whole(option: str, text: str) -> int:
     Raises:
         ConfigError: if it is none, or out of 1..MOST.
     """
+    from devices.texts import as_yaml
     from fedsim.errors import ConfigError
-    from fedsim.settings.parameters import said
 
     digits = text.strip()
     if not (digits.isascii() and digits.isdigit()) or not 1 <= len(digits.lstrip("0")) <= 7 or int(digits) > MOST:
         raise ConfigError(
-            f"{option} takes whole numbers of at least 1 and at most {MOST}, separated by commas, got {said(text)}"
+            f"{option} takes whole numbers of at least 1 and at most {MOST}, separated by commas, got {as_yaml(text)}"
         )
     return int(digits)
 
@@ -39,19 +39,19 @@ def check_place(option: str, path: Path, endings: Sequence[str] = ()) -> None:
     Raises:
         ConfigError: if no such file can be written.
     """
+    from devices.texts import as_yaml
     from devices.writing import try_place
     from fedsim.errors import ConfigError
-    from fedsim.settings.parameters import said
 
-    what = f"{option}={said(str(path))}"
+    what = f"{option}={as_yaml(str(path))}"
     if endings and path.suffix.lower() not in endings:
         listed = " or ".join(ending for ending in endings if ending)
-        raise ConfigError(f"{option} must end in {listed}, got {said(str(path))}")
+        raise ConfigError(f"{option} must end in {listed}, got {as_yaml(str(path))}")
     try:
         if path.is_dir():
             raise ConfigError(f"{what} is a folder; name a file")
         if not path.name.strip(". ") or not path.parent.is_dir():
-            raise ConfigError(f"{what} cannot be written: there is no folder {said(str(path.parent))}")
+            raise ConfigError(f"{what} cannot be written: there is no folder {as_yaml(str(path.parent))}")
         if path.exists() and not path.is_file():
             raise ConfigError(f"{what} is no file; name one")
         try_place(path)
@@ -67,18 +67,18 @@ def check_folder_place(option: str, folder: Path, names: Sequence[str] = ()) -> 
     Raises:
         ConfigError: if there can be no such folder, or nothing can be written into it.
     """
+    from devices.texts import as_yaml
     from devices.writing import try_place
     from fedsim.errors import ConfigError
     from fedsim.settings.folder_names import check_folder
-    from fedsim.settings.parameters import said
 
     check_folder(option, str(folder))
-    what = f"{option}={said(str(folder))}"
+    what = f"{option}={as_yaml(str(folder))}"
     try:
         for inner in (folder, *(folder / name for name in names)):
             there = next(place for place in (inner, *inner.parents) if os.path.lexists(place))
             if not there.is_dir():
-                raise ConfigError(f"{what} cannot be made: {said(str(there))} is no folder")
+                raise ConfigError(f"{what} cannot be made: {as_yaml(str(there))} is no folder")
             try_place(there / "a")
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigError):
@@ -122,11 +122,11 @@ def check_figures(section: str, options: Mapping[str, float], keys: Mapping[str,
         ConfigError: with the bounds and the unit.
     """
     from devices.profile_file import FIGURES
+    from devices.texts import as_yaml
     from fedsim.errors import ConfigError
-    from fedsim.settings.parameters import said
 
     for key, value in options.items():
         sentence, holds = FIGURES[section][key].rule
         if not holds(value):  # also false for what is not a number
             option = (keys or {}).get(key, "--" + key.replace("_", "-"))
-            raise ConfigError(f"{option} must be {sentence}, got {said(value)}")
+            raise ConfigError(f"{option} must be {sentence}, got {as_yaml(value)}")

@@ -92,13 +92,13 @@ def study(
 
 
 def _seeds(text: str) -> list[int]:
+    from devices.texts import as_yaml
     from fedsim.errors import ConfigError
-    from fedsim.settings.parameters import said
 
     parts = [part.strip() for part in text.split(",")] if text else []
     if not all(part.isdecimal() and len(part) <= SEED_DIGITS for part in parts):
         most = f", of at most {SEED_DIGITS} digits" if len(text) > SEED_DIGITS else ""
-        raise ConfigError(f"--seeds must be whole numbers separated by commas{most}, got {said(text)}")
+        raise ConfigError(f"--seeds must be whole numbers separated by commas{most}, got {as_yaml(text)}")
     return [int(part) for part in parts]
 
 

@@ -15,11 +15,11 @@ from flwr.serverapp.exception import AppExitException
 from flwr.serverapp.strategy import Strategy
 
 from devices.errors import DeviceError
+from devices.texts import as_yaml
 from fedsim.engines.blocks import WeightedSum
 from fedsim.errors import ConfigError, DataError, ExitError, NotFiniteError, RunError, in_words, no_exit
 from fedsim.messages.records import ARRAYS, METRICS, NUM_EXAMPLES, array_record
 from fedsim.models.roles import TensorRoles
-from fedsim.settings.parameters import said
 
 
 def _is_messages(answer: Any) -> bool:
@@ -124,7 +124,7 @@ class ServerSide:
             raise RunError(f"{what} failed in round {number}: {in_words(error)}; {shown}") from error
         is_right, needed = ANSWERS[hook]
         if not is_right(answer):
-            raise RunError(f"{what} must return {needed}, got {said(answer)} in round {number}")
+            raise RunError(f"{what} must return {needed}, got {as_yaml(answer)} in round {number}")
         return answer
 
     def aggregate(

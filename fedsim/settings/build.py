@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from devices.errors import DeviceError, one_line, unknown
+from devices.texts import as_yaml
 from fedsim.errors import ConfigError, DataError, ExitError, in_words, no_exit
 from fedsim.settings.groups import (
     FORMAT,
@@ -18,7 +19,7 @@ from fedsim.settings.groups import (
     NEEDED,
     Settings,
 )
-from fedsim.settings.parameters import check_parameters, said
+from fedsim.settings.parameters import check_parameters
 from fedsim.settings.trust import check_group
 from fedsim.workloads.host_memory import check_fits, model_bytes
 
@@ -118,7 +119,7 @@ def _check_memory(settings: Settings, make: ModelFactory, workload: Workload) ->
             raise ConfigError(_no_factory(settings, error)) from error
     sizes = {key: value for key, value in settings["model"].items() if _largest(value) > 1}
     key = max(sizes, key=lambda name: _largest(sizes[name]), default="")
-    check_fits(f"model.{key}={said(sizes[key])}" if key else f"model={settings['choices']['model']}", needed)
+    check_fits(f"model.{key}={as_yaml(sizes[key])}" if key else f"model={settings['choices']['model']}", needed)
 
 
 def _largest(value: Any) -> float:

@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from devices.errors import unknown
-from devices.texts import FILE_BYTES, storable
+from devices.texts import FILE_BYTES, as_yaml, storable
 from fedsim.errors import ConfigError
 from fedsim.settings.build import check_trusted, instantiate, memory_format, model_factory
 from fedsim.settings.folder_names import check_folder
@@ -23,7 +23,6 @@ from fedsim.settings.groups import (
     config_dir,
     options,
 )
-from fedsim.settings.parameters import said
 
 MOST_THREADS = 4096  # and clients that are trained at once
 MOST_SECONDS = 1e10  # 300 years
@@ -77,7 +76,7 @@ def check(settings: Settings) -> Settings:
     _choice(settings, "on_client_error", ("stop", "drop"))
     private = settings["private"]
     if not isinstance(private, list) or not all(isinstance(name, str) and name for name in private):
-        raise ConfigError(f"private must be a list of roles or patterns, e.g. [head], got {said(private)}")
+        raise ConfigError(f"private must be a list of roles or patterns, e.g. [head], got {as_yaml(private)}")
     memory_format(settings)
     _choice(settings["engine"], "device", ("auto", "cpu", "cuda"), prefix="engine.")
     for key in ("out", "name"):
@@ -85,8 +84,8 @@ def check(settings: Settings) -> Settings:
     name = str(settings["name"])
     if "/" in name or name in (".", "..") or not storable(name) or len(name.encode()) > FILE_BYTES:
         raise ConfigError(
-            f"name is part of a folder's name: at most {FILE_BYTES} bytes on one line, without '/', got {said(name)}; "
-            "use out= for a path"
+            f"name is part of a folder's name: at most {FILE_BYTES} bytes on one line, without '/', got "
+            f"{as_yaml(name)}; use out= for a path"
         )
     return settings
 
@@ -117,9 +116,9 @@ def _text(settings: Settings, key: str) -> None:
         return
     right_type = isinstance(value, str | int | float) and not isinstance(value, bool)
     if not right_type or not str(value).strip():
-        raise ConfigError(f"{key} must be text, or null, got {said(value)}")
+        raise ConfigError(f"{key} must be text, or null, got {as_yaml(value)}")
     if "\0" in str(value) or not _encodable(str(value)):
-        raise ConfigError(f"{key} must be text that a file's name can hold, got {said(value)}")
+        raise ConfigError(f"{key} must be text that a file's name can hold, got {as_yaml(value)}")
     check_folder(key, str(value))
 
 
@@ -155,7 +154,7 @@ def _number(
         bounds.append(f"at most {most:g}" if isinstance(most, float) else f"at most {most}")
     if not in_bounds or too_much:
         null = ", or null" if optional else ""
-        raise ConfigError(f"{prefix}{key} must be {kind} {' and '.join(bounds)}{null}, got {said(value)}")
+        raise ConfigError(f"{prefix}{key} must be {kind} {' and '.join(bounds)}{null}, got {as_yaml(value)}")
 
 
 def _choice(settings: Settings, key: str, allowed: Sequence[str], prefix: str = "") -> None:

@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from devices.errors import FileError, one_line
 from devices.reading import read_yaml
-from fedsim.settings.parameters import said
+from devices.texts import as_yaml
 
 MAX_SETTINGS = 10_000  # of a file, its aliases written out: OmegaConf takes a millisecond for each
 SHIPPED = Path(__file__).resolve().parents[2] / "configs"
@@ -49,19 +49,19 @@ def check(file: Path) -> None:
     """
     tree = read_yaml(file, max_nodes=MAX_SETTINGS)
     if tree is not None and not isinstance(tree, dict):
-        raise FileError(f"{file} must be a map of settings, got {said(tree)}")
+        raise FileError(f"{file} must be a map of settings, got {as_yaml(tree)}")
     left: list[Any] = [tree]
     while left:
         value = left.pop()
         if isinstance(value, dict):
             for key in value:
                 if not isinstance(key, PLAIN):
-                    raise FileError(f"{file} must have words for keys, got {said(key)}")
+                    raise FileError(f"{file} must have words for keys, got {as_yaml(key)}")
             left += value.values()
         elif isinstance(value, list):
             left += value
         elif value is not None and not isinstance(value, PLAIN):
-            raise FileError(f"{file} must hold texts, numbers, lists and maps, got {said(value)}")
+            raise FileError(f"{file} must hold texts, numbers, lists and maps, got {as_yaml(value)}")
 
 
 # Called as Hydra's own are: its registry goes by these names.

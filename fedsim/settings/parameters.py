@@ -17,7 +17,7 @@ from typing import Any
 from annotated_types import BaseMetadata, Ge, Gt, Interval, Le, Lt
 
 from devices.errors import one_line, unknown
-from devices.texts import quoted
+from devices.texts import as_yaml
 from fedsim.errors import ConfigError, no_exit
 
 # Of numbers that have no bounds of their own: nothing in a run is beyond them, and torch and numpy can count so far.
@@ -58,7 +58,7 @@ def check_parameters(where: str, tree: Mapping[str, Any], given: Collection[str]
             hint = stock.get(key, known[key][0])
             _check_type(f"{where}.{key}", value, hint)
             if callable_only(hint) and not (isinstance(value, Mapping) and "_target_" in value):
-                raise ConfigError(f"{where}.{key} must be settings with a _target_, got {said(value)}")
+                raise ConfigError(f"{where}.{key} must be settings with a _target_, got {as_yaml(value)}")
             check_bounds(f"{where}.{key}", value, hint)
             if isinstance(value, Mapping) and "_target_" in value:
                 check_parameters(f"{where}.{key}", value)
@@ -99,7 +99,7 @@ def _check_type(key: str, value: Any, hint: Any) -> None:
         return
     quotable = str in options and value is not None and not isinstance(value, dict | list)
     quote = f" (in quotes it is text: {key}='\"{value}\"')" if quotable else ""
-    raise ConfigError(f"{key} must be {' or '.join(names)}, got {said(value)}{quote}")
+    raise ConfigError(f"{key} must be {' or '.join(names)}, got {as_yaml(value)}{quote}")
 
 
 def callable_only(hint: Any) -> bool:
@@ -126,7 +126,7 @@ def check_bounds(key: str, value: Any, hint: Any = Any) -> None:
         limits = _both_sides([limit for option in _options(hint) for limit in _limits(option)], usual)
         if not (whole or math.isfinite(value)) or not all(_holds(value, limit) for limit in limits):
             bounds = " and ".join(f"{SIGNS[type(limit)]} {_plain(limit)}" for limit in limits)
-            raise ConfigError(f"{key} must be {bounds}, got {said(value)}")
+            raise ConfigError(f"{key} must be {bounds}, got {as_yaml(value)}")
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
@@ -173,12 +173,6 @@ def _plain(limit: Any) -> str:
     """A bound in digits, or, where that is long, with an exponent."""
     bound = _bound(limit)
     return str(bound) if isinstance(bound, int) else f"{bound:g}"
-
-
-def said(value: Any) -> str:
-    """A value as it is written in a config: null, true and false are not Python's words for them."""
-    text = quoted(value)
-    return {"None": "null", "True": "true", "False": "false"}.get(text, text)
 
 
 def _name(hint: Any) -> str:

@@ -32,8 +32,9 @@ from pathlib import Path
 from typing import Any
 
 from devices.errors import one_line
+from devices.texts import as_yaml
 from fedsim.errors import ConfigError, no_exit
-from fedsim.settings.parameters import SPECIAL, said
+from fedsim.settings.parameters import SPECIAL
 
 OWN = ("fedsim", "clients", "strategies", "devices")
 LIBRARIES = ("flwr.serverapp.strategy", "torch.nn", "torchvision.models")
@@ -147,7 +148,7 @@ def check_group(group: str, tree: Mapping[str, Any]) -> None:
     check_tree(group, tree, group_kinds(group))
     if tree.get("_partial_", False) != (group in FACTORIES):
         needed, why = ("true", "it is called with the data") if group in FACTORIES else ("false", "it is made at once")
-        raise ConfigError(f"{group}._partial_ must be {needed}: {why}; got {said(tree.get('_partial_', False))}")
+        raise ConfigError(f"{group}._partial_ must be {needed}: {why}; got {as_yaml(tree.get('_partial_', False))}")
 
 
 def check_tree(key: str, tree: Any, kinds: Kinds = None, factory: bool = True) -> None:
@@ -194,9 +195,9 @@ def _check_special(key: str, tree: Mapping[str, Any], factory: bool) -> None:
             raise ConfigError(f"{what} cannot be given: name every argument by a key of its own, {key}.NAME=VALUE")
         if name == "_convert_":
             if value not in CONVERSIONS:
-                raise ConfigError(f"{what} must be one of {', '.join(CONVERSIONS)}, got {said(value)}")
+                raise ConfigError(f"{what} must be one of {', '.join(CONVERSIONS)}, got {as_yaml(value)}")
         elif not isinstance(value, bool):
-            raise ConfigError(f"{what} must be true or false, got {said(value)}")
+            raise ConfigError(f"{what} must be true or false, got {as_yaml(value)}")
         elif name == "_recursive_" and not value:
             raise ConfigError(f"{what} must be true: what {key} is made of is made first, got false")
         elif name == "_partial_" and value and not factory:
@@ -282,7 +283,7 @@ def locate(key: str, name: Any, kinds: Kinds = None, partial: bool = False) -> A
         ConfigError: if it is not there, is defined elsewhere, or is of another kind.
     """
     if not isinstance(name, str):
-        raise ConfigError(f"{key} must be the dotted path of a class or function, got {said(name)}")
+        raise ConfigError(f"{key} must be the dotted path of a class or function, got {as_yaml(name)}")
     if _everything or name in allowed():
         return _found(key, name)
     if not all(part.isidentifier() for part in name.split(".")):
@@ -534,7 +535,7 @@ def plugins() -> frozenset[str]:
         if there:
             found.add(root)
         else:
-            what = f"plug-in {said(entry.name)} is not used: its entry point {said(entry.value)} names no package"
+            what = f"plug-in {as_yaml(entry.name)} is not used: its entry point {as_yaml(entry.value)} names no package"
             warnings.warn(f"{what} that can be imported; install what brings it again", stacklevel=2)
     return frozenset(found)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from devices.errors import FileError, unknown
 from devices.reading import read_yaml
-from devices.texts import file_name, storable
+from devices.texts import as_yaml, file_name, storable
 from fedsim.errors import ConfigError, DataError
 from fedsim.report.files import read_config
 from fedsim.runs.recorded_data import of_summary
@@ -26,7 +26,6 @@ from fedsim.settings.check import try_out
 from fedsim.settings.compose import check_address, completed, compose
 from fedsim.settings.groups import Settings, config_dir
 from fedsim.settings.hydra_text import as_hydra, quoted
-from fedsim.settings.parameters import said
 from fedsim.settings.trust import keep_out_beside
 from fedsim.workloads.fingerprint import SEED, Fingerprint, difference, files_of
 from fedsim.workloads.metrics import ACCURACY
@@ -205,18 +204,18 @@ def _tree(path: Path) -> dict[str, Any]:
     except FileError as error:
         raise ConfigError(f"this cannot be read as a study: {error}") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must be a map with {', '.join(KEYS)}, got {said(tree)}")
+        raise ConfigError(f"{path} must be a map with {', '.join(KEYS)}, got {as_yaml(tree)}")
     for key in tree:
         if key not in KEYS:
             raise ConfigError(f"{path}: {unknown('key of a study', key, KEYS)}")
         _check_numbers(f"{path}: {key}", tree[key])
     if not isinstance(tree.get("title"), str) or not tree["title"].strip():
-        raise ConfigError(f"{path}: title must be text, got {said(tree.get('title'))}")
+        raise ConfigError(f"{path}: title must be text, got {as_yaml(tree.get('title'))}")
     for text in (tree["title"], *(tree["arms"] if isinstance(tree.get("arms"), dict) else ())):
         if not storable(str(text).replace("\n", " ")):
             raise ConfigError(f"{path}: a title or label holds letters that files cannot: {str(text)!r}")
     if not isinstance(tree.get("arms"), dict) or not tree["arms"]:
-        raise ConfigError(f"{path}: arms must be a map of labels to overrides, got {said(tree.get('arms'))}")
+        raise ConfigError(f"{path}: arms must be a map of labels to overrides, got {as_yaml(tree.get('arms'))}")
     return tree
 
 
@@ -226,7 +225,7 @@ def _check_numbers(where: str, tree: Any) -> None:
     while left:
         value = left.pop()
         if isinstance(value, int) and abs(value) > LARGEST:
-            raise ConfigError(f"{where} must hold whole numbers of at most {LARGEST}, got {said(value)}")
+            raise ConfigError(f"{where} must hold whole numbers of at most {LARGEST}, got {as_yaml(value)}")
         if isinstance(value, dict | list) and id(value) not in seen:  # an alias leads to the same again
             seen.add(id(value))
             left += [*value, *value.values()] if isinstance(value, dict) else value
@@ -237,9 +236,11 @@ def _checked(path: Path, study: Study) -> Study:
     if study.against not in labels:
         raise ConfigError(f"{path}: {unknown('arm in against', study.against, labels)}")
     if not isinstance(study.metric, str) or not study.metric:
-        raise ConfigError(f"{path}: metric must name a metric of the rounds, e.g. {ACCURACY}, got {said(study.metric)}")
+        raise ConfigError(
+            f"{path}: metric must name a metric of the rounds, e.g. {ACCURACY}, got {as_yaml(study.metric)}"
+        )
     if isinstance(study.last, bool) or not isinstance(study.last, int) or study.last < 1:
-        raise ConfigError(f"{path}: last must be a whole number of at least 1, got {said(study.last)}")
+        raise ConfigError(f"{path}: last must be a whole number of at least 1, got {as_yaml(study.last)}")
     if not study.x:
         raise ConfigError(f"{path}: x must name an axis at least: {', '.join(AXES)}, or a value of summary.json")
     for axis in study.x:
@@ -277,15 +278,17 @@ def _expanded(path: Path, label: str, entry: Any) -> Iterator[Arm]:
             raise ConfigError(f"{path}: {unknown(f'key of arm {label!r}', key, ARM_KEYS)}")
     overrides, grid = _texts(path, f"arms.{label}.overrides", entry.get("overrides", [])), entry.get("grid", {})
     if not isinstance(grid, dict) or not all(isinstance(values, list) and values for values in grid.values()):
-        raise ConfigError(f"{path}: arms.{label}.grid must be a map of settings to lists of values, got {said(grid)}")
+        raise ConfigError(
+            f"{path}: arms.{label}.grid must be a map of settings to lists of values, got {as_yaml(grid)}"
+        )
     for key in grid:
         if not isinstance(key, str):
-            raise ConfigError(f"{path}: arms.{label}.grid must name settings, e.g. trainer.lr, got {said(key)}")
+            raise ConfigError(f"{path}: arms.{label}.grid must name settings, e.g. trainer.lr, got {as_yaml(key)}")
     of, suffix = entry.get("of", ""), entry.get("suffix", "")
     if not isinstance(of, str) or not isinstance(suffix, str) or bool(of) != bool(suffix) or (of and overrides):
         raise ConfigError(
             f"{path}: arms.{label} either has runs by overrides, or names an arm in `of` and in `suffix` how the "
-            f"metrics end that its runs have for this one, got {said(entry)}"
+            f"metrics end that its runs have for this one, got {as_yaml(entry)}"
         )
     for point in itertools.product(*grid.values()):
         values = dict(zip(grid, (as_hydra(v, str) for v in point), strict=True))
@@ -316,20 +319,20 @@ def _placed(text: str, values: Mapping[str, str]) -> tuple[str, dict[str, str]]:
 def _text(path: Path, key: str, tree: Mapping[str, Any]) -> str:
     value = tree.get(key, "")
     if not isinstance(value, str) or not storable(value.replace("\n", " ")):
-        raise ConfigError(f"{path}: {key} must be text, got {said(value)}")
+        raise ConfigError(f"{path}: {key} must be text, got {as_yaml(value)}")
     return value
 
 
 def _texts(path: Path, key: str, value: Any) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-        raise ConfigError(f"{path}: {key} must be a list of texts, got {said(value)}")
+        raise ConfigError(f"{path}: {key} must be a list of texts, got {as_yaml(value)}")
     return tuple(value)
 
 
 def _seeds(path: Path, value: Any) -> tuple[int, ...]:
     whole = isinstance(value, list) and all(isinstance(s, int) and not isinstance(s, bool) and s >= 0 for s in value)
     if not whole or not value:
-        raise ConfigError(f"{path}: seeds must be a list of whole numbers of at least 0, got {said(value)}")
+        raise ConfigError(f"{path}: seeds must be a list of whole numbers of at least 0, got {as_yaml(value)}")
     return tuple(value)
 
 
