@@ -8,20 +8,22 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import Interval
 
+from devices.bounds import Checked
 from devices.draws import stream, uniforms
 from devices.errors import DeviceError, FileError, unknown
 from devices.reading import read_json
 
 DAY_S = 86_400.0
 LOOK_AHEAD_SLOTS = 10_000
-LEAST_SLOT_S, MAX_TRACE_S = 1e-3, 1e10  # 300 years
+MAX_TRACE_S = 1e10  # 300 years
 
 
-class Availability(ABC):
+class Availability(Checked, ABC, group="fleet.availability"):
     """Whether each of `num_clients` clients is online at a simulated time, in seconds from the start of the run.
 
     Attributes:
@@ -67,10 +69,15 @@ class Bernoulli(Availability):
     `online_until` takes 1 / (1 - p) steps on average; it looks 10,000 slots ahead at most and then returns their end.
     """
 
-    def __init__(self, num_clients: int, seed: int, p: float = 0.8, slot_s: float = 600.0):
+    def __init__(
+        self,
+        num_clients: int,
+        seed: int,
+        p: Annotated[float, Interval(ge=0, le=1)] = 0.8,
+        slot_s: Annotated[float, Interval(ge=1e-3, le=MAX_TRACE_S)] = 600.0,
+    ):
         super().__init__(num_clients, seed)
-        self.p = _number("availability.p", p, 0, 1)
-        self.slot_s = _number("availability.slot_s", slot_s, LEAST_SLOT_S, MAX_TRACE_S)
+        self.p, self.slot_s = float(p), float(slot_s)
 
     def online(self, client_id: int, now_s: float) -> bool:
         return self._drawn_online(client_id, math.floor(now_s / self.slot_s))
@@ -102,14 +109,18 @@ class Diurnal(Availability):
     """
 
     def __init__(
-        self, num_clients: int, seed: int, hours: float = 16.0, start_hour: float = 0.0, spread_hours: float = 24.0
+        self,
+        num_clients: int,
+        seed: int,
+        hours: Annotated[float, Interval(gt=0, le=24)] = 16.0,
+        start_hour: Annotated[float, Interval(ge=0, le=24)] = 0.0,
+        spread_hours: Annotated[float, Interval(ge=0, le=24)] = 24.0,
     ):
         super().__init__(num_clients, seed)
-        self.window_s = 3600 * _number("availability.hours", hours, 0, 24, open_below=True)
-        start_s = 3600 * _number("availability.start_hour", start_hour, 0, 24)
-        spread_s = 3600 * _number("availability.spread_hours", spread_hours, 0, 24)
+        self.window_s = 3600 * float(hours)
         phase = stream(seed, "diurnal").random(num_clients)
-        self.opens_s = (start_s + spread_s * phase).astype(np.float32)  # [num_clients], in [0, 48 h)
+        opens_s = 3600 * float(start_hour) + 3600 * float(spread_hours) * phase
+        self.opens_s = opens_s.astype(np.float32)  # [num_clients], in [0, 48 h)
         self.rhythm_s = DAY_S if self.window_s < DAY_S else None
 
     def _end_s(self, client_id: int, now_s: float) -> float | None:
@@ -161,12 +172,11 @@ class Trace(Availability):
         return math.inf if len(starts) == 1 else cycle_s + finish + float(ends[0])
 
 
-def _number(key: str, value: Any, low: float, high: float, open_below: bool = False) -> float:
+def _number(key: str, value: Any, low: float, high: float) -> float:
     """The value as a float, or a DeviceError that names the key and the allowed interval."""
-    interval = f"{'(' if open_below else '['}{low:g}, {high:g}{')' if high == math.inf else ']'}"
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not low <= value <= high or (open_below and value == low):
-        raise DeviceError(f"{key} must be a number in {interval}, got {value!r}")
+    if not is_number or not low <= value <= high:
+        raise DeviceError(f"{key} must be a number in [{low:g}, {high:g}], got {value!r}")
     return float(value)
 
 

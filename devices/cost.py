@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from devices.bounds import Checked
 from devices.latency.columns import TABLE_KINDS_0_1, from_0_1
 
 if TYPE_CHECKING:
@@ -277,7 +278,7 @@ class Costs:
         return Costs(**{name: np.where(ended, column, vars(cut)[name]) for name, column in vars(self).items()})
 
 
-class LatencyModel(ABC):
+class LatencyModel(Checked, ABC, group="latency"):
     """Turns (work, device) into seconds; energy and transfer are the same for every model and live in `cost`.
 
     `costs` prices a cohort at once, by `seconds` and `joules`. A class that says anew what one client takes and not

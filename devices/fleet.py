@@ -12,9 +12,10 @@ from statistics import NormalDist
 from typing import Annotated
 
 import numpy as np
-from annotated_types import Le
+from annotated_types import Ge, Gt, Interval, MinLen
 
 from devices.availability import Always, Availability
+from devices.bounds import Checked
 from devices.cost import Jitter
 from devices.draws import stream, uniforms
 from devices.errors import DeviceError
@@ -22,11 +23,10 @@ from devices.links import load_link
 from devices.profile import DeviceProfile, Units, load_profile
 
 _NORMAL = NormalDist()
-MAX_NUMBER = 1e9  # of a share or a sigma
 SEEN = 4096  # profiles kept ready: the cohorts of some rounds
 
 
-class Fleet:
+class Fleet(Checked, group="fleet"):
     """The devices of `num_clients` clients; `fleet[client_id]` is a DeviceProfile with that client's own factors.
 
     Client i's draws depend on the seed and on i alone: a fleet of more clients starts with the same clients.
@@ -51,21 +51,14 @@ class Fleet:
     def __init__(
         self,
         name: str,
-        devices: Mapping[str, float],
-        num_clients: int,
+        devices: Annotated[Mapping[str, Annotated[float, Gt(0)]], MinLen(1)],
+        num_clients: Annotated[int, Ge(1)],
         seed: int,
         availability: Callable[..., Availability] = Always,
-        speed_sigma: Annotated[float, Le(3)] = 0.15,
-        network_sigma: Annotated[float, Le(3)] | None = 0.6,
+        speed_sigma: Annotated[float, Interval(ge=0, le=3)] = 0.15,
+        network_sigma: Annotated[float, Interval(ge=0, le=3)] | None = 0.6,
         link: str | None = None,
     ):
-        if isinstance(num_clients, bool) or not isinstance(num_clients, int) or num_clients < 1:
-            raise DeviceError(f"fleet {name!r}: num_clients must be a whole number from 1 up, got {num_clients!r}")
-        for key, sigma in (("speed_sigma", speed_sigma), ("network_sigma", network_sigma)):
-            if sigma is None and key == "network_sigma":
-                continue
-            if sigma is None or not _is_number(sigma) or sigma < 0:
-                raise DeviceError(f"fleet {name!r}: {key} must be a number from 0 up, got {sigma!r}")
         self.name, self.num_clients, self.seed = name, num_clients, seed
         profiles, edges = _drawable(name, devices)
         self.profiles = profiles if link is None else _linked(name, profiles, link)
@@ -149,14 +142,6 @@ class Fleet:
 
 def _drawable(name: str, devices: Mapping[str, float]) -> tuple[tuple[DeviceProfile, ...], np.ndarray]:
     """The profiles and the right edges of their shares within [0, 1), [devices - 1]."""
-    if not devices:
-        raise DeviceError(f"fleet {name!r}: devices must name at least one device and its share")
-    for device, share in devices.items():
-        if not _is_number(share) or share <= 0:
-            raise DeviceError(
-                f"fleet {name!r}: the share of {device!r} must be a number above 0, got {share!r}; "
-                "leave out a device that is not wanted"
-            )
     profiles = tuple(load_profile(device) for device in devices)
     names = [profile.name for profile in profiles]
     for device, profile in zip(devices, profiles, strict=True):
@@ -177,7 +162,3 @@ def _linked(name: str, profiles: tuple[DeviceProfile, ...], link: str) -> tuple[
 def _factors(seed: int, purpose: str, sigma: float | np.ndarray, num_clients: int) -> np.ndarray:
     """Lognormal factors with median 1, [num_clients] float32; sigma is one for all, or [num_clients]."""
     return np.exp(sigma * stream(seed, purpose).standard_normal(num_clients)).astype(np.float32)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_NUMBER

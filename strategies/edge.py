@@ -11,6 +11,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
+from devices.bounds import Checked
 from devices.compression.channels import grid as entries
 from fedsim.errors import ConfigError
 from fedsim.grid.edge import EdgeGrid, Enrolled
@@ -18,7 +19,7 @@ from fedsim.messages.records import NUM_EXAMPLES, Broadcast, ClientUpdate, conte
 from fedsim.workloads.base import Tensors
 
 
-class EdgeStrategy(FedAvg):
+class EdgeStrategy(Checked, FedAvg, group="strategy", error=ConfigError):
     """Override `broadcast` to say what each client gets, `combine` to make new weights of what came back.
 
     Both see tensors; packing, sampling and byte counting stay here and in the grid. Arguments are those of FedAvg.

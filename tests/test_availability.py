@@ -173,13 +173,13 @@ def test_missing_trace_is_named():
 @pytest.mark.parametrize(
     ("build", "sentence"),
     [
-        (lambda: Bernoulli(1, 0, p=1.5), "availability.p must be a number in [0, 1], got 1.5"),
-        (lambda: Bernoulli(1, 0, slot_s=0), "availability.slot_s must be a number in [0.001, 1e+10], got 0"),
-        (lambda: Diurnal(1, 0, hours=0), "availability.hours must be a number in (0, 24], got 0"),
-        (lambda: Diurnal(1, 0, hours="8"), "availability.hours must be a number in (0, 24], got '8'"),
+        (lambda: Bernoulli(1, 0, p=1.5), "fleet.availability.p must be in [0, 1], got 1.5"),
+        (lambda: Bernoulli(1, 0, slot_s=0), "fleet.availability.slot_s must be in [0.001, 1e+10], got 0"),
+        (lambda: Diurnal(1, 0, hours=0), "fleet.availability.hours must be in (0, 24], got 0"),
+        (lambda: Diurnal(1, 0, hours="8"), "fleet.availability.hours must be a finite number in (0, 24], got '8'"),
         (
             lambda: Diurnal(1, 0, spread_hours=math.nan),
-            "availability.spread_hours must be a number in [0, 24], got nan",
+            "fleet.availability.spread_hours must be a finite number in [0, 24], got nan",
         ),
     ],
 )

@@ -156,19 +156,19 @@ def test_online_of_a_client_out_of_range_is_refused():
     ("changes", "sentence"),
     [
         ({"devices": {"pixell3": 1}}, "unknown device 'pixell3'; did you mean 'pixel3'?"),
-        ({"devices": {}}, "fleet 'f': devices must name at least one device and its share"),
-        ({"devices": {"pixel3": 0}}, "fleet 'f': the share of 'pixel3' must be a number above 0, got 0; leave out"),
-        ({"devices": {"pixel3": True}}, "fleet 'f': the share of 'pixel3' must be a number above 0, got True"),
-        ({"devices": {"pixel3": math.nan}}, "fleet 'f': the share of 'pixel3' must be a number above 0, got nan"),
-        ({"devices": {"pixel3": "1"}}, "fleet 'f': the share of 'pixel3' must be a number above 0, got '1'"),
+        ({"devices": {}}, "fleet.devices must have at least 1 entry, got {}"),
+        ({"devices": {"pixel3": 0}}, "fleet.devices.pixel3 must be greater than 0, got 0"),
+        ({"devices": {"pixel3": True}}, "fleet.devices.pixel3 must be a finite number, got true"),
+        ({"devices": {"pixel3": math.nan}}, "fleet.devices.pixel3 must be a finite number, got nan"),
+        ({"devices": {"pixel3": "1"}}, "fleet.devices.pixel3 must be a finite number, got '1'"),
         (
             {"devices": {"pixel3": 1, str(SHIPPED / "pixel3.yaml"): 1}},
             "fleet 'f': two devices are named 'pixel3'; change 'name' in",
         ),
-        ({"num_clients": 0}, "fleet 'f': num_clients must be a whole number from 1 up, got 0"),
-        ({"num_clients": 2.0}, "fleet 'f': num_clients must be a whole number from 1 up, got 2.0"),
-        ({"speed_sigma": -0.1}, "fleet 'f': speed_sigma must be a number from 0 up, got -0.1"),
-        ({"network_sigma": math.inf}, "fleet 'f': network_sigma must be a number from 0 up, got inf"),
+        ({"num_clients": 0}, "fleet.num_clients must be at least 1, got 0"),
+        ({"num_clients": 2.0}, "fleet.num_clients must be a whole number, got 2.0"),
+        ({"speed_sigma": -0.1}, "fleet.speed_sigma must be in [0, 3], got -0.1"),
+        ({"network_sigma": math.inf}, "fleet.network_sigma must be a finite number in [0, 3] or null, got inf"),
     ],
 )
 def test_wrong_fleet_is_refused_with_what_is_allowed(changes: dict[str, object], sentence: str):

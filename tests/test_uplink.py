@@ -12,6 +12,7 @@ from clients.app import Worker
 from devices.compression.updates import Packed, UpdateCompressor, restore
 from devices.errors import DeviceError
 from fedsim.engines.blocks import is_plain_mean
+from fedsim.errors import ConfigError
 from fedsim.messages.records import ARRAYS, STATE, payload_bytes, record_bytes, record_of, tensors_of
 from fedsim.messages.uplink import BUFFERS, COUNTS, INDEX, RESIDUAL, SCALE, VALUES, WHICH, compressed, decompress
 from fedsim.report.rounds import weights_sha256
@@ -304,7 +305,7 @@ def test_records_of_a_compressed_reply(federation):
 
 
 def test_a_wrong_setting_stops_before_the_run(federation):
-    with pytest.raises(DeviceError, match=r"uplink.ratio must be in \(0, 1\], got 2"):
+    with pytest.raises(ConfigError, match=r"^uplink.ratio must be in \(0, 1\], got 2$"):
         federation("uplink=topk", "uplink.ratio=2")
 
 

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from clients.state import ClientState
+from devices.bounds import Checked
 from devices.cost import NetworkCost, Passes, Work
 from devices.meter import inference_memory_bytes
 from devices.profile import DeviceProfile
+from fedsim.errors import ConfigError
 from fedsim.messages.records import Broadcast, ClientUpdate
 from fedsim.seeding import torch_generator
 from fedsim.workloads.base import JUDGED_AT_ONCE, ClientData, Tensors, Workload
@@ -126,7 +128,7 @@ class ClientContext:
         return torch_generator(self.seed, *names, self.round, self.client_id)
 
 
-class LocalTrainer:
+class LocalTrainer(Checked, group="trainer", error=ConfigError):
     """What a client does with a broadcast. Trainers are stateless: state belongs to `client.state`.
 
     Attributes:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge, Interval
 from torch import Tensor, nn
 
+from devices.bounds import Checked, checked
 from devices.compression.channels import ChannelGroups
 from devices.compression.masks import apply_masks, global_masks, prunable
 from devices.compression.prune import ROUND_TO, channel_scores, strongest
@@ -18,9 +20,12 @@ from devices.errors import DeviceError, unknown
 from devices.population import group_names, groups_of
 from devices.profile import DeviceProfile, kind_named
 
-ORDERS = ("strongest", "first")
+KeepRatio = Annotated[float, Interval(gt=0, le=1)]
+Sparsity = Annotated[float, Interval(ge=0, lt=1)]
+BitWidth = Literal[32] | Annotated[int, Interval(ge=2, le=8)]
 
 
+@checked("compression")
 @dataclass(frozen=True)
 class Recipe:
     """What is done to a network: channels first, then single weights, then bits.
@@ -31,17 +36,9 @@ class Recipe:
         bits: of weights and of what layers read: 32 (floats) or 2 to 8.
     """
 
-    keep: float = 1.0
-    sparsity: float = 0.0
-    bits: int = 32
-
-    def __post_init__(self) -> None:
-        if not 0 < self.keep <= 1:
-            raise DeviceError(f"compression.keep must be in (0, 1], got {self.keep!r}")
-        if not 0 <= self.sparsity < 1:
-            raise DeviceError(f"compression.sparsity must be in [0, 1), got {self.sparsity!r}")
-        if self.bits != 32 and self.bits not in range(2, 9):
-            raise DeviceError(f"compression.bits must be 32 or from 2 to 8, got {self.bits!r}")
+    keep: KeepRatio = 1.0
+    sparsity: Sparsity = 0.0
+    bits: BitWidth = 32
 
 
 @dataclass(frozen=True)
@@ -83,7 +80,7 @@ class Pruned:
     keep_ratio: float
 
 
-class CompressionPlan:
+class CompressionPlan(Checked, group="compression"):
     """Which recipe each device follows.
 
     Args:
@@ -100,18 +97,14 @@ class CompressionPlan:
 
     def __init__(
         self,
-        keep: float = 1.0,
-        sparsity: float = 0.0,
-        bits: int = 32,
+        keep: KeepRatio = 1.0,
+        sparsity: Sparsity = 0.0,
+        bits: BitWidth = 32,
         tiers: Mapping[str, Mapping[str, float]] | None = None,
-        order: str = "strongest",
-        round_to: int = ROUND_TO,
-        floor: float = 0.03,
+        order: Literal["strongest", "first"] = "strongest",
+        round_to: Annotated[int, Ge(1)] = ROUND_TO,
+        floor: Annotated[float, Interval(ge=0, le=1)] = 0.03,
     ):
-        if order not in ORDERS:
-            raise DeviceError(unknown("value for compression.order", order, ORDERS))
-        if round_to < 1:
-            raise DeviceError(f"compression.round_to must be at least 1, got {round_to!r}")
         self.usual = Recipe(keep, sparsity, bits)
         self.tiers: dict[str, Recipe] = {}
         for name, tier in (tiers or {}).items():

@@ -9,14 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Interval
 from torch import Tensor
 
-from devices.errors import DeviceError, unknown
+from devices.bounds import Checked
+from devices.errors import DeviceError
 
-SELECTIONS = ("all", "top", "random", "nonzero")
-WIDTHS = (8, 32)
 LARGEST = 127  # of symmetric int8
 
 
@@ -41,7 +42,7 @@ class Packed:
         return sum(t.numel() * t.element_size() for t in (self.values, self.index, self.scale))
 
 
-class UpdateCompressor:
+class UpdateCompressor(Checked, group="uplink"):
     """Says which coordinates of an update travel, and with how many bits.
 
     Args:
@@ -60,18 +61,12 @@ class UpdateCompressor:
 
     def __init__(
         self,
-        select: str = "all",
-        ratio: float = 1.0,
-        bits: int = 32,
+        select: Literal["all", "top", "random", "nonzero"] = "all",
+        ratio: Annotated[float, Interval(gt=0, le=1)] = 1.0,
+        bits: Literal[8, 32] = 32,
         stochastic: bool = False,
         error_feedback: bool = True,
     ):
-        if select not in SELECTIONS:
-            raise DeviceError(unknown("value for uplink.select", select, SELECTIONS))
-        if not 0 < ratio <= 1:
-            raise DeviceError(f"uplink.ratio must be in (0, 1], got {ratio!r}")
-        if bits not in WIDTHS:
-            raise DeviceError(f"uplink.bits must be 8 or 32, got {bits!r}")
         self.select, self.ratio, self.bits = select, ratio, bits
         self.stochastic, self.error_feedback = stochastic, error_feedback
 

@@ -13,6 +13,9 @@ from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
+from devices.bounds import Checked
+from fedsim.errors import ConfigError
+
 RUN_ID, NODE_ID, TASK_ID = 1, 0, 1
 WORKER_ID = 1  # the node that a worker believes to be; who trains is said by the message
 
@@ -27,7 +30,7 @@ def worker_context() -> Context:
     return Context(RUN_ID, WORKER_ID, {"partition-id": 0, "num-partitions": 1}, RecordDict(), {})
 
 
-class EngineGrid(Grid):
+class EngineGrid(Checked, Grid, group="engine", error=ConfigError):
     """A Flower Grid that runs cohort messages; subclasses say where, in `get_node_ids` and `send_and_receive`.
 
     Attributes:

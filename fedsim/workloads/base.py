@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from fedsim.errors import NotFiniteError
+from devices.bounds import Checked
+from fedsim.errors import ConfigError, NotFiniteError
 from fedsim.models.norms import allow_single_examples
 from fedsim.seeding import derive
 from fedsim.workloads.fingerprint import MADE_BY, SEED, Fingerprint, content_of
@@ -121,7 +122,7 @@ class ClientData:
     version: int = 0
 
 
-class Workload(ABC):
+class Workload(Checked, ABC, group="workload", error=ConfigError):
     """Data of all clients, the model, the objective and the metrics of one learning problem.
 
     Attributes:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from devices.bounds import Checked
 from fedsim.errors import ConfigError
 
 
-class LogMel:
+class LogMel(Checked, group="workload.features", error=ConfigError):
     """ln(mel power + floor) of windowed Fourier transforms. What it costs a device is not priced.
 
     Source: the front-end of BC-ResNet's official code (Kim et al., Interspeech 2021), whose numbers are the defaults:

@@ -10,10 +10,11 @@ from typing import ClassVar
 
 import numpy as np
 
+from devices.bounds import Checked
 from fedsim.errors import ConfigError, DataError
 
 
-class Partition(ABC):
+class Partition(Checked, ABC, group="partition", error=ConfigError):
     """Splits the training examples over the clients.
 
     Attributes:

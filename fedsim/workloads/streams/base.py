@@ -93,7 +93,7 @@ class Arrivals(Examples):
         return self.stream.relabel(self.own.labels[self.rows])
 
 
-class Stream(Workload):
+class Stream(Workload, group="stream"):
     """A workload whose clients meet their examples task by task.
 
     The rounds of a run are divided evenly among the tasks; the rounds of one task are a phase. Examples carry their
