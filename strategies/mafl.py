@@ -11,16 +11,17 @@ metric data_version tells when its client's data have changed: it is asked again
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 import numpy as np
 import torch
+from annotated_types import Ge
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
 from torch import Tensor
 
-from devices.errors import unknown
+from devices.bounds import Checked
 from fedsim.errors import ConfigError
 from fedsim.exchanges.averages import from_uint8, to_uint8
 from fedsim.grid.edge import EdgeGrid
@@ -31,11 +32,11 @@ from fedsim.workloads.base import Tensors
 QUERY, AVERAGES, ROOM, POOL = "query.averages", "averages", "room", "pool"
 SIZE, KEPT, DROPPED = "pool-size", "pool-kept", "pool-dropped"
 VERSION = "data_version"
-ALL, DTYPES, SOURCES = "all", ("float32", "uint8"), ("global", "local", "noise")
+ALL: Final = "all"
 RETIRED = -1  # owner of pairs of data that are no more
 
 
-class Mafl(FedAvg):
+class Mafl(Checked, FedAvg, group="strategy", error=ConfigError):
     """Puts a pool of averages beside what another strategy sends; sampling and averaging of weights stay with that one.
 
     Before round 1 every client that is online is asked for averages; one that was not, or was late, is asked when it is
@@ -64,23 +65,17 @@ class Mafl(FedAvg):
     def __init__(
         self,
         server: Callable[..., Strategy],
-        group_size: int | str = ALL,
-        min_group_size: int = 5,
+        group_size: Literal["all"] | Annotated[int, Ge(1)] = ALL,
+        min_group_size: Annotated[int, Ge(1)] = 5,
         exclude_own: bool = False,
-        pool_dtype: str = "float32",
-        pool_source: str = "global",
+        pool_dtype: Literal["float32", "uint8"] = "float32",
+        pool_source: Literal["global", "local", "noise"] = "global",
         **sampling: Any,
     ):
         super().__init__(**sampling)
-        if min_group_size < 1:
-            raise ConfigError(f"strategy.min_group_size must be at least 1, got {min_group_size}")
-        if group_size != ALL and (isinstance(group_size, bool | str) or group_size < min_group_size):
+        if isinstance(group_size, int) and group_size < min_group_size:
             needed = f"all or at least {min_group_size} (strategy.min_group_size)"
             raise ConfigError(f"strategy.group_size must be {needed}, got {group_size!r}")
-        if pool_dtype not in DTYPES:
-            raise ConfigError(unknown("value for strategy.pool_dtype", pool_dtype, DTYPES))
-        if pool_source not in SOURCES:
-            raise ConfigError(unknown("value for strategy.pool_source", pool_source, SOURCES))
         if exclude_own and pool_source == "local":
             raise ConfigError("strategy.exclude_own=true leaves nothing of strategy.pool_source=local; set one of them")
         self.server, self.exclude_own, self.source = server(**sampling), exclude_own, pool_source

@@ -12,17 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
-from annotated_types import Le
+from annotated_types import Ge, Gt, Interval, Le, MinLen
 from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 
 from devices.compression.channels import Kept
 from devices.compression.gates import Gates, mean_jaccard_distance
 from devices.compression.prune import largest_ratio
-from devices.errors import DeviceError, unknown
+from devices.errors import DeviceError
 from fedsim.errors import ConfigError
 from fedsim.exchanges.slices import BITS, KEPT, RATIO
 from fedsim.grid.edge import Enrolled
@@ -30,11 +30,10 @@ from fedsim.messages.records import Broadcast, ClientUpdate
 from fedsim.seeding import derive
 from fedsim.workloads.base import Tensors
 from strategies.edge import EdgeStrategy
-from strategies.widths import WidthStrategy
+from strategies.widths import Ratio, WidthStrategy
 
 GATES, MASK, SHARE = "gates", "mask", "share"  # extra records
 MASKED = "masked"  # setting for the trainer
-TRAINING = ("full", "masked")
 
 
 class PPPStrategy(WidthStrategy):
@@ -64,32 +63,22 @@ class PPPStrategy(WidthStrategy):
 
     def __init__(
         self,
-        ratio: float | None = 0.5,
-        latency_budget_ms: float | None = None,
-        levels: Sequence[float] = (0.3, 0.5, 0.7, 1.0),
-        tiers: Mapping[str, float] | None = None,
-        deploy_ratio: float | None = None,
-        train_mode: str = "full",
-        warmup: float = 0.2,
-        gate_hidden: Annotated[int, Le(10**6)] | None = None,
+        ratio: Ratio | None = 0.5,
+        latency_budget_ms: Annotated[float, Gt(0)] | None = None,
+        levels: Annotated[Sequence[Ratio], MinLen(1)] = (0.3, 0.5, 0.7, 1.0),
+        tiers: Mapping[str, Ratio] | None = None,
+        deploy_ratio: Ratio | None = None,
+        train_mode: Literal["full", "masked"] = "full",
+        warmup: Annotated[float, Interval(ge=0, le=1)] = 0.2,
+        gate_hidden: Annotated[int, Ge(1), Le(10**6)] | None = None,
         budget_conditioned: bool = False,
         **sampling: Any,
     ):
         super().__init__(levels=levels, tiers=tiers, **sampling)
-        for key, value in (("ratio", ratio), ("deploy_ratio", deploy_ratio)):
-            if value is not None and not 0 < value <= 1:
-                raise ConfigError(f"strategy.{key} must be null or in (0, 1], got {value!r}")
-        if latency_budget_ms is not None and (ratio is not None or latency_budget_ms <= 0):
+        if latency_budget_ms is not None and ratio is not None:
             raise ConfigError(
-                "strategy.latency_budget_ms must be null or greater than 0, and needs strategy.ratio=null; got "
-                f"{latency_budget_ms!r} with ratio={ratio!r}"
+                f"strategy.latency_budget_ms={latency_budget_ms!r} needs strategy.ratio=null, got ratio={ratio!r}"
             )
-        if train_mode not in TRAINING:
-            raise ConfigError(unknown("value for strategy.train_mode", train_mode, TRAINING))
-        if not 0 <= warmup <= 1:
-            raise ConfigError(f"strategy.warmup must be in [0, 1], got {warmup!r}")
-        if gate_hidden is not None and gate_hidden < 1:
-            raise ConfigError(f"strategy.gate_hidden must be null or at least 1, got {gate_hidden!r}")
         self.fixed, self.latency_budget_ms, self.deploy_ratio = ratio, latency_budget_ms, deploy_ratio
         self.masked, self.warmup = train_mode == "masked", warmup
         self.gate_hidden, self.budget_conditioned = gate_hidden, budget_conditioned

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Ge
 from flwr.app import ArrayRecord, Message
 
-from fedsim.errors import ConfigError
 from fedsim.grid.edge import EdgeGrid
 from fedsim.messages.records import Broadcast, ClientUpdate, array_record, content_of
 from fedsim.workloads.base import Tensors
@@ -29,10 +29,8 @@ class TaskStrategy(EdgeStrategy):
 
     question: str  # the phase of the exchange, "query.<question>"
 
-    def __init__(self, tasks: int = 1, rounds: int = 1, **sampling: Any):
+    def __init__(self, tasks: Annotated[int, Ge(1)] = 1, rounds: Annotated[int, Ge(1)] = 1, **sampling: Any):
         super().__init__(**sampling)
-        if tasks < 1 or rounds < 1:
-            raise ConfigError(f"strategy.tasks and strategy.rounds must be at least 1, got {tasks} and {rounds}")
         self.rounds_per_task = max(1, rounds // tasks)
         self.trained: set[int] = set()  # clients whose updates on the present task were accepted
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from annotated_types import Gt, Interval, MinLen
 
 from devices.compression.channels import Kept
 from devices.compression.prune import largest_ratio
@@ -23,7 +25,7 @@ from fedsim.seeding import generator
 from fedsim.workloads.base import Tensors
 from strategies.subnet import SubnetStrategy
 
-RULES = ("tier", "latency", "random")
+Ratio = Annotated[float, Interval(gt=0, le=1)]
 
 
 class WidthStrategy(SubnetStrategy):
@@ -44,26 +46,20 @@ class WidthStrategy(SubnetStrategy):
 
     def __init__(
         self,
-        levels: Sequence[float],
-        assign: str = "tier",
-        tiers: Mapping[str, float] | None = None,
-        step_ms: float | None = None,
+        levels: Annotated[Sequence[Ratio], MinLen(1)],
+        assign: Literal["tier", "latency", "random"] = "tier",
+        tiers: Mapping[str, Ratio] | None = None,
+        step_ms: Annotated[float, Gt(0)] | None = None,
         weighted: bool = True,
         **sampling: Any,
     ):
         super().__init__(**sampling)
-        if not levels or not all(_is_ratio(level) for level in levels):
-            raise ConfigError(f"strategy.levels must be one or more ratios in (0, 1], got {list(levels)}")
-        if assign not in RULES:
-            raise ConfigError(unknown("value for strategy.assign", assign, RULES))
-        if (assign == "latency") != (step_ms is not None) or (step_ms is not None and step_ms <= 0):
+        if (assign == "latency") != (step_ms is not None):
             raise ConfigError(
                 "strategy.step_ms must be greater than 0 with strategy.assign=latency and null otherwise, got "
                 f"{step_ms!r} with assign={assign}"
             )
-        for name, ratio in (tiers or {}).items():
-            if not _is_ratio(ratio):
-                raise ConfigError(f"strategy.tiers.{name} must be in (0, 1], got {ratio!r}")
+        for name in tiers or ():
             if kind_named(name) not in group_names():
                 raise ConfigError(unknown("device, tier or kind in strategy.tiers", name, group_names()))
         self.tiers = {kind_named(name): ratio for name, ratio in (tiers or {}).items()}
@@ -108,7 +104,3 @@ class WidthStrategy(SubnetStrategy):
             self.step_ms,
             self.levels,
         )
-
-
-def _is_ratio(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1

@@ -354,7 +354,7 @@ def test_a_client_may_answer_with_channels_of_its_own_choice(federation):
 @pytest.mark.parametrize(
     "overrides, sentence",
     [
-        (("strategy.levels=[]",), r"strategy.levels must be one or more ratios"),
+        (("strategy.levels=[]",), "strategy.levels must have at least 1 entry"),
         (("strategy.levels=[0.5,2.0]",), r"in \(0, 1\]"),
         (("strategy.assign=tiers",), "did you mean 'tier'"),
         (("strategy.assign=latency",), "strategy.step_ms must be greater than 0 with strategy.assign=latency"),

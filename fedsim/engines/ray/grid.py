@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Annotated
 
-from annotated_types import Le
+from annotated_types import Ge, Gt, Le
 from flwr.app import Message
 
 from fedsim.engines.base import EngineGrid, assume_task_identity
@@ -45,25 +45,21 @@ class RayGrid(EngineGrid):
     def __init__(
         self,
         client_app: ClientApp,
-        workers: Annotated[int, Le(4096)] | None = None,
+        workers: Annotated[int, Ge(1), Le(4096)] | None = None,
         address: str | None = None,
-        cpus_per_worker: float = 1,
-        gpus_per_worker: float = 0,
+        cpus_per_worker: Annotated[float, Gt(0)] = 1,
+        gpus_per_worker: Annotated[float, Ge(0)] = 0,
         threads: int = 1,
         device: str = "auto",
         batch_clients: int = 1,
-        client_timeout_s: float | None = None,
-        retries: Annotated[int, Le(1000)] = 3,
+        client_timeout_s: Annotated[float, Gt(0)] | None = None,
+        retries: Annotated[int, Ge(1), Le(1000)] = 3,
     ):
-        place = address is None or address == "auto" or re.fullmatch(r"[^\s/]+:\d{1,5}", address) is not None
-        gpus_fit = 0 <= gpus_per_worker <= 1 or (gpus_per_worker > 0 and gpus_per_worker == int(gpus_per_worker))
-        timeout_fits = client_timeout_s is None or client_timeout_s > 0
-        _require("workers", workers, workers is None or workers >= 1, "null or at least 1")
-        _require("address", address, place, "null, auto or HOST:PORT")
-        _require("cpus_per_worker", cpus_per_worker, cpus_per_worker > 0, "greater than 0")
-        _require("gpus_per_worker", gpus_per_worker, gpus_fit, "a share in [0, 1] or a whole number")
-        _require("client_timeout_s", client_timeout_s, timeout_fits, "null or greater than 0")
-        _require("retries", retries, retries >= 1, "at least 1")
+        if address not in (None, "auto") and re.fullmatch(r"[^\s/]+:\d{1,5}", str(address)) is None:
+            raise ConfigError(f"engine.address must be null, auto or HOST:PORT, got {address!r}")
+        if gpus_per_worker > 1 and gpus_per_worker != int(gpus_per_worker):
+            needed = "a share in [0, 1] or a whole number"
+            raise ConfigError(f"engine.gpus_per_worker must be {needed}, got {gpus_per_worker!r}")
         if device == "cuda" and not gpus_per_worker:
             raise ConfigError("engine.device=cuda needs engine.gpus_per_worker above 0, e.g. 0.5 for two workers a GPU")
         super().__init__()
@@ -132,8 +128,3 @@ class RayGrid(EngineGrid):
 def _cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _require(key: str, value: object, holds: bool, allowed: str) -> None:
-    if not holds:
-        raise ConfigError(f"engine.{key} must be {allowed}, got {value!r}")
