@@ -220,8 +220,11 @@ def test_forward_is_the_head_on_the_features(make):
         (lambda: NB201Network([0] * 5 + [5]), r"ops\[5\] of network nb201 must be one of \[0, .*4\], got 5"),
         (lambda: NB201Network([0] * 5 + [True]), r"ops\[5\] of network nb201 .* got True"),
         (lambda: NB201Network(3), r"ops of network nb201 must be 6 numbers .* got 3"),
-        (lambda: NB201Network(EXAMPLE, cells=0), "cells of network nb201 must be a whole number of at least 1, got 0"),
-        (lambda: NB201Network(EXAMPLE, norm="layer"), r"unknown norm 'layer' \(allowed: batch, group\)"),
+        (lambda: NB201Network(EXAMPLE, cells=0), "model.cells must be at least 1, got 0"),
+        (
+            lambda: NB201Network(EXAMPLE, norm="layer"),
+            r"value for model.norm 'layer' \(allowed: batch, group\)",
+        ),
         (
             lambda: from_string(EXAMPLE.replace("1x1", "1x2")),
             "unknown operation 'nor_conv_1x2'; did you mean 'nor_conv",

@@ -67,13 +67,6 @@ def image_shape(network: str, input_shape: Sequence[int], smallest: int) -> tupl
     return channels, height, width
 
 
-def positive(network: str, **sizes: int) -> None:
-    """Raises DeviceError for the first size that is no whole number of at least 1."""
-    for key, size in sizes.items():
-        if not _whole(size) or size < 1:
-            raise DeviceError(f"{key} of network {network} must be a whole number of at least 1, got {size!r}")
-
-
 def choices(network: str, key: str, values: Iterable[int], count: int, allowed: Sequence[int]) -> tuple[int, ...]:
     """`values` as plain integers.
 

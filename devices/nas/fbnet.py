@@ -11,12 +11,14 @@ Hardware-Aware Neural Architecture Search Benchmark", ICLR 2021. That HELP measu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
+from annotated_types import Ge
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from devices.nas.blocks import choices, conv_norm, image_shape, positive
+from devices.bounds import checked
+from devices.nas.blocks import choices, conv_norm, image_shape
 
 
 class Operation(NamedTuple):
@@ -46,6 +48,7 @@ LAYERS = sum(layers for _, layers, _ in STAGES)
 HEAD = 1504
 
 
+@checked("model")
 class FBNet(nn.Module):
     """A 3x3 convolution, 22 layers in seven stages, 1x1 convolution, global average pool, linear head.
 
@@ -66,12 +69,11 @@ class FBNet(nn.Module):
         self,
         ops: Sequence[int],
         input_shape: Sequence[int] = (3, 32, 32),
-        num_classes: int = 100,
-        norm: str = "group",
+        num_classes: Annotated[int, Ge(1)] = 100,
+        norm: Literal["batch", "group"] = "group",
     ):
         super().__init__()
         colours, _, _ = image_shape("fbnet", input_shape, smallest=8)
-        positive("fbnet", num_classes=num_classes)
         self.ops = choices("fbnet", "ops", ops, LAYERS, range(len(KINDS)))
         self.encoding = "fbnet:" + "".join(map(str, self.ops))  # how latency tables name it
         blocks: list[nn.Module] = []

@@ -14,15 +14,16 @@ import re
 from collections.abc import Sequence
 from functools import reduce
 from operator import add
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
-from annotated_types import Le
+from annotated_types import Ge, Le
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from devices.bounds import checked
 from devices.errors import DeviceError, unknown
-from devices.nas.blocks import choices, conv_norm, image_shape, normaliser, positive
+from devices.nas.blocks import choices, conv_norm, image_shape, normaliser
 
 OPERATIONS = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
 EDGES = ((0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3))
@@ -31,6 +32,7 @@ STAGES = 3
 EXAMPLE = "|nor_conv_3x3~0|+|none~0|nor_conv_1x1~1|+|skip_connect~0|none~1|skip_connect~2|"
 
 
+@checked("model")
 class NB201Network(nn.Module):
     """A 3x3 convolution, three stages of cells with residual reductions between, norm, global pool, linear head.
 
@@ -55,14 +57,13 @@ class NB201Network(nn.Module):
         self,
         ops: Sequence[int] | str,
         input_shape: Sequence[int] = (3, 32, 32),
-        num_classes: int = 10,
-        channels: int = 16,
-        cells: Annotated[int, Le(100)] = 5,
-        norm: str = "group",
+        num_classes: Annotated[int, Ge(1)] = 10,
+        channels: Annotated[int, Ge(1)] = 16,
+        cells: Annotated[int, Ge(1), Le(100)] = 5,
+        norm: Literal["batch", "group"] = "group",
     ):
         super().__init__()
         colours, _, _ = image_shape("nb201", input_shape, smallest=4)
-        positive("nb201", num_classes=num_classes, channels=channels, cells=cells)
         self.ops = from_string(ops) if isinstance(ops, str) else operation_ids(ops)
         self.encoding = "nb201:" + "".join(map(str, self.ops))  # how latency tables name it
         blocks: list[nn.Module] = []

@@ -10,12 +10,15 @@ strides, activations and squeeze-and-excitation were read in the authors' code (
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated, Literal
 
+from annotated_types import Ge
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from devices.bounds import checked
 from devices.errors import DeviceError
-from devices.nas.blocks import choices, conv_norm, image_shape, positive
+from devices.nas.blocks import choices, conv_norm, image_shape
 
 KERNELS, EXPANSIONS, DEPTHS = (3, 5, 7), (3, 4, 6), (2, 3, 4)
 DEEPEST = max(DEPTHS)
@@ -33,6 +36,7 @@ SQUEEZE = 4  # channels per channel inside a squeeze-and-excitation
 DIVISOR = 8  # and these are a multiple of 8
 
 
+@checked("model")
 class OFANetwork(nn.Module):
     """A 3x3 convolution, a fixed block, five stages of inverted bottlenecks, two 1x1 convolutions, linear head.
 
@@ -58,12 +62,11 @@ class OFANetwork(nn.Module):
         e: Sequence[int],
         d: Sequence[int],
         input_shape: Sequence[int] = (3, 224, 224),
-        num_classes: int = 1000,
-        norm: str = "group",
+        num_classes: Annotated[int, Ge(1)] = 1000,
+        norm: Literal["batch", "group"] = "group",
     ):
         super().__init__()
         colours, _, _ = image_shape("ofa", input_shape, smallest=32)
-        positive("ofa", num_classes=num_classes)
         depths = choices("ofa", "d", d, len(STAGES), DEPTHS)
         # HELP writes zeros for the blocks that are left out.
         kernels = choices("ofa", "ks", ks, BLOCKS, (0, *KERNELS))

@@ -17,12 +17,15 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+from annotated_types import Ge
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from devices.bounds import checked
 from devices.draws import stream
 from devices.errors import DeviceError
 from devices.latency.help.encodings import encode
@@ -53,6 +56,7 @@ from devices.latency.help.weights import (
 from devices.latency.spaces import Space
 
 
+@checked("help")
 @dataclass(frozen=True)
 class HelpSettings:
     """How to meta-train; the defaults are the authors' for NAS-Bench-201, who take 4000 episodes for FBNet.
@@ -72,25 +76,18 @@ class HelpSettings:
         seed: of weights, episodes and validation.
     """
 
-    episodes: int = 2000
-    devices: int = 8
-    support: int = 10
-    query: int = 200
+    episodes: Annotated[int, Ge(1)] = 2000
+    devices: Annotated[int, Ge(1)] = 8
+    support: Annotated[int, Ge(2)] = 10
+    query: Annotated[int, Ge(1)] = 200
     kl_weight: float = 0.1
     kl_reference_quirk: bool = False
     learning_rate: float = 1e-4
     first_rate: float = 1e-3
-    validate_every: int = 50
-    validation_draws: int = 3
+    validate_every: Annotated[int, Ge(1)] = 50
+    validation_draws: Annotated[int, Ge(1)] = 3
     patience: int = 0
     seed: int = 3
-
-    def __post_init__(self) -> None:
-        for name in ("episodes", "devices", "query", "validate_every", "validation_draws"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
-        if self.support < 2:
-            raise ValueError(f"support must be at least 2, got {self.support!r}")
 
 
 @dataclass(frozen=True)
