@@ -8,23 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from numbers import Integral
+from typing import Literal
 
 from torch import nn
 
-from devices.errors import DeviceError, unknown
+from devices.errors import DeviceError
 
-NORMS = ("batch", "group")
+Norm = Literal["batch", "group"]
 MOST_GROUPS = 8  # of a GroupNorm
 
 
-def normaliser(norm: str, channels: int) -> nn.Module:
-    """The norm layer for `channels`; a GroupNorm has at most 8 groups, of two or more channels where there are two.
-
-    Raises:
-        DeviceError: for a norm that is not in `NORMS`.
-    """
-    if norm not in NORMS:
-        raise DeviceError(unknown("norm", norm, NORMS))
+def normaliser(norm: Norm, channels: int) -> nn.Module:
+    """The norm layer for `channels`; a GroupNorm has at most 8 groups, of two or more channels where there are two."""
     if norm == "batch":
         return nn.BatchNorm2d(channels)
     # A group of one channel and one pixel is constant, which would stop all learning where the image has become 1x1.
@@ -35,7 +30,7 @@ def normaliser(norm: str, channels: int) -> nn.Module:
 def conv_norm(
     inputs: int,
     outputs: int,
-    norm: str,
+    norm: Norm,
     kernel: int = 1,
     stride: int = 1,
     groups: int = 1,

@@ -11,14 +11,14 @@ Hardware-Aware Neural Architecture Search Benchmark", ICLR 2021. That HELP measu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, NamedTuple
 
 from annotated_types import Ge
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from devices.bounds import checked
-from devices.nas.blocks import choices, conv_norm, image_shape
+from devices.nas.blocks import Norm, choices, conv_norm, image_shape
 
 
 class Operation(NamedTuple):
@@ -70,7 +70,7 @@ class FBNet(nn.Module):
         ops: Sequence[int],
         input_shape: Sequence[int] = (3, 32, 32),
         num_classes: Annotated[int, Ge(1)] = 100,
-        norm: Literal["batch", "group"] = "group",
+        norm: Norm = "group",
     ):
         super().__init__()
         colours, _, _ = image_shape("fbnet", input_shape, smallest=8)
@@ -96,7 +96,7 @@ class FBNet(nn.Module):
         return self.head(self.features(x))
 
 
-def layer(op: int, before: int, after: int, stride: int, norm: str) -> nn.Module:
+def layer(op: int, before: int, after: int, stride: int, norm: Norm) -> nn.Module:
     """The layer that an id stands for; a skip that changes the shape is a 1x1 convolution with norm and ReLU."""
     kind = KINDS[op]
     if kind is not None:
@@ -109,7 +109,7 @@ def layer(op: int, before: int, after: int, stride: int, norm: str) -> nn.Module
 class Bottleneck(nn.Module):
     """Pointwise, depthwise, pointwise; with groups, their channels are shuffled before the depthwise convolution."""
 
-    def __init__(self, kind: Operation, before: int, after: int, stride: int, norm: str):
+    def __init__(self, kind: Operation, before: int, after: int, stride: int, norm: Norm):
         super().__init__()
         middle, (kernel, _, groups) = before * kind.expansion, kind
         self.expand = conv_norm(before, middle, norm, groups=groups, activation=nn.ReLU())

@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from functools import reduce
 from operator import add
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 from annotated_types import Ge, Le
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from devices.bounds import checked
 from devices.errors import DeviceError, unknown
-from devices.nas.blocks import choices, conv_norm, image_shape, normaliser
+from devices.nas.blocks import Norm, choices, conv_norm, image_shape, normaliser
 
 OPERATIONS = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
 EDGES = ((0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3))
@@ -60,7 +60,7 @@ class NB201Network(nn.Module):
         num_classes: Annotated[int, Ge(1)] = 10,
         channels: Annotated[int, Ge(1)] = 16,
         cells: Annotated[int, Ge(1), Le(100)] = 5,
-        norm: Literal["batch", "group"] = "group",
+        norm: Norm = "group",
     ):
         super().__init__()
         colours, _, _ = image_shape("nb201", input_shape, smallest=4)
@@ -98,7 +98,7 @@ class Cell(nn.Module):
         norm: "batch" or "group".
     """
 
-    def __init__(self, ops: Sequence[int], channels: int, norm: str):
+    def __init__(self, ops: Sequence[int], channels: int, norm: Norm):
         super().__init__()
         live = {edge: op for edge, op in zip(EDGES, ops, strict=True) if OPERATIONS[op] != "none"}
         self.edges = nn.ModuleDict({f"{a}_{b}": operation(op, channels, norm) for (a, b), op in live.items()})
@@ -121,7 +121,7 @@ class Cell(nn.Module):
 class Reduction(nn.Module):
     """Half the size and other channels: two 3x3 convolutions beside average pool and 1x1 convolution."""
 
-    def __init__(self, before: int, after: int, norm: str):
+    def __init__(self, before: int, after: int, norm: Norm):
         super().__init__()
         self.body = nn.Sequential(
             nn.ReLU(), conv_norm(before, after, norm, kernel=3, stride=2), nn.ReLU(), conv_norm(after, after, norm, 3)
@@ -134,7 +134,7 @@ class Reduction(nn.Module):
         return self.body(x) + self.shortcut(x)
 
 
-def operation(op: int, channels: int, norm: str) -> nn.Module:
+def operation(op: int, channels: int, norm: Norm) -> nn.Module:
     """What an edge does, for ids other than `none`; [batch, channels, height, width] in and out."""
     name = OPERATIONS[op]
     if name == "skip_connect":

@@ -10,7 +10,7 @@ strides, activations and squeeze-and-excitation were read in the authors' code (
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated
 
 from annotated_types import Ge
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from devices.bounds import checked
 from devices.errors import DeviceError
-from devices.nas.blocks import choices, conv_norm, image_shape
+from devices.nas.blocks import Norm, choices, conv_norm, image_shape
 
 KERNELS, EXPANSIONS, DEPTHS = (3, 5, 7), (3, 4, 6), (2, 3, 4)
 DEEPEST = max(DEPTHS)
@@ -63,7 +63,7 @@ class OFANetwork(nn.Module):
         d: Sequence[int],
         input_shape: Sequence[int] = (3, 224, 224),
         num_classes: Annotated[int, Ge(1)] = 1000,
-        norm: Literal["batch", "group"] = "group",
+        norm: Norm = "group",
     ):
         super().__init__()
         colours, _, _ = image_shape("ofa", input_shape, smallest=32)
@@ -90,7 +90,7 @@ class OFANetwork(nn.Module):
         self.head = nn.Linear(LAST, num_classes)
 
     @classmethod
-    def from_encoding(cls, numbers: Sequence[int], num_classes: int = 1000, norm: str = "batch") -> OFANetwork:
+    def from_encoding(cls, numbers: Sequence[int], num_classes: int = 1000, norm: Norm = "batch") -> OFANetwork:
         """A network for square images from a row of HELP's table: ks, e, d and the resolution side by side, 46 numbers.
 
         Raises:
@@ -124,7 +124,7 @@ class Bottleneck(nn.Module):
         stride: int,
         squeezed: bool,
         activation: type[nn.Module],
-        norm: str,
+        norm: Norm,
     ):
         super().__init__()
         parts: list[nn.Module] = [] if middle == before else [conv_norm(before, middle, norm, activation=activation())]
