@@ -37,7 +37,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from annotated_types import BaseMetadata, Ge, Gt, Interval, Le, Lt, MinLen
 
-from devices.errors import DeviceError, unknown
+from devices.errors import DeviceError, UserError, unknown
 from devices.texts import as_yaml
 
 Target = TypeVar("Target", bound=Callable[..., Any])
@@ -57,9 +57,9 @@ class Checked:
     """Base class of what settings make: its constructors, and those below it, check the bounds they state."""
 
     _group: str
-    _error: type[ValueError] = DeviceError
+    _error: type[UserError] = DeviceError
 
-    def __init_subclass__(cls, group: str = "", error: type[ValueError] | None = None, **rest: Any) -> None:
+    def __init_subclass__(cls, group: str = "", error: type[UserError] | None = None, **rest: Any) -> None:
         """Wraps the constructor of a class below.
 
         Args:
@@ -72,7 +72,7 @@ class Checked:
         checked(cls._group, cls._error)(cls)
 
 
-def checked(group: str, error: type[ValueError] = DeviceError) -> Callable[[Target], Target]:
+def checked(group: str, error: type[UserError] = DeviceError) -> Callable[[Target], Target]:
     """Makes a class or function check the bounds that its annotations state; see the text above.
 
     Args:
@@ -90,7 +90,7 @@ def checked(group: str, error: type[ValueError] = DeviceError) -> Callable[[Targ
     return check
 
 
-def _checking(make: Callable[..., Any], group: str, error: type[ValueError]) -> Callable[..., Any]:
+def _checking(make: Callable[..., Any], group: str, error: type[UserError]) -> Callable[..., Any]:
     names = list(inspect.signature(make).parameters)
 
     @wraps(make)

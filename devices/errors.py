@@ -11,7 +11,11 @@ from devices.texts import VALUE_LETTERS, visible
 MOST_LISTED, NEAREST = 40, 5  # names in one sentence
 
 
-class DeviceError(ValueError):
+class UserError(ValueError):
+    """What a user can mend: a setting, data, a file; the text is one sentence that says what to change."""
+
+
+class DeviceError(UserError):
     """A device profile, fleet or trace file that cannot be used; the text says what to change."""
 
 

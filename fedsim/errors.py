@@ -1,13 +1,15 @@
 """Errors of the core that a user can act on; their text is one sentence that says what to change.
 
-Wrong names get their sentence from `devices.errors.unknown`. The command line ends with code 2 for ConfigError and
-DataError (nothing ran), with 1 for RunError (what was written so far stays).
+Wrong names get their sentence from `devices.errors.unknown`. The command line ends with code 2 for a UserError (nothing
+ran), with 1 for a RunError (what was written so far stays).
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from signal import Signals
 from traceback import walk_tb
+
+from devices.errors import UserError
 
 # Who ends a process for reasons of its own: Ray's workers on SIGTERM, rich where nobody reads.
 MAY_END = ("ray", "rich")
@@ -18,11 +20,11 @@ def in_words(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A setting that is wrong in itself or does not fit another one."""
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """Data that cannot be found or cannot be used as they are."""
 
 

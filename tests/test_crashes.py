@@ -13,6 +13,7 @@ from conftest import TINY, Ended
 from test_resume import EndError, comparable, ends_after
 
 from clients.app import app
+from devices.errors import UserError
 from fedsim.engines.local import LocalGrid
 from fedsim.messages.records import record_of
 from fedsim.report.checksums import Beginning, Checksums
@@ -128,7 +129,7 @@ def flips(method: str, count: int, place: Path) -> list[str]:
         (again / file).write_bytes(data)
         try:
             federations.run(settings_of_run(again), LocalGrid(app), again, resume=True)
-        except ValueError as error:  # of a user: ConfigError, FileError
+        except UserError as error:
             if type(error).__module__ not in ("fedsim.errors", "devices.errors"):
                 wrong.append(f"{file}, bit {place_of_bit}: {error!r}")
         else:

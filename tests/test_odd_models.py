@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from clients.trainers.rehearsal.agem import project
 from clients.trainers.sgd import SGDTrainer
-from devices.errors import DeviceError
-from fedsim.errors import ConfigError, DataError
+from devices.errors import UserError
+from fedsim.errors import ConfigError
 from fedsim.messages.records import all_finite, from_array
 from fedsim.report.rounds import weights_sha256
 from fedsim.settings.groups import options
@@ -149,7 +149,6 @@ REFUSED = {
     Lazy: r"^inner.weight of model Lazy has no shape before a first input \(a lazy layer\); give",
 }
 CONTINUAL = ("agem", "coreset", "ewc", "gss", "joint", "lwf", "ocs", "reservoir")  # with more to do when a task ends
-FAIL = (ConfigError, DataError, DeviceError)
 
 
 def of(model: type[nn.Module]) -> str:
@@ -160,7 +159,7 @@ def tried(*overrides: str) -> Outcome | str:
     """How a run ended, or the sentence that refused it."""
     try:
         return federate(*overrides)
-    except FAIL as error:
+    except UserError as error:
         return str(error)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from devices.availability import Trace
-from devices.errors import DeviceError, FileError
+from devices.errors import DeviceError, FileError, UserError
 from devices.latency.help.weights import load_weights, read_arrays
 from devices.latency.spaces import load_space
 from devices.profile import load_profile
@@ -125,7 +125,7 @@ def test_every_reader_answers_any_content_with_one_sentence(reader: str, content
     try:
         read(tmp_path / name)
         sentence = ""
-    except (DeviceError, DataError, ConfigError) as error:
+    except UserError as error:
         sentence = str(error)
     assert "set_int_max_str_digits" not in sentence  # Python's own advice
     assert (Path(name).name in sentence and len(sentence) < 600) if sentence else reader in PLAIN

@@ -17,11 +17,10 @@ import pytest
 import yaml
 from conftest import TINY
 
-from devices.errors import DeviceError
+from devices.errors import UserError
 from devices.figures import legend_label, new_figure, save_figure
 from devices.profile import load_profile
 from devices.texts import FILE_BYTES, file_name, visible
-from fedsim.errors import ConfigError
 from fedsim.report.text import CELL_LETTERS, console, table
 from fedsim.settings.check import check
 from fedsim.settings.compose import compose
@@ -93,7 +92,7 @@ def refusal(call: Callable[[], object]) -> str | None:
     """The sentence with which a user's text is refused, if it is."""
     try:
         call()
-    except (ConfigError, DeviceError) as error:
+    except UserError as error:
         return str(error)
     return None
 

@@ -20,9 +20,9 @@ import typer
 from conftest import TINY
 
 from devices.availability import Trace
-from devices.errors import DeviceError
+from devices.errors import DeviceError, UserError
 from fedsim.cli.main import app
-from fedsim.errors import ConfigError, DataError
+from fedsim.errors import ConfigError
 from fedsim.runs.federation import build_strategy
 from fedsim.settings.build import build_world
 from fedsim.settings.check import check
@@ -31,7 +31,6 @@ from fedsim.settings.groups import GROUPS, Settings, options
 from fedsim.settings.parameters import check_parameters
 from fedsim.workloads import host_memory as host
 
-REFUSALS = (ConfigError, DataError, DeviceError)
 ODD: dict[str, Any] = {
     "huge whole": 10**18,
     "400 digits": 10**400,
@@ -94,7 +93,7 @@ def try_to_build(settings: Settings) -> str:
         check_parameters("engine", settings["engine"], ["client_app"])
         build_strategy(settings, world.workload.num_clients)
         world.workload.build_model()
-    except REFUSALS as error:
+    except UserError as error:
         return str(error)
     finally:
         build_world.cache_clear()

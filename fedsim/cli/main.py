@@ -287,8 +287,8 @@ def main() -> None:
     """Entry point of the console script: one sentence and an exit code for everything a user can mend."""
     from click import exceptions
 
-    from devices.errors import DeviceError
-    from fedsim.errors import ConfigError, DataError, RunError
+    from devices.errors import UserError
+    from fedsim.errors import RunError
 
     _open_closed_streams()
     for number in ENDED_BY:
@@ -318,7 +318,7 @@ def main() -> None:
     except exceptions.ClickException as error:
         command = getattr(getattr(error, "ctx", None), "command_path", "fedsim")
         _give_up(f"{_shortened(error.format_message(), named)} (see {command} --help)", 2, error)
-    except (ConfigError, DataError, DeviceError) as error:
+    except UserError as error:
         _give_up(str(error), 2, error)
     except RunError as error:
         _give_up(str(error), 1, error)

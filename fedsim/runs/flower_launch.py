@@ -44,7 +44,7 @@ def run(
         watch: called with each round as it comes in.
 
     Raises:
-        ConfigError, DataError, DeviceError: for wrong settings, also when they are seen only in the first round.
+        UserError: for wrong settings, also when they are seen only in the first round.
         RunError: when the run fails, is stopped from outside, or Flower cannot be started.
     """
     check_free(out)

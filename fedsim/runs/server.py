@@ -14,10 +14,10 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.exception import AppExitException
 from flwr.serverapp.strategy import Strategy
 
-from devices.errors import DeviceError
+from devices.errors import UserError
 from devices.texts import as_yaml
 from fedsim.engines.blocks import WeightedSum
-from fedsim.errors import ConfigError, DataError, ExitError, NotFiniteError, RunError, in_words, no_exit
+from fedsim.errors import ExitError, NotFiniteError, RunError, in_words, no_exit
 from fedsim.messages.records import ARRAYS, METRICS, NUM_EXAMPLES, array_record
 from fedsim.models.roles import TensorRoles
 
@@ -115,7 +115,7 @@ class ServerSide:
                         grid.in_client_order(answer)
         except ExitError as error:
             raise RunError(f"{what} failed in round {number}: {error}") from error
-        except (ConfigError, DataError, DeviceError, NotFiniteError, RunError):
+        except (UserError, NotFiniteError, RunError):
             raise
         except Exception as error:
             if isinstance(error, AppExitException) and hook == "aggregate_train":

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from devices.errors import DeviceError, one_line, unknown
+from devices.errors import UserError, one_line, unknown
 from devices.texts import as_yaml
 from fedsim.errors import ConfigError, DataError, ExitError, in_words, no_exit
 from fedsim.settings.groups import (
@@ -113,7 +113,7 @@ def _check_memory(settings: Settings, make: ModelFactory, workload: Workload) ->
         try:
             with torch.random.fork_rng(devices=[]):
                 make(input_shape=workload.input_shape, num_classes=workload.num_classes)
-        except (ConfigError, DataError, DeviceError):
+        except UserError:
             raise
         except Exception as error:
             raise ConfigError(_no_factory(settings, error)) from error
@@ -148,7 +148,7 @@ def instantiate(settings: Settings, group: str, **extra: Any) -> Any:
         raise ConfigError(f"{group}: {error}") from error
     except InstantiationException as error:
         cause = error.__cause__
-        if isinstance(cause, ConfigError | DataError | DeviceError):
+        if isinstance(cause, UserError):
             raise type(cause)(str(cause)) from error
         raise ConfigError(f"{group}: {one_line(cause or error)}") from error
 

@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from devices.errors import DeviceError, one_line, unknown
+from devices.errors import UserError, one_line, unknown
 from devices.texts import FILE_BYTES, VALUE_LETTERS, quoted, storable, visible
-from fedsim.errors import ConfigError, DataError, in_words
+from fedsim.errors import ConfigError, in_words
 from fedsim.settings.check import TEXTS, check, check_choices, known_keys
 from fedsim.settings.groups import (
     FREE_MAPS,
@@ -221,7 +221,7 @@ def one_sentence(overrides: Sequence[str] = ()) -> Iterator[None]:
     check_before_hydra()
     try:
         yield
-    except (ConfigError, DataError, DeviceError):
+    except UserError:
         raise
     except MissingConfigException as error:
         group, _, name = str(error.missing_cfg_file).rpartition("/")

@@ -17,10 +17,10 @@ from typing import Any
 from flwr.app import Error, Message, RecordDict
 
 from devices.cost import Work, pack_works
-from devices.errors import DeviceError, one_line
+from devices.errors import UserError, one_line
 from fedsim.engines.ray.wire import Letter, Loan, content_of, letter_of, pack, records_in_common
 from fedsim.engines.ray.workers import Call, Pool, Slot, living_nodes
-from fedsim.errors import ConfigError, DataError, RunError
+from fedsim.errors import RunError
 from fedsim.messages.records import SETTINGS, cohort_header, pack_cohort, split_cohort
 
 LOG = logging.getLogger(__name__)
@@ -252,7 +252,7 @@ def _loss(error: BaseException) -> BaseException:
     """The error, if it means that a worker or what it made is lost.
 
     Raises:
-        ConfigError, DataError, DeviceError, RunError: as the client app raised them.
+        UserError, RunError: as the client app raised them.
         RunError: for all others, which would come again.
     """
     from ray import exceptions
@@ -267,6 +267,6 @@ def _loss(error: BaseException) -> BaseException:
     if isinstance(error, lost) and not getattr(error, "actor_init_failed", False):
         return error
     cause = error.cause if isinstance(error, exceptions.RayTaskError) else error
-    if isinstance(cause, ConfigError | DataError | DeviceError | RunError):
+    if isinstance(cause, UserError | RunError):
         raise cause
     raise RunError(f"a worker failed: {type(cause).__name__}: {one_line(cause)}") from error

@@ -79,7 +79,7 @@ class RayGrid(EngineGrid):
 
         Raises:
             RunError: when no worker can be started, or the client app fails as a whole.
-            ConfigError, DataError, DeviceError: as the client app raised them.
+            UserError: as the client app raised them.
         """
         numbered = [self.number(message) for message in messages]
         if not numbered:
