@@ -21,7 +21,7 @@ from devices.errors import UserError
 from devices.figures import legend_label, new_figure, save_figure
 from devices.profile import load_profile
 from devices.texts import FILE_BYTES, file_name, visible
-from fedsim.report.text import CELL_LETTERS, console, table
+from fedsim.report.terminal import CELL_LETTERS, console, table
 from fedsim.settings.check import check
 from fedsim.settings.compose import compose
 from fedsim.settings.groups import config_dir
@@ -252,11 +252,12 @@ def test_a_picture_shows_every_text_as_it_is(ending, tmp_path):
     assert axes.get_xticklabels()[1].get_parse_math(), "powers of ten stay formulas"
 
 
-def test_a_table_and_a_line_show_every_text_as_it_is(capsys):
+def test_a_table_and_a_line_show_every_text_as_it_is(capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
     shown = table(*NASTY.values(), title=NASTY["a closing tag"])
     shown.add_row(*NASTY.values())
-    console(width=400).print(shown)
-    console(width=400).print(NASTY["a closing tag"], NASTY["an emoji by name"], NASTY["a lone surrogate"])
+    console(piped_width=400).print(shown)
+    console(piped_width=400).print(NASTY["a closing tag"], NASTY["an emoji by name"], NASTY["a lone surrogate"])
     out = capsys.readouterr().out
     assert "[/red] :warning: x\\ud800" in out
     assert "\x1b" not in out

@@ -12,8 +12,7 @@ from conftest import TINY
 from flwr.app import ArrayRecord, ConfigRecord
 from flwr.serverapp.strategy import FedAvg
 
-from fedsim.cli.main import Terminated
-from fedsim.errors import ConfigError, DataError, ExitError, NotFiniteError, RunError, no_exit
+from fedsim.errors import ConfigError, DataError, ExitError, NotFiniteError, RunError, Terminated, no_exit
 from fedsim.models.roles import TensorRoles
 from fedsim.runs.server import ANSWERS, ServerSide
 from fedsim.settings import trust

@@ -30,7 +30,8 @@ def averages(
 
     from fedsim.cli.options import whole
     from fedsim.exchanges.averages import averages_picture, exposures
-    from fedsim.report.text import console, size, table
+    from fedsim.report.terminal import console, table
+    from fedsim.report.text import size
     from fedsim.settings.build import build_world
     from fedsim.settings.compose import compose
 
@@ -45,6 +46,6 @@ def averages(
     for e in found:
         figures = (f"{e.pairs:,}", size(e.pairs * e.pair_bytes), f"{e.nearest:.2f}", f"{e.labels:.1f}")
         rows.add_row(str(e.group_size or "all"), *figures)
-    terminal = console()
-    terminal.print(rows)
-    terminal.print(f"picture: {picture}", soft_wrap=True)
+    shown = console()
+    shown.print(rows)
+    shown.say(f"picture: {picture}")

@@ -1,4 +1,4 @@
-"""Checks an installation: versions, GPU, data, writable folders, and a run of a few seconds."""
+"""`fedsim doctor`: checks an installation: versions, GPU, data, writable folders, and a run of a few seconds."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+import typer
+
+from fedsim.runs.experiment import build_engine
 
 Check = tuple[str, bool, str]  # what, whether it is fine, what was found
 PACKAGES = (
@@ -30,21 +29,26 @@ PACKAGES = (
 )
 
 
-def examine(console: Console, make_engine: Callable[[dict[str, Any]], Any]) -> int:
-    """Prints one line per check; returns 0 when all are fine, else 1."""
-    table = Table(header_style="bold")
-    for name in ("check", "", "found"):
-        table.add_column(name, overflow="fold")
-    fine = True
-    with console.status("examining"):
-        for what, good, found in _checks(make_engine):
+def doctor() -> None:
+    """Check this installation: versions, GPU, data, writable folders, and a run of a few seconds.
+
+    Example: fedsim doctor
+    """
+    from rich.text import Text
+
+    from fedsim.report.terminal import console, table
+
+    shown, fine = console(), True
+    rows = table("check", "", "found", left=("check", "", "found"))
+    with shown.status("examining"):
+        for what, good, found in _checks():
             fine &= good
-            table.add_row(what, "ok" if good else Text("FAILED", style="red"), found)
-    console.print(table)
-    return 0 if fine else 1
+            rows.add_row(what, "ok" if good else Text("FAILED", style="red"), found)
+    shown.print(rows)
+    raise typer.Exit(0 if fine else 1)
 
 
-def _checks(make_engine: Callable[[dict[str, Any]], Any]) -> Iterator[Check]:
+def _checks() -> Iterator[Check]:
     yield "python", True, f"{platform.python_version()} on {platform.platform()}, {os.cpu_count()} cores"
     for package in PACKAGES:
         try:
@@ -55,7 +59,7 @@ def _checks(make_engine: Callable[[dict[str, Any]], Any]) -> Iterator[Check]:
     yield from _data()
     for folder in (Path("runs"), Path("data")):
         yield f"write to {folder}/", *_writable(folder)
-    yield "run", *_short_run(make_engine)
+    yield "run", *_short_run()
 
 
 def _gpu() -> Check:
@@ -81,7 +85,7 @@ def _writable(folder: Path) -> tuple[bool, str]:
     return good, str(real) if good else f"{parent} is not writable; use out=... or another working folder"
 
 
-def _short_run(make_engine: Callable[[dict[str, Any]], Any]) -> tuple[bool, str]:
+def _short_run() -> tuple[bool, str]:
     from fedsim.runs.federation import run
     from fedsim.settings.compose import compose
 
@@ -89,7 +93,7 @@ def _short_run(make_engine: Callable[[dict[str, Any]], Any]) -> tuple[bool, str]
     try:
         settings = compose(["rounds=3", "cohort=5"])
         with tempfile.TemporaryDirectory() as folder:
-            summary = run(settings, make_engine(settings), Path(folder) / "run")
+            summary = run(settings, build_engine(settings), Path(folder) / "run")
     except Exception as error:  # whatever it is, it is the finding
         return False, f"{type(error).__name__}: {error}"
     accuracy = summary["final"]["accuracy"]

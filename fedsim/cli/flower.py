@@ -37,8 +37,10 @@ def flwr(
 
     from fedsim.engines.flower.runtime import Place
     from fedsim.report.place import new_run_folder
+    from fedsim.report.progress import progress_bar
     from fedsim.report.rounds import read_rounds
-    from fedsim.report.text import closing_lines, closing_table, progress_bar
+    from fedsim.report.terminal import console
+    from fedsim.report.text import closing_lines, closing_table
     from fedsim.runs.flower_launch import run
 
     place = Place(
@@ -48,15 +50,15 @@ def flwr(
         port=superlink_port,
         ray_address=ray_address,
     )
-    console = _console()
+    shown = console()
     with new_run_folder(settings) as folder:
         _try_out(settings)
-        with progress_bar(console, settings["rounds"]) as (watch, _):
+        with progress_bar(shown, settings["rounds"]) as (watch, _):
             summary = run(settings, folder, place, app, watch)
     reports = read_rounds(folder)
-    console.print(closing_table(reports))
+    shown.print(closing_table(reports))
     for line in closing_lines(summary, folder, reports):
-        console.print(line, highlight=False, soft_wrap=True)
+        shown.say(line)
 
 
 def _composed(arguments: list[str]) -> dict[str, Any]:
@@ -104,9 +106,3 @@ def _wrong(text: str) -> Exception:
     from fedsim.errors import ConfigError
 
     return ConfigError(text)
-
-
-def _console() -> Any:
-    from fedsim.report.text import console
-
-    return console()

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 MOST = 10**6  # of what is counted: examples of a batch, clients, rounds, repetitions
+BUILDING = ("run", "resume", "replay", "study", "flwr", "data", "devices")  # commands that make what a file names
 OWN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -130,3 +131,23 @@ def check_figures(section: str, options: Mapping[str, float], keys: Mapping[str,
         if not holds(value):  # also false for what is not a number
             option = (keys or {}).get(key, "--" + key.replace("_", "-"))
             raise ConfigError(f"{option} must be {sentence}, got {as_yaml(value)}")
+
+
+def without_trust(arguments: list[str]) -> list[str]:
+    """The arguments without `--allow-target NAME`, which may stand anywhere behind the commands of BUILDING."""
+    from fedsim.errors import ConfigError
+    from fedsim.settings.trust import FLAG, begin
+
+    allowed: list[str] = []
+    left: list[str] = []
+    given = iter(arguments if arguments[:1] and arguments[0] in BUILDING else [])
+    for argument in given:
+        flag, _, name = argument.partition("=")
+        if flag == FLAG:
+            allowed.append(name or next(given, ""))
+            if not allowed[-1] or allowed[-1].startswith("-"):
+                raise ConfigError(f"{FLAG} needs a name, as it stands behind _target_")
+        else:
+            left.append(argument)
+    begin(allowed)
+    return left or arguments

@@ -19,12 +19,14 @@ def paired(
 
     Example: fedsim paired runs/20261121-101500-sweep --against fedavg
     """
-    from fedsim.report.text import console, energy, simulated, size, table
+    from fedsim.report.terminal import console, table
+    from fedsim.report.text import energy, simulated, size
     from fedsim.study.paired import compare, correction, run_folders
 
     rows = compare(run_folders(folders), last, against)
     columns = ("accuracy % by seed", "mean", "difference", "95 % interval", "time", "energy", "traffic")
-    shown = table("overrides", *columns, title=f"mean of the last {last} evaluations; differences to {rows[0].label}")
+    title = f"mean of the last {last} evaluations; differences to {rows[0].label}"
+    compared_rows = table("overrides", *columns, left=("overrides",), title=title)
     for number, row in enumerate(rows):
         low, high = (100 * end for end in row.interval)
         star = " *" if row.stands else ""
@@ -32,10 +34,10 @@ def paired(
         compared = [f"{100 * row.difference:+.2f}{star}", f"{low:+.2f} to {high:+.2f}"] if matched else ["", ""]
         costs = [simulated(row.simulated_s), energy(row.joules), size(row.traffic_bytes)]
         scores = " ".join(f"{100 * s:.1f}" for s in row.scores.values())
-        shown.add_row(row.label, scores, f"{100 * row.mean:.2f}", *compared, *costs)
-    shown.caption = correction(rows) or None
-    terminal = console()
-    terminal.print(shown)
+        compared_rows.add_row(row.label, scores, f"{100 * row.mean:.2f}", *compared, *costs)
+    compared_rows.caption = correction(rows) or None
+    shown = console()
+    shown.print(compared_rows)
     if alone := [row.label for row in rows[1:] if not rows[0].scores.keys() & row.scores.keys()]:
         text = f"no seeds match those of {rows[0].label}, so there is no difference: {', '.join(alone)}"
-        terminal.print(text, highlight=False, soft_wrap=True)
+        shown.say(text)

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.table import Table
 
+    from fedsim.report.terminal import PlainConsole
     from fedsim.study.results import Result
     from fedsim.study.runner import Progress, Watch
     from fedsim.study.spec import Planned, Study
@@ -57,6 +57,7 @@ def study(
 
     import logging
 
+    from fedsim.report.terminal import console
     from fedsim.settings.folder_names import check_folder
     from fedsim.study.page import write_page
     from fedsim.study.results import check_columns, collect, write_result
@@ -68,18 +69,18 @@ def study(
     chosen = read_study(name, overrides, _seeds(seeds)).only(only or [])
     folder = out or Path("runs") / chosen.name
     logging.getLogger("flwr").setLevel(logging.ERROR)  # strategies that are only tried out have no say
-    runs, console = plan(chosen, folder, building=not report), _console()
+    runs, shown = plan(chosen, folder, building=not report), console(PRINTED)
     if dry_run:
-        console.print(_runs_table(chosen, runs))
+        shown.print(_runs_table(chosen, runs))
         return None
     failed: dict[str, str] = {}
     if not report:
-        failed = _run(runs, jobs, folder, console)
+        failed = _run(runs, jobs, folder, shown)
     elif folder.is_dir():
         check_folder_place("--out", folder)
     result = collect(chosen, runs)
     if result.rows:
-        _show(result, failed, folder, console)
+        _show(result, failed, folder, shown)
         write_result(result, failed, folder)
         write_page(result, failed, folder)
         _draw(result, folder)
@@ -103,84 +104,83 @@ def _seeds(text: str) -> list[int]:
 
 
 def _list() -> None:
-    from fedsim.report.text import table
+    from fedsim.report.terminal import console, table
     from fedsim.study.spec import studies
 
-    shown = table("study", "title")
+    shown = table("study", "title", left=("study", "title"))
     for name, title in studies().items():
         shown.add_row(name, title)
-    _console().print(shown)
+    console(PRINTED).print(shown)
 
 
 def _runs_table(study: Study, runs: Sequence[Planned]) -> Table:
     """What would be run, and as which command."""
     import shlex
 
-    from fedsim.report.text import table
+    from fedsim.report.terminal import table
     from fedsim.study.spec import is_finished
 
-    shown = table("arm", "seed", "state", "command", title=study.title)
+    shown = table("arm", "seed", "state", "command", left=("arm", "state", "command"), title=study.title)
     for run in runs:
         state = "finished" if is_finished(run) else "unfinished" if run.folder.exists() else "to run"
         shown.add_row(run.arm.label, str(run.seed), state, f"fedsim {shlex.join(run.command)}")
     return shown
 
 
-def _run(runs: Sequence[Planned], jobs: int | None, folder: Path, console: Console) -> dict[str, str]:
+def _run(runs: Sequence[Planned], jobs: int | None, folder: Path, shown: PlainConsole) -> dict[str, str]:
     """Runs what is missing; the sentences of the runs that failed, by their names."""
     from fedsim.study.runner import cores, run_study, study_folder
 
-    with study_folder(folder) as lock, _bar(console) as watch:
+    with study_folder(folder) as lock, _bar(shown) as watch:
         return run_study(runs, jobs or cores(), lock, watch).failed
 
 
 @contextmanager
-def _bar(console: Console) -> Iterator[Watch]:
+def _bar(shown: PlainConsole) -> Iterator[Watch]:
     """A bar over the rounds of all runs; where there is no terminal, a line for each run that has ended."""
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
     columns: list[Any] = [TextColumn("{task.fields[state]}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %")]
     columns += [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=False)]
-    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Bar(*columns, console=shown, transient=True, disable=not shown.is_terminal) as bar:
         task = bar.add_task("study", total=None, state="")
 
         def watch(progress: Progress, ended: Planned | None) -> None:
             lost = f", {len(progress.failed)} failed" if progress.failed else ""
             state = f"runs {progress.done}/{progress.total}{lost}"
             bar.update(task, total=progress.rounds_total, completed=progress.rounds_done, state=state)
-            if ended and not console.is_terminal:
+            if ended and not shown.is_terminal:
                 how = "FAILED" if ended.name in progress.failed else "finished"
-                console.print(f"{state}: {ended.name} {how}", highlight=False, soft_wrap=True)
+                shown.say(f"{state}: {ended.name} {how}")
 
         yield watch
 
 
-def _show(result: Result, failed: dict[str, str], folder: Path, console: Console) -> None:
+def _show(result: Result, failed: dict[str, str], folder: Path, shown: PlainConsole) -> None:
     """The table, in two where the terminal is too narrow for one."""
     scores, costs = _scores(result), _costs(result)
     whole = _table(result, {**scores, **costs})
-    if console.measure(whole).maximum <= console.width:
-        console.print(whole)
+    if shown.measure(whole).maximum <= shown.width:
+        shown.print(whole)
     else:
-        console.print(_table(result, scores))
-        console.print(_table(result, costs))
+        shown.print(_table(result, scores))
+        shown.print(_table(result, costs))
     for name, reason in failed.items():
-        console.print(f"FAILED {name}: {reason}", highlight=False, soft_wrap=True)
-    console.print(
-        f"study folder: {folder} (study.md, study.json, study.csv, study.png)", highlight=False, soft_wrap=True
-    )
+        shown.say(f"FAILED {name}: {reason}")
+    shown.say(f"study folder: {folder} (study.md, study.json, study.csv, study.png)")
 
 
 def _table(result: Result, columns: dict[str, list[str]]) -> Table:
-    from fedsim.report.text import table
+    from fedsim.report.terminal import table
     from fedsim.study.page import label
     from fedsim.study.paired import correction
 
     study, many = result.study, len(result.study.seeds) > 1
     seeds = ", ".join(map(str, study.seeds))
     over = f"mean ± standard deviation of seeds {seeds}" if many else f"seed {seeds}"
-    shown = table("arm", *columns, title=f"{study.title}\n{over}; differences to {study.against}")
+    title = f"{study.title}\n{over}; differences to {study.against}"
+    shown = table("arm", *columns, left=("arm",), title=title)
     notes = [f"{study.metric}: mean of the last {study.last} evaluations of a run"] if study.last > 1 else []
     if "difference" in columns and (note := correction(result.rows)):
         notes.append(note)
@@ -233,12 +233,3 @@ def _draw(result: Result, folder: Path) -> None:
     from fedsim.study.picture import draw_study
 
     draw_study(result, folder / "study.png")
-
-
-def _console() -> Console:
-    import os
-
-    from fedsim.report.text import console
-
-    shown = console()
-    return shown if shown.is_terminal or "COLUMNS" in os.environ else console(PRINTED)

@@ -1,52 +1,23 @@
-"""What a person sees of a run in the terminal: a progress bar and tables."""
+"""What a person reads of a run in the terminal: tables, closing lines, and figures in the units that read best."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from devices.texts import visible_lines
 from fedsim.report.rounds import RoundReport
+from fedsim.report.terminal import table
 from fedsim.settings.catalogue import WorkloadRow
 from fedsim.workloads.describe import ClientRow
-from fedsim.workloads.metrics import ACCURACY, NOT_FINITE, judged
+from fedsim.workloads.metrics import ACCURACY, judged
 
 TABLE_ROWS = 10
 CLIENT_ACCURACY = "client_accuracy"  # mean over the clients that judged, of the model that each of them uses
 NO_ACCURACY = "not finite"
-CELL_LETTERS = 400  # of a line in a cell; commands and paths are the longest
-TEXTS = frozenset(
-    {
-        "overrides",
-        "arm",
-        "study",
-        "title",
-        "state",
-        "command",
-        "workload",
-        "kind",
-        "here",
-        "where, or how to get it",
-        "examples of each class",
-        "device",
-        "figure",
-        "predictor",
-        "references",
-        "network",
-        "link",
-        "precision",
-        "source",
-        "soc",
-        "pass",
-        "runtime",
-    }
-)
+BY_CLASS = "examples of each class"
 
 
 def simulated(seconds: float) -> str:
@@ -71,34 +42,6 @@ def size(count: float) -> str:
         if count >= step:
             return f"{count / step:.2f} {unit}"
     return f"{count:.0f} B"
-
-
-@contextmanager
-def progress_bar(console: Console, rounds: int) -> Iterator[Any]:
-    """A bar over rounds with accuracy and simulated time; yields (watch, observe) for `fedsim.runs.federation.run`."""
-    columns = [
-        TextColumn("round"),
-        MofNCompleteColumn(),
-        BarColumn(),
-        TextColumn("{task.fields[state]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    ]
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("run", total=rounds, state="building data and fleet")
-        shown = {"text": ""}
-
-        def watch(report: RoundReport) -> None:
-            if "accuracy" in report.metrics:
-                shown["text"] = f"accuracy {report.metrics['accuracy']:.3f}"
-            elif NOT_FINITE in report.metrics:
-                shown["text"] = NO_ACCURACY
-            progress.update(task, completed=report.round, state=f"{shown['text']}  simulated {simulated(report.now_s)}")
-
-        def observe(client_id: int) -> None:
-            progress.refresh()
-
-        yield watch, observe
 
 
 def closing_table(reports: Sequence[RoundReport]) -> Table:
@@ -166,7 +109,7 @@ def closing_lines(summary: dict[str, Any], folder: Path, reports: Sequence[Round
 def sweep_table(summaries: Sequence[tuple[list[str], dict[str, Any]]]) -> Table:
     """One row per run of a sweep, named by the overrides in which the runs differ."""
     common = set.intersection(*(set(overrides) for overrides, _ in summaries))
-    shown = table("run", "overrides", "accuracy", "time", "energy", "down", "up")
+    shown = table("run", "overrides", "accuracy", "time", "energy", "down", "up", left=("overrides",))
     for number, (overrides, s) in enumerate(summaries):
         score = final_accuracy(s)
         costs = [
@@ -181,7 +124,7 @@ def sweep_table(summaries: Sequence[tuple[list[str], dict[str, Any]]]) -> Table:
 
 def split_table(rows: Sequence[ClientRow], num_clients: int) -> Table:
     """The first clients of a split: sizes and labels."""
-    shown = table("client", "train", "held out", "classes", "examples of each class")
+    shown = table("client", "train", "held out", "classes", BY_CLASS, left=(BY_CLASS,))
     for row in rows:
         counts = " ".join(f"{label}:{count}" for label, count in enumerate(row.label_counts) if count)
         shown.add_row(str(row.client), str(row.train), str(row.test), str(row.classes), counts)
@@ -192,47 +135,8 @@ def split_table(rows: Sequence[ClientRow], num_clients: int) -> Table:
 
 def workload_table(rows: Sequence[WorkloadRow]) -> Table:
     """The workloads there are."""
-    shown = table("workload", "kind", "here", "where, or how to get it")
+    columns = ("workload", "kind", "here", "where, or how to get it")
+    shown = table(*columns, left=columns)
     for row in rows:
         shown.add_row(row.name, row.kind, "yes" if row.found else "no", row.where)
     return shown
-
-
-class PlainConsole(Console):
-    """A terminal on which a text is only a text: no markup, no emoji names, no control characters."""
-
-    def print(self, *objects: Any, **how: Any) -> None:
-        """As rich prints, with what cannot be seen written as escapes."""
-        super().print(*(visible_lines(o) if isinstance(o, str) else o for o in objects), **how)
-
-
-class PlainTable(Table):
-    """A table whose cells are only texts; a long one is shortened."""
-
-    def add_row(self, *cells: RenderableType | None, **how: Any) -> None:
-        """As rich adds a row."""
-        super().add_row(*(visible_lines(c, CELL_LETTERS) if isinstance(c, str) else c for c in cells), **how)
-
-
-def console(width: int | None = None) -> PlainConsole:
-    """Where every command prints to.
-
-    Args:
-        width: columns; the terminal's when None.
-    """
-    return PlainConsole(markup=False, emoji=False, width=width)
-
-
-def table(*columns: str, title: str | None = None) -> PlainTable:
-    """An empty table: text columns to the left, figures to the right."""
-    made = PlainTable(title=None if title is None else visible_lines(title, CELL_LETTERS), header_style="bold")
-    for name in columns:
-        text = name in TEXTS
-        made.add_column(
-            visible_lines(name, CELL_LETTERS),
-            justify="left" if text else "right",
-            overflow="fold",
-            no_wrap=not text,
-            min_width=8 if text else None,
-        )
-    return made

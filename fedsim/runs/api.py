@@ -120,7 +120,7 @@ def run(*overrides: str, progress: bool = True, **settings: Any) -> Run:
         ConfigError, DataError: before anything is written.
         ClientError: when a client fails; what was written so far stays.
     """
-    from fedsim.report.text import console
+    from fedsim.report.terminal import console
     from fedsim.runs.experiment import run_experiment
 
     shown = console()

@@ -32,7 +32,7 @@ def run_experiment(
     """
     from fedsim.report.page import write_page
     from fedsim.report.place import new_run_folder
-    from fedsim.report.text import progress_bar
+    from fedsim.report.progress import progress_bar
     from fedsim.runs.federation import run
 
     forget_worlds()

@@ -48,7 +48,7 @@ def list_devices(kind: Kind = None, as_json: AsJson = False) -> None:
 
     Example: fedsim devices list --kind phone
     """
-    from fedsim.report.text import console, table
+    from fedsim.report.terminal import console, table
 
     profiles = of_kind(None, kind)
     if as_json:
@@ -57,7 +57,7 @@ def list_devices(kind: Kind = None, as_json: AsJson = False) -> None:
     shown = console()
     names = ["device", "GMAC/s on\nthreads", "memory", "watts", "prices"]
     wide = shown.width >= WIDE
-    rows = table(*names, *(["soc"] if wide else []))
+    rows = table(*names, *(["soc"] if wide else []), left=("device", "soc"))
     for group in _by_kind(rows, profiles):
         for p in group:
             known = _inference(p)
@@ -70,10 +70,9 @@ def list_devices(kind: Kind = None, as_json: AsJson = False) -> None:
             ]
             rows.add_row(*cells, *([p.soc] if wide else []))
     shown.print(rows)
-    shown.print(
+    shown.note(
         "memory: for training, the runtime not in it. GMAC/s: 1e9 multiply-adds per second at the peak. "
-        "± is the error to expect on a network that was not measured; what a device takes: fedsim devices show NAME",
-        highlight=False,
+        "± is the error to expect on a network that was not measured; what a device takes: fedsim devices show NAME"
     )
 
 
@@ -88,19 +87,20 @@ def show(
     """
     from devices.enrol.picture import latency_picture
     from devices.profile import load_profile
-    from fedsim.report.text import console, table
+    from fedsim.report.terminal import console, table
 
     check_picture(picture)
     profile, shown = load_profile(name), console()
     known = ", ".join(x for x in (profile.soc, profile.core, profile.isa if profile.isa != "none" else "") if x)
-    shown.print(f"{profile.name}: {profile.kind}{f', {known}' if known else ''}", style="bold", highlight=False)
-    rows = table("figure", "value", "source")
+    shown.note(f"{profile.name}: {profile.kind}{f', {known}' if known else ''}", style="bold")
+    rows = table("figure", "value", "source", left=("figure", "source"))
     for section, figures in figures_of(profile, name).items():
         rows.add_section()
         for key, (value, source) in figures.items():
             rows.add_row(f"{section}.{key}", value, source)
     shown.print(rows)
-    prices, sources = table("pass", "runtime", "precision", "prices", "batches"), []
+    columns = ("pass", "runtime", "precision", "prices", "batches")
+    prices, sources = table(*columns, left=("pass", "runtime", "precision")), []
     for what, known_prices, source in _priced(profile, name):
         sources.append(f"{what}: {source}")
         ran = f"{known_prices.runtime or UNKNOWN} x{known_prices.threads}"
@@ -109,9 +109,9 @@ def show(
         prices.add_row(what, ran, known_prices.precision, _basis(known_prices), batches)
     shown.print(prices)
     for line in sources:
-        shown.print(line, highlight=False)
+        shown.note(line)
     latency_picture(profile, picture, batch)
-    shown.print(f"picture: {picture}", highlight=False)
+    shown.say(f"picture: {picture}")
 
 
 def predict(
@@ -132,7 +132,7 @@ def predict(
     """
     from devices.latency.predictions import predict as judge
     from fedsim.cli.devices.own_model import named_model, traced
-    from fedsim.report.text import console, table
+    from fedsim.report.terminal import console, table
 
     profiles = of_kind(device, kind)
     network = traced(named_model(model, shape_of(input_shape), num_classes, tokens))
@@ -143,7 +143,7 @@ def predict(
         return
     shown = console()
     title = f"{model}: {short(network.forward_flops / 2e6)} million multiply-adds an example, batch {batch}"
-    rows = table("device", "forward ms", "step ms", "calls", "runtime", title=title)
+    rows = table("device", "forward ms", "step ms", "calls", "runtime", left=("device", "runtime"), title=title)
     by_name = {p.device.name: p for p in found}
     for group in _by_kind(rows, profiles):
         for profile in group:
@@ -152,7 +152,7 @@ def predict(
             rows.add_row(profile.name, _ms(p.forward), _ms(p.step), f"{100 * calls:.0f} %", _runtime(p.forward))
     shown.print(rows)
     for line in notes(found):
-        shown.print(line, highlight=False)
+        shown.note(line)
 
 
 # --- what the commands say -------------------------------------------------------------------------------------------

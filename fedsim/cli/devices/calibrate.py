@@ -96,28 +96,29 @@ def calibrate(
 def _report(
     before: DeviceProfile, after: DeviceProfile, rows: Sequence[Row], fitted: Sequence[_Section], path: Path
 ) -> None:
-    from fedsim.report.text import console, table
+    from fedsim.report.terminal import console, table
 
-    shown = table("network", "input", "batch", "phase", "measured ms", "before", "after")
+    columns = ("network", "input", "batch", "phase", "measured ms", "before", "after")
+    compared = table(*columns, left=("network",))
     for row in rows:
         figures = []
         for profile in (before, after):
             prices = next(section for section in fitted if section.phase == row.phase).of(profile)
             figures.append("-" if prices is None else _with_error(prices.ms(row.layers, row.batch), row.ms))
-        shown.add_row(row.network, row.input, str(row.batch), row.phase, f"{row.ms:.4g}", *figures)
-    terminal = console()
-    terminal.print(shown)
+        compared.add_row(row.network, row.input, str(row.batch), row.phase, f"{row.ms:.4g}", *figures)
+    shown = console()
+    shown.print(compared)
     for section in fitted:
         found, prices = section.calibration, section.prices
         text = f"{section.phase} ({prices.runtime}, {prices.precision}): {found.networks} network(s), {prices.basis}"
         if found.networks >= LEAVE_OUT and found.left_out_error is not None:
             text += f"; leave-one-out error {found.left_out_error:.1%}"
-        terminal.print(text, highlight=False)
+        shown.note(text)
     for name, low, high in _contradictions(rows):
         text = f"rows contradict each other: {name} takes {low:g} ms and {high:g} ms; keep the one that is right"
-        terminal.print(text, highlight=False, soft_wrap=True)
+        shown.say(text)
     use = f"use it: 'fleet.devices={{{path.resolve()}: 1}}'"
-    terminal.print(f"profile: {path} ({use})", highlight=False, soft_wrap=True)
+    shown.say(f"profile: {path} ({use})")
 
 
 def _contradictions(rows: Sequence[Row]) -> list[tuple[str, float, float]]:

@@ -54,7 +54,7 @@ def fit(
     from devices.profile import load_profile, profile_names
     from fedsim.cli.devices.own_model import measured, named_model
     from fedsim.cli.options import whole
-    from fedsim.report.text import console
+    from fedsim.report.terminal import console
 
     profiles = of_kind(device, None)
     batches = [whole("--batch", text) for text in batch.split(",")] if batch else []
@@ -69,28 +69,25 @@ def fit(
         facts = {"model": model, "momentum": momentum, "parameters": parameters, "macs": macs}
         print(strict_json.dumps({**facts, "devices": [result.to_dict() for result in found]}))
         return
-    shown.print(
-        f"{model}: {short(parameters / 1e6)} million parameters, {short(macs / 1e6)} million multiply-adds an example",
-        style="bold",
-        highlight=False,
-    )
+    size = f"{short(parameters / 1e6)} million parameters, {short(macs / 1e6)} million multiply-adds an example"
+    shown.note(f"{model}: {size}", style="bold")
     if any(row.memory for result in found for row in result.rows):
         shown.print(_memory_table(found, momentum))
     for result in found:
         if result.rows:
             shown.print(_times(result))
         for line in _verdict(result, network):
-            shown.print(line, highlight=False)
+            shown.note(line)
     for line in notes([row.prediction for result in found for row in result.rows]):
-        shown.print(line, highlight=False)
+        shown.note(line)
     if any(result.integers is None for result in found):
-        shown.print(ROUGHLY, highlight=False)
+        shown.note(ROUGHLY)
 
 
 def _memory_table(found: list[Fit], momentum: bool) -> Table:
     """The memory of a step by its parts, which is the same on every device, for every batch that one is asked for."""
     from devices.fit import megabytes
-    from fedsim.report.text import table
+    from fedsim.report.terminal import table
 
     rows = {row.batch: row for result in found for row in result.rows if row.memory}
     title = f"memory of a step, {'SGD with momentum' if momentum else 'plain SGD'}, at its fullest moment"
@@ -106,7 +103,7 @@ def _memory_table(found: list[Fit], momentum: bool) -> Table:
 def _times(result: Fit) -> Table:
     """Milliseconds and joules of both passes by batch."""
     from devices.fit import megabytes
-    from fedsim.report.text import table
+    from fedsim.report.terminal import table
 
     device = result.device
     title = f"{device.name} ({device.kind}), {megabytes(device.memory_bytes)} to compute in"

@@ -18,9 +18,10 @@ def links() -> None:
     Example: fedsim devices links
     """
     from devices.links import link_names, load_link
-    from fedsim.report.text import console, table
+    from fedsim.report.terminal import console, table
 
-    rows = table("link", "Mbit/s\ndown", "Mbit/s\nup", "RTT\nms", "J/MB\ndown", "J/MB\nup", "tail\nJ")
+    columns = ("Mbit/s\ndown", "Mbit/s\nup", "RTT\nms", "J/MB\ndown", "J/MB\nup", "tail\nJ")
+    rows = table("link", *columns, left=("link",))
     for name in link_names():
         link = load_link(name)
         rates = (link.down_bytes_per_s, link.up_bytes_per_s)

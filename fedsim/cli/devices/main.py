@@ -50,13 +50,12 @@ def enroll(
     Example: fedsim devices enroll --name my-laptop
     """
     import yaml
-    from rich.progress import Progress
 
     from devices.enrol.measure import enroll as measure
     from devices.enrol.measure import profile_tree
     from devices.writing import write_atomic
     from fedsim.errors import ConfigError
-    from fedsim.report.text import table
+    from fedsim.report.terminal import console, table, work_bar
 
     check_name("--name", name)
     path = out or Path(f"{name}.yaml")
@@ -68,7 +67,8 @@ def enroll(
     check_figures("power", {"compute_w": watts}, {"compute_w": "--watts"})
     if not 0 < limit < math.inf:
         raise ConfigError(f"--limit must be a number above 0, got {limit}")
-    with Progress(transient=True) as progress:
+    shown = console()
+    with work_bar(shown) as progress:
         task = progress.add_task("measuring", total=None)
 
         def watch(what: str, done: int, of: int) -> None:
@@ -78,19 +78,19 @@ def enroll(
     power = {"compute_w": watts, "rx_w": watts / 3, "tx_w": watts / 3, "idle_w": watts / 4}
     tree = profile_tree(name, result, time.strftime("%Y-%m-%d"), network, power)
     write_atomic(path, yaml.safe_dump(tree, sort_keys=False, width=120))
-    rows = table("network", "batch", "precision", "predicted ms", "measured ms", "error")
+    columns = ("network", "batch", "precision", "predicted ms", "measured ms", "error")
+    rows = table(*columns, left=("network", "precision"))
     for network_name, batch, precision, predicted, measured in result.held_out:
         off = f"{abs(predicted - measured) / measured:.1%}"
         rows.add_row(network_name, str(batch), precision, f"{predicted:.3f}", f"{measured:.3f}", off)
-    saved = table("pruned network", "batch", "predicted saving", "measured saving")
+    saved = table("pruned network", "batch", "predicted saving", "measured saving", left=("pruned network",))
     for network_name, batch, predicted, measured in result.savings:
         saved.add_row(network_name, str(batch), f"{predicted:.1%}", f"{measured:.1%}")
-    console = _console()
-    console.print(rows)
-    console.print(saved)
+    shown.print(rows)
+    shown.print(saved)
     signs, close = result.savings_met()
     of = len(result.savings)
-    console.print(f"savings: sign right in {signs} of {of}, within a fifth of the measured in {close}", highlight=False)
+    shown.note(f"savings: sign right in {signs} of {of}, within a fifth of the measured in {close}")
     error = result.error()
     int8 = ", no int8 backend"
     if "int8" in result.prices:
@@ -98,13 +98,13 @@ def enroll(
     step = f", training step {result.error('step'):.1%} (Spearman {result.rank('step'):.3f})"
     known = f"leave-one-out on the references {result.sigma:.1%}"
     ranks = f"(Spearman {result.rank():.3f})"
-    console.print(f"held-out error: fp32 {error:.1%} {ranks}{step}{int8}; {known}", highlight=False, soft_wrap=True)
+    shown.say(f"held-out error: fp32 {error:.1%} {ranks}{step}{int8}; {known}")
     for family in dict.fromkeys(family for family, *_ in result.unseen):
         gone = {what: off for own, what, off in result.unseen if own == family}
         text = f"fp32 {gone['fp32']:.1%}, training step {gone['step']:.1%}; fitted without any of its networks"
-        console.print(f"unseen family {family}: {text}", highlight=False, soft_wrap=True)
+        shown.say(f"unseen family {family}: {text}")
     use = f"use it: 'fleet.devices={{{path.resolve()}: 1}}'"
-    console.print(f"profile: {path} ({use})", highlight=False, soft_wrap=True)
+    shown.say(f"profile: {path} ({use})")
     if error > limit:
         text = f"held-out error {error:.1%} is above {limit:.0%}; measure again on an idle host"
         print(f"fedsim: {text}", file=sys.stderr)
@@ -152,10 +152,10 @@ def evaluate(
         return
     from devices.latency.evaluate import evaluate as judge
     from devices.latency.spaces import load_space
-    from fedsim.report.text import table
+    from fedsim.report.terminal import console, table
 
     loaded = load_space(space, data, devices)
-    with _console().status("judging"):
+    with console().status("judging"):
         source = loaded.split.source if prior else None
         result = judge(loaded, predictor, measurements, references, seeds, source=source, weights=weights)
     if as_json:
@@ -163,14 +163,14 @@ def evaluate(
         return
     where = f"{space} {devices}" if devices else space
     title = f"{predictor} on {where}, {measurements} measurements, {references}{', prior' if prior else ''}"
-    rows = table("device", "Spearman", "published HELP", "Kendall", "MAPE %", title=title)
+    rows = table("device", "Spearman", "published HELP", "Kendall", "MAPE %", left=("device",), title=title)
     published = dict(loaded.split.published)
     if published:
         published["mean"] = sum(published.values()) / len(published)
     for name, scores in [*result["devices"].items(), ("mean", result["mean"])]:
         bar = f"{published[name]:.3f}" if name in published else UNPRICED
         rows.add_row(name, f"{scores['spearman']:.3f}", bar, f"{scores['kendall']:.3f}", f"{100 * scores['mape']:.1f}")
-    _console().print(rows)
+    console().print(rows)
 
 
 @app.command()
@@ -193,18 +193,19 @@ def compare(
     from devices.latency.evaluate import compare as judge
     from devices.latency.evaluate import comparison_picture
     from devices.latency.spaces import load_space
-    from fedsim.report.text import table
+    from fedsim.report.terminal import console, table
 
     check_picture(picture)
     budgets = [whole("--measurements", text) for text in measurements.split(",")]
     loaded = load_space(space, data, devices)
-    with _console().status("comparing"):
+    with console().status("comparing"):
         names, ways = predictors.split(","), references.split(",")
         found = judge(
             loaded, names, budgets, ways, seeds, source=loaded.split.source if prior else None, weights=weights
         )
     columns = {f"{r['predictor']}\n{r['measurements']} {r['references']}": None for r in found}
-    rows = table("device", *columns, "HELP,\npublished", title=f"Spearman on {space}{f' {devices}' if devices else ''}")
+    title = f"Spearman on {space}{f' {devices}' if devices else ''}"
+    rows = table("device", *columns, "HELP,\npublished", left=("device",), title=title)
     by_device: dict[str, list[dict[str, Any]]] = {}
     for row in found:
         by_device.setdefault(row["device"], []).append(row)
@@ -212,8 +213,9 @@ def compare(
         published = scores[0]["published"]
         rows.add_row(name, *(f"{r['spearman']:.3f}" for r in scores), f"{published:.3f}" if published else UNPRICED)
     comparison_picture(found, picture)
-    _console().print(rows)
-    _console().print(f"picture: {picture}")
+    shown = console()
+    shown.print(rows)
+    shown.say(f"picture: {picture}")
 
 
 @app.command("train-help")
@@ -234,11 +236,11 @@ def train_help(
     For a harder set: fedsim devices train-help --space fbnet --devices F1 --data help_fbnet.npz --out f1.safetensors
     """
     import torch
-    from rich.progress import Progress
 
     from devices.latency.help.training import HelpSettings, Look, meta_train
     from devices.latency.help.weights import save_weights
     from devices.latency.spaces import load_space
+    from fedsim.report.terminal import console, work_bar
 
     check_place("--out", out)
     torch.set_num_threads(1)
@@ -249,7 +251,8 @@ def train_help(
         seed=seed,
     )
     best = float("-inf")
-    with Progress(transient=True) as progress:
+    shown = console()
+    with work_bar(shown) as progress:
         task = progress.add_task("meta-training", total=settings.episodes)
 
         def watch(look: Look) -> None:
@@ -259,10 +262,4 @@ def train_help(
 
         trained = meta_train(loaded, settings, out.with_name(f"{out.name}.checkpoint"), watch)
     save_weights(trained, out)
-    _console().print(f"weights: {out}; best validation Spearman {best:.3f}", highlight=False)
-
-
-def _console() -> Any:
-    from fedsim.report.text import console
-
-    return console()
+    shown.say(f"weights: {out}; best validation Spearman {best:.3f}")

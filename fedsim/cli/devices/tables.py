@@ -33,15 +33,15 @@ def build(
     with _watched("learning priors") as watch:
         builder = Builder(data, watch)
         written = write_all(builder, out)
-    from fedsim.report.text import console
+    from fedsim.report.terminal import console
 
-    console().print(f"{len(written) - 1} profiles and {written[0].name} are in {out}", highlight=False)
+    console().say(f"{len(written) - 1} profiles and {written[0].name} are in {out}")
 
 
 def evaluate_tables(folder: Path, as_json: bool) -> None:
     """Prints how far the structured model is off on networks and devices that it has not seen."""
     from devices.latency.evaluate_tables import evaluate_tables as judge
-    from fedsim.report.text import console, table
+    from fedsim.report.terminal import console, table
 
     with _watched("judging") as watch:
         found = judge(folder, watch)
@@ -54,23 +54,23 @@ def evaluate_tables(folder: Path, as_json: bool) -> None:
         spread = "" if f.low is None or f.high is None else f"{100 * f.low:.1f}-{100 * f.high:.1f}"
         count = str(f.rows) if f.settings == 1 else f"{f.settings} settings"
         rows.add_row(f.what, count, f"{100 * f.mean:.1f}", f"{100 * f.median:.1f}", spread)
-    terminal = console()
-    terminal.print(rows)
+    shown = console()
+    shown.print(rows)
     note = "Over several settings: the median of their means and medians. Every prior is that of the other devices."
-    terminal.print(note, highlight=False)
+    shown.note(note)
 
 
 def evaluate_profiles(space: Any, as_json: bool) -> None:
     """Prints Spearman and error of the prices that runs are priced with, inside a search space."""
     from devices.latency.evaluate_tables import evaluate_profiles as judge
-    from fedsim.report.text import console, table
+    from fedsim.report.terminal import console, table
 
     found = judge(space)
     if as_json:
         print(strict_json.dumps([{"device": d, "spearman": s, "mape": e} for d, s, e in found]))
         return
     title = f"shipped profiles on {space.name}, networks that none of them has"
-    rows = table("device", "Spearman", "error after one scale, %", title=title)
+    rows = table("device", "Spearman", "error after one scale, %", left=("device",), title=title)
     for device, spearman, error in found:
         rows.add_row(device, f"{spearman:.3f}", f"{100 * error:.1f}")
     console().print(rows)
@@ -81,7 +81,9 @@ def _watched(what: str) -> Iterator[Any]:
     """A spinner that says what is being done; nothing when piped."""
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+    from fedsim.report.terminal import console
+
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
-    with Progress(*columns, transient=True) as progress:
+    with Progress(*columns, console=console(), transient=True) as progress:
         task = progress.add_task(what, total=None)
         yield lambda text: progress.update(task, description=text)

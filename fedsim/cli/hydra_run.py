@@ -1,0 +1,142 @@
+"""Runs by way of Hydra, which composes the config and, with -m, expands the sweep."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NoReturn
+
+from devices.writing import naming
+from fedsim.cli.experiment import run_one
+from fedsim.cli.sentences import shortened
+
+
+def run_with_hydra(arguments: list[str]) -> None:
+    """Hands over to Hydra, which composes the config and, with -m, expands the sweep."""
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+    from omegaconf import DictConfig, OmegaConf
+
+    from devices.writing import remove_empty
+    from fedsim.settings.compose import check_overrides, one_sentence, resolve, search_path
+    from fedsim.settings.foreign import check_foreign
+
+    flags, given = _split(arguments)
+    overrides = check_overrides(given)
+    flags = check_foreign(flags, overrides)
+    sweeping = bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & {*flags, *overrides})
+    if sweeping:
+        _check_sweep(flags, overrides)
+    # Exceptions must reach main(): Hydra would print them and exit with 1.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    summaries: list[tuple[list[str], dict[str, Any]]] = []
+    failures: list[Exception] = []
+
+    @hydra.main(version_base="1.3", config_path="pkg://configs", config_name="run")
+    def job(config: DictConfig) -> None:
+        if failures:
+            return
+        hydra_config = HydraConfig.get()
+        mine = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
+        assert isinstance(mine, list)
+        try:
+            with one_sentence(overrides):
+                settings = resolve(config, hydra_config.runtime.choices)
+            if hydra_config.mode == RunMode.MULTIRUN:
+                settings["out"] = str(Path(hydra_config.sweep.dir) / str(hydra_config.job.num))
+            summaries.append((mine, run_one(settings)))
+        except Exception as error:  # Hydra would print a line of its own before it passes the error on
+            if sweeping:
+                error.add_note(f"in run {hydra_config.job.num} of the sweep: {' '.join(mine)}")
+            failures.append(error)
+
+    made: list[Path] = []
+    try:
+        of_hydra = [*_hydra_settings(overrides, sweeping, made), *search_path()]
+        sys.argv = ["fedsim run", *overrides, *of_hydra, *flags]
+        with one_sentence(overrides), naming(Path("multirun.yaml")) if sweeping else nullcontext():
+            job()
+    finally:
+        remove_empty(made)
+    if len(summaries) > 1:
+        from fedsim.report.terminal import console
+        from fedsim.report.text import sweep_table
+
+        console().print(sweep_table(summaries))
+    if failures:
+        raise failures[0]
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Hydra's own flags, and the overrides, which may stand between them.
+
+    Raises:
+        ConfigError: for a flag that Hydra does not have, or flags that exclude each other.
+    """
+    from hydra._internal.utils import get_args_parser
+
+    from fedsim.errors import ConfigError
+
+    def refuse(message: str) -> NoReturn:
+        raise ConfigError(f"{shortened(message, arguments)} (see fedsim run --help)")
+
+    parser = get_args_parser()
+    parser.error = refuse  # type: ignore[method-assign]
+    known = parser.parse_intermixed_args(arguments)
+    if known.experimental_rerun:
+        refuse("--experimental-rerun would unpickle a file; repeat a run with --config-path RUN --config-name config")
+    commands = [name for name in ("cfg", "multirun", "info", "run", "shell_completion") if getattr(known, name)]
+    if len(commands) > 1:
+        refuse(f"only one of --{' and --'.join(commands)} can be given")
+    if known.resolve and not known.cfg:
+        refuse("--resolve goes with --cfg only")
+    overrides = list(known.overrides)
+    flags: list[str] = []
+    left = list(overrides)
+    for argument in arguments:
+        if left and argument == left[0]:
+            left.pop(0)
+        else:
+            flags.append(argument)
+    return flags, overrides
+
+
+def _check_sweep(flags: list[str], overrides: list[str]) -> None:
+    """Refuses a sweep with a wrong setting in any of its runs before the first one starts."""
+    from fedsim.settings.check import try_out
+    from fedsim.settings.compose import compose, sweep_overrides
+    from fedsim.settings.foreign import is_foreign
+
+    if is_foreign(flags):
+        return  # another config tree: its runs are checked one by one
+    for number, run_overrides in enumerate(sweep_overrides(overrides)):
+        try:
+            try_out(compose(run_overrides))
+        except ValueError as error:
+            error.add_note(f"in run {number} of the sweep: {' '.join(run_overrides)}")
+            raise
+
+
+def _hydra_settings(overrides: list[str], sweeping: bool, made: list[Path]) -> list[str]:
+    """Hydra writes no folder and no log of its own; a sweep's runs go below `out` or a dated folder, which is made."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    from fedsim.report.place import make_sweep_folder, new_folder
+
+    fixed = [
+        "hydra.output_subdir=null",
+        "hydra.run.dir=.",
+        "hydra/job_logging=disabled",
+        "hydra/hydra_logging=disabled",
+    ]
+    if not sweeping:
+        return fixed
+    out = [a.split("=", 1)[1] for a in overrides if a.startswith("out=")]
+    folder = out[-1] if out else new_folder(Path("runs"), "sweep", made)
+    value = OverridesParser.create().parse_override(f"out={folder}").value() if out else None
+    if isinstance(value, str) and "${" not in value:
+        make_sweep_folder(Path(value), made)
+    return [*fixed, f"hydra.sweep.dir={folder}", "hydra.sweep.subdir=."]  # run_one makes the folder of each run
