@@ -122,7 +122,7 @@ class Worker:
             self._check_last_batches()
         if getattr(self.trainer, "batch_size", None) != 1:
             return
-        if needs_two_examples(self.model, one["x"]):
+        if needs_two_examples(self.model, self.workload.inputs(one)[0]):
             raise ConfigError(
                 f"trainer.batch_size=1 gives the batch norms of model {type(self.model).__name__} nothing to average "
                 "over; take at least 2, or a model with another norm"
@@ -240,7 +240,7 @@ class Worker:
             return self._fit(client, task, _record(part, ARRAYS))
         if kind == "evaluate":
             metrics = self._judge(client, task)
-            count = len(client.data.test)
+            count = self.workload.num_examples(client.data.test)
             return RecordDict(
                 {"metrics": MetricRecord({NUM_EXAMPLES: count, **{k: float(v) for k, v in metrics.items()}})}
             )
@@ -259,7 +259,9 @@ class Worker:
                 prices |= self._predicted(network, client.profile, name)
             return {**prices, **metrics}
         recipe = self.compression.recipe(client.profile)
-        deployed = self.compression.finish(self._pruned_by(recipe), recipe, calibration(client.data.train))
+        deployed = self.compression.finish(
+            self._pruned_by(recipe), recipe, calibration(self.workload, client.data.train)
+        )
         if recipe not in self.networks:
             self.networks[recipe] = self._price(deployed.shape, "compressed")
         network = self.networks[recipe]
@@ -278,7 +280,9 @@ class Worker:
             self._pruned = (record, {})
         made = self._pruned[1]
         if recipe not in made:
-            made[recipe] = self.compression.prune(self.model, self.workload.sample(2)["x"].to(self.device), recipe)
+            made[recipe] = self.compression.prune(
+                self.model, self.workload.inputs(self.workload.sample(2))[0].to(self.device), recipe
+            )
         return made[recipe]
 
     def _predicted(self, network: NetworkCost, own: DeviceProfile, name: str = "") -> dict[str, float]:

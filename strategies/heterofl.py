@@ -21,6 +21,7 @@ from fedsim.grid.edge import EdgeGrid
 from fedsim.messages.records import ClientUpdate, content_of, record_of, tensors_of
 from fedsim.models.roles import head
 from fedsim.workloads.base import Tensors
+from fedsim.workloads.classification import classification
 from strategies.edge import mean_by_coordinate
 from strategies.widths import WidthStrategy
 
@@ -41,7 +42,7 @@ class HeteroFL(WidthStrategy):
         tensors, places = super().counted(update)
         if CLASSES not in update.extras:
             return tensors, places
-        classes = self.world.workload.num_classes
+        classes = classification(self.world.workload).num_classes
         rows = torch.nonzero(unpack_bits(update.extra(CLASSES)[BITS], (classes,))).flatten()
         for name in head(self.slices.model):
             if tensors[name].shape[0] == classes:

@@ -15,8 +15,10 @@ from devices.trace import KINDS, trace
 from fedsim.errors import ConfigError
 from fedsim.messages.records import tensors_of
 from fedsim.models.lenet import LeNet5
+from fedsim.models.mlp import MLP
 from fedsim.runs.deployment import calibration
 from fedsim.workloads.base import Examples
+from fedsim.workloads.blobs import Blobs
 
 LENET = ("model=lenet5", "workload.input_shape=[1,12,12]", "latency=structured")
 
@@ -70,10 +72,12 @@ def test_integers_take_a_quarter_of_the_bytes():
 
 def test_calibration_sees_the_first_examples_only():
     data = Examples({"x": torch.arange(300.0).view(300, 1), "y": torch.zeros(300, dtype=torch.int64)})
-    batches = list(calibration(data))
+    workload = Blobs(MLP, 1, seed=0)
+    batches = list(calibration(workload, data))
     assert [len(b) for b in batches] == [16] * 8
     assert torch.equal(torch.cat(batches).flatten(), torch.arange(128.0))
-    assert [len(b) for b in calibration(Examples({"x": torch.ones(20, 1), "y": torch.ones(20)}))] == [16, 4]
+    few = Examples({"x": torch.ones(20, 1), "y": torch.ones(20)})
+    assert [len(b) for b in calibration(workload, few)] == [16, 4]
 
 
 def test_every_tier_of_the_fleet_is_judged_weighed_and_priced(run):
@@ -131,7 +135,7 @@ def test_clients_share_what_does_not_depend_on_their_data(federation, monkeypatc
     example = made.world.workload.sample(2)["x"]
     for row in rows[6:]:
         data = made.world.workload.client_data(row.client)
-        alone = plan.apply(made.model, example, Recipe(0.5, 0.0, 8), calibration(data.train))
+        alone = plan.apply(made.model, example, Recipe(0.5, 0.0, 8), calibration(made.world.workload, data.train))
         assert made.world.workload.evaluate(alone.model, data.test)["loss"] == pytest.approx(row.metrics["loss"])
 
 

@@ -29,6 +29,7 @@ from fedsim.models.mlp import MLP
 from fedsim.models.resnet import ResNet
 from fedsim.workloads.base import Examples, Tensors, Workload
 from fedsim.workloads.blobs import Blobs
+from fedsim.workloads.classification import ClassificationWorkload
 
 LAST = ("last_layer", "features")
 
@@ -53,7 +54,7 @@ class Depthwise(nn.Module):
         return self.head(self.second(self.first(x).relu()).relu().mean((2, 3)))
 
 
-class Letters(Workload):
+class Letters(ClassificationWorkload):
     """Sequences of tokens, for networks that take these."""
 
     def __init__(self) -> None:

@@ -21,7 +21,7 @@ from fedsim.grid.edge import Enrolled
 from fedsim.messages.records import Broadcast, all_finite, array_record, from_array, record_of, to_array
 from fedsim.report import strict_json
 from fedsim.report.rounds import RoundReport, read_rounds
-from fedsim.report.text import closing_table, final_accuracy
+from fedsim.report.text import closing_table, final_score
 from fedsim.runs.checkpoint import decode, encode
 from fedsim.study.paired import score
 from fedsim.workloads import metrics as figures
@@ -145,7 +145,7 @@ def test_a_run_that_shall_go_on_is_marked_and_no_round_of_it_counts(run, tmp_pat
     assert summary["to_target"] is None
     assert "NaN or infinite after 3 rounds, the first 2" in summary["warnings"][0]
     assert math.isnan(score(reports, 1))
-    assert final_accuracy(summary) == "not finite"
+    assert final_score(summary) == "not finite"
     assert list(closing_table(reports).columns[1].cells)[2:] == ["not finite"] * 3
     # Their models are the global one: none of the three has an accuracy, and none is averaged.
     assert [r.metrics.get("client_failed") for r in reports] == [None, None, 3.0, 3.0, 3.0]

@@ -85,7 +85,7 @@ def padded(batches: Sequence[Tensors | None]) -> tuple[Tensors, Tensor]:
         {"x": [K, B, ...], "y": ...}, and which clients take part, [K] bool.
     """
     model = next(batch for batch in batches if batch is not None)
-    size = max(len(batch["y"]) for batch in batches if batch is not None)
+    size = max(len(batch["x"]) for batch in batches if batch is not None)
     rows: dict[str, list[Tensor]] = {name: [] for name in model}
     for batch in batches:
         for name, like in model.items():
@@ -94,7 +94,7 @@ def padded(batches: Sequence[Tensors | None]) -> tuple[Tensors, Tensor]:
             if batch is not None:
                 filled[: len(batch[name])] = batch[name]
             rows[name].append(filled)
-    active = torch.tensor([batch is not None for batch in batches], device=model["y"].device)
+    active = torch.tensor([batch is not None for batch in batches], device=model["x"].device)
     return {name: torch.stack(parts) for name, parts in rows.items()}, active
 
 
@@ -125,7 +125,7 @@ def fit(trainer: Any, clients: Sequence[ClientContext], tasks: Sequence[Broadcas
             velocity = _update(trainer, stack.parameters, moved, active, lr, velocity)
         for client, own, seen, value in zip(clients, batches, losses, loss.detach(), strict=True):
             if own is not None:
-                trainer.log_step(client, len(own["y"]))
+                trainer.log_step(client, client.workload.batch_size_of(own))
                 seen.append(value)
     return [
         ClientUpdate(c.client_id, len(c.data.train), stack.weights(k), {"train_loss": float(torch.stack(seen).mean())})

@@ -84,7 +84,7 @@ class SGDTrainer(LocalTrainer):
             gradients = torch.autograd.grad(loss, client.parameters, allow_unused=True)
             velocity = self.step(client.parameters, gradients, lr, velocity)
             del gradients  # as large as the model: the next step shall not find them in memory
-            self.log_step(client, len(batch["y"]))
+            self.log_step(client, client.workload.batch_size_of(batch))
             losses.append(loss.detach())
         return float(torch.stack(losses).mean())
 

@@ -34,11 +34,12 @@ def averages(
     from fedsim.report.text import size
     from fedsim.settings.build import build_world
     from fedsim.settings.compose import compose
+    from fedsim.workloads.classification import classification
 
     check_picture(picture)
     groups = [None if text.strip() == "all" else whole("--sizes", text) for text in sizes.split(",")]
     settings = {**compose(ctx.args), "cohort": 1, "evaluate_clients": 0}
-    workload = build_world(json.dumps(settings)).workload
+    workload = classification(build_world(json.dumps(settings)).workload)
     found = exposures(workload, groups, looked_at, settings["seed"])
     averages_picture(workload, picture, groups, clients, settings["seed"])
     title = f"{workload.name}, {min(looked_at, workload.num_clients)} clients"

@@ -88,6 +88,7 @@ def _writable(folder: Path) -> tuple[bool, str]:
 def _short_run() -> tuple[bool, str]:
     from fedsim.runs.federation import run
     from fedsim.settings.compose import compose
+    from fedsim.workloads.metrics import Metric
 
     started = time.monotonic()
     try:
@@ -96,5 +97,6 @@ def _short_run() -> tuple[bool, str]:
             summary = run(settings, build_engine(settings), Path(folder) / "run")
     except Exception as error:  # whatever it is, it is the finding
         return False, f"{type(error).__name__}: {error}"
-    accuracy = summary["final"]["accuracy"]
-    return True, f"3 rounds in {time.monotonic() - started:.1f} s, test accuracy {accuracy:.3f}"
+    primary = Metric.named_in(summary)
+    score = primary.fraction(summary["final"][primary.name], 3)
+    return True, f"3 rounds in {time.monotonic() - started:.1f} s, test {primary.title} {score}"

@@ -20,12 +20,13 @@ def run_one(settings: dict[str, Any], unfinished: Path | None = None) -> dict[st
     from fedsim.report.rounds import read_rounds
     from fedsim.report.terminal import console
     from fedsim.report.text import closing_lines, closing_table
+    from fedsim.workloads.metrics import Metric
 
     shown = console()
     folder, summary = run_experiment(settings, shown, unfinished, _begin)
     in_progress.clear()
     reports = read_rounds(folder)
-    shown.print(closing_table(reports))
+    shown.print(closing_table(reports, Metric.named_in(summary)))
     for line in closing_lines(summary, folder, reports):
         shown.say(line)
     return summary

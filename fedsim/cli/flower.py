@@ -42,6 +42,7 @@ def flwr(
     from fedsim.report.terminal import console
     from fedsim.report.text import closing_lines, closing_table
     from fedsim.runs.flower_launch import run
+    from fedsim.workloads.metrics import Metric
 
     place = Place(
         workers=workers or _default_workers(settings),
@@ -53,10 +54,10 @@ def flwr(
     shown = console()
     with new_run_folder(settings) as folder:
         _try_out(settings)
-        with progress_bar(shown, settings["rounds"]) as (watch, _):
+        with progress_bar(shown, settings["rounds"], folder) as (watch, _):
             summary = run(settings, folder, place, app, watch)
     reports = read_rounds(folder)
-    shown.print(closing_table(reports))
+    shown.print(closing_table(reports, Metric.named_in(summary)))
     for line in closing_lines(summary, folder, reports):
         shown.say(line)
 

@@ -12,7 +12,7 @@ from fedsim.cli.options import MOST
 
 def paired(
     folders: Annotated[list[Path], typer.Argument(help="Folder of a sweep, or folders of runs.")],
-    last: Annotated[int, typer.Option(help="Evaluations whose mean accuracy is a run's score.", min=1, max=MOST)] = 4,
+    last: Annotated[int, typer.Option(help="Evaluations whose mean is a run's score.", min=1, max=MOST)] = 4,
     against: Annotated[str | None, typer.Option(help="Row to compare with; the first if left out.")] = None,
 ) -> None:
     """Compare the runs of a sweep: paired differences over the seeds with 95 % intervals, and what each row cost.
@@ -24,17 +24,17 @@ def paired(
     from fedsim.study.paired import compare, correction, run_folders
 
     rows = compare(run_folders(folders), last, against)
-    columns = ("accuracy % by seed", "mean", "difference", "95 % interval", "time", "energy", "traffic")
+    metric = rows[0].metric
+    columns = (f"{metric.heading} by seed", "mean", "difference", "95 % interval", "time", "energy", "traffic")
     title = f"mean of the last {last} evaluations; differences to {rows[0].label}"
     compared_rows = table("overrides", *columns, left=("overrides",), title=title)
     for number, row in enumerate(rows):
-        low, high = (100 * end for end in row.interval)
         star = " *" if row.stands else ""
         matched = number and rows[0].scores.keys() & row.scores.keys()
-        compared = [f"{100 * row.difference:+.2f}{star}", f"{low:+.2f} to {high:+.2f}"] if matched else ["", ""]
+        compared = [f"{metric.change(row.difference)}{star}", row.interval_text] if matched else ["", ""]
         costs = [simulated(row.simulated_s), energy(row.joules), size(row.traffic_bytes)]
-        scores = " ".join(f"{100 * s:.1f}" for s in row.scores.values())
-        compared_rows.add_row(row.label, scores, f"{100 * row.mean:.2f}", *compared, *costs)
+        scores = " ".join(metric.number(s, 1) for s in row.scores.values())
+        compared_rows.add_row(row.label, scores, metric.number(row.mean), *compared, *costs)
     compared_rows.caption = correction(rows) or None
     shown = console()
     shown.print(compared_rows)

@@ -181,7 +181,7 @@ def _table(result: Result, columns: dict[str, list[str]]) -> Table:
     over = f"mean ± standard deviation of seeds {seeds}" if many else f"seed {seeds}"
     title = f"{study.title}\n{over}; differences to {study.against}"
     shown = table("arm", *columns, left=("arm",), title=title)
-    notes = [f"{study.metric}: mean of the last {study.last} evaluations of a run"] if study.last > 1 else []
+    notes = [f"{result.metric.name}: mean of the last {study.last} evaluations of a run"] if study.last > 1 else []
     if "difference" in columns and (note := correction(result.rows)):
         notes.append(note)
     shown.caption = "\n".join(notes) or None
@@ -194,14 +194,14 @@ def _scores(result: Result) -> dict[str, list[str]]:
     """Cells by column: the metric, and what it differs by."""
     from fedsim.study.page import score
 
-    metric = f"{result.study.metric.replace('_', ' ')} %"
-    cells: dict[str, list[str]] = {metric: [], "difference": [], "95 % interval": []}
+    metric = result.metric
+    heading = metric.heading
+    cells: dict[str, list[str]] = {heading: [], "difference": [], "95 % interval": []}
     for row in result.rows:
-        low, high = (100 * end for end in row.interval)
         compared = row.label != result.study.against and not math.isnan(row.difference)
-        cells[metric].append(score(row))
-        cells["difference"].append(f"{100 * row.difference:+.2f}{' *' if row.stands else ''}" if compared else "")
-        cells["95 % interval"].append(f"{low:+.2f} to {high:+.2f}" if compared and math.isfinite(low) else "")
+        cells[heading].append(score(row))
+        cells["difference"].append(f"{metric.change(row.difference)}{' *' if row.stands else ''}" if compared else "")
+        cells["95 % interval"].append(row.interval_text if compared and math.isfinite(row.half_width) else "")
     return {name: column for name, column in cells.items() if any(column)}
 
 

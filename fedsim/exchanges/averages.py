@@ -17,7 +17,8 @@ from devices.figures import new_figure, save_figure
 from devices.texts import NAME_LETTERS, visible
 from fedsim.errors import ConfigError
 from fedsim.seeding import torch_generator
-from fedsim.workloads.base import Examples, Tensors, Workload
+from fedsim.workloads.base import Examples, Tensors
+from fedsim.workloads.classification import ClassificationWorkload
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -98,7 +99,9 @@ class Exposure(NamedTuple):
     labels: float
 
 
-def exposures(workload: Workload, group_sizes: list[int | None], clients: int, seed: int) -> list[Exposure]:
+def exposures(
+    workload: ClassificationWorkload, group_sizes: list[int | None], clients: int, seed: int
+) -> list[Exposure]:
     """Figures for each group size over the first `clients` clients.
 
     Raises:
@@ -108,13 +111,13 @@ def exposures(workload: Workload, group_sizes: list[int | None], clients: int, s
 
 
 def averages_picture(
-    workload: Workload, path: str | Path, group_sizes: list[int | None], clients: int, seed: int
+    workload: ClassificationWorkload, path: str | Path, group_sizes: list[int | None], clients: int, seed: int
 ) -> None:
     """Draws the first mean of each client (rows) for each group size (columns), with its classes, as a PNG."""
     shown = range(min(clients, workload.num_clients))
     figure = new_figure(1.9 * len(group_sizes) + 0.4, 2.1 * len(shown) + 0.5, dpi=110)
     axes = figure.subplots(len(shown), len(group_sizes), squeeze=False)
-    names = getattr(workload, "classes", None) or [str(label) for label in range(workload.num_classes)]
+    names = workload.class_names()
     for row, client in enumerate(shown):
         for column, size in enumerate(group_sizes):
             pairs = _of_client(workload, client, size, seed)
@@ -126,14 +129,14 @@ def averages_picture(
     save_figure(figure, path)
 
 
-def _of_client(workload: Workload, client: int, size: int | None, seed: int) -> Tensors:
+def _of_client(workload: ClassificationWorkload, client: int, size: int | None, seed: int) -> Tensors:
     data = workload.client_data(client).train
     if data.labels.dim() > 1 or not data.gather(torch.arange(1))["x"].is_floating_point():
         raise ConfigError(f"workload {workload.name} feeds tokens, whose means are no picture; take one of images")
     return averages(data, size, workload.num_classes, torch_generator(seed, "averages", 0, client))
 
 
-def _exposure(workload: Workload, size: int | None, clients: range, seed: int) -> Exposure:
+def _exposure(workload: ClassificationWorkload, size: int | None, clients: range, seed: int) -> Exposure:
     pairs, nearest, labels, pair_bytes = 0, 0.0, 0.0, 0
     for client in clients:
         means = _of_client(workload, client, size, seed)

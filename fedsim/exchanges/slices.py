@@ -36,7 +36,7 @@ def price(workload: Workload, model: nn.Module, name: str, device: torch.device 
     cost = replace(cost, inference_bytes=inference_bytes(model, workload.loss, four))
     for examples in (1, 2):  # norms without running statistics refuse one; rows are of one example either way
         with suppress(DeviceError):
-            rows = trace(model, workload.sample_on(device, examples)["x"]).rows
+            rows = trace(model, workload.inputs(workload.sample_on(device, examples))).rows
             return replace(cost, layers=rows, encoding=getattr(model, "encoding", None))
     return cost  # latency=flops does without; the others say that they need it
 
@@ -65,7 +65,7 @@ class Slices:
         self.workload, self.device, self.prepare = workload, device, prepare
         self.model = workload.build_model()
         try:
-            self.groups = ChannelGroups.find(self.model, workload.sample(2)["x"])
+            self.groups = ChannelGroups.find(self.model, workload.inputs(workload.sample(2))[0])
         except DeviceError as error:
             raise ConfigError(f"{error}; take another model or another method") from error
         self._networks: OrderedDict[tuple[int, ...], nn.Module] = OrderedDict()

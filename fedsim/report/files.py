@@ -19,6 +19,7 @@ from fedsim.settings.forms import (
     FIGURE,
     MAP,
     MAPS,
+    METRIC,
     NAME,
     NUMBER,
     TEXT,
@@ -31,6 +32,7 @@ from fedsim.settings.forms import (
     optional,
 )
 from fedsim.settings.moved import updated
+from fedsim.workloads.metrics import PRIMARY, Metric
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,8 +43,8 @@ OUTCOMES = Form(
 )
 FIGURES: Forms = {
     **{"method": TEXT, "workload": TEXT, "fleet": TEXT, "seed": WHOLE, "rounds": WHOLE},
-    "final": {"accuracy": FIGURE},
-    "best": {"accuracy": FIGURE, "round": Form("a round or null", lambda value: value is None or WHOLE.fits(value))},
+    "final": MAP,
+    "best": MAP,
     "energy_j": {"total": NUMBER, "max_client": NUMBER, "waiting": NUMBER},
     "outcomes": OUTCOMES,
     **dict.fromkeys(("simulated_s", "host_s"), NUMBER),
@@ -53,7 +55,8 @@ FIGURES: Forms = {
     "prices": optional(MAP),
     "compression": optional(MAPS),
 }
-TARGET = {"accuracy": NUMBER, "round": WHOLE, "simulated_s": NUMBER, "energy_j": NUMBER}
+ROUND = Form("a round or null", lambda value: value is None or WHOLE.fits(value))
+TARGET: Forms = {"round": WHOLE, "simulated_s": NUMBER, "energy_j": NUMBER}
 PRICES = {"line": TEXT, "calls_share": NUMBER}
 CLIENTS_SEEN = {"population": WHOLE}
 NOTE = {"error": TEXT, "reason": TEXT}
@@ -113,7 +116,11 @@ def read_summary(folder: Path) -> dict[str, Any]:
         return {}
     summary = read_json(inside(folder, path))
     check_tree(summary, FIGURES, str(path))
-    for key, forms in (("to_target", TARGET), ("prices", PRICES), ("clients", CLIENTS_SEEN)):
+    check_tree(summary, METRIC if PRIMARY in summary else {}, str(path))
+    primary = Metric.named_in(summary).name
+    check_tree(summary, {"final": {primary: FIGURE}, "best": {primary: FIGURE, "round": ROUND}}, str(path))
+    target = {primary: NUMBER, **TARGET}
+    for key, forms in (("to_target", target), ("prices", PRICES), ("clients", CLIENTS_SEEN)):
         if summary.get(key):
             check_tree(summary[key], forms, f"{path}: {key}")
     return dict(summary)

@@ -28,10 +28,10 @@ from fedsim.report.files import (
 from fedsim.report.page_template import HTML
 from fedsim.report.place import PAGE, SUMMARY
 from fedsim.report.rounds import RoundReport, read_rounds
-from fedsim.report.split import kept_split
+from fedsim.report.split import kept_split, primary_of
 from fedsim.report.text import energy, simulated, size
 from fedsim.workloads.describe import Split, draw_split
-from fedsim.workloads.metrics import took_part
+from fedsim.workloads.metrics import Metric, took_part
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -125,11 +125,13 @@ def _title(choices: dict[str, Any], summary: dict[str, Any]) -> str:
 
 def _figures(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     """What one wants to know first: name, figure, what it is of."""
-    final, best, outcomes, joules = summary["final"], summary["best"], summary["outcomes"], summary["energy_j"]
+    outcomes, joules = summary["outcomes"], summary["energy_j"]
+    primary = Metric.named_in(summary)
+    final, best = (_value(primary, summary[key][primary.name]) for key in ("final", "best"))
     traffic = summary["down_bytes"] + summary["up_bytes"]
     asked = sum(outcomes.values())
     found = [
-        ("accuracy", _percent(final["accuracy"]), f"best {_percent(best['accuracy'])} in round {best['round']}"),
+        (primary.title, final, f"best {best} in round {summary['best']['round']}"),
         ("simulated time", simulated(summary["simulated_s"]), f"{summary['rounds']} rounds"),
         ("energy", energy(joules["total"]), f"busiest client {energy(joules['max_client'])}"),
         ("waiting", energy(joules["waiting"]), "for rounds to close, beside that energy"),
@@ -141,7 +143,7 @@ def _figures(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
         found.append(("storage", size(summary["storage_bytes"]), "kept on a device between rounds, at most"))
     if target := summary["to_target"]:
         spent = f"{simulated(target['simulated_s'])}, {energy(target['energy_j'])}"
-        found.append((f"to {_percent(target['accuracy'])}", f"round {target['round']}", spent))
+        found.append((f"to {_value(primary, target[primary.name])}", f"round {target['round']}", spent))
     return found
 
 
@@ -155,8 +157,8 @@ def _never(rounds: list[RoundReport], summary: dict[str, Any], split: Split | No
     return "never took part", f"{population - count} of {population}", f"clients that completed no round{so_far}"
 
 
-def _percent(share: float | None) -> str:
-    return "not judged" if share is None else f"{100 * share:.1f} %"
+def _value(primary: Metric, value: float | None) -> str:
+    return "not judged" if value is None else primary.with_unit(value)
 
 
 def _parts(
@@ -168,9 +170,9 @@ def _parts(
 ) -> list[Part]:
     from fedsim.report.page_pictures import as_svg, curves, outcomes, time_by_device
 
-    parts = []
-    if (picture := curves(rounds)) is not None:
-        parts.append(Part("What accuracy took", [as_svg(picture)]))
+    parts, primary = [], primary_of(folder)
+    if (picture := curves(rounds, primary)) is not None:
+        parts.append(Part(f"What {primary.title} took", [as_svg(picture)]))
     own = [_png(picture) for picture in read_pictures(folder)]
     if own:
         parts.append(Part("Tasks", own))

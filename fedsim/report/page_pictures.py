@@ -1,4 +1,4 @@
-"""The pictures of a run's page: what accuracy took, where the devices' time went, what became of clients."""
+"""The pictures of a run's page: what the primary metric took, where the devices' time went, what became of clients."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from devices.texts import NAME_LETTERS, visible
 from fedsim.grid.pricing import OUTCOMES
 from fedsim.report.plots import COLOURS, NAMES, UNITS
 from fedsim.report.rounds import RoundReport, spent
+from fedsim.workloads.metrics import ACCURACY, CLIENTS, Metric
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,13 +23,14 @@ if TYPE_CHECKING:
 PHASES = ("down", "compute", "up", "wait")  # of a client's round; waiting for the others comes last
 PHASE_COLOURS = dict(zip(PHASES, ("#56B4E9", "#0072B2", "#009E73", "#D9D9D9"), strict=True))
 OUTCOME_COLOURS = dict(zip(OUTCOMES, ("#009E73", "#E69F00", "#BDBDBD", "#CC79A7", "#D55E00"), strict=True))
-JUDGED = {"accuracy": "global model, test set", "client_accuracy": "clients' models, their own held-out examples"}
+JUDGED = {"": "global model, test set", CLIENTS: "clients' models, their own held-out examples"}
 BARS = 60  # rounds with a bar of their own; more are put together
 
 
-def curves(rounds: Sequence[RoundReport]) -> Figure | None:
-    """Accuracy against rounds, simulated time, energy and traffic; None where nothing was judged."""
-    shown = [key for key in JUDGED if any(key in r.metrics for r in rounds)]
+def curves(rounds: Sequence[RoundReport], primary: Metric = ACCURACY) -> Figure | None:
+    """Draws the primary metric against rounds, simulated time, energy and traffic; None where nothing was judged."""
+    labels = {prefix + primary.name: label for prefix, label in JUDGED.items()}
+    shown = [key for key in labels if any(key in r.metrics for r in rounds)]
     if not shown:
         return None
     figure, took = new_figure(9.6, 5.6), spent(list(rounds))
@@ -38,20 +40,27 @@ def curves(rounds: Sequence[RoundReport]) -> Figure | None:
         size, unit = next((u for u in units if most >= 2 * u[0]), units[-1])
         for key, colour in zip(shown, COLOURS, strict=False):
             points = [
-                (x / size, 100 * r.metrics[key]) for x, r in zip(took[axis], rounds, strict=True) if key in r.metrics
+                (x / size, primary.scale * r.metrics[key])
+                for x, r in zip(took[axis], rounds, strict=True)
+                if key in r.metrics
             ]
             marker = "o" if len(points) < 30 else None
             panel.plot(
-                *zip(*points, strict=True), color=colour, linewidth=1.6, marker=marker, markersize=3, label=JUDGED[key]
+                *zip(*points, strict=True), color=colour, linewidth=1.6, marker=marker, markersize=3, label=labels[key]
             )
         panel.set_xlabel(f"{NAMES[axis]}{', ' if unit else ''}{unit}")
         panel.set_xlim(left=0)
         _plain(panel)
     for panel in panels[:, 0]:
-        panel.set_ylabel("accuracy, %")
+        panel.set_ylabel(primary.label)
     if len(shown) > 1:
-        handles, labels = panels[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=len(shown), frameon=False, fontsize="small")
+        figure.legend(
+            *panels[0, 0].get_legend_handles_labels(),
+            loc="outside upper center",
+            ncols=len(shown),
+            frameon=False,
+            fontsize="small",
+        )
     return figure
 
 

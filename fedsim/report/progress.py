@@ -4,19 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fedsim.report.rounds import RoundReport
-from fedsim.report.text import NO_ACCURACY, simulated
+from fedsim.report.split import primary_of
+from fedsim.report.text import NO_VALUE, simulated
 from fedsim.workloads.metrics import NOT_FINITE
 
 
 @contextmanager
-def progress_bar(console: Console, rounds: int) -> Iterator[Any]:
-    """A bar over rounds with accuracy and simulated time; yields (watch, observe) for `fedsim.runs.federation.run`."""
+def progress_bar(console: Console, rounds: int, folder: Path) -> Iterator[Any]:
+    """Draws a bar over rounds with the primary metric and simulated time.
+
+    Args:
+        console: where it goes.
+        rounds: how many there will be.
+        folder: of the run, which says what its models are judged by.
+
+    Yields:
+        `watch` and `observe` for `fedsim.runs.federation.run`.
+    """
     columns = [
         TextColumn("round"),
         MofNCompleteColumn(),
@@ -28,12 +40,14 @@ def progress_bar(console: Console, rounds: int) -> Iterator[Any]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("run", total=rounds, state="building data and fleet")
         shown = {"text": ""}
+        judged_by = cache(primary_of)  # known when the first round has ended
 
         def watch(report: RoundReport) -> None:
-            if "accuracy" in report.metrics:
-                shown["text"] = f"accuracy {report.metrics['accuracy']:.3f}"
+            primary = judged_by(folder)
+            if primary.name in report.metrics:
+                shown["text"] = f"{primary.title} {primary.fraction(report.metrics[primary.name], 3)}"
             elif NOT_FINITE in report.metrics:
-                shown["text"] = NO_ACCURACY
+                shown["text"] = NO_VALUE
             progress.update(task, completed=report.round, state=f"{shown['text']}  simulated {simulated(report.now_s)}")
 
         def observe(client_id: int) -> None:

@@ -1,20 +1,32 @@
-"""The split of a run's data, kept in its folder so that its page needs no data."""
+"""What reports need of a run's workload, kept in its folder so that they need no data: split and primary metric."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from devices.errors import FileError, one_line
 from devices.writing import write_atomic
 from fedsim.report.checksums import inside, read_signed_json, signed_json
 from fedsim.report.place import SPLIT
+from fedsim.settings.forms import METRIC, check_tree
 from fedsim.workloads.base import Workload
 from fedsim.workloads.describe import ClientRow, Split, split_of
+from fedsim.workloads.metrics import PRIMARY, Metric
 
 
 def keep_split(workload: Workload, folder: Path) -> None:
-    """Writes the split into a run folder, for `kept_split`."""
-    write_atomic(folder / SPLIT, signed_json(split_of(workload)._asdict()))
+    """Writes the split and the primary metric into a run folder, for `kept_split` and `primary_of`."""
+    write_atomic(folder / SPLIT, signed_json(split_of(workload)._asdict() | workload.primary.as_entry()))
+
+
+def primary_of(folder: Path) -> Metric:
+    """Returns the metric that the models of a run are judged by.
+
+    Raises:
+        FileError: as `kept_split`.
+    """
+    return Metric.named_in(_tree(folder) or {})
 
 
 def kept_split(folder: Path) -> Split | None:
@@ -23,10 +35,8 @@ def kept_split(folder: Path) -> Split | None:
     Raises:
         FileError: if it cannot be read, or is not what the run wrote.
     """
-    path = folder / SPLIT
-    if not path.exists() and not path.is_symlink():
+    if (tree := _tree(folder)) is None:
         return None
-    tree = read_signed_json(inside(folder, path))
     try:
         rows = tuple(
             ClientRow(int(row[0]), int(row[1]), int(row[2]), int(row[3]), tuple(map(int, row[4])))
@@ -37,5 +47,14 @@ def kept_split(folder: Path) -> Split | None:
         if not rows or not sizes or not all(len(row.label_counts) in (0, len(names)) for row in rows):
             raise ValueError("its rows do not fit its classes")
     except (LookupError, TypeError, ValueError, OverflowError) as error:
-        raise FileError(f"{path} is no split of data: {one_line(error)}") from error
+        raise FileError(f"{folder / SPLIT} is no split of data: {one_line(error)}") from error
     return split
+
+
+def _tree(folder: Path) -> dict[str, Any] | None:
+    path = folder / SPLIT
+    if not path.exists() and not path.is_symlink():
+        return None
+    tree = read_signed_json(inside(folder, path))
+    check_tree(tree, METRIC if PRIMARY in tree else {}, str(path))
+    return dict(tree)

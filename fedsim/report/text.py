@@ -12,11 +12,10 @@ from fedsim.report.rounds import RoundReport
 from fedsim.report.terminal import table
 from fedsim.settings.catalogue import WorkloadRow
 from fedsim.workloads.describe import ClientRow
-from fedsim.workloads.metrics import ACCURACY, judged
+from fedsim.workloads.metrics import ACCURACY, CLIENTS, Metric, judged
 
 TABLE_ROWS = 10
-CLIENT_ACCURACY = "client_accuracy"  # mean over the clients that judged, of the model that each of them uses
-NO_ACCURACY = "not finite"
+NO_VALUE = "not finite"
 BY_CLASS = "examples of each class"
 
 
@@ -44,13 +43,14 @@ def size(count: float) -> str:
     return f"{count:.0f} B"
 
 
-def closing_table(reports: Sequence[RoundReport]) -> Table:
-    """Up to ten evaluated rounds, evenly spread and always the last; time, energy and bytes since the start.
+def closing_table(reports: Sequence[RoundReport], primary: Metric = ACCURACY) -> Table:
+    """Lists up to ten evaluated rounds, evenly spread and always the last; time, energy and bytes since the start.
 
-    Where clients judged models of their own, the mean of these is beside the accuracy of the global one.
+    Where clients judged models of their own, the mean of these is beside the figure of the global one.
     """
-    own = any(CLIENT_ACCURACY in report.metrics for report in reports)
-    scores = ("accuracy", "clients' own") if own else ("accuracy",)
+    name, of_clients = primary.name, CLIENTS + primary.name
+    own = any(of_clients in report.metrics for report in reports)
+    scores = (primary.title, "clients' own") if own else (primary.title,)
     shown = table("round", *scores, "time", "energy", "down", "up", "done", "lost")
     joules, down, up, done, lost = 0.0, 0, 0, 0, 0
     rows = []
@@ -58,37 +58,42 @@ def closing_table(reports: Sequence[RoundReport]) -> Table:
         completed = len(report.outcomes.get("completed", ()))
         joules, down, up = joules + report.joules, down + report.down_bytes, up + report.up_bytes
         done, lost = done + completed, lost + len(report.cohort) - completed
-        if judged([report]):
-            accuracy = f"{report.metrics[ACCURACY]:.4f}" if ACCURACY in report.metrics else NO_ACCURACY
+        if judged([report], primary):
+            score = primary.fraction(report.metrics[name]) if name in report.metrics else NO_VALUE
             costs = [simulated(report.now_s), energy(joules), size(down), size(up)]
-            clients = report.metrics.get(CLIENT_ACCURACY)
-            theirs = ["" if clients is None else f"{clients:.4f}"] if own else []
-            rows.append([str(report.round), accuracy, *theirs, *costs, str(done), str(lost)])
+            clients = report.metrics.get(of_clients)
+            theirs = ["" if clients is None else primary.fraction(clients)] if own else []
+            rows.append([str(report.round), score, *theirs, *costs, str(done), str(lost)])
     step = max(1, -(-len(rows) // TABLE_ROWS))
     for row in rows[::-1][::step][::-1]:
         shown.add_row(*row)
     return shown
 
 
-def final_accuracy(summary: dict[str, Any]) -> str:
-    """The accuracy of the last evaluation, or why there is none."""
-    accuracy = summary["final"]["accuracy"]
-    if accuracy is None:
-        return NO_ACCURACY if summary.get("not_finite_rounds") else "not evaluated"
-    return f"{accuracy:.4f}"
+def final_score(summary: dict[str, Any]) -> str:
+    """Returns the primary metric of the last evaluation, or why there is none."""
+    primary = Metric.named_in(summary)
+    value = summary["final"][primary.name]
+    if value is None:
+        return NO_VALUE if summary.get("not_finite_rounds") else "not evaluated"
+    return primary.fraction(value)
 
 
 def closing_lines(summary: dict[str, Any], folder: Path, reports: Sequence[RoundReport] = ()) -> list[str]:
     """Results, outcomes, who was never met, how far prices are known, the way to the target, and the folder."""
-    judged_own = [report.metrics[CLIENT_ACCURACY] for report in reports if CLIENT_ACCURACY in report.metrics]
-    text = final_accuracy(summary)
+    primary = Metric.named_in(summary)
+    name = primary.title
+    judged_own = [r.metrics[CLIENTS + primary.name] for r in reports if CLIENTS + primary.name in r.metrics]
     seconds, traffic = summary["simulated_s"], summary["down_bytes"] + summary["up_bytes"]
     counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in summary["outcomes"].items() if count)
     clients = summary["clients"]
     lines = [
         f"{summary['method']} on {summary['workload']}, fleet {summary['fleet']}: "
-        f"test accuracy {text} after {summary['rounds']} rounds",
-        *([f"clients' own models: accuracy {judged_own[-1]:.4f} on their own held-out examples"] if judged_own else []),
+        f"test {name} {final_score(summary)} after {summary['rounds']} rounds",
+        *(
+            f"clients' own models: {name} {primary.fraction(value)} on their own held-out examples"
+            for value in judged_own[-1:]
+        ),
         f"cost: {seconds / 3600:.4f} simulated hours ({simulated(seconds)}), "
         f"{summary['energy_j']['total']:.1f} joules, "
         f"{traffic / 1e6:.2f} megabytes, peak memory {size(summary['peak_memory_bytes'])}",
@@ -100,18 +105,20 @@ def closing_lines(summary: dict[str, Any], folder: Path, reports: Sequence[Round
     target = summary["to_target"]
     if target:
         lines.append(
-            f"accuracy {target['accuracy']:g} reached in round {target['round']}: {simulated(target['simulated_s'])}, "
+            f"{name} {target[primary.name]:g} reached in round {target['round']}: {simulated(target['simulated_s'])}, "
             f"{energy(target['energy_j'])}, {size(target['down_bytes'] + target['up_bytes'])}"
         )
     return [*lines, f"run folder: {folder} ({summary['host_s']:.1f} s on this host)"]
 
 
 def sweep_table(summaries: Sequence[tuple[list[str], dict[str, Any]]]) -> Table:
-    """One row per run of a sweep, named by the overrides in which the runs differ."""
+    """Lists the runs of a sweep, named by the overrides in which they differ."""
     common = set.intersection(*(set(overrides) for overrides, _ in summaries))
-    shown = table("run", "overrides", "accuracy", "time", "energy", "down", "up", left=("overrides",))
+    titles = {Metric.named_in(s).title for _, s in summaries}
+    score = titles.pop() if len(titles) == 1 else "score"
+    shown = table("run", "overrides", score, "time", "energy", "down", "up", left=("overrides",))
     for number, (overrides, s) in enumerate(summaries):
-        score = final_accuracy(s)
+        score = final_score(s)
         costs = [
             simulated(s["simulated_s"]),
             energy(s["energy_j"]["total"]),

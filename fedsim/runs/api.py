@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-SHOWN = ("round", "accuracy", "loss", "now_s", "joules", "down_bytes", "up_bytes")
+    from fedsim.workloads.metrics import Metric
+
+SHOWN = ("loss", "now_s", "joules", "down_bytes", "up_bytes")
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,17 @@ class Run:
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        """Final and best accuracy, time, energy, bytes and outcomes; empty while the run is not finished."""
+        """Final and best score, time, energy, bytes and outcomes; empty while the run is not finished."""
         from fedsim.report.files import read_summary
 
         return read_summary(self.folder)
+
+    @cached_property
+    def primary(self) -> Metric:
+        """The metric that the models of this run are judged by: its name, unit and direction."""
+        from fedsim.report.split import primary_of
+
+        return primary_of(self.folder)
 
     @cached_property
     def rounds(self) -> pd.DataFrame:
@@ -74,11 +83,11 @@ class Run:
         return _unpacked(_unpacked(rows, "work", work), "metrics", list(map(_parsed, rows["metrics"])))
 
     def plot(self) -> Figure | None:
-        """Draws accuracy against rounds, simulated time, energy and traffic; None where nothing was judged."""
+        """Draws the score against rounds, simulated time, energy and traffic; None where nothing was judged."""
         from fedsim.report.page_pictures import curves
         from fedsim.report.rounds import read_rounds
 
-        return curves(read_rounds(self.folder))
+        return curves(read_rounds(self.folder), self.primary)
 
     def __repr__(self) -> str:
         return f"Run({str(self.folder)!r})"
@@ -88,7 +97,8 @@ class Run:
         from fedsim.report.text import closing_lines
 
         lines = closing_lines(self.summary, self.folder) if self.summary else [f"{self.folder} is not finished"]
-        shown = self.rounds[[name for name in SHOWN if name in self.rounds]].tail(10)
+        names = dict.fromkeys(("round", self.primary.name, *SHOWN))
+        shown = self.rounds[[name for name in names if name in self.rounds]].tail(10)
         return "".join(f"<p>{html.escape(line)}</p>" for line in lines) + str(shown.to_html(index=False))
 
 

@@ -16,15 +16,16 @@ from fedsim.errors import NotFiniteError
 from fedsim.exchanges.slices import price
 from fedsim.settings.build import World, instantiate
 from fedsim.workloads.base import Examples, Workload
+from fedsim.workloads.metrics import LOSS
 
 CALIBRATION = (8, 16)  # batches and examples in each, for the ranges of activations
 
 
-def calibration(data: Examples) -> Iterator[Tensor]:
+def calibration(workload: Workload, data: Examples) -> Iterator[Tensor]:
     """Inputs of a client's own examples, without labels: the first ones, as many as there are."""
     batches, size = CALIBRATION
     for rows in torch.arange(min(len(data), batches * size)).split(size):
-        yield data.gather(rows)["x"]
+        yield workload.inputs(data.gather(rows))[0]
 
 
 def deployments(world: World, model: nn.Module) -> list[dict[str, Any]]:
@@ -41,11 +42,12 @@ def deployments(world: World, model: nn.Module) -> list[dict[str, Any]]:
     plan: CompressionPlan = instantiate(world.settings, "compression")
     if not plan.active:
         return []
-    workload, example = world.workload, world.workload.sample(2)["x"]
+    workload = world.workload
+    example = workload.inputs(workload.sample(2))[0]
     model = model.cpu().eval()
     entries = []
     for recipe, devices in _by_recipe(plan, world.fleet).items():
-        batches = calibration(workload.client_data(0).train)
+        batches = calibration(workload, workload.client_data(0).train)
         compressed = plan.apply(model, example, recipe, batches)
         cost = price(workload, compressed.shape, "compressed")
         predicted, integers = {}, {}
@@ -73,7 +75,7 @@ def _judged(workload: Workload, model: nn.Module) -> dict[str, float | None]:
     try:
         return {**workload.evaluate(model, workload.test)}
     except NotFiniteError:
-        return {"accuracy": None, "loss": None}
+        return {workload.primary.name: None, LOSS: None}
 
 
 def _by_recipe(plan: CompressionPlan, fleet: Fleet) -> dict[Recipe, dict[str, int]]:

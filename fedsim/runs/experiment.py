@@ -38,7 +38,10 @@ def run_experiment(
     forget_worlds()
     with new_run_folder(settings) if unfinished is None else nullcontext(unfinished) as folder:
         began(folder)
-        with closing(build_engine(settings)) as engine, progress_bar(shown, settings["rounds"]) as (watch, observe):
+        with (
+            closing(build_engine(settings)) as engine,
+            progress_bar(shown, settings["rounds"], folder) as (watch, observe),
+        ):
             resumed, announce = unfinished is not None, partial(shown.print, highlight=False, soft_wrap=True)
             summary = run(settings, engine, folder, watch, observe, resumed, announce)
         write_page(folder)

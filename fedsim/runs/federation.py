@@ -59,6 +59,7 @@ from fedsim.settings.compose import from_run_config
 from fedsim.settings.groups import Settings, devices_of_fleet, preset, preset_private
 from fedsim.workloads import metrics as figures
 from fedsim.workloads.fingerprint import DATA, check_same, of_run
+from fedsim.workloads.metrics import Metric
 
 Watch = Callable[[RoundReport], None]
 CLIENTS_SETTINGS = "lower trainer.lr or set trainer.clip_norm"
@@ -82,10 +83,17 @@ class Federation:
         self.model = world.workload.build_model().to(pick_device(settings["engine"]["device"]))
         self.roles = TensorRoles.of(self.model, settings["private"])
         self.arrays = record_of(self.model.state_dict())
+        self.primary = world.workload.primary
+        self.target = target_of(settings, self.primary)
         self.has_ended = False  # it was restored from its end
         self.lowest = (math.inf, 0)  # test loss so far, and the round that had it
         self.server = ServerSide(self.strategy, self.roles)
-        check_plan(instantiate(settings, "compression"), self.model, world.workload.sample(2)["x"], world.fleet)
+        check_plan(
+            instantiate(settings, "compression"),
+            self.model,
+            world.workload.inputs(world.workload.sample(2))[0],
+            world.fleet,
+        )
         self.grid = EdgeGrid(
             engine,
             world.fleet,
@@ -125,14 +133,22 @@ class Federation:
     def is_last(self, report: RoundReport) -> bool:
         """Whether one of the limits was reached in this round."""
         settings = self.settings
-        good = report.metrics.get(figures.ACCURACY, 0.0) >= (settings["target_accuracy"] or 2.0)
+        score, target = report.metrics.get(self.primary.name), self.target
+        good = score is not None and target is not None and self.primary.reaches(score, target)
         over = self.is_over or good or self.is_stale(report)
         return self.has_ended or report.round >= settings["rounds"] or (report.round > 0 and over)
 
     def is_stale(self, report: RoundReport) -> bool:
-        """Whether the round was judged and the lowest test loss is `patience_rounds` old (nan is no loss)."""
-        patience, loss = self.settings["patience_rounds"], report.metrics.get(figures.LOSS)
-        if loss is None:
+        """Whether the round was judged and the lowest test loss is `patience_rounds` old (nan is no loss).
+
+        Where a workload has no test loss, the primary metric takes its place.
+        """
+        patience, name = self.settings["patience_rounds"], self.primary.name
+        if figures.LOSS in report.metrics:
+            loss = report.metrics[figures.LOSS]
+        elif name in report.metrics:
+            loss = -self.primary.gain(report.metrics[name])
+        else:
             return False
         if loss < self.lowest[0]:
             self.lowest = (loss, report.round)
@@ -235,7 +251,7 @@ class Federation:
                 self.take(number, self.server.whole(completed, shared))
 
     def judge(self, number: int) -> dict[str, float]:
-        """Accuracy and loss of the global model on held-out examples, on the server, at no simulated cost.
+        """Returns the metrics of the global model on held-out examples, on the server, at no simulated cost.
 
         Where tensors are private, the server has their initial values only: what clients learn shows in `ask_clients`.
 
@@ -363,9 +379,11 @@ def run(
                 watch(report)
             if keeper.due:
                 keep()
-        summary = summarise(settings, reports, totals, federation.arrays, time.perf_counter() - started)
+        summary = summarise(federation, reports, totals, time.perf_counter() - started)
         workload, fleet = federation.world.workload, federation.world.fleet
-        summary |= participation(reports, fleet, _stock("fewest_replies")(federation.strategy)) | {DATA: data}
+        summary |= participation(reports, fleet, federation.primary, _stock("fewest_replies")(federation.strategy)) | {
+            DATA: data
+        }
         summary["price_models"], warning = price_models(priced, summary["rounds"])
         summary["warnings"] += [warning] if warning else []
         summary |= workload.figures(reports)
@@ -417,10 +435,29 @@ def _stock(name: str) -> Callable[..., Any]:
     return found
 
 
-def summarise(
-    settings: Settings, reports: list[RoundReport], totals: Totals, arrays: ArrayRecord, host_s: float
-) -> dict[str, Any]:
-    """The figures of a finished run; equal runs differ only in `host_s` (and `versions` between machines)."""
+def target_of(settings: Settings, primary: Metric) -> float | None:
+    """Returns the value of the primary metric at which the run stops; None where it goes on.
+
+    Raises:
+        ConfigError: if both settings name one, or `target_accuracy` does for a workload that has no accuracy.
+    """
+    target, accuracy = settings["target"], settings["target_accuracy"]
+    if accuracy is None:
+        return None if target is None else float(target)
+    if target is not None:
+        raise ConfigError(f"target={target} and target_accuracy={accuracy} both say when to stop; set one of them")
+    if primary.name != figures.ACCURACY.name:
+        better = "higher" if primary.higher_is_better else "lower"
+        raise ConfigError(
+            f"target_accuracy={accuracy} is for workloads with an accuracy, and this one is judged by {primary.name} "
+            f"({better} is better); set target={accuracy} to a value of that"
+        )
+    return float(accuracy)
+
+
+def summarise(federation: Federation, reports: list[RoundReport], totals: Totals, host_s: float) -> dict[str, Any]:
+    """Returns the figures of a finished run; equal runs differ only in `host_s` (and `versions` between machines)."""
+    settings, primary = federation.settings, federation.primary
     choices = settings["choices"]
     max_client = max(totals.client_joules.values(), default=0.0)
     return {
@@ -429,8 +466,9 @@ def summarise(
         "fleet": fleet_name(settings),
         "seed": settings["seed"],
         "rounds": reports[-1].round,
-        "final": figures.final(reports),
-        "best": figures.best(reports),
+        **primary.as_entry(),
+        "final": figures.final(reports, primary),
+        "best": figures.best(reports, primary),
         "simulated_s": reports[-1].now_s,
         "energy_j": {"total": totals.joules, "max_client": max_client, "waiting": totals.wait_joules},
         "down_bytes": totals.down_bytes,
@@ -439,20 +477,20 @@ def summarise(
         "storage_bytes": totals.storage_bytes,
         "outcomes": {outcome: totals.outcomes[outcome] for outcome in OUTCOMES},
         "not_finite_rounds": len(figures.not_finite(reports)),
-        "to_target": figures.to_target(reports, settings["target_accuracy"]),
+        "to_target": figures.to_target(reports, federation.target, primary),
         "host_s": host_s,
-        "weights_sha256": weights_sha256(arrays),
+        "weights_sha256": weights_sha256(federation.arrays),
         "versions": versions(),
     }
 
 
-def participation(reports: list[RoundReport], fleet: Fleet, needed: int = 1) -> dict[str, Any]:
+def participation(reports: list[RoundReport], fleet: Fleet, primary: Metric, needed: int = 1) -> dict[str, Any]:
     """How many clients took part in the training, and warnings that some of them could not, or too few at a time."""
     count, seconds, rhythm_s = len(figures.took_part(reports)), reports[-1].now_s, fleet.availability.rhythm_s
     warned = []
     if lost := figures.not_finite(reports):
         many = f"{len(lost)} rounds, the first {lost[0]}" if len(lost) > 1 else f"round {lost[0]}"
-        warned.append(f"the global model's output was NaN or infinite after {many}: it has no accuracy there")
+        warned.append(f"the global model's output was NaN or infinite after {many}: it has no {primary.title} there")
     if rhythm_s is not None and seconds < rhythm_s:
         short = f"clients of this fleet are online at hours of their own, and the run took {seconds:.4g} simulated s"
         warned.append(f"{short}: who slept then never took part; round_every_s=600 starts six rounds an hour")

@@ -80,9 +80,9 @@ def _macs(federation: Federation) -> float:
     """Of one example; a multiply-add per weight where the network cannot be traced."""
     from devices.trace import trace
 
-    model = federation.model
+    model, workload = federation.model, federation.world.workload
     try:
         with no_exit():
-            return trace(model, federation.world.workload.sample(1)["x"]).macs
+            return trace(model, workload.inputs(workload.sample(1))).macs
     except (DeviceError, ExitError):
         return float(sum(p.numel() for p in model.parameters()))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from devices.errors import UserError, one_line, unknown
 from devices.texts import as_yaml
-from fedsim.errors import ConfigError, DataError, ExitError, in_words, no_exit
+from fedsim.errors import ConfigError, ExitError, in_words, no_exit
 from fedsim.settings.groups import (
     FORMAT,
     FORMATS,
@@ -24,7 +24,7 @@ from fedsim.settings.trust import check_group
 from fedsim.workloads.host_memory import check_fits, model_bytes
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from devices.cost import LatencyModel
     from devices.fleet import Fleet
@@ -86,8 +86,7 @@ def build_workload(settings: Settings) -> Workload:
     parts = {"model": model_factory(settings), "partition": instantiate(settings, "partition")}
     seed = settings["seed"]
     workload = instantiate(settings, "workload", **parts, num_clients=settings["num_clients"], seed=seed)
-    if not len(workload.test):
-        raise DataError(f"workload {workload.name} has no test examples, so no model can be judged on it")
+    workload.sample(1)  # a workload without examples to judge a model on says so
     stream = instantiate(settings, "stream")  # a partial: Hydra would copy the data
     streamed: Workload = stream(
         workload=workload, rounds=settings["rounds"], evaluate_every=settings["evaluate_every"], seed=seed
@@ -107,12 +106,16 @@ def _check_memory(settings: Settings, make: ModelFactory, workload: Workload) ->
 
     check_fits(f"num_clients={workload.num_clients}", CLIENT_BYTES * workload.num_clients)
     batch = min(JUDGED_AT_ONCE, max(1, len(workload.test)))
-    dtype = workload.test.gather(torch.arange(min(1, len(workload.test))))["x"].dtype
-    needed = model_bytes(make, workload.input_shape, workload.num_classes, batch, dtype)
+    one, arguments = workload.inputs(workload.sample(1)), workload.model_arguments()
+
+    def inputs(examples: int) -> tuple[Tensor, ...]:
+        return tuple(torch.zeros((examples, *t.shape[1:]), dtype=t.dtype) for t in one)
+
+    needed = model_bytes(lambda: make(**arguments), inputs, batch)
     if not needed:  # it could not be made without numbers
         try:
             with torch.random.fork_rng(devices=[]):
-                make(input_shape=workload.input_shape, num_classes=workload.num_classes)
+                make(**arguments)
         except UserError:
             raise
         except Exception as error:

@@ -26,6 +26,7 @@ from fedsim.settings.groups import (
 
 MOST_THREADS = 4096  # and clients that are trained at once
 MOST_SECONDS = 1e10  # 300 years
+MOST_TARGET = 1e12  # of whatever a workload is judged by
 TEXTS = ("name", "out")  # settings that are text whatever they look like
 
 
@@ -69,6 +70,7 @@ def check(settings: Settings) -> Settings:
     for key in ("deadline_s", "round_every_s", "max_simulated_s"):
         _number(settings, key, above=0.0, most=MOST_SECONDS, optional=True)
     _number(settings, "patience_rounds", whole=True, least=1, most=MOST_ROUNDS, optional=True)
+    _number(settings, "target", least=-MOST_TARGET, most=MOST_TARGET, optional=True)
     _number(settings, "target_accuracy", above=0.0, most=1.0, optional=True)
     for key in ("threads", "batch_clients"):
         _number(settings["engine"], key, whole=True, least=1, most=MOST_THREADS, prefix="engine.")

@@ -59,6 +59,7 @@ WHOLE = Form("a whole number", _is_whole)
 NUMBER = Form("a number", _is_number)
 FIGURE = Form("a number or null", lambda value: value is None or _is_number(value))
 TEXT = Form("text", lambda value: isinstance(value, str))
+FLAG = Form("true or false", lambda value: isinstance(value, bool))
 NAME = Form("text or null", lambda value: value is None or isinstance(value, str))
 TEXTS = Form("a list of texts", lambda value: _all(value, lambda v: isinstance(v, str)))
 INTEGERS = Form("a list of whole numbers", lambda value: _all(value, _is_whole))
@@ -69,6 +70,8 @@ NUMBERS = maps_of(FIGURE)
 
 # What a run was made of, in its settings.
 CHOSEN: Forms = dict.fromkeys(("workload", "fleet", "strategy", "trainer", "engine"), TEXT)
+# The metric that its models are judged by, where that is not accuracy.
+METRIC: Forms = {"primary": {"name": TEXT, "unit": TEXT, "higher_is_better": FLAG}}
 
 
 def check_tree(tree: Any, forms: Forms, where: str) -> None:

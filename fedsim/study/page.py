@@ -45,10 +45,9 @@ def text_of(result: Result, failed: Mapping[str, str]) -> str:
 
 def _columns(result: Result) -> dict[str, list[str]]:
     study, compared = result.study, result.rows
-    metric = f"{study.metric.replace('_', ' ')}, %"
     columns = {
         "arm": [label(row, len(study.seeds)) for row in compared],
-        metric: [score(row) for row in compared],
+        result.metric.label: [score(row) for row in compared],
         f"difference to {_plain(study.against)}": [_difference(row, study.against) for row in compared],
         "time": [simulated(row.simulated_s) for row in compared],
         "energy": [energy(row.joules) for row in compared],
@@ -67,17 +66,17 @@ def label(row: Row, seeds: int) -> str:
 
 
 def score(row: Row) -> str:
-    """Returns the mean over the seeds in points, with their standard deviation where there are several."""
-    return f"{100 * row.mean:.2f}" + (f" ± {100 * row.deviation:.2f}" if len(row.scores) > 1 else "")
+    """Returns the mean over the seeds in the metric's unit, with their standard deviation where there are several."""
+    number = row.metric.number
+    return number(row.mean) + (f" ± {number(row.deviation)}" if len(row.scores) > 1 else "")
 
 
 def _difference(row: Row, against: str) -> str:
     """The difference with its interval; bold where it stands."""
     if row.label == against or math.isnan(row.difference):
         return ""
-    low, high = (100 * end for end in row.interval)
-    interval = f" ({low:+.2f} to {high:+.2f})" if math.isfinite(low) else ""
-    text = f"{100 * row.difference:+.2f}{interval}"
+    interval = f" ({row.interval_text})" if math.isfinite(row.half_width) else ""
+    text = f"{row.metric.change(row.difference)}{interval}"
     return f"**{text}**" if row.stands else text
 
 
@@ -87,7 +86,7 @@ def _notes(result: Result) -> list[str]:
     seeds = ", ".join(map(str, study.seeds))
     notes = [f"Mean ± standard deviation of seeds {seeds}." if many else f"Seed {seeds}."]
     if study.last > 1:
-        notes.append(f"{study.metric.replace('_', ' ')}: mean of the last {study.last} evaluations of a run.")
+        notes.append(f"{result.metric.title}: mean of the last {study.last} evaluations of a run.")
     if correction(result.rows):
         count = sum(not math.isnan(row.p) for row in result.rows)
         notes.append(

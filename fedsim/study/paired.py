@@ -15,8 +15,9 @@ from devices.errors import FileError, unknown
 from fedsim.errors import ConfigError
 from fedsim.report.files import read_config
 from fedsim.report.rounds import RoundReport, read_rounds, spent
+from fedsim.report.split import primary_of
 from fedsim.settings.forms import MAP, WHOLE, check_tree
-from fedsim.workloads.metrics import ACCURACY, NOT_FINITE, judged
+from fedsim.workloads.metrics import ACCURACY, NOT_FINITE, Metric, judged
 
 SIGNIFICANT = 0.05
 IGNORED = ("seed", "out", "name", "choices", "checkpoint_s")  # settings in which runs of one row may differ
@@ -28,12 +29,13 @@ class Row:
 
     Attributes:
         label: the method, and the settings that tell it from other rows of that method.
-        scores: by seed, mean accuracy of a run's last evaluations.
+        scores: by seed, mean of the metric over a run's last evaluations.
         difference: mean over the seeds in common of the score less that of the row compared with; nan without any.
         half_width: of its 95 % interval (Student's t), for this difference alone; infinite for a single seed.
         p: of the paired t test that the difference is 0; nan for a single seed, and for the row compared with.
         p_holm: p after Holm's correction for the comparisons of the table.
         simulated_s, joules, traffic_bytes, rounds: means over the seeds.
+        metric: what the scores are values of.
     """
 
     label: str
@@ -46,6 +48,7 @@ class Row:
     rounds: float
     p: float = math.nan
     p_holm: float = math.nan
+    metric: Metric = ACCURACY
 
     @property
     def stands(self) -> bool:
@@ -67,6 +70,11 @@ class Row:
         """95 % interval of the difference."""
         return self.difference - self.half_width, self.difference + self.half_width
 
+    @property
+    def interval_text(self) -> str:
+        """Returns the interval in the unit of the metric."""
+        return " to ".join(map(self.metric.change, self.interval))
+
 
 def compare(folders: Iterable[Path], last: int, against: str | None = None) -> list[Row]:
     """One row per method and setting, in order of the folders.
@@ -77,11 +85,14 @@ def compare(folders: Iterable[Path], last: int, against: str | None = None) -> l
         against: label (or its beginning) of the row that the others are compared with; the first when None.
 
     Raises:
-        ConfigError: if there are no runs, one was given twice, or no row is called `against`.
+        ConfigError: if there are no runs, they are judged by different metrics, one was given twice, or no row is
+            called `against`.
     """
-    runs = [_read(folder) for folder in folders]
-    if not runs:
+    folders = list(folders)
+    if not folders:
         raise ConfigError("there are no runs to compare; give the folder of a sweep, or several of runs")
+    metric = common_metric(folders)
+    runs = [_read(folder, metric) for folder in folders]
     groups: dict[str, dict[int, list[RoundReport]]] = {}
     for label, (settings, rounds) in zip(_labels([s for s, _ in runs]), runs, strict=True):
         group = groups.setdefault(label, {})
@@ -91,11 +102,31 @@ def compare(folders: Iterable[Path], last: int, against: str | None = None) -> l
     first = next((name for name in groups if name.startswith(against or "")), None)
     if first is None:
         raise ConfigError(f"no row is called {against!r}; there are: {', '.join(groups)}")
-    return rows({first: groups[first], **groups}, last, first)
+    return rows({first: groups[first], **groups}, last, first, metric)
+
+
+def common_metric(folders: Sequence[Path]) -> Metric:
+    """Returns the metric that the models of all these runs are judged by; accuracy where there are no runs.
+
+    Raises:
+        ConfigError: if there are several, or a run cannot be read.
+    """
+    found: dict[Metric, Path] = {}
+    for folder in folders:
+        try:
+            found.setdefault(primary_of(folder), folder)
+        except FileError as error:
+            raise ConfigError(f"{folder} is not a run that can be read: {error}") from error
+    if len(found) > 1:
+        (one, here), (other, there) = list(found.items())[:2]
+        raise ConfigError(
+            f"{here} is judged by {one.label} and {there} by {other.label}, which cannot be compared; leave one out"
+        )
+    return next(iter(found), ACCURACY)
 
 
 def rows(
-    groups: Mapping[str, Mapping[int, list[RoundReport]]], last: int, against: str, metric: str = ACCURACY
+    groups: Mapping[str, Mapping[int, list[RoundReport]]], last: int, against: str, metric: Metric = ACCURACY
 ) -> list[Row]:
     """One row per label, in their order.
 
@@ -108,7 +139,7 @@ def rows(
     Raises:
         ConfigError: if a run has no such metric.
     """
-    base = {seed: score(rounds, last, metric) for seed, rounds in groups.get(against, {}).items()}
+    base = {seed: score(rounds, last, metric.name) for seed, rounds in groups.get(against, {}).items()}
     found = [_row(label, group, base, last, metric) for label, group in groups.items()]
     found = [replace(row, p=math.nan) if row.label == against else row for row in found]
     return [replace(row, p_holm=p) for row, p in zip(found, holm([row.p for row in found]), strict=True)]
@@ -149,7 +180,7 @@ def run_folders(given: Iterable[Path]) -> list[Path]:
     return found
 
 
-def score(rounds: list[RoundReport], last: int, metric: str = ACCURACY) -> float:
+def score(rounds: list[RoundReport], last: int, metric: str = ACCURACY.name) -> float:
     """Mean of a metric over the last evaluations; nan where the model's output in one of them was not finite.
 
     Raises:
@@ -183,22 +214,23 @@ def p_value(differences: Sequence[float]) -> float:
     return float(2 * t.sf(abs(mean) / error, len(differences) - 1))
 
 
-def _row(label: str, group: Mapping[int, list[RoundReport]], base: dict[int, float], last: int, metric: str) -> Row:
-    scores = {seed: score(rounds, last, metric) for seed, rounds in group.items()}
+def _row(label: str, group: Mapping[int, list[RoundReport]], base: dict[int, float], last: int, metric: Metric) -> Row:
+    scores = {seed: score(rounds, last, metric.name) for seed, rounds in group.items()}
     differences = [scores[seed] - base[seed] for seed in scores if seed in base]
     ends = [[costs[-1] for costs in spent(rounds).values()] for rounds in group.values()]
-    means = [float(np.mean(column)) for column in zip(*ends, strict=True)]
+    seconds, joules, traffic, rounds = (float(np.mean(column)) for column in zip(*ends, strict=True))
     mean = float(np.mean(differences)) if differences else math.nan
-    return replace(Row(label, scores, mean, interval(differences), *means), p=p_value(differences))
+    half, p = interval(differences), p_value(differences)
+    return Row(label, scores, mean, half, seconds, joules, traffic, rounds, p, metric=metric)
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], list[RoundReport]]:
+def _read(folder: Path, metric: Metric) -> tuple[dict[str, Any], list[RoundReport]]:
     try:
         settings, rounds = read_config(folder), read_rounds(folder)
         check_tree(settings, {"seed": WHOLE, "choices": MAP}, str(folder / "config.yaml"))
     except (ConfigError, FileError) as error:
         raise ConfigError(f"{folder} is not a run that can be read: {error}") from error
-    if not judged(rounds):
+    if not judged(rounds, metric):
         raise ConfigError(f"{folder} holds no evaluated round")
     return settings, rounds
 

@@ -1,4 +1,4 @@
-"""A study as a picture: accuracy against what it took, a line per arm with a band over the seeds.
+"""A study as a picture: its metric against what it took, a line per arm with a band over the seeds.
 
 Where every axis is a figure of a run, such as a latency, an arm is a point, and the points of one family are joined.
 """
@@ -55,11 +55,12 @@ def draw_study(result: Result, path: Path) -> None:
         panel.grid(alpha=0.25, linewidth=0.6)
         panel.spines[["top", "right"]].set_visible(False)
         if number % columns == 0:
-            panel.set_ylabel(f"{visible(study.metric.replace('_', ' '), NAME_LETTERS)}, %")
+            panel.set_ylabel(visible(result.metric.label, NAME_LETTERS))
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize="small", handlelength=2.6)
     left_out = len(result.rows) - sum(map(len, chosen.values()))
-    note = f"; the {left_out} arms with the lowest scores are left out" if left_out else ""
+    worst = "lowest" if result.metric.higher_is_better else "highest"
+    note = f"; the {left_out} arms with the {worst} scores are left out" if left_out else ""
     seeds = ", ".join(map(str, study.seeds))
     spread = f"{'bars' if points else 'bands'}: their standard deviation"
     over = f"means of seeds {seeds}; {spread}" if len(study.seeds) > 1 else f"seed {seeds}"
@@ -71,7 +72,9 @@ def draw_study(result: Result, path: Path) -> None:
 
 def shown(result: Result) -> list[str]:
     """The labels of the lines, in the table's order: all, or the best MOST_LINES, the compared one always."""
-    best = sorted(result.rows, key=lambda row: (row.label != result.study.against, -row.mean))[:MOST_LINES]
+    best = sorted(result.rows, key=lambda row: (row.label != result.study.against, -result.metric.gain(row.mean)))[
+        :MOST_LINES
+    ]
     return [row.label for row in result.rows if row in best]
 
 
@@ -86,7 +89,8 @@ def families(result: Result) -> dict[str, list[str]]:
     for row in result.rows:
         family = of[row.label]
         found.setdefault(family, []).append(row.label)
-        best[family] = max(best.get(family, row.mean), row.mean)
+        gain = result.metric.gain(row.mean)
+        best[family] = max(best.get(family, gain), gain)
     own = of.get(result.study.against)
     ranked = sorted(found, key=lambda family: (family != own, -best[family]))[:MOST_FAMILIES]
     return {family: labels for family, labels in found.items() if family in ranked}
@@ -115,14 +119,15 @@ def _styles(labels: Sequence[str], against: str) -> dict[str, dict[str, Any]]:
 
 
 def _draw_lines(result: Result, panel: Axes, axis: str, labels: Sequence[str], styles: dict[str, Any]) -> None:
-    curves = {label: curve(result.runs[label], axis, result.study.metric) for label in labels}
+    scale = result.metric.scale
+    curves = {label: curve(result.runs[label], axis, result.metric.name) for label in labels}
     most = max(x[-1] for x, _, _ in curves.values())
     units = UNITS.get(axis, ((1.0, ""),))
     unit, unit_name = next((u for u in units if most >= 2 * u[0]), units[-1])
     for label, (x, mean, spread) in curves.items():
-        panel.plot(x / unit, 100 * mean, label=legend_label(label), **{**styles[label], "marker": ""})
+        panel.plot(x / unit, scale * mean, label=legend_label(label), **{**styles[label], "marker": ""})
         if len(result.runs[label]) > 1:
-            low, high = 100 * (mean - spread), 100 * (mean + spread)
+            low, high = scale * (mean - spread), scale * (mean + spread)
             shade = min(0.15, 0.7 / len(curves))  # many bands on top of each other must stay light
             panel.fill_between(x / unit, low, high, color=styles[label]["color"], alpha=shade, linewidth=0)
     panel.set_xlabel(f"{NAMES[axis]}{', ' if unit_name else ''}{unit_name}")
@@ -133,12 +138,13 @@ def _draw_points(
     result: Result, panel: Axes, axis: str, chosen: dict[str, list[str]], styles: dict[str, dict[str, Any]]
 ) -> None:
     """A figure of a run has no course: one point per arm, its score with the deviation over the seeds."""
+    scale = result.metric.scale
     rows = {row.label: (x, row) for row, x in zip(result.rows, result.columns[axis], strict=True)}
     for family, labels in chosen.items():
         points = sorted((rows[label] for label in labels if np.isfinite(rows[label][0])), key=lambda point: point[0])
         if points:
-            error = [100 * row.deviation if len(row.scores) > 1 else 0.0 for _, row in points]
-            x, y = [x for x, _ in points], [100 * row.mean for _, row in points]
+            error = [scale * row.deviation if len(row.scores) > 1 else 0.0 for _, row in points]
+            x, y = [x for x, _ in points], [scale * row.mean for _, row in points]
             panel.errorbar(
                 x, y, yerr=error, label=legend_label(family), markersize=5, capsize=2, elinewidth=0.7, **styles[family]
             )

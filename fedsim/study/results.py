@@ -16,8 +16,9 @@ from fedsim.errors import ConfigError
 from fedsim.report import strict_json
 from fedsim.report.files import read_summary
 from fedsim.report.rounds import RoundReport, read_rounds
-from fedsim.study.paired import Row, rows
+from fedsim.study.paired import Row, common_metric, rows
 from fedsim.study.spec import AXES, METRICS, Arm, Planned, Study, is_finished
+from fedsim.workloads.metrics import Metric
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,14 @@ class Result:
     """The finished runs of a study, compared.
 
     Attributes:
-        rows: one per arm that has a finished run, in the study's order; figures as fractions, seconds, joules, bytes.
+        metric: that makes the scores.
+        rows: one per arm that has a finished run, in the study's order; scores as in rounds, seconds, joules, bytes.
         columns: by path, the mean over the seeds of each row; nan where no run of the row has the value.
         runs: by label, for the picture.
     """
 
     study: Study
+    metric: Metric
     rows: list[Row]
     columns: dict[str, list[float]]
     runs: dict[str, list[Finished]]
@@ -54,13 +57,14 @@ def collect(study: Study, runs: Sequence[Planned]) -> Result:
     """Reads the runs that are finished and compares them.
 
     Raises:
-        ConfigError: if one was run with other settings.
+        ConfigError: if one was run with other settings, or they are judged by different metrics.
     """
+    finished_runs = [run for run in runs if is_finished(run)]
+    metric = common_metric([run.folder for run in finished_runs]).named(study.metric)
     found: dict[str, list[Finished]] = {}
-    for run in runs:
-        if is_finished(run):
-            one = Finished(run, read_rounds(run.folder), read_summary(run.folder))
-            found.setdefault(run.arm.label, []).append(one)
+    for run in finished_runs:
+        one = Finished(run, read_rounds(run.folder), read_summary(run.folder))
+        found.setdefault(run.arm.label, []).append(one)
     found = {
         arm.label: [_read_as(arm, one) for one in found[arm.of or arm.label]]
         for arm in study.arms
@@ -70,11 +74,11 @@ def collect(study: Study, runs: Sequence[Planned]) -> Result:
         {label: {f.run.seed: f.rounds for f in finished} for label, finished in found.items()},
         study.last,
         study.against,
-        study.metric,
+        metric,
     )
     paths = [*study.columns, *(axis for axis in study.x if axis not in AXES)]
     columns = {path: [mean_of(path, finished) for finished in found.values()] for path in paths}
-    return Result(study, compared, columns, found)
+    return Result(study, metric, compared, columns, found)
 
 
 def _read_as(arm: Arm, finished: Finished) -> Finished:
@@ -132,7 +136,7 @@ def write_result(result: Result, failed: Mapping[str, str], out: Path) -> None:
         "study": study.name,
         "title": study.title,
         "against": study.against,
-        "metric": study.metric,
+        "metric": result.metric.name,
         "last": study.last,
         "seeds": study.seeds,
         "arms": arms,

@@ -28,7 +28,6 @@ from fedsim.settings.groups import Settings, config_dir
 from fedsim.settings.hydra_text import as_hydra, quoted
 from fedsim.settings.trust import keep_out_beside
 from fedsim.workloads.fingerprint import SEED, Fingerprint, difference, files_of
-from fedsim.workloads.metrics import ACCURACY
 
 KEYS = ("title", "question", "base", "seeds", "arms", "against", "metric", "x", "last", "columns", "reading")
 ARM_KEYS = ("overrides", "grid", "of", "suffix")
@@ -75,7 +74,8 @@ class Study:
         name: of the file.
         arms: in the order of the table, grids expanded.
         against: label of the arm that the others are compared with.
-        metric: of the rounds, that the arms are judged by; a share of 1, shown in percent.
+        metric: of the rounds, that the arms are judged by, with the unit and direction of the workload's primary one;
+            empty: that one itself.
         x: axes of the picture: some of AXES, along which the metric is a line, or a value of `summary.json` (WHOLE, or
             by its dotted path), against which an arm's score is a point.
         last: evaluations that make a score.
@@ -93,7 +93,7 @@ class Study:
     against: str
     x: tuple[str, ...] = ("rounds", "simulated_s")
     last: int = 4
-    metric: str = ACCURACY
+    metric: str = ""
     columns: tuple[str, ...] = ()
     sources: tuple[Arm, ...] = ()
     own: tuple[str, ...] = ()
@@ -189,12 +189,16 @@ def read_study(name: str, overrides: Sequence[str] = (), seeds: Sequence[int] = 
         against=str(tree.get("against", arms[0].label)),
         x=_texts(path, "x", tree.get("x", ["rounds", "simulated_s"])),
         last=tree.get("last", 4),
-        metric=tree.get("metric", ACCURACY),
+        metric=tree.get("metric", ""),
         columns=_texts(path, "columns", tree.get("columns", [])),
         own=tuple(overrides),
         question=_text(path, "question", tree),
         reading=_text(path, "reading", tree),
     )
+    if "metric" in tree and not (isinstance(study.metric, str) and study.metric):
+        raise ConfigError(
+            f"{path}: metric must name a metric of the rounds, e.g. accuracy, got {as_yaml(study.metric)}"
+        )
     return _checked(path, study)
 
 
@@ -235,10 +239,6 @@ def _checked(path: Path, study: Study) -> Study:
     labels = [arm.label for arm in study.arms]
     if study.against not in labels:
         raise ConfigError(f"{path}: {unknown('arm in against', study.against, labels)}")
-    if not isinstance(study.metric, str) or not study.metric:
-        raise ConfigError(
-            f"{path}: metric must name a metric of the rounds, e.g. {ACCURACY}, got {as_yaml(study.metric)}"
-        )
     if isinstance(study.last, bool) or not isinstance(study.last, int) or study.last < 1:
         raise ConfigError(f"{path}: last must be a whole number of at least 1, got {as_yaml(study.last)}")
     if not study.x:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from fedsim.errors import ConfigError, DataError
 from fedsim.seeding import generator
-from fedsim.workloads.base import ClientData, Examples, ModelFactory, Tensors, Workload
+from fedsim.workloads.base import ClientData, Examples, ModelFactory, Tensors
+from fedsim.workloads.classification import ClassificationWorkload
 from fedsim.workloads.fingerprint import Fingerprint, content_of
 from fedsim.workloads.partition import Partition
 
@@ -77,7 +78,7 @@ class Prepare:
         return {**batch, "x": x}
 
 
-class ArrayWorkload(Workload):
+class ArrayWorkload(ClassificationWorkload):
     """A classification problem held in arrays and split over the clients.
 
     Every client's own examples are divided into a part to train on and a part to judge its personal model on. With a

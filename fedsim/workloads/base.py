@@ -1,27 +1,28 @@
 """What is learned: data, model, objective and how it is judged.
 
-A workload may be a finite data set, an endless task generator or an environment; `ClientData` hides which. Concrete
-workloads live in `fedsim/data/`.
+A workload may be a finite data set, an endless task generator or an environment; `ClientData` hides which. Workloads
+that tell classes apart are `fedsim.workloads.classification`.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from devices.bounds import Checked
-from fedsim.errors import ConfigError, NotFiniteError
+from fedsim.errors import ConfigError, DataError, NotFiniteError
 from fedsim.models.norms import allow_single_examples
 from fedsim.seeding import derive
-from fedsim.workloads.fingerprint import MADE_BY, SEED, Fingerprint, content_of
+from fedsim.workloads.fingerprint import MADE_BY, SEED, Fingerprint
+from fedsim.workloads.metrics import Metric
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 Tensors = dict[str, Tensor]
 ModelFactory = Callable[..., nn.Module]  # called with input_shape=(...), num_classes=int
-SAID_NOT_FINITE = (
+OUTPUT_NOT_FINITE = (
     "its model's output on held-out examples is NaN or infinite; lower trainer.lr or set trainer.clip_norm"
 )
 JUDGED_AT_ONCE = 512  # examples of a batch when a model is judged
@@ -42,7 +43,7 @@ class Examples(Dataset[Tensors]):
     """Equally long tensors and the rows of them that belong here: no copy until `gather` or `materialise`.
 
     Args:
-        tensors: e.g. {"x": [n, ...], "y": [n] or [n, steps]}; may be shared by many clients.
+        tensors: equally long, e.g. {"x": [n, ...], "y": [n] or [n, steps]}; may be shared by many clients.
         rows: which rows, [m] int64; all of them when None.
         prepare: turns gathered raw rows into what the network is fed (uint8 to float, normalisation).
     """
@@ -53,7 +54,7 @@ class Examples(Dataset[Tensors]):
         self.tensors, self.rows, self.prepare = tensors, rows, prepare
 
     def __len__(self) -> int:
-        return len(self.rows) if self.rows is not None else len(self.tensors["y"])
+        return len(self.rows if self.rows is not None else next(iter(self.tensors.values()), ()))
 
     def __getitem__(self, index: int) -> Tensors:
         return {name: t[0] for name, t in self.gather(torch.tensor([index])).items()}
@@ -127,59 +128,78 @@ class Workload(Checked, ABC, group="workload", error=ConfigError):
 
     Attributes:
         name: as in the configuration.
+        primary: the metric by which models are compared; `evaluate` and `judge` give it by its name.
         num_clients: population size; client ids are 0..num_clients-1.
         input_shape: of one example as the network is fed, e.g. (1, 28, 28), or (80,) for token sequences.
-        num_classes: size of the output.
+        num_outputs: size of the model's output.
         test: the held-out examples that the global model is judged on; no client trains on them.
         endless: training examples are made as they arrive, and `recall` cannot give them again.
     """
 
     name: str
+    primary: Metric
     num_clients: int
     input_shape: tuple[int, ...]
-    num_classes: int
+    num_outputs: int
     test: Examples
     endless = False
 
     def __init__(self, model: ModelFactory, seed: int):
         self.model_factory, self.seed = model, seed
 
+    # --- model -------------------------------------------------------------------------------------------------------
+
     def build_model(self) -> nn.Module:
-        """A fresh model: the same weights for the same seed, whatever was drawn before."""
+        """Returns a fresh model: the same weights for the same seed, whatever was drawn before."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(self.seed, "model"))
-            model = self.model_factory(input_shape=self.input_shape, num_classes=self.num_classes)
+            model = self.model_factory(**self.model_arguments())
         allow_single_examples(model)
         return model
 
+    def model_arguments(self) -> dict[str, Any]:
+        """Returns what the model's constructor is told of the data."""
+        return {"input_shape": self.input_shape, "num_classes": self.num_outputs}
+
+    def inputs(self, batch: Tensors) -> tuple[Tensor, ...]:
+        """Returns what the network is traced and fed with, examples in the first dimension of each tensor."""
+        return (batch["x"],)
+
+    def batch_size_of(self, batch: Tensors) -> int:
+        """Returns how many examples a batch holds."""
+        return len(self.inputs(batch)[0])
+
+    # --- data --------------------------------------------------------------------------------------------------------
+
     @abstractmethod
     def client_data(self, client_id: int) -> ClientData:
-        """The data of one client; equal at every call.
+        """Returns the data of one client; equal at every call.
 
         Raises:
             IndexError: if there is no such client.
         """
 
-    def fingerprint(self) -> Fingerprint:
-        """What tells these data from others, whoever owns which part of them; see `fedsim.workloads.fingerprint`.
+    def num_examples(self, data: Examples) -> int:
+        """Returns how many examples a client counts for that trained, or judged a model, on `data`."""
+        return len(data)
 
-        Here of data that the seed decides on: who makes them, and the labels of the test part and of the first client.
-        No inputs: numbers that are drawn anew may differ in their last bits from machine to machine.
+    def fingerprint(self) -> Fingerprint:
+        """Returns what tells these data from others, whoever owns which part; see `fedsim.workloads.fingerprint`.
+
+        Here of data that the seed decides on: who makes them, and the seed.
         """
-        labels = {"test y": self.test.labels, "client 0 y": self.client_data(0).train.labels}
-        made_by = f"{type(self).__module__}.{type(self).__qualname__}"
-        return {MADE_BY: made_by, SEED: str(self.seed), **{k: content_of(y.numpy()) for k, y in labels.items()}}
+        return {MADE_BY: f"{type(self).__module__}.{type(self).__qualname__}", SEED: str(self.seed)}
 
     def part(self, round: int) -> int:
-        """Which part of its examples a client has in a round; ordinary workloads have one part only."""
+        """Returns which part of its examples a client has in a round; ordinary workloads have one part only."""
         return 0
 
     def phase(self, round: int) -> int:
-        """Which task a round belongs to, from 0; ordinary workloads have one task."""
+        """Returns which task a round belongs to, from 0; ordinary workloads have one task."""
         return 0
 
     def client_part(self, client_id: int, part: int) -> ClientData:
-        """What a client has while `part` lasts: all its data, where they do not arrive in parts.
+        """Returns what a client has while `part` lasts: all its data, where they do not arrive in parts.
 
         Raises:
             IndexError: if there is no such client.
@@ -191,7 +211,7 @@ class Workload(Checked, ABC, group="workload", error=ConfigError):
         return torch.arange(len(self.client_part(client_id, part).train))
 
     def recall(self, client_id: int, names: Tensor) -> Tensors:
-        """Training examples that a client has kept, as one batch; `names` [b] int64 as `arrivals` gave them."""
+        """Returns training examples that a client has kept, as one batch; `names` [b] int64 as `arrivals` gave them."""
         return self.client_data(client_id).train.gather(names)
 
     def check_client(self, client_id: int) -> None:
@@ -202,61 +222,68 @@ class Workload(Checked, ABC, group="workload", error=ConfigError):
             )
 
     def sample(self, batch: int) -> Tensors:
-        """A batch of held-out examples (repeated when there are too few), for tracing what the network costs."""
+        """Returns a batch of held-out examples (repeated when there are too few), for tracing what the network costs.
+
+        Raises:
+            DataError: if there are none.
+        """
+        if not len(self.test):
+            raise DataError(f"workload {self.name} has no test examples, so no model can be judged on it")
         return self.test.gather(torch.arange(batch) % len(self.test))
 
     def sample_on(self, device: torch.device | str, batch: int) -> Tensors:
-        """The same on a device."""
+        """Returns the same on a device."""
         return {key: tensor.to(device) for key, tensor in self.sample(batch).items()}
 
-    def logits(self, model: nn.Module, batch: Tensors) -> Tensor:
-        """What `model` says of a batch: [batch, classes] or, for sequences, [batch, steps, classes]."""
-        logits: Tensor = model(batch["x"])
-        return logits
+    # --- objective and judgement -----------------------------------------------------------------------------------
 
     def loss(self, model: nn.Module, batch: Tensors) -> Tensor:
-        """Mean cross-entropy of `batch["y"]` under the logits; every step counts alike for sequences."""
-        logits = self.logits(model, batch)
-        return F.cross_entropy(logits.flatten(0, -2), batch["y"].flatten())
+        """Returns the mean loss of a batch, a scalar."""
+        return self.losses(model, batch).mean()
 
     def losses(self, model: nn.Module, batch: Tensors) -> Tensor:
-        """The loss of each example by itself, [batch]; `loss` is their mean up to rounding."""
-        logits = self.logits(model, batch)
-        each = F.cross_entropy(logits.flatten(0, -2), batch["y"].flatten(), reduction="none")
-        return each.view(len(logits), -1).mean(1)
+        """Returns the loss of each example by itself, [batch]; `loss` is their mean up to rounding."""
+        raise ConfigError(f"workload {self.name} has no loss for each example, which this method needs; take another")
+
+    def sums(self, model: nn.Module, batch: Tensors) -> tuple[dict[str, float], int]:
+        """Returns the sum of each metric over a batch, and the number to divide them by; `evaluate` adds them up."""
+        raise NotImplementedError(
+            f"{type(self).__name__} must say what a batch adds to its metrics, or how to evaluate"
+        )
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, data: Examples, batch: int = JUDGED_AT_ONCE) -> dict[str, float]:
-        """Accuracy and mean loss on `data`; an empty part gives an empty dict.
+        """Returns the means of the metrics on `data`; an empty part gives an empty dict.
 
         Raises:
-            NotFiniteError: if the model's output is NaN or infinite.
+            NotFiniteError: if one is NaN or infinite, as the model's output is then.
         """
         if not len(data):
             return {}
         device = next(model.parameters()).device
         was_training = model.training
         model.eval()
-        correct, loss, count = 0, 0.0, 0
+        totals: Counter[str] = Counter()
+        count = 0
         for rows in torch.arange(len(data)).split(batch):
-            part = {name: t.to(device) for name, t in data.gather(rows).items()}
-            logits, y = self.logits(model, part).flatten(0, -2), part["y"].flatten()
-            correct += int((logits.argmax(-1) == y).sum())
-            loss += float(F.cross_entropy(logits, y, reduction="sum"))
-            count += len(y)
+            sums, size = self.sums(model, {name: t.to(device) for name, t in data.gather(rows).items()})
+            totals.update(sums)
+            count += size
         model.train(was_training)
-        if not math.isfinite(loss):
-            raise NotFiniteError(SAID_NOT_FINITE)
-        return {"accuracy": correct / count, "loss": loss / count}
+        if not all(math.isfinite(total) for total in totals.values()):
+            raise NotFiniteError(OUTPUT_NOT_FINITE)
+        return {name: total / count for name, total in totals.items()}
 
     def judge(self, model: nn.Module, round: int) -> dict[str, float]:
-        """Metrics of the global model after a round (0: untrained): here on the held-out test set."""
+        """Returns the metrics of the global model after a round (0: untrained): here on the held-out test set."""
         return self.evaluate(model, self.test)
 
+    # --- report ------------------------------------------------------------------------------------------------------
+
     def figures(self, reports: Sequence[RoundReport]) -> dict[str, Any]:
-        """What the summary of a finished run says beside the figures that every run has."""
+        """Returns what the summary of a finished run says beside the figures that every run has."""
         return {}
 
     def pictures(self, reports: Sequence[RoundReport]) -> dict[str, Figure]:
-        """Drawings of a finished run, by name."""
+        """Returns drawings of a finished run, by name."""
         return {}

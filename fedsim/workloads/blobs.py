@@ -12,14 +12,15 @@ import torch
 from fedsim.errors import ConfigError
 from fedsim.seeding import generator
 from fedsim.workloads.arrays import check_fraction, held_out
-from fedsim.workloads.base import ClientData, Examples, ModelFactory, Workload
+from fedsim.workloads.base import ClientData, Examples, ModelFactory
+from fedsim.workloads.classification import ClassificationWorkload
 from fedsim.workloads.host_memory import check_fits
 from fedsim.workloads.partition import Partition
 
 PATCHES = 4  # an image's centre is a grid of 4 x 4 grey values
 
 
-class Blobs(Workload):
+class Blobs(ClassificationWorkload):
     """Each class is a Gaussian of standard deviation 1 around its own centre.
 
     A client's examples are drawn when they are asked for, from (seed, client id) alone, so a million clients cost

@@ -14,6 +14,7 @@ import numpy as np
 from devices.figures import legend_label, new_figure, save_figure
 from devices.texts import NAME_LETTERS, visible
 from fedsim.workloads.base import Workload
+from fedsim.workloads.classification import ClassificationWorkload
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,8 +31,8 @@ class ClientRow(NamedTuple):
         client: its id.
         train: examples to train on.
         test: examples that its personal model is judged on.
-        classes: how many classes its training part holds (sequences: distinct tokens to predict).
-        label_counts: training examples of each class, [num_classes]; empty for sequences.
+        classes: how many classes its training part holds (sequences: distinct tokens to predict), if any.
+        label_counts: training examples of each class, [num_classes]; empty for sequences and where there are none.
     """
 
     client: int
@@ -47,7 +48,7 @@ class Split(NamedTuple):
     Attributes:
         name: of the workload.
         num_clients: in all.
-        class_names: of every class.
+        class_names: of every class; empty where there are none.
         rows: of the first clients.
         sizes: training examples of all clients, or of LOOKED_AT evenly spaced ones.
     """
@@ -70,7 +71,7 @@ def summary_lines(workload: Workload) -> list[str]:
     of = f" (of {len(rows)} clients looked at)" if len(rows) < workload.num_clients else ""
     lines = [
         f"workload          {workload.name}",
-        f"input             {' x '.join(map(str, workload.input_shape))}, {workload.num_classes} classes",
+        f"input             {' x '.join(map(str, workload.input_shape))}{_classes(workload)}",
         f"clients           {workload.num_clients}",
         f"training examples {sum(row.train for row in rows)}{of}",
         f"  per client      {_spread_of([row.train for row in rows])}",
@@ -108,7 +109,7 @@ def draw_split(split: Split) -> Figure:
     shown = f"first {len(rows)} clients" if len(rows) < split.num_clients else "every client"
     if not rows[0].label_counts:
         left.bar([row.client for row in rows], [row.train for row in rows], width=0.85)
-        left.set(title=f"Training examples, {shown}", ylabel="sequences")
+        left.set(title=f"Training examples, {shown}", ylabel="sequences" if num_classes else "examples")
     elif num_classes <= NAMED_COLOURS:
         _draw_bars(left, rows, split.class_names)
         left.set(title=f"Labels, {shown}", ylabel="training examples")
@@ -121,7 +122,8 @@ def draw_split(split: Split) -> Figure:
     left.xaxis.set_major_locator(MaxNLocator(10, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
     _draw_sizes(right, split.sizes, split.num_clients)
     name = visible(split.name, NAME_LETTERS)
-    figure.suptitle(f"{name}: clients {split.num_clients}, classes {num_classes}")
+    classes = f", classes {num_classes}" if num_classes else ""
+    figure.suptitle(f"{name}: clients {split.num_clients}{classes}")
     return figure
 
 
@@ -129,6 +131,9 @@ def _rows(workload: Workload, clients: range | list[int]) -> list[ClientRow]:
     rows = []
     for client in clients:
         data = workload.client_data(client)
+        if not isinstance(workload, ClassificationWorkload):
+            rows.append(ClientRow(client, len(data.train), len(data.test), 0, ()))
+            continue
         labels = data.train.labels
         if labels.dim() > 1:
             rows.append(ClientRow(client, len(data.train), len(data.test), len(labels.unique()), ()))
@@ -148,7 +153,11 @@ def _spread_of(values: list[int]) -> str:
 
 
 def _class_names(workload: Workload) -> list[str]:
-    return getattr(workload, "classes", None) or [str(label) for label in range(workload.num_classes)]
+    return workload.class_names() if isinstance(workload, ClassificationWorkload) else []
+
+
+def _classes(workload: Workload) -> str:
+    return f", {workload.num_classes} classes" if isinstance(workload, ClassificationWorkload) else ""
 
 
 def _draw_bars(axes: Axes, rows: Sequence[ClientRow], names: Sequence[str]) -> None:

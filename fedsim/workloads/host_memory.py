@@ -49,16 +49,14 @@ def check_fits(what: str, needed: float) -> None:
 
 
 def model_bytes(
-    make: Callable[..., Any], input_shape: tuple[int, ...], num_classes: int | None, batch: int, dtype: torch.dtype
+    make: Callable[[], torch.nn.Module], inputs: Callable[[int], tuple[torch.Tensor, ...]], batch: int
 ) -> float:
-    """The least that training and judging a model takes, without making it; 0 where that cannot be known.
+    """Returns the least that training and judging a model takes, without making it; 0 where that cannot be known.
 
     Args:
         make: makes the model.
-        input_shape: of one example.
-        num_classes: size of the output.
+        inputs: makes what the model is fed, of so many examples.
         batch: examples that are judged at once.
-        dtype: of what it is fed.
 
     Raises:
         ConfigError: as `make` does.
@@ -68,7 +66,7 @@ def model_bytes(
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         try:
             with torch.device("meta"):
-                network = make(input_shape=input_shape, num_classes=num_classes).eval()
+                network, one = make().eval(), inputs(1)
         except ConfigError:
             raise
         except Exception:  # a model that needs numbers, or is wrong: building it tells
@@ -77,7 +75,7 @@ def model_bytes(
         weights = float(sum(math.prod(t.shape) * t.element_size() for t in tensors))
         # Torch's shapes without numbers cost the import of its compiler, most of a second: a network that is surely
         # small is run with one example instead. No layer's output has more values a pixel than the layer has weights.
-        at_most = weights * max(COPIES, math.prod(input_shape))
+        at_most = weights * max(COPIES, sum(t.numel() for t in one))
         is_small = at_most < host_bytes() / CERTAINLY
         place, examples = ("cpu", 1) if is_small else ("meta", batch)
         largest = 0.0
@@ -89,10 +87,10 @@ def model_bytes(
 
         with suppress(Exception), no_exit(), torch.device(place):
             if is_small:
-                network = make(input_shape=input_shape, num_classes=num_classes).eval()
+                network = make().eval()
             for module in network.modules():
                 module.register_forward_hook(look)
-            network(torch.zeros((examples, *input_shape), dtype=dtype))
+            network(*inputs(examples))
     return COPIES * weights + AT_ONCE * largest * batch / examples
 
 

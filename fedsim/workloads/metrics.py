@@ -1,9 +1,10 @@
-"""Figures drawn from the reports of a run, and the means over clients that are in them."""
+"""What models are judged by, figures drawn from the reports of a run, and the means over clients that are in them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,9 @@ if TYPE_CHECKING:
     from fedsim.grid.edge import ClientReport
     from fedsim.report.rounds import RoundReport
 
-ACCURACY, LOSS = "accuracy", "loss"
-NOT_FINITE = "not_finite"  # in place of both, 1: the output of the judged model is NaN or infinite
+LOSS = "loss"
+CLIENTS = "client_"  # before the name of a metric: its mean over clients that judged, of the model that each uses
+NOT_FINITE = "not_finite"  # in place of all, 1: the output of the judged model is NaN or infinite
 BY_EXAMPLES, BY_CLIENTS = "examples", "clients"
 # How what clients report becomes one number of the round: weighted by their examples, as what is itself a mean over
 # examples, or every client alike, as what is a fact about the client, its device or its network. A name also stands for
@@ -26,6 +28,82 @@ AVERAGED: Mapping[str, str] = {
     **dict.fromkeys(("dense_bytes", "nonzero_bytes", "wire_bytes"), BY_CLIENTS),
     **dict.fromkeys(("memory_examples", "pool_pairs", "data_version", "oracle"), BY_CLIENTS),
 }
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure by which models are compared.
+
+    Attributes:
+        name: as in the metrics of a round.
+        unit: "%" for a share of 1, which is shown in percent; any other stands behind the figure.
+        higher_is_better: otherwise the lowest value is the best.
+    """
+
+    name: str
+    unit: str = ""
+    higher_is_better: bool = True
+
+    @classmethod
+    def named_in(cls, tree: Mapping[str, Any]) -> Metric:
+        """Returns the metric that a summary or another file of a run names; accuracy where it names none."""
+        entry = tree.get(PRIMARY)
+        return cls(entry["name"], entry["unit"], entry["higher_is_better"]) if entry else ACCURACY
+
+    def as_entry(self) -> dict[str, Any]:
+        """Returns the entry that `named_in` reads; accuracy goes without saying."""
+        return {} if self == ACCURACY else {PRIMARY: asdict(self)}
+
+    @property
+    def scale(self) -> float:
+        """Returns what a value is multiplied by where it is shown with its unit."""
+        return 100.0 if self.unit == "%" else 1.0
+
+    @property
+    def label(self) -> str:
+        """Returns the name with the unit, for axes and the columns of a page."""
+        return f"{self.title}, {self.unit}" if self.unit else self.title
+
+    @property
+    def heading(self) -> str:
+        """Returns the same for the columns of a terminal."""
+        return f"{self.title} {self.unit}".rstrip()
+
+    @property
+    def title(self) -> str:
+        """Returns the name in words."""
+        return self.name.replace("_", " ")
+
+    def named(self, name: str) -> Metric:
+        """Returns a metric of this unit and direction by another name, such as that of the clients' own models."""
+        return replace(self, name=name) if name else self
+
+    def number(self, value: float, digits: int = 2) -> str:
+        """Returns a value in its unit, without naming it: so many decimals of a percentage, else four digits."""
+        return f"{self.scale * value:.{digits}f}" if self.unit == "%" else f"{value:.4g}"
+
+    def change(self, difference: float) -> str:
+        """Returns a difference of two values with its sign."""
+        return f"{self.scale * difference:+.2f}" if self.unit == "%" else f"{difference:+.3g}"
+
+    def fraction(self, value: float, digits: int = 4) -> str:
+        """Returns a value as tables of a single run show it: a share as such, else with its unit."""
+        return f"{value:.{digits}f}" if self.unit == "%" else self.with_unit(value)
+
+    def with_unit(self, value: float) -> str:
+        """Returns a value and its unit."""
+        return f"{self.number(value, 1)} {self.unit}".rstrip()
+
+    def gain(self, value: float) -> float:
+        """Returns a number that is larger the better the value is."""
+        return value if self.higher_is_better else -value
+
+    def reaches(self, value: float, target: float) -> bool:
+        """Returns whether a value is as good as the target, or better."""
+        return self.gain(value) >= self.gain(target)
+
+
+ACCURACY, PRIMARY = Metric("accuracy", "%"), "primary"
 
 
 @cache
@@ -48,52 +126,54 @@ def means(clients: Iterable[ClientReport]) -> dict[str, float]:
     return {name: total / weights[name] for name, total in sums.items() if weights[name] > 0}
 
 
-def judged(reports: Sequence[RoundReport]) -> list[RoundReport]:
-    """The rounds after which the global model was evaluated on the held-out test set, finite or not."""
-    return [r for r in reports if ACCURACY in r.metrics or NOT_FINITE in r.metrics]
+def judged(reports: Sequence[RoundReport], primary: Metric = ACCURACY) -> list[RoundReport]:
+    """Returns the rounds after which the global model was evaluated on held-out examples, finite or not."""
+    return [r for r in reports if primary.name in r.metrics or NOT_FINITE in r.metrics]
 
 
 def not_finite(reports: Sequence[RoundReport]) -> list[int]:
-    """The rounds after which the output of the global model is NaN or infinite."""
+    """Returns the rounds after which the output of the global model is NaN or infinite."""
     return [r.round for r in reports if NOT_FINITE in r.metrics]
 
 
 def read(metrics: Mapping[str, float | None]) -> dict[str, float]:
-    """Metrics as they are in JSON: null is NaN; where that is a judgement, there is the mark instead."""
+    """Returns metrics as JSON holds them: null is NaN; where that is a judgement, the mark stands in its place."""
     found = {name: math.nan if value is None else value for name, value in metrics.items()}
-    if any(not math.isfinite(found.get(name, 0.0)) for name in (ACCURACY, LOSS)):
-        found = {name: value for name, value in found.items() if name not in (ACCURACY, LOSS)} | {NOT_FINITE: 1.0}
+    if any(not math.isfinite(found.get(name, 0.0)) for name in (ACCURACY.name, LOSS)):
+        found = {name: value for name, value in found.items() if name not in (ACCURACY.name, LOSS)} | {NOT_FINITE: 1.0}
     return found
 
 
-def final(reports: Sequence[RoundReport]) -> dict[str, float | None]:
-    """Test accuracy and loss of the last evaluation; None where that was not finite."""
-    last = judged(reports)[-1:]
-    return {key: last[0].metrics.get(key) if last else None for key in (ACCURACY, LOSS)}
+def final(reports: Sequence[RoundReport], primary: Metric = ACCURACY) -> dict[str, float | None]:
+    """Returns the primary metric and the loss of the last evaluation; None where that was not finite."""
+    last = judged(reports, primary)[-1:]
+    return {key: last[0].metrics.get(key) if last else None for key in (primary.name, LOSS)}
 
 
-def best(reports: Sequence[RoundReport]) -> dict[str, Any]:
-    """The highest test accuracy and the first round that reached it."""
-    top = max(
-        (r for r in reports if ACCURACY in r.metrics), key=lambda r: (r.metrics[ACCURACY], -r.round), default=None
-    )
-    return {"accuracy": top.metrics[ACCURACY], "round": top.round} if top else {"accuracy": None, "round": None}
+def best(reports: Sequence[RoundReport], primary: Metric = ACCURACY) -> dict[str, Any]:
+    """Returns the best value of the primary metric and the first round that reached it."""
+    name = primary.name
+    values = {r.round: r.metrics[name] for r in reports if name in r.metrics}
+    number = max(values, key=lambda number: (primary.gain(values[number]), -number), default=None)
+    return {name: None if number is None else values[number], "round": number}
 
 
 def took_part(reports: Sequence[RoundReport]) -> set[int]:
-    """The clients that completed the training of at least one round."""
+    """Returns the clients that completed the training of at least one round."""
     return {client for report in reports for client in report.outcomes.get("completed", ())}
 
 
-def to_target(reports: Sequence[RoundReport], target_accuracy: float | None) -> dict[str, Any] | None:
-    """Round, seconds, joules and bytes until the test accuracy first reaches the target; None if it never does."""
-    if target_accuracy is None:
+def to_target(
+    reports: Sequence[RoundReport], target: float | None, primary: Metric = ACCURACY
+) -> dict[str, Any] | None:
+    """Returns round, seconds, joules and bytes until the primary metric first reaches the target; None if never."""
+    if target is None:
         return None
     spent: dict[str, Any] = {"energy_j": 0.0, "down_bytes": 0, "up_bytes": 0}
     for report in reports:
         spent["energy_j"] += report.joules
         spent["down_bytes"] += report.down_bytes
         spent["up_bytes"] += report.up_bytes
-        if report.metrics.get(ACCURACY, -1.0) >= target_accuracy:
-            return {"accuracy": target_accuracy, "round": report.round, "simulated_s": report.now_s, **spent}
+        if primary.name in report.metrics and primary.reaches(report.metrics[primary.name], target):
+            return {primary.name: target, "round": report.round, "simulated_s": report.now_s, **spent}
     return None

@@ -25,6 +25,7 @@ from fedsim.errors import ConfigError
 from fedsim.exchanges.averages import averages, from_uint8, to_uint8
 from fedsim.messages.records import OF_REPLY, Broadcast, ClientUpdate
 from fedsim.workloads.base import Tensors, Workload
+from fedsim.workloads.classification import classification
 
 QUESTION, AVERAGES, ROOM, POOL = "averages", "averages", "room", "pool"
 HELD = f"{OF_REPLY}{POOL}_"  # state: the pool as the server believes it to be with the client
@@ -232,7 +233,7 @@ class PoolTrainer(MixupTrainer):
         tokens = not data.gather(torch.arange(1))["x"].is_floating_point()
         vocabulary = embedding_of(client.model).num_embeddings if tokens else None
         shuffle = client.stream("averages")
-        pairs = averages(data, size, client.workload.num_classes, shuffle, vocabulary)
+        pairs = averages(data, size, classification(client.workload).num_classes, shuffle, vocabulary)
         pairs = self.protect(pairs, client.stream("average-noise"))
         if asked["pool-dtype"] == "uint8":
             pairs |= to_uint8(pairs["x"])
@@ -304,7 +305,8 @@ class PoolTrainer(MixupTrainer):
     def sample_partner(self, workload: Workload, model: nn.Module, sample: Tensors) -> Tensors:
         tokens = not sample["x"].is_floating_point()
         x = F.one_hot(sample["x"], embedding_of(model).num_embeddings).float() if tokens else sample["x"]
-        return {"partner_x": x[:1], "partner_y": F.one_hot(sample["y"], workload.num_classes).to(x.dtype)[:1]}
+        classes = classification(workload).num_classes
+        return {"partner_x": x[:1], "partner_y": F.one_hot(sample["y"], classes).to(x.dtype)[:1]}
 
     def reserve(self, client: ClientContext, task: Broadcast) -> None:
         """A step and the pool that stays beside it."""

@@ -76,5 +76,5 @@ class AGemTrainer(ReservoirTrainer):
         if kept is None:
             return gradients, loss
         past = torch.autograd.grad(self.loss(client, kept, task), client.parameters, allow_unused=True)
-        self.log_step(client, len(kept["y"]))
+        self.log_step(client, client.workload.batch_size_of(kept))
         return project(gradients, past), loss

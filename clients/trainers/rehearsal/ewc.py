@@ -35,10 +35,10 @@ def fisher(client: ClientContext, weights: dict[str, nn.Parameter], batch: Tenso
     """
     total = torch.zeros(sum(p.numel() for p in weights.values()), dtype=torch.float64)
     with scoring(client.model):
-        for rows in torch.arange(len(batch["y"])).split(at_once):
+        for rows in torch.arange(client.workload.batch_size_of(batch)).split(at_once):
             part = {key: t[rows] for key, t in batch.items()}
             total += per_sample(client.workload, client.model, part, weights).double().square().sum(0).cpu()
-    return (total / len(batch["y"])).float()
+    return (total / client.workload.batch_size_of(batch)).float()
 
 
 def bounded(quadratics: Tensors, largest: float) -> Tensors:

@@ -30,6 +30,7 @@ from devices.errors import one_line
 from devices.trace import KINDS
 from fedsim.errors import ConfigError
 from fedsim.workloads.base import Tensors, Workload
+from fedsim.workloads.classification import classification
 
 MODES = ("full", "full_vmap", "chunked", "last_layer", "features")
 WITHOUT_BACKWARD = ("last_layer", "features")
@@ -192,7 +193,7 @@ def last_layer(workload: Workload, model: nn.Module, batch: Tensors) -> tuple[Te
     seen: list[Tensor] = []
     hook = head_of(model).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     try:
-        logits = workload.logits(model, batch)
+        logits = classification(workload).logits(model, batch)
     finally:
         hook.remove()
     if not seen:
@@ -272,7 +273,7 @@ def _watched(
 
     hooks = [layer.register_forward_hook(keep) for layer in layers_of(model)]
     try:
-        return workload.logits(model, batch)
+        return classification(workload).logits(model, batch)
     finally:
         for hook in hooks:
             hook.remove()
@@ -436,7 +437,7 @@ def require_single_examples(workload: Workload, model: nn.Module) -> None:
     device = next(model.parameters()).device
     with torch.no_grad(), scoring(model):
         try:
-            workload.logits(model, workload.sample_on(device, 1))
+            classification(workload).logits(model, workload.sample_on(device, 1))
         except Exception as error:
             raise ConfigError(
                 f"model {type(model).__name__} takes no example by itself ({one_line(error)}), and its "

@@ -18,6 +18,7 @@ from clients.trainers.sgd import SGDTrainer
 from fedsim.errors import ConfigError
 from fedsim.messages.records import Broadcast, ClientUpdate
 from fedsim.workloads.base import Tensors
+from fedsim.workloads.classification import classification
 
 PHASE, TEACHER = "phase", "teacher."
 
@@ -61,7 +62,7 @@ class LwFTrainer(SGDTrainer):
         if self.teacher is None:
             return super().loss(client, batch, task)
         own = client.model(batch["x"])
-        logits = own + (client.workload.logits(lambda _: torch.zeros_like(own), batch))  # type: ignore[arg-type]
+        logits = own + (classification(client.workload).logits(lambda _: torch.zeros_like(own), batch))  # type: ignore[arg-type]
         loss = F.cross_entropy(logits.flatten(0, -2), batch["y"].flatten())
         was_training = client.model.training
         client.model.eval()

@@ -201,7 +201,7 @@ class OCSTrainer(ReplayTrainer):
 
     def choose(self, client: ClientContext, batch: Tensors, memory: Memory, kept: Tensors | None) -> Tensor | None:
         """Algorithm 1, lines 5 to 8: kappa at random while the task is new, else those with the highest score."""
-        size, first_pass = len(batch["y"]), self.seen < self.per_pass
+        size, first_pass = client.workload.batch_size_of(batch), self.seen < self.per_pass
         self.seen += 1
         if size <= self.batch_size:
             return None
@@ -214,7 +214,7 @@ class OCSTrainer(ReplayTrainer):
 
     def products(self, client: ClientContext, batch: Tensors, memory: Memory, kept: Tensors | None) -> Products:
         """Of a stream batch, with the coreset's gradient at the current weights as the reference."""
-        n, mode, workload, model = len(batch["y"]), self.grad_mode, client.workload, client.model
+        n, mode, workload, model = client.workload.batch_size_of(batch), self.grad_mode, client.workload, client.model
         with scoring(model):
             reference = self.reference if self.tau else None
             if self.recalled is not None:
@@ -275,7 +275,7 @@ class OCSTrainer(ReplayTrainer):
 
     def by_score(self, client: ClientContext, batch: Tensors) -> Tensor:
         """All examples by S + V under the current weights, best first."""
-        n = len(batch["y"])
+        n = client.workload.batch_size_of(batch)
         with scoring(client.model):
             found = products(self.grad_mode, client.workload, client.model, batch, None, self.chunk)
         log_products(client.log, client.network, self.grad_mode, self.outputs, n, False, self.chunk)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from clients.trainers.rehearsal.gradients import error_of, head_of, last_layer, mean_of_outputs, scoring
 from clients.trainers.rehearsal.memory import Memory
 from fedsim.workloads.base import Workload
+from fedsim.workloads.classification import classification
 
 OUTPUTS = nn.Identity()  # a network that has been passed already
 
@@ -45,7 +46,7 @@ class Recalled:
             hook.remove()
         features, outputs = (t[-len(places) :].detach() for t in seen[-1])
         batch = {**self.memory.batch(places), "x": outputs}
-        self.error[places] = error_of(self.workload.logits(OUTPUTS, batch), batch["y"])
+        self.error[places] = error_of(classification(self.workload).logits(OUTPUTS, batch), batch["y"])
         self.features[places] = features
 
     def mean_gradient(self, mode: str) -> Tensor:

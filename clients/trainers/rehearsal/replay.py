@@ -185,9 +185,9 @@ class ReplayTrainer(SGDTrainer):
         """Direction of one step, and its loss: one pass through the network with both batches."""
         if kept is None:
             loss = self.loss(client, batch, task)
-            self.log_step(client, len(batch["y"]))
+            self.log_step(client, client.workload.batch_size_of(batch))
         else:
-            own = len(batch["y"])
+            own = client.workload.batch_size_of(batch)
             each = client.workload.losses(client.model, {key: torch.cat([batch[key], kept[key]]) for key in batch})
             loss = each[:own].mean() + self.replay_weight * each[own:].mean()
             self.log_step(client, len(each))

@@ -84,7 +84,7 @@ class FjORDTrainer(SubnetTrainer):
         Only one of the networks runs where the widest was drawn, or alpha is 0.
         """
         kept = self.kept(task)
-        widths, size = self.widths(kept), len(batch["y"])
+        widths, size = self.widths(kept), client.workload.batch_size_of(batch)
         choice = widths[int(batch[WIDTH])]
         if choice is kept:
             client.log.add(client.network, size, forwards=1, backwards=1)

@@ -23,6 +23,7 @@ from devices.meter import inference_memory_bytes
 from fedsim.exchanges.slices import BITS, pack_bits
 from fedsim.messages.records import Broadcast, ClientUpdate
 from fedsim.workloads.base import Tensors
+from fedsim.workloads.classification import classification
 
 STATISTICS, EXAMPLES, CLASSES = "statistics", "examples", "classes"
 MOMENTS = ("running_mean", "running_var")
@@ -101,7 +102,7 @@ class HeteroFLTrainer(SubnetTrainer):
 
 def _absent(client: ClientContext) -> Tensor:
     """Classes that the client has no example of, [classes] bool."""
-    absent = torch.ones(client.workload.num_classes, dtype=torch.bool)
+    absent = torch.ones(classification(client.workload).num_classes, dtype=torch.bool)
     absent[client.data.train.labels.flatten().unique().cpu()] = False
     return absent
 

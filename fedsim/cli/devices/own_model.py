@@ -259,7 +259,10 @@ def _fitting(make: Callable[..., nn.Module], name: str, shape: tuple[int, ...], 
     import torch
 
     with_classes = f" with --num-classes {num_classes}" if num_classes else ""
-    check_fits(f"model {name}{with_classes}", model_bytes(make, shape, num_classes, 1, torch.float32))
+    check_fits(
+        f"model {name}{with_classes}",
+        model_bytes(lambda: make(input_shape=shape, num_classes=num_classes), lambda n: (torch.zeros(n, *shape),), 1),
+    )
     return make(input_shape=shape, num_classes=num_classes)
 
 

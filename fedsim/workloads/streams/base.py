@@ -19,6 +19,7 @@ from devices.errors import unknown
 from fedsim.errors import ConfigError, DataError
 from fedsim.seeding import generator
 from fedsim.workloads.base import ClientData, Examples, Tensors, Workload
+from fedsim.workloads.classification import ClassificationWorkload
 from fedsim.workloads.fingerprint import Fingerprint
 from fedsim.workloads.streams import figures as continual
 
@@ -93,7 +94,7 @@ class Arrivals(Examples):
         return self.stream.relabel(self.own.labels[self.rows])
 
 
-class Stream(Workload, group="stream"):
+class Stream(ClassificationWorkload, group="stream"):
     """A workload whose clients meet their examples task by task.
 
     The rounds of a run are divided evenly among the tasks; the rounds of one task are a phase. Examples carry their
@@ -149,6 +150,8 @@ class Stream(Workload, group="stream"):
         forward_transfer: bool = True,
     ):
         super().__init__(workload.model_factory, seed)
+        if not isinstance(workload, ClassificationWorkload):
+            raise ConfigError(f"a stream deals examples by their classes, and {workload.name} has none: stream=none")
         for key, value, allowed in (
             ("incremental", incremental, get_args(Incremental)),
             ("order", order, get_args(Order)),

@@ -14,6 +14,7 @@ from fedsim.errors import ConfigError
 from fedsim.seeding import generator
 from fedsim.workloads.base import ClientData, Examples, Tensors, Workload
 from fedsim.workloads.bundle import Bundle
+from fedsim.workloads.classification import ClassificationWorkload, classification
 from fedsim.workloads.fingerprint import Fingerprint
 from fedsim.workloads.partition import Iid
 from fedsim.workloads.streams.base import TASK, Stream
@@ -191,7 +192,7 @@ class Domains(Stream):
         return list(range(int(self.starts[task]), ends[task]))
 
 
-class _Union(Workload):
+class _Union(ClassificationWorkload):
     """Several image data sets as one: classes behind each other, inputs of the size and channels of the first.
 
     Attributes:
@@ -200,6 +201,7 @@ class _Union(Workload):
 
     def __init__(self, first: Workload, bundles: Sequence[str], seed: int):
         super().__init__(first.model_factory, seed)
+        first = classification(first)
         if len(first.input_shape) != 3:
             raise ConfigError(f"stream=domains joins images, and {first.name} has none")
         self.first, self.name, self.num_clients = first, first.name, first.num_clients

@@ -1,0 +1,77 @@
+"""Workloads that tell classes apart: labels, cross-entropy and accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedsim.errors import ConfigError
+from fedsim.workloads.base import Tensors, Workload
+from fedsim.workloads.fingerprint import Fingerprint, content_of
+from fedsim.workloads.metrics import ACCURACY
+
+
+class ClassificationWorkload(Workload):
+    """Examples with one label each or, for sequences, one per step; models give a logit for each class.
+
+    Attributes:
+        num_classes: size of the output.
+        classes: their names; none where they go by their numbers.
+    """
+
+    num_classes: int
+    classes: Sequence[str] = ()
+    primary = ACCURACY
+
+    @property
+    def num_outputs(self) -> int:  # type: ignore[override]
+        """Returns the number of classes."""
+        return self.num_classes
+
+    def class_names(self) -> list[str]:
+        """Returns the name of every class."""
+        return list(self.classes) or [str(label) for label in range(self.num_classes)]
+
+    def fingerprint(self) -> Fingerprint:
+        """Returns what tells these data from others; see `fedsim.workloads.fingerprint`.
+
+        Here of data that the seed decides on: who makes them, and the labels of the test part and of the first client.
+        No inputs: numbers that are drawn anew may differ in their last bits from machine to machine.
+        """
+        labels = {"test y": self.test.labels, "client 0 y": self.client_data(0).train.labels}
+        return {**super().fingerprint(), **{key: content_of(y.numpy()) for key, y in labels.items()}}
+
+    def logits(self, model: nn.Module, batch: Tensors) -> Tensor:
+        """Returns the model's logits of a batch: [batch, classes] or, for sequences, [batch, steps, classes]."""
+        logits: Tensor = model(*self.inputs(batch))
+        return logits
+
+    def loss(self, model: nn.Module, batch: Tensors) -> Tensor:
+        """Returns the mean cross-entropy of `batch["y"]` under the logits; every step of a sequence counts alike."""
+        logits = self.logits(model, batch)
+        return F.cross_entropy(logits.flatten(0, -2), batch["y"].flatten())
+
+    def losses(self, model: nn.Module, batch: Tensors) -> Tensor:
+        """Returns the cross-entropy of each example by itself, [batch]."""
+        logits = self.logits(model, batch)
+        each = F.cross_entropy(logits.flatten(0, -2), batch["y"].flatten(), reduction="none")
+        return each.view(len(logits), -1).mean(1)
+
+    def sums(self, model: nn.Module, batch: Tensors) -> tuple[dict[str, float], int]:
+        """Returns how many labels are right and their summed cross-entropy, and how many labels there are."""
+        logits, y = self.logits(model, batch).flatten(0, -2), batch["y"].flatten()
+        correct = int((logits.argmax(-1) == y).sum())
+        return {"accuracy": correct, "loss": float(F.cross_entropy(logits, y, reduction="sum"))}, len(y)
+
+
+def classification(workload: Workload) -> ClassificationWorkload:
+    """Returns the workload as one that tells classes apart.
+
+    Raises:
+        ConfigError: if it is none.
+    """
+    if not isinstance(workload, ClassificationWorkload):
+        raise ConfigError(f"workload {workload.name} has no classes, which this method needs; take another workload")
+    return workload
