@@ -1,8 +1,8 @@
 """Texts from outside (names, labels, titles, paths, errors) made fit for where they go.
 
 A text is data wherever it comes from: a class called `$\frac{$` is no formula, a device called `[/red]` no markup, an
-arm called `../x` no path. Pictures have `devices.figures`, the terminal has `fedsim.report.terminal`, and a page escapes
-HTML itself.
+arm called `../x` no path. Pictures have `devices.figures`, the terminal has `fedsim.report.terminal`, and a page
+escapes HTML itself.
 """
 
 from __future__ import annotations
