@@ -221,9 +221,10 @@ def _name(hint: Any) -> str:
 
 
 def _full_name(hint: Any) -> str:
-    """As `_name`, with the interval of a number."""
-    intervals = (_in_words(note, _bare(hint) is int) for note in _notes(hint) if isinstance(note, Interval))
-    return " ".join([_name(hint), *intervals])
+    """As `_name`, with the interval of a number, or its lower bound: upper ones are often far away."""
+    notes = (note for note in _notes(hint) if isinstance(note, Interval | Gt | Ge))
+    words = (_in_words(note, _bare(hint) is int) for note in notes)
+    return " ".join([_name(hint), *(f"of {text}" if text.startswith("at ") else text for text in words)])
 
 
 def _is_list(value: Any) -> bool:

@@ -368,7 +368,7 @@ def test_clipping_and_noise_change_what_leaves_the_device():
     "wrong, sentence",
     [
         ("strategy.group_size=4", r"strategy\.group_size must be all or at least 5 .*, got 4"),
-        ("strategy.group_size=some", r"strategy\.group_size must be all or a whole number, got 'some'"),
+        ("strategy.group_size=some", r"strategy\.group_size must be all or a whole number of at least 1, got 'some'"),
         ("strategy.min_group_size=0", r"strategy\.min_group_size must be at least 1, got 0"),
         ("strategy.pool_source=own", r"strategy\.pool_source.*'own'.*local"),
         ("strategy.pool_source=local strategy.exclude_own=true", r"exclude_own=true leaves nothing of"),

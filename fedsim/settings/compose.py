@@ -16,7 +16,7 @@ from typing import Any
 from devices.errors import UserError, one_line, unknown
 from devices.texts import FILE_BYTES, VALUE_LETTERS, quoted, storable, visible
 from fedsim.errors import ConfigError, in_words
-from fedsim.settings.check import TEXTS, check, check_choices, known_keys
+from fedsim.settings.check import check, check_choices, known_keys
 from fedsim.settings.groups import (
     FREE_MAPS,
     GROUPS,
@@ -28,6 +28,7 @@ from fedsim.settings.groups import (
     options,
 )
 from fedsim.settings.moved import updated
+from fedsim.settings.run_settings import TEXTS
 from fedsim.settings.trust import plugin_folders
 
 

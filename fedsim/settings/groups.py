@@ -18,7 +18,6 @@ GROUPS = (
 )
 NEEDED = tuple(group for group in GROUPS if group not in ("method", "experiment"))  # presets leave no settings behind
 PRIMARY = "run"
-MOST_ROUNDS, MOST_CLIENTS = 10**7, 10**9
 FREE_MAPS = ("fleet.devices",)  # whose keys are the user's own: giving the map replaces it
 RESULTS_HANG_ON = ("threads", "device", "batch_clients")  # of the engine's settings, in the last bits
 FORMAT, FORMATS = "memory_format", ("contiguous", "channels_last")

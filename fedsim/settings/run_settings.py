@@ -1,0 +1,87 @@
+"""The settings at the top of a run's tree, typed and with their bounds; `configs/run.yaml` says what each is."""
+
+from __future__ import annotations
+
+import math
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Interval, Le
+
+from devices.bounds import problem
+from fedsim.errors import ConfigError
+from fedsim.settings.groups import NEEDED, Settings
+
+Rounds = Annotated[int, Ge(1), Le(10**7)]
+Clients = Annotated[int, Ge(1), Le(10**9)]
+Seconds = Annotated[float, Gt(0), Le(1e10)]  # 300 years
+TEXTS = ("name", "out")  # which may look like numbers
+AtOnce = Annotated[int, Ge(1), Le(4096)]
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What a run reads of its settings.
+
+    Attributes:
+        groups: by group, the settings of what its `_target_` names.
+    """
+
+    rounds: Rounds
+    seed: Annotated[int, Interval(ge=0, le=2**63 - 1)]
+    cohort: Clients
+    num_clients: Clients | None
+    over_selection: Annotated[float, Ge(1), Le(1000)]
+    deadline_s: Seconds | None
+    round_every_s: Seconds | None
+    target: Annotated[float, Interval(ge=-1e12, le=1e12)] | None
+    target_accuracy: Annotated[float, Interval(gt=0, le=1)] | None
+    patience_rounds: Rounds | None
+    max_simulated_s: Seconds | None
+    evaluate_every: Rounds
+    evaluate_clients: Annotated[int, Ge(0), Le(10**9)]
+    private: Sequence[str]
+    checkpoint_s: Annotated[float, Ge(0), Le(1e10)] | None
+    on_client_error: Literal["stop", "drop"]
+    out: str | None
+    name: str | None
+    choices: Mapping[str, Any]
+    groups: Mapping[str, Settings]
+
+    @classmethod
+    def of(cls, tree: Settings) -> RunSettings:
+        """Returns the settings of a checked tree."""
+        own = {field.name: tree[field.name] for field in fields(cls) if field.name in tree}
+        return cls(**own, groups={group: tree[group] for group in NEEDED})
+
+    @property
+    def num_asked(self) -> int:
+        """How many clients a round asks, so that `cohort` replies are likely to come: ceil(over_selection x cohort)."""
+        return math.ceil(self.over_selection * self.cohort - 1e-9)
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What every engine has among its settings, for the workers."""
+
+    threads: AtOnce
+    device: Literal["auto", "cpu", "cuda"]
+    batch_clients: AtOnce
+
+
+def check_bounds(tree: Settings) -> None:
+    """Checks the top of a tree, and of its engine, against the annotations above.
+
+    Raises:
+        ConfigError: names the key, what came and what is allowed.
+    """
+    for prefix, node, kind in (("", tree, RunSettings), ("engine.", tree["engine"], EngineSettings)):
+        for key, hint in typing.get_type_hints(kind, include_extras=True).items():
+            if key in ("groups", *TEXTS):
+                continue
+            if key not in node:
+                raise ConfigError(f"the setting {prefix}{key} is missing; a whole configuration has it")
+            if sentence := problem(f"{prefix}{key}", node[key], hint):
+                raise ConfigError(sentence)
