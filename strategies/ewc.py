@@ -1,4 +1,4 @@
-"""The server half of EWC: averages what clients say of each weight's importance, once per task.
+"""The server half of EWC: averages the clients' estimates of each weight's importance, once per task.
 
 Source: Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", PNAS 2017; averaging the Fisher
 information over clients is fedsim's. Records: fisher, up, once per task: curvature [weights] float32, examples []
@@ -8,7 +8,7 @@ of F, F w* and F w*^2, which is all that a sum of quadratics needs.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from flwr.app import ArrayRecord, Message
@@ -29,7 +29,7 @@ class EWC(TaskStrategy):
         stream: arguments of TaskStrategy: `tasks`, `rounds` and those of FedAvg.
     """
 
-    question = "query.fisher"
+    question: ClassVar[str] = "query.fisher"
 
     def __init__(self, **stream: Any):
         super().__init__(**stream)
@@ -39,7 +39,7 @@ class EWC(TaskStrategy):
         """Adds the mean of the clients' F, by examples, to the penalty.
 
         Raises:
-            ConfigError: for models with frozen weights, of which the server does not know.
+            ConfigError: for a model with frozen weights: the server does not know which these are.
         """
         answers = [tensors_of(reply.content.array_records[FISHER]) for reply in replies]
         if not answers:
@@ -53,6 +53,6 @@ class EWC(TaskStrategy):
         new = {"curvature": mean.float(), "weighted": (mean * weights).float(), "constant": constant.float()}
         self.penalty = new if self.penalty is None else {key: self.penalty[key] + t for key, t in new.items()}
 
-    def broadcast(self, round: int, client: Enrolled, weights: Tensors) -> Broadcast:
-        """The weights and, from the second task on, the penalty."""
-        return Broadcast(round, weights, {} if self.penalty is None else {PENALTY: self.penalty})
+    def broadcast(self, number: int, client: Enrolled, weights: Tensors) -> Broadcast:
+        """Returns the weights and, from the second task on, the penalty."""
+        return Broadcast(number, weights, {} if self.penalty is None else {PENALTY: self.penalty})

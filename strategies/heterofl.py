@@ -11,9 +11,10 @@ bits [ceil(classes / 8)] uint8; else those of `strategies.subnet`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from flwr.app import ArrayRecord, Message
-from torch import Tensor
 
 from devices.compression.channel_graph import BATCH_NORMS
 from fedsim.exchanges.slices import BITS, unpack_bits
@@ -21,8 +22,7 @@ from fedsim.grid.edge import EdgeGrid
 from fedsim.messages.records import ClientUpdate, content_of, record_of, tensors_of
 from fedsim.models.roles import head
 from fedsim.workloads.base import Tensors
-from fedsim.workloads.classification import classification
-from strategies.edge import mean_by_coordinate
+from strategies.coordinates import Entries, Part, mean_by_coordinate
 from strategies.widths import WidthStrategy
 
 QUERY, STATISTICS, EXAMPLES, CLASSES = "query.statistics", "statistics", "examples", "classes"
@@ -30,50 +30,52 @@ MOMENTS = ("running_mean", "running_var")
 
 
 class HeteroFL(WidthStrategy):
-    """Before the weights are judged, asks every client that is online for its batch statistics, and averages them.
+    """Before the weights are judged, asks every client it can reach for its batch statistics, and averages them.
 
-    Without batch norms, or with trainer.static_norm=false, nobody is asked.
-
-    Arguments are those of WidthStrategy.
+    Args:
+        static_norm: batch norms keep no statistics in training; without, or in a model that has none, nobody is asked.
+        widths: arguments of WidthStrategy.
     """
 
-    def counted(self, update: ClientUpdate) -> tuple[Tensors, dict[str, dict[int, Tensor]]]:
-        """Of the classifier, only the rows of classes that the client has."""
+    def __init__(self, static_norm: bool = False, **widths: Any):
+        super().__init__(**widths)
+        self.static_norm = static_norm
+
+    def counted(self, update: ClientUpdate) -> tuple[Tensors, dict[str, Entries]]:
+        """Returns the client's part; of the classifier, only the rows of classes that the client has."""
         tensors, places = super().counted(update)
         if CLASSES not in update.extras:
             return tensors, places
-        classes = classification(self.world.workload).num_classes
+        tensors, classes = dict(tensors), self.context.model.num_outputs
         rows = torch.nonzero(unpack_bits(update.extra(CLASSES)[BITS], (classes,))).flatten()
         for name in head(self.slices.model):
             if tensors[name].shape[0] == classes:
-                tensors = {**tensors, name: tensors[name][rows]}
-                places = {**places, name: {**places.get(name, {}), 0: rows}}
+                tensors[name] = tensors[name][rows]
+                places[name] = Entries({**places.get(name, Entries()).by_dim, 0: rows})
         return tensors, places
 
-    def complete(self, round: int, arrays: ArrayRecord, grid: EdgeGrid) -> ArrayRecord:
-        """The weights with the statistics that the clients' data have in them; the devices pay for the pass."""
-        self.open(tensors_of(arrays), grid)
+    def complete(self, number: int, arrays: ArrayRecord, grid: EdgeGrid) -> ArrayRecord:
+        """Returns the weights with the statistics of the clients' data in them; the devices pay for the pass."""
+        self.begin_round(tensors_of(arrays))
         names = self.statistics()
         if not names:
             return arrays
-        online = [c for c in grid.get_node_ids() if grid.fleet.online(c, grid.clock.now_s)]
         messages = []
-        for client in online:
-            broadcast = self.broadcast(round, grid.client(client), self.weights)
+        for client in grid.reachable(grid.get_node_ids()):
+            broadcast = self.broadcast(number, grid.client(client), self.weights)
             messages.append(Message(content_of(broadcast, record_of(broadcast.weights)), client, QUERY))
         parts = []
         for reply in grid.send_and_receive(messages):
-            said = tensors_of(reply.content.array_records[STATISTICS])
-            examples = float(said.pop(EXAMPLES))
+            moments = tensors_of(reply.content.array_records[STATISTICS])
+            examples = float(moments.pop(EXAMPLES))
             if examples:
-                kept = self.sent[reply.metadata.src_node_id]
-                parts.append((examples, said, self.slices.groups.indices(kept)))
+                parts.append(Part(examples, moments, self.places(self.sent[reply.metadata.src_node_id])))
         known = mean_by_coordinate({name: self.weights[name] for name in names}, parts)
         return record_of({**self.weights, **known})
 
     def statistics(self) -> list[str]:
-        """Names of the running statistics in the network."""
-        if not self.world.settings["trainer"].get("static_norm", False):
+        """Returns the names of the running statistics that clients are asked for."""
+        if not self.static_norm:
             return []
         norms = [name for name, module in self.slices.model.named_modules() if isinstance(module, BATCH_NORMS)]
         return [f"{name}.{moment}" for name in norms for moment in MOMENTS if f"{name}.{moment}" in self.weights]

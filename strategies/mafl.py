@@ -18,16 +18,17 @@ import torch
 from annotated_types import Ge
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, Strategy
+from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
-from devices.bounds import Checked
 from fedsim.errors import ConfigError
 from fedsim.exchanges.averages import from_uint8, to_uint8
 from fedsim.grid.edge import EdgeGrid
 from fedsim.messages.records import record_of, tensors_of
 from fedsim.seeding import generator, torch_generator
 from fedsim.workloads.base import Tensors
+from strategies.edge import edge_grid
+from strategies.wrapping import WrappingStrategy
 
 QUERY, AVERAGES, ROOM, POOL = "query.averages", "averages", "room", "pool"
 SIZE, KEPT, DROPPED = "pool-size", "pool-kept", "pool-dropped"
@@ -36,12 +37,12 @@ ALL: Final = "all"
 RETIRED = -1  # owner of pairs of data that are no more
 
 
-class Mafl(Checked, FedAvg, group="strategy", error=ConfigError):
+class Mafl(WrappingStrategy):
     """Puts a pool of averages beside what another strategy sends; sampling and averaging of weights stay with that one.
 
-    Before round 1 every client that is online is asked for averages; one that was not, or was late, is asked when it is
-    next in a cohort, and so is one whose data have changed, whose old pairs everybody then drops. A client is sent each
-    pair once, and keeps it; where its device has not the room for all, a uniform draw of them. Averaging is no formal
+    Before round 1 every client that can be reached is asked for averages; another, or one that was late, is asked when
+    it is next in a cohort, and so is one whose data have changed: then everybody drops its old pairs. A client is sent
+    each pair once, and keeps it; a device without room for all of them gets a uniform draw. Averaging is no formal
     privacy: a label mean is a class histogram, and small groups show their examples (`fedsim data averages` draws
     them).
 
@@ -51,10 +52,19 @@ class Mafl(Checked, FedAvg, group="strategy", error=ConfigError):
         min_group_size: a client with smaller groups shares nothing.
         exclude_own: do not send clients their own averages; the paper's algorithm does.
         pool_dtype: of shared inputs; uint8 takes a quarter of the bytes and memory.
-        pool_source: what clients get: "global", the averages of all; or, to see what these are worth (table 9 of the
-            paper), "local", only their own, or "noise", in the place of each input a draw from the normal distribution
-            that has the mean and deviation of the pool, entry by entry, with the label of the average.
+        pool_source: whose averages clients get: "global", those of all; or, to see what these are worth (table 9 of the
+            paper), "local", only their own, or "noise": each input is replaced by a draw from the normal distribution
+            with the mean and deviation of the pool, entry by entry, and keeps the label of the average.
         sampling: arguments of FedAvg.
+
+    Attributes:
+        pool: pairs in the order in which they came.
+        owners: client of each pair, or RETIRED.
+        came: true inputs, where the pool holds noise instead.
+        room: bytes that a client has for pairs; of those that have answered.
+        version: of a client's data when it sent its averages.
+        held: rows of the pool that a client has, in its order.
+        sent: rows that it will have once its reply is accepted.
 
     Raises:
         ConfigError: for a setting that is not allowed.
@@ -72,13 +82,13 @@ class Mafl(Checked, FedAvg, group="strategy", error=ConfigError):
         pool_source: Literal["global", "local", "noise"] = "global",
         **sampling: Any,
     ):
-        super().__init__(**sampling)
+        super().__init__(server, **sampling)
         if isinstance(group_size, int) and group_size < min_group_size:
             needed = f"all or at least {min_group_size} (strategy.min_group_size)"
             raise ConfigError(f"strategy.group_size must be {needed}, got {group_size!r}")
         if exclude_own and pool_source == "local":
             raise ConfigError("strategy.exclude_own=true leaves nothing of strategy.pool_source=local; set one of them")
-        self.server, self.exclude_own, self.source = server(**sampling), exclude_own, pool_source
+        self.exclude_own, self.source = exclude_own, pool_source
         self.question = ConfigRecord(
             {
                 "group-size": 0 if group_size == ALL else int(group_size),
@@ -86,37 +96,32 @@ class Mafl(Checked, FedAvg, group="strategy", error=ConfigError):
                 "pool-dtype": pool_dtype,
             }
         )
-        self.pool: Tensors = {}  # pairs in the order in which they came
-        self.owners = np.zeros(0, np.int64)  # of each pair
-        self.came: Tensor | None = None  # true inputs, where the pool holds noise instead
-        self.room: dict[int, int] = {}  # bytes of those that have answered
-        self.version: dict[int, int] = {}  # of the data that their averages are of
-        self.held: dict[int, np.ndarray] = {}  # rows of the pool that a client has, in its order
-        self.sent: dict[int, np.ndarray] = {}  # what it will have once its reply is accepted
+        self.pool: Tensors = {}
+        self.owners = np.zeros(0, np.int64)
+        self.came: Tensor | None = None
+        self.room: dict[int, int] = {}
+        self.version: dict[int, int] = {}
+        self.held: dict[int, np.ndarray] = {}
+        self.sent: dict[int, np.ndarray] = {}
         self.grid: EdgeGrid | None = None
 
-    @property
-    def takes_all_tensors(self) -> bool:
-        """Whether the other strategy averages statistics and counters itself."""
-        return bool(getattr(self.server, "takes_all_tensors", False))
+    # --- what a client gets -------------------------------------------------------------------------------------------
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """The other strategy's messages, each with the part of the pool that its client lacks."""
-        if not isinstance(grid, EdgeGrid):
-            raise ConfigError(f"{type(self).__name__} needs fedsim's EdgeGrid, got {type(grid).__name__}")
-        self.grid = grid
-        messages = list(self.server.configure_train(server_round, arrays, config, grid))
-        self.collect([message.metadata.dst_node_id for message in messages], grid)
+        """Returns the other strategy's messages, each with the part of the pool that its client lacks."""
+        self.grid = edge_grid(self, grid)
+        messages = list(super().configure_train(server_round, arrays, config, grid))
+        self.collect([message.metadata.dst_node_id for message in messages], self.grid)
         self.sent = {}
         packed: dict[bytes, ArrayRecord] = {}  # clients that lack the same pairs share one record
         for message in messages:
             client = message.metadata.dst_node_id
-            rows = self.sent[client] = self.wanted(client, grid.seed)
+            rows = self.sent[client] = self.wanted(client, self.context.seed)
             held = self.held.get(client, rows[:0])
             stale = self.owners[held] == RETIRED
-            kept = _common(rows, held[~stale])
+            kept = _common_length(rows, held[~stale])
             facts = ConfigRecord({SIZE: len(rows), KEPT: kept})
             content: dict[str, Any] = {**message.content, f"{POOL}-facts": facts}
             if stale.any():
@@ -129,41 +134,8 @@ class Mafl(Checked, FedAvg, group="strategy", error=ConfigError):
             message.content = RecordDict(content)
         return messages
 
-    def collect(self, cohort: Iterable[int], grid: EdgeGrid) -> None:
-        """Asks those who have not answered yet: everybody before the first pool, then the cohort's."""
-        now_s, before = grid.clock.now_s, len(self.owners)
-        asked = grid.get_node_ids() if not self.version else cohort
-        missing = [client for client in asked if client not in self.room and grid.fleet.online(client, now_s)]
-        content = RecordDict({"config": self.question})
-        for reply in grid.send_and_receive([Message(content, client, QUERY) for client in missing]):
-            client, answer = reply.metadata.src_node_id, reply.content
-            said = tensors_of(answer.array_records[ROOM])
-            self.room[client], self.version[client] = int(said["bytes"]), int(said["version"])
-            self.owners[self.owners == client] = RETIRED
-            if AVERAGES in answer:
-                self.add(client, tensors_of(answer.array_records[AVERAGES]))
-        if self.source == "noise":
-            self.blur(before, grid.seed)
-
-    def add(self, client: int, pairs: Tensors) -> None:
-        """Puts a client's averages behind those that are there."""
-        self.pool = {n: torch.cat([self.pool[n], t]) if self.pool else t for n, t in pairs.items()}
-        self.owners = np.append(self.owners, np.full(len(pairs["y"]), client))
-
-    def blur(self, first: int, seed: int) -> None:
-        """Puts noise in the place of the inputs from row `first` on, like all inputs that ever came."""
-        fresh = {n: t[first:] for n, t in self.pool.items()}
-        if not len(fresh.get("y", ())):
-            return
-        x = from_uint8(fresh) if "step" in fresh else fresh["x"]
-        self.came = x if self.came is None else torch.cat([self.came, x])
-        draws = torch.randn(x.shape, generator=torch_generator(seed, "pool-noise", first)).to(x)
-        noise = self.came.mean(0) + self.came.std(0, correction=0) * draws
-        for name, t in (to_uint8(noise) if "step" in fresh else {"x": noise}).items():
-            self.pool[name] = torch.cat([self.pool[name][:first], t])
-
     def wanted(self, client: int, seed: int) -> np.ndarray:
-        """The rows of the pool that a client should have, in order; a draw where its device cannot hold all."""
+        """Returns the rows of the pool that a client should have, in order: a draw where its device cannot hold all."""
         own = self.owners == client
         rows = np.flatnonzero(own if self.source == "local" else (self.owners != RETIRED) & ~(own & self.exclude_own))
         pair_bytes = sum(t[:1].numel() * t.element_size() for t in self.pool.values())
@@ -174,36 +146,55 @@ class Mafl(Checked, FedAvg, group="strategy", error=ConfigError):
         rank = generator(seed, POOL, client).random(len(self.owners))[rows]
         return np.sort(rows[np.argsort(rank, kind="stable")[:fits]])
 
+    # --- the pool -----------------------------------------------------------------------------------------------------
+
+    def collect(self, cohort: Iterable[int], grid: EdgeGrid) -> None:
+        """Asks those who have not answered yet: everybody before the first pool, then the cohort's."""
+        before = len(self.owners)
+        asked = grid.get_node_ids() if not self.version else cohort
+        missing = grid.reachable(client for client in asked if client not in self.room)
+        content = RecordDict({"config": self.question})
+        for reply in grid.send_and_receive([Message(content, client, QUERY) for client in missing]):
+            client, answer = reply.metadata.src_node_id, reply.content
+            facts = tensors_of(answer.array_records[ROOM])
+            self.room[client], self.version[client] = int(facts["bytes"]), int(facts["version"])
+            self.owners[self.owners == client] = RETIRED
+            if AVERAGES in answer:
+                self.add(client, tensors_of(answer.array_records[AVERAGES]))
+        if self.source == "noise":
+            self.replace_with_noise(before, self.context.seed)
+
+    def add(self, client: int, pairs: Tensors) -> None:
+        """Puts a client's averages behind those that are there."""
+        self.pool = {n: torch.cat([self.pool[n], t]) if self.pool else t for n, t in pairs.items()}
+        self.owners = np.append(self.owners, np.full(len(pairs["y"]), client))
+
+    def replace_with_noise(self, first: int, seed: int) -> None:
+        """Replaces the inputs from row `first` on by noise with the mean and deviation of all inputs that ever came."""
+        fresh = {n: t[first:] for n, t in self.pool.items()}
+        if not len(fresh.get("y", ())):
+            return
+        x = from_uint8(fresh) if "step" in fresh else fresh["x"]
+        self.came = x if self.came is None else torch.cat([self.came, x])
+        draws = torch.randn(x.shape, generator=torch_generator(seed, "pool-noise", first)).to(x)
+        noise = self.came.mean(0) + self.came.std(0, correction=0) * draws
+        for name, t in (to_uint8(noise) if "step" in fresh else {"x": noise}).items():
+            self.pool[name] = torch.cat([self.pool[name][:first], t])
+
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """The other strategy's; what accepted clients were sent is now theirs, and who has new data is asked again."""
+        """Returns the other strategy's weights; notes what accepted clients now hold, and who has new data."""
         assert self.grid is not None
         self.held.update({client: self.sent[client] for client in self.grid.accepted})
         for report in self.grid.reports:  # not the replies: one mean may stand for all of them
             if VERSION in report.metrics and report.metrics[VERSION] != self.version.get(report.client):
                 self.room.pop(report.client, None)
-        return self.server.aggregate_train(server_round, replies)
-
-    def complete(self, round: int, arrays: ArrayRecord, grid: EdgeGrid) -> ArrayRecord:
-        """What the other strategy makes of weights that are to be judged; these, if it has no such step."""
-        finish = getattr(self.server, "complete", None)
-        return finish(round, arrays, grid) if finish else arrays
-
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        return self.server.configure_evaluate(server_round, arrays, config, grid)
-
-    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        return self.server.aggregate_evaluate(server_round, replies)
-
-    def summary(self) -> None:
-        self.server.summary()
+        return super().aggregate_train(server_round, replies)
 
 
-def _common(rows: np.ndarray, held: np.ndarray) -> int:
-    """Length of the common beginning."""
+def _common_length(rows: np.ndarray, held: np.ndarray) -> int:
+    """Returns the length of the beginning that both have in common."""
     least = min(len(rows), len(held))
     differs = np.flatnonzero(rows[:least] != held[:least])
     return int(differs[0]) if len(differs) else least

@@ -8,7 +8,7 @@ they are.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -23,30 +23,30 @@ REFERENCE = "reference"
 class OCS(TaskStrategy):
     """FedAvg, weighted by examples used; when a task has ended, clients pick their coresets with the aggregated model.
 
-    Who is not online then does so when it is next in a cohort. Picking with the weights of its own last round, a client
-    would rank by its drift.
+    A client that cannot be reached then does so when it is next in a cohort. If it picked with the weights of its own
+    last round, it would rank by its drift.
 
     Args:
         stream: arguments of TaskStrategy: `tasks`, `rounds` and those of FedAvg.
     """
 
-    question = "query.end_of_task"
+    question: ClassVar[str] = "query.end_of_task"
 
     def __init__(self, **stream: Any):
         super().__init__(**stream)
         self.reference: Tensors | None = None
 
-    def broadcast(self, round: int, client: Enrolled, weights: Tensors) -> Broadcast:
-        """The weights and, once there is one, the direction of the federation's coresets."""
+    def broadcast(self, number: int, client: Enrolled, weights: Tensors) -> Broadcast:
+        """Returns the weights and, once there is one, the direction of the federation's coresets."""
         extras = {REFERENCE: self.reference} if self.reference is not None else {}
-        return Broadcast(round, weights, extras)
+        return Broadcast(number, weights, extras)
 
-    def combine(self, round: int, updates: list[ClientUpdate]) -> Tensors:
-        """The mean weights; directions are averaged by the sizes of the coresets and brought to length 1."""
+    def combine(self, number: int, updates: list[ClientUpdate]) -> Tensors:
+        """Returns the mean weights; averages directions by the sizes of the coresets and brings them to length 1."""
         sent = [update.extra(REFERENCE) for update in updates if REFERENCE in update.extras]
         if sent:
             total = torch.stack([record["direction"].double() * int(record["examples"]) for record in sent]).sum(0)
             length = torch.linalg.vector_norm(total)
             if length > 0:
                 self.reference = {"direction": (total / length).to(sent[0]["direction"].dtype)}
-        return super().combine(round, updates)
+        return super().combine(number, updates)

@@ -26,6 +26,7 @@ from flwr.serverapp.strategy import (
 )
 
 from fedsim.errors import ConfigError
+from fedsim.grid.server_half import averaging
 
 RATE = Annotated[float, Interval(gt=0, le=1e6)]
 DECAY = Annotated[float, Interval(ge=0, lt=1)]  # of a moving average: 1 would never forget
@@ -45,13 +46,13 @@ BOUNDS: Mapping[type, Mapping[str, Any]] = {
 
 
 def fewest_replies(strategy: Strategy) -> int:
-    """The replies of a round below which a strategy's guarantee does not hold: n > 2 f + 2 for Krum with f liars."""
-    server: Any = getattr(strategy, "server", strategy)  # within one of ours
+    """Returns how many replies a round needs for a strategy's guarantee to hold: n > 2 f + 2 for Krum with f liars."""
+    server = averaging(strategy)
     return 2 * int(server.num_malicious_nodes) + 3 if isinstance(server, Krum) else 1
 
 
 def check_cohort(strategy: Strategy, cohort: int) -> None:
-    """Refuses a strategy whose guarantee could hold in no round.
+    """Refuses a strategy whose guarantee could not hold in any round.
 
     Args:
         strategy: as a run has it.
@@ -60,8 +61,8 @@ def check_cohort(strategy: Strategy, cohort: int) -> None:
     Raises:
         ConfigError: with a cohort and a setting that fit.
     """
-    if (needed := fewest_replies(strategy)) > cohort:
-        server: Any = getattr(strategy, "server", strategy)
+    server = averaging(strategy)
+    if isinstance(server, Krum) and (needed := fewest_replies(server)) > cohort:
         raise ConfigError(
             f"strategy.num_malicious_nodes={server.num_malicious_nodes} needs rounds of at least {needed} clients "
             f"(n > 2 f + 2), and there are {cohort} at most; take cohort={needed} or more, or "

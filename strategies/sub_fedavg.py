@@ -8,30 +8,34 @@ uint8.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from fedsim.exchanges.slices import unpack_bits
 from fedsim.grid.edge import Enrolled
 from fedsim.messages.records import Broadcast, ClientUpdate
 from fedsim.workloads.base import Tensors
-from strategies.edge import EdgeStrategy, mean_by_coordinate
+from strategies.coordinates import Mask, Part, mean_by_coordinate
+from strategies.edge import EdgeStrategy
 
 MASK = "mask"
 
 
 class SubFedAvg(EdgeStrategy):
-    """The mean over those who keep a coordinate; where nobody does, it stays. Without masks this is the plain mean."""
+    """Averages over those who keep a coordinate; where nobody does, it stays. Without masks this is the plain mean."""
 
-    derived = frozenset({"weights"})
+    derived: ClassVar[frozenset[str]] = frozenset({"weights"})
     weights: Tensors
 
-    def broadcast(self, round: int, client: Enrolled, weights: Tensors) -> Broadcast:
-        """The whole network; the client puts its mask on."""
+    def broadcast(self, number: int, client: Enrolled, weights: Tensors) -> Broadcast:
+        """Returns the whole network; the client puts its mask on."""
         self.weights = weights
-        return super().broadcast(round, client, weights)
+        return super().broadcast(number, client, weights)
 
-    def combine(self, round: int, updates: list[ClientUpdate]) -> Tensors:
-        """Per coordinate, in client order and float64."""
-        parts = []
-        for update in updates:
-            masks = {name: unpack_bits(bits, self.weights[name].shape) for name, bits in update.extra(MASK).items()}
-            parts.append((update.num_examples, update.weights, masks))
-        return mean_by_coordinate(self.weights, parts)
+    def combine(self, number: int, updates: list[ClientUpdate]) -> Tensors:
+        """Returns the mean of each coordinate."""
+        return mean_by_coordinate(self.weights, [self.part(update) for update in updates])
+
+    def part(self, update: ClientUpdate) -> Part:
+        """Returns a client's network with its masks."""
+        masks = {name: Mask(unpack_bits(b, self.weights[name].shape)) for name, b in update.extra(MASK).items()}
+        return Part(update.num_examples, update.weights, masks)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from annotated_types import Ge
 from flwr.app import ArrayRecord, Message
@@ -14,25 +14,29 @@ from strategies.edge import EdgeStrategy
 
 
 class TaskStrategy(EdgeStrategy):
-    """FedAvg that asks, after a task's last round, every client that trained on it and is online.
+    """FedAvg that asks, after a task's last round, every client that trained on it and can be reached.
 
-    They are sent the aggregated weights with the question. Say which in `question`, override `learn` for the answers.
+    They are sent the aggregated weights with the question. Name it in `question`, override `learn` for the answers.
 
     Args:
         tasks: of the stream; 1 where there is none.
         rounds: of the run.
         sampling: arguments of FedAvg.
 
+    Attributes:
+        question: phase of the exchange, "query.<question>".
+        trained: clients whose updates on the present task were accepted.
+
     Raises:
         ConfigError: for a setting that is not allowed.
     """
 
-    question: str  # the phase of the exchange, "query.<question>"
+    question: ClassVar[str]
 
     def __init__(self, tasks: Annotated[int, Ge(1)] = 1, rounds: Annotated[int, Ge(1)] = 1, **sampling: Any):
         super().__init__(**sampling)
         self.rounds_per_task = max(1, rounds // tasks)
-        self.trained: set[int] = set()  # clients whose updates on the present task were accepted
+        self.trained: set[int] = set()
 
     def learn(self, arrays: ArrayRecord, replies: list[Message]) -> None:
         """Takes the answers that were accepted, in client order.
@@ -42,17 +46,19 @@ class TaskStrategy(EdgeStrategy):
             replies: to the question.
         """
 
-    def prepare(self, round: int, weights: Tensors, arrays: ArrayRecord, grid: EdgeGrid) -> None:
-        """Before the first round of a task, the question about the task before."""
-        if (round - 1) % self.rounds_per_task or not self.trained:
+    def prepare(self, number: int, weights: Tensors, arrays: ArrayRecord, grid: EdgeGrid) -> None:
+        """Asks the question about a task before the first round of the next one."""
+        if (number - 1) % self.rounds_per_task or not self.trained:
             return
-        content, now_s = content_of(Broadcast(round, {}), arrays), grid.clock.now_s
-        asked = [client for client in sorted(self.trained) if grid.fleet.online(client, now_s)]
+        content = content_of(Broadcast(number, {}), arrays)
+        replies = grid.send_and_receive(
+            Message(content, client, self.question) for client in grid.reachable(sorted(self.trained))
+        )
         self.trained = set()
-        trained = array_record({name: array for name, array in arrays.items() if name in grid.trained})
-        self.learn(trained, grid.send_and_receive([Message(content, client, self.question) for client in asked]))
+        of_trained = {name: array for name, array in arrays.items() if name in self.context.trained}
+        self.learn(array_record(of_trained), replies)
 
-    def combine(self, round: int, updates: list[ClientUpdate]) -> Tensors:
-        """FedAvg's mean; remembers who trained."""
+    def combine(self, number: int, updates: list[ClientUpdate]) -> Tensors:
+        """Returns FedAvg's mean; remembers who trained."""
         self.trained |= {update.client_id for update in updates}
-        return super().combine(round, updates)
+        return super().combine(number, updates)

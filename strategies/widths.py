@@ -1,4 +1,4 @@
-"""Who trains how wide a part of the network: the first channels of every layer, more of them on faster devices.
+"""Nested widths: each client trains the first channels of every layer, more of them on a faster device.
 
 Source of the nested widths: Diao et al., "HeteroFL", ICLR 2021, section 3; Horvath et al., "FjORD", NeurIPS 2021,
 section 3.
@@ -37,7 +37,9 @@ class WidthStrategy(SubnetStrategy):
             training step takes at most `step_ms`; random an equal draw per client, fixed for the run.
         tiers: ratio by name, tier (low, mid, high: `devices.population`) or kind of device, the narrowest first; 1
             where nothing is said.
-        step_ms: for assign=latency: what a training step of the trainer's batch size may take.
+        step_ms: for assign=latency: how long a training step may take.
+        batch_size: for assign=latency: examples of a training step.
+        judged_at: keep ratios at which clients are judged beside their own; they are sent the widest.
         weighted: weight clients by their examples; without, all count alike.
 
     Raises:
@@ -50,10 +52,14 @@ class WidthStrategy(SubnetStrategy):
         assign: Literal["tier", "latency", "random"] = "tier",
         tiers: Mapping[str, Ratio] | None = None,
         step_ms: Annotated[float, Gt(0)] | None = None,
+        batch_size: int = 1,
+        judged_at: Sequence[float] = (),
         weighted: bool = True,
         **sampling: Any,
     ):
         super().__init__(**sampling)
+        if not all(0 < ratio <= 1 for ratio in judged_at):  # no bound, so that trainer.judged_at is named first
+            raise ConfigError(f"strategy.judged_at must be keep ratios in (0, 1], got {list(judged_at)}")
         if (assign == "latency") != (step_ms is not None):
             raise ConfigError(
                 "strategy.step_ms must be greater than 0 with strategy.assign=latency and null otherwise, got "
@@ -63,44 +69,42 @@ class WidthStrategy(SubnetStrategy):
             if kind_named(name) not in group_names():
                 raise ConfigError(unknown("device, tier or kind in strategy.tiers", name, group_names()))
         self.tiers = {kind_named(name): ratio for name, ratio in (tiers or {}).items()}
-        self.levels, self.assign, self.step_ms, self.weighted = list(levels), assign, step_ms, weighted
+        self.levels, self.assign, self.weighted = list(levels), assign, weighted
+        self.step_ms, self.batch_size, self.judged_at = step_ms, batch_size, list(judged_at)
         self._ratios: dict[int, float] = {}
 
-    def choose(self, round: int, client: Enrolled) -> Kept:
-        """The first channels at the client's ratio, the same in every round; for an evaluation the widest it needs."""
+    def choose(self, number: int, client: Enrolled) -> Kept:
+        """Returns the first channels at the client's ratio, the same in every round; in an evaluation all it needs."""
         own = self.own_ratio(client)
-        return self.slices.groups.first(max([own, *self._judged_at()]) if self.judging else own)
+        return self.slices.groups.first(max([own, *self.judged_at]) if self.judging else own)
 
-    def broadcast(self, round: int, client: Enrolled, weights: Tensors) -> Broadcast:
-        """The client's part; where it is judged at other ratios too, with its own."""
-        part = super().broadcast(round, client, weights)
-        wider = self.judging and self._judged_at()
-        return replace(part, settings={RATIO: self.own_ratio(client)}) if wider else part
+    def broadcast(self, number: int, client: Enrolled, weights: Tensors) -> Broadcast:
+        """Returns the client's part; where it is judged at other ratios too, with its own ratio."""
+        part = super().broadcast(number, client, weights)
+        is_wider = self.judging and self.judged_at
+        return replace(part, settings={RATIO: self.own_ratio(client)}) if is_wider else part
 
     def own_ratio(self, client: Enrolled) -> float:
-        """The keep ratio of a client, found once."""
+        """Returns the keep ratio of a client, found once."""
         if client.client_id not in self._ratios:
             self._ratios[client.client_id] = self.ratio(client)
         return self._ratios[client.client_id]
 
     def weight(self, update: ClientUpdate) -> float:
-        """Its examples, or 1 where all clients count alike."""
+        """Returns its examples, or 1 where all clients count alike."""
         return update.num_examples if self.weighted else 1.0
 
-    def _judged_at(self) -> list[float]:
-        return list(self.world.settings["trainer"].get("judged_at", []))
-
     def ratio(self, client: Enrolled) -> float:
-        """The keep ratio of a client."""
+        """Finds the keep ratio of a client by the rule of `assign`."""
         if self.assign == "random":
-            draw = generator(self.world.settings["seed"], "width", client.client_id)
+            draw = generator(self.context.seed, "width", client.client_id)
             return self.levels[int(draw.integers(len(self.levels)))]
         if self.assign == "tier":
             return float(next((self.tiers[name] for name in groups_of(client.profile) if name in self.tiers), 1.0))
-        batch, latency = int(self.world.settings["trainer"].get("batch_size", 1)), self.world.latency
+
+        def takes_ms(ratio: float) -> float:
+            kept = self.slices.groups.first(ratio)
+            return self.slices.step_ms(kept, self.batch_size, self.context.latency, client.profile)
+
         assert self.step_ms is not None
-        return largest_ratio(
-            lambda ratio: self.slices.step_ms(self.slices.groups.first(ratio), batch, latency, client.profile),
-            self.step_ms,
-            self.levels,
-        )
+        return largest_ratio(takes_ms, self.step_ms, self.levels)

@@ -4,24 +4,10 @@ import numpy as np
 import pytest
 from conftest import DAILY
 from flwr.app import ArrayRecord, Message
-from flwr.serverapp.strategy import (
-    FedAdagrad,
-    FedAdam,
-    FedAvg,
-    FedAvgM,
-    FedMedian,
-    FedProx,
-    FedTrimmedAvg,
-    FedYogi,
-    Krum,
-    QFedAvg,
-)
 
-from fedsim.engines.blocks import BlockSum, WeightedSum, blocks, is_plain_mean
+from fedsim.engines.blocks import BlockSum, WeightedSum, blocks
 from fedsim.grid import edge as network
 from fedsim.messages.records import from_array, split_cohort, to_array
-from strategies import fedadam
-from strategies.edge import EdgeStrategy
 
 
 def record(**values) -> ArrayRecord:
@@ -163,36 +149,3 @@ def test_server_holds_no_more_than_the_blocks_that_came_early(federation, monkey
     list(run.rounds())
     assert held
     assert max(held) == 0
-
-
-@pytest.mark.parametrize("strategy", [FedAvg, FedAvgM, FedAdagrad, FedAdam, FedYogi, fedadam.FedAdam])
-def test_flowers_means_take_one_summed_reply(strategy: type):
-    assert is_plain_mean(strategy())
-    assert is_plain_mean(FedProx(proximal_mu=0.1))
-
-
-class Watching(FedAvg):
-    """A subclass may look at every reply."""
-
-
-class Deeper(fedadam.FedAdam):
-    """So may one of a class that takes the mean."""
-
-
-@pytest.mark.parametrize(
-    "strategy",
-    [
-        Watching(),
-        Deeper(),
-        EdgeStrategy(),
-        FedMedian(),
-        FedTrimmedAvg(),
-        Krum(num_malicious_nodes=1),
-        QFedAvg(client_learning_rate=0.1),
-        FedAvg(weighted_by_key="num-batches"),
-        FedAvg(train_metrics_aggr_fn=lambda records, key: None),
-    ],
-    ids=lambda s: type(s).__name__,
-)
-def test_every_other_strategy_gets_each_reply(strategy):
-    assert not is_plain_mean(strategy)

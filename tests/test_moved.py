@@ -32,3 +32,13 @@ def test_nested_targets_are_updated_and_other_texts_are_not():
         "a": [{"_target_": "fedsim.workloads.partition.Shards", "name": "fedsim.partition.Shards"}],
         "b": 1,
     }
+
+
+def test_a_strategy_of_0_1_has_the_settings_that_it_read_from_the_trainers():
+    trainer = {"batch_size": 8, "judged_at": [0.5], "static_norm": True}
+    old = {"_target_": "strategies.heterofl.HeteroFL", "levels": [1.0]}
+    assert updated({"strategy": old, "trainer": trainer})["strategy"] == {**trainer, **old}
+    within = updated({"strategy": {"_target_": "strategies.mafl.Mafl", "server": old}, "trainer": trainer})
+    assert within["strategy"]["server"] == {**trainer, **old}
+    now = {**old, "static_norm": False, "judged_at": [], "batch_size": 1}
+    assert updated({"strategy": now, "trainer": trainer})["strategy"] == now

@@ -541,7 +541,7 @@ def test_slower_devices_get_smaller_networks_by_predicted_latency(federation):
         *("method=ppp", "strategy.ratio=null", "strategy.latency_budget_ms=1.0", "latency=structured", "model=vgg"),
         *("fleet=mixed", "num_clients=40", "cohort=3", *IMAGES),
     )
-    made.strategy.open(tensors_of(made.arrays), made.grid)
+    made.strategy.begin_round(tensors_of(made.arrays))
     strategy, latency = made.strategy, made.world.latency
 
     def predicted(ratio, device):

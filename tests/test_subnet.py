@@ -16,7 +16,8 @@ from fedsim.grid.edge import Enrolled
 from fedsim.messages.records import ARRAYS, ClientUpdate, broadcast_of, payload_bytes, record_of, tensors_of
 from fedsim.report.rounds import weights_sha256
 from fedsim.settings.build import build_world
-from strategies.edge import EdgeStrategy, mean_by_coordinate
+from strategies.coordinates import Entries, Mask, Part, mean_by_coordinate
+from strategies.edge import EdgeStrategy
 from strategies.widths import WidthStrategy
 
 WIDE = ("fleet=uniform", "trainer.momentum=0.5", "trainer.weight_decay=0.001", "trainer.batch_size=4")
@@ -49,8 +50,8 @@ def test_each_coordinate_is_the_mean_of_those_who_hold_it_by_hand():
     """Rows 0-1 and 1-2 of three, with weights 1 and 3: 10, (10 + 3 x 20) / 4 = 17.5, 20; row 3 stays."""
     old = {"w": torch.full((4, 2), 7.0), "n": torch.tensor([5])}
     parts = [
-        (1.0, {"w": torch.full((2, 2), 10.0), "n": torch.tensor([2])}, {"w": {0: torch.tensor([0, 1])}}),
-        (3.0, {"w": torch.full((2, 2), 20.0), "n": torch.tensor([4])}, {"w": {0: torch.tensor([1, 2])}}),
+        Part(1.0, {"w": torch.full((2, 2), 10.0), "n": torch.tensor([2])}, {"w": Entries({0: torch.tensor([0, 1])})}),
+        Part(3.0, {"w": torch.full((2, 2), 20.0), "n": torch.tensor([4])}, {"w": Entries({0: torch.tensor([1, 2])})}),
     ]
     mean = mean_by_coordinate(old, parts)
     assert mean["w"][:, 0].tolist() == [10.0, 17.5, 20.0, 7.0]
@@ -61,8 +62,9 @@ def test_each_coordinate_is_the_mean_of_those_who_hold_it_by_hand():
 def test_disjoint_parts_keep_their_owners_values_and_others_the_old_ones():
     old = {"w": torch.randn(4, 6)}
     mine, yours = torch.randn(2, 3), torch.randn(2, 3)
-    a, b = {0: torch.tensor([0, 2]), 1: torch.tensor([0, 1, 2])}, {0: torch.tensor([1, 3]), 1: torch.tensor([3, 4, 5])}
-    mean = mean_by_coordinate(old, [(5.0, {"w": mine}, {"w": a}), (9.0, {"w": yours}, {"w": b})])["w"]
+    a = Entries({0: torch.tensor([0, 2]), 1: torch.tensor([0, 1, 2])})
+    b = Entries({0: torch.tensor([1, 3]), 1: torch.tensor([3, 4, 5])})
+    mean = mean_by_coordinate(old, [Part(5.0, {"w": mine}, {"w": a}), Part(9.0, {"w": yours}, {"w": b})])["w"]
     assert torch.equal(mean[[0, 2], :3], mine)
     assert torch.equal(mean[[1, 3], 3:], yours)
     assert torch.equal(mean[[0, 2], 3:], old["w"][[0, 2], 3:])
@@ -73,14 +75,14 @@ def test_single_weights_are_averaged_over_those_whose_mask_holds_them():
     """Held by both, by one, by none: (10 + 3 x 20) / 4, 20, 7."""
     old = {"w": torch.full((3,), 7.0), "b": torch.tensor([1.0])}
     mine, yours = torch.tensor([10.0, 9.0, 9.0]), torch.full((3,), 20.0)
-    masks = [torch.tensor([True, False, False]), torch.tensor([True, True, False])]
-    parts = [(1.0, {"w": mine, "b": torch.tensor([2.0])}, {"w": masks[0]})]
-    parts += [(3.0, {"w": yours, "b": torch.tensor([6.0])}, {"w": masks[1]})]
+    masks = [Mask(torch.tensor([True, False, False])), Mask(torch.tensor([True, True, False]))]
+    parts = [Part(1.0, {"w": mine, "b": torch.tensor([2.0])}, {"w": masks[0]})]
+    parts += [Part(3.0, {"w": yours, "b": torch.tensor([6.0])}, {"w": masks[1]})]
     mean = mean_by_coordinate(old, parts)
     assert mean["w"].tolist() == [17.5, 20.0, 7.0]
     assert mean["b"].tolist() == [5.0]
-    ones = [(n, tensors, {"w": torch.ones(3, dtype=torch.bool)}) for n, tensors, _ in parts]
-    updates = [ClientUpdate(i, int(n), tensors) for i, (n, tensors, _) in enumerate(ones)]
+    ones = [replace(part, places={"w": Mask(torch.ones(3, dtype=torch.bool))}) for part in parts]
+    updates = [ClientUpdate(i, int(part.weight), part.tensors) for i, part in enumerate(ones)]
     plain = EdgeStrategy().combine(1, updates)
     assert all(torch.equal(mean_by_coordinate(old, ones)[name], plain[name]) for name in plain)
 
@@ -319,7 +321,7 @@ def test_slower_devices_get_narrower_networks_by_predicted_latency(federation):
         *("method=heterofl", "strategy.assign=latency", "strategy.step_ms=10.0", "latency=structured", "model=lenet5"),
         *("fleet=mixed", "num_clients=40", "cohort=3", *IMAGES),
     )
-    made.strategy.open(tensors_of(made.arrays), made.grid)
+    made.strategy.begin_round(tensors_of(made.arrays))
     slices, latency = made.strategy.slices, made.world.latency
     slow, fast = load_profile("raspberry_pi_zero_2w"), load_profile("raspberry_pi_4")
     limit = made.strategy.step_ms = slices.step_ms(slices.groups.all(), 4, latency, fast)
@@ -332,7 +334,7 @@ def test_slower_devices_get_narrower_networks_by_predicted_latency(federation):
 
 def test_random_widths_are_fixed_per_client_and_use_every_level(federation):
     made = federation("method=heterofl", "strategy.assign=random", "num_clients=60")
-    made.strategy.open(tensors_of(made.arrays), made.grid)
+    made.strategy.begin_round(tensors_of(made.arrays))
     drawn = [made.strategy.ratio(made.grid.client(i)) for i in range(60)]
     assert set(drawn) == set(made.strategy.levels)
     assert drawn == [made.strategy.ratio(made.grid.client(i)) for i in range(60)]

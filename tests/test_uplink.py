@@ -11,11 +11,11 @@ from flwr.app import ArrayRecord
 from clients.app import Worker
 from devices.compression.updates import Packed, UpdateCompressor, restore
 from devices.errors import DeviceError
-from fedsim.engines.blocks import is_plain_mean
 from fedsim.errors import ConfigError
 from fedsim.messages.records import ARRAYS, STATE, payload_bytes, record_bytes, record_of, tensors_of
 from fedsim.messages.uplink import BUFFERS, COUNTS, INDEX, RESIDUAL, SCALE, VALUES, WHICH, compressed, decompress
 from fedsim.report.rounds import weights_sha256
+from fedsim.runs.server import is_plain_mean
 from fedsim.settings.build import build_world
 from fedsim.settings.groups import options
 

@@ -13,6 +13,7 @@ from flwr.app import ArrayRecord, ConfigRecord
 from flwr.serverapp.strategy import FedAvg
 
 from fedsim.errors import ConfigError, DataError, ExitError, NotFiniteError, RunError, Terminated, no_exit
+from fedsim.grid.server_half import ServerHalf
 from fedsim.models.roles import TensorRoles
 from fedsim.runs.server import ANSWERS, ServerSide
 from fedsim.settings import trust
@@ -140,7 +141,7 @@ def test_what_ends_the_command_itself_is_passed_on(fedsim):
 # --- the hooks of a strategy -----------------------------------------------------------------------------------------
 
 
-class Odd(FedAvg):
+class Odd(ServerHalf, FedAvg):
     """Does in every hook what it is told."""
 
     def __init__(self, error: BaseException | None = None, answer: object = None):

@@ -11,14 +11,11 @@ from typing import TypeVar
 
 import numpy as np
 from flwr.app import ArrayRecord
-from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi, Strategy
-from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 
-from fedsim.messages.records import NUM_EXAMPLES, array_record, cast_to, from_array, to_array
+from fedsim.messages.records import array_record, cast_to, from_array, to_array
 
 MAX_BLOCKS = 64
 UNEQUAL = "clients sent weights of different names or shapes; a mean needs equal ones"
-PLAIN_MEANS = (FedAvg, FedAvgM, FedAdagrad, FedAdam, FedYogi, FedProx)
 
 T = TypeVar("T")
 
@@ -27,26 +24,6 @@ def blocks(clients: Sequence[T]) -> list[Sequence[T]]:
     """Cuts clients, in order, into at most 64 blocks of ceil(n / 64)."""
     size = max(1, -(-len(clients) // MAX_BLOCKS))
     return [clients[start : start + size] for start in range(0, len(clients), size)]
-
-
-def is_plain_mean(strategy: Strategy) -> bool:
-    """Whether all that the strategy takes from a round is the mean weighted by examples.
-
-    Flower's own classes by exact type: a subclass may look at each reply, so it gets each reply, unless it says of
-    itself `takes_the_mean`. A strategy that hands all replies on to another one names that one `server`.
-    """
-    strategy = getattr(strategy, "server", strategy)
-    return (
-        (type(strategy) in PLAIN_MEANS or vars(type(strategy)).get("takes_the_mean", False))
-        and isinstance(strategy, FedAvg)
-        and strategy.weighted_by_key == NUM_EXAMPLES
-        and strategy.train_metrics_aggr_fn is aggregate_metricrecords
-    )
-
-
-def mean_is_all(strategy: Strategy) -> bool:
-    """Whether new weights are nothing but the mean: handing it to the strategy would multiply every weight by one."""
-    return is_plain_mean(strategy) and type(strategy).aggregate_train is FedAvg.aggregate_train
 
 
 class BlockSum:

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -22,14 +23,38 @@ from devices.meter import inference_bytes, measure
 from devices.profile import DeviceProfile
 from devices.trace import trace
 from fedsim.errors import ConfigError
-from fedsim.workloads.base import Workload
+from fedsim.workloads.base import Tensors
 
 NETWORKS = 32  # static networks kept per process; others are built anew
 KEPT, BITS = "kept", "bits"  # the extra record that says which channels a part of the network has
 RATIO = "keep-ratio"  # the setting that says how much of the network a client is to use
 
 
-def price(workload: Workload, model: nn.Module, name: str, device: torch.device | str = "cpu") -> NetworkCost:
+class Traceable(Protocol):
+    """What it takes to trace and price a network: how it is built, some examples and the objective."""
+
+    @property
+    def build_model(self) -> Callable[[], nn.Module]:
+        """Makes a fresh network."""
+
+    @property
+    def sample(self) -> Callable[[int], Tensors]:
+        """Returns a batch of so many examples."""
+
+    @property
+    def sample_on(self) -> Callable[[torch.device | str, int], Tensors]:
+        """Returns a batch of so many examples on a device."""
+
+    @property
+    def loss(self) -> Callable[[nn.Module, Tensors], torch.Tensor]:
+        """Returns the mean loss of a network on a batch."""
+
+    @property
+    def inputs(self) -> Callable[[Tensors], tuple[torch.Tensor, ...]]:
+        """Returns of a batch what a network is fed with."""
+
+
+def price(workload: Traceable, model: nn.Module, name: str, device: torch.device | str = "cpu") -> NetworkCost:
     """What one example costs in a network: FLOPs and memory of a step, and its layers where they can be traced."""
     four = workload.sample_on(device, 4)
     cost = measure(model, workload.loss, four, name)
@@ -45,7 +70,7 @@ class Slices:
     """Narrowed networks of one workload.
 
     Args:
-        workload: whose model is narrowed.
+        workload: whose model is narrowed; a server has its `ServerModel`.
         device: where the networks are used.
         prepare: called once with each network that is built and what it keeps, e.g. to hang hooks on its layers.
 
@@ -58,7 +83,7 @@ class Slices:
 
     def __init__(
         self,
-        workload: Workload,
+        workload: Traceable,
         device: torch.device | str = "cpu",
         prepare: Callable[[nn.Module, Kept], None] | None = None,
     ):

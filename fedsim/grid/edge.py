@@ -146,7 +146,6 @@ class EdgeGrid(Grid):
         averages: the strategy only needs the mean weighted by examples, so it gets one reply that holds it.
         on_client_error: "stop" raises ClientError for a failing client; "drop" counts it as failed.
         batch_clients: how many clients a worker trains at once; they stay together whatever the number of workers.
-        trained: names of the model's trained tensors, for strategies that look at these alone.
         observe: called with each client's id when its reply came from the engine (progress).
     """
 
@@ -163,10 +162,8 @@ class EdgeGrid(Grid):
         averages: bool = False,
         on_client_error: str = "stop",
         batch_clients: int = 1,
-        trained: frozenset[str] = frozenset(),
         observe: Callable[[int], None] | None = None,
     ):
-        self.trained = trained
         self.engine, self.fleet, self.latency = engine, fleet, latency
         self.settings = ConfigRecord({"json": config_json})
         self.seed, self.deadline_s, self.keep, self.averages = seed, deadline_s, keep, averages
@@ -188,6 +185,14 @@ class EdgeGrid(Grid):
     def client(self, client_id: int) -> Enrolled:
         """What is known of a client: its device."""
         return Enrolled(client_id, self.fleet[client_id])
+
+    def reachable(self, clients: Iterable[int]) -> list[int]:
+        """Returns those of the clients that are online now, in the order given.
+
+        It is what a server sees at the moment of connecting, and all that it can see: a client that is asleep costs
+        nobody time or energy, and when it will wake up nobody knows.
+        """
+        return [client for client in clients if self.fleet.online(client, self.clock.now_s)]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """One exchange: sends each client its message, lets simulated time pass, returns the accepted replies.

@@ -29,6 +29,7 @@ from devices.errors import FileError, one_line
 from devices.reading import open_file, read_json
 from devices.writing import PART, sync_folder, write_new
 from fedsim.errors import ConfigError
+from fedsim.grid.server_half import ServerContext, server_half
 from fedsim.messages.records import array_record, from_array, to_array
 from fedsim.report import checksums
 from fedsim.report.checksums import Checksums, inside, of_bytes
@@ -216,17 +217,22 @@ def _read(run: Path, point: Path, number: int) -> Saved:
 def strategy_state(strategy: Strategy) -> dict[str, Any]:
     """What a strategy keeps between rounds: its attributes, but for functions and those that it names as `derived`.
 
-    Flower's strategies have no other state than that; a strategy inside another one is taken with it.
+    Flower's strategies have no other state than that; a strategy inside another one is taken with it. What it was told
+    of the run it is told again.
     """
-    derived: frozenset[str] = getattr(type(strategy), "derived", frozenset())
-    kept = {key: value for key, value in vars(strategy).items() if key not in derived and not callable(value)}
+    derived = server_half(strategy).derived
+    kept = {
+        key: value
+        for key, value in vars(strategy).items()
+        if key not in derived and not callable(value) and not isinstance(value, ServerContext)
+    }
     return {key: strategy_state(v) if isinstance(v, Strategy) else v for key, v in kept.items()}
 
 
 def restore_strategy(strategy: Strategy, state: dict[str, Any]) -> None:
     """Gives a new strategy what an equal one had kept."""
     for key, value in state.items():
-        inner = getattr(strategy, key, None)
+        inner = vars(strategy).get(key)
         if isinstance(inner, Strategy):
             restore_strategy(inner, value)
         else:

@@ -27,16 +27,15 @@ from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from devices.errors import DeviceError, one_line
 from devices.fleet import Fleet
 from fedsim import __version__
-from fedsim.engines.blocks import is_plain_mean, mean_is_all
 from fedsim.errors import ClientError, ConfigError, NotFiniteError, RunError, as_error, no_exit
 from fedsim.grid.edge import ONE_METHOD, ClientReport, EdgeGrid
 from fedsim.grid.pricing import OUTCOMES
+from fedsim.grid.server_half import ServerContext, ServerModel
 from fedsim.messages.records import (
     ARRAYS,
     Instruction,
     all_finite,
     array_record,
-    in_float64,
     like,
     record_of,
     tensors_of,
@@ -102,11 +101,20 @@ class Federation:
             seed=self.seed,
             deadline_s=settings["deadline_s"],
             keep=settings["cohort"] if asked(settings) > settings["cohort"] else None,
-            averages=is_plain_mean(self.strategy),
+            averages=self.server.averages,
             on_client_error=settings["on_client_error"],
             batch_clients=settings["engine"]["batch_clients"],
-            trained=self.roles.trained,
             observe=observe,
+        )
+        self.server.begin(
+            ServerContext(
+                ServerModel.of(world.workload),
+                world.latency,
+                num_clients=len(world.fleet),
+                seed=self.seed,
+                rounds=settings["rounds"],
+                trained=self.roles.trained,
+            )
         )
 
     def rounds(self, after: RoundReport | None = None) -> Iterator[tuple[RoundReport, list[ClientReport]]]:
@@ -181,18 +189,16 @@ class Federation:
         replies = self.grid.send_and_receive(self.instructions(number))
         if not replies:
             return {}
-        if self.grid.averages and mean_is_all(self.strategy):
+        if self.server.mean_is_all:
             self.take(number, replies[0].content.array_records[ARRAYS])
             return self.means("train")
-        if not self.grid.averages and not hasattr(self.strategy, "combine"):
-            replies = in_float64(replies)
         try:
             arrays, metrics = self.server.aggregate(number, replies, self.shared)
         except AppExitException as error:
             reason = f"cannot use what the clients sent: {str(error).removesuffix('. Skipping aggregation.')}"
             beside = sorted({name for reply in replies for name in reply.content.array_records if name != ARRAYS})
             pair = f"; beside their weights they sent {beside}, {ONE_METHOD}" if beside else ""
-            raise RunError(f"{type(self.strategy).__name__} {reason}{pair}") from error
+            raise RunError(f"{self.server.name} {reason}{pair}") from error
         if arrays is not None:
             self.take(number, arrays)
         return self.with_means("train", metrics)
@@ -206,9 +212,8 @@ class Federation:
 
         A strategy with a function of its own for them has the last word; Flower's weighs all of them by examples.
         """
-        own, function = _plain(metrics), getattr(self.strategy, f"{phase}_metrics_aggr_fn", aggregate_metricrecords)
-        means = self.means(phase)
-        return own | means if function is aggregate_metricrecords else means | own
+        own, means = _plain(metrics), self.means(phase)
+        return own | means if self.server.metrics_function(phase) is aggregate_metricrecords else means | own
 
     def take(self, number: int, shared: ArrayRecord) -> None:
         """Makes these the global weights; what is private stays as it was.
@@ -216,7 +221,7 @@ class Federation:
         Raises:
             RunError: if they are not finite: clients whose own updates are not have failed before; if they do not fit.
         """
-        name = type(self.strategy).__name__
+        name = self.server.name
         try:
             new = like(shared, self.shared)
             finite = all_finite(new)
@@ -243,12 +248,11 @@ class Federation:
             return self.server.sent(messages, handed, shared)
 
     def complete(self, number: int) -> None:
-        """Lets a strategy of ours finish the weights before they are judged; Flower's own have no such step."""
-        if hasattr(self.strategy, "complete"):
-            shared = self.shared
-            handed = self.server.handed(shared)
-            if (completed := self.server.ask("complete", number, handed, self.grid)) is not handed:
-                self.take(number, self.server.whole(completed, shared))
+        """Lets the strategy finish the weights before they are judged."""
+        shared = self.shared
+        handed = self.server.handed(shared)
+        if (completed := self.server.ask("complete", number, handed, self.grid)) is not handed:
+            self.take(number, self.server.whole(completed, shared))
 
     def judge(self, number: int) -> dict[str, float]:
         """Returns the metrics of the global model on held-out examples, on the server, at no simulated cost.
@@ -275,7 +279,7 @@ class Federation:
 
     def _advice(self) -> str:
         """What to change where clients' updates are finite, and what is made of them is not."""
-        strategy = [] if mean_is_all(self.strategy) else numbers_of(self.settings["strategy"], "strategy")
+        strategy = [] if self.server.mean_is_all else numbers_of(self.settings["strategy"], "strategy")
         of_server = f"change the strategy's settings ({', '.join(strategy)}), or " if strategy else ""
         return f"{of_server}{CLIENTS_SETTINGS}"
 

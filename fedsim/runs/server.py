@@ -1,7 +1,8 @@
-"""What a strategy is handed of the model: the tensors that are trained; statistics and counters are averaged beside it.
+"""Stands between the round loop and any strategy, ours or Flower's: supplies the defaults, checks what hooks return.
 
 To Flower's strategies all arrays are weights: an optimiser of theirs moves the running variance of a batch norm below
-zero, and clients count as close to each other that took equally many steps.
+zero, and clients count as close to each other that took equally many steps. So they are handed the trained tensors;
+statistics and counters are averaged beside them.
 """
 
 from __future__ import annotations
@@ -12,14 +13,18 @@ from typing import Any
 import numpy as np
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.exception import AppExitException
-from flwr.serverapp.strategy import Strategy
+from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi, Strategy
+from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 
 from devices.errors import UserError
 from devices.texts import as_yaml
 from fedsim.engines.blocks import WeightedSum
 from fedsim.errors import ExitError, NotFiniteError, RunError, in_words, no_exit
-from fedsim.messages.records import ARRAYS, METRICS, NUM_EXAMPLES, array_record
+from fedsim.grid.server_half import ServerContext, averaging, server_half
+from fedsim.messages.records import ARRAYS, METRICS, NUM_EXAMPLES, array_record, in_float64
 from fedsim.models.roles import TensorRoles
+
+PLAIN_MEANS = (FedAvg, FedAvgM, FedAdagrad, FedAdam, FedYogi, FedProx)
 
 
 def _is_messages(answer: Any) -> bool:
@@ -47,21 +52,53 @@ ANSWERS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-class ServerSide:
-    """Stands between the shared weights and a strategy.
+def is_plain_mean(strategy: Strategy) -> bool:
+    """Whether all that a strategy takes from a round is the mean weighted by examples.
 
-    A strategy that averages statistics and counters itself says so by `takes_all_tensors`, a class attribute or a
-    property; it is handed everything.
+    Flower's own classes by exact type: a subclass may look at each reply, so it gets each reply, unless it says
+    `takes_the_mean` itself. Of a strategy that wraps another one, the inner one counts.
+    """
+    strategy = averaging(strategy)
+    return (
+        (type(strategy) in PLAIN_MEANS or vars(type(strategy)).get("takes_the_mean", False))
+        and isinstance(strategy, FedAvg)
+        and strategy.weighted_by_key == NUM_EXAMPLES
+        and strategy.train_metrics_aggr_fn is aggregate_metricrecords
+    )
+
+
+def mean_is_all(strategy: Strategy) -> bool:
+    """Whether new weights are nothing but the mean: handing it to the strategy would multiply every weight by one."""
+    return is_plain_mean(strategy) and type(strategy).aggregate_train is FedAvg.aggregate_train
+
+
+class ServerSide:
+    """Adapts a strategy to the round loop.
 
     Args:
-        strategy: that makes new weights.
+        strategy: that makes new weights; one that is no `ServerHalf` gets the defaults of that class.
         roles: of the model's tensors.
+
+    Attributes:
+        averages: the strategy takes nothing from a round but the mean weighted by examples.
+        mean_is_all: and makes nothing else of it.
     """
 
     def __init__(self, strategy: Strategy, roles: TensorRoles):
-        self.strategy = strategy
-        takes_all = bool(getattr(strategy, "takes_all_tensors", False))
-        self.beside = frozenset() if takes_all else roles.averaged - roles.private
+        self.strategy, self.half = strategy, server_half(strategy)
+        self.averages, self.mean_is_all = is_plain_mean(strategy), mean_is_all(strategy)
+        inner = server_half(averaging(strategy))
+        self.beside = frozenset() if inner.takes_all_tensors else roles.averaged - roles.private
+        self.widens = not self.averages and not inner.sums_in_float64
+
+    @property
+    def name(self) -> str:
+        """What a sentence calls the strategy."""
+        return type(self.strategy).__name__
+
+    def begin(self, context: ServerContext) -> None:
+        """Tells the strategy what there is to know of the run."""
+        self._call("begin", "before the first round", lambda: self.half.begin(context))
 
     def handed(self, shared: ArrayRecord) -> ArrayRecord:
         """The part of the shared weights that the strategy sees."""
@@ -105,27 +142,53 @@ class ServerSide:
                 the strategy, the hook and the round.
             AppExitException: of `aggregate_train`, where Flower's strategies refuse what the clients sent.
         """
-        what = f"{hook} of {type(self.strategy).__name__}"
+
+        def listed() -> Any:
+            answer = self._hook(hook)(number, *given)
+            if hook.startswith("configure") and answer is not None:
+                answer, grid = list(answer), given[-1]
+                if _is_messages(answer):
+                    grid.in_client_order(answer)
+            return answer
+
+        answer = self._call(hook, f"in round {number}", listed)
+        is_right, needed = ANSWERS[hook]
+        if not is_right(answer):
+            raise RunError(f"{hook} of {self.name} must return {needed}, got {as_yaml(answer)} in round {number}")
+        return answer
+
+    def _hook(self, name: str) -> Callable[..., Any]:
+        strategy = self.strategy
+        hooks: dict[str, Callable[..., Any]] = {
+            "configure_train": strategy.configure_train,
+            "configure_evaluate": strategy.configure_evaluate,
+            "aggregate_train": strategy.aggregate_train,
+            "aggregate_evaluate": strategy.aggregate_evaluate,
+            "complete": self.half.complete,
+        }
+        return hooks[name]
+
+    def _call(self, hook: str, when: str, function: Callable[[], Any]) -> Any:
+        """Calls a hook; turns what it raises into a sentence that names it."""
+        what = f"{hook} of {self.name} failed {when}"
         try:
             with no_exit():
-                answer = getattr(self.strategy, hook)(number, *given)
-                if hook.startswith("configure") and answer is not None:
-                    answer, grid = list(answer), given[-1]
-                    if _is_messages(answer):
-                        grid.in_client_order(answer)
+                return function()
         except ExitError as error:
-            raise RunError(f"{what} failed in round {number}: {error}") from error
+            raise RunError(f"{what}: {error}") from error
         except (UserError, NotFiniteError, RunError):
             raise
         except Exception as error:
             if isinstance(error, AppExitException) and hook == "aggregate_train":
                 raise
-            shown = "FEDSIM_TRACEBACK=1 shows where"
-            raise RunError(f"{what} failed in round {number}: {in_words(error)}; {shown}") from error
-        is_right, needed = ANSWERS[hook]
-        if not is_right(answer):
-            raise RunError(f"{what} must return {needed}, got {as_yaml(answer)} in round {number}")
-        return answer
+            raise RunError(f"{what}: {in_words(error)}; FEDSIM_TRACEBACK=1 shows where") from error
+
+    def metrics_function(self, phase: str) -> Callable[..., MetricRecord]:
+        """Returns the function that makes metrics of a phase from those of the clients."""
+        strategy = averaging(self.strategy)
+        if not isinstance(strategy, FedAvg):
+            return aggregate_metricrecords
+        return {"train": strategy.train_metrics_aggr_fn, "evaluate": strategy.evaluate_metrics_aggr_fn}[phase]
 
     def aggregate(
         self, number: int, replies: Sequence[Message], shared: ArrayRecord
@@ -135,6 +198,7 @@ class ServerSide:
         Returns:
             None for the weights where the strategy makes none: then nothing else changes either.
         """
+        replies = in_float64(replies) if self.widens else replies
         beside = self._mean_beside(replies, shared) if self.beside else shared
         with np.errstate(all="ignore"):  # whoever takes the weights looks whether they are finite
             arrays, metrics = self.ask("aggregate_train", number, replies)

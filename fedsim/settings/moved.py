@@ -23,6 +23,11 @@ MODULES = {  # of 0.1: of now
     "fedsim.engines.ray": "fedsim.engines.ray.grid",
     "devices.latency": "devices.latency.models",
 }
+FROM_TRAINER = {  # settings that earlier versions of these strategies read from the trainer's
+    "strategies.heterofl.HeteroFL": ("batch_size", "judged_at", "static_norm"),
+    "strategies.ppp.PPPStrategy": ("diversity", "judged_at"),
+    "strategies.widths.WidthStrategy": ("batch_size", "judged_at"),
+}
 
 
 def current(name: str) -> str:
@@ -36,10 +41,30 @@ def current(name: str) -> str:
 
 
 def updated(tree: Any) -> Any:
-    """Returns settings with the present name in every `_target_`, nested ones alike."""
+    """Returns settings as this version writes them.
+
+    Every `_target_` has its present name, nested ones alike; a strategy has the settings that it once read from the
+    trainer's.
+    """
+    tree = _renamed(tree)
+    if isinstance(tree, dict) and isinstance(tree.get("trainer"), dict) and "strategy" in tree:
+        tree["strategy"] = _with_shared(tree["strategy"], tree["trainer"])
+    return tree
+
+
+def _renamed(tree: Any) -> Any:
     if isinstance(tree, dict):
         return {
-            key: current(value) if key == "_target_" and isinstance(value, str) else updated(value)
+            key: current(value) if key == "_target_" and isinstance(value, str) else _renamed(value)
             for key, value in tree.items()
         }
-    return [updated(value) for value in tree] if isinstance(tree, list) else tree
+    return [_renamed(value) for value in tree] if isinstance(tree, list) else tree
+
+
+def _with_shared(strategy: Any, trainer: dict[str, Any]) -> Any:
+    """Returns a strategy's settings, and those of one inside it, with the trainer's that both halves must know."""
+    if not isinstance(strategy, dict):
+        return strategy
+    names = FROM_TRAINER.get(str(strategy.get("_target_")), ())
+    shared = {name: trainer[name] for name in names if name in trainer}
+    return {**shared, **{key: _with_shared(value, trainer) for key, value in strategy.items()}}

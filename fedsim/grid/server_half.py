@@ -1,0 +1,125 @@
+"""What the server half of a method is told, and what the round loop asks of it beside Flower's hooks.
+
+The two halves of a method meet only in message records. A strategy sees the grid, which sends, and its context; it does
+not see the trainer's settings, who will be online, or any client's data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from flwr.app import ArrayRecord
+from flwr.serverapp.strategy import Strategy
+from torch import Tensor, nn
+
+from devices.cost import LatencyModel
+from fedsim.workloads.base import Tensors, Workload
+
+if TYPE_CHECKING:
+    from fedsim.grid.edge import EdgeGrid
+
+
+@dataclass(frozen=True)
+class ServerModel:
+    """The network as its server knows it: how to build it, and what it takes to trace and price it.
+
+    Attributes:
+        build_model: makes a fresh network with the run's initial weights.
+        sample: returns a batch of so many examples of the server's own test set.
+        sample_on: does so on a device.
+        loss: returns the mean loss of a network on a batch.
+        inputs: returns of a batch what a network is fed with.
+        num_outputs: size of the network's output; the number of classes where it tells classes apart.
+    """
+
+    build_model: Callable[[], nn.Module]
+    sample: Callable[[int], Tensors]
+    sample_on: Callable[[torch.device | str, int], Tensors]
+    loss: Callable[[nn.Module, Tensors], Tensor]
+    inputs: Callable[[Tensors], tuple[Tensor, ...]]
+    num_outputs: int
+
+    @classmethod
+    def of(cls, workload: Workload) -> ServerModel:
+        """Takes from a workload what is the server's."""
+        w = workload
+        return cls(w.build_model, w.sample, w.sample_on, w.loss, w.inputs, w.num_outputs)
+
+
+@dataclass(frozen=True)
+class ServerContext:
+    """What a strategy is told of its run, once, before the first round.
+
+    Attributes:
+        model: the network.
+        latency: predicts seconds on a device, by the data sheets of `grid.client`.
+        num_clients: population size; client ids are 0..num_clients-1.
+        seed: of the run; a strategy names its own draws, e.g. `generator(context.seed, "width", client_id)`.
+        rounds: that the run has at most.
+        trained: names of the tensors that are trained.
+    """
+
+    model: ServerModel
+    latency: LatencyModel
+    num_clients: int
+    seed: int
+    rounds: int
+    trained: frozenset[str]
+
+
+class ServerHalf:
+    """What the round loop asks of a strategy beside Flower's hooks; the defaults hold for Flower's own strategies.
+
+    Attributes:
+        context: of the run; there once `begin` was called.
+        derived: names of attributes that a checkpoint leaves out: they are made anew, or good for one round. All others
+            hold numbers, texts, tensors and records, and lists, tuples, sets and dicts of them.
+        takes_all_tensors: statistics and counters too are this strategy's to average; others are handed the trained
+            tensors only.
+        sums_in_float64: replies may come in the precision of the model; for others they are widened first.
+        takes_the_mean: all that this very class takes from a round is the mean weighted by examples. A subclass, which
+            may look at each reply, does not inherit it.
+    """
+
+    context: ServerContext
+    derived: ClassVar[frozenset[str]] = frozenset()
+    takes_all_tensors: ClassVar[bool] = False
+    sums_in_float64: ClassVar[bool] = False
+    takes_the_mean: ClassVar[bool] = False
+
+    def begin(self, context: ServerContext) -> None:
+        """Takes what there is to know of the run.
+
+        Raises:
+            ConfigError: if the method does not fit it.
+        """
+        self.context = context
+
+    @property
+    def wraps(self) -> Strategy | None:
+        """The strategy inside this one to which it leaves the averaging; None: it averages itself."""
+        return None
+
+    def complete(self, number: int, arrays: ArrayRecord, grid: EdgeGrid) -> ArrayRecord:
+        """Returns the global weights as they are judged, for what is made of them only then, by exchanges of its own.
+
+        Args:
+            number: of the round.
+            arrays: the global weights.
+            grid: for the exchanges.
+        """
+        return arrays
+
+
+def server_half(strategy: Strategy) -> ServerHalf:
+    """Returns a strategy's own answers, or the defaults where it has none, as Flower's strategies."""
+    return strategy if isinstance(strategy, ServerHalf) else ServerHalf()
+
+
+def averaging(strategy: Strategy) -> Strategy:
+    """Returns the strategy that averages the weights: this one, or the innermost that it wraps."""
+    inner = server_half(strategy).wraps
+    return strategy if inner is None else averaging(inner)
