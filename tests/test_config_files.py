@@ -11,7 +11,7 @@ import pytest
 from conftest import TINY
 
 from fedsim.errors import ConfigError
-from fedsim.settings import config_files, trust
+from fedsim.settings import config_files, permissions
 from fedsim.settings.compose import check_overrides, compose, one_sentence
 from fedsim.settings.groups import options
 
@@ -111,7 +111,7 @@ def test_only_files_are_offered_as_options(plug_in: Path, fedsim: Callable, kind
     with pytest.raises(ConfigError, match=r"unknown trainer 'odd'.* \(") as caught:
         compose(["trainer=odd"])
     assert "odd" not in str(caught.value).replace("unknown trainer 'odd'", "")
-    trust.begin()
+    permissions.begin()
     code, _, err = fedsim("run", "--config-dir", str(plug_in), "trainer=odd")
     assert code == 2
     assert "odd" not in err.replace("unknown trainer 'odd'", "")

@@ -12,13 +12,15 @@ import yaml
 from conftest import TINY
 
 from fedsim.errors import ConfigError
-from fedsim.settings import trust
+from fedsim.settings import origins, permissions, plugins, trust
 from fedsim.settings.build import check_trusted
 from fedsim.settings.check import try_out
 from fedsim.settings.compose import compose
 from fedsim.settings.foreign import check_foreign
 from fedsim.settings.groups import GROUPS, NEEDED, config_dir, options
-from fedsim.settings.trust import check_tree, group_kinds, is_study_folder
+from fedsim.settings.kinds import group_kinds
+from fedsim.settings.origins import is_study_folder
+from fedsim.settings.trust import check_tree
 
 # Readers, writers, loaders and runners of the standard library and of what is installed beside fedsim.
 CALLABLES = """
@@ -236,10 +238,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "path", [*sys.path])
     before = set(sys.modules)
-    trust.begin()
+    permissions.begin()
     yield folder
-    trust.begin()
-    trust.plugins.cache_clear()
+    permissions.begin()
+    plugins.plugins.cache_clear()
     for name in set(sys.modules) - before:
         if name.partition(".")[0] in ("mine_a", "nets", "sent", "given", "plugged"):
             del sys.modules[name]
@@ -275,14 +277,14 @@ def test_modules_in_a_run_or_study_folder_may_not(here: Path, marker: str):
     with pytest.raises(ConfigError, match=r"--allow-target sent\.deep\.evil\.Mine$"):
         trainer("sent.deep.evil.Mine")
     assert not mark.exists()
-    trust.begin(["sent.deep.evil.Mine"])
+    permissions.begin(["sent.deep.evil.Mine"])
     trainer("sent.deep.evil.Mine")
     assert mark.exists()
 
 
 def test_modules_below_a_folder_that_was_given_may_not_be_named(here: Path):
     mark = write_module(here / "given" / "evil.py")
-    trust.keep_out(here / "given")
+    permissions.keep_out(here / "given")
     with pytest.raises(ConfigError, match=r"a folder that came with the configuration"):
         trainer("given.evil.Mine")
     assert not mark.exists()
@@ -304,7 +306,7 @@ def test_modules_beside_a_deeper_folder_that_was_given_may_not_be_named(here: Pa
         "a link below": Path("sent/away"),
         "a way round": Path("nets/../sent/deep/run"),
     }
-    trust.keep_out(given[kind])
+    permissions.keep_out(given[kind])
     with pytest.raises(
         ConfigError, match=r"a folder that came with the configuration.* --allow-target sent\.evil\.Mine$"
     ):
@@ -318,9 +320,9 @@ def test_modules_beside_a_deeper_folder_that_was_given_may_not_be_named(here: Pa
 
 def test_a_process_that_is_started_keeps_out_what_this_one_does(here: Path, monkeypatch: pytest.MonkeyPatch):
     mark = write_module(here / "sent" / "evil.py")
-    trust.keep_out_beside(here / "sent" / "a" / "study.yaml")
-    told = trust.environment()
-    trust.begin()
+    permissions.keep_out_beside(here / "sent" / "a" / "study.yaml")
+    told = permissions.environment()
+    permissions.begin()
     for name, value in told.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=r"a folder that came with the configuration"):
@@ -357,11 +359,11 @@ def test_an_installed_plug_in_may_be_named_and_brings_options(here: Path, monkey
     facts.mkdir()
     (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: plugged\nVersion: 1.0\n")
     monkeypatch.syspath_prepend(site)
-    trust.plugins.cache_clear()
+    plugins.plugins.cache_clear()
     with pytest.raises(ConfigError, match=r"--allow-target plugged\.trainers\.Mine$"):
         trainer("plugged.trainers.Mine")
     (facts / "entry_points.txt").write_text("[fedsim.plugins]\nplugged = plugged\n")
-    trust.plugins.cache_clear()
+    plugins.plugins.cache_clear()
     trainer("plugged.trainers.Mine")
     assert "plugged" in options("trainer")
     try_out(compose(["trainer=plugged"]))
@@ -376,26 +378,26 @@ def test_an_entry_point_that_names_no_package_is_told_and_left_out(here: Path, m
         (here.parent / "site" / name / "entry_points.txt").write_text(f"[fedsim.plugins]\n{text}\n")
         (here.parent / "site" / name / "METADATA").write_text(f"Name: {name[:-12]}\nVersion: 1\n")
     monkeypatch.syspath_prepend(here.parent / "site")
-    trust.plugins.cache_clear()
+    plugins.plugins.cache_clear()
     with pytest.warns(UserWarning, match="is not used: its entry point|cannot be read"):
-        assert trust.plugins() == {"yaml"}
-    assert trust.plugin_folders() == []
+        assert plugins.plugins() == {"yaml"}
+    assert plugins.plugin_folders() == []
 
 
 def test_links_that_lead_to_each_other_are_looked_at_like_any_path(here: Path):
     loop = here / "loop"
     loop.symlink_to(loop)
-    trust.keep_out(loop)
-    trust.keep_out_beside(loop)
+    permissions.keep_out(loop)
+    permissions.keep_out_beside(loop)
     trust.check_file("loop", loop, by_user=True)
-    assert not trust._is_the_users(loop / "x.py")
-    assert not trust.is_run_folder(loop)
+    assert not origins.is_the_users(loop / "x.py")
+    assert not origins.is_run_folder(loop)
 
 
 @pytest.mark.parametrize("kind", ["model", "strategy", "trainer", "latency"])
 def test_a_function_is_told_the_annotation_of_its_place(here: Path, kind: str):
     write_module(here / "mine_a.py")
-    made = trust.group_kinds(kind)[0].__name__
+    made = group_kinds(kind)[0].__name__
     with pytest.raises(ConfigError, match=rf"what it makes in its annotation, -> {made}\)"):
         check_tree(kind, {"_target_": "mine_a.unsaid"}, group_kinds(kind))
 

@@ -16,7 +16,7 @@ from fedsim.errors import ConfigError, DataError, ExitError, NotFiniteError, Run
 from fedsim.grid.server_half import ServerHalf
 from fedsim.models.roles import TensorRoles
 from fedsim.runs.server import ANSWERS, ServerSide
-from fedsim.settings import trust
+from fedsim.settings import permissions
 
 MODULE = """
 import asyncio
@@ -87,9 +87,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """An empty working folder, whose module `mine` is forgotten afterwards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    trust.begin()
+    permissions.begin()
     yield tmp_path
-    trust.begin()
+    permissions.begin()
     sys.modules.pop("mine", None)
 
 

@@ -136,7 +136,7 @@ def check_figures(section: str, options: Mapping[str, float], keys: Mapping[str,
 def without_trust(arguments: list[str]) -> list[str]:
     """The arguments without `--allow-target NAME`, which may stand anywhere behind the commands of BUILDING."""
     from fedsim.errors import ConfigError
-    from fedsim.settings.trust import FLAG, begin
+    from fedsim.settings.permissions import FLAG, begin
 
     allowed: list[str] = []
     left: list[str] = []

@@ -28,7 +28,7 @@ def replay(
     from fedsim.report.terminal import console
     from fedsim.runs.replay import instruction_of, settings_of
     from fedsim.runs.replay import replay as again
-    from fedsim.settings.trust import keep_out
+    from fedsim.settings.permissions import keep_out
 
     keep_out(run)
     settings = settings_of(run)

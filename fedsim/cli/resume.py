@@ -23,7 +23,7 @@ def resume(
     from fedsim.report.terminal import console
     from fedsim.runs.recorded import settings_of_run
     from fedsim.settings.compose import check_address, on_engine
-    from fedsim.settings.trust import keep_out
+    from fedsim.settings.permissions import keep_out
 
     keep_out(run)
     settings = on_engine(settings_of_run(run), ctx.args)

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from fedsim.settings.plugins import plugin_folders
 from fedsim.settings.trust import locate as locate_class
-from fedsim.settings.trust import plugin_folders
 
 
 class WorkloadRow(NamedTuple):

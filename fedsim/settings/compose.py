@@ -28,8 +28,8 @@ from fedsim.settings.groups import (
     options,
 )
 from fedsim.settings.moved import updated
+from fedsim.settings.plugins import plugin_folders
 from fedsim.settings.run_settings import TEXTS
-from fedsim.settings.trust import plugin_folders
 
 
 def compose(overrides: Sequence[str]) -> Settings:

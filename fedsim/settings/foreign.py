@@ -16,7 +16,8 @@ from fedsim.errors import ConfigError
 from fedsim.settings.build import check_trusted
 from fedsim.settings.compose import check_address, is_of_hydra, one_sentence, resolve, search_path, sweep_overrides
 from fedsim.settings.groups import PRIMARY, config_dir
-from fedsim.settings.trust import FLAG, allowed, keep_out, plugins
+from fedsim.settings.permissions import FLAG, allowed, keep_out
+from fedsim.settings.plugins import plugins
 
 PACKAGE = "pkg://"
 OF_HYDRA = ("hydra._internal.core_plugins.", "hydra_plugins.")  # what the command line may name there

@@ -8,7 +8,7 @@ from typing import Any
 
 from devices.reading import read_yaml
 from fedsim.errors import ConfigError
-from fedsim.settings.trust import plugin_folders
+from fedsim.settings.plugins import plugin_folders
 
 Settings = dict[str, Any]
 GROUPS = (

@@ -19,7 +19,7 @@ from fedsim.engines.leash import TIED
 from fedsim.engines.locks import hold
 from fedsim.errors import ConfigError
 from fedsim.report.checksums import inside
-from fedsim.settings.trust import environment, flags
+from fedsim.settings.permissions import environment, flags
 from fedsim.study.spec import Planned, can_go_on, is_finished
 
 POLL_S, END_S = 0.2, 10.0  # between looks at the runs; that they have to close their folders

@@ -26,7 +26,7 @@ from fedsim.settings.check import try_out
 from fedsim.settings.compose import check_address, completed, compose
 from fedsim.settings.groups import Settings, config_dir
 from fedsim.settings.hydra_text import as_hydra, quoted
-from fedsim.settings.trust import keep_out_beside
+from fedsim.settings.permissions import keep_out_beside
 from fedsim.workloads.fingerprint import SEED, Fingerprint, difference, files_of
 
 KEYS = ("title", "question", "base", "seeds", "arms", "against", "metric", "x", "last", "columns", "reading")

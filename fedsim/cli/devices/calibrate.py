@@ -75,7 +75,7 @@ def calibrate(
     from devices.profile import load_profile, parse_profile
     from devices.texts import file_name
     from devices.writing import write_atomic
-    from fedsim.settings.trust import keep_out_beside
+    from fedsim.settings.permissions import keep_out_beside
 
     keep_out_beside(rows)
     profile = load_profile(device)

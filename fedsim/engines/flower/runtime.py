@@ -24,7 +24,7 @@ from typing import Any
 
 from fedsim.engines.session_folder import TOKEN, UMASK, SessionFolder, private_files, token_file
 from fedsim.errors import ConfigError, RunError
-from fedsim.settings import trust
+from fedsim.settings import permissions
 
 PREFIX = "fedsim-flwr-"
 HOST = "127.0.0.1"
@@ -116,7 +116,7 @@ def environment(folder: Path, place: Place) -> dict[str, str]:
         # macOS; this is the switch between the two.
         env |= {"RAY_TMPDIR": str(folder), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
         env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / TOKEN)}  # made by `FlowerRuntime`
-    return env | trust.environment()
+    return env | permissions.environment()
 
 
 class FlowerRuntime:

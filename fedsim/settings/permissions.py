@@ -1,0 +1,91 @@
+"""What this command was told to trust, and not to: names behind `--allow-target`, folders that came from elsewhere.
+
+The processes that fedsim starts are told the same by environment variables.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+FLAG = "--allow-target"
+# What fedsim tells the processes that it starts.
+ALLOWED, FOLDER, KEPT_OUT = "FEDSIM_ALLOW_TARGET", "FEDSIM_WORKING_FOLDER", "FEDSIM_KEEP_OUT"
+
+_allowed: set[str] = set()
+_given: list[Path] = []
+_everything = False
+
+
+def begin(allowed: Iterable[str] = ()) -> None:
+    """Forgets what an earlier command of this process was told, and allows the names behind `--allow-target`."""
+    global _everything
+    _allowed.clear()
+    _allowed.update(allowed)
+    _given.clear()
+    _everything = False
+
+
+def keep_out(folder: Path) -> None:
+    """Notes a folder that a command was given: modules below it, or beside it in a deeper place, are not the user's.
+
+    Args:
+        folder: as it was given; a link counts as where it stands and as where it leads.
+    """
+    resolved, here = real_path(folder), working_folder()
+    _given.append(resolved)
+    as_written = Path(os.path.abspath(folder))
+    for place in (resolved, *map(real_path, (as_written, *as_written.parents))):
+        if place != here and place.is_relative_to(here):
+            _given.append(here / place.relative_to(here).parts[0])
+
+
+def keep_out_beside(file: Path) -> None:
+    """Likewise for a file that a command was given, unless it lies in the working folder itself or above it."""
+    for folder in (Path(os.path.abspath(file)).parent, real_path(file).parent):
+        if not working_folder().is_relative_to(real_path(folder)):
+            keep_out(folder)
+
+
+def leave_to_the_driver() -> None:
+    """Checks nothing in this process: a worker, whose settings its driver has checked."""
+    global _everything
+    _everything = True
+
+
+def everything_is_allowed() -> bool:
+    """Returns whether this process checks nothing."""
+    return _everything
+
+
+def flags() -> list[str]:
+    """The arguments that allow another `fedsim` what this one was allowed."""
+    return [f"{FLAG}={name}" for name in sorted(allowed())]
+
+
+def environment() -> dict[str, str]:
+    """The variables that allow the processes of a study or of Flower what this one was allowed, and no more."""
+    folders = sorted({str(folder) for folder in kept_out()})
+    return {ALLOWED: ",".join(sorted(allowed())), FOLDER: str(working_folder()), KEPT_OUT: json.dumps(folders)}
+
+
+def allowed() -> set[str]:
+    """The names behind `--allow-target`."""
+    return _allowed | {name for name in os.environ.get(ALLOWED, "").split(",") if name}
+
+
+def kept_out() -> list[Path]:
+    """Folders whose modules are not the user's own: this command's, and those of the one that started it."""
+    return [*_given, *map(Path, json.loads(os.environ.get(KEPT_OUT) or "[]"))]
+
+
+def working_folder() -> Path:
+    """The user's own."""
+    return real_path(Path(os.environ.get(FOLDER) or Path.cwd()))
+
+
+def real_path(path: Path) -> Path:
+    """Returns where a path leads; `Path.resolve` fails for links that lead to each other, before Python 3.13."""
+    return Path(os.path.realpath(path))
