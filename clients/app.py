@@ -14,7 +14,7 @@ from copy import deepcopy
 from dataclasses import replace
 from functools import lru_cache
 from itertools import groupby, product
-from typing import Any
+from typing import Any, cast
 
 import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
@@ -22,7 +22,7 @@ from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
 from clients.state import ClientState
-from clients.trainers.base import RECEIVED, ClientContext, LocalTrainer, OutOfMemoryError, WorkLog
+from clients.trainers.base import RECEIVED, ClientContext, ClientWorkload, LocalTrainer, OutOfMemoryError, WorkLog
 from devices.compression.plan import CompressionPlan, Pruned, Recipe
 from devices.cost import NetworkCost, Work, pack_works
 from devices.errors import one_line
@@ -59,7 +59,7 @@ from fedsim.models.roles import TensorRoles
 from fedsim.runs.deployment import CALIBRATION, calibration
 from fedsim.seeding import derive, seed_torch
 from fedsim.settings.build import WORLDS, World, build_world, instantiate, memory_format, pick_device
-from fedsim.workloads.base import ClientData, Tensors
+from fedsim.workloads.base import ClientData, Tensors, Workload
 
 app = ClientApp()
 NOT_FINITE = "its update holds NaN or infinite weights; lower trainer.lr or set trainer.clip_norm"
@@ -269,7 +269,7 @@ class Worker:
             batches, size = CALIBRATION
             client.log.add_examples(network, min(len(client.data.train), batches * size), size)
         shared = deployed.model is not self.model  # with other clients: what a trainer does to it is for this one only
-        own = replace(client, model=deepcopy(deployed.model) if shared else self.model, network=network)
+        own = replace(client, model=deepcopy(deployed.model) if shared else self.model, step_cost=network)
         metrics = self.trainer.evaluate(own, task)
         return {**metrics, **deployed.facts(), **self._predicted(network, client.profile)}
 
@@ -320,12 +320,12 @@ class Worker:
         task = broadcast_of(part, self._weights(part), client.round)
         if not self.initial or not task.weights:
             return task
-        return replace(task, weights={**task.weights, **client.state.kept(PRIVATE, self.initial)})
+        return replace(task, weights={**task.weights, **client.state.restored(PRIVATE, self.initial)})
 
     def _shared_part(self, client: ClientContext, weights: Tensors, model: ArrayRecord) -> ArrayRecord:
         """What is sent of an update, named as in `model`; its private tensors stay in the client's state."""
         if self.initial:
-            client.state.keep(PRIVATE, {name: weights[name] for name in self.initial})
+            client.state.store(PRIVATE, {name: weights[name] for name in self.initial})
         return record_like(self._shared_tensors(weights), model, self.channels_last)
 
     def _shared_tensors(self, weights: Tensors) -> Tensors:
@@ -347,11 +347,11 @@ class Worker:
             client_id=client_id,
             round=round,
             seed=self.seed,
-            workload=self.workload,
+            workload=cast(Workload, ClientWorkload(self.workload, client_id, round)),
             model=self.model,
             parameters=self.parameters,
             weights=self.slots,
-            network=self.network,
+            step_cost=self.network,
             profile=profile,
             state=ClientState.unpack(_record(part, STATE) if STATE in part else None),
             device=self.device,

@@ -26,27 +26,27 @@ class ClientState(Tensors):
 
     @classmethod
     def unpack(cls, record: ArrayRecord | None) -> ClientState:
-        """The state that the driver keeps for this client; empty at first."""
+        """Returns the state that the driver keeps for this client; empty at first."""
         return cls(tensors_of(record) if record is not None else {})
 
     def pack(self) -> ArrayRecord:
-        """The form that travels back with the reply."""
+        """Returns the form that travels back with the reply."""
         return record_of(self)
 
     @property
     def storage_bytes(self) -> int:
-        """Bytes on the device."""
+        """Counts its bytes on the device."""
         return sum(t.element_size() * t.numel() for t in self.values())
 
-    def kept(self, group: str, initial: Mapping[str, Tensor]) -> Tensors:
-        """The tensors that `keep` stored under `group`, on the devices of `initial`; those themselves before."""
+    def restored(self, group: str, initial: Mapping[str, Tensor]) -> Tensors:
+        """Returns what `store` has put under `group`, on the devices of `initial`; `initial` where nothing is yet."""
         return {
             name: self[f"{group}.{name}"].to(t.device) if f"{group}.{name}" in self else t
             for name, t in initial.items()
         }
 
-    def keep(self, group: str, tensors: Mapping[str, Tensor]) -> None:
-        """Stores copies of tensors.
+    def store(self, group: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keeps copies of tensors under `group`.
 
         Raises:
             FloatingPointError: if one holds NaN or infinity: it would stay with the client for ever.

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from clients.app import Worker
-from clients.trainers.sgd import SGDTrainer
+from clients.trainers.sgd import SGDTrainer, WorkloadLoss
 from fedsim.errors import ConfigError
 from fedsim.messages.records import Broadcast, from_array
 from fedsim.models.mlp import MLP
@@ -114,15 +114,28 @@ def test_a_run_does_not_depend_on_the_messages_but_on_the_groups(federation, mon
     assert torch.allclose(four, weights(1, 16), rtol=0, atol=1e-5)
 
 
-class Curious(SGDTrainer):
+class OfTheClient(WorkloadLoss):
     """A loss that looks at the client."""
 
-    def loss(self, client, batch, task):
-        return super().loss(client, batch, task) * (1 + client.client_id)
+    is_pure = False
+
+    def __call__(self, run, batch):
+        return super().__call__(run, batch) * (1 + run.client.client_id)
+
+
+class Curious(SGDTrainer):
+    objective = OfTheClient()
 
 
 class Frank(Curious):
     """Says nothing of its own, so it stays as impure as its parent."""
+
+
+class Busy(SGDTrainer):
+    """Does something around the loop, which clients that train at once would miss."""
+
+    def fit(self, client, broadcast):
+        return super().fit(client, broadcast)
 
 
 @pytest.mark.parametrize(
@@ -130,6 +143,7 @@ class Frank(Curious):
     [
         (["trainer._target_=test_batched.Curious"], "Curious does not train by a pure function"),
         (["trainer._target_=test_batched.Frank"], "Frank does not train by a pure function"),
+        (["trainer._target_=test_batched.Busy"], "Busy does not train by a pure function"),
         ([*STREAM, "model=mlp", "method=ocs"], "OCSTrainer does not train by a pure function"),
         (
             [*BLOBS, "model=vgg", "model.dropout=0.1"],

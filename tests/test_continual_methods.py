@@ -17,6 +17,7 @@ from clients.trainers.rehearsal.gss import replaced
 from clients.trainers.rehearsal.joint import JointTrainer
 from clients.trainers.rehearsal.lwf import LwFTrainer
 from clients.trainers.rehearsal.memory import CANDIDATES, PHASES
+from clients.trainers.sgd import Objective
 from fedsim.engines.local import LocalGrid
 from fedsim.errors import ConfigError
 from fedsim.messages.records import STATE, Broadcast, ClientUpdate, record_bytes, record_of, tensors_of
@@ -188,8 +189,8 @@ def test_the_penalty_is_one_quadratic_per_task():
         "constant": (importance * anchors**2).sum().float(),
     }
     batch = client.data.train.gather(torch.arange(4))
-    plain = trainer.loss(client, batch, Broadcast(5, {}))
-    held = trainer.loss(client, batch, Broadcast(5, {}, {"penalty": record}))
+    plain = trainer.objective(trainer.start(client, Broadcast(5, {})), batch)
+    held = trainer.objective(trainer.start(client, Broadcast(5, {}, {"penalty": record})), batch)
     assert float((held - plain).detach()) == pytest.approx(
         float(1.5 * (importance * (w - anchors) ** 2).sum()), rel=1e-3
     )
@@ -237,6 +238,16 @@ def test_curvature_is_lowered_only_where_a_step_would_overshoot():
     assert bounded(given, 4.0) is given
 
 
+class Alone(Objective):
+    """An objective without the workload's loss."""
+
+    def __init__(self, whole: Objective):
+        self.whole = whole
+
+    def __call__(self, run, batch):
+        return self.whole(run, batch) - run.client.workload.loss(run.client.model, batch)
+
+
 def test_a_stiff_weight_is_at_its_centre_after_one_step():
     """Without a loss of its own: w - lr lambda F (w - c) with lr lambda F cut to 1, whatever F is."""
     one = worker("method=ewc", "trainer.penalty=100", "trainer.lr=0.1", "trainer.local_steps=1")
@@ -244,10 +255,9 @@ def test_a_stiff_weight_is_at_its_centre_after_one_step():
     size = sum(p.numel() for p in client.parameters)
     stiff = {"curvature": torch.full((size,), 1e4), "weighted": torch.full((size,), 1e4 * centre)}
     stiff["constant"] = torch.tensor(size * 1e4 * centre**2)
-    one.trainer.loss = lambda client, batch, task: (
-        EWCTrainer.loss(one.trainer, client, batch, task) - (client.workload.loss(client.model, batch))
-    )
-    one.trainer.fit(client, Broadcast(5, dict(client.weights), {"penalty": stiff}))
+    run, held = one.trainer.start(client, Broadcast(5, dict(client.weights), {"penalty": stiff})), one.trainer.objective
+    run.objective = Alone(held)
+    run.fit()
     assert all(torch.allclose(p, torch.full_like(p, centre), atol=1e-5) for p in client.parameters)
 
 
@@ -289,11 +299,11 @@ def test_a_model_that_agrees_with_its_teacher_learns_nothing_from_it():
     trainer = one.trainer
     assert isinstance(trainer, LwFTrainer)
     client = one.context(0, RecordDict(), 5)
-    trainer.tasks = [0, 1]
+    run, objective = trainer.start(client, Broadcast(5, {})), trainer.objective
     own = torch.randn(6, 10, requires_grad=True)
-    same = trainer.distill(client, own, own.detach().clone())
+    same = objective.distance(run, own, own.detach().clone())
     assert float(same.detach()) == pytest.approx(0, abs=1e-6)
-    (gradient,) = torch.autograd.grad(trainer.distill(client, own, own.detach() + torch.randn(6, 10)), own)
+    (gradient,) = torch.autograd.grad(objective.distance(run, own, own.detach() + torch.randn(6, 10)), own)
     assert gradient[:, :4].abs().min() > 0  # the classes of tasks 0 and 1
     assert not gradient[:, 4:].any()
 
@@ -309,7 +319,7 @@ def test_the_teacher_is_the_first_model_of_the_task_and_is_stored():
         state = client.state
     kept = {name.removeprefix("teacher."): t for name, t in state.items() if name.startswith("teacher.")}
     assert all(torch.equal(kept[name], t) for name, t in weights[3].items())
-    assert state.storage_bytes == client.network.parameter_bytes + 8
+    assert state.storage_bytes == client.step_cost.parameter_bytes + 8
 
 
 def test_the_oracle_draws_from_all_tasks_as_many_examples_as_have_arrived():

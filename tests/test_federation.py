@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from clients.app import Worker
-from clients.trainers.sgd import SGDTrainer
+from clients.trainers.sgd import SGDTrainer, WorkloadLoss
 from fedsim.errors import RunError
 from fedsim.messages.records import Broadcast, ClientUpdate, from_array, tensors_of
 from fedsim.report.rounds import weights_sha256
@@ -49,11 +49,15 @@ def test_same_seed_gives_the_same_run_and_another_seed_another(run, tmp_path):
     assert a["weights_sha256"] != c["weights_sha256"]
 
 
-class Drawing(SGDTrainer):
+class Drawn(WorkloadLoss):
     """Draws from torch's global generator, as dropout does."""
 
-    def loss(self, client, batch, task):
-        return super().loss(client, batch, task) * torch.rand(())
+    def __call__(self, run, batch):
+        return super().__call__(run, batch) * torch.rand(())
+
+
+class Drawing(SGDTrainer):
+    objective = Drawn()
 
 
 def test_global_generators_do_not_reach_a_run(federation):
@@ -178,23 +182,27 @@ def test_step_is_right_when_autograd_hands_out_one_tensor_twice(options: dict, s
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(ours, theirs, strict=True))
 
 
-class Noting(SGDTrainer):
+class Noted(WorkloadLoss):
     """Writes down the examples of each step, by round and client."""
 
     seen: dict[tuple[int, int], list[float]] = {}
 
-    def loss(self, client, batch, task):
-        self.seen.setdefault((task.round, client.client_id), []).extend(batch["x"][:, 0].tolist())
-        return super().loss(client, batch, task)
+    def __call__(self, run, batch):
+        self.seen.setdefault((run.client.round, run.client.client_id), []).extend(batch["x"][:, 0].tolist())
+        return super().__call__(run, batch)
+
+
+class Noting(SGDTrainer):
+    objective = Noted()
 
 
 def test_examples_come_once_an_epoch_in_an_order_of_round_and_client(federation):
     """Blobs' clients own 7 examples each; of the four orders of two clients in two rounds no two are alike."""
-    Noting.seen.clear()
+    Noted.seen.clear()
     run = federation("trainer._target_=test_federation.Noting", "num_clients=2", "cohort=2", "trainer.lr=0.001")
     list(run.rounds())
     orders = set()
-    for (_, client), first in Noting.seen.items():
+    for (_, client), first in Noted.seen.items():
         own = run.world.workload.client_data(client).train.gather(torch.arange(7))["x"][:, 0].tolist()
         assert sorted(first) == sorted(own)
         orders.add(tuple(own.index(x) for x in first))

@@ -57,7 +57,7 @@ def fedmix(ratio: float, form: str = "double", scale: str = "l1") -> FedMixTrain
 
 
 def loss_of(trainer: MixupTrainer, model: nn.Module, batch: Tensors) -> Tensor:
-    return trainer.mixed(model, batch)[0]
+    return trainer.mixture.mixed(model, batch)[0]
 
 
 def gradient(trainer: MixupTrainer, model: nn.Module, batch: Tensors) -> Tensor:
@@ -66,7 +66,7 @@ def gradient(trainer: MixupTrainer, model: nn.Module, batch: Tensors) -> Tensor:
 
 
 def terms(form: str, model: nn.Module, batch: Tensors) -> dict[str, float]:
-    return {name: float(term.detach()) for name, term in fedmix(0.2, form).mixed(model, batch)[1].items()}
+    return {name: float(term.detach()) for name, term in fedmix(0.2, form).mixture.mixed(model, batch)[1].items()}
 
 
 def assert_agrees_with_double_backward(form: str, model: nn.Module, batch: Tensors) -> None:
@@ -115,7 +115,7 @@ def test_repeating_the_batch_changes_nothing(form: str):
     model, batch, trainer = tanh_net(), examples(), fedmix(0.2, form)
     twice = batch | {name: torch.cat([batch[name], batch[name]]) for name in ("x", "y")}
     close = {"rtol": 1e-10, "atol": 1e-12} if form != "central" else {"rtol": 1e-8, "atol": 1e-9}
-    once_terms, twice_terms = trainer.mixed(model, batch)[1], trainer.mixed(model, twice)[1]
+    once_terms, twice_terms = trainer.mixture.mixed(model, batch)[1], trainer.mixture.mixed(model, twice)[1]
     assert all(torch.allclose(once_terms[name], twice_terms[name], **close) for name in once_terms)
     assert torch.allclose(gradient(trainer, model, batch), gradient(trainer, model, twice), **close)
 
@@ -149,8 +149,8 @@ def test_without_its_scale_the_term_is_left_out_and_a_step_is_one_pass(settings)
         loss_of(fedmix(0.2, scale="none"), model, batch), loss_of(fedmix(0.2), model, zero), rtol=1e-12
     )
     worker = Worker(build_world(json.dumps(settings("method=fedmix", "trainer.taylor_scale=none"))))
-    assert worker.trainer.passes == 1
-    assert worker.trainer.network.forward_flops == worker.network.forward_flops
+    assert worker.trainer.mixture.passes == 1
+    assert worker.trainer.mixed_cost.forward_flops == worker.network.forward_flops
 
 
 # --- against the methods that it approximates ------------------------------------------------------------------------
@@ -288,7 +288,8 @@ def test_penalty_is_added_once_to_the_mixed_loss(settings):
     sent = {name: p.detach() + 0.1 for name, p in worker.model.named_parameters()}
     batch |= trainer.sample_partner(worker.workload, worker.model, batch)
     count = sum(p.numel() for p in sent.values())
-    loss, mixed = trainer.loss(client, batch, Broadcast(1, sent)), trainer.mixed(worker.model, batch)[0]
+    loss = trainer.objective(trainer.start(client, Broadcast(1, sent)), batch)
+    mixed = trainer.mixture.mixed(worker.model, batch)[0]
     assert float(loss - mixed) == pytest.approx(2 / 2 * count * 0.01, rel=1e-4)
 
 
@@ -299,8 +300,11 @@ def test_every_form_reports_the_flops_that_torch_counts(settings, form: str):
     batch |= trainer.sample_partner(worker.workload, worker.model, batch)
     with counter() as counted:
         torch.autograd.grad(loss_of(trainer, worker.model, batch), worker.parameters)
-    assert trainer.network.forward_flops * 2 * 4 + trainer.network.backward_flops * 2 * 4 == counted.get_total_flops()
-    assert trainer.network.activation_bytes > worker.network.activation_bytes
+    assert (
+        trainer.mixed_cost.forward_flops * 2 * 4 + trainer.mixed_cost.backward_flops * 2 * 4
+        == counted.get_total_flops()
+    )
+    assert trainer.mixed_cost.activation_bytes > worker.network.activation_bytes
 
 
 @pytest.mark.parametrize("model, shape", [("lenet5", "[1,28,28]"), ("vgg", "[3,32,32]")])
@@ -319,10 +323,10 @@ def test_a_step_of_the_usual_form_is_two_of_plain_sgd(model: str, shape: str):
         with counter() as counted:
             torch.autograd.grad(loss(), worker.parameters)
         flops[name] = counted.get_total_flops()
-    assert (trainer.form, trainer.passes) == ("forward", 2)
+    assert (trainer.mixture.form, trainer.mixture.passes) == ("forward", 2)
     assert flops["mixed"] == pytest.approx(2 * flops["plain"], rel=0.01)
-    assert trainer.network.forward_flops == pytest.approx(worker.network.forward_flops, rel=0.01)
-    assert trainer.network.backward_flops == pytest.approx(worker.network.backward_flops, rel=0.01)
+    assert trainer.mixed_cost.forward_flops == pytest.approx(worker.network.forward_flops, rel=0.01)
+    assert trainer.mixed_cost.backward_flops == pytest.approx(worker.network.backward_flops, rel=0.01)
 
 
 def test_a_recurrent_network_takes_the_form_that_needs_no_second_derivative():
@@ -343,7 +347,7 @@ def test_a_recurrent_network_takes_the_form_that_needs_no_second_derivative():
             return 0
 
     trainer.setup(Text(), model, replace(Worker(world).network, layers=None))
-    assert (trainer.form, trainer.passes) == ("central", 2)
+    assert (trainer.mixture.form, trainer.mixture.passes) == ("central", 2)
 
 
 @pytest.mark.parametrize("net", [tanh_net, relu_net])
@@ -373,11 +377,11 @@ def test_differences_are_never_taken_by_themselves_where_a_network_has_kinks(net
     network = replace(Worker(build_world(json.dumps(settings))).network, layers=None)
     reason = FedMixTrainer._reason_against
     monkeypatch.setattr(
-        FedMixTrainer, "_reason_against", lambda t, w, m: "no" if t.form != "central" else reason(t, w, m)
+        FedMixTrainer, "_reason_against", lambda t, form, w, m: "no" if form != "central" else reason(t, form, w, m)
     )
     asked, auto = fedmix(0.1, "central"), fedmix(0.1, "auto")
     asked.setup(Vectors(), Own(), network)
-    assert asked.form == "central"
+    assert asked.mixture.form == "central"
     if net is relu_net:
         with pytest.raises(
             ConfigError, match=r"taylor_form=auto .*auto leaves out central, which is no gradient at the"
@@ -385,7 +389,7 @@ def test_differences_are_never_taken_by_themselves_where_a_network_has_kinks(net
             auto.setup(Vectors(), Own(), network)
     else:
         auto.setup(Vectors(), Own(), network)
-        assert auto.form == "central"
+        assert auto.mixture.form == "central"
 
 
 def test_the_step_of_differences_does_not_depend_on_the_precision():

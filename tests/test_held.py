@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from clients.trainers.mixing.tangents import _half, along
+from clients.trainers.mixing.tangents import _half, jvp
 from devices.cost import NetworkCost
 from devices.held import fullest_moments
 from devices.meter import inference_bytes, measure, most_bytes, peak_memory_bytes
@@ -185,13 +185,13 @@ def test_forward_derivatives_cost_the_same_whatever_batches_were_derived_before(
     layers = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
 
     def loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        out, slope = along(model, batch["x"], torch.ones(1, 6))
+        out, slope = jvp(model, batch["x"], torch.ones(1, 6))
         return (out + slope).sum()
 
     _half.cache_clear()
     fresh = measure(layers, loss, {"x": torch.randn(4, 6)}, "fresh")
     _half.cache_clear()
-    along(layers, torch.randn(2, 6), torch.ones(1, 6))
+    jvp(layers, torch.randn(2, 6), torch.ones(1, 6))
     assert measure(layers, loss, {"x": torch.randn(4, 6)}, "fresh") == fresh
 
 

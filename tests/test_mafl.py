@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from clients.trainers.mixing.mixup import PoolTrainer
 from clients.trainers.mixing.naivemix import NaiveMixTrainer
 from fedsim.errors import ClientError, ConfigError
 from fedsim.exchanges.averages import averages, averages_picture, exposures, from_uint8, to_uint8
@@ -356,10 +355,10 @@ def test_noise_is_drawn_once(federation):
 
 def test_clipping_and_noise_change_what_leaves_the_device():
     x, y = torch.full((2, 4), 3.0), torch.tensor([[1.0, 0.0], [0.5, 0.5]])
-    clipped = PoolTrainer(0.1, average_clip=2.0, lr=0.1, batch_size=1).protect({"x": x, "y": y}, seeded())
+    clipped = NaiveMixTrainer(0.1, average_clip=2.0, lr=0.1, batch_size=1).protect({"x": x, "y": y}, seeded())
     assert torch.allclose(clipped["x"], torch.ones(2, 4))  # of length 6, then 2
     assert torch.equal(clipped["y"], y)
-    noisy = PoolTrainer(0.1, average_noise=0.5, lr=0.1, batch_size=1).protect({"x": x, "y": y}, seeded())
+    noisy = NaiveMixTrainer(0.1, average_noise=0.5, lr=0.1, batch_size=1).protect({"x": x, "y": y}, seeded())
     assert not torch.equal(noisy["x"], x)
     assert torch.allclose(noisy["y"].sum(1), torch.ones(2))
     assert (noisy["y"] >= 0).all()

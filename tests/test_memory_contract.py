@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from clients.app import Worker
 from clients.app import app as client_app
-from clients.trainers.sgd import SGDTrainer
+from clients.trainers.sgd import Objective
 from fedsim.runs.federation import Federation
 from fedsim.settings.build import build_world, instantiate
 from fedsim.settings.compose import compose
@@ -146,7 +146,7 @@ def test_settings_that_hold_more_are_reserved(settings: list[str], monkeypatch: 
 
 
 def test_a_copy_that_nobody_declares_is_found(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("clients.trainers.fedprox.FedProxTrainer.reserve", SGDTrainer.reserve)
+    monkeypatch.setattr("clients.trainers.fedprox.Pulled.held", Objective.held)
     monkeypatch.setattr("clients.trainers.fedprox.PROXIMAL_COPIES", 0.0)
     with pytest.raises(AssertionError, match=r"holds 5\.\d* times the weights, reserves 2\.02"):
         assert_reserved(rounds(monkeypatch, "method=fedprox"))

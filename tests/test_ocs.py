@@ -13,7 +13,7 @@ from clients.app import app as client_app
 from clients.state import ClientState
 from clients.trainers.rehearsal.gradients import Products
 from clients.trainers.rehearsal.memory import CANDIDATES, NAMES, PHASES, Memory
-from clients.trainers.rehearsal.ocs import OCSTrainer, best, scores
+from clients.trainers.rehearsal.ocs import OCSRun, best, scores
 from fedsim.engines.local import LocalGrid
 from fedsim.errors import ConfigError
 from fedsim.messages.records import STATE, Broadcast, payload_bytes, record_bytes, tensors_of
@@ -301,12 +301,12 @@ def test_the_reference_is_the_mean_gradient_of_the_memory_under_each_examples_ow
     for number in (1, 2, 3):
         alone.train(number)
     client = alone.worker.context(0, RecordDict({STATE: alone.state.pack()}), 4)
-    trainer = alone.worker.trainer
-    assert isinstance(trainer, OCSTrainer)
-    trainer.begin(client, Broadcast(4, {}), Memory(client, 20))
+    run = alone.worker.trainer.start(client, Broadcast(4, {}))
+    assert isinstance(run, OCSRun)
+    run.before_training()
     memory = Memory(client, 20)
     batch = client.data.train.gather(torch.arange(20))
-    found = trainer.products(client, batch, memory, None)
+    found = run.products(batch, None)
     client.model.eval()
     weights = list(client.model.parameters())
     past = torch.autograd.grad(client.workload.loss(client.model, memory.examples()), weights)

@@ -11,7 +11,7 @@ from torchs_counter import counter
 
 from clients.app import Worker, app
 from clients.state import ClientState
-from clients.trainers.sgd import SGDTrainer
+from clients.trainers.sgd import SGDRun, SGDTrainer
 from devices.latency.models import StructuredLatency
 from fedsim.engines.local import LocalGrid
 from fedsim.errors import ConfigError
@@ -160,18 +160,18 @@ def test_with_all_tensors_shared_every_method_is_fedavg(method, strategy):
     assert [c.client for c in personal.clients] == [c.client for c in plain.clients]
 
 
-def test_the_head_phase_leaves_the_body_alone_and_the_body_phase_the_head():
+def test_the_head_phase_leaves_the_body_alone_and_the_body_phase_the_head(monkeypatch):
     worker, client, part = alone("method=fedrep", "trainer.head_epochs=2")
     before = {name: t.clone() for name, t in worker.slots.items()}
     trainer, task, seen = worker.trainer, worker._task(client, part), []
-    train = trainer.train
+    train = SGDRun.train
 
-    def watch(*args):
-        loss = train(*args)
+    def watch(run, batches):
+        loss = train(run, batches)
         seen.append({name: t.clone() for name, t in worker.slots.items()})
         return loss
 
-    trainer.train = watch
+    monkeypatch.setattr(SGDRun, "train", watch)
     trainer.fit(client, task)
     after_head, after_body = seen
     for name in before:
@@ -385,7 +385,7 @@ def test_a_pass_with_frozen_layers_costs_its_share_on_a_measured_device():
     settings = [*TINY, "method=fedrep", "fleet=phones", "latency=structured"]
     world = build_world(json.dumps(compose(settings)))
     worker = Worker(world)
-    network, device = worker.trainer.networks[True], world.fleet[0]
+    network, device = worker.trainer.phase_costs[True], world.fleet[0]
     whole = replace(network, backward_share=1.0)
 
     def seconds(price, backwards):

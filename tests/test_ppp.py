@@ -220,14 +220,13 @@ def test_flops_of_layers_by_hand(settings):
 
 @pytest.mark.parametrize("mode", ["per_layer", "flops"])
 def test_the_budget_is_zero_with_zero_gradient_where_every_mean_gate_is_the_ratio(federation, mode):
-    _, worker, _part, _client, task = start(federation, *PPP, "model=lenet5", *IMAGES, f"trainer.reg_mode={mode}")
+    _, worker, *_ = start(federation, *PPP, "model=lenet5", *IMAGES, f"trainer.reg_mode={mode}")
     trainer = worker.trainer
-    network = GatedNetwork(worker.model, trainer.gates(task))
     soft = {n: torch.tensor([[0.9, 0.2], [0.8, 0.3]], requires_grad=True) for n in trainer.plan.names}
-    value = trainer.regulariser(network, {n: hard(s) for n, s in soft.items()}, 0.5)
+    value = trainer.objective.regulariser({n: hard(s) for n, s in soft.items()}, 0.5, trainer.flops)
     assert value == 0
     assert all(bool((g == 0).all()) for g in torch.autograd.grad(value, list(soft.values())))
-    off = trainer.regulariser(network, {n: hard(s) for n, s in soft.items()}, 0.25)
+    off = trainer.objective.regulariser({n: hard(s) for n, s in soft.items()}, 0.25, trainer.flops)
     expected = 0.0625 * (len(soft) if mode == "per_layer" else 1)
     assert off.item() == pytest.approx(expected)
     assert all(bool((g > 0).all()) for g in torch.autograd.grad(off, list(soft.values())))  # too many are open
@@ -239,7 +238,7 @@ def test_the_loss_is_both_paths_and_the_budget(federation):
     narrowed = trainer.narrowed(client, trainer.kept(task), task.weights)
     gates = trainer.gates(task)
     gated = trainer.gated(narrowed, gates, trainer.kept(task))
-    value = trainer.loss(gated, batch, task)
+    value = trainer.objective(trainer.start(gated, task), batch)
     alone, user = PerSample(gates, 0.5), PerUser(gates, 0.5)
     expected = sum(F.cross_entropy(gated.model.through(s)(batch["x"]), batch["y"]) for s in (alone, user))
     for values in (alone.values, user.values):
@@ -256,7 +255,8 @@ def test_the_diversity_term_is_one_for_the_mask_of_all(federation):
         batch, user = client.data.train.gather(torch.arange(4)), PerUser(gates, 0.5)
         gated.model.through(user)(batch["x"])
         share = {n: p[0].detach() for n, p in user.prototypes.items()}
-        sums[gamma] = trainer.loss(gated, batch, replace(task, extras={**task.extras, "share": share})).item()
+        shared = replace(task, extras={**task.extras, "share": share})
+        sums[gamma] = trainer.objective(trainer.start(gated, shared), batch).item()
     assert sums[0.5] - sums[0.0] == pytest.approx(0.5 * len(share), rel=1e-5)
 
 
@@ -568,7 +568,7 @@ def test_a_private_head_stays_whole_on_the_device(federation, mode):
             assert not head & set(content[ARRAYS])
             assert not head & set(answer[ARRAYS])
             stored = RecordDict({**content, STATE: answer[STATE]})
-            kept = worker.context(client, stored, 9).state.kept("private", worker.initial)
+            kept = worker.context(client, stored, 9).state.restored("private", worker.initial)
             for name in head:
                 assert kept[name].shape == tensors_of(made.arrays)[name].shape
                 assert not torch.equal(kept[name], tensors_of(made.arrays)[name])

@@ -14,9 +14,9 @@ from clients.state import ClientState
 from clients.trainers.base import ClientContext
 from clients.trainers.rehearsal.gradients import last_layer, mean_gradient
 from clients.trainers.rehearsal.memory import NAMES, PHASES, Memory
-from clients.trainers.rehearsal.ocs import OCSTrainer
+from clients.trainers.rehearsal.ocs import OCSRun
 from clients.trainers.rehearsal.recalled import Recalled
-from clients.trainers.rehearsal.replay import ReplayTrainer
+from clients.trainers.rehearsal.replay import ReplayRun, StreamBatch
 from fedsim.engines.local import LocalGrid
 from fedsim.errors import ConfigError
 from fedsim.messages.records import STATE, Broadcast
@@ -65,12 +65,11 @@ def test_at_first_it_is_the_gradient_of_all(mode: str, overrides: list[str]):
 @pytest.mark.parametrize("mode, overrides", SPACES)
 def test_a_step_renews_the_replayed_examples_and_no_other(mode: str, overrides: list[str]):
     """As they were before the step changed the weights."""
-    worker, client, memory = client_with_memory(overrides)
-    trainer = worker.trainer
-    assert isinstance(trainer, OCSTrainer)
-    task = Broadcast(3, {})
-    trainer.begin(client, task, memory)
-    recalled = trainer.recalled
+    worker, client, _ = client_with_memory(overrides)
+    run = worker.trainer.start(client, Broadcast(3, {}))
+    assert isinstance(run, OCSRun)
+    run.before_training()
+    memory, recalled = run.memory, run.recalled
     assert recalled is not None
     with torch.no_grad():
         for p in client.parameters:
@@ -78,8 +77,9 @@ def test_a_step_renews_the_replayed_examples_and_no_other(mode: str, overrides: 
     old = recalled.error.clone(), recalled.features.clone()
     now = last_layer(client.workload, client.model, memory.examples())
     places = next(memory.batches(5, torch.Generator().manual_seed(0)))
-    gradients, _ = trainer.gradients(client, task, client.data.train.gather(torch.arange(5)), memory.batch(places))
-    trainer.step(client.parameters, gradients, 0.1, None)
+    own = client.data.train.gather(torch.arange(5))
+    gradients, _ = run.gradients(StreamBatch(own, torch.arange(5), memory.batch(places), True))
+    worker.trainer.step(client.parameters, gradients, 0.1, None)
     drawn = torch.zeros(20, dtype=torch.bool)
     drawn[places] = True
     for kept, before, new in zip((recalled.error, recalled.features), old, now, strict=True):
@@ -109,19 +109,20 @@ def test_choosing_costs_less_cpu_time_than_a_plain_replay_step():
     """LeNet-5, N = 20, kappa = 10, side by side: 0.59 on a loaded host; a forward pass of N alone is 0.3."""
     lenet = ("workload=blobs", "workload.examples_per_client=500", "workload.input_shape=[1,28,28]", "model=lenet5")
     own = ("stream=permuted", "trainer.grad_mode=last_layer", "trainer.batch_size=10", "trainer.stream_size=20")
-    worker, client, memory = client_with_memory([*lenet, *own])
-    trainer, task = worker.trainer, Broadcast(3, {})
-    assert isinstance(trainer, OCSTrainer)
-    trainer.begin(client, task, memory)
+    worker, client, _ = client_with_memory([*lenet, *own])
+    run = worker.trainer.start(client, Broadcast(3, {}))
+    assert isinstance(run, OCSRun)
+    run.before_training()
+    memory = run.memory
     past, ratios = memory.batches(10, torch.Generator().manual_seed(0)), []
     for number in range(70):
         batch, kept = client.data.train.gather(torch.arange(20) + number), memory.batch(next(past))
         start = time.process_time()
-        chosen = trainer.choose(client, batch, memory, kept)
+        chosen = run.choose(batch, kept)
         middle = time.process_time()
-        batch = {key: t[chosen] for key, t in batch.items()}
-        gradients, _ = ReplayTrainer.gradients(trainer, client, task, batch, kept)
-        trainer.step(client.parameters, gradients, 1e-4, None)
+        step = StreamBatch({key: t[chosen] for key, t in batch.items()}, chosen, kept, True)
+        gradients, _ = ReplayRun.gradients(run, step)
+        worker.trainer.step(client.parameters, gradients, 1e-4, None)
         ratios.append((middle - start) / (time.process_time() - middle))
     assert statistics.median(ratios[10:]) < 1.3
 

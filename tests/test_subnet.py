@@ -231,9 +231,9 @@ def test_a_narrow_step_is_a_step_of_the_narrow_network(federation):
     kept = trainer.kept(task)
     widths = trainer.widths(kept)
     assert [len(w["body.7"]) for w in widths] == [24, 48, 72, 96, 120]
-    wide = trainer.narrowed(client, kept, task.weights)
-    batch = client.data.train.gather(torch.arange(4))
-    loss = trainer.loss(wide, {**batch, "width": torch.tensor(1)}, task)
+    run = trainer.start(client, task)
+    wide, batch = run.client, client.data.train.gather(torch.arange(4))
+    loss = trainer.objective(run, {**batch, "width": torch.tensor(1)})
     gradients = named(wide.model, torch.autograd.grad(loss, wide.parameters))
     narrow = trainer.slices.groups.build(worker.model, widths[1])
     narrow.load_state_dict(trainer.slices.groups.slice(task.weights, widths[1]))
@@ -253,9 +253,9 @@ def test_each_step_trains_the_widest_network_and_the_narrow_one_from_it(federati
     trainer, client, task = worker.trainer, worker.context(first, part, 1), broadcast_of(part, worker._weights(part), 1)
     kept = trainer.kept(task)
     choice = trainer.widths(kept)[0]
-    wide = trainer.narrowed(client, kept, task.weights)
-    batch = client.data.train.gather(torch.arange(4))
-    loss = trainer.loss(wide, {**batch, "width": torch.tensor(0)}, task)
+    run = trainer.start(client, task)
+    wide, batch = run.client, client.data.train.gather(torch.arange(4))
+    loss = trainer.objective(run, {**batch, "width": torch.tensor(0)})
     gradients = named(wide.model, torch.autograd.grad(loss, wide.parameters))
 
     full, narrow = worker.model, trainer.slices.groups.build(worker.model, choice)
@@ -280,11 +280,10 @@ def test_a_step_that_draws_the_widest_network_takes_one_pass(federation):
     """Its own outputs as a target have no gradient: softmax less target is 0."""
     _, worker, first, part = start(federation, "method=fjord")
     client, task = worker.context(first, part, 1), broadcast_of(part, worker._weights(part), 1)
-    kept = worker.trainer.kept(task)
-    wide = worker.trainer.narrowed(client, kept, task.weights)
-    batch = client.data.train.gather(torch.arange(4))
-    widest = torch.tensor(len(worker.trainer.widths(kept)) - 1)
-    loss = worker.trainer.loss(wide, {**batch, "width": widest}, task)
+    run = worker.trainer.start(client, task)
+    wide, batch = run.client, client.data.train.gather(torch.arange(4))
+    widest = torch.tensor(len(run.widths) - 1)
+    loss = worker.trainer.objective(run, {**batch, "width": widest})
     torch.testing.assert_close(loss, client.workload.loss(wide.model, batch))
     assert [(p.forwards, p.backwards) for p in wide.log.work().passes] == [(1, 1)]
 

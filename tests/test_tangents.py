@@ -11,7 +11,7 @@ from test_models import CONFIGS, batch_for, from_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clients.trainers.mixing.tangents import Dual, along
+from clients.trainers.mixing.tangents import Dual, jvp
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +24,7 @@ def _seeded():
 def assert_as_torch(model: nn.Module, x: Tensor) -> None:
     """Output, derivative, and the gradients of both; torch's own has no channels-last group norm."""
     direction, plain = torch.randn_like(x[:1]), deepcopy(model).to(memory_format=torch.contiguous_format)
-    ours = along(model, x, direction)
+    ours = jvp(model, x, direction)
     torchs = torch.func.jvp(plain, (x,), (direction.expand_as(x),))
     spread = torch.randn_like(ours[0])
     for mine, other in zip(ours, torchs, strict=True):
@@ -75,13 +75,13 @@ def test_dropout_is_the_same_for_values_and_derivatives():
     """Of a linear network: the derivative along x is the output less the bias."""
     model = nn.Sequential(nn.Linear(30, 40, bias=False), nn.Dropout(0.5), nn.Linear(40, 2, bias=False)).double()
     x = torch.randn(1, 30).double()
-    value, slope = along(model, x, x)
+    value, slope = jvp(model, x, x)
     assert torch.allclose(value, slope)
 
 
 def test_a_network_that_forgets_its_input_has_no_derivative():
     with pytest.raises(NotImplementedError, match="does not pass on forward derivatives"):
-        along(lambda x: torch.ones(2), torch.ones(1, 3), torch.ones(1, 3))
+        jvp(lambda x: torch.ones(2), torch.ones(1, 3), torch.ones(1, 3))
 
 
 def test_a_dual_looks_like_its_value():

@@ -35,17 +35,15 @@ def start(federation, *overrides: str, round: int = 1):
 
 
 def ready(federation, *overrides: str, round: int = 1):
-    """As `start`, with masks and norms as a step sees them, and a batch."""
+    """As `start`, with the run of the client as a step sees it, and a batch."""
     _, worker, client, task = start(federation, *overrides, round=round)
-    trainer = worker.trainer
-    trainer.take(client)
-    batch = next(iter(trainer.batches(client, task)))
-    return trainer, client, task, batch
+    run = worker.trainer.start(client, task)
+    return run, run.trainer.paths, client, next(iter(run.batches()))
 
 
-def teacher_norms(trainer) -> None:
-    for name in trainer.learned_norms:
-        trainer.norms[name].requires_grad_()
+def teacher_norms(run) -> None:
+    for name in run.trainer.learned_norms:
+        run.norms[name].requires_grad_()
 
 
 # --- two networks in one set of weights -------------------------------------------------------------------------------
@@ -109,41 +107,42 @@ def test_a_students_weights_have_no_more_values_than_integers_and_the_export_is_
 
 @pytest.mark.parametrize("method, round", [(DCIL, 1), (PQK, 2)])
 def test_important_weights_learn_from_the_student_and_the_others_from_the_teacher(federation, method, round):
-    trainer, client, _, batch = ready(federation, *method, round=round)
+    run, paths, client, batch = ready(federation, *method, round=round)
     if round == 1:  # at the very start nothing is pruned
-        trainer.masks = global_masks(trainer.paths.weights(), 0.5)
-    teacher_norms(trainer)
-    weights = trainer.paths.weights()
-    student, teacher = trainer.networks(client)
+        run.masks = global_masks(paths.weights(), 0.5)
+    teacher_norms(run)
+    weights = paths.weights()
+    student, teacher = run.networks()
     for network, learns in ((student, True), (teacher, False)):
         loss = client.workload.loss(network, batch)
         gradients = torch.autograd.grad(loss, list(weights.values()), retain_graph=True)
-        for (name, mask), gradient in zip(((n, trainer.masks[n]) for n in weights), gradients, strict=True):
+        for (name, mask), gradient in zip(((n, run.masks[n]) for n in weights), gradients, strict=True):
             assert not gradient[mask != learns].any(), name
             assert gradient[mask == learns].any(), name
-    own, others = dict(client.model.named_parameters()), [trainer.norms[n] for n in trainer.learned_norms]
+    own, others = dict(client.model.named_parameters()), [run.norms[n] for n in run.trainer.learned_norms]
     assert torch.autograd.grad(client.workload.loss(student, batch), others, allow_unused=True) == (None,) * len(others)
-    norms = [own[n] for n in trainer.learned_norms]
+    norms = [own[n] for n in run.trainer.learned_norms]
     assert torch.autograd.grad(client.workload.loss(teacher, batch), norms, allow_unused=True) == (None,) * len(norms)
 
 
 @pytest.mark.parametrize("method", [DCIL, PQK])
 def test_the_teacher_with_the_students_norms_is_the_dense_network_exactly(federation, method):
-    trainer, client, _, batch = ready(federation, *method)
-    trainer.masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in trainer.paths.weights().items()}
+    run, paths, client, batch = ready(federation, *method)
+    run.masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in paths.weights().items()}
     client.model.eval()
-    trainer.norms = {name: client.weights[name] for name in trainer.norms}
-    _, teacher = trainer.networks(client)
+    run.norms = {name: client.weights[name] for name in run.norms}
+    _, teacher = run.networks()
     assert torch.equal(teacher(batch["x"]), client.model(batch["x"]))
 
 
 def test_without_a_teacher_unimportant_weights_stay_as_they_are_to_the_bit(federation):
     own = ("trainer.distil=0", "trainer.teacher=0", "trainer.local_epochs=3")
     _, worker, client, task = start(federation, *PQK, *own, round=2)
+    run = worker.trainer.start(client, task)
     before = {name: w.detach().clone() for name, w in worker.trainer.paths.weights().items()}
-    worker.trainer.fit(client, task)
+    run.fit()
     for name, weight in worker.trainer.paths.weights().items():
-        mask = worker.trainer.masks[name]
+        mask = run.masks[name]
         assert torch.equal(weight[~mask], before[name][~mask])
         assert not torch.equal(weight[mask], before[name][mask])
 
@@ -156,38 +155,38 @@ def test_losses_are_those_of_the_two_networks_and_their_divergence(federation):
         return 4 * (log(b / 2, -1).exp() * (log(b / 2, -1) - log(a / 2, -1))).sum(-1).mean()
 
     for round, taught in ((1, False), (2, True)):
-        trainer, client, task, batch = ready(federation, *DCIL, "trainer.distil_after=1", round=round)
+        run, _, client, batch = ready(federation, *DCIL, "trainer.distil_after=1", round=round)
         client.model.eval()  # norms must not move between the calls
-        part, full = (network(batch["x"]) for network in trainer.networks(client))
+        part, full = (network(batch["x"]) for network in run.networks())
         expected = sum(torch.nn.functional.cross_entropy(logits, batch["y"]) for logits in (part, full))
         expected = expected + (kl(part, full) + kl(full, part) if taught else 0)
-        torch.testing.assert_close(trainer.loss(client, batch, task), expected)
+        torch.testing.assert_close(run.objective(run, batch), expected)
     for round, taught in ((1, False), (2, True)):
-        trainer, client, task, batch = ready(federation, *PQK, "trainer.distil=0.5", "trainer.teacher=3", round=round)
+        run, _, client, batch = ready(federation, *PQK, "trainer.distil=0.5", "trainer.teacher=3", round=round)
         client.model.eval()
-        student, teacher = (network(batch["x"]) for network in trainer.networks(client))
+        student, teacher = (network(batch["x"]) for network in run.networks())
         expected = torch.nn.functional.cross_entropy(student, batch["y"])
         if taught:
             expected = (
                 expected + 3 * torch.nn.functional.cross_entropy(teacher, batch["y"]) + 0.5 * kl(student, teacher)
             )
-        torch.testing.assert_close(trainer.loss(client, batch, task), expected)
+        torch.testing.assert_close(run.objective(run, batch), expected)
 
 
 def test_sparsity_follows_the_schedule_and_then_masks_never_change(federation):
     """Two steps a round: cubic towards 0.5 in one round, s(1/2) = 0.875 x 0.5; from round 2 on floor(0.5 N) zeros."""
     made, worker, client, task = start(federation, *PQK)
     trainer, seen = worker.trainer, []
-    trainer.take(client)
+    run = trainer.start(client, task)
     size = sum(w.numel() for w in trainer.paths.weights().values())
-    for _ in trainer.batches(client, task):
-        seen.append(sum(int((~m).sum()) for m in trainer.masks.values()))
+    for _ in run.batches():
+        seen.append(sum(int((~m).sum()) for m in run.masks.values()))
     assert seen == [0, math.floor(0.4375 * size)]
     masks = []
     for round in (2, 3):
-        client = replace(client, round=round)
-        trainer.fit(client, replace(task, round=round))
-        masks.append({name: mask.clone() for name, mask in trainer.masks.items()})
+        run = trainer.start(replace(client, round=round), replace(task, round=round))
+        run.fit()
+        masks.append({name: mask.clone() for name, mask in run.masks.items()})
         assert sum(int((~m).sum()) for m in masks[-1].values()) == math.floor(0.5 * size)
         worker.model.load_state_dict(made.model.state_dict())  # other magnitudes than those of the masks
     assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[0])
@@ -196,11 +195,10 @@ def test_sparsity_follows_the_schedule_and_then_masks_never_change(federation):
 def test_pruned_weights_learn_in_phase_1_only_with_the_straight_through_gradient(federation):
     moved = {}
     for rule in ("masked", "ste"):
-        trainer, client, task, batch = ready(federation, *PQK, f"trainer.phase1_grad={rule}")
-        trainer.masks = global_masks(trainer.paths.weights(), 0.5)
-        loss = trainer.loss(client, batch, task)
-        gradients = torch.autograd.grad(loss, list(trainer.paths.weights().values()))
-        moved[rule] = any(bool(g[~trainer.masks[n]].any()) for n, g in zip(trainer.paths.names, gradients, strict=True))
+        run, paths, _, batch = ready(federation, *PQK, f"trainer.phase1_grad={rule}")
+        run.masks = global_masks(paths.weights(), 0.5)
+        gradients = torch.autograd.grad(run.objective(run, batch), list(paths.weights().values()))
+        moved[rule] = any(bool(g[~run.masks[n]].any()) for n, g in zip(paths.names, gradients, strict=True))
     assert moved == {"masked": False, "ste": True}
 
 
@@ -227,11 +225,13 @@ def test_clients_are_judged_with_the_pruned_network(federation, method, zeros):
     message = next(iter(made.strategy.configure_evaluate(4, made.shared, ConfigRecord(), made.grid)))
     worker = Worker(made.world)
     client = worker.context(message.metadata.dst_node_id, message.content, 4)
+    worker._load(worker._task(client, message.content).weights)
+    masks = worker.trainer.masks_at(4)
     metrics = worker._answer(client, message.content, "evaluate")["metrics"]
     trainer, state = worker.trainer, dict(worker.model.state_dict())
     pruned = {name: state[name] for name in zeros or trainer.paths.names}
     assert sparsity_of({n: w != 0 for n, w in pruned.items()}) >= 0.49
-    tensors, bits = trainer.paths.exported(trainer.masks)
+    tensors, bits = trainer.paths.exported(masks)
     assert metrics["nonzero_bytes"] == nonzero_bytes(tensors, bits) < metrics["dense_bytes"]
     assert metrics["wire_bytes"] == wire_bytes(tensors, bits)
     assert 0 <= metrics["accuracy_teacher"] <= 1

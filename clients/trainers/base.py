@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,15 +40,16 @@ class WorkLog:
         self.peak_memory_bytes = 0
         self.stored_bytes = 0
         self.judged: dict[str, NetworkCost] = {}  # networks that were judged: "" is the client's own, others by name
-        # By identity of the network: hashing its fields at every step would cost more than the counting.
+        self.saw_everything = False  # see `ClientContext.oracle`
+        # By identity of the cost: hashing its fields at every step would take longer than the counting.
         self._passes: dict[tuple[int, int], tuple[NetworkCost, list[int]]] = {}
 
     def hold(self, name: str, held_bytes: int) -> None:
-        """Declares what stays in memory from now on, beside all that is reserved; once per name."""
+        """Reports what stays in memory from now on, beside all that is reserved; once per name."""
         self._held[name] = held_bytes
 
     def reserve(self, peak_bytes: int) -> None:
-        """Declares memory before it is used, without what `hold` has declared.
+        """Reports memory before it is used, without what `hold` has reported.
 
         Raises:
             OutOfMemoryError: when the device has less.
@@ -58,27 +60,27 @@ class WorkLog:
             raise OutOfMemoryError(f"needs {peak_bytes} bytes at its peak, the device has {self.memory_bytes}")
 
     def store(self, stored_bytes: int) -> None:
-        """Declares what the device keeps between rounds beside the tensors of its state: examples that they name."""
+        """Reports what the device keeps between rounds beside the tensors of its state: the examples that they name."""
         self.stored_bytes = stored_bytes
 
-    def add(self, network: NetworkCost, batch: int, forwards: int = 0, backwards: int = 0) -> None:
-        """Counts passes through `network` with batches of `batch` examples."""
-        key = (id(network), batch)
+    def add(self, cost: NetworkCost, batch: int, forwards: int = 0, backwards: int = 0) -> None:
+        """Counts passes of batches of `batch` examples through the network that has this cost."""
+        key = (id(cost), batch)
         if key not in self._passes:
-            self._passes[key] = (network, [0, 0])
+            self._passes[key] = (cost, [0, 0])
         counts = self._passes[key][1]
         counts[0] += forwards
         counts[1] += backwards
 
-    def add_examples(self, network: NetworkCost, count: int, batch: int, backward: bool = False) -> None:
+    def add_examples(self, cost: NetworkCost, count: int, batch: int, backward: bool = False) -> None:
         """Counts one pass of each of `count` examples, in batches of `batch` and a smaller last one."""
         full, rest = divmod(count, batch)
         for size, passes in ((batch, full), (rest, 1 if rest else 0)):
             if passes:
-                self.add(network, size, forwards=passes, backwards=passes if backward else 0)
+                self.add(cost, size, forwards=passes, backwards=passes if backward else 0)
 
-    def judge(self, network: NetworkCost, count: int) -> None:
-        """Declares the memory and the passes of judging `network` on so many examples.
+    def judge(self, cost: NetworkCost, count: int) -> None:
+        """Reports the memory and the passes of judging a network of this cost on so many examples.
 
         Memory: weights, buffers, the batch and the activations that an inference of it holds at once.
 
@@ -87,13 +89,66 @@ class WorkLog:
         """
         if count:
             batch = min(count, JUDGED_AT_ONCE)
-            self.reserve(inference_memory_bytes(network, batch))
-            self.add_examples(network, count, JUDGED_AT_ONCE)
+            self.reserve(inference_memory_bytes(cost, batch))
+            self.add_examples(cost, count, JUDGED_AT_ONCE)
 
     def work(self, storage_bytes: int = 0) -> Work:
-        """All that was counted, in the order in which it first came."""
-        passes = tuple(Passes(network, batch, *counts) for (_, batch), (network, counts) in self._passes.items())
+        """Returns all that was counted, in the order in which it first came."""
+        passes = tuple(Passes(cost, batch, *counts) for (_, batch), (cost, counts) in self._passes.items())
         return Work(passes, self.peak_memory_bytes, storage_bytes + self.stored_bytes)
+
+
+class ClientWorkload:
+    """A workload as one client sees it in one round: all of it but the examples of others and those of later parts.
+
+    It stands in the place of the `Workload`; whoever needs the rest asks `ClientContext.oracle`, which marks results.
+
+    Args:
+        whole: the workload with everybody's data.
+        client_id: whose examples may be seen.
+        round: of which the part is the last that has arrived.
+    """
+
+    def __init__(self, whole: Workload, client_id: int, round: int):
+        self.whole, self.client_id, self.round = whole, client_id, round
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:  # `isinstance` asks for it: a view of a classification is one
+        return type(self.whole)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.whole, name)
+
+    def client_data(self, client_id: int) -> ClientData:
+        """The client's own data."""
+        self._check(client_id)
+        return self.whole.client_data(client_id)
+
+    def client_part(self, client_id: int, part: int) -> ClientData:
+        """A part of the client's own data that has arrived."""
+        self._check(client_id, part)
+        return self.whole.client_part(client_id, part)
+
+    def arrivals(self, client_id: int, part: int) -> Tensor:
+        """Names of the examples of a part of the client's own data that has arrived."""
+        self._check(client_id, part)
+        return self.whole.arrivals(client_id, part)
+
+    def recall(self, client_id: int, names: Tensor) -> Tensors:
+        """Examples that the client has kept."""
+        self._check(client_id)
+        return self.whole.recall(client_id, names)
+
+    def _check(self, client_id: int, part: int = 0) -> None:
+        if client_id != self.client_id or part > self.whole.part(self.round):
+            raise OracleError(
+                f"client {self.client_id} in round {self.round} asks for examples of client {client_id}, part {part}, "
+                "which it does not have; a trainer that may see everything takes them from client.oracle()"
+            )
+
+
+class OracleError(RuntimeError):
+    """A trainer asked for data that its client cannot have, without saying that it is an oracle."""
 
 
 @dataclass
@@ -101,10 +156,11 @@ class ClientContext:
     """One client as its trainer sees it in one round.
 
     Attributes:
+        workload: without the data of other clients and of later rounds.
         model: holds the broadcast weights when the trainer starts, in training mode; one object reused for all clients.
         parameters: the model's trainable parameters.
         weights: the model's live weights and buffers by name, detached: what a trainer usually returns.
-        network: what one example costs in `model`.
+        step_cost: what one example costs in `model`.
         state: what this client kept from earlier rounds; change it in place.
         log: where the trainer reports its work.
     """
@@ -116,7 +172,7 @@ class ClientContext:
     model: nn.Module
     parameters: list[Tensor] = field(repr=False)
     weights: Tensors = field(repr=False)
-    network: NetworkCost
+    step_cost: NetworkCost
     profile: DeviceProfile
     state: ClientState
     device: torch.device
@@ -127,14 +183,32 @@ class ClientContext:
         """Random numbers for one purpose of this client in this round; other purposes and clients never shift them."""
         return torch_generator(self.seed, *names, self.round, self.client_id)
 
+    def oracle(self) -> Workload:
+        """The workload with everybody's data, which no federation could see: the results get the metric `oracle`."""
+        self.log.saw_everything = True
+        return self.workload.whole if type(self.workload) is ClientWorkload else self.workload
+
+
+class LocalRun:
+    """One client in one round, and all that its training owns; made by `LocalTrainer.start` and dropped afterwards."""
+
+    def __init__(self, client: ClientContext, broadcast: Broadcast):
+        self.client, self.broadcast = client, broadcast
+
+    def fit(self) -> ClientUpdate:
+        """Trains on the client's data and reports the work in `client.log`."""
+        raise NotImplementedError(f"{type(self).__name__} does not train")
+
 
 class LocalTrainer(Checked, group="trainer", error=ConfigError):
-    """What a client does with a broadcast. Trainers are stateless: state belongs to `client.state`.
+    """What a client does with a broadcast. After `setup` a trainer never changes.
+
+    What belongs to the client that trains just now is in a `LocalRun`, what a client keeps is in `client.state`.
 
     Attributes:
         private: names in the model's state dict of what stays with each client; known before `setup`. The model and
-            `task.weights` hold the client's own values of them, and an update may hold the whole model: the app sends
-            the shared part and stores the rest.
+            `broadcast.weights` hold the client's own values of them, and an update may hold the whole model: the app
+            sends the shared part and stores the rest.
         own_network: the trainer puts the broadcast into a network of its own, whose shapes may differ from the model's.
     """
 
@@ -142,13 +216,18 @@ class LocalTrainer(Checked, group="trainer", error=ConfigError):
     own_network = False
 
     def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:
-        """Called once per process, before any client: for what depends on the model only, such as its price."""
+        """Called once per process, before any client: for what depends on the model only, such as its cost."""
 
-    def fit(self, client: ClientContext, task: Broadcast) -> ClientUpdate:
-        """Trains on the client's data and reports the work in `client.log`."""
+    def start(self, client: ClientContext, broadcast: Broadcast) -> LocalRun:
+        """Begins one client's round of training."""
         raise NotImplementedError(f"{type(self).__name__} does not train")
 
-    def fit_together(self, clients: Sequence[ClientContext], tasks: Sequence[Broadcast]) -> list[ClientUpdate]:
+    def fit(self, client: ClientContext, broadcast: Broadcast) -> ClientUpdate:
+        """Trains on the client's data and reports the work in `client.log`."""
+        update = self.start(client, broadcast).fit()
+        return replace(update, metrics=marked(client, update.metrics))
+
+    def fit_together(self, clients: Sequence[ClientContext], broadcasts: Sequence[Broadcast]) -> list[ClientUpdate]:
         """Trains several clients at once (`engine.batch_clients`); called where `reason_against_together` is empty."""
         raise NotImplementedError(f"{type(self).__name__} trains one client after the other")
 
@@ -160,15 +239,19 @@ class LocalTrainer(Checked, group="trainer", error=ConfigError):
         """Whether a client with so many examples trains on a batch of one of them; False where that is not known."""
         return False
 
-    def evaluate(self, client: ClientContext, task: Broadcast) -> dict[str, float]:
+    def evaluate(self, client: ClientContext, broadcast: Broadcast) -> dict[str, float]:
         """Metrics of the client's model on its own held-out part; empty when it has none."""
+        return marked(client, self.judge(client, broadcast))
+
+    def judge(self, client: ClientContext, broadcast: Broadcast) -> dict[str, float]:
+        """What `evaluate` finds; here of `client.model` as it is."""
         data = client.data.test
         if len(data):
-            client.log.judge(client.network, len(data))
-            client.log.judged[""] = client.network
+            client.log.judge(client.step_cost, len(data))
+            client.log.judged[""] = client.step_cost
         return client.workload.evaluate(client.model, data)
 
-    def answer(self, client: ClientContext, question: str, task: Broadcast) -> dict[str, Tensors]:
+    def answer(self, client: ClientContext, question: str, broadcast: Broadcast) -> dict[str, Tensors]:
         """Side exchanges beside training: records by name.
 
         Raises:
@@ -177,3 +260,8 @@ class LocalTrainer(Checked, group="trainer", error=ConfigError):
         raise KeyError(
             f"{type(self).__name__} has no answer to {question!r}; take a strategy and trainer of one method"
         )
+
+
+def marked(client: ClientContext, metrics: dict[str, float]) -> dict[str, float]:
+    """Metrics, with the mark `oracle` where the client has seen what no federation could."""
+    return {**metrics, "oracle": 1.0} if client.log.saw_everything else metrics

@@ -7,20 +7,22 @@ convolutional networks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.func import grad_and_value, vmap
 from torch.nn.utils.stateless import _reparametrize_module
 
-from clients.trainers.base import ClientContext
-from fedsim.messages.records import Broadcast, ClientUpdate
+from fedsim.messages.records import ClientUpdate
 from fedsim.workloads.base import Tensors
 
+if TYPE_CHECKING:
+    from clients.trainers.sgd import SGDRun, SGDTrainer
+
 IGNORED = -100  # label that cross-entropy leaves out of its mean
-Loss = Callable[[ClientContext, Tensors, Broadcast], Tensor]
 
 
 def reason_against(model: nn.Module) -> str:
@@ -37,41 +39,45 @@ class Stack:
     """The same network with K sets of parameters.
 
     Args:
-        loss: (client, batch, task) to a scalar; a function of the model's parameters, the batch and the broadcast
-            alone: of `client` it may use the workload and the model.
-        clients: K of them.
-        tasks: theirs.
+        runs: of K clients, with one pure objective.
     """
 
-    def __init__(self, loss: Loss, clients: Sequence[ClientContext], tasks: Sequence[Broadcast]):
-        self.model, self.tasks = clients[0].model, tasks
+    def __init__(self, runs: Sequence[SGDRun]):
+        first = runs[0]
+        self.model, self.received, objective = (
+            first.client.model,
+            [run.broadcast.weights for run in runs],
+            first.objective,
+        )
         trained = [name for name, p in self.model.named_parameters() if p.requires_grad]
         # Mapped operators know no other memory format, and `contiguous()` leaves single channels as they are.
         plain = torch.contiguous_format
         sent = {
-            name: torch.stack([task.weights[name].clone(memory_format=plain) for task in tasks])
-            for name in tasks[0].weights
+            name: torch.stack([weights[name].clone(memory_format=plain) for weights in self.received])
+            for name in self.received[0]
         }
         self.parameters = {name: sent[name].clone() for name in trained}
-        self.unused: frozenset[str] | None = None  # by the loss; known from the first batch
+        self.unused: frozenset[str] | None = None  # by the objective; known from the first batch
 
         def of_one(parameters: Tensors, weights: Tensors, batch: Tensors) -> Tensor:
+            run = copy(first)
+            run.broadcast = replace(first.broadcast, weights=weights)
             with _reparametrize_module(self.model, parameters):
-                return loss(clients[0], batch, replace(tasks[0], weights=weights))
+                return objective(run, batch)
 
         step = vmap(grad_and_value(of_one))
         self.step: Callable[[Tensors], tuple[Tensors, Tensor]] = lambda batch: step(self.parameters, sent, batch)
 
         def find_unused(batch: Tensors) -> frozenset[str]:
             live = [p for p in self.model.parameters() if p.requires_grad]
-            found = torch.autograd.grad(loss(clients[0], batch, tasks[0]), live, allow_unused=True)
+            found = torch.autograd.grad(objective(first, batch), live, allow_unused=True)
             return frozenset(name for name, g in zip(trained, found, strict=True) if g is None)
 
         self.find_unused = find_unused
 
     def weights(self, number: int) -> Tensors:
         """The weights of one client, in the order of the model."""
-        own = self.tasks[number].weights
+        own = self.received[number]
         return {name: self.parameters[name][number] if name in self.parameters else own[name] for name in own}
 
 
@@ -104,18 +110,17 @@ def in_step(iterators: Sequence[Iterator[Tensors]]) -> Iterator[list[Tensors | N
         yield batches
 
 
-def fit(trainer: Any, clients: Sequence[ClientContext], tasks: Sequence[Broadcast]) -> list[ClientUpdate]:
-    """`SGDTrainer.fit` for K clients at once; equal to it up to rounding.
+def fit(trainer: SGDTrainer, runs: Sequence[SGDRun]) -> list[ClientUpdate]:
+    """`SGDRun.fit` for K clients at once; equal to it up to rounding.
 
     Args:
-        trainer: an SGDTrainer (or what overrides its `loss`).
-        clients: K of them.
-        tasks: theirs, with equal settings.
+        trainer: with a pure objective.
+        runs: of K clients, whose broadcasts have equal settings.
     """
-    stack = Stack(trainer.loss, clients, tasks)
-    lr, velocity = trainer.learning_rate(clients[0], tasks[0]), None
-    losses: list[list[Tensor]] = [[] for _ in clients]
-    for batches in in_step([trainer.batches(c, t) for c, t in zip(clients, tasks, strict=True)]):
+    stack = Stack(runs)
+    lr, velocity = trainer.learning_rate(runs[0].client, runs[0].broadcast), None
+    losses: list[list[Tensor]] = [[] for _ in runs]
+    for batches in in_step([run.batches() for run in runs]):
         batch, active = padded(batches)
         if stack.unused is None and trainer.weight_decay:  # a mapped gradient is zero there, and would decay
             stack.unused = stack.find_unused(next(own for own in batches if own is not None))
@@ -123,20 +128,24 @@ def fit(trainer: Any, clients: Sequence[ClientContext], tasks: Sequence[Broadcas
         with torch.no_grad():
             moved = {name: g for name, g in gradients.items() if name not in (stack.unused or ())}
             velocity = _update(trainer, stack.parameters, moved, active, lr, velocity)
-        for client, own, seen, value in zip(clients, batches, losses, loss.detach(), strict=True):
+        for run, own, seen, value in zip(runs, batches, losses, loss.detach(), strict=True):
             if own is not None:
-                trainer.log_step(client, client.workload.batch_size_of(own))
+                run.log_step(run.size_of(own))
                 seen.append(value)
     return [
-        ClientUpdate(c.client_id, len(c.data.train), stack.weights(k), {"train_loss": float(torch.stack(seen).mean())})
-        for k, (c, seen) in enumerate(zip(clients, losses, strict=True))
+        replace(run.update(float(torch.stack(seen).mean())), weights=stack.weights(number))
+        for number, (run, seen) in enumerate(zip(runs, losses, strict=True))
     ]
 
 
 def _update(
-    trainer: Any, parameters: Tensors, gradients: Tensors, active: Tensor, lr: float, velocity: Tensors | None
+    trainer: SGDTrainer, parameters: Tensors, gradients: Tensors, active: Tensor, lr: float, velocity: Tensors | None
 ) -> Tensors | None:
-    """`SGDTrainer.step` with a leading client dimension; clients that have finished keep what they have."""
+    """`SGDTrainer.step` with a leading client dimension; clients that have finished keep what they have.
+
+    It is written out beside that one: foreach operators round a step once, a step that leaves finished clients alone
+    rounds it twice.
+    """
 
     def of(t: Tensor, like: Tensor) -> Tensor:
         return t.view(-1, *[1] * (like.dim() - 1))

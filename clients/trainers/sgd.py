@@ -1,20 +1,21 @@
-"""Mini-batch SGD on the client's own examples: the one local loop, from which most trainers override a step.
+"""Mini-batch SGD on the client's own examples: the one local loop of all trainers.
 
-Source: McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS 2017,
-algorithm 1 (ClientUpdate).
+Methods differ in the objective of a step, in where batches come from, and in what happens around the loop. Source:
+McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS 2017, algorithm 1
+(ClientUpdate).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
 import torch
 from annotated_types import Le
 from torch import Tensor, nn
 
 from clients.trainers import batched
-from clients.trainers.base import ClientContext, Gradients, LocalTrainer
+from clients.trainers.base import ClientContext, Gradients, LocalRun, LocalTrainer
 from devices.cost import NetworkCost
 from devices.errors import unknown
 from devices.meter import peak_memory_bytes
@@ -23,6 +24,119 @@ from fedsim.messages.records import Broadcast, ClientUpdate
 from fedsim.workloads.base import Tensors
 
 Arrays = tuple[Tensor, ...] | list[Tensor]
+
+
+class Objective:
+    """What a step minimises, read as an equation: a scalar from a run and one of its batches.
+
+    It belongs to the trainer, so it never changes; what belongs to a client is in the run.
+
+    Attributes:
+        is_pure: it depends on nothing but the model's parameters, the batch and the received weights, and draws and
+            notes nothing, so that several clients can be mapped through it at once. A new objective says so itself.
+    """
+
+    is_pure: bool = False
+
+    def __call__(self, run: Any, batch: Any) -> Tensor:
+        """The loss of a batch."""
+        raise NotImplementedError(f"{type(self).__name__} has no equation")
+
+    def copies(self, run: Any) -> float:
+        """How many tensors as large as the weights a step holds for it beside weights, gradients and momentum.
+
+        What it allocates and autograd keeps counts; `test_memory_contract.py` finds it out.
+        """
+        return 0.0
+
+    def held(self, run: Any) -> dict[str, int]:
+        """Bytes that stay in memory through the round for it, by what they are."""
+        return {}
+
+
+class WorkloadLoss(Objective):
+    """The workload's own loss of a batch, such as its mean cross-entropy."""
+
+    is_pure = True
+
+    def __call__(self, run: SGDRun, batch: Tensors) -> Tensor:
+        return run.client.workload.loss(run.client.model, batch)
+
+
+class SGDRun(LocalRun):
+    """One client's round of SGD.
+
+    Args:
+        trainer: its settings.
+        client: whose parameters are trained.
+        broadcast: what the server sent.
+        objective: of the steps; None is the trainer's.
+    """
+
+    trainer: SGDTrainer
+
+    def __init__(
+        self, trainer: SGDTrainer, client: ClientContext, broadcast: Broadcast, objective: Objective | None = None
+    ):
+        super().__init__(client, broadcast)
+        self.trainer, self.objective = trainer, objective or trainer.objective
+
+    def fit(self) -> ClientUpdate:
+        """Checks the settings, reserves the memory of a step, trains on all batches."""
+        self.trainer.check_settings(self.broadcast)
+        self.reserve()
+        return self.update(self.train(self.batches()))
+
+    def train(self, batches: Iterable[Any]) -> float:
+        """The loop: a step of SGD along the gradient of each batch's objective; returns the mean loss of a step."""
+        parameters, step = self.client.parameters, self.trainer.step
+        lr, velocity = self.trainer.learning_rate(self.client, self.broadcast), None
+        losses = []
+        for batch in batches:
+            gradients, loss = self.gradients(batch)
+            velocity = step(parameters, gradients, lr, velocity)
+            del gradients  # as large as the model: the next step shall not find them in memory
+            self.after_step(batch)
+            losses.append(loss)
+        return float(torch.stack(losses).mean())
+
+    def batches(self) -> Iterator[Any]:
+        """What the steps of the round are taken on, in order."""
+        return self.trainer.batches(self.client, self.broadcast)
+
+    def gradients(self, batch: Any) -> tuple[Gradients, Tensor]:
+        """Direction of one step and its loss; counts what they cost."""
+        loss = self.objective(self, batch)
+        gradients = torch.autograd.grad(loss, self.client.parameters, allow_unused=True)
+        self.log_step(self.size_of(batch))
+        return gradients, loss.detach()
+
+    def size_of(self, batch: Any) -> int:
+        """How many examples a step passes through the network."""
+        return self.client.workload.batch_size_of(batch)
+
+    def after_step(self, batch: Any) -> None:
+        """Called after each step with what was trained on; here nothing happens."""
+
+    def update(self, train_loss: float) -> ClientUpdate:
+        """What is answered."""
+        client = self.client
+        return ClientUpdate(client.client_id, len(client.data.train), client.weights, {"train_loss": train_loss})
+
+    def log_step(self, batch: int) -> None:
+        """Reports what one step ran; override together with an objective that costs more."""
+        self.client.log.add(self.client.step_cost, batch, forwards=1, backwards=1)
+
+    def reserve(self) -> None:
+        """Reports the memory of a step."""
+        for name, held_bytes in self.objective.held(self).items():
+            self.client.log.hold(name, held_bytes)
+        batch_size = min(self.trainer.batch_size, len(self.client.data.train))
+        self.client.log.reserve(self.trainer.step_bytes(self.client.step_cost, batch_size, self.copies()))
+
+    def copies(self) -> float:
+        """How many tensors as large as the weights a step holds beside weights, gradients and momentum."""
+        return self.objective.copies(self)
 
 
 class SGDTrainer(LocalTrainer):
@@ -37,9 +151,14 @@ class SGDTrainer(LocalTrainer):
         lr_decay: factor on the learning rate per round.
         clip_norm: largest gradient norm of a step; None does not clip.
         task_decay: factor on the learning rate per task, where the workload is a stream.
+
+    Attributes:
+        objective: of a step.
+        run: makes what one client's round owns.
     """
 
-    pure_loss = True  # `loss` is a function of parameters, batch and broadcast; a class that overrides it says so anew
+    objective: Objective = WorkloadLoss()
+    run: ClassVar[type[SGDRun]] = SGDRun
     known_settings = frozenset({"server-round", "lr"})
 
     def __init__(
@@ -68,69 +187,81 @@ class SGDTrainer(LocalTrainer):
         self.momentum, self.weight_decay = momentum, weight_decay
         self.lr_decay, self.clip_norm = lr_decay, clip_norm
 
-    def fit(self, client: ClientContext, task: Broadcast) -> ClientUpdate:
-        """The local loop; reports one forward and one backward pass per step."""
-        self.check_settings(task)
-        self.reserve(client, task)
-        train_loss = self.train(client, task, self.batches(client, task))
-        return ClientUpdate(client.client_id, len(client.data.train), client.weights, {"train_loss": train_loss})
+    def start(self, client: ClientContext, broadcast: Broadcast) -> SGDRun:
+        """Begins one client's round."""
+        return self.run(self, client, broadcast)
 
-    def train(self, client: ClientContext, task: Broadcast, batches: Iterable[Tensors]) -> float:
-        """Trains `client.parameters` on `batches`; returns the mean loss of a step."""
-        lr, velocity = self.learning_rate(client, task), None
-        losses = []
-        for batch in batches:
-            loss = self.loss(client, batch, task)
-            gradients = torch.autograd.grad(loss, client.parameters, allow_unused=True)
-            velocity = self.step(client.parameters, gradients, lr, velocity)
-            del gradients  # as large as the model: the next step shall not find them in memory
-            self.log_step(client, client.workload.batch_size_of(batch))
-            losses.append(loss.detach())
-        return float(torch.stack(losses).mean())
+    # --- several clients at once --------------------------------------------------------------------------------------
 
-    def fit_together(self, clients: Sequence[ClientContext], tasks: Sequence[Broadcast]) -> list[ClientUpdate]:
+    def fit_together(self, clients: Sequence[ClientContext], broadcasts: Sequence[Broadcast]) -> list[ClientUpdate]:
         """As `fit`, for clients whose broadcasts have equal settings."""
-        self.check_settings(tasks[0])
-        for client, task in zip(clients, tasks, strict=True):
-            self.reserve(client, task)
-        return batched.fit(self, clients, tasks)
+        self.check_settings(broadcasts[0])
+        runs = [self.start(client, broadcast) for client, broadcast in zip(clients, broadcasts, strict=True)]
+        for run in runs:
+            run.reserve()
+        return batched.fit(self, runs)
 
     def reason_against_together(self, model: nn.Module) -> str:
-        """Only the local loop of this class can be mapped, and a `loss` whose class says that it is pure."""
-        own = [
-            name
-            for name in ("fit", "train", "step", "batches")
-            if getattr(type(self), name) is not getattr(SGDTrainer, name)
-        ]
-        writer = next(c for c in type(self).__mro__ if "loss" in vars(c))
-        if own or not vars(writer).get("pure_loss", False):
+        """Only a pure objective can be mapped, in rounds that are the loop and nothing around it."""
+        loop_alone = self.run is SGDRun and type(self).fit is LocalTrainer.fit
+        if not loop_alone or not self.objective.is_pure:
             return f"{type(self).__name__} does not train by a pure function of parameters and batch"
         return batched.reason_against(model)
 
-    def reserve(self, client: ClientContext, task: Broadcast) -> None:
-        """Declares the memory of a step."""
-        batch_size = min(self.batch_size, len(client.data.train))
-        client.log.reserve(self.step_bytes(client.network, batch_size, self.copies(client, task)))
+    # --- batches ------------------------------------------------------------------------------------------------------
 
-    def step_bytes(self, network: NetworkCost, batch: int, copies: float = 0.0) -> int:
-        """Most memory that a step holds: in its passes, or where gradients are clipped or decayed into new ones.
+    def batches(self, client: ClientContext, broadcast: Broadcast) -> Iterator[Tensors]:
+        """Shuffled batches of the client's training examples: tensors with leading size `batch_size` or less."""
+        return self.shuffled(client, "batches", self.local_epochs, self.local_steps)
 
-        Args:
-            network: that is trained.
-            batch: examples of the step.
-            copies: tensors as large as the weights, beside weights, gradients and momentum.
+    def shuffled(self, client: ClientContext, purpose: str, epochs: int, steps: int | None = None) -> Iterator[Tensors]:
+        """Batches of so many epochs, or of `steps` if it is given, in an order that `purpose` draws."""
+        for order in self.orders(client, purpose, self.batch_size, epochs, steps):
+            yield from client.data.train.gather_batches(order, self.batch_size)
+
+    def rows(self, client: ClientContext, batch_size: int, epochs: int) -> Iterator[Tensor]:
+        """Places of the examples of each batch, [batch_size or less] int64; `local_steps` ends the epochs."""
+        for order in self.orders(client, "batches", batch_size, epochs, self.local_steps):
+            yield from order.split(batch_size)
+
+    def orders(
+        self,
+        client: ClientContext,
+        purpose: str,
+        batch_size: int,
+        epochs: int,
+        steps: int | None,
+        among: int | None = None,
+    ) -> Iterator[Tensor]:
+        """The order of each epoch, [examples] int64; with `steps`, epochs until there are so many batches.
+
+        An epoch is as long as the client's examples, and draws from so many: from `among` where it is given.
         """
-        momentum = 1.0 if self.momentum else 0.0
-        new = (self.clip_norm is not None) + (self.weight_decay > 0)
-        update_bytes = round((2 + momentum + new) * network.parameter_bytes)
-        return max(peak_memory_bytes(network, batch, momentum), update_bytes) + round(copies * network.parameter_bytes)
+        shuffle, size = client.stream(purpose), len(client.data.train)
+        for _ in range(epochs if steps is None else steps):  # an epoch has at least one step
+            order = torch.randperm(size if among is None else among, generator=shuffle)[:size]
+            if steps is not None:
+                order = order[: steps * batch_size]
+                steps -= -(-len(order) // batch_size)
+            yield order
+            if steps == 0:
+                return
 
-    def copies(self, client: ClientContext, task: Broadcast) -> float:
-        """How many tensors as large as the weights a step holds beside weights, gradients and momentum.
+    def ends_in_one(self, examples: int) -> bool:
+        """Whether the last batch of an epoch has one example, and `local_steps` leads there."""
+        return self.leaves_one(examples, self.batch_size)
 
-        What `loss` and `step` allocate and autograd keeps for them counts; `test_memory_contract.py` finds it out.
-        """
-        return 0.0
+    def leaves_one(self, examples: int, size: int) -> bool:
+        """Whether batches of `size` end in one of a single example, and `local_steps` leads there."""
+        lone = size == 1 or examples % size == 1
+        return lone and (self.local_steps is None or size == 1 or self.local_steps > examples // size)
+
+    # --- the step -----------------------------------------------------------------------------------------------------
+
+    def learning_rate(self, client: ClientContext, broadcast: Broadcast) -> float:
+        """Learning rate of this round and task; a strategy's `lr` setting comes before the trainer's own."""
+        lr = float(broadcast.settings.get("lr", self.lr)) * self.lr_decay ** (broadcast.round - 1)
+        return lr * self.task_decay ** client.workload.phase(broadcast.round)
 
     @torch.no_grad()
     def step(self, parameters: Arrays, gradients: Gradients, lr: float, velocity: Arrays | None) -> Arrays | None:
@@ -165,7 +296,7 @@ class SGDTrainer(LocalTrainer):
     ) -> Arrays | None:
         """A step of the parameters at these places; the others begin at velocity zero when they are first used."""
         own = None if velocity is None else [velocity[n] for n in gradients]
-        moved = SGDTrainer.step(self, [parameters[n] for n in gradients], list(gradients.values()), lr, own)
+        moved = self.step([parameters[n] for n in gradients], list(gradients.values()), lr, own)
         if moved is None:
             return None
         every = [torch.zeros_like(p) for p in parameters] if velocity is None else list(velocity)
@@ -173,72 +304,26 @@ class SGDTrainer(LocalTrainer):
             every[n] = v
         return every
 
-    def learning_rate(self, client: ClientContext, task: Broadcast) -> float:
-        """Learning rate of this round and task; a strategy's `lr` setting comes before the trainer's own."""
-        lr = float(task.settings.get("lr", self.lr)) * self.lr_decay ** (task.round - 1)
-        return lr * self.task_decay ** client.workload.phase(task.round)
+    def step_bytes(self, cost: NetworkCost, batch: int, copies: float = 0.0) -> int:
+        """Most memory that a step holds: in its passes, or where gradients are clipped or decayed into new ones.
 
-    def batches(self, client: ClientContext, task: Broadcast) -> Iterator[Tensors]:
-        """Shuffled batches of the client's training examples: tensors with leading size `batch_size` or less."""
-        return self.shuffled(client, "batches", self.local_epochs, self.local_steps)
-
-    def shuffled(self, client: ClientContext, purpose: str, epochs: int, steps: int | None = None) -> Iterator[Tensors]:
-        """Batches of so many epochs, or of `steps` if it is given, in an order that `purpose` draws."""
-        for order in self.orders(client, purpose, self.batch_size, epochs, steps):
-            yield from client.data.train.gather_batches(order, self.batch_size)
-
-    def rows(self, client: ClientContext, batch_size: int, epochs: int) -> Iterator[Tensor]:
-        """Places of the examples of each batch, [batch_size or less] int64; `local_steps` ends the epochs."""
-        for order in self.orders(client, "batches", batch_size, epochs, self.local_steps):
-            yield from order.split(batch_size)
-
-    def ends_in_one(self, examples: int) -> bool:
-        """Whether the last batch of an epoch has one example, and `local_steps` leads there."""
-        return self.leaves_one(examples, self.batch_size)
-
-    def leaves_one(self, examples: int, size: int) -> bool:
-        """Whether batches of `size` end in one of a single example, and `local_steps` leads there."""
-        lone = size == 1 or examples % size == 1
-        return lone and (self.local_steps is None or size == 1 or self.local_steps > examples // size)
-
-    def orders(
-        self,
-        client: ClientContext,
-        purpose: str,
-        batch_size: int,
-        epochs: int,
-        steps: int | None,
-        among: int | None = None,
-    ) -> Iterator[Tensor]:
-        """The order of each epoch, [examples] int64; with `steps`, epochs until there are so many batches.
-
-        An epoch is as long as the client's examples, and draws from so many: from `among` where it is given.
+        Args:
+            cost: of the network that is trained.
+            batch: examples of the step.
+            copies: tensors as large as the weights, beside weights, gradients and momentum.
         """
-        shuffle, size = client.stream(purpose), len(client.data.train)
-        for _ in range(epochs if steps is None else steps):  # an epoch has at least one step
-            order = torch.randperm(size if among is None else among, generator=shuffle)[:size]
-            if steps is not None:
-                order = order[: steps * batch_size]
-                steps -= -(-len(order) // batch_size)
-            yield order
-            if steps == 0:
-                return
+        momentum = 1.0 if self.momentum else 0.0
+        new = (self.clip_norm is not None) + (self.weight_decay > 0)
+        update_bytes = round((2 + momentum + new) * cost.parameter_bytes)
+        return max(peak_memory_bytes(cost, batch, momentum), update_bytes) + round(copies * cost.parameter_bytes)
 
-    def loss(self, client: ClientContext, batch: Tensors, task: Broadcast) -> Tensor:
-        """The objective of one step, a scalar."""
-        return client.workload.loss(client.model, batch)
-
-    def log_step(self, client: ClientContext, batch: int) -> None:
-        """Reports what one step ran; override together with `loss` when a step costs more."""
-        client.log.add(client.network, batch, forwards=1, backwards=1)
-
-    def check_settings(self, task: Broadcast) -> None:
+    def check_settings(self, broadcast: Broadcast) -> None:
         """Refuses a setting that nobody would act on.
 
         Raises:
             ConfigError: names the setting and the trainer.
         """
-        for key in task.settings:
+        for key in broadcast.settings:
             if key not in self.known_settings:
                 what = unknown(f"setting for {type(self).__name__}", key, self.known_settings)
                 raise ConfigError(f"{what}; the strategy sends it, so choose the trainer that belongs to the strategy")

@@ -2,8 +2,7 @@
 
 Source: Kim et al., "Dynamic Collective Intelligence Learning: Finding Efficient Sparse Model via Refined Gradients for
 Pruned Weights", arXiv 2109.04660, and its code. Differs: the server averages clients' dense weights, and the dense
-network's own norms stay on the device; targets get no 1e-7; the share of weights that every layer keeps is new. May
-import: what `clients.trainers.compressing.two_paths` may.
+network's own norms stay on the device; targets get no 1e-7; the share of weights that every layer keeps is new.
 """
 
 from __future__ import annotations
@@ -12,13 +11,36 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from clients.trainers.base import ClientContext
-from clients.trainers.compressing.two_paths import TwoPathTrainer
+from clients.trainers.compressing.two_paths import TwoPathRun, TwoPathTrainer
+from clients.trainers.sgd import Objective
 from devices.compression.distil import divergence
 from devices.compression.two_paths import prunable_first
 from fedsim.errors import ConfigError
 from fedsim.messages.records import Broadcast
 from fedsim.workloads.base import Tensors
+
+
+class Collective(Objective):
+    """CE(part) + CE(full), plus T^2 KL both ways after some rounds.
+
+    Args:
+        distil_after: rounds before the networks teach each other (E_kl of the code, in rounds).
+        temperature: T.
+    """
+
+    def __init__(self, distil_after: int, temperature: float):
+        self.distil_after, self.temperature = distil_after, temperature
+
+    def __call__(self, run: TwoPathRun, batch: Tensors) -> Tensor:
+        workload, (part, full) = run.client.workload, run.networks()
+        loss = workload.loss(part, batch) + workload.loss(full, batch)  # type: ignore[arg-type]
+        if run.broadcast.round <= self.distil_after:
+            return loss
+        return (
+            loss
+            + divergence(part.logits, full.logits, self.temperature)
+            + divergence(full.logits, part.logits, self.temperature)
+        )
 
 
 class DCILTrainer(TwoPathTrainer):
@@ -27,7 +49,7 @@ class DCILTrainer(TwoPathTrainer):
     Pruned are convolutions; where there are none, linear layers but the last.
 
     Args:
-        distil_after: rounds before the networks teach each other (E_kl of the code, in rounds).
+        distil_after: rounds before the networks teach each other.
         two_paths: arguments of TwoPathTrainer.
     """
 
@@ -35,24 +57,12 @@ class DCILTrainer(TwoPathTrainer):
         super().__init__(**two_paths)
         if distil_after < 0:
             raise ConfigError(f"trainer.distil_after must be at least 0, got {distil_after!r}")
-        self.distil_after = distil_after
+        self.objective = Collective(distil_after, self.temperature)
 
     def names(self, model: nn.Module) -> list[str]:
         """Weights of convolutions."""
         return prunable_first(model)
 
-    def teaches(self, task: Broadcast) -> bool:
-        """Always."""
+    def teaches(self, broadcast: Broadcast) -> bool:
+        """The dense network is trained in every round."""
         return True
-
-    def loss(self, client: ClientContext, batch: Tensors, task: Broadcast) -> Tensor:
-        """CE(part) + CE(full), plus T^2 KL both ways."""
-        workload, (part, full) = client.workload, self.networks(client)
-        loss = workload.loss(part, batch) + workload.loss(full, batch)  # type: ignore[arg-type]
-        if task.round <= self.distil_after:
-            return loss
-        return (
-            loss
-            + divergence(part.logits, full.logits, self.temperature)
-            + divergence(full.logits, part.logits, self.temperature)
-        )

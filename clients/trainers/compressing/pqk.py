@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from clients.trainers.base import ClientContext
-from clients.trainers.compressing.two_paths import TwoPathTrainer
+from clients.trainers.compressing.two_paths import TwoPathRun, TwoPathTrainer
+from clients.trainers.sgd import Objective
 from devices.compression.distil import divergence
 from devices.compression.masks import RULES, prunable
 from devices.errors import unknown
@@ -21,6 +21,27 @@ from fedsim.messages.records import Broadcast
 from fedsim.workloads.base import Tensors
 
 WIDTHS = (*range(2, 9), 32)
+
+
+class Taught(Objective):
+    """CE(student), in phase 2 plus teacher CE(teacher) and distil T^2 KL(teacher || student).
+
+    Args:
+        distil, teacher, phase1_grad: see PQKTrainer.
+        temperature: T.
+    """
+
+    def __init__(self, distil: float, teacher: float, phase1_grad: str, temperature: float):
+        self.distil, self.teacher, self.phase1_grad, self.temperature = distil, teacher, phase1_grad, temperature
+
+    def __call__(self, run: TwoPathRun, batch: Tensors) -> Tensor:
+        workload, first = run.client.workload, run.broadcast.round <= run.trainer.prune_rounds
+        student, teacher = run.networks(self.phase1_grad if first else "masked")
+        loss = workload.loss(student, batch)  # type: ignore[arg-type]
+        if not run.teaches:
+            return loss
+        loss = loss + self.teacher * workload.loss(teacher, batch)  # type: ignore[arg-type]
+        return loss + self.distil * divergence(student.logits, teacher.logits, self.temperature)
 
 
 class PQKTrainer(TwoPathTrainer):
@@ -53,24 +74,14 @@ class PQKTrainer(TwoPathTrainer):
                 raise ConfigError(f"trainer.{key} must be at least 0, got {weight!r}")
         if phase1_grad not in RULES:
             raise ConfigError(unknown("value for trainer.phase1_grad", phase1_grad, RULES))
-        self.bits, self.activation_bits = bits, activation_bits
-        self.distil, self.teacher, self.phase1_grad = distil, teacher, phase1_grad
+        self.bits, self.activation_bits, self.taught = bits, activation_bits, bool(distil or teacher)
+        self.objective = Taught(distil, teacher, phase1_grad, self.temperature)
 
     def names(self, model: nn.Module) -> list[str]:
         """Weights of convolutions and linear layers; of several, the last is the classifier of both networks."""
         names = prunable(model)
         return names[:-1] or names
 
-    def teaches(self, task: Broadcast) -> bool:
-        """In phase 2."""
-        return task.round > self.prune_rounds and bool(self.distil or self.teacher)
-
-    def loss(self, client: ClientContext, batch: Tensors, task: Broadcast) -> Tensor:
-        """CE(student), in phase 2 plus CE(teacher) and lambda T^2 KL(teacher || student)."""
-        workload, first = client.workload, task.round <= self.prune_rounds
-        student, teacher = self.networks(client, self.phase1_grad if first else "masked")
-        loss = workload.loss(student, batch)  # type: ignore[arg-type]
-        if not self.teaches(task):
-            return loss
-        loss = loss + self.teacher * workload.loss(teacher, batch)  # type: ignore[arg-type]
-        return loss + self.distil * divergence(student.logits, teacher.logits, self.temperature)
+    def teaches(self, broadcast: Broadcast) -> bool:
+        """The teacher is trained in phase 2."""
+        return broadcast.round > self.prune_rounds and self.taught

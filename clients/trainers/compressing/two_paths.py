@@ -1,4 +1,4 @@
-"""What PQK and DCIL share: local training of a pruned network inside the whole one that teaches it.
+"""What PQK and DCIL share: local training of a pruned network (student) inside the whole one (teacher).
 
 The server averages the dense weights; a client is judged with the pruned network that they hold. The teacher's norms
 never leave the device: they are of use in its training only.
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from clients.trainers.base import ClientContext
-from clients.trainers.sgd import SGDTrainer
+from clients.trainers.sgd import SGDRun, SGDTrainer
 from devices.compression.distil import Remembering
 from devices.compression.masks import FLOOR, PRUNABLE, Masks, SparsitySchedule, global_masks, sparsity_of
 from devices.compression.quantise import ActivationRange
@@ -28,6 +28,77 @@ from fedsim.messages.records import Broadcast, ClientUpdate
 from fedsim.workloads.base import Tensors, Workload
 
 TEACHER, MASKS = "teacher", "masks"  # groups of a client's state: the teacher's norms; masks that are final
+
+
+class TwoPathRun(SGDRun):
+    """The local loop, with the teacher's norms among what is trained where it has a say.
+
+    Attributes:
+        masks: by weight, which entries are the student's; empty until they are made.
+        norms: the teacher's own.
+    """
+
+    trainer: TwoPathTrainer
+
+    def __init__(self, trainer: TwoPathTrainer, client: ClientContext, broadcast: Broadcast):
+        super().__init__(trainer, client, broadcast)
+        paths, state = trainer.paths, client.state
+        final = all(f"{MASKS}.{name}" in state for name in paths.names)
+        self.masks: Masks = {name: state[f"{MASKS}.{name}"].cpu() for name in paths.names} if final else {}
+        self.norms = {n: t.detach().clone() for n, t in state.restored(TEACHER, trainer.first_norms).items()}
+        self.teaches = trainer.teaches(broadcast)
+
+    def fit(self) -> ClientUpdate:
+        trainer, client, state = self.trainer, self.client, self.client.state
+        trainer.check_settings(self.broadcast)
+        self.reserve()
+        if self.teaches:
+            assert trainer.both_paths is not None
+            learned = [self.norms[name].requires_grad_() for name in trainer.learned_norms]
+            self.client = replace(client, parameters=[*client.parameters, *learned], step_cost=trainer.both_paths)
+        train_loss = self.train(self.batches())
+        if self.norms:
+            state.store(TEACHER, self.norms)
+        if self.broadcast.round > trainer.prune_rounds:
+            state.store(MASKS, self.masks)
+        metrics = {"train_loss": train_loss, "sparsity": sparsity_of(self.masks)}
+        return ClientUpdate(client.client_id, len(client.data.train), client.weights, metrics)
+
+    def batches(self) -> Iterator[Tensors]:
+        """The batches of plain SGD; masks are made anew between them."""
+        trainer, round = self.trainer, self.broadcast.round
+        steps = trainer.local_steps or trainer.local_epochs * -(-len(self.client.data.train) // trainer.batch_size)
+        for number, batch in enumerate(super().batches()):
+            if not self.masks or (round <= trainer.prune_rounds and number % trainer.refresh == 0):
+                self.masks = trainer.masks_at(round - 1 + number / steps)
+            yield batch
+
+    def networks(self, rule: str = "masked") -> tuple[Remembering, Remembering]:
+        """The student and the teacher under the masks of the moment; `rule` is that of the student's gradient."""
+        model, trainer = self.client.model, self.trainer
+        student, teacher = trainer.paths.student(self.masks, rule), trainer.paths.teacher(self.masks, self.norms)
+
+        def pruned(x: Tensor) -> Tensor:
+            with trainer.integer_inputs(model):
+                return functional_call(model, student, (x,))
+
+        return Remembering(pruned), Remembering(lambda x: functional_call(model, teacher, (x,)))
+
+    def log_step(self, batch: int) -> None:
+        passes = 2 if self.teaches else 1
+        self.client.log.add(self.client.step_cost, batch, forwards=passes, backwards=passes)
+
+    def reserve(self) -> None:
+        """The memory of a step; where both networks are trained, both are held until the backward pass."""
+        trainer, batch = self.trainer, min(self.trainer.batch_size, len(self.client.data.train))
+        cost = trainer.both_paths if self.teaches and trainer.both_paths else self.client.step_cost
+        self.client.log.reserve(trainer.step_bytes(cost, batch, self.copies()))
+
+    def copies(self) -> float:
+        """Of what is pruned: the weights of both networks, a mask of floats for each, and the gradients of each."""
+        own = dict(self.client.model.named_parameters())
+        pruned = sum(own[name].nbytes for name in self.trainer.paths.names)
+        return super().copies() + 6.0 * pruned / self.client.step_cost.parameter_bytes
 
 
 class TwoPathTrainer(SGDTrainer):
@@ -45,7 +116,7 @@ class TwoPathTrainer(SGDTrainer):
         sgd: arguments of SGDTrainer.
     """
 
-    pure_loss = False
+    run = TwoPathRun
     bits, activation_bits = 32, 32
     paths: TwoPaths
 
@@ -72,15 +143,13 @@ class TwoPathTrainer(SGDTrainer):
         self.sparsity, self.prune_rounds, self.refresh, self.floor = sparsity, prune_rounds, refresh, floor
         self.temperature = temperature
         self.schedule = SparsitySchedule(sparsity, end=1)
-        self.masks: Masks = {}  # of the client at work
-        self.norms: Tensors = {}  # of its teacher
-        self._twice: tuple[NetworkCost, NetworkCost] | None = None
+        self.both_paths: NetworkCost | None = None  # what a step of both networks costs
 
     def names(self, model: nn.Module) -> list[str]:
         """Weights that are pruned."""
         raise NotImplementedError(f"{type(self).__name__} does not say which weights it prunes")
 
-    def teaches(self, task: Broadcast) -> bool:
+    def teaches(self, broadcast: Broadcast) -> bool:
         """Whether the teacher is trained too in this round."""
         raise NotImplementedError(f"{type(self).__name__} does not say when its teacher is trained")
 
@@ -97,56 +166,13 @@ class TwoPathTrainer(SGDTrainer):
         self.paths = TwoPaths(model, names, self.bits)
         state = model.state_dict()
         self.first_norms = {name: state[name].detach().clone() for name in self.paths.norms}
+        self.both_paths = network.twice()
         learned = {name for name, p in model.named_parameters() if p.requires_grad}
         self.learned_norms = [name for name in self.paths.norms if name in learned]
-
-    # --- training -----------------------------------------------------------------------------------------------------
-
-    def fit(self, client: ClientContext, task: Broadcast) -> ClientUpdate:
-        """The local loop, with the teacher's norms among what is trained where it has a say."""
-        self.check_settings(task)
-        self.reserve_paths(client, task)
-        self.take(client)
-        parameters = list(client.parameters)
-        if self.teaches(task):
-            parameters += [self.norms[name].requires_grad_() for name in self.learned_norms]
-        training = replace(client, parameters=parameters, network=self.network(client, task))
-        train_loss = self.train(training, task, self.batches(client, task))
-        if self.norms:
-            client.state.keep(TEACHER, self.norms)
-        if task.round > self.prune_rounds:
-            client.state.keep(MASKS, self.masks)
-        metrics = {"train_loss": train_loss, "sparsity": sparsity_of(self.masks)}
-        return ClientUpdate(client.client_id, len(client.data.train), client.weights, metrics)
-
-    def take(self, client: ClientContext) -> None:
-        """The client's final masks, if it has some, and the norms of its teacher."""
-        final = all(f"{MASKS}.{name}" in client.state for name in self.paths.names)
-        self.masks = {name: client.state[f"{MASKS}.{name}"].cpu() for name in self.paths.names} if final else {}
-        self.norms = {n: t.detach().clone() for n, t in client.state.kept(TEACHER, self.first_norms).items()}
-
-    def batches(self, client: ClientContext, task: Broadcast) -> Iterator[Tensors]:
-        """The batches of plain SGD; masks are made anew between them."""
-        steps = self.local_steps or self.local_epochs * -(-len(client.data.train) // self.batch_size)
-        for number, batch in enumerate(super().batches(client, task)):
-            if not self.masks or (task.round <= self.prune_rounds and number % self.refresh == 0):
-                self.masks = self.masks_at(task.round - 1 + number / steps)
-            yield batch
 
     def masks_at(self, rounds: float) -> Masks:
         """Masks of the model's weights after so many rounds."""
         return global_masks(self.paths.weights(), self.schedule.at(rounds / self.prune_rounds), self.floor)
-
-    def networks(self, client: ClientContext, rule: str = "masked") -> tuple[Remembering, Remembering]:
-        """The student and the teacher under the masks of the moment; `rule` is that of the student's gradient."""
-        model = client.model
-        student, teacher = self.paths.student(self.masks, rule), self.paths.teacher(self.masks, self.norms)
-
-        def pruned(x: Tensor) -> Tensor:
-            with self.integer_inputs(model):
-                return functional_call(model, student, (x,))
-
-        return Remembering(pruned), Remembering(lambda x: functional_call(model, teacher, (x,)))
 
     @contextmanager
     def integer_inputs(self, model: nn.Module) -> Iterator[None]:
@@ -165,54 +191,25 @@ class TwoPathTrainer(SGDTrainer):
             for handle in handles:
                 handle.remove()
 
-    # --- price --------------------------------------------------------------------------------------------------------
-
-    def network(self, client: ClientContext, task: Broadcast) -> NetworkCost:
-        """What a step costs on one example: the network once, or twice where both paths are trained."""
-        if not self.teaches(task):
-            return client.network
-        if self._twice is None or self._twice[0] is not client.network:
-            one = client.network
-            self._twice = (one, one.twice())
-        return self._twice[1]
-
-    def log_step(self, client: ClientContext, batch: int) -> None:
-        """Both paths, where both are trained."""
-        passes = 2 if self._twice is not None and client.network is self._twice[1] else 1
-        client.log.add(client.network, batch, forwards=passes, backwards=passes)
-
-    def copies(self, client: ClientContext, task: Broadcast) -> float:
-        """Of what is pruned: the weights of both networks, a mask of floats for each, and the gradients of each."""
-        own = dict(client.model.named_parameters())
-        pruned = sum(own[name].nbytes for name in self.paths.names)
-        return super().copies(client, task) + 6.0 * pruned / client.network.parameter_bytes
-
-    def reserve_paths(self, client: ClientContext, task: Broadcast) -> None:
-        """Declares the memory of a step; both paths are held until the backward pass."""
-        batch = min(self.batch_size, len(client.data.train))
-        client.log.reserve(self.step_bytes(self.network(client, task), batch, self.copies(client, task)))
-
-    # --- judging ------------------------------------------------------------------------------------------------------
-
     @torch.no_grad()
-    def evaluate(self, client: ClientContext, task: Broadcast) -> dict[str, float]:
+    def judge(self, client: ClientContext, broadcast: Broadcast) -> dict[str, float]:
         """Metrics and sizes of the student, and beside them the accuracy of the client's teacher."""
         if not len(client.data.test):
             return {}
-        self.take(client)
-        self.masks = self.masks or self.masks_at(task.round)
-        tensors, bits = self.paths.exported(self.masks)
-        student = self.paths.student(self.masks)
-        own = {name: client.weights[name].clone() for name in self.norms}
-        _copy(self.norms, client.weights)
+        run = TwoPathRun(self, client, broadcast)
+        masks = run.masks or self.masks_at(broadcast.round)
+        tensors, bits = self.paths.exported(masks)
+        student = self.paths.student(masks)
+        own = {name: client.weights[name].clone() for name in run.norms}
+        _copy(run.norms, client.weights)
         taught = client.workload.evaluate(client.model, client.data.test)
         _copy({**own, **student}, client.weights)
         with self.integer_inputs(client.model):
-            metrics = super().evaluate(client, task)
+            metrics = super().judge(client, broadcast)
         return {
             **metrics,
             "accuracy_teacher": taught["accuracy"],
-            "sparsity": sparsity_of(self.masks),
+            "sparsity": sparsity_of(masks),
             "dense_bytes": float(dense_bytes(client.weights)),
             "nonzero_bytes": nonzero_bytes(tensors, bits),
             "wire_bytes": float(wire_bytes(tensors, bits)),

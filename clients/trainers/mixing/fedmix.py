@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clients.trainers.mixing.mixup import OWN, PARTNER, Entrance, PoolTrainer, cross_entropy
-from clients.trainers.mixing.tangents import along
+from clients.trainers.mixing.mixup import OWN, PARTNER, Entrance, Mixed, cross_entropy
+from clients.trainers.mixing.naivemix import NaiveMixTrainer
+from clients.trainers.mixing.tangents import jvp
 from devices.cost import NetworkCost
 from devices.errors import one_line, unknown
 from fedsim.errors import ConfigError
@@ -64,7 +65,7 @@ def forward_mode(logits: Logits, u: Tensor, direction: Tensor, y: Tensor, partne
 
     Arguments and results as in `double_backward`. The cross-entropy's own derivative is softmax - label.
     """
-    z, slope = along(logits, u, direction)
+    z, slope = jvp(logits, u, direction)
     flat = slope.flatten(0, -2)
     rise = (z.flatten(0, -2).softmax(-1) * flat).sum(-1) - flat.gather(-1, y.reshape(-1, 1)).squeeze(-1)
     return cross_entropy(z, y), cross_entropy(z, partner_y), rise.mean()
@@ -125,11 +126,41 @@ def twice_differentiable(model: nn.Module) -> Iterator[None]:
             backend.enabled = value
 
 
-class FedMixTrainer(PoolTrainer):
-    """Expands Global Mixup around the shrunk input: all that is left of the partners are their means.
+class Expanded(Mixed):
+    """Mixup with all clients' examples, expanded around the shrunk input u = (1 - ratio) x (equation 2).
 
-    L = (1 - ratio) CE(f(u), y) + ratio CE(f(u), pool_y) + scale T, with u = (1 - ratio) x and T the mean over the batch
-    of the products of the loss's input gradients (own label) with pool_x.
+    L = (1 - ratio) CE(f(u), y) + ratio CE(f(u), pool_y) + scale T, with T the mean over the batch of the products of
+    the loss's input gradients (own label) with pool_x.
+
+    Args:
+        ratio: lambda.
+        scale: of T; 0 leaves it out.
+        form: how T is found, one of FORMS.
+    """
+
+    parts = (OWN, PARTNER, TAYLOR)
+
+    def __init__(self, ratio: float, scale: float, form: str):
+        super().__init__(ratio)
+        self.scale, self.form, self.passes = scale, form, 2 if scale else 1
+
+    def mixed(self, model: nn.Module, batch: Tensors) -> tuple[Tensor, Tensors]:
+        ratio, entrance = self.ratio, Entrance(model, batch["x"])
+        if not self.scale:
+            z = entrance.logits((1 - ratio) * entrance(batch["x"]))
+            own, partner = cross_entropy(z, batch["y"]), cross_entropy(z, batch["partner_y"])
+            parts = {OWN: own, PARTNER: partner, TAYLOR: torch.zeros_like(own)}
+            return (1 - ratio) * own + ratio * partner, parts
+        with nullcontext() if self.form == "central" else twice_differentiable(model):
+            x, direction = entrance(batch["x"]), entrance(batch["partner_x"])
+            form, labels = FORMS[self.form], (batch["y"], batch["partner_y"])
+            own, partner, taylor = form(entrance.logits, (1 - ratio) * x, direction, *labels)
+        loss = (1 - ratio) * own + ratio * partner + self.scale * taylor
+        return loss, {OWN: own, PARTNER: partner, TAYLOR: taylor}
+
+
+class FedMixTrainer(NaiveMixTrainer):
+    """SGD on the expansion of Global Mixup around the shrunk input: all that is left of the partners are their means.
 
     Args:
         mix_ratio: lambda. The expansion needs it small: about half of what is good for NaiveMix.
@@ -140,13 +171,11 @@ class FedMixTrainer(PoolTrainer):
             two passes, which are no gradient of T where the network has kinks (ReLU, maxima). "auto" takes the first
             that the model supports, for recurrent networks central first, whose fused kernels have no second
             derivative; never central where there are kinks.
-        pool: arguments of PoolTrainer.
+        naivemix: further arguments of NaiveMixTrainer.
     """
 
-    partner_terms = (PARTNER, TAYLOR)
-
-    def __init__(self, mix_ratio: float, taylor_scale: str = "l1", taylor_form: str = "auto", **pool: Any):
-        super().__init__(mix_ratio, **pool)
+    def __init__(self, mix_ratio: float, taylor_scale: str = "l1", taylor_form: str = "auto", **naivemix: Any):
+        super().__init__(mix_ratio, **naivemix)
         for key, value, allowed in (
             ("taylor_scale", taylor_scale, ("l1", "paper", "none")),
             ("taylor_form", taylor_form, ("auto", *FORMS)),
@@ -154,8 +183,8 @@ class FedMixTrainer(PoolTrainer):
             if value not in allowed:
                 raise ConfigError(unknown(f"value for trainer.{key}", value, allowed))
         self.scale = {"l1": mix_ratio * (1 - mix_ratio), "paper": mix_ratio, "none": 0.0}[taylor_scale]
-        self.passes = 2 if self.scale else 1
-        self.taylor_form = self.form = taylor_form
+        self.taylor_form = taylor_form
+        self.minimise(Expanded(mix_ratio, self.scale, "double" if taylor_form == "auto" else taylor_form))
 
     def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:
         """Finds out which form the model supports, and prices it.
@@ -163,23 +192,23 @@ class FedMixTrainer(PoolTrainer):
         Raises:
             ConfigError: if the model does not support the form that was asked for.
         """
-        if not self.scale:
-            super().setup(workload, model, network)
-            return
+        if self.scale:
+            self.minimise(Expanded(self.mix_ratio, self.scale, self._supported_form(workload, model)))
+        super().setup(workload, model, network)
+
+    def _supported_form(self, workload: Workload, model: nn.Module) -> str:
+        """The form that was asked for, or the first of those that `auto` tries which works with the model."""
         reasons = {}
         for form in self._usual(workload, model) if self.taylor_form == "auto" else [self.taylor_form]:
-            self.form = form
-            reason = self._reason_against(workload, model)
+            reason = self._reason_against(form, workload, model)
             if not reason:
-                break
+                return form
             reasons[form] = reason
-        else:
-            what = f"trainer.taylor_form={self.taylor_form} does not work with {type(model).__name__}"
-            advice = f"take another of auto, {', '.join(FORMS)}"
-            if self.taylor_form == "auto":
-                advice = "auto leaves out central, which is no gradient at the kinks of ReLUs and maxima: ask for it"
-            raise ConfigError(f"{what}: {next(iter(reasons.values()))}; {advice}")
-        super().setup(workload, model, network)
+        what = f"trainer.taylor_form={self.taylor_form} does not work with {type(model).__name__}"
+        advice = f"take another of auto, {', '.join(FORMS)}"
+        if self.taylor_form == "auto":
+            advice = "auto leaves out central, which is no gradient at the kinks of ReLUs and maxima: ask for it"
+        raise ConfigError(f"{what}: {next(iter(reasons.values()))}; {advice}")
 
     def _usual(self, workload: Workload, model: nn.Module) -> list[str]:
         """The forms that `auto` tries, in order."""
@@ -191,30 +220,15 @@ class FedMixTrainer(PoolTrainer):
             return ["double"] if kinks else ["central"]
         return [form for form in FORMS if form != "central" or not kinks]
 
-    def _reason_against(self, workload: Workload, model: nn.Module) -> str:
+    def _reason_against(self, form: str, workload: Workload, model: nn.Module) -> str:
+        """Why a form does not work with a model; empty where it does."""
         probe, device = deepcopy(model), next(model.parameters()).device
         sample = workload.sample(2)
         batch = {n: t.to(device) for n, t in (sample | self.sample_partner(workload, model, sample)).items()}
         with torch.random.fork_rng(devices=[]):
             try:
-                loss = self.mixed(probe, batch)[0]
+                loss = Expanded(self.mix_ratio, self.scale, form).mixed(probe, batch)[0]
                 torch.autograd.grad(loss, [p for p in probe.parameters() if p.requires_grad], allow_unused=True)
             except (RuntimeError, NotImplementedError) as error:
                 return one_line(error).partition(". ")[0]
         return ""
-
-    def mixed(self, model: nn.Module, batch: Tensors) -> tuple[Tensor, Tensors]:
-        """The first-order expansion; arguments and results as in MixupTrainer."""
-        ratio, entrance = self.mix_ratio, Entrance(model, batch["x"])
-        if not self.scale:
-            z = entrance.logits((1 - ratio) * entrance(batch["x"]))
-            own, partner = cross_entropy(z, batch["y"]), cross_entropy(z, batch["partner_y"])
-            terms = {OWN: own, PARTNER: partner, TAYLOR: torch.zeros_like(own)}
-            return (1 - ratio) * own + ratio * partner, terms
-        form = "double" if self.form == "auto" else self.form
-        with nullcontext() if form == "central" else twice_differentiable(model):
-            x, direction = entrance(batch["x"]), entrance(batch["partner_x"])
-            found = FORMS[form](entrance.logits, (1 - ratio) * x, direction, batch["y"], batch["partner_y"])
-        own, partner, taylor = found
-        loss = (1 - ratio) * own + ratio * partner + self.scale * taylor
-        return loss, {OWN: own, PARTNER: partner, TAYLOR: taylor}

@@ -1,7 +1,7 @@
-"""What all mixup trainers share: mixed examples and labels, the pool of other clients' averages, the price of a step.
+"""What all mixup trainers share: mixed examples and labels, their loss, and the price of a step on them.
 
 A mixed example is (1 - mix_ratio) times an own one plus mix_ratio times a partner; its loss is the same mixture of the
-losses for both labels. Partners are means that other clients shared (`PoolTrainer`) or single examples. Tokens are
+losses for both labels. Partners are single examples, or means that other clients shared (NaiveMix, FedMix). Tokens are
 mixed behind the model's embedding. Source: Yoon et al., "FedMix: Approximation of Mixup under Mean Augmented Federated
 Learning", ICLR 2021 (equations as third parties transcribed them: the paper itself was not at hand); Zhang et al.,
 "mixup: Beyond Empirical Risk Minimization", ICLR 2018.
@@ -11,26 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clients.trainers.base import ClientContext
-from clients.trainers.fedprox import FedProxTrainer
+from clients.trainers.fedprox import FedProxTrainer, proximal
+from clients.trainers.sgd import Objective, SGDRun, SGDTrainer
 from devices.cost import NetworkCost
 from devices.meter import measure
 from fedsim.errors import ConfigError
-from fedsim.exchanges.averages import averages, from_uint8, to_uint8
-from fedsim.messages.records import OF_REPLY, Broadcast, ClientUpdate
+from fedsim.messages.records import Broadcast, ClientUpdate
 from fedsim.workloads.base import Tensors, Workload
-from fedsim.workloads.classification import classification
 
-QUESTION, AVERAGES, ROOM, POOL = "averages", "averages", "room", "pool"
-HELD = f"{OF_REPLY}{POOL}_"  # state: the pool as the server believes it to be with the client
-SIZE, KEPT, DROPPED = "pool-size", "pool-kept", "pool-dropped"
-VERSION = "data_version"
 OWN, PARTNER = "own_loss", "partner_loss"
 
 
@@ -85,230 +80,139 @@ def embedding_of(model: nn.Module) -> nn.Embedding:
     return found[0]
 
 
-class MixupTrainer(FedProxTrainer):
+class Mixed(Objective):
+    """(1 - ratio) CE(f(v), y) + ratio CE(f(v), y') at v = (1 - ratio) x + ratio x', for partners (x', y').
+
+    For means as partners that is equation 1 of the paper. A batch without partners gets the workload's loss.
+
+    Args:
+        ratio: lambda.
+
+    Attributes:
+        parts: names of what the loss is made of, reported as metrics.
+        passes: forward and backward passes of a step, in those of plain SGD.
+    """
+
+    parts: tuple[str, ...] = (OWN, PARTNER)
+    passes = 1
+
+    def __init__(self, ratio: float):
+        self.ratio = ratio
+
+    def __call__(self, run: MixupRun, batch: Tensors) -> Tensor:
+        if "partner_x" in batch:
+            loss, parts = self.mixed(run.client.model, batch)
+        else:
+            loss = run.client.workload.loss(run.client.model, batch)
+            parts = {name: torch.zeros_like(loss) for name in self.parts} | {OWN: loss}
+        run.parts.append({name: t.detach() for name, t in parts.items()})
+        return loss
+
+    def mixed(self, model: nn.Module, batch: Tensors) -> tuple[Tensor, Tensors]:
+        """The loss of a batch with partners, and its parts.
+
+        Args:
+            model: the network.
+            batch: "x" [b, ...], "y" [b] or [b, steps], "partner_x" and "partner_y" with leading size b or 1; a
+                partner's label is a class number or probabilities.
+        """
+        ratio, entrance = self.ratio, Entrance(model, batch["x"])
+        logits = entrance.logits((1 - ratio) * entrance(batch["x"]) + ratio * entrance(batch["partner_x"]))
+        own, partner = cross_entropy(logits, batch["y"]), cross_entropy(logits, batch["partner_y"])
+        return (1 - ratio) * own + ratio * partner, {OWN: own, PARTNER: partner}
+
+
+class MixupRun(SGDRun):
+    """The local loop of SGD on mixed examples; reports the mean parts of the loss beside it.
+
+    Attributes:
+        parts: of the loss of each step.
+        mixes: whether the client's examples are mixed in this round.
+    """
+
+    trainer: MixupTrainer
+
+    def __init__(self, trainer: MixupTrainer, client: ClientContext, broadcast: Broadcast):
+        super().__init__(trainer, client, broadcast)
+        self.parts: list[Tensors] = []
+        self.mixes = trainer.mixes(client)
+        if self.mixes:
+            assert trainer.mixed_cost is not None
+            self.client = replace(client, step_cost=trainer.mixed_cost)
+
+    def batches(self) -> Iterator[Tensors]:
+        """The batches of plain SGD, each with its partners, drawn from a stream of their own."""
+        draw = self.client.stream("partners")
+        for batch in super().batches():
+            yield {**batch, **self.trainer.partner(self.client, batch, draw)} if self.mixes else batch
+
+    def update(self, train_loss: float) -> ClientUpdate:
+        update = super().update(train_loss)
+        means = {name: float(torch.stack([parts[name] for parts in self.parts]).mean()) for name in self.parts[0]}
+        return replace(update, metrics={**update.metrics, **means})
+
+    def log_step(self, batch: int) -> None:
+        passes = self.trainer.mixture.passes if self.mixes else 1
+        self.client.log.add(self.client.step_cost, batch, forwards=passes, backwards=passes)
+
+
+class MixupTrainer(SGDTrainer):
     """SGD on mixed examples, with the proximal term of FedProx where `proximal_mu` asks for it.
 
     A class below says in `partner` whom to mix with.
 
     Args:
         mix_ratio: lambda, share of the partner, a constant in [0, 1); 0 is plain SGD, bit for bit.
-        fedprox: arguments of FedProxTrainer.
+        proximal_mu: as for FedProxTrainer.
+        sgd: arguments of SGDTrainer.
+
+    Attributes:
+        mixture: the loss of mixed examples.
+        mixed_cost: what a step on them costs.
     """
 
-    pure_loss = False
-    partner_terms: tuple[str, ...] = (PARTNER,)  # of the loss, beside its own
-    passes = 1  # forward and backward passes of a step, in those of plain SGD
+    run: ClassVar[type[SGDRun]] = MixupRun
+    known_settings = FedProxTrainer.known_settings
 
-    def __init__(self, mix_ratio: float, **fedprox: Any):
-        super().__init__(**fedprox)
+    def __init__(self, mix_ratio: float, proximal_mu: float = 0.0, **sgd: Any):
+        super().__init__(**sgd)
         if not 0 <= mix_ratio < 1:
             raise ConfigError(f"trainer.mix_ratio must be in [0, 1), got {mix_ratio!r}")
-        self.mix_ratio = mix_ratio
-        self.network: NetworkCost | None = None
-        self.terms: list[Tensors] = []  # of the steps of the client that trains just now
+        self.mix_ratio, self.proximal_mu = mix_ratio, proximal_mu
+        self.mixed_cost: NetworkCost | None = None
+        self.minimise(Mixed(mix_ratio))
+
+    def minimise(self, mixture: Mixed) -> None:
+        """Takes the loss of mixed examples, and its proximal form as the objective."""
+        self.mixture, self.objective = mixture, proximal(mixture, self.proximal_mu)
 
     def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:
         """Prices a step on mixed examples, from one that runs on a copy of the model."""
         super().setup(workload, model, network)
         if not self.mix_ratio:
             return
-        sample = workload.sample(4)
 
         def loss(model: nn.Module, batch: Tensors) -> Tensor:
-            return self.mixed(model, {**batch, **self.sample_partner(workload, model, batch)})[0]
+            return self.mixture.mixed(model, {**batch, **self.sample_partner(workload, model, batch)})[0]
 
-        cost = measure(model, loss, sample, network.name)
-        self.network = replace(
+        cost, passes = measure(model, loss, workload.sample(4), network.name), self.mixture.passes
+        self.mixed_cost = replace(
             network,
             name=f"{network.name}, {type(self).__name__}",
-            forward_flops=cost.forward_flops / self.passes,
-            backward_flops=cost.backward_flops / self.passes,
+            forward_flops=cost.forward_flops / passes,
+            backward_flops=cost.backward_flops / passes,
             activation_bytes=cost.activation_bytes,
             step_bytes=cost.step_bytes,
         )
-
-    def sample_partner(self, workload: Workload, model: nn.Module, sample: Tensors) -> Tensors:
-        """A partner of the kind that `partner` gives, for pricing; here single examples."""
-        return {"partner_x": sample["x"].flip(0), "partner_y": sample["y"].flip(0)}
-
-    def fit(self, client: ClientContext, task: Broadcast) -> ClientUpdate:
-        """The local loop of SGD; reports the mean terms of the loss beside it."""
-        self.terms = []
-        if self.mixes(client):
-            assert self.network is not None
-            client = replace(client, network=self.network)
-        update = super().fit(client, task)
-        means = {name: float(torch.stack([t[name] for t in self.terms]).mean()) for name in self.terms[0]}
-        return replace(update, metrics={**update.metrics, **means})
 
     def mixes(self, client: ClientContext) -> bool:
         """Whether the client's examples are mixed in this round."""
         return self.mix_ratio > 0
 
-    def batches(self, client: ClientContext, task: Broadcast) -> Iterator[Tensors]:
-        """The batches of plain SGD, each with its partners, drawn from a stream of their own."""
-        draw = client.stream("partners")
-        for batch in super().batches(client, task):
-            yield {**batch, **self.partner(client, batch, draw)} if self.mixes(client) else batch
-
     def partner(self, client: ClientContext, batch: Tensors, draw: torch.Generator) -> Tensors:
         """`partner_x` and `partner_y`, with leading size 1 (one for the whole batch) or that of the batch."""
         raise NotImplementedError(f"{type(self).__name__} does not say whom to mix with")
 
-    def loss(self, client: ClientContext, batch: Tensors, task: Broadcast) -> Tensor:
-        """The mixed loss of one step and the proximal term."""
-        if "partner_x" not in batch:
-            loss = super().loss(client, batch, task)
-            self.terms.append({OWN: loss.detach(), **dict.fromkeys(self.partner_terms, torch.zeros_like(loss))})
-            return loss
-        loss, terms = self.mixed(client.model, batch)
-        self.terms.append({name: t.detach() for name, t in terms.items()})
-        penalty = self.penalty(client, task)
-        return loss if penalty is None else loss + penalty
-
-    def mixed(self, model: nn.Module, batch: Tensors) -> tuple[Tensor, Tensors]:
-        """The loss at the mixed examples, for both labels (equation 1 of the paper for means as partners).
-
-        Args:
-            model: the network.
-            batch: "x" [b, ...], "y" [b] or [b, steps], "partner_x" and "partner_y" with leading size b or 1; a
-                partner's label is a class number or probabilities.
-
-        Returns:
-            (1 - ratio) CE(f(v), y) + ratio CE(f(v), partner_y) at v = (1 - ratio) x + ratio partner_x; and its terms.
-        """
-        ratio, entrance = self.mix_ratio, Entrance(model, batch["x"])
-        logits = entrance.logits((1 - ratio) * entrance(batch["x"]) + ratio * entrance(batch["partner_x"]))
-        own, partner = cross_entropy(logits, batch["y"]), cross_entropy(logits, batch["partner_y"])
-        return (1 - ratio) * own + ratio * partner, {OWN: own, PARTNER: partner}
-
-    def log_step(self, client: ClientContext, batch: int) -> None:
-        """Reports the passes of a step, which cost more when it mixes."""
-        passes = self.passes if client.network is self.network else 1
-        client.log.add(client.network, batch, forwards=passes, backwards=passes)
-
-
-class PoolTrainer(MixupTrainer):
-    """Mixes with means of all clients' examples: answers the server's question for its own, keeps the pool it is sent.
-
-    Records: averages, up, when asked: x [groups, *input] and y [groups, classes] (uint8 also low, step [groups]); room,
-    up with them: bytes [] int64 that the device has left beside training, and version [] int64 of the data. pool, down:
-    pairs of all clients, in the form of averages, to be put behind the first `pool-kept` of those that the client has
-    and that are not among the rows [pairs] int64 of pool-dropped, down, which makes `pool-size` in all. Updates carry
-    the metric data_version.
-
-    Args:
-        mix_ratio: see MixupTrainer.
-        average_clip: largest Euclidean norm of a mean input that leaves the device; null does not clip.
-        average_noise: standard deviation of Gaussian noise on every entry of a mean; labels are then brought back to
-            probabilities. There is no accountant: choosing it for a formal guarantee is left to you.
-        fedprox: arguments of FedProxTrainer.
-    """
-
-    known_settings = FedProxTrainer.known_settings | {SIZE, KEPT}
-
-    def __init__(self, mix_ratio: float, average_clip: float | None = None, average_noise: float = 0.0, **fedprox: Any):
-        super().__init__(mix_ratio, **fedprox)
-        if average_clip is not None and average_clip <= 0:
-            raise ConfigError(f"trainer.average_clip must be null or greater than 0, got {average_clip!r}")
-        if average_noise < 0:
-            raise ConfigError(f"trainer.average_noise must be at least 0, got {average_noise!r}")
-        self.average_clip, self.average_noise = average_clip, average_noise
-
-    # --- sharing averages ---------------------------------------------------------------------------------------
-
-    def answer(self, client: ClientContext, question: str, task: Broadcast) -> dict[str, Tensors]:
-        """The client's averages, none if it has too few examples, and the room on its device for a pool."""
-        if question != QUESTION:
-            return super().answer(client, question, task)
-        asked, data = task.settings, client.data.train
-        size = int(asked["group-size"]) or len(data)
-        network = self.network or client.network
-        step_bytes = self.step_bytes(network, min(self.batch_size, len(data)), self.copies(client, task))
-        room = max(0, client.profile.memory_bytes - step_bytes)
-        facts = {"bytes": torch.tensor(room), "version": torch.tensor(self.data_version(client))}
-        records: dict[str, Tensors] = {ROOM: facts}
-        if len(data) < size or size < int(asked["min-group-size"]):
-            return records
-        tokens = not data.gather(torch.arange(1))["x"].is_floating_point()
-        vocabulary = embedding_of(client.model).num_embeddings if tokens else None
-        shuffle = client.stream("averages")
-        pairs = averages(data, size, classification(client.workload).num_classes, shuffle, vocabulary)
-        pairs = self.protect(pairs, client.stream("average-noise"))
-        if asked["pool-dtype"] == "uint8":
-            pairs |= to_uint8(pairs["x"])
-        return {**records, AVERAGES: pairs}
-
-    def data_version(self, client: ClientContext) -> int:
-        """Changes with the client's examples, so that the server asks for new averages."""
-        return client.data.version
-
-    def protect(self, pairs: Tensors, draw: torch.Generator) -> Tensors:
-        """Clips and blurs averages before they leave the device."""
-        x, y = pairs["x"], pairs["y"]
-        if self.average_clip is not None:
-            norm = x.flatten(1).norm(dim=1).clamp(min=torch.finfo(x.dtype).tiny)
-            x = x * (self.average_clip / norm).clamp(max=1.0).view(-1, *[1] * (x.dim() - 1))
-        if self.average_noise:
-            x, y = (t + self.average_noise * torch.randn(t.shape, generator=draw).to(t) for t in (x, y))
-            y = y.clamp(min=0)
-            total = y.sum(-1, keepdim=True)
-            y = torch.where(total > 0, y / total.clamp(min=1e-12), 1 / y.shape[-1])
-        return {"x": x, "y": y}
-
-    # --- mixing with the pool -----------------------------------------------------------------------------------
-
-    def fit(self, client: ClientContext, task: Broadcast) -> ClientUpdate:
-        """The local loop, with the pool as the broadcast has left it.
-
-        Raises:
-            ConfigError: if the server sends no pool.
-        """
-        self.check_settings(task)
-        self.keep_pool(client, task)
-        update = super().fit(client, task)
-        facts = {"pool_pairs": float(self.pairs(client)), VERSION: float(self.data_version(client))}
-        return replace(update, metrics={**update.metrics, **facts})
-
-    def keep_pool(self, client: ClientContext, task: Broadcast) -> None:
-        """Puts the new pairs behind those that are kept; counted as storage from now on."""
-        if SIZE not in task.settings:
-            raise ConfigError(f"{type(self).__name__} got no pool of averages; take its server half, strategy=mafl")
-        kept, size = int(task.settings[KEPT]), int(task.settings[SIZE])
-        dropped = task.extras.get(DROPPED, {}).get("rows", torch.zeros(0, dtype=torch.long))
-        new = task.extras.get(POOL, {})
-        for key in [f"{HELD}{name}" for name in new] or [name for name in client.state if name.startswith(HELD)]:
-            parts = []
-            if key in client.state:
-                stays = torch.ones(len(client.state[key]), dtype=torch.bool)
-                stays[dropped] = False
-                parts = [client.state[key][stays][:kept]]
-            client.state[key] = torch.cat([*parts, *([new[key.removeprefix(HELD)]] if new else [])])
-        if self.pairs(client) != size:
-            raise ValueError(f"the pool should have {size} pairs and has {self.pairs(client)}")
-
-    def pairs(self, client: ClientContext) -> int:
-        """How many averages the client holds."""
-        return len(client.state.get(f"{HELD}y", ()))
-
-    def mixes(self, client: ClientContext) -> bool:
-        return super().mixes(client) and self.pairs(client) > 0
-
-    def partner(self, client: ClientContext, batch: Tensors, draw: torch.Generator) -> Tensors:
-        """One pair of the pool for the whole batch."""
-        row = int(torch.randint(self.pairs(client), (), generator=draw))
-        names = ("x", "y", "low", "step")
-        pair = {n: client.state[f"{HELD}{n}"][row : row + 1] for n in names if f"{HELD}{n}" in client.state}
-        x = from_uint8(pair) if "step" in pair else pair["x"]
-        return {"partner_x": x.to(client.device), "partner_y": pair["y"].to(client.device)}
-
     def sample_partner(self, workload: Workload, model: nn.Module, sample: Tensors) -> Tensors:
-        tokens = not sample["x"].is_floating_point()
-        x = F.one_hot(sample["x"], embedding_of(model).num_embeddings).float() if tokens else sample["x"]
-        classes = classification(workload).num_classes
-        return {"partner_x": x[:1], "partner_y": F.one_hot(sample["y"], classes).to(x.dtype)[:1]}
-
-    def reserve(self, client: ClientContext, task: Broadcast) -> None:
-        """A step and the pool that stays beside it."""
-        client.log.hold("pool", client.state.storage_bytes)
-        super().reserve(client, task)
+        """A partner of the kind that `partner` gives, for pricing; here single examples."""
+        return {"partner_x": sample["x"].flip(0), "partner_y": sample["y"].flip(0)}

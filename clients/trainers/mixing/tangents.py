@@ -46,8 +46,8 @@ class Dual:
         return lambda *args, **kwargs: _apply(method, (self, *args), kwargs)
 
 
-def along(network: Callable[[Any], Any], x: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
-    """A network's output and its derivative at `x` along `direction`, both differentiable once more.
+def jvp(network: Callable[[Any], Any], x: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns a network's output and its derivative at `x` along `direction`, both differentiable once more.
 
     Args:
         network: from [batch, ...] to [batch, ...], made of torch's functions.

@@ -14,14 +14,47 @@ import torch
 from annotated_types import Le
 from torch import Tensor, nn
 
-from clients.trainers.base import RECEIVED, ClientContext
-from clients.trainers.fedprox import PROXIMAL_COPIES, FedProxTrainer
+from clients.trainers.base import ClientContext
+from clients.trainers.fedprox import FedProxTrainer, Pulled
+from clients.trainers.sgd import SGDRun, WorkloadLoss
 from devices.cost import NetworkCost
 from fedsim.errors import ConfigError
 from fedsim.messages.records import Broadcast, ClientUpdate
 from fedsim.workloads.base import Tensors, Workload
 
 PERSONAL = "personal"  # group of a client's state: a whole model
+
+
+class DittoRun(SGDRun):
+    """The global update, then the personal model; the update is the global one."""
+
+    trainer: DittoTrainer
+
+    def fit(self) -> ClientUpdate:
+        update, client, trainer = super().fit(), self.client, self.trainer
+        sent = {name: t.clone() for name, t in client.weights.items()}
+        _load(client, trainer.personal_model(client))
+        batches = trainer.shuffled(client, "personal-batches", trainer.personal_epochs)
+        personal_loss = self.personal().train(batches)
+        client.state.store(PERSONAL, client.weights)
+        _load(client, sent)
+        return replace(update, metrics={**update.metrics, "personal_loss": personal_loss})
+
+    def personal(self) -> PersonalRun:
+        """The training of the personal model."""
+        return PersonalRun(self.trainer, self.client, self.broadcast, self.trainer.personal_objective)
+
+    def reserve(self) -> None:
+        """The global step, then one of the personal model."""
+        super().reserve()
+        self.personal().reserve()
+
+
+class PersonalRun(SGDRun):
+    """Training of the personal model, beside the update that waits to be sent."""
+
+    def copies(self) -> float:
+        return super().copies() + 1.0
 
 
 class DittoTrainer(FedProxTrainer):
@@ -36,7 +69,7 @@ class DittoTrainer(FedProxTrainer):
         fedprox: arguments of FedProxTrainer; learning rate, momentum and the like hold for both models.
     """
 
-    pure_loss = False
+    run = DittoRun
 
     def __init__(self, pull: float, personal_epochs: Annotated[int, Le(10_000)], **fedprox: Any):
         super().__init__(**fedprox)
@@ -44,46 +77,22 @@ class DittoTrainer(FedProxTrainer):
             raise ConfigError(f"trainer.pull must be at least 0, got {pull!r}")
         if personal_epochs < 1:
             raise ConfigError(f"trainer.personal_epochs must be at least 1, got {personal_epochs!r}")
-        self.pull, self.personal_epochs = pull, personal_epochs
+        self.personal_epochs, self.personal_objective = personal_epochs, Pulled(WorkloadLoss(), pull)
         self.initial: Tensors = {}
-        self.personal = False  # whose loss it is just now
 
     def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:
         """Remembers the initial model."""
+        super().setup(workload, model, network)
         self.initial = {name: t.detach().clone() for name, t in model.state_dict().items()}
 
-    def fit(self, client: ClientContext, task: Broadcast) -> ClientUpdate:
-        """The global update, then the personal model; the update is the global one."""
-        update = super().fit(client, task)
-        sent = {name: t.clone() for name, t in client.weights.items()}
-        _load(client, client.state.kept(PERSONAL, self.initial))
-        self.personal = True
-        try:
-            batches = self.shuffled(client, "personal-batches", self.personal_epochs)
-            personal_loss = self.train(client, task, batches)
-        finally:
-            self.personal = False
-        client.state.keep(PERSONAL, client.weights)
-        _load(client, sent)
-        return replace(update, metrics={**update.metrics, "personal_loss": personal_loss})
+    def personal_model(self, client: ClientContext) -> Tensors:
+        """The client's own model; the initial one where it has never trained."""
+        return client.state.restored(PERSONAL, self.initial)
 
-    def penalty(self, client: ClientContext, task: Broadcast) -> Tensor | None:
-        """The proximal term of the model that trains just now."""
-        return self.proximal(client, task, self.pull) if self.personal else super().penalty(client, task)
-
-    def reserve(self, client: ClientContext, task: Broadcast) -> None:
-        """The global step, then one of the personal model beside the received weights and the update to be sent."""
-        super().reserve(client, task)
-        batch_size, weights = min(self.batch_size, len(client.data.train)), client.network.parameter_bytes
-        if self.pull:
-            client.log.hold(RECEIVED, weights)
-        copies = 1.0 + (PROXIMAL_COPIES if self.pull else 0.0)
-        client.log.reserve(self.step_bytes(client.network, batch_size, copies))
-
-    def evaluate(self, client: ClientContext, task: Broadcast) -> dict[str, float]:
+    def judge(self, client: ClientContext, broadcast: Broadcast) -> dict[str, float]:
         """Metrics of the personal model."""
-        _load(client, client.state.kept(PERSONAL, self.initial))
-        return super().evaluate(client, task)
+        _load(client, self.personal_model(client))
+        return super().judge(client, broadcast)
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """FedRep: the private part is trained with the shared one frozen, then the shared part with the private one frozen.
 
 Source: Collins et al., "Exploiting Shared Representations for Personalized Federated Learning", ICML 2021, algorithm 1
-(recalled; defaults as in Flower's baseline). Which part is private says `private` in the settings, here the head.
+(recalled; defaults as in Flower's baseline). The setting `private` selects the private part, here the head.
 """
 
 from __future__ import annotations
@@ -15,13 +15,39 @@ from typing import Annotated, Any
 from annotated_types import Le
 from torch import nn
 
-from clients.trainers.base import ClientContext
-from clients.trainers.sgd import SGDTrainer
+from clients.trainers.sgd import SGDRun, SGDTrainer
 from devices.cost import NetworkCost
 from devices.meter import measure
 from fedsim.errors import ConfigError
-from fedsim.messages.records import Broadcast, ClientUpdate
+from fedsim.messages.records import ClientUpdate
 from fedsim.workloads.base import Workload
+
+
+class FedRepRun(SGDRun):
+    """The private part, then the shared part; reports the mean loss of each."""
+
+    trainer: FedRepTrainer
+
+    def fit(self) -> ClientUpdate:
+        trainer, client = self.trainer, self.client
+        if not trainer.private:
+            return super().fit()
+        trainer.check_settings(self.broadcast)
+        self.reserve()
+        metrics = {}
+        if trainer.head_epochs:
+            with trainer.only(client.model, private=True):
+                batches = trainer.shuffled(client, "head-batches", trainer.head_epochs)
+                metrics["head_loss"] = self.phase(private=True).train(batches)
+        with trainer.only(client.model, private=False):
+            metrics["train_loss"] = self.phase(private=False).train(self.batches())
+        return ClientUpdate(client.client_id, len(client.data.train), client.weights, metrics)
+
+    def phase(self, private: bool) -> SGDRun:
+        """Training of the parameters that are not frozen just now, at the cost of their phase."""
+        parameters = [p for p in self.client.parameters if p.requires_grad]
+        client = replace(self.client, parameters=parameters, step_cost=self.trainer.phase_costs[private])
+        return SGDRun(self.trainer, client, self.broadcast)
 
 
 class FedRepTrainer(SGDTrainer):
@@ -34,19 +60,22 @@ class FedRepTrainer(SGDTrainer):
         sgd: arguments of SGDTrainer; learning rate, momentum and the like hold in both phases.
     """
 
+    run = FedRepRun
+
     def __init__(self, head_epochs: Annotated[int, Le(10_000)], **sgd: Any):
         super().__init__(**sgd)
         if head_epochs < 0:
             raise ConfigError(f"trainer.head_epochs must be at least 0, got {head_epochs!r}")
         self.head_epochs = head_epochs
-        self.networks: dict[bool, NetworkCost] = {}  # what a step costs: of the private part, of the shared part
+        self.phase_costs: dict[bool, NetworkCost] = {}  # of a step: on the private part, on the shared part
 
     def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:
-        """Prices the steps of both phases, which need no weight gradients of what is frozen.
+        """Finds the cost of a step of both phases, which need no weight gradients of what is frozen.
 
         Raises:
             ConfigError: if tensors are private, but one of the phases has no parameter to train, or none that matters.
         """
+        super().setup(workload, model, network)
         if not self.private:
             return
         sample = workload.sample_on(next(model.parameters()).device, 4)
@@ -61,7 +90,7 @@ class FedRepTrainer(SGDTrainer):
                         f"model {type(model).__name__} take no part in its outputs; put those into private that do"
                     )
                 cost = measure(model, workload.loss, workload.sample(4), network.name)
-            self.networks[private] = replace(
+            self.phase_costs[private] = replace(
                 network,
                 name=f"{network.name}, {what} part",
                 backward_flops=cost.backward_flops,
@@ -81,23 +110,3 @@ class FedRepTrainer(SGDTrainer):
         finally:
             for p in frozen:
                 p.requires_grad_(True)
-
-    def fit(self, client: ClientContext, task: Broadcast) -> ClientUpdate:
-        """The private part, then the shared part; reports the mean loss of each."""
-        if not self.private:
-            return super().fit(client, task)
-        self.check_settings(task)
-        self.reserve(client, task)
-        metrics = {}
-        if self.head_epochs:
-            with self.only(client.model, private=True):
-                batches = self.shuffled(client, "head-batches", self.head_epochs)
-                metrics["head_loss"] = self.train(self.phase(client, private=True), task, batches)
-        with self.only(client.model, private=False):
-            metrics["train_loss"] = self.train(self.phase(client, private=False), task, self.batches(client, task))
-        return ClientUpdate(client.client_id, len(client.data.train), client.weights, metrics)
-
-    def phase(self, client: ClientContext, private: bool) -> ClientContext:
-        """The client with the parameters and the price of one phase."""
-        parameters = [p for p in client.parameters if p.requires_grad]
-        return replace(client, parameters=parameters, network=self.networks[private])

@@ -29,10 +29,11 @@ class FineTuneTrainer(SGDTrainer):
             raise ConfigError(f"trainer.tune_epochs must be at least 0, got {tune_epochs!r}")
         self.tune_epochs = tune_epochs
 
-    def evaluate(self, client: ClientContext, task: Broadcast) -> dict[str, float]:
+    def judge(self, client: ClientContext, broadcast: Broadcast) -> dict[str, float]:
         """Fine-tunes, then judges; both are paid for. A client without held-out examples does neither."""
         if len(client.data.test) and self.tune_epochs:
-            self.reserve(client, task)
+            run = self.start(client, broadcast)
+            run.reserve()
             client.model.train()
-            self.train(client, task, self.shuffled(client, "tune-batches", self.tune_epochs))
-        return super().evaluate(client, task)
+            run.train(self.shuffled(client, "tune-batches", self.tune_epochs))
+        return super().judge(client, broadcast)

@@ -7,7 +7,6 @@ far as to its centre in one step, see `bounded`. Records: see `strategies.ewc`.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,10 +14,10 @@ from torch import Tensor, nn
 
 from clients.trainers.base import ClientContext
 from clients.trainers.rehearsal.gradients import per_sample, require_single_examples, scoring
-from clients.trainers.sgd import SGDTrainer
+from clients.trainers.sgd import Objective, SGDRun, SGDTrainer
 from devices.cost import NetworkCost
 from fedsim.errors import ConfigError
-from fedsim.messages.records import Broadcast, ClientUpdate
+from fedsim.messages.records import Broadcast
 from fedsim.workloads.base import Tensors, Workload
 
 QUESTION, FISHER, PENALTY = "fisher", "fisher", "penalty"
@@ -63,6 +62,52 @@ def bounded(quadratics: Tensors, largest: float) -> Tensors:
     return {"curvature": curvature * share, "weighted": weighted * share, "constant": constant}
 
 
+class Consolidated(Objective):
+    """The workload's loss plus penalty / 2 times sum_i F_i (w_i - w*_i)^2 over the earlier tasks, multiplied out.
+
+    Args:
+        penalty: lambda.
+    """
+
+    def __init__(self, penalty: float):
+        self.penalty = penalty
+
+    def __call__(self, run: EWCRun, batch: Tensors) -> Tensor:
+        client, quadratics = run.client, run.quadratics
+        loss = client.workload.loss(client.model, batch)
+        if quadratics is None:
+            return loss
+        weights = torch.cat([p.flatten() for p in run.trainer.held_weights(client.model).values()])
+        curvature, centre = (quadratics[key].to(client.device) for key in ("curvature", "weighted"))
+        inside = (curvature * weights.square() - 2 * centre * weights).sum() + float(quadratics["constant"])
+        return loss + self.penalty / 2 * inside
+
+    def copies(self, run: EWCRun) -> float:
+        """Of the quadratics: the flat weights, twice the centre, the terms' gradients and two sums of gradients."""
+        return 0.0 if run.quadratics is None else 5.0
+
+    def held(self, run: EWCRun) -> dict[str, int]:
+        """The curvature and the weighted centre beside the model, after the first task."""
+        return {} if run.quadratics is None else {"curvature and centre": 2 * run.client.step_cost.parameter_bytes}
+
+
+class EWCRun(SGDRun):
+    """A round with quadratics that are not too stiff for its learning rate.
+
+    Attributes:
+        quadratics: of the tasks before; None in the first one, and where nothing is held.
+    """
+
+    trainer: EWCTrainer
+
+    def __init__(self, trainer: EWCTrainer, client: ClientContext, broadcast: Broadcast):
+        super().__init__(trainer, client, broadcast)
+        self.quadratics: Tensors | None = None
+        if trainer.penalty and PENALTY in broadcast.extras:
+            largest = 1 / (trainer.penalty * trainer.learning_rate(client, broadcast))
+            self.quadratics = bounded(broadcast.extra(PENALTY), largest)
+
+
 class EWCTrainer(SGDTrainer):
     """Adds penalty / 2 times sum_i F_i (w_i - w*_i)^2 over the weights and the earlier tasks, F as `bounded`.
 
@@ -72,7 +117,7 @@ class EWCTrainer(SGDTrainer):
         sgd: arguments of SGDTrainer.
     """
 
-    pure_loss = False
+    run = EWCRun
 
     def __init__(self, penalty: float = 100.0, fisher_examples: int | None = 200, **sgd: Any):
         super().__init__(**sgd)
@@ -80,7 +125,7 @@ class EWCTrainer(SGDTrainer):
             raise ConfigError(f"trainer.penalty must be at least 0, got {penalty!r}")
         if fisher_examples is not None and fisher_examples < 1:
             raise ConfigError(f"trainer.fisher_examples must be null or at least 1, got {fisher_examples!r}")
-        self.penalty, self.fisher_examples = penalty, fisher_examples
+        self.penalty, self.fisher_examples, self.objective = penalty, fisher_examples, Consolidated(penalty)
 
     def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:
         """Looks whether F can be computed, which is asked for when the first task ends.
@@ -88,55 +133,25 @@ class EWCTrainer(SGDTrainer):
         Raises:
             ConfigError: as `require_single_examples`.
         """
+        super().setup(workload, model, network)
         require_single_examples(workload, model)
 
-    def fit(self, client: ClientContext, task: Broadcast) -> ClientUpdate:
-        """The local loop, with quadratics that are not too stiff for the round's learning rate."""
-        if self.penalised(task):
-            largest = 1 / (self.penalty * self.learning_rate(client, task))
-            task = replace(task, extras={**task.extras, PENALTY: bounded(task.extra(PENALTY), largest)})
-        return super().fit(client, task)
-
-    def loss(self, client: ClientContext, batch: Tensors, task: Broadcast) -> Tensor:
-        """Workload loss and, after the first task, the quadratics, multiplied out."""
-        loss = super().loss(client, batch, task)
-        if not self.penalised(task):
-            return loss
-        record, weights = task.extra(PENALTY), torch.cat([p.flatten() for p in self.held(client.model).values()])
-        curvature, centre = (record[key].to(client.device) for key in ("curvature", "weighted"))
-        inside = (curvature * weights.square() - 2 * centre * weights).sum() + float(record["constant"])
-        return loss + self.penalty / 2 * inside
-
-    def reserve(self, client: ClientContext, task: Broadcast) -> None:
-        """A step, with the curvature and the weighted centre beside the model after the first task."""
-        if self.penalised(task):
-            client.log.hold("curvature and centre", 2 * client.network.parameter_bytes)
-        super().reserve(client, task)
-
-    def copies(self, client: ClientContext, task: Broadcast) -> float:
-        """Of the quadratics: the flat weights, twice the centre, the terms' gradients and two sums of gradients."""
-        return super().copies(client, task) + (5.0 if self.penalised(task) else 0.0)
-
-    def held(self, model: nn.Module) -> dict[str, nn.Parameter]:
+    def held_weights(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The weights that the penalty holds, by name: all that are trained and shared."""
         return {name: p for name, p in model.named_parameters() if p.requires_grad and name not in self.private}
 
-    def penalised(self, task: Broadcast) -> bool:
-        """Whether there was a task before this one, and its weights are held."""
-        return bool(self.penalty) and PENALTY in task.extras
-
-    def answer(self, client: ClientContext, question: str, task: Broadcast) -> dict[str, Tensors]:
+    def answer(self, client: ClientContext, question: str, broadcast: Broadcast) -> dict[str, Tensors]:
         """F of the task that has just ended, at the weights that came, from examples that are still on the device."""
         if question != QUESTION:
-            return super().answer(client, question, task)
+            return super().answer(client, question, broadcast)
         workload = client.workload
         names = workload.arrivals(client.client_id, workload.part(client.round - 1))
         most = len(names) if self.fisher_examples is None else self.fisher_examples
         names = names[torch.randperm(len(names), generator=client.stream("fisher"))[:most]]
         batch = {key: t.to(client.device) for key, t in workload.recall(client.client_id, names).items()}
-        weights = self.held(client.model)
+        weights = self.held_weights(client.model)
         at_once = min(len(names), self.batch_size)
-        held = client.network.parameter_bytes * (2 + at_once) + at_once * client.network.activation_bytes
-        client.log.reserve(held)
-        client.log.add_examples(client.network, len(names), at_once, backward=True)
+        held_bytes = client.step_cost.parameter_bytes * (2 + at_once) + at_once * client.step_cost.activation_bytes
+        client.log.reserve(held_bytes)
+        client.log.add_examples(client.step_cost, len(names), at_once, backward=True)
         return {FISHER: {"curvature": fisher(client, weights, batch, at_once), "examples": torch.tensor(len(names))}}

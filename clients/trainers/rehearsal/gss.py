@@ -10,13 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clients.trainers.base import ClientContext
 from clients.trainers.rehearsal.gradients import matrix_product, require_head
-from clients.trainers.rehearsal.memory import Memory
-from clients.trainers.rehearsal.replay import StreamReplayTrainer
+from clients.trainers.rehearsal.memory import PHASE
+from clients.trainers.rehearsal.replay import StreamBatch, StreamReplayRun, StreamReplayTrainer
 from clients.trainers.rehearsal.selection import Pool
 from devices.cost import NetworkCost
-from fedsim.messages.records import Broadcast
 from fedsim.workloads.base import Tensors, Workload
 
 SCORES, COMPARED = "gss_scores", 10
@@ -41,42 +39,24 @@ def replaced(score: float, held: Tensor, draw: torch.Generator) -> int | None:
     return place if taken else None
 
 
-class GSSTrainer(StreamReplayTrainer):
-    """Replays from a memory that every new example may enter in the place of a less diverse one.
+class GSSRun(StreamReplayRun):
+    """Compares each new example with some of the memory, as it is before the batch.
 
-    Args:
-        replay: arguments of StreamReplayTrainer.
+    Attributes:
+        scores: of the memory, [m].
     """
 
-    def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:
-        """Looks whether the gradients of the last layer can be had, beside what `ReplayTrainer` looks for."""
-        super().setup(workload, model, network)
-        require_head(workload, model)
+    def before_training(self) -> None:
+        super().before_training()
+        self.scores, self.draw = self.client.state.get(SCORES, torch.empty(0)).clone(), self.client.stream("gss")
 
-    def begin(self, client: ClientContext, task: Broadcast, memory: Memory) -> None:
-        self.scores = client.state.get(SCORES, torch.empty(0)).clone()
-        self.left, self.draw = self.new_here(client), client.stream("gss")
-
-    def learned(self, client: ClientContext, memory: Memory, names: Tensor, batch: Tensors) -> None:
-        """Compares each example with COMPARED of the memory, as it is before the batch."""
-        self.left -= len(names)
-        if self.left < 0 or not memory.capacity:  # later passes bring nothing new
+    def remember(self, batch: StreamBatch) -> None:
+        memory, phase = self.memory, int(self.client.state[PHASE])
+        if not memory.capacity:
             return
-        some = torch.randperm(len(memory), generator=self.draw)[:COMPARED]
-        pool = Pool(client.workload, client.model, self._with(batch, memory, some))
-        directions = F.normalize(pool.gradients, dim=1, eps=torch.finfo(pool.gradients.dtype).tiny)
-        new, old = directions[: len(names)], directions[len(names) :]
-        client.log.add(client.network, len(pool), forwards=1)
-        error = pool.outputs[0]
-        if error.dim() == 3:  # sums over steps; a single outer product is no matrix product
-            inner, outer = error[0].numel(), new.shape[1] // error.shape[-1]
-            client.log.add(matrix_product(inner, outer), len(pool), forwards=1)
-        if len(some):
-            client.log.add(matrix_product(new.shape[1], len(some)), len(new), forwards=1)
-        scores = ((new @ old.T).amax(1) + 1).clamp(min=0).cpu() if len(some) else torch.full((len(names),), 0.1)
-        phase = int(client.state["phase"])
-        for i, name in enumerate(names):
-            example, score = {key: t[i] for key, t in batch.items()}, float(scores[i])
+        scores = self.compared(batch.own)
+        for i, name in enumerate(batch.names):
+            example, score = {key: t[i] for key, t in batch.own.items()}, float(scores[i])
             if len(memory) < memory.capacity:
                 memory.replace(len(memory), name, phase, example)
                 self.scores = torch.cat([self.scores, scores[i : i + 1]])
@@ -85,17 +65,37 @@ class GSSTrainer(StreamReplayTrainer):
             if place is not None:
                 memory.replace(place, name, phase, example)
                 self.scores[place] = score
-        client.state[SCORES] = self.scores
+        self.client.state[SCORES] = self.scores
 
-    @staticmethod
-    def _with(batch: Tensors, memory: Memory, places: Tensor) -> Tensors:
-        if not len(places):
-            return batch
-        kept = memory.batch(places)
-        return {key: torch.cat([batch[key], kept[key]]) for key in batch}
+    def compared(self, own: Tensors) -> Tensor:
+        """Scores of new examples: the largest cosine with COMPARED of the memory plus 1; .1 where there is nothing."""
+        client, memory, n = self.client, self.memory, self.client.workload.batch_size_of(own)
+        some = torch.randperm(len(memory), generator=self.draw)[:COMPARED]
+        kept = memory.batch(some) if len(some) else {key: t[:0] for key, t in own.items()}
+        pool = Pool(client.workload, client.model, {key: torch.cat([own[key], kept[key]]) for key in own})
+        directions = F.normalize(pool.gradients, dim=1, eps=torch.finfo(pool.gradients.dtype).tiny)
+        new, old = directions[:n], directions[n:]
+        client.log.add(client.step_cost, len(pool), forwards=1)
+        error = pool.outputs[0]
+        if error.dim() == 3:  # sums over steps; a single outer product is no matrix product
+            inner, outer = error[0].numel(), new.shape[1] // error.shape[-1]
+            client.log.add(matrix_product(inner, outer), len(pool), forwards=1)
+        if not len(some):
+            return torch.full((n,), 0.1)
+        client.log.add(matrix_product(new.shape[1], len(some)), n, forwards=1)
+        return ((new @ old.T).amax(1) + 1).clamp(min=0).cpu()
 
-    def collect(self, client: ClientContext, memory: Memory, names: Tensor) -> None:
-        """There are no candidates: the memory follows the stream."""
 
-    def turn(self, client: ClientContext) -> None:
-        client.state["phase"] = torch.tensor(client.workload.phase(client.round))
+class GSSTrainer(StreamReplayTrainer):
+    """Replays from a memory that every new example may enter in the place of a less diverse one.
+
+    Args:
+        replay: arguments of StreamReplayTrainer.
+    """
+
+    run = GSSRun
+
+    def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:
+        """Looks whether the gradients of the last layer can be had, beside what `ReplayTrainer` looks for."""
+        super().setup(workload, model, network)
+        require_head(workload, model)

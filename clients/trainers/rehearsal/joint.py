@@ -1,4 +1,7 @@
-"""All tasks at once: an upper bound for continual learning, which may look at what has not arrived yet."""
+"""All tasks at once: an upper bound for continual learning, which may look at what has not arrived yet.
+
+Its updates carry the metric `oracle`, so that results say so.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,8 @@ class JointTrainer(SGDTrainer):
     plain SGD, but for that order.
     """
 
-    def batches(self, client: ClientContext, task: Broadcast) -> Iterator[Tensors]:
-        workload, size = client.workload, self.batch_size
+    def batches(self, client: ClientContext, broadcast: Broadcast) -> Iterator[Tensors]:
+        workload, size = client.oracle(), self.batch_size
         names = torch.cat([workload.arrivals(client.client_id, part) for part in range(workload.part(EVER) + 1)])
         for order in self.orders(client, "joint", size, self.local_epochs, self.local_steps, among=len(names)):
             every = workload.recall(client.client_id, names[order])

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from clients.trainers.base import ClientContext
-from clients.trainers.sgd import SGDTrainer
+from clients.trainers.sgd import Objective, SGDRun, SGDTrainer
 from fedsim.errors import ConfigError
 from fedsim.messages.records import Broadcast, ClientUpdate
 from fedsim.workloads.base import Tensors
@@ -23,8 +23,77 @@ from fedsim.workloads.classification import classification
 PHASE, TEACHER = "phase", "teacher."
 
 
+class Distilled(Objective):
+    """The workload's loss plus weight * T^2 * KL(teacher, model) of outputs softened by T, after the first task.
+
+    Args:
+        weight: lambda.
+        temperature: T.
+    """
+
+    def __init__(self, weight: float, temperature: float):
+        self.weight, self.temperature = weight, temperature
+
+    def __call__(self, run: LwFRun, batch: Tensors) -> Tensor:
+        workload, model = run.client.workload, run.client.model
+        if run.teacher is None:
+            return workload.loss(model, batch)
+        own = model(batch["x"])
+        logits = own + classification(workload).logits(lambda _: torch.zeros_like(own), batch)  # type: ignore[arg-type]
+        loss = F.cross_entropy(logits.flatten(0, -2), batch["y"].flatten())
+        was_training = model.training
+        model.eval()
+        with torch.no_grad():
+            taught = functional_call(model, run.teacher, (batch["x"],))
+        model.train(was_training)
+        return loss + self.weight * self.distance(run, own, taught)
+
+    def distance(self, run: LwFRun, own: Tensor, taught: Tensor) -> Tensor:
+        """T^2 KL per example, summed over the earlier tasks that have outputs of their own."""
+        total = own.new_zeros(())
+        for mask in run.views or [own.new_zeros(())]:
+            soft, target = ((z + mask.to(own.device)).flatten(0, -2) / self.temperature for z in (own, taught))
+            parts = F.kl_div(soft.log_softmax(-1), target.log_softmax(-1), reduction="batchmean", log_target=True)
+            total = total + parts * self.temperature**2
+        return total
+
+    def held(self, run: LwFRun) -> dict[str, int]:
+        return {} if run.teacher is None else {"teacher": run.client.step_cost.parameter_bytes}
+
+
+class LwFRun(SGDRun):
+    """A round with the model of the first broadcast of a task as its teacher.
+
+    Attributes:
+        teacher: its weights; None in the first task.
+        views: what leaves the outputs of one earlier task alone, for each; empty where tasks share their outputs.
+    """
+
+    trainer: LwFTrainer
+
+    def __init__(self, trainer: LwFTrainer, client: ClientContext, broadcast: Broadcast):
+        super().__init__(trainer, client, broadcast)
+        self.teacher: Tensors | None = None
+        self.views: list[Tensor] = trainer.views(client)
+
+    def fit(self) -> ClientUpdate:
+        client, state = self.client, self.client.state
+        phase = client.workload.phase(client.round)
+        if int(state.get(PHASE, torch.tensor(0))) < phase and self.trainer.distill_weight:
+            state.update({f"{TEACHER}{name}": t.clone() for name, t in self.broadcast.weights.items()})
+        state[PHASE] = torch.tensor(phase)
+        kept = {k.removeprefix(TEACHER): t.to(client.device) for k, t in state.items() if k.startswith(TEACHER)}
+        self.teacher = kept or None
+        return super().fit()
+
+    def log_step(self, batch: int) -> None:
+        super().log_step(batch)
+        if self.teacher is not None:
+            self.client.log.add(self.client.step_cost, batch, forwards=1)
+
+
 class LwFTrainer(SGDTrainer):
-    """Adds distill_weight * T^2 * KL(teacher, model) of outputs softened by T, for the classes of earlier tasks.
+    """SGD on the workload's loss and, for the classes of earlier tasks, the distance from the model before the task.
 
     Where tasks have outputs of their own, each earlier task's are compared among themselves; otherwise all.
 
@@ -34,61 +103,21 @@ class LwFTrainer(SGDTrainer):
         sgd: arguments of SGDTrainer.
     """
 
-    pure_loss = False
+    run = LwFRun
 
     def __init__(self, distill_weight: float = 1.0, temperature: float = 2.0, **sgd: Any):
         super().__init__(**sgd)
         if distill_weight < 0 or temperature <= 0:
-            said = f"got {distill_weight!r} and {temperature!r}"
-            raise ConfigError(f"trainer.distill_weight must be at least 0 and trainer.temperature above 0, {said}")
-        self.distill_weight, self.temperature = distill_weight, temperature
-        self.teacher: Tensors | None = None
-        self.tasks: list[int] = []
+            values = f"got {distill_weight!r} and {temperature!r}"
+            raise ConfigError(f"trainer.distill_weight must be at least 0 and trainer.temperature above 0, {values}")
+        self.distill_weight = distill_weight
+        self.objective: Distilled = Distilled(distill_weight, temperature)
 
-    def fit(self, client: ClientContext, task: Broadcast) -> ClientUpdate:
-        """Keeps the model of the first broadcast of a task as its teacher."""
-        phase = client.workload.phase(client.round)
-        if int(client.state.get(PHASE, torch.tensor(0))) < phase and self.distill_weight:
-            client.state.update({f"{TEACHER}{name}": t.clone() for name, t in task.weights.items()})
-        client.state[PHASE] = torch.tensor(phase)
-        kept = {k.removeprefix(TEACHER): t.to(client.device) for k, t in client.state.items() if k.startswith(TEACHER)}
-        self.teacher = kept or None
-        order = getattr(client.workload, "order_of", lambda client_id: [0])(client.client_id)
-        self.tasks = list(order[:phase])
-        return super().fit(client, task)
-
-    def loss(self, client: ClientContext, batch: Tensors, task: Broadcast) -> Tensor:
-        """Workload loss and, after the first task, the distillation."""
-        if self.teacher is None:
-            return super().loss(client, batch, task)
-        own = client.model(batch["x"])
-        logits = own + (classification(client.workload).logits(lambda _: torch.zeros_like(own), batch))  # type: ignore[arg-type]
-        loss = F.cross_entropy(logits.flatten(0, -2), batch["y"].flatten())
-        was_training = client.model.training
-        client.model.eval()
-        with torch.no_grad():
-            taught = functional_call(client.model, self.teacher, (batch["x"],))
-        client.model.train(was_training)
-        return loss + self.distill_weight * self.distill(client, own, taught)
-
-    def distill(self, client: ClientContext, own: Tensor, taught: Tensor) -> Tensor:
-        """T^2 KL per example, summed over the earlier tasks that have outputs of their own."""
-        masks = getattr(client.workload, "masks", None)
-        separate = getattr(client.workload, "incremental", "") == "task" and masks is not None
-        views = [masks[s].to(own.device) for s in self.tasks] if separate and masks is not None else [own.new_zeros(())]
-        total = own.new_zeros(())
-        for mask in views:
-            soft, target = ((z + mask).flatten(0, -2) / self.temperature for z in (own, taught))
-            parts = F.kl_div(soft.log_softmax(-1), target.log_softmax(-1), reduction="batchmean", log_target=True)
-            total = total + parts * self.temperature**2
-        return total
-
-    def log_step(self, client: ClientContext, batch: int) -> None:
-        super().log_step(client, batch)
-        if self.teacher is not None:
-            client.log.add(client.network, batch, forwards=1)
-
-    def reserve(self, client: ClientContext, task: Broadcast) -> None:
-        if self.teacher is not None:
-            client.log.hold("teacher", client.network.parameter_bytes)
-        super().reserve(client, task)
+    def views(self, client: ClientContext) -> list[Tensor]:
+        """Masks of the outputs of the client's earlier tasks; none where tasks share their outputs."""
+        workload = client.workload
+        masks = getattr(workload, "masks", None)
+        if getattr(workload, "incremental", "") != "task" or masks is None:
+            return []
+        order = getattr(workload, "order_of", lambda client_id: [0])(client.client_id)
+        return [masks[task] for task in order[: workload.phase(client.round)]]

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clients.trainers.base import ClientContext, Gradients
+from clients.trainers.base import Gradients
 from clients.trainers.rehearsal.gradients import (
     MODES,
     WITHOUT_BACKWARD,
@@ -35,15 +35,15 @@ from clients.trainers.rehearsal.gradients import (
     require_head,
     scoring,
 )
-from clients.trainers.rehearsal.memory import Memory
+from clients.trainers.rehearsal.memory import PHASE, Memory
 from clients.trainers.rehearsal.recalled import Recalled
-from clients.trainers.rehearsal.replay import ReplayTrainer
+from clients.trainers.rehearsal.replay import ReplayRun, ReplayTrainer, StreamBatch
 from clients.trainers.rehearsal.selection import Pool, balanced
 from devices.cost import NetworkCost
 from devices.errors import unknown
 from devices.meter import inference_memory_bytes
 from fedsim.errors import ConfigError
-from fedsim.messages.records import Broadcast, ClientUpdate
+from fedsim.messages.records import ClientUpdate
 from fedsim.workloads.base import Tensors, Workload
 
 FLOOR = 1e-6  # of products of norms, relative to the largest: a perfectly fitted example scores 0
@@ -88,6 +88,140 @@ def best(total: Tensor, size: int) -> Tensor:
     return total.argsort(descending=True, stable=True)[:size].sort().values
 
 
+class OCSRun(ReplayRun):
+    """A round of algorithm 1: scores the batches of the stream, trains on the best of each beside the coreset.
+
+    Attributes:
+        seen: stream batches of the task so far.
+        per_pass: stream batches until the end of the first pass.
+        reference: the coreset's gradient as the server sent it, if it did.
+        recalled: what the network last made of the coreset, with ref_source=replayed.
+        terms: mean S, V and A of what was chosen, by step.
+    """
+
+    trainer: OCSTrainer
+
+    def before_training(self) -> None:
+        trainer, client = self.trainer, self.client
+        sent = trainer.ref_scope == "global" and REFERENCE in self.broadcast.extras
+        self.reference = self.broadcast.extra(REFERENCE)["direction"].to(client.device) if sent else None
+        self.seen = int(client.state.get(SEEN, torch.tensor(0)))
+        self.per_pass = self.seen + -(-len(client.data.train) // trainer.stream_size)
+        self.terms: list[Tensor] = []
+        self.draw = client.stream("warm-start")
+        self.recalled: Recalled | None = None
+        if trainer.ref_source == "replayed" and self.compares():
+            self.recalled = Recalled(client.workload, client.model, self.memory)
+            client.log.add(client.step_cost, len(self.memory), forwards=1)
+
+    def compares(self) -> bool:
+        """Whether batches are compared with the client's own coreset."""
+        return bool(self.trainer.tau) and len(self.memory) > 0 and self.trainer.ref_scope == "local"
+
+    # --- selection while training -------------------------------------------------------------------------------
+
+    def choose(self, own: Tensors, kept: Tensors | None) -> Tensor | None:
+        """Algorithm 1, lines 5 to 8: kappa at random while the task is new, else those with the highest score."""
+        trainer, size, first_pass = self.trainer, self.client.workload.batch_size_of(own), self.seen < self.per_pass
+        self.seen += 1
+        if size <= trainer.batch_size:
+            return None
+        if first_pass and self.seen <= trainer.warm_start:
+            return torch.randperm(size, generator=self.draw)[: trainer.batch_size].sort().values
+        terms = scores(self.products(own, kept), trainer.tau, trainer.diversity)
+        chosen = best(terms[0] + terms[1] + trainer.tau * terms[2], trainer.batch_size)
+        self.terms.append(torch.stack(terms)[:, chosen].mean(1))
+        return chosen
+
+    def products(self, own: Tensors, kept: Tensors | None) -> Products:
+        """Of a stream batch, with the coreset's gradient at the current weights as the reference."""
+        trainer, client, mode = self.trainer, self.client, self.trainer.grad_mode
+        log, workload, model, outputs = client.log, client.workload, client.model, trainer.outputs
+        with scoring(model):
+            reference = self.reference if trainer.tau else None
+            if self.recalled is not None:
+                reference = self.recalled.mean_gradient(mode)
+                log_mean_of_outputs(log, outputs, len(self.memory))
+            elif reference is None and self.compares():
+                past = kept if trainer.ref_source == "batch" and kept is not None else self.memory.examples()
+                reference = mean_gradient(mode, workload, model, past)
+                log_mean_gradient(log, client.step_cost, mode, outputs, len(past["y"]))
+            found = products(mode, workload, model, own, reference, trainer.chunk)
+        log_products(
+            log, client.step_cost, mode, outputs, workload.batch_size_of(own), reference is not None, trainer.chunk
+        )
+        return found
+
+    def gradients(self, batch: StreamBatch) -> tuple[Gradients, Tensor]:
+        """A step with replay; with ref_source=replayed, what the network makes of the replayed part is kept."""
+        if self.recalled is None or batch.kept is None:
+            return super().gradients(batch)
+        with self.recalled.watching():
+            return super().gradients(batch)
+
+    def measured(self) -> dict[str, float]:
+        means = torch.stack(self.terms).mean(0).tolist() if self.terms else [0.0, 0.0, 0.0]
+        return dict(zip(("similarity", "diversity", "affinity"), means, strict=True))
+
+    def update(self, train_loss: float) -> ClientUpdate:
+        """Beside the update, with ref_scope=global: the direction of the coreset's gradient, of length 1."""
+        update, trainer, client = super().update(train_loss), self.trainer, self.client
+        client.state[SEEN] = torch.tensor(self.seen)
+        if trainer.ref_scope == "local" or not len(self.memory):
+            return update
+        with scoring(client.model):
+            own = mean_gradient(trainer.grad_mode, client.workload, client.model, self.memory.examples())
+        log_mean_gradient(client.log, client.step_cost, trainer.grad_mode, trainer.outputs, len(self.memory))
+        direction = own / torch.linalg.vector_norm(own).clamp(min=torch.finfo(own.dtype).tiny)
+        record = {"direction": direction, "examples": torch.tensor(len(self.memory))}
+        return replace(update, extras={REFERENCE: record})
+
+    # --- the coreset --------------------------------------------------------------------------------------------
+
+    def advance_task(self) -> None:
+        before = self.client.state.get(PHASE)
+        super().advance_task()
+        if before is None or not torch.equal(before, self.client.state[PHASE]):
+            self.client.state[SEEN] = torch.tensor(0)
+
+    def pick(self, pool: Pool, size: int, phase: int) -> Tensor:
+        """Class-balanced: at random among the candidates, which were chosen by score, or again by S + V."""
+        if self.trainer.final_pick == "random":
+            order = torch.randperm(len(pool), generator=self.client.stream("pick", phase))
+        else:
+            order = self.by_score(pool.batch)
+        return balanced(pool.labels.cpu(), order, size) if self.trainer.class_balanced else order[:size]
+
+    def ranked(self, memory: Memory, own: Tensor) -> Tensor:
+        return super().ranked(memory, own) if self.trainer.shrink_pick == "random" else self.by_score(memory.batch(own))
+
+    def by_score(self, batch: Tensors) -> Tensor:
+        """All examples by S + V under the current weights, best first."""
+        trainer, client, n = self.trainer, self.client, self.client.workload.batch_size_of(batch)
+        with scoring(client.model):
+            found = products(trainer.grad_mode, client.workload, client.model, batch, None, trainer.chunk)
+        log_products(client.log, client.step_cost, trainer.grad_mode, trainer.outputs, n, False, trainer.chunk)
+        similarity, apart, _ = scores(found, 0.0, trainer.diversity)
+        return (similarity + apart).argsort(descending=True, stable=True).cpu()
+
+    def reserve(self) -> None:
+        """The largest of a step, of the coreset's gradient, and of scoring a stream batch against it."""
+        super().reserve()
+        trainer, client, backward = self.trainer, self.client, False
+        cost, n, copies = client.step_cost, min(trainer.stream_size, len(client.data.train)), self.copies()
+        compared = len(self.memory) if trainer.tau else 0
+        if compared:
+            backward = trainer.grad_mode not in WITHOUT_BACKWARD
+            past = min(compared, trainer.replay_batch_size) if trainer.ref_source == "batch" else compared
+            flat = trainer.step_bytes(cost, past, copies + 1.0)  # beside the gradients by layer
+            client.log.reserve(flat if backward else inference_memory_bytes(cost, past))
+        if n > trainer.batch_size:
+            step = trainer.step_bytes(cost, n, copies + (1.0 if backward else 0.0))
+            recalled = len(self.memory) if trainer.ref_source == "replayed" else 0
+            outputs = 4 * recalled * (trainer.outputs.classes + trainer.outputs.features)
+            client.log.reserve(step + trainer.outputs.held(trainer.grad_mode, n, trainer.chunk) + outputs)
+
+
 class OCSTrainer(ReplayTrainer):
     """Of every `stream_size` examples, trains on the `batch_size` with the highest score; these are the candidates.
 
@@ -109,6 +243,8 @@ class OCSTrainer(ReplayTrainer):
         shrink_pick: how an old coreset is cut: "score" (S + V under the new weights, public code) or "random".
         replay: arguments of ReplayTrainer.
     """
+
+    run = OCSRun
 
     def __init__(
         self,
@@ -153,11 +289,6 @@ class OCSTrainer(ReplayTrainer):
         self.ref_source, self.ref_scope = ref_source, ref_scope
         self.final_pick, self.shrink_pick = final_pick, shrink_pick
         self.outputs = Outputs(0, 0, 0, 0)
-        self.reference: Tensor | None = None  # what the server sent to the client that trains just now
-        self.recalled: Recalled | None = None
-        self.seen = self.per_pass = 0
-        self.terms: list[Tensor] = []
-        self.draw = torch.Generator()
 
     def selections(self) -> tuple[str, ...]:
         return ("ocs",)
@@ -178,122 +309,8 @@ class OCSTrainer(ReplayTrainer):
         if self.grad_mode in WITHOUT_BACKWARD:
             require_head(workload, model)
 
-    # --- selection while training ---------------------------------------------------------------------------------
-
-    def stream_of(self, client: ClientContext) -> tuple[int, int]:
+    def stream_size_and_passes(self) -> tuple[int, int]:
         return self.stream_size, max(1, round(self.local_epochs * self.stream_size / self.batch_size))
 
     def ends_in_one(self, examples: int) -> bool:
         return self.batch_size == 1 or self.leaves_one(examples, self.stream_size)
-
-    def begin(self, client: ClientContext, task: Broadcast, memory: Memory) -> None:
-        if self.ref_scope == "global" and REFERENCE in task.extras:
-            self.reference = task.extra(REFERENCE)["direction"].to(client.device)
-        else:
-            self.reference = None
-        self.seen = int(client.state.get(SEEN, torch.tensor(0)))
-        self.per_pass = self.seen + -(-len(client.data.train) // self.stream_size)
-        self.terms, self.draw = [], client.stream("warm-start")
-        self.recalled = None
-        if self.ref_source == "replayed" and self.tau and len(memory) and self.ref_scope == "local":
-            self.recalled = Recalled(client.workload, client.model, memory)
-            client.log.add(client.network, len(memory), forwards=1)
-
-    def choose(self, client: ClientContext, batch: Tensors, memory: Memory, kept: Tensors | None) -> Tensor | None:
-        """Algorithm 1, lines 5 to 8: kappa at random while the task is new, else those with the highest score."""
-        size, first_pass = client.workload.batch_size_of(batch), self.seen < self.per_pass
-        self.seen += 1
-        if size <= self.batch_size:
-            return None
-        if first_pass and self.seen <= self.warm_start:
-            return torch.randperm(size, generator=self.draw)[: self.batch_size].sort().values
-        terms = scores(self.products(client, batch, memory, kept), self.tau, self.diversity)
-        chosen = best(terms[0] + terms[1] + self.tau * terms[2], self.batch_size)
-        self.terms.append(torch.stack(terms)[:, chosen].mean(1))
-        return chosen
-
-    def products(self, client: ClientContext, batch: Tensors, memory: Memory, kept: Tensors | None) -> Products:
-        """Of a stream batch, with the coreset's gradient at the current weights as the reference."""
-        n, mode, workload, model = client.workload.batch_size_of(batch), self.grad_mode, client.workload, client.model
-        with scoring(model):
-            reference = self.reference if self.tau else None
-            if self.recalled is not None:
-                reference = self.recalled.mean_gradient(mode)
-                log_mean_of_outputs(client.log, self.outputs, len(memory))
-            elif reference is None and self.tau and len(memory) and self.ref_scope == "local":
-                past = kept if self.ref_source == "batch" and kept is not None else memory.examples()
-                reference = mean_gradient(mode, workload, model, past)
-                log_mean_gradient(client.log, client.network, mode, self.outputs, len(past["y"]))
-            found = products(mode, workload, model, batch, reference, self.chunk)
-        log_products(client.log, client.network, mode, self.outputs, n, reference is not None, self.chunk)
-        return found
-
-    def gradients(
-        self, client: ClientContext, task: Broadcast, batch: Tensors, kept: Tensors | None
-    ) -> tuple[Gradients, Tensor]:
-        """A step with replay; with ref_source=replayed, what the network makes of the replayed part is kept."""
-        if self.recalled is None or kept is None:
-            return super().gradients(client, task, batch, kept)
-        with self.recalled.watching():
-            return super().gradients(client, task, batch, kept)
-
-    def turn(self, client: ClientContext) -> None:
-        before = client.state.get("phase")
-        super().turn(client)
-        if before is None or not torch.equal(before, client.state["phase"]):
-            client.state[SEEN] = torch.tensor(0)
-
-    def measured(self) -> dict[str, float]:
-        means = torch.stack(self.terms).mean(0).tolist() if self.terms else [0.0, 0.0, 0.0]
-        return dict(zip(("similarity", "diversity", "affinity"), means, strict=True))
-
-    def finish(self, client: ClientContext, task: Broadcast, memory: Memory, update: ClientUpdate) -> ClientUpdate:
-        """Beside the update, with ref_scope=global: the direction of the coreset's gradient, of length 1."""
-        client.state[SEEN] = torch.tensor(self.seen)
-        if self.ref_scope == "local" or not len(memory):
-            return update
-        with scoring(client.model):
-            own = mean_gradient(self.grad_mode, client.workload, client.model, memory.examples())
-        log_mean_gradient(client.log, client.network, self.grad_mode, self.outputs, len(memory))
-        direction = own / torch.linalg.vector_norm(own).clamp(min=torch.finfo(own.dtype).tiny)
-        return replace(update, extras={REFERENCE: {"direction": direction, "examples": torch.tensor(len(memory))}})
-
-    # --- the coreset ------------------------------------------------------------------------------------------------
-
-    def pick(self, client: ClientContext, pool: Pool, size: int, phase: int) -> Tensor:
-        """Class-balanced: at random among the candidates, which were chosen by score, or again by S + V."""
-        if self.final_pick == "random":
-            order = torch.randperm(len(pool), generator=client.stream("pick", phase))
-        else:
-            order = self.by_score(client, pool.batch)
-        return balanced(pool.labels.cpu(), order, size) if self.class_balanced else order[:size]
-
-    def ranked(self, client: ClientContext, memory: Memory, own: Tensor) -> Tensor:
-        if self.shrink_pick == "random":
-            return super().ranked(client, memory, own)
-        return self.by_score(client, memory.batch(own))
-
-    def by_score(self, client: ClientContext, batch: Tensors) -> Tensor:
-        """All examples by S + V under the current weights, best first."""
-        n = client.workload.batch_size_of(batch)
-        with scoring(client.model):
-            found = products(self.grad_mode, client.workload, client.model, batch, None, self.chunk)
-        log_products(client.log, client.network, self.grad_mode, self.outputs, n, False, self.chunk)
-        similarity, apart, _ = scores(found, 0.0, self.diversity)
-        return (similarity + apart).argsort(descending=True, stable=True).cpu()
-
-    def reserve(self, client: ClientContext, task: Broadcast, memory: Memory | None = None) -> None:
-        """The largest of a step, of the coreset's gradient, and of scoring a stream batch against it."""
-        super().reserve(client, task, memory)
-        network, n, backward = client.network, min(self.stream_size, len(client.data.train)), False
-        copies, compared = self.copies(client, task), len(memory) if memory is not None and self.tau else 0
-        if compared:
-            backward = self.grad_mode not in WITHOUT_BACKWARD
-            past = min(compared, self.replay_batch_size) if self.ref_source == "batch" else compared
-            flat = self.step_bytes(network, past, copies + 1.0)  # beside the gradients by layer
-            client.log.reserve(flat if backward else inference_memory_bytes(network, past))
-        if n > self.batch_size:
-            step = self.step_bytes(network, n, copies + (1.0 if backward else 0.0))
-            recalled = len(memory) if memory is not None and self.ref_source == "replayed" else 0
-            outputs = 4 * recalled * (self.outputs.classes + self.outputs.features)
-            client.log.reserve(step + self.outputs.held(self.grad_mode, n, self.chunk) + outputs)

@@ -9,19 +9,19 @@ ever sent.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import torch
 from annotated_types import Le
 from torch import Tensor, nn
 
-from clients.trainers.base import ClientContext, Gradients
+from clients.trainers.base import ClientContext
 from clients.trainers.rehearsal import samples
 from clients.trainers.rehearsal.gradients import require_head
 from clients.trainers.rehearsal.memory import CANDIDATES, NONE, PHASE, Memory, example_bytes, recall
 from clients.trainers.rehearsal.selection import MODEL_FREE, RULES, Pool, balanced, pick
-from clients.trainers.sgd import SGDTrainer
+from clients.trainers.sgd import Objective, SGDRun, SGDTrainer
 from devices.cost import NetworkCost
 from devices.errors import unknown
 from fedsim.errors import ConfigError
@@ -32,6 +32,205 @@ from fedsim.workloads.base import Tensors, Workload
 PART = "part"
 PICKING = ("selection", "candidate_size", "class_balanced")
 END_OF_TASK = "end_of_task"  # the question that makes a client pick from the task that has ended
+
+
+@dataclass(frozen=True)
+class StreamBatch:
+    """What one step is taken on.
+
+    Attributes:
+        own: examples of the stream.
+        names: theirs, [b] int64.
+        kept: examples of the memory beside them, if any.
+        is_last_pass: over the examples of the round.
+    """
+
+    own: Tensors
+    names: Tensor
+    kept: Tensors | None
+    is_last_pass: bool
+
+
+class Rehearsed(Objective):
+    """loss(current batch) + weight * loss(memory batch), of one pass through the network with both."""
+
+    def __init__(self, weight: float):
+        self.weight = weight
+
+    def __call__(self, run: ReplayRun, batch: StreamBatch) -> Tensor:
+        workload, model, own, kept = run.client.workload, run.client.model, batch.own, batch.kept
+        if kept is None:
+            return workload.loss(model, own)
+        n, each = workload.batch_size_of(own), workload.losses(model, {k: torch.cat([own[k], kept[k]]) for k in own})
+        return each[:n].mean() + self.weight * each[n:].mean()
+
+
+class ReplayRun(SGDRun):
+    """A round of a client with a memory: ends earlier tasks, then trains on the current one beside what is kept.
+
+    Attributes:
+        memory: what the client keeps of earlier tasks.
+        used: names of the examples that the last pass trained on, by step.
+    """
+
+    trainer: ReplayTrainer
+
+    def __init__(self, trainer: ReplayTrainer, client: ClientContext, broadcast: Broadcast):
+        super().__init__(trainer, client, broadcast)
+        self.memory = Memory(client, trainer.capacity(client))
+        self.used: list[Tensor] = []
+
+    def fit(self) -> ClientUpdate:
+        self.trainer.check_settings(self.broadcast)
+        self.advance_task()
+        self.memory = Memory(self.client, self.trainer.capacity(self.client))
+        self.reserve()
+        self.before_training()
+        train_loss = self.train(self.batches())
+        self.collect(torch.cat(self.used))
+        self.memory.save()
+        self.store_kept(self.memory)
+        self.report_storage(self.memory)
+        return self.update(train_loss)
+
+    def update(self, train_loss: float) -> ClientUpdate:
+        used, client = sum(map(len, self.used)), self.client
+        metrics = {"train_loss": train_loss, "memory_examples": float(len(self.memory))}
+        return ClientUpdate(client.client_id, used, client.weights, metrics | self.measured())
+
+    # --- the steps ----------------------------------------------------------------------------------------------
+
+    def before_training(self) -> None:
+        """Called before the first step; here nothing happens."""
+
+    def batches(self) -> Iterator[StreamBatch]:
+        """Batches of the stream, each with some of the memory, of which `choose` may leave only the best."""
+        past = self.memory.batches(self.trainer.replay_batch_size, self.client.stream("replay"))
+        for is_last_pass, names, own in self.stream():
+            places = next(past, None) if self.replays() else None
+            kept = None if places is None else self.memory.batch(places)
+            chosen = self.choose(own, kept)
+            if chosen is not None:
+                names, own = names[chosen], {key: t[chosen] for key, t in own.items()}
+            yield StreamBatch(own, names, kept, is_last_pass)
+
+    def stream(self) -> Iterator[tuple[bool, Tensor, Tensors]]:
+        """Whether it is the last pass, the examples' names [b] and the batch itself, for each batch of the round."""
+        client, trainer = self.client, self.trainer
+        names = client.workload.arrivals(client.client_id, client.workload.part(client.round))
+        size, passes = trainer.stream_size_and_passes()
+        per_pass = -(-len(client.data.train) // size)
+        steps = trainer.local_steps or passes * per_pass
+        for number, rows in enumerate(trainer.rows(client, size, passes)):
+            yield number >= steps - per_pass, names[rows], client.data.train.gather(rows)
+
+    def choose(self, own: Tensors, kept: Tensors | None) -> Tensor | None:
+        """Places of the examples in the batch that are trained on, rising; None for all of them, as here."""
+        return None
+
+    def replays(self) -> bool:
+        """Whether there is anything to replay."""
+        return self.trainer.replay_weight > 0 and len(self.memory) > 0
+
+    def size_of(self, batch: StreamBatch) -> int:
+        return sum(self.client.workload.batch_size_of(part) for part in (batch.own, batch.kept) if part is not None)
+
+    def after_step(self, batch: StreamBatch) -> None:
+        """Notes what was trained on; nothing more is remembered before the task ends."""
+        if batch.is_last_pass:
+            self.used.append(batch.names)
+
+    def measured(self) -> dict[str, float]:
+        """Metrics of the round beside loss and memory: the same names from every client."""
+        return {}
+
+    def reserve(self) -> None:
+        """The memory of a step on both batches."""
+        client, trainer = self.client, self.trainer
+        batch_size = min(trainer.stream_size_and_passes()[0], trainer.batch_size, len(client.data.train))
+        batch_size += trainer.replay_batch_size if self.replays() else 0
+        client.log.reserve(trainer.step_bytes(client.step_cost, batch_size, self.copies()))
+
+    # --- what is kept -------------------------------------------------------------------------------------------
+
+    def advance_task(self) -> None:
+        """Ends the tasks before the one of this round, and makes room where candidates have to be stored."""
+        client, trainer = self.client, self.trainer
+        now = client.workload.phase(client.round)
+        before = int(client.state.get(PHASE, torch.tensor(now)))
+        if before < now:
+            self.end_task(before)
+        client.state[PHASE] = torch.tensor(now)
+        memory = Memory(client, trainer.capacity(client))
+        if (trainer.store == "samples" or in_chunks(client)) and len(memory):
+            self.shrink(memory, memory.capacity // (len(memory.phases.unique()) + 1))
+            memory.save()
+        self.store_kept(memory)
+
+    def end_task(self, phase: int) -> None:
+        """Picks from the candidates of a task that has ended, with the weights that the model has now."""
+        client = self.client
+        candidates = client.state.pop(CANDIDATES, NONE)
+        memory = Memory(client, self.trainer.capacity(client))
+        if len(candidates) and memory.capacity:
+            share = memory.capacity // (len(memory.phases.unique()) + 1)
+            self.shrink(memory, share)
+            pool = Pool(client.workload, client.model, recall(client, candidates))
+            memory.add(candidates[self.pick(pool, share, phase)], phase)
+            if pool.passed:
+                client.log.add(client.step_cost, pool.passed, forwards=1)
+            memory.save()
+        self.report_storage(memory)
+
+    def pick(self, pool: Pool, size: int, phase: int) -> Tensor:
+        """Positions in the pool of what is kept of a task."""
+        draw = self.client.stream("pick", phase)
+        return pick(self.trainer.selection, pool, size, draw, self.trainer.class_balanced)
+
+    def shrink(self, memory: Memory, share: int) -> None:
+        """Cuts every task in the memory to its share; the first that were picked stay, as many of every class."""
+        labels, places = memory.examples()["y"].cpu(), []
+        labels = labels if labels.dim() == 1 else labels[:, 0]
+        for phase in memory.phases.unique().tolist():
+            own = torch.nonzero(memory.phases == phase).flatten()
+            if len(own) > share:
+                order = self.ranked(memory, own)
+                own = own[balanced(labels[own], order, share) if self.trainer.class_balanced else order[:share]]
+            places.append(own)
+        if places:
+            memory.keep(torch.cat(places))
+
+    def ranked(self, memory: Memory, own: Tensor) -> Tensor:
+        """An order of one task's kept examples, best first; here that in which they were picked."""
+        return torch.arange(len(own))
+
+    def collect(self, names: Tensor) -> None:
+        """Adds to the candidates; above their number, an even draw of all that came stays."""
+        client, most = self.client, self.trainer.candidate_size
+        names = torch.cat([client.state.get(CANDIDATES, NONE), names]).unique()
+        most = len(names) if most is None else most
+        if self.trainer.stores_candidates(client):
+            most = min(most, self.memory.capacity - len(self.memory))
+        if len(names) > most:
+            phase = int(client.state[PHASE])
+            # Of all names ever, those with the smallest numbers: the same draw whatever came first.
+            numbers = generator(client.seed, "candidates", phase, client.client_id).random(int(names.max()) + 1)
+            names = names[torch.from_numpy(numbers[names.numpy()].argsort()[:most])].sort().values
+        client.state[CANDIDATES] = names
+
+    def store_kept(self, memory: Memory) -> None:
+        """With store=samples, puts what is kept into the client's state and drops all else from it."""
+        if self.trainer.store == "samples":
+            kept = torch.cat([memory.names, self.client.state.get(CANDIDATES, NONE)])
+            samples.store(self.client, kept, memory.capacity)
+
+    def report_storage(self, memory: Memory) -> None:
+        """Says what the device stores beside the client's state: kept examples and candidates that have to be."""
+        client, trainer = self.client, self.trainer
+        if trainer.store == "samples":  # they are in the state
+            return
+        candidates = len(client.state.get(CANDIDATES, NONE)) if trainer.stores_candidates(client) else 0
+        client.log.store((len(memory) + candidates) * trainer.example_bytes(client))
 
 
 class ReplayTrainer(SGDTrainer):
@@ -61,7 +260,7 @@ class ReplayTrainer(SGDTrainer):
         ConfigError: for a setting that is not allowed.
     """
 
-    pure_loss = False
+    run = ReplayRun
 
     def __init__(
         self,
@@ -97,6 +296,7 @@ class ReplayTrainer(SGDTrainer):
         self.store = store
         self.memory_size, self.budget_bytes, self.budget_share = memory_size, budget_bytes, budget_share
         self.input_bytes, self.replay_weight, self.selection = input_bytes, replay_weight, selection
+        self.objective = Rehearsed(replay_weight)
         self.replay_batch_size = replay_batch_size or self.batch_size
         self.candidate_size, self.class_balanced = candidate_size, class_balanced
 
@@ -122,99 +322,18 @@ class ReplayTrainer(SGDTrainer):
         if self.store == "samples" and not workload.sample(1)["x"].is_floating_point():
             raise ConfigError(f"trainer.store=samples quantises numbers, and {workload.name} feeds tokens: set names")
 
-    # --- the local loop -----------------------------------------------------------------------------------------
-
-    def fit(self, client: ClientContext, task: Broadcast) -> ClientUpdate:
-        """Ends earlier tasks, then trains on the current one beside the memory."""
-        self.check_settings(task)
-        self.turn(client)
-        memory = Memory(client, self.capacity(client))
-        self.reserve(client, task, memory)
-        self.begin(client, task, memory)
-        lr, velocity, losses, used, last_pass = self.learning_rate(client, task), None, [], 0, []
-        past = memory.batches(self.replay_batch_size, client.stream("replay"))
-        for is_last, names, batch in self.stream_batches(client):
-            places = next(past, None) if self.replays(memory) else None
-            kept = None if places is None else memory.batch(places)
-            chosen = self.choose(client, batch, memory, kept)
-            if chosen is not None:
-                names, batch = names[chosen], {key: t[chosen] for key, t in batch.items()}
-            gradients, loss = self.gradients(client, task, batch, kept)
-            velocity = self.step(client.parameters, gradients, lr, velocity)
-            del gradients
-            losses.append(loss)
-            self.learned(client, memory, names, batch)
-            if is_last:
-                used += len(names)
-                last_pass.append(names)
-        self.collect(client, memory, torch.cat(last_pass))
-        memory.save()
-        self.put_away(client, memory)
-        self.declare(client, memory)
-        metrics = {"train_loss": float(torch.stack(losses).mean()), "memory_examples": float(len(memory))}
-        update = ClientUpdate(client.client_id, used, client.weights, metrics | self.measured())
-        return self.finish(client, task, memory, update)
-
-    def stream_batches(self, client: ClientContext) -> Iterator[tuple[bool, Tensor, Tensors]]:
-        """Whether it is the last pass, the examples' names [b] and the batch itself, for each batch of the round."""
-        names = client.workload.arrivals(client.client_id, client.workload.part(client.round))
-        size, passes = self.stream_of(client)
-        per_pass = -(-len(client.data.train) // size)
-        steps = self.local_steps or passes * per_pass
-        for number, rows in enumerate(self.rows(client, size, passes)):
-            yield number >= steps - per_pass, names[rows], client.data.train.gather(rows)
-
-    def stream_of(self, client: ClientContext) -> tuple[int, int]:
-        """Size of the batches that come from the current task, and how many passes there are."""
-        return self.batch_size, self.local_epochs
-
-    def begin(self, client: ClientContext, task: Broadcast, memory: Memory) -> None:
-        """Called before the first step; here nothing."""
-
-    def choose(self, client: ClientContext, batch: Tensors, memory: Memory, kept: Tensors | None) -> Tensor | None:
-        """Places of the examples in the batch that are trained on, rising; None for all of them, as here."""
-        return None
-
-    def replays(self, memory: Memory) -> bool:
-        """Whether there is anything to replay."""
-        return self.replay_weight > 0 and len(memory) > 0
-
-    def gradients(
-        self, client: ClientContext, task: Broadcast, batch: Tensors, kept: Tensors | None
-    ) -> tuple[Gradients, Tensor]:
-        """Direction of one step, and its loss: one pass through the network with both batches."""
-        if kept is None:
-            loss = self.loss(client, batch, task)
-            self.log_step(client, client.workload.batch_size_of(batch))
-        else:
-            own = client.workload.batch_size_of(batch)
-            each = client.workload.losses(client.model, {key: torch.cat([batch[key], kept[key]]) for key in batch})
-            loss = each[:own].mean() + self.replay_weight * each[own:].mean()
-            self.log_step(client, len(each))
-        return torch.autograd.grad(loss, client.parameters, allow_unused=True), loss.detach()
-
-    def learned(self, client: ClientContext, memory: Memory, names: Tensor, batch: Tensors) -> None:
-        """Called after each step with what was trained on; here nothing is remembered before the task ends."""
-
-    def new_here(self, client: ClientContext) -> int:
-        """How many of the round's examples the client has not met before: a part that stays is new once.
-
-        State: part [], the last that was met.
-        """
-        part = torch.tensor(client.workload.part(client.round))
-        before = client.state.get(PART)
-        client.state[PART] = part
-        return 0 if before is not None and torch.equal(before, part) else len(client.data.train)
-
-    def measured(self) -> dict[str, float]:
-        """Metrics of the round beside loss and memory: the same names from every client."""
+    def answer(self, client: ClientContext, question: str, broadcast: Broadcast) -> dict[str, Tensors]:
+        """END_OF_TASK picks what is kept of the task before this round's; the answer is empty."""
+        if question != END_OF_TASK:
+            return super().answer(client, question, broadcast)
+        run = self.run(self, client, broadcast)
+        run.reserve()
+        run.advance_task()
         return {}
 
-    def finish(self, client: ClientContext, task: Broadcast, memory: Memory, update: ClientUpdate) -> ClientUpdate:
-        """The update as it is sent; here as it is."""
-        return update
-
-    # --- what is kept -------------------------------------------------------------------------------------------
+    def stream_size_and_passes(self) -> tuple[int, int]:
+        """Size of the batches that come from the current task, and how many passes there are."""
+        return self.batch_size, self.local_epochs
 
     def capacity(self, client: ClientContext) -> int:
         """J_k: examples that fit into the budget of this client's device."""
@@ -226,113 +345,57 @@ class ReplayTrainer(SGDTrainer):
             limits.append(int(self.budget_share * client.profile.memory_bytes) // one)
         return min(limits)
 
-    def turn(self, client: ClientContext) -> None:
-        """Ends the tasks before the one of this round, and makes room where candidates have to be stored."""
-        now = client.workload.phase(client.round)
-        before = int(client.state.get(PHASE, torch.tensor(now)))
-        if before < now:
-            self.end(client, before)
-        client.state[PHASE] = torch.tensor(now)
-        memory = Memory(client, self.capacity(client))
-        if (self.store == "samples" or self.in_chunks(client)) and len(memory):
-            self.shrink(client, memory, memory.capacity // (len(memory.phases.unique()) + 1))
-            memory.save()
-        self.put_away(client, memory)
-
-    def in_chunks(self, client: ClientContext) -> bool:
-        """Whether examples of this round are gone in the next one of the same task."""
-        workload, round = client.workload, client.round
-        return workload.phase(round + 1) == workload.phase(round) and workload.part(round + 1) != workload.part(round)
-
-    def end(self, client: ClientContext, phase: int) -> None:
-        """Picks from the candidates of a task that has ended, with the weights that the model has now."""
-        candidates = client.state.pop(CANDIDATES, NONE)
-        memory = Memory(client, self.capacity(client))
-        if len(candidates) and memory.capacity:
-            share = memory.capacity // (len(memory.phases.unique()) + 1)
-            self.shrink(client, memory, share)
-            pool = Pool(client.workload, client.model, recall(client, candidates))
-            memory.add(candidates[self.pick(client, pool, share, phase)], phase)
-            if pool.passed:
-                client.log.add(client.network, pool.passed, forwards=1)
-            memory.save()
-        self.declare(client, memory)
-
-    def pick(self, client: ClientContext, pool: Pool, size: int, phase: int) -> Tensor:
-        """Positions in the pool of what is kept of a task."""
-        return pick(self.selection, pool, size, client.stream("pick", phase), self.class_balanced)
-
-    def shrink(self, client: ClientContext, memory: Memory, share: int) -> None:
-        """Cuts every task in the memory to its share; the first that were picked stay, as many of every class."""
-        labels, places = memory.examples()["y"].cpu(), []
-        labels = labels if labels.dim() == 1 else labels[:, 0]
-        for phase in memory.phases.unique().tolist():
-            own = torch.nonzero(memory.phases == phase).flatten()
-            if len(own) > share:
-                order = self.ranked(client, memory, own)
-                own = own[balanced(labels[own], order, share)] if self.class_balanced else own[order[:share]]
-            places.append(own)
-        if places:
-            memory.keep(torch.cat(places))
-
-    def ranked(self, client: ClientContext, memory: Memory, own: Tensor) -> Tensor:
-        """An order of one task's kept examples, best first; here that in which they were picked."""
-        return torch.arange(len(own))
-
-    def collect(self, client: ClientContext, memory: Memory, names: Tensor) -> None:
-        """Adds to the candidates; above their number, an even draw of all that came stays."""
-        names = torch.cat([client.state.get(CANDIDATES, NONE), names]).unique()
-        most = len(names) if self.candidate_size is None else self.candidate_size
-        if self.stores_candidates(client):
-            most = min(most, memory.capacity - len(memory))
-        if len(names) > most:
-            phase = int(client.state[PHASE])
-            # Of all names ever, those with the smallest numbers: the same draw whatever came first.
-            numbers = generator(client.seed, "candidates", phase, client.client_id).random(int(names.max()) + 1)
-            names = names[torch.from_numpy(numbers[names.numpy()].argsort()[:most])].sort().values
-        client.state[CANDIDATES] = names
-
-    def stores_candidates(self, client: ClientContext) -> bool:
-        """Whether the candidates of this round would be gone if they were not stored."""
-        return self.store == "samples" or self.in_chunks(client) or self._was_in_chunks(client)
-
-    def put_away(self, client: ClientContext, memory: Memory) -> None:
-        """With store=samples, puts what is kept into the client's state and drops all else from it."""
-        if self.store == "samples":
-            held = torch.cat([memory.names, client.state.get(CANDIDATES, NONE)])
-            samples.store(client, held, memory.capacity)
-
-    def _was_in_chunks(self, client: ClientContext) -> bool:
-        return client.round > 1 and self.in_chunks(replace(client, round=client.round - 1))
-
-    # --- facts --------------------------------------------------------------------------------------------------
-
-    def answer(self, client: ClientContext, question: str, task: Broadcast) -> dict[str, Tensors]:
-        """END_OF_TASK picks what is kept of the task before this round's; the answer is empty."""
-        if question != END_OF_TASK:
-            return super().answer(client, question, task)
-        self.reserve(client, task, Memory(client, self.capacity(client)))
-        self.turn(client)
-        return {}
-
-    def declare(self, client: ClientContext, memory: Memory) -> None:
-        """Says what the device stores beside the client's state: kept examples and candidates that have to be."""
-        if self.store == "samples":  # they are in the state
-            return
-        stored = len(memory) + (len(client.state.get(CANDIDATES, NONE)) if self.stores_candidates(client) else 0)
-        client.log.store(stored * self.example_bytes(client))
-
     def example_bytes(self, client: ClientContext) -> int:
         """What one kept example takes on the device."""
         if self.store == "samples":
             return samples.example_bytes(client.workload.input_shape)
         return example_bytes(client, self.input_bytes)
 
-    def reserve(self, client: ClientContext, task: Broadcast, memory: Memory | None = None) -> None:
-        """Declares the memory of a step on both batches."""
-        batch_size = min(self.stream_of(client)[0], self.batch_size, len(client.data.train))
-        batch_size += self.replay_batch_size if memory is not None and self.replays(memory) else 0
-        client.log.reserve(self.step_bytes(client.network, batch_size, self.copies(client, task)))
+    def stores_candidates(self, client: ClientContext) -> bool:
+        """Whether the candidates of this round would be gone if they were not stored."""
+        was_in_chunks = client.round > 1 and in_chunks(replace(client, round=client.round - 1))
+        return self.store == "samples" or in_chunks(client) or was_in_chunks
+
+
+def in_chunks(client: ClientContext) -> bool:
+    """Whether examples of this round are gone in the next one of the same task."""
+    workload, round = client.workload, client.round
+    return workload.phase(round + 1) == workload.phase(round) and workload.part(round + 1) != workload.part(round)
+
+
+class StreamReplayRun(ReplayRun):
+    """A round in which the memory follows the stream: there are no candidates.
+
+    Attributes:
+        num_new: how many of the examples to come the client has not met before.
+    """
+
+    num_new = 0
+
+    def before_training(self) -> None:
+        """Counts what is new: a part that stays is new once. State: part [], the last that was met."""
+        state = self.client.state
+        part, before = torch.tensor(self.client.workload.part(self.client.round)), state.get(PART)
+        state[PART] = part
+        self.num_new = 0 if before is not None and torch.equal(before, part) else len(self.client.data.train)
+
+    def advance_task(self) -> None:
+        """Notes the task; there is nothing to pick."""
+        self.client.state[PHASE] = torch.tensor(self.client.workload.phase(self.client.round))
+
+    def collect(self, names: Tensor) -> None:
+        """There are no candidates."""
+
+    def after_step(self, batch: StreamBatch) -> None:
+        """Takes new examples into account; later passes over the same ones bring nothing new."""
+        super().after_step(batch)
+        self.num_new -= len(batch.names)
+        if self.num_new >= 0:
+            self.remember(batch)
+
+    def remember(self, batch: StreamBatch) -> None:
+        """Takes examples that were trained on for the first time into the memory, or not."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what it keeps")
 
 
 class StreamReplayTrainer(ReplayTrainer):
@@ -344,6 +407,8 @@ class StreamReplayTrainer(ReplayTrainer):
     Raises:
         ConfigError: for these.
     """
+
+    run = StreamReplayRun
 
     def __init__(self, **replay: Any):
         for key in PICKING:

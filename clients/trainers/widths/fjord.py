@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from clients.trainers.base import ClientContext
-from clients.trainers.widths.subnet import SubnetTrainer
+from clients.trainers.sgd import Objective
+from clients.trainers.widths.subnet import SubnetRun, SubnetTrainer
 from devices.compression.channel_graph import BATCH_NORMS
 from devices.compression.channels import Kept
 from devices.compression.distil import Remembering, divergence
@@ -28,6 +29,78 @@ from fedsim.workloads.base import Tensors, Workload
 
 BOTH_COPIES = 1.0  # as large as the weights: the gradients of one network, while those of the other are made
 WIDTH = "width"  # beside the examples of a batch: which of the client's widths its step trains
+
+
+class Nested(Objective):
+    """CE(widest, labels) + (1 - alpha) CE(narrow, labels) + alpha T^2 KL(widest || narrow); logs its own passes.
+
+    Only one of the networks runs where the widest was drawn, or alpha is 0.
+
+    Args:
+        alpha: see `distil` of FjORDTrainer.
+        temperature: T.
+    """
+
+    def __init__(self, alpha: float, temperature: float):
+        self.alpha, self.temperature = alpha, temperature
+
+    def __call__(self, run: FjORDRun, batch: Tensors) -> Tensor:
+        client, slices, size = run.client, run.trainer.slices, run.client.workload.batch_size_of(batch)
+        workload, choice = client.workload, run.widths[int(batch[WIDTH])]
+        if choice is run.kept:
+            client.log.add(client.step_cost, size, forwards=1, backwards=1)
+            return workload.loss(client.model, batch)
+        client.log.add(slices.cost(choice), size, forwards=1, backwards=1)
+        tensors = slices.groups.within(dict(client.model.named_parameters()), choice, run.kept)
+        network = slices.network(choice).train()
+        narrow = Remembering(lambda x: functional_call(network, tensors, (x,)))
+        if not self.alpha:
+            return workload.loss(narrow, batch)  # type: ignore[arg-type]
+        client.log.add(client.step_cost, size, forwards=1, backwards=1)
+        widest = Remembering(client.model)
+        loss = workload.loss(widest, batch)  # type: ignore[arg-type]
+        if self.alpha < 1:
+            loss = loss + (1 - self.alpha) * workload.loss(narrow, batch)  # type: ignore[arg-type]
+        else:
+            narrow(batch["x"])
+        return loss + self.alpha * divergence(narrow.logits, widest.logits, self.temperature)
+
+
+class FjORDRun(SubnetRun):
+    """Subnet training with a width drawn for every step.
+
+    Attributes:
+        widths: what the client may train, narrow to wide; the last is all that it has.
+    """
+
+    trainer: FjORDTrainer
+
+    def __init__(self, trainer: FjORDTrainer, client: ClientContext, broadcast: Broadcast):
+        super().__init__(trainer, client, broadcast)
+        self.widths = trainer.widths(self.kept)
+
+    def batches(self) -> Iterator[Tensors]:
+        """The batches of plain SGD, each with the number of a width."""
+        draw = self.client.stream("widths")
+        for batch in super().batches():
+            yield {**batch, WIDTH: torch.randint(len(self.widths), (), generator=draw)}
+
+    def log_step(self, batch: int) -> None:
+        """The objective has logged what ran."""
+
+    def reserve(self) -> None:
+        """A step; with self-distillation the activations of a narrow network wait beside those of the widest."""
+        super().reserve()
+        trainer, cost = self.trainer, self.client.step_cost
+        if len(self.widths) == 1 or not trainer.distil:
+            return
+        batch, narrow = min(trainer.batch_size, len(self.client.data.train)), trainer.slices.cost(self.widths[-2])
+        more = batch * narrow.activation_bytes + round(BOTH_COPIES * cost.parameter_bytes)
+        self.client.log.reserve(trainer.step_bytes(cost, batch, self.copies()) + more)
+
+    def copies(self) -> float:
+        """Of a narrow step: its weights and their gradients, each below three quarters of the whole."""
+        return super().copies() + (1.5 if len(self.widths) > 1 else 0.0)
 
 
 class FjORDTrainer(SubnetTrainer):
@@ -42,6 +115,8 @@ class FjORDTrainer(SubnetTrainer):
         sgd: arguments of SGDTrainer.
     """
 
+    run = FjORDRun
+
     def __init__(self, levels: Sequence[float], distil: float = 1.0, temperature: float = 1.0, **sgd: Any):
         super().__init__(**sgd)
         if not levels or not all(isinstance(level, int | float) and 0 < level <= 1 for level in levels):
@@ -50,7 +125,7 @@ class FjORDTrainer(SubnetTrainer):
             raise ConfigError(f"trainer.distil must be in [0, 1], got {distil!r}")
         if not temperature > 0:
             raise ConfigError(f"trainer.temperature must be greater than 0, got {temperature!r}")
-        self.levels, self.distil, self.temperature = sorted(levels), distil, temperature
+        self.levels, self.distil, self.objective = sorted(levels), distil, Nested(distil, temperature)
 
     def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:
         """As for every part; batch norms would need statistics for each width.
@@ -71,53 +146,3 @@ class FjORDTrainer(SubnetTrainer):
         choices = [groups.first(level) for level in self.levels]
         inside = [c for c in choices if all(len(c[name]) <= len(kept[name]) for name in kept)]
         return [c for c in inside if any(len(c[name]) < len(kept[name]) for name in kept)] + [kept]
-
-    def batches(self, client: ClientContext, task: Broadcast) -> Iterator[Tensors]:
-        """The batches of plain SGD, each with the number of a width."""
-        draw, choices = client.stream("widths"), len(self.widths(self.kept(task)))
-        for batch in super().batches(client, task):
-            yield {**batch, WIDTH: torch.randint(choices, (), generator=draw)}
-
-    def loss(self, client: ClientContext, batch: Tensors, task: Broadcast) -> Tensor:
-        """CE(widest, labels) + (1 - alpha) CE(narrow, labels) + alpha T^2 KL(widest || narrow); logs its own passes.
-
-        Only one of the networks runs where the widest was drawn, or alpha is 0.
-        """
-        kept = self.kept(task)
-        widths, size = self.widths(kept), client.workload.batch_size_of(batch)
-        choice = widths[int(batch[WIDTH])]
-        if choice is kept:
-            client.log.add(client.network, size, forwards=1, backwards=1)
-            return super().loss(client, batch, task)
-        client.log.add(self.slices.cost(choice), size, forwards=1, backwards=1)
-        tensors = self.slices.groups.within(dict(client.model.named_parameters()), choice, kept)
-        network = self.slices.network(choice).train()
-        narrow = Remembering(lambda x: functional_call(network, tensors, (x,)))
-        if not self.distil:
-            return client.workload.loss(narrow, batch)  # type: ignore[arg-type]
-        client.log.add(client.network, size, forwards=1, backwards=1)
-        widest = Remembering(client.model)
-        loss = client.workload.loss(widest, batch)  # type: ignore[arg-type]
-        if self.distil < 1:
-            loss = loss + (1 - self.distil) * client.workload.loss(narrow, batch)  # type: ignore[arg-type]
-        else:
-            narrow(batch["x"])
-        return loss + self.distil * divergence(narrow.logits, widest.logits, self.temperature)
-
-    def reserve(self, client: ClientContext, task: Broadcast) -> None:
-        """A step; with self-distillation the activations of a narrow network wait beside those of the widest."""
-        super().reserve(client, task)
-        widths = self.widths(self.kept(task))
-        if len(widths) == 1 or not self.distil:
-            return
-        batch, weights = min(self.batch_size, len(client.data.train)), client.network.parameter_bytes
-        narrow = self.slices.cost(widths[-2])
-        more = batch * narrow.activation_bytes + round(BOTH_COPIES * weights)
-        client.log.reserve(self.step_bytes(client.network, batch, self.copies(client, task)) + more)
-
-    def copies(self, client: ClientContext, task: Broadcast) -> float:
-        """Of a narrow step: its weights and their gradients, each below three quarters of the whole."""
-        return super().copies(client, task) + (1.5 if len(self.widths(self.kept(task))) > 1 else 0.0)
-
-    def log_step(self, client: ClientContext, batch: int) -> None:
-        """Nothing: `loss` has said what ran."""

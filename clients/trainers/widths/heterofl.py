@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from clients.trainers.base import ClientContext
-from clients.trainers.widths.subnet import SubnetTrainer
+from clients.trainers.sgd import Objective
+from clients.trainers.widths.subnet import SubnetRun, SubnetTrainer
 from devices.compression.channel_graph import BATCH_NORMS
 from devices.compression.channels import Kept
 from devices.meter import inference_memory_bytes
@@ -27,6 +28,37 @@ from fedsim.workloads.classification import classification
 
 STATISTICS, EXAMPLES, CLASSES = "statistics", "examples", "classes"
 MOMENTS = ("running_mean", "running_var")
+
+
+class OwnClasses(Objective):
+    """The workload's loss with logits of 0 for the classes that the client has no example of."""
+
+    def __call__(self, run: HeteroFLRun, batch: Tensors) -> Tensor:
+        client, absent = run.client, ~run.present.to(batch["y"].device)
+        handle = client.model.register_forward_hook(lambda _, given, out: out.masked_fill(absent, 0.0))
+        try:
+            return client.workload.loss(client.model, batch)
+        finally:
+            handle.remove()
+
+
+class HeteroFLRun(SubnetRun):
+    """The local loop on the part; with masked labels, says which classes there are.
+
+    Attributes:
+        present: which classes the client has examples of, [classes] bool.
+    """
+
+    trainer: HeteroFLTrainer
+
+    def __init__(self, trainer: HeteroFLTrainer, client: ClientContext, broadcast: Broadcast):
+        super().__init__(trainer, client, broadcast)
+        self.present = torch.zeros(classification(client.workload).num_classes, dtype=torch.bool)
+        self.present[client.data.train.labels.flatten().unique().cpu()] = True
+
+    def update(self, train_loss: float) -> ClientUpdate:
+        extras = {CLASSES: {BITS: pack_bits(self.present)}} if self.trainer.mask_labels else {}
+        return replace(super().update(train_loss), extras=extras)
 
 
 class HeteroFLTrainer(SubnetTrainer):
@@ -40,9 +72,13 @@ class HeteroFLTrainer(SubnetTrainer):
         subnet: arguments of SubnetTrainer.
     """
 
+    run = HeteroFLRun
+
     def __init__(self, scale: bool = True, mask_labels: bool = True, static_norm: bool = True, **subnet: Any):
         super().__init__(**subnet)
         self.scale, self.mask_labels, self.static_norm = scale, mask_labels, static_norm
+        if mask_labels:
+            self.objective = OwnClasses()
 
     def prepare(self, network: nn.Module, kept: Kept) -> None:
         """Hangs the scaler on every layer that makes channels of a narrowed group, and makes batch norms static."""
@@ -58,53 +94,28 @@ class HeteroFLTrainer(SubnetTrainer):
                         lambda layer, _, out, share=share: out / share if layer.training else out
                     )
 
-    def fit(self, client: ClientContext, task: Broadcast) -> ClientUpdate:
-        """The local loop on the part; with masked labels, says which classes there are."""
-        update = super().fit(client, task)
-        if not self.mask_labels:
-            return update
-        return replace(update, extras={CLASSES: {BITS: pack_bits(~_absent(client).cpu())}})
-
-    def loss(self, client: ClientContext, batch: Tensors, task: Broadcast) -> Tensor:
-        """The workload's loss, without the classes that the client does not have."""
-        if not self.mask_labels:
-            return super().loss(client, batch, task)
-        absent = _absent(client).to(batch["y"].device)
-        handle = client.model.register_forward_hook(lambda _, given, out: out.masked_fill(absent, 0.0))
-        try:
-            return super().loss(client, batch, task)
-        finally:
-            handle.remove()
-
     @torch.no_grad()
-    def answer(self, client: ClientContext, question: str, task: Broadcast) -> dict[str, Tensors]:
+    def answer(self, client: ClientContext, question: str, broadcast: Broadcast) -> dict[str, Tensors]:
         """For "statistics": means and variances of the batches of the client's own examples, through its part.
 
         Batches differ by one example at most, and count alike; a client with a single example says nothing.
         """
         if question != STATISTICS:
-            return super().answer(client, question, task)
-        narrowed = self.narrowed(client, self.kept(task), task.weights)
+            return super().answer(client, question, broadcast)
+        narrowed = self.narrowed(client, self.kept(broadcast), broadcast.weights)
         norms, examples = _batch_norms(narrowed.model), len(client.data.train)
-        client.log.reserve(inference_memory_bytes(narrowed.network, min(examples, max(2, self.batch_size))))
+        client.log.reserve(inference_memory_bytes(narrowed.step_cost, min(examples, max(2, self.batch_size))))
         if examples > 1:
             for norm in norms.values():
                 norm.reset_running_stats()
                 norm.track_running_stats, norm.momentum = True, None  # the mean over all batches
             for rows in torch.arange(examples).tensor_split(-(-examples // max(2, self.batch_size))):
                 narrowed.model(client.data.train.gather(rows)["x"])
-                client.log.add(narrowed.network, len(rows), forwards=1)
+                client.log.add(narrowed.step_cost, len(rows), forwards=1)
             for norm in norms.values():
                 norm.track_running_stats = False
         found = {f"{name}.{m}": getattr(norm, m).clone() for name, norm in norms.items() for m in MOMENTS}
         return {STATISTICS: {**found, EXAMPLES: torch.tensor(examples if examples > 1 else 0)}}
-
-
-def _absent(client: ClientContext) -> Tensor:
-    """Classes that the client has no example of, [classes] bool."""
-    absent = torch.ones(classification(client.workload).num_classes, dtype=torch.bool)
-    absent[client.data.train.labels.flatten().unique().cpu()] = False
-    return absent
 
 
 def _batch_norms(network: nn.Module) -> dict[str, Any]:

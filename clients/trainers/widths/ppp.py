@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clients.trainers.base import ClientContext
+from clients.trainers.sgd import Objective, SGDRun
 from clients.trainers.widths.subnet import SubnetTrainer
 from devices.compression.channels import Kept
 from devices.compression.gates import (
@@ -43,21 +44,119 @@ GATES, MASK, SHARE = "gates", "mask", "share"  # extra records
 MASKED = "masked"  # setting of the strategy
 MASKS = ("personal", "other", "global", "random", "magnitude")
 CONTROLS = (*MASKS[1:], "gates", "dense")
+ORACLES = {"other", "global"}
 REGULARISERS = ("per_layer", "flops")
+
+
+class Gated(Objective):
+    """L = L_inst + L_proto + beta L_reg + gamma L_div of one user's batch; the workload's loss where gates are open.
+
+    Args:
+        beta, reg_mode, diversity, gate_noise: see PPPTrainer; diversity is gamma.
+    """
+
+    def __init__(self, beta: float, reg_mode: str, diversity: float, gate_noise: bool):
+        self.beta, self.reg_mode, self.diversity, self.gate_noise = beta, reg_mode, diversity, gate_noise
+
+    def __call__(self, run: PPPRun, batch: Tensors) -> Tensor:
+        workload, network, extras = run.client.workload, run.client.model, run.broadcast.extras
+        if not isinstance(network, GatedNetwork):
+            return workload.loss(network, batch)
+        ratio = float(batch[RATIO]) if RATIO in batch else run.trainer.ratio(run.broadcast)
+        gates, noise = network.gates, run.client.stream("gate-noise") if self.gate_noise else None
+        if ratio == 1:  # the gates' gradients are zero, but they have some
+            nothing = sum(p.sum() for p in gates.parameters()) * 0
+            return workload.loss(network.network, batch) + nothing
+        alone, user = PerSample(gates, ratio, noise), PerUser(gates, ratio, noise=noise)
+        loss = workload.loss(network.through(alone), batch) + workload.loss(network.through(user), batch)
+        flops = run.trainer.flops
+        budget = self.regulariser(alone.values, ratio, flops) + self.regulariser(user.values, ratio, flops)
+        loss = loss + self.beta * budget
+        if self.diversity and SHARE in extras:
+            share = extras[SHARE]
+            loss = loss + self.diversity * sum(likeness(p[0], share[n]) for n, p in user.prototypes.items())
+        return loss
+
+    def regulariser(self, values: Mapping[str, Tensor], ratio: float, flops: Mapping[str, float]) -> Tensor:
+        """L_reg of one path from its straight-through gates, [batch, units] by group, and the FLOPs of their layers."""
+        means = {name: gates.mean() for name, gates in values.items()}
+        if self.reg_mode == "per_layer":
+            return torch.stack([(mean - ratio) ** 2 for mean in means.values()]).sum()
+        total = sum(flops.values())
+        return (torch.stack([mean * (flops[n] / total) for n, mean in means.items()]).sum() - ratio) ** 2
+
+
+class PPPRun(SGDRun):
+    """Finds the client's mask, then trains all that was sent, or only what the mask keeps (masked training)."""
+
+    trainer: PPPTrainer
+
+    def fit(self) -> ClientUpdate:
+        trainer, sent, groups = self.trainer, self.broadcast, self.trainer.slices.groups
+        trainer.check_settings(sent)
+        ratio, held, masked = trainer.ratio(sent), trainer.kept(sent), bool(sent.settings.get(MASKED, False))
+        weights = trainer.fitting(sent.weights, held)
+        own = wanted = held
+        extras: dict[str, Tensors] = {}
+        self.client = trainer.narrowed(self.client, held, weights)
+        if ratio < 1:
+            gates = trainer.gates(sent)
+            if trainer.levels and not gates.conditioned:
+                raise ConfigError(
+                    f"trainer.levels={trainer.levels} needs gates that read the keep ratio: set "
+                    "strategy.budget_conditioned=true, or leave trainer.levels out"
+                )
+            found = trainer.personal(self.client, gates, held, ratio)
+            wanted = gates.kept(found.wanted)
+            if masked:
+                own = gates.kept(found.masks)
+                self.client = trainer.narrowed(self.client, own, groups.within(weights, own, held))
+            self.client = trainer.gated(self.client, gates, own)
+            extras[GATES] = {name: t.detach() for name, t in gates.state_dict().items()}
+        self.reserve()
+        train_loss = self.train(self.batches())
+        if masked:
+            extras[KEPT] = {BITS: groups.pack(own)}
+        if not masked or not _equal(own, wanted):
+            extras[MASK] = {BITS: groups.pack(wanted)}
+        metrics = {"train_loss": train_loss, "keep_ratio": trainer.plan.keep_ratio(wanted)}
+        update = trainer.returned(self.client.weights, own, sent.weights)
+        return ClientUpdate(self.client.client_id, len(self.client.data.train), update, metrics, extras)
+
+    def log_step(self, batch: int) -> None:
+        """Both paths, where gates are at work."""
+        passes = 2 if isinstance(self.client.model, GatedNetwork) else 1
+        self.client.log.add(self.client.step_cost, batch, forwards=passes, backwards=passes)
+
+    def reserve(self) -> None:
+        """The memory of a step; both paths are held until the backward pass."""
+        client, batch = self.client, min(self.trainer.batch_size, len(self.client.data.train))
+        cost = client.step_cost.twice() if isinstance(client.model, GatedNetwork) else client.step_cost
+        client.log.reserve(self.trainer.step_bytes(cost, batch, self.copies()))
+
+
+class OnDemand:
+    """What a PPPTrainer makes when it is first needed, of the model and of weights alone: the same for all clients."""
+
+    def __init__(self) -> None:
+        self.gates: Gates | None = None  # one object, loaded for each client
+        self.costs: dict[tuple[int, ...], NetworkCost] = {}
+        self.prototypes: tuple[tuple[float, ...], list[tuple[Tensors, Tensors]]] = ((), [])  # of all clients
 
 
 class PPPTrainer(SubnetTrainer):
     """SGD on cross-entropy under gates per example, plus the same under the user's prototype, plus the budget.
 
-    L = L_inst + L_proto + beta L_reg + gamma L_div. With keep ratio 1 the gates are open, both paths are one pass, and
-    this is plain SGD. Clients are judged with the network that their mask leaves, cut out for real, without training.
+    With keep ratio 1 the gates are open, both paths are one pass, and this is plain SGD. Clients are judged with the
+    network that their mask leaves, cut out for real, without training.
 
     Args:
         mask_mode: "threshold" keeps channels whose prototype is above one half; "topk" exactly the keep ratio.
         mask: what a client is judged with. Controls: "other" is the next client's mask, "global" that of the mean
             prototype of all clients, "random" a permutation of the own mask, "magnitude" the filters with the largest
             weights; all at the personal mask's channel counts but "other" and "global", which choose by mask_mode.
-            "other" and "global" are ORACLES: they read other clients' examples, and no bytes are counted for that.
+            "other" and "global" are ORACLES: they read other clients' examples, no bytes are counted for that, and
+            judged clients get the metric `oracle`.
         controls: further masks, "gates" (per example) or "dense", judged beside as `accuracy_NAME`; at no cost. At
             the ratios of `judged_at` they are judged too, as `accuracy_NAME_at_RATIO`.
         support: m, examples of the client's own training part that make its prototype.
@@ -69,6 +168,7 @@ class PPPTrainer(SubnetTrainer):
         subnet: arguments of SubnetTrainer.
     """
 
+    run = PPPRun
     known_settings = SubnetTrainer.known_settings | {RATIO, MASKED}
 
     def __init__(
@@ -100,8 +200,8 @@ class PPPTrainer(SubnetTrainer):
         if not all(0 < level <= 1 for level in levels):
             raise ConfigError(f"trainer.levels must be ratios in (0, 1], got {list(levels)}")
         self.mask_mode, self.mask, self.controls, self.support = mask_mode, mask, tuple(controls), support
-        self.beta, self.reg_mode, self.diversity = beta, reg_mode, diversity
-        self.levels, self.gate_noise = list(levels), gate_noise
+        self.levels, self.objective = list(levels), Gated(beta, reg_mode, diversity, gate_noise)
+        self.on_demand = OnDemand()
 
     def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:
         """Finds the channel groups that can be gated; gates come with the first broadcast that has some.
@@ -115,111 +215,34 @@ class PPPTrainer(SubnetTrainer):
                 self.plan = Gates(self.slices.model, self.slices.groups)
         except DeviceError as error:
             raise ConfigError(f"{error}; take another model or another method") from error
-        self._gates: Gates | None = None
-        self._costs: dict[tuple[int, ...], NetworkCost] = {}
-        self._flops: dict[str, float] = {}
-        self._prototypes: tuple[tuple[float, ...], list[dict[str, Tensor]]] = ((), [])
+        self.flops = layer_flops(self.slices.model, workload.sample(1)["x"], self.plan.names)  # of the gated layers
 
-    # --- training -----------------------------------------------------------------------------------------------------
-
-    def fit(self, client: ClientContext, task: Broadcast) -> ClientUpdate:
-        """Finds the client's mask, then trains all that was sent, or only what the mask keeps (masked training)."""
-        self.check_settings(task)
-        ratio, held, masked = self.ratio(task), self.kept(task), bool(task.settings.get(MASKED, False))
-        weights = self.fitting(task.weights, held)
-        own = wanted = held
-        extras: dict[str, Tensors] = {}
-        narrowed = self.narrowed(client, held, weights)
-        if ratio < 1:
-            gates = self.gates(task)
-            if self.levels and not gates.conditioned:
-                raise ConfigError(
-                    f"trainer.levels={self.levels} needs gates that read the keep ratio: set "
-                    "strategy.budget_conditioned=true, or leave trainer.levels out"
-                )
-            found = self.personal(narrowed, gates, held, ratio)
-            wanted = gates.kept(found.wanted)
-            if masked:
-                own = gates.kept(found.masks)
-                narrowed = self.narrowed(client, own, self.slices.groups.within(weights, own, held))
-            narrowed = self.gated(narrowed, gates, own)
-            extras[GATES] = {name: t.detach() for name, t in gates.state_dict().items()}
-        self.reserve(narrowed, task)
-        train_loss = self.train(narrowed, task, self.batches(narrowed, task))
-        groups = self.slices.groups
-        if masked:
-            extras[KEPT] = {BITS: groups.pack(own)}
-        if not masked or not _equal(own, wanted):
-            extras[MASK] = {BITS: groups.pack(wanted)}
-        metrics = {"train_loss": train_loss, "keep_ratio": self.plan.keep_ratio(wanted)}
-        update = self.returned(narrowed.weights, own, task.weights)
-        return ClientUpdate(client.client_id, len(client.data.train), update, metrics, extras)
-
-    def batches(self, client: ClientContext, task: Broadcast) -> Iterator[Tensors]:
+    def batches(self, client: ClientContext, broadcast: Broadcast) -> Iterator[Tensors]:
         """The batches of plain SGD, each with a keep ratio where levels are drawn."""
         network = client.model
         if not self.levels or not isinstance(network, GatedNetwork) or not network.gates.conditioned:
-            yield from super().batches(client, task)
+            yield from super().batches(client, broadcast)
             return
         draw, choices = client.stream("keep-ratios"), torch.tensor(self.levels)
-        for batch in super().batches(client, task):
+        for batch in super().batches(client, broadcast):
             yield {**batch, RATIO: choices[torch.randint(len(choices), (), generator=draw)]}
-
-    def loss(self, client: ClientContext, batch: Tensors, task: Broadcast) -> Tensor:
-        """L of section 2.3 for one user's batch; the workload's loss where gates are open."""
-        network = client.model
-        if not isinstance(network, GatedNetwork):
-            return super().loss(client, batch, task)
-        ratio = float(batch[RATIO]) if RATIO in batch else self.ratio(task)
-        gates, noise = network.gates, client.stream("gate-noise") if self.gate_noise else None
-        if ratio == 1:  # the gates' gradients are zero, but they have some
-            nothing = sum(p.sum() for p in gates.parameters()) * 0
-            return client.workload.loss(network.network, batch) + nothing
-        alone, user = PerSample(gates, ratio, noise), PerUser(gates, ratio, noise=noise)
-        loss = client.workload.loss(network.through(alone), batch) + client.workload.loss(network.through(user), batch)
-        budget = self.regulariser(network, alone.values, ratio) + self.regulariser(network, user.values, ratio)
-        loss = loss + self.beta * budget
-        if self.diversity and SHARE in task.extras:
-            share = task.extras[SHARE]
-            loss = loss + self.diversity * sum(likeness(p[0], share[n]) for n, p in user.prototypes.items())
-        return loss
-
-    def regulariser(self, network: GatedNetwork, values: Mapping[str, Tensor], ratio: float) -> Tensor:
-        """L_reg of one path from its straight-through gates, [batch, units] by group."""
-        means = {name: gates.mean() for name, gates in values.items()}
-        if self.reg_mode == "per_layer":
-            return torch.stack([(mean - ratio) ** 2 for mean in means.values()]).sum()
-        if not self._flops:
-            self._flops = layer_flops(self.slices.model, self.slices.workload.sample(1)["x"], network.gates.names)
-        total = sum(self._flops.values())
-        return (torch.stack([mean * (self._flops[n] / total) for n, mean in means.items()]).sum() - ratio) ** 2
-
-    def log_step(self, client: ClientContext, batch: int) -> None:
-        """Both paths, where gates are at work."""
-        passes = 2 if isinstance(client.model, GatedNetwork) else 1
-        client.log.add(client.network, batch, forwards=passes, backwards=passes)
-
-    def reserve(self, client: ClientContext, task: Broadcast) -> None:
-        """Declares the memory of a step; both paths are held until the backward pass."""
-        network, batch = client.network, min(self.batch_size, len(client.data.train))
-        if isinstance(client.model, GatedNetwork):
-            network = network.twice()
-        client.log.reserve(self.step_bytes(network, batch, self.copies(client, task)))
 
     # --- deployment ---------------------------------------------------------------------------------------------------
 
-    def evaluate(self, client: ClientContext, task: Broadcast) -> dict[str, float]:
+    def judge(self, client: ClientContext, broadcast: Broadcast) -> dict[str, float]:
         """Prunes the network for the client, without a gradient, and judges what remains on its held-out part."""
         if not len(client.data.test):
             return {}
-        ratio = self.ratio(task)
-        own = self.deployed(client, task, self.mask, ratio)
-        narrowed = self.narrowed(client, own, task.weights)
-        metrics = super(SubnetTrainer, self).evaluate(narrowed, task)
+        ratio = self.ratio(broadcast)
+        if ORACLES & {self.mask, *self.controls}:
+            client.oracle()  # marks the results of all clients, whatever their ratio
+        own = self.deployed(client, broadcast, self.mask, ratio)
+        narrowed = self.narrowed(client, own, broadcast.weights)
+        metrics = super(SubnetTrainer, self).judge(narrowed, broadcast)
         metrics["keep_ratio"] = self.plan.keep_ratio(own)
         aside = replace(client, log=type(client.log)(client.log.memory_bytes))  # controls are no work of the device
         for name, control, at in self.beside(ratio):
-            self.judge_beside(self.control(aside, task, control, at), name, metrics)
+            self.judge_beside(self.control(aside, broadcast, control, at), name, metrics)
         client.log.judged |= aside.log.judged
         return metrics
 
@@ -230,12 +253,12 @@ class PPPTrainer(SubnetTrainer):
             yield f"at_{float(at)}", self.mask, at
             yield from ((f"{control}_at_{float(at)}", control, at) for control in self.controls if control != "dense")
 
-    def deployed(self, client: ClientContext, task: Broadcast, mask: str, ratio: float) -> Kept:
+    def deployed(self, client: ClientContext, broadcast: Broadcast, mask: str, ratio: float) -> Kept:
         """The channels that a client deploys under a mask of MASKS; with keep ratio 1 all of them."""
         groups = self.slices.groups
         if ratio == 1:
             return groups.all()
-        gates = self.gates(task) if GATES in task.extras else None
+        gates = self.gates(broadcast) if GATES in broadcast.extras else None
         if gates is None:
             if mask not in ("random", "magnitude") or self.mask_mode != "topk":
                 raise ConfigError(
@@ -247,12 +270,12 @@ class PPPTrainer(SubnetTrainer):
         elif mask == "magnitude" and self.mask_mode == "topk":
             masks = gates.masks(gates.at_ratio(ratio))
         else:
-            dense = self.narrowed(client, groups.all(), task.weights)
+            dense = self.narrowed(client, groups.all(), broadcast.weights)
             if mask == "other":
-                prototypes = self.others(dense, task, gates, ratio)
+                prototypes = self.others(dense, broadcast, gates, ratio)
                 return gates.kept(prototypes[(client.client_id + 1) % len(prototypes)][1])
             if mask == "global":
-                prototypes = self.others(dense, task, gates, ratio)
+                prototypes = self.others(dense, broadcast, gates, ratio)
                 mean = {n: torch.stack([p[0][n] for p in prototypes]).mean(0) for n in gates.names}
                 return gates.kept({n: gates.choose(n, p, ratio, self.mask_mode) for n, p in mean.items()})
             masks = self.personal(dense, gates, groups.all(), ratio).masks
@@ -260,23 +283,23 @@ class PPPTrainer(SubnetTrainer):
             draw = torch_generator(client.seed, "random-mask", client.client_id)
             masks = {n: m.cpu()[torch.randperm(len(m), generator=draw)] for n, m in masks.items()}
         if mask == "magnitude":
-            scores = channel_scores(groups, {n: t.cpu() for n, t in task.weights.items()})
+            scores = channel_scores(groups, {n: t.cpu() for n, t in broadcast.weights.items()})
             for name, counted in masks.items():
                 best = scores[name].view(len(counted), -1).mean(1).argsort(descending=True, stable=True)
                 masks[name] = torch.zeros(len(counted)).bool().index_fill_(0, best[: int(counted.sum())], True)
         return gates.kept(masks)
 
-    def control(self, client: ClientContext, task: Broadcast, name: str, ratio: float) -> ClientContext:
+    def control(self, client: ClientContext, broadcast: Broadcast, name: str, ratio: float) -> ClientContext:
         """The client with the network of a control, and its price."""
         if name in MASKS:
-            return self.narrowed(client, self.deployed(client, task, name, ratio), task.weights)
+            return self.narrowed(client, self.deployed(client, broadcast, name, ratio), broadcast.weights)
         groups = self.slices.groups
-        dense = self.narrowed(client, groups.all(), task.weights)
-        if name == "dense" or ratio == 1 or GATES not in task.extras:
+        dense = self.narrowed(client, groups.all(), broadcast.weights)
+        if name == "dense" or ratio == 1 or GATES not in broadcast.extras:
             return dense
-        gates = self.gates(task)
+        gates = self.gates(broadcast)
         network = GatedNetwork(dense.model, gates).through(PerSample(gates, ratio))
-        return replace(dense, model=network, network=self.gated_cost(gates, groups.all()))
+        return replace(dense, model=network, step_cost=self.gated_cost(gates, groups.all()))
 
     def personal(self, client: ClientContext, gates: Gates, held: Kept, ratio: float) -> Personal:
         """The masks that the client's support gives; one forward pass, which the device pays for."""
@@ -292,56 +315,58 @@ class PPPTrainer(SubnetTrainer):
         return data.gather(order[: self.support])["x"]
 
     def others(
-        self, dense: ClientContext, task: Broadcast, gates: Gates, ratio: float
-    ) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+        self, dense: ClientContext, broadcast: Broadcast, gates: Gates, ratio: float
+    ) -> list[tuple[Tensors, Tensors]]:
         """Prototypes and masks of all clients under the dense network: an oracle, kept until weights change."""
-        tensors = [*task.weights.values(), *task.extras[GATES].values()]
+        tensors = [*broadcast.weights.values(), *broadcast.extras[GATES].values()]
         key = (ratio, *(float(t.double().sum()) for t in tensors))
-        if self._prototypes[0] != key:
-            network, found = GatedNetwork(dense.model, gates), []
-            for other in range(dense.workload.num_clients):
-                x = self.supported(dense.workload.client_data(other).train, dense.seed, other).to(dense.device)
+        if self.on_demand.prototypes[0] != key:
+            network, everybody, found = GatedNetwork(dense.model, gates), dense.oracle(), []
+            for other in range(everybody.num_clients):
+                x = self.supported(everybody.client_data(other).train, dense.seed, other).to(dense.device)
                 one = personal_masks(network, x, ratio, self.mask_mode)
                 found.append((one.prototypes, one.masks))
-            self._prototypes = (key, found)  # type: ignore[assignment]
-        return self._prototypes[1]  # type: ignore[return-value]
+            self.on_demand.prototypes = (key, found)
+        return self.on_demand.prototypes[1]
 
     # --- tensors and prices -------------------------------------------------------------------------------------------
 
-    def ratio(self, task: Broadcast) -> float:
+    def ratio(self, broadcast: Broadcast) -> float:
         """The keep ratio that the strategy sent.
 
         Raises:
             ConfigError: if it sent none.
         """
-        if RATIO not in task.settings:
+        if RATIO not in broadcast.settings:
             raise ConfigError(
                 f"{type(self).__name__} got no keep ratio; take the strategy that belongs to it, by method="
             )
-        return float(task.settings[RATIO])
+        return float(broadcast.settings[RATIO])
 
-    def gates(self, task: Broadcast) -> Gates:
+    def gates(self, broadcast: Broadcast) -> Gates:
         """The gates that the strategy sent; one object for all clients."""
-        tensors = task.extra(GATES)
-        if self._gates is None:
-            self._gates = Gates.like(tensors, self.slices.model, self.slices.groups).to(self.slices.device)
-        self._gates.load_state_dict(tensors)
-        return self._gates
+        tensors = broadcast.extra(GATES)
+        if self.on_demand.gates is None:
+            with torch.random.fork_rng(devices=[]):  # or the first client of a process would draw other dropout
+                gates = Gates.like(tensors, self.slices.model, self.slices.groups)
+            self.on_demand.gates = gates.to(self.slices.device)
+        self.on_demand.gates.load_state_dict(tensors)
+        return self.on_demand.gates
 
     def gated(self, client: ClientContext, gates: Gates, kept: Kept) -> ClientContext:
         """The client with its network under gates, both to be trained."""
         network = GatedNetwork(client.model, gates, kept).train()
         parameters = [*client.parameters, *gates.parameters()]
-        return replace(client, model=network, parameters=parameters, network=self.gated_cost(gates, kept))
+        return replace(client, model=network, parameters=parameters, step_cost=self.gated_cost(gates, kept))
 
     def gated_cost(self, gates: Gates, kept: Kept) -> NetworkCost:
         """What one example costs on one path of a narrowed network under gates."""
         sizes = tuple(map(len, kept.values()))
-        if sizes not in self._costs:
+        if sizes not in self.on_demand.costs:
             network = GatedNetwork(self.slices.groups.build(self.slices.model, kept), gates, kept)
             network.switch = PerSample(network.gates, 0.5)
-            self._costs[sizes] = price(self.slices.workload, network, f"{self.slices.cost(kept).name}, gated")
-        return self._costs[sizes]
+            self.on_demand.costs[sizes] = price(self.slices.workload, network, f"{self.slices.cost(kept).name}, gated")
+        return self.on_demand.costs[sizes]
 
     def fitting(self, weights: Tensors, held: Kept) -> Tensors:
         """The weights that were sent, with the client's own private ones cut to their sizes."""

@@ -8,19 +8,37 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from clients.trainers.base import ClientContext
-from clients.trainers.sgd import SGDTrainer
+from clients.trainers.sgd import SGDRun, SGDTrainer
 from devices.compression.channels import Kept
 from devices.cost import NetworkCost
 from fedsim.errors import ConfigError
 from fedsim.exchanges.slices import BITS, KEPT, RATIO, Slices
 from fedsim.messages.records import Broadcast, ClientUpdate
 from fedsim.workloads.base import Tensors, Workload
+
+
+class SubnetRun(SGDRun):
+    """The local loop on the part; returns its tensors.
+
+    Attributes:
+        kept: the channels that the server sent.
+    """
+
+    trainer: SubnetTrainer
+
+    def __init__(self, trainer: SubnetTrainer, client: ClientContext, broadcast: Broadcast):
+        self.kept = trainer.kept(broadcast)
+        super().__init__(trainer, trainer.narrowed(client, self.kept, broadcast.weights), broadcast)
+
+    def update(self, train_loss: float) -> ClientUpdate:
+        update, ratio = super().update(train_loss), self.trainer.slices.groups.keep_ratio(self.kept)
+        return replace(update, metrics={**update.metrics, "keep_ratio": ratio})
 
 
 class SubnetTrainer(SGDTrainer):
@@ -32,8 +50,8 @@ class SubnetTrainer(SGDTrainer):
         sgd: arguments of SGDTrainer.
     """
 
+    run: ClassVar[type[SGDRun]] = SubnetRun
     own_network = True
-    pure_loss = False
     slices: Slices
 
     def __init__(self, judged_at: Sequence[float] = (), **sgd: Any):
@@ -44,47 +62,42 @@ class SubnetTrainer(SGDTrainer):
 
     def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:
         """Finds the channel groups of the model."""
+        super().setup(workload, model, network)
         device = next(model.parameters()).device
         self.slices = Slices(workload, device, self.prepare)
 
     def prepare(self, network: nn.Module, kept: Kept) -> None:
         """Called once with every static network that is built, before it is used."""
 
-    def fit(self, client: ClientContext, task: Broadcast) -> ClientUpdate:
-        """The local loop of SGD on the part; returns its tensors."""
-        kept = self.kept(task)
-        update = super().fit(self.narrowed(client, kept, task.weights), task)
-        return replace(update, metrics={**update.metrics, "keep_ratio": self.slices.groups.keep_ratio(kept)})
-
-    def evaluate(self, client: ClientContext, task: Broadcast) -> dict[str, float]:
+    def judge(self, client: ClientContext, broadcast: Broadcast) -> dict[str, float]:
         """Metrics of the part that this device would run, and of other widths where those are asked for."""
-        groups, sent = self.slices.groups, self.kept(task)
-        own = groups.first(float(task.settings[RATIO])) if RATIO in task.settings else sent
-        metrics = super().evaluate(self.part(client, task, own, sent), task)
+        groups, sent = self.slices.groups, self.kept(broadcast)
+        own = groups.first(float(broadcast.settings[RATIO])) if RATIO in broadcast.settings else sent
+        metrics = super().judge(self.part(client, broadcast, own, sent), broadcast)
         for ratio in self.judged_at if len(client.data.test) else ():
-            self.judge_beside(self.part(client, task, groups.first(ratio), sent), f"at_{float(ratio)}", metrics)
+            self.judge_beside(self.part(client, broadcast, groups.first(ratio), sent), f"at_{float(ratio)}", metrics)
         return metrics
 
-    def part(self, client: ClientContext, task: Broadcast, kept: Kept, sent: Kept) -> ClientContext:
+    def part(self, client: ClientContext, broadcast: Broadcast, kept: Kept, sent: Kept) -> ClientContext:
         """The client with the network of some of the channels that were sent."""
-        return self.narrowed(client, kept, self.slices.groups.within(task.weights, kept, sent))
+        return self.narrowed(client, kept, self.slices.groups.within(broadcast.weights, kept, sent))
 
     def judge_beside(self, client: ClientContext, name: str, metrics: dict[str, float]) -> None:
         """Adds the accuracy of another network than the client's own, which is no work of its device."""
         metrics[f"accuracy_{name}"] = client.workload.evaluate(client.model, client.data.test)["accuracy"]
-        client.log.judged[name] = client.network
+        client.log.judged[name] = client.step_cost
 
-    def kept(self, task: Broadcast) -> Kept:
+    def kept(self, broadcast: Broadcast) -> Kept:
         """The channels that the server sent.
 
         Raises:
             ConfigError: if the strategy sends none.
         """
-        if KEPT not in task.extras:
+        if KEPT not in broadcast.extras:
             raise ConfigError(
                 f"{type(self).__name__} got no part of the network; take the strategy that belongs to it, by method=..."
             )
-        return self.slices.groups.unpack(task.extras[KEPT][BITS].cpu())
+        return self.slices.groups.unpack(broadcast.extras[KEPT][BITS].cpu())
 
     @torch.no_grad()
     def narrowed(self, client: ClientContext, kept: Kept, weights: Tensors) -> ClientContext:
@@ -108,5 +121,5 @@ class SubnetTrainer(SGDTrainer):
             model=network,
             parameters=[p for p in network.parameters() if p.requires_grad],
             weights=dict(own),
-            network=self.slices.cost(kept),
+            step_cost=self.slices.cost(kept),
         )
