@@ -1,9 +1,7 @@
 """The server half of EWC: averages the clients' estimates of each weight's importance, once per task.
 
 Source: Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", PNAS 2017; averaging the Fisher
-information over clients is fedsim's. Records: fisher, up, once per task: curvature [weights] float32, examples []
-int64; penalty, down, from the second task on: curvature, weighted [weights], constant [] float32, the sums over tasks
-of F, F w* and F w*^2, which is all that a sum of quadratics needs.
+information over clients is fedsim's. Records: see `fedsim.exchanges.ewc`.
 """
 
 from __future__ import annotations
@@ -14,12 +12,11 @@ import torch
 from flwr.app import ArrayRecord, Message
 
 from fedsim.errors import ConfigError
+from fedsim.exchanges.ewc import FISHER, PENALTY, QUESTION
 from fedsim.grid.edge import Enrolled
 from fedsim.messages.records import Broadcast, tensors_of
 from fedsim.workloads.base import Tensors
 from strategies.tasks import TaskStrategy
-
-FISHER, PENALTY = "fisher", "penalty"
 
 
 class EWC(TaskStrategy):
@@ -29,7 +26,7 @@ class EWC(TaskStrategy):
         stream: arguments of TaskStrategy: `tasks`, `rounds` and those of FedAvg.
     """
 
-    question: ClassVar[str] = "query.fisher"
+    question: ClassVar[str] = f"query.{QUESTION}"
 
     def __init__(self, **stream: Any):
         super().__init__(**stream)

@@ -4,9 +4,7 @@ Statistics of static batch norms are collected when training is done, not while 
 "HeteroFL", ICLR 2021, section 3, and its code (`fed.py`: clients count alike; rows of the classifier, where labels are
 masked, only those of the client's own classes). Differs: each client looks at its data through the part that it trains,
 and each channel's statistics are the mean over those who hold it, weighted by examples; the authors' code passes the
-data through the whole network. Records: statistics, up, asked before the weights are judged: for each batch norm
-running_mean and running_var [channels of the part] float32, examples [] int64; classes, up where labels are masked:
-bits [ceil(classes / 8)] uint8; else those of `strategies.subnet`.
+data through the whole network. Records: see `fedsim.exchanges.heterofl`.
 """
 
 from __future__ import annotations
@@ -16,17 +14,16 @@ from typing import Any
 import torch
 from flwr.app import ArrayRecord, Message
 
+from devices.compression.bits import unpack_bits
 from devices.compression.channel_graph import BATCH_NORMS
-from fedsim.exchanges.slices import BITS, unpack_bits
+from fedsim.exchanges.heterofl import CLASSES, EXAMPLES, MOMENTS, QUESTION, STATISTICS
+from fedsim.exchanges.slices import BITS
 from fedsim.grid.edge import EdgeGrid
 from fedsim.messages.records import ClientUpdate, content_of, record_of, tensors_of
 from fedsim.models.roles import head
 from fedsim.workloads.base import Tensors
 from strategies.coordinates import Entries, Part, mean_by_coordinate
 from strategies.widths import WidthStrategy
-
-QUERY, STATISTICS, EXAMPLES, CLASSES = "query.statistics", "statistics", "examples", "classes"
-MOMENTS = ("running_mean", "running_var")
 
 
 class HeteroFL(WidthStrategy):
@@ -63,7 +60,7 @@ class HeteroFL(WidthStrategy):
         messages = []
         for client in grid.reachable(grid.get_node_ids()):
             broadcast = self.broadcast(number, grid.client(client), self.weights)
-            messages.append(Message(content_of(broadcast, record_of(broadcast.weights)), client, QUERY))
+            messages.append(Message(content_of(broadcast, record_of(broadcast.weights)), client, f"query.{QUESTION}"))
         parts = []
         for reply in grid.send_and_receive(messages):
             moments = tensors_of(reply.content.array_records[STATISTICS])

@@ -2,10 +2,7 @@
 
 Source: Yoon et al., "FedMix: Approximation of Mixup under Mean Augmented Federated Learning", ICLR 2021, algorithm 1
 (recalled; the exchange before round 1 as in Flower's baseline, which however sends the pool anew in every round).
-Records: averages, up, once for each version of a client's data: x [groups, *input], y [groups, classes], and for uint8
-low, step [groups]; room, up with them: bytes [], version []. pool, down: the pairs that a client does not hold yet, in
-the form of averages; pool-dropped, down: rows [pairs] int64 of those that it holds and that are no more. An update's
-metric data_version tells when its client's data have changed: it is asked again.
+Records: see `fedsim.exchanges.mafl`.
 """
 
 from __future__ import annotations
@@ -23,6 +20,19 @@ from torch import Tensor
 
 from fedsim.errors import ConfigError
 from fedsim.exchanges.averages import from_uint8, to_uint8
+from fedsim.exchanges.mafl import (
+    AVERAGES,
+    DROPPED,
+    GROUP_SIZE,
+    KEPT,
+    MIN_GROUP_SIZE,
+    POOL,
+    POOL_DTYPE,
+    QUESTION,
+    ROOM,
+    SIZE,
+    VERSION,
+)
 from fedsim.grid.edge import EdgeGrid
 from fedsim.messages.records import record_of, tensors_of
 from fedsim.seeding import generator, torch_generator
@@ -30,9 +40,6 @@ from fedsim.workloads.base import Tensors
 from strategies.edge import edge_grid
 from strategies.wrapping import WrappingStrategy
 
-QUERY, AVERAGES, ROOM, POOL = "query.averages", "averages", "room", "pool"
-SIZE, KEPT, DROPPED = "pool-size", "pool-kept", "pool-dropped"
-VERSION = "data_version"
 ALL: Final = "all"
 RETIRED = -1  # owner of pairs of data that are no more
 
@@ -91,9 +98,9 @@ class Mafl(WrappingStrategy):
         self.exclude_own, self.source = exclude_own, pool_source
         self.question = ConfigRecord(
             {
-                "group-size": 0 if group_size == ALL else int(group_size),
-                "min-group-size": min_group_size,
-                "pool-dtype": pool_dtype,
+                GROUP_SIZE: 0 if group_size == ALL else int(group_size),
+                MIN_GROUP_SIZE: min_group_size,
+                POOL_DTYPE: pool_dtype,
             }
         )
         self.pool: Tensors = {}
@@ -154,7 +161,7 @@ class Mafl(WrappingStrategy):
         asked = grid.get_node_ids() if not self.version else cohort
         missing = grid.reachable(client for client in asked if client not in self.room)
         content = RecordDict({"config": self.question})
-        for reply in grid.send_and_receive([Message(content, client, QUERY) for client in missing]):
+        for reply in grid.send_and_receive([Message(content, client, f"query.{QUESTION}") for client in missing]):
             client, answer = reply.metadata.src_node_id, reply.content
             facts = tensors_of(answer.array_records[ROOM])
             self.room[client], self.version[client] = int(facts["bytes"]), int(facts["version"])

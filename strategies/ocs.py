@@ -1,9 +1,7 @@
 """The server half of federated continual learning with coresets on the devices.
 
 Source: Yoon et al., "Online Coreset Selection for Rehearsal-based Continual Learning", ICLR 2022, for one learner; the
-federated protocol is fedsim's. Records: reference, both ways, only with trainer.ref_scope=global: direction [weights]
-float32 of length 1, the gradient of the coreset (down: of all of them); examples [] int64, up. The coresets stay where
-they are.
+federated protocol is fedsim's. Records: see `fedsim.exchanges.ocs`.
 """
 
 from __future__ import annotations
@@ -12,12 +10,11 @@ from typing import Any, ClassVar
 
 import torch
 
+from fedsim.exchanges.ocs import QUESTION, REFERENCE
 from fedsim.grid.edge import Enrolled
 from fedsim.messages.records import Broadcast, ClientUpdate
 from fedsim.workloads.base import Tensors
 from strategies.tasks import TaskStrategy
-
-REFERENCE = "reference"
 
 
 class OCS(TaskStrategy):
@@ -30,7 +27,7 @@ class OCS(TaskStrategy):
         stream: arguments of TaskStrategy: `tasks`, `rounds` and those of FedAvg.
     """
 
-    question: ClassVar[str] = "query.end_of_task"
+    question: ClassVar[str] = f"query.{QUESTION}"
 
     def __init__(self, **stream: Any):
         super().__init__(**stream)

@@ -1,11 +1,8 @@
 """Prototype-based personalised pruning, federated: clients train one network and its gates, each for its own channels.
 
 After Kim et al., "Prototype-based Personalized Pruning", ICASSP 2021: a reconstruction from the abstract and the patent
-abstract, federated by us, so no figure of it is the paper's; a patent (US 12 505 348 B2) covers the idea. Records:
-arrays, both ways: the network, or the part that the client trains. gates, both ways where the keep ratio is below 1:
-its gate modules. kept, down and, in masked training, up: bits [ceil(C / 8)] uint8, the channels of arrays. mask, up,
-where it differs from kept: bits of the channels that the client's prototype asks for; masked training sends them in its
-next round. share, down, with diversity above 0: by group, the share of clients that keep a unit.
+abstract, federated by us, so no figure of it is the paper's; a patent (US 12 505 348 B2) covers the idea. Records: see
+`fedsim.exchanges.ppp`.
 """
 
 from __future__ import annotations
@@ -23,6 +20,7 @@ from devices.compression.gates import Gates, mean_jaccard_distance
 from devices.compression.prune import largest_ratio
 from devices.errors import DeviceError
 from fedsim.errors import ConfigError
+from fedsim.exchanges.ppp import GATES, MASK, MASKED, SHARE
 from fedsim.exchanges.slices import BITS, KEPT, RATIO
 from fedsim.grid.edge import Enrolled
 from fedsim.grid.server_half import ServerContext
@@ -31,9 +29,6 @@ from fedsim.seeding import derive
 from fedsim.workloads.base import Tensors
 from strategies.edge import EdgeStrategy
 from strategies.widths import Ratio, WidthStrategy
-
-GATES, MASK, SHARE = "gates", "mask", "share"  # extra records
-MASKED = "masked"  # setting for the trainer
 
 
 class PPPStrategy(WidthStrategy):

@@ -2,22 +2,19 @@
 
 Source: Vahidian et al., "Personalized Federated Learning by Structured and Unstructured Pruning under Data
 Heterogeneity", ICDCS Workshops 2021, the unstructured form. Differs: the mean is weighted by examples, as everywhere
-here. Records: arrays, both ways: the network, zero where pruned, up; mask, up: by weight, bits [ceil(entries / 8)]
-uint8.
+here. Records: see `fedsim.exchanges.sub_fedavg`.
 """
 
 from __future__ import annotations
 
 from typing import ClassVar
 
-from fedsim.exchanges.slices import unpack_bits
+from fedsim.exchanges.sub_fedavg import MASK, unpacked
 from fedsim.grid.edge import Enrolled
 from fedsim.messages.records import Broadcast, ClientUpdate
 from fedsim.workloads.base import Tensors
 from strategies.coordinates import Mask, Part, mean_by_coordinate
 from strategies.edge import EdgeStrategy
-
-MASK = "mask"
 
 
 class SubFedAvg(EdgeStrategy):
@@ -37,5 +34,5 @@ class SubFedAvg(EdgeStrategy):
 
     def part(self, update: ClientUpdate) -> Part:
         """Returns a client's network with its masks."""
-        masks = {name: Mask(unpack_bits(b, self.weights[name].shape)) for name, b in update.extra(MASK).items()}
+        masks = {name: Mask(mask) for name, mask in unpacked(update.extra(MASK), self.weights).items()}
         return Part(update.num_examples, update.weights, masks)

@@ -9,8 +9,8 @@ from flwr.app import ConfigRecord
 
 from clients.app import Worker
 from clients.trainers.personal.sub_fedavg import SubFedAvgTrainer, alive
+from devices.compression.bits import pack_bits, unpack_bits
 from fedsim.errors import ConfigError
-from fedsim.exchanges.slices import pack_bits, unpack_bits
 from fedsim.messages.records import ARRAYS, ClientUpdate, record_bytes, tensors_of, unpacked
 from fedsim.settings.build import build_world
 from strategies.sub_fedavg import SubFedAvg

@@ -9,9 +9,10 @@ from flwr.app import ConfigRecord, RecordDict
 from torch.nn import functional as F
 
 from clients.app import Worker
+from devices.compression.bits import pack_bits, unpack_bits
 from devices.profile import load_profile
 from fedsim.errors import ConfigError
-from fedsim.exchanges.slices import BITS, KEPT, pack_bits, unpack_bits
+from fedsim.exchanges.slices import BITS, KEPT
 from fedsim.grid.edge import Enrolled
 from fedsim.messages.records import ARRAYS, ClientUpdate, broadcast_of, payload_bytes, record_of, tensors_of
 from fedsim.report.rounds import weights_sha256

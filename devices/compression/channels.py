@@ -13,6 +13,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
+from devices.compression.bits import pack_bits, unpack_bits
 from devices.compression.channel_graph import BATCH_NORMS, CONVOLUTIONS, TRANSPOSED, ChannelGroup, Coupling, find_groups
 from devices.errors import DeviceError, one_line, unknown
 
@@ -103,17 +104,14 @@ class ChannelGroups:
 
     def pack(self, kept: Kept) -> Tensor:
         """One bit per channel of all groups, first bit highest, [ceil(channels / 8)] uint8: what a message carries."""
-        bits = torch.cat(list(self.mask_of(kept).values())).to(torch.uint8)
-        bits = torch.nn.functional.pad(bits, (0, -len(bits) % 8)).view(-1, 8)
-        return (bits << torch.arange(7, -1, -1)).sum(1).to(torch.uint8)
+        return pack_bits(torch.cat(list(self.mask_of(kept).values())))
 
     def unpack(self, packed: Tensor) -> Kept:
         """The inverse of `pack`."""
-        bits = (packed.view(-1, 1) >> torch.arange(7, -1, -1, dtype=torch.uint8) & 1).flatten().bool()
         sizes = [group.channels for group in self.groups.values()]
         if -(-sum(sizes) // 8) != len(packed):
             raise DeviceError(f"a mask of {sum(sizes)} channels takes {-(-sum(sizes) // 8)} bytes, got {len(packed)}")
-        return self.kept_of(dict(zip(self.groups, bits[: sum(sizes)].split(sizes), strict=True)))
+        return self.kept_of(dict(zip(self.groups, unpack_bits(packed, (sum(sizes),)).split(sizes), strict=True)))
 
     def keep_ratio(self, kept: Kept) -> float:
         """Channels that stay over channels that there are."""

@@ -16,6 +16,7 @@ from annotated_types import Interval
 from torch import Tensor
 
 from devices.bounds import Checked
+from devices.compression.bits import pack_bits, unpack_bits
 from devices.errors import DeviceError
 
 LARGEST = 127  # of symmetric int8
@@ -116,7 +117,7 @@ class UpdateCompressor(Checked, group="uplink"):
                 return None, nothing
             places = mask.nonzero().flatten()
             bitmap = len(update) / 8 < 4 * len(places)
-            return places, _bits(mask) if bitmap else places.to(torch.int32)
+            return places, pack_bits(mask) if bitmap else places.to(torch.int32)
         if self.select == "all" or count == len(update):
             return None, nothing
         if self.select == "random":
@@ -151,14 +152,8 @@ def _read(index: Tensor, count: int, total: int) -> Tensor | None:
     if index.dtype == torch.int64:
         return _drawn(index, count, total)
     if index.dtype == torch.uint8:
-        bits = (index.view(-1, 1) >> torch.arange(7, -1, -1, dtype=torch.uint8)) & 1
-        return bits.flatten()[:total].nonzero().flatten()
+        return unpack_bits(index, (total,)).nonzero().flatten()
     return index.long() if len(index) or not count else None
-
-
-def _bits(mask: Tensor) -> Tensor:
-    rows = torch.nn.functional.pad(mask.to(torch.uint8), (0, -len(mask) % 8)).view(-1, 8)
-    return (rows << torch.arange(7, -1, -1, device=mask.device)).sum(1).to(torch.uint8)
 
 
 def _drawn(seed: Tensor, count: int, total: int) -> Tensor:

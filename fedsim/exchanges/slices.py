@@ -6,9 +6,8 @@ bit per channel travel.
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from typing import Protocol
@@ -123,15 +122,3 @@ class Slices:
         """Predicted milliseconds of a training step of the narrowed network on a device."""
         work = Work((Passes(self.cost(kept), batch, 1, 1),))
         return 1e3 * latency.compute_s(work, profile)
-
-
-def pack_bits(mask: torch.Tensor) -> torch.Tensor:
-    """One bit per entry, first bit highest, [ceil(entries / 8)] uint8: what a message carries of a mask."""
-    bits = nn.functional.pad(mask.flatten().to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
-    return (bits << torch.arange(7, -1, -1, device=mask.device)).sum(1).to(torch.uint8)
-
-
-def unpack_bits(bits: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """The inverse of `pack_bits`, for a mask of this shape."""
-    flat = (bits.view(-1, 1) >> torch.arange(7, -1, -1, dtype=torch.uint8) & 1).flatten()
-    return flat[: math.prod(shape)].view(*shape).bool()

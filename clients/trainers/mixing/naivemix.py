@@ -17,14 +17,24 @@ from clients.trainers.base import ClientContext
 from clients.trainers.mixing.mixup import MixupRun, MixupTrainer, embedding_of
 from fedsim.errors import ConfigError
 from fedsim.exchanges.averages import averages, from_uint8, to_uint8
+from fedsim.exchanges.mafl import (
+    AVERAGES,
+    DROPPED,
+    GROUP_SIZE,
+    KEPT,
+    MIN_GROUP_SIZE,
+    POOL,
+    POOL_DTYPE,
+    QUESTION,
+    ROOM,
+    SIZE,
+    VERSION,
+)
 from fedsim.messages.records import OF_REPLY, Broadcast, ClientUpdate
 from fedsim.workloads.base import Tensors, Workload
 from fedsim.workloads.classification import classification
 
-QUESTION, AVERAGES, ROOM, POOL = "averages", "averages", "room", "pool"
 HELD = f"{OF_REPLY}{POOL}_"  # state: the pool as the server believes it to be with the client
-SIZE, KEPT, DROPPED = "pool-size", "pool-kept", "pool-dropped"
-VERSION = "data_version"
 
 
 class PoolRun(MixupRun):
@@ -83,19 +93,19 @@ class NaiveMixTrainer(MixupTrainer):
         if question != QUESTION:
             return super().answer(client, question, broadcast)
         asked, data = broadcast.settings, client.data.train
-        size = int(asked["group-size"]) or len(data)
+        size = int(asked[GROUP_SIZE]) or len(data)
         cost = self.mixed_cost or client.step_cost
         copies = self.objective.copies(MixupRun(self, client, broadcast))
         room = max(0, client.profile.memory_bytes - self.step_bytes(cost, min(self.batch_size, len(data)), copies))
         facts = {"bytes": torch.tensor(room), "version": torch.tensor(self.data_version(client))}
         records: dict[str, Tensors] = {ROOM: facts}
-        if len(data) < size or size < int(asked["min-group-size"]):
+        if len(data) < size or size < int(asked[MIN_GROUP_SIZE]):
             return records
         tokens = not data.gather(torch.arange(1))["x"].is_floating_point()
         vocabulary = embedding_of(client.model).num_embeddings if tokens else None
         pairs = averages(data, size, classification(client.workload).num_classes, client.stream("averages"), vocabulary)
         pairs = self.protect(pairs, client.stream("average-noise"))
-        if asked["pool-dtype"] == "uint8":
+        if asked[POOL_DTYPE] == "uint8":
             pairs |= to_uint8(pairs["x"])
         return {**records, AVERAGES: pairs}
 

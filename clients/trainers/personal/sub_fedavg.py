@@ -3,7 +3,8 @@
 Source: Vahidian et al., "Personalized Federated Learning by Structured and Unstructured Pruning under Data
 Heterogeneity", ICDCS Workshops 2021, the unstructured form. Differs: the accuracy that permits pruning is measured on a
 validation split of the client's training part, where the authors' code takes the test split. Masks are unstructured, so
-a device gains memory and bytes from them, but no time. Records: see `strategies.sub_fedavg`.
+a device gains memory and bytes from them, but no time. Records: see `fedsim.exchanges.sub_fedavg`. State:
+mask.*, by weight, [entries] bool.
 """
 
 from __future__ import annotations
@@ -19,12 +20,10 @@ from clients.trainers.base import ClientContext, Gradients
 from clients.trainers.sgd import SGDRun, SGDTrainer
 from devices.cost import NetworkCost
 from fedsim.errors import ConfigError
-from fedsim.exchanges.slices import pack_bits
+from fedsim.exchanges.sub_fedavg import MASK, packed
 from fedsim.messages.records import Broadcast, ClientUpdate
 from fedsim.seeding import torch_generator
 from fedsim.workloads.base import ClientData, Examples, Tensors, Workload
-
-MASK = "mask"  # extra record, and group of a client's state: by weight, [entries] bool
 
 
 class SubFedAvgRun(SGDRun):
@@ -54,9 +53,9 @@ class SubFedAvgRun(SGDRun):
             self.masks = late
             apply(self.masks, whole.weights)
         whole.state.store(MASK, self.masks)
-        shared = {name: pack_bits(mask) for name, mask in self.masks.items() if name not in trainer.private}
+        record = packed({name: mask for name, mask in self.masks.items() if name not in trainer.private})
         metrics = {"train_loss": train_loss, "sparsity": 1 - alive(self.masks)}
-        return ClientUpdate(whole.client_id, len(self.client.data.train), whole.weights, metrics, {MASK: shared})
+        return ClientUpdate(whole.client_id, len(self.client.data.train), whole.weights, metrics, {MASK: record})
 
     def batches(self) -> Iterator[Tensors]:
         """The batches of plain SGD; notes after the first epoch which weights would stay."""

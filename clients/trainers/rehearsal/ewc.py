@@ -2,7 +2,7 @@
 
 Source: Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", PNAS 2017, equation 3. The penalty
 is the sum of one quadratic per task; the server keeps their sum (strategy=ewc). Differs: a weight is pulled at most as
-far as to its centre in one step, see `bounded`. Records: see `strategies.ewc`.
+far as to its centre in one step, see `bounded`. Records: see `fedsim.exchanges.ewc`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ from clients.trainers.rehearsal.gradients import per_sample, require_single_exam
 from clients.trainers.sgd import Objective, SGDRun, SGDTrainer
 from devices.cost import NetworkCost
 from fedsim.errors import ConfigError
+from fedsim.exchanges.ewc import FISHER, PENALTY, QUESTION
 from fedsim.messages.records import Broadcast
 from fedsim.workloads.base import Tensors, Workload
-
-QUESTION, FISHER, PENALTY = "fisher", "fisher", "penalty"
 
 
 def fisher(client: ClientContext, weights: dict[str, nn.Parameter], batch: Tensors, at_once: int) -> Tensor:
@@ -48,7 +47,7 @@ def bounded(quadratics: Tensors, largest: float) -> Tensors:
     The centres and the value there stay.
 
     Args:
-        quadratics: curvature, weighted [weights] and constant [], see `strategies.ewc`.
+        quadratics: curvature, weighted [weights] and constant [], see `fedsim.exchanges.ewc`.
         largest: curvature.
 
     Source: LeCun et al., "Efficient BackProp", 1998, on the optimal and the largest learning rate.

@@ -43,12 +43,12 @@ from devices.cost import NetworkCost
 from devices.errors import unknown
 from devices.meter import inference_memory_bytes
 from fedsim.errors import ConfigError
+from fedsim.exchanges.ocs import REFERENCE
 from fedsim.messages.records import ClientUpdate
 from fedsim.workloads.base import Tensors, Workload
 
 FLOOR = 1e-6  # of products of norms, relative to the largest: a perfectly fitted example scores 0
 SEEN = "ocs_batches"  # stream batches of the phase so far, for the warm start
-REFERENCE = "reference"  # extra record: direction [weights], examples []
 
 
 def scores(of: Products, tau: float, diversity: str = "exclude_self") -> tuple[Tensor, Tensor, Tensor]:

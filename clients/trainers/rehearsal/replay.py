@@ -25,13 +25,13 @@ from clients.trainers.sgd import Objective, SGDRun, SGDTrainer
 from devices.cost import NetworkCost
 from devices.errors import unknown
 from fedsim.errors import ConfigError
+from fedsim.exchanges.ocs import QUESTION as END_OF_TASK
 from fedsim.messages.records import Broadcast, ClientUpdate
 from fedsim.seeding import generator
 from fedsim.workloads.base import Tensors, Workload
 
 PART = "part"
 PICKING = ("selection", "candidate_size", "class_balanced")
-END_OF_TASK = "end_of_task"  # the question that makes a client pick from the task that has ended
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,7 @@
 Source: Diao et al., "HeteroFL: Computation and Communication Efficient Federated Learning for Heterogeneous Clients",
 ICLR 2021, section 3, and its code (gradients clipped to norm 1). Batch norms are static (sBN): in training they
 normalise by the batch and keep no statistics, which are collected when the weights are judged, see
-`strategies.heterofl`. Records: classes, up where labels are masked: bits [ceil(classes / 8)] uint8, which of them the
-client has examples of.
+`strategies.heterofl`. Records: see `fedsim.exchanges.heterofl`.
 """
 
 from __future__ import annotations
@@ -18,16 +17,15 @@ from torch import Tensor, nn
 from clients.trainers.base import ClientContext
 from clients.trainers.sgd import Objective
 from clients.trainers.widths.subnet import SubnetRun, SubnetTrainer
+from devices.compression.bits import pack_bits
 from devices.compression.channel_graph import BATCH_NORMS
 from devices.compression.channels import Kept
 from devices.meter import inference_memory_bytes
-from fedsim.exchanges.slices import BITS, pack_bits
+from fedsim.exchanges.heterofl import CLASSES, EXAMPLES, MOMENTS, QUESTION, STATISTICS
+from fedsim.exchanges.slices import BITS
 from fedsim.messages.records import Broadcast, ClientUpdate
 from fedsim.workloads.base import Tensors
 from fedsim.workloads.classification import classification
-
-STATISTICS, EXAMPLES, CLASSES = "statistics", "examples", "classes"
-MOMENTS = ("running_mean", "running_var")
 
 
 class OwnClasses(Objective):
@@ -96,11 +94,11 @@ class HeteroFLTrainer(SubnetTrainer):
 
     @torch.no_grad()
     def answer(self, client: ClientContext, question: str, broadcast: Broadcast) -> dict[str, Tensors]:
-        """For "statistics": means and variances of the batches of the client's own examples, through its part.
+        """Means and variances of the batches of the client's own examples, through its part.
 
         Batches differ by one example at most, and count alike; a client with a single example says nothing.
         """
-        if question != STATISTICS:
+        if question != QUESTION:
             return super().answer(client, question, broadcast)
         narrowed = self.narrowed(client, self.kept(broadcast), broadcast.weights)
         norms, examples = _batch_norms(narrowed.model), len(client.data.train)

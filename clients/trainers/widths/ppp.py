@@ -1,8 +1,8 @@
 """Prototype-based personalised pruning: one network whose gates say which channels a user needs, from a few examples.
 
 After Kim et al., "Prototype-based Personalized Pruning", ICASSP 2021: a reconstruction from the abstract and the patent
-abstract, federated by us, so no figure of it is the paper's; a patent (US 12 505 348 B2) covers the idea. Support
-examples, prototypes and labels stay on the device. Records: see `strategies.ppp`.
+abstract, federated by us, so no figure of it is the paper's; a patent (US 12 505 348 B2) covers the idea. Records:
+see `fedsim.exchanges.ppp`.
 """
 
 from __future__ import annotations
@@ -35,13 +35,12 @@ from devices.cost import NetworkCost
 from devices.errors import DeviceError, unknown
 from devices.meter import inference_memory_bytes
 from fedsim.errors import ConfigError
+from fedsim.exchanges.ppp import GATES, MASK, MASKED, SHARE
 from fedsim.exchanges.slices import BITS, KEPT, RATIO, price
 from fedsim.messages.records import Broadcast, ClientUpdate
 from fedsim.seeding import torch_generator
 from fedsim.workloads.base import Tensors, Workload
 
-GATES, MASK, SHARE = "gates", "mask", "share"  # extra records
-MASKED = "masked"  # setting of the strategy
 MASKS = ("personal", "other", "global", "random", "magnitude")
 CONTROLS = (*MASKS[1:], "gates", "dense")
 ORACLES = {"other", "global"}
