@@ -25,6 +25,7 @@ from fedsim.models.mlp import MLP
 from fedsim.settings.build import build_world
 from fedsim.settings.compose import compose
 from fedsim.workloads.base import Tensors
+from fedsim.workloads.classification import ClassificationWorkload
 
 CLASSES, FEATURES = 3, 4
 SGD = {"lr": 0.1, "batch_size": 4}
@@ -329,12 +330,22 @@ def test_a_step_of_the_usual_form_is_two_of_plain_sgd(model: str, shape: str):
     assert trainer.mixed_cost.backward_flops == pytest.approx(worker.network.backward_flops, rel=0.01)
 
 
+class Fake(ClassificationWorkload):
+    """Classes without data: all that the set-up of a trainer looks at is a sample and its loss."""
+
+    def __init__(self):
+        pass
+
+    def client_data(self, client_id: int):
+        raise NotImplementedError
+
+
 def test_a_recurrent_network_takes_the_form_that_needs_no_second_derivative():
     world = build_world(json.dumps(compose(["method=fedmix", "engine.device=cpu"])))
     trainer = fedmix(0.1, "auto")
     model = CharLSTM((6,), 5, embedding=3, hidden=4, layers=1)
 
-    class Text:
+    class Text(Fake):
         num_classes = 5
 
         def sample(self, batch: int) -> Tensors:
@@ -342,9 +353,6 @@ def test_a_recurrent_network_takes_the_form_that_needs_no_second_derivative():
 
         def loss(self, model: nn.Module, batch: Tensors) -> Tensor:
             return cross_entropy(model(batch["x"]), batch["y"])
-
-        def phase(self, round: int) -> int:
-            return 0
 
     trainer.setup(Text(), model, replace(Worker(world).network, layers=None))
     assert (trainer.mixture.form, trainer.mixture.passes) == ("central", 2)
@@ -364,7 +372,7 @@ def test_differences_are_never_taken_by_themselves_where_a_network_has_kinks(net
             out = self.lstm(self.net(x))
             return out[0] if recurrent else out
 
-    class Vectors:
+    class Vectors(Fake):
         num_classes = CLASSES
 
         def sample(self, batch: int) -> Tensors:
