@@ -117,8 +117,8 @@ def test_the_split_that_decides_is_never_trained_on(federation):
 @pytest.mark.parametrize(
     "overrides, sentence",
     [
-        (("trainer.prune_step=1.0",), "trainer.prune_step must be between 0 and 1"),
-        (("trainer.target=0",), "trainer.target must be between 0 and 1"),
+        (("trainer.prune_step=1.0",), r"trainer.prune_step must be in \(0, 1\), got 1"),
+        (("trainer.target=0",), r"trainer.target must be in \(0, 1\), got 0"),
         (("trainer.least_accuracy=2",), r"trainer.least_accuracy must be in \[0, 1\]"),
     ],
 )

@@ -376,7 +376,7 @@ def test_halves_that_do_not_belong_together_say_so(federation):
 
 
 def test_wrong_ratios_to_be_judged_at_are_refused(federation):
-    with pytest.raises(ConfigError, match=r"trainer\.judged_at must be keep ratios in \(0, 1\], got \[1.5\]"):
+    with pytest.raises(ConfigError, match=r"trainer\.judged_at\[0\] must be in \(0, 1\], got 1.5"):
         federation("method=heterofl", "trainer.judged_at=[1.5]")
 
 

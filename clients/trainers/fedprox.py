@@ -5,14 +5,14 @@ Source: Li et al., "Federated Optimization in Heterogeneous Networks", MLSys 202
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from clients.trainers.base import RECEIVED
 from clients.trainers.sgd import Objective, SGDRun, SGDTrainer, WorkloadLoss
-from fedsim.errors import ConfigError
 from fedsim.workloads.base import Tensors
 
 PROXIMAL_COPIES = 2.0
@@ -67,17 +67,6 @@ class FedProxTrainer(SGDTrainer):
 
     known_settings = SGDTrainer.known_settings | {"proximal-mu"}
 
-    def __init__(self, proximal_mu: float = 0.0, **sgd: Any):
+    def __init__(self, proximal_mu: Annotated[float, Ge(0)] = 0.0, **sgd: Any):
         super().__init__(**sgd)
-        self.objective = proximal(WorkloadLoss(), proximal_mu)
-
-
-def proximal(to: Objective, mu: float) -> Proximal:
-    """An objective with the proximal term of FedProx.
-
-    Raises:
-        ConfigError: for a negative mu.
-    """
-    if mu < 0:
-        raise ConfigError(f"trainer.proximal_mu must be at least 0, got {mu!r}")
-    return Proximal(to, mu)
+        self.objective = Proximal(WorkloadLoss(), proximal_mu)

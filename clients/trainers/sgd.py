@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 import torch
-from annotated_types import Le
+from annotated_types import Ge, Gt, Interval, Le
 from torch import Tensor, nn
 
 from clients.trainers import batched
@@ -163,25 +163,16 @@ class SGDTrainer(LocalTrainer):
 
     def __init__(
         self,
-        lr: Annotated[float, Le(1e30)],  # a run tells what diverges
-        batch_size: int,
-        local_epochs: Annotated[int, Le(10_000)] = 1,
-        local_steps: Annotated[int, Le(10**7)] | None = None,
-        momentum: float = 0.0,
-        weight_decay: float = 0.0,
-        lr_decay: float = 1.0,
-        clip_norm: float | None = None,
-        task_decay: float = 1.0,
+        lr: Annotated[float, Gt(0), Le(1e30)],  # a run tells what diverges
+        batch_size: Annotated[int, Ge(1)],
+        local_epochs: Annotated[int, Ge(1), Le(10_000)] = 1,
+        local_steps: Annotated[int, Ge(1), Le(10**7)] | None = None,
+        momentum: Annotated[float, Interval(ge=0, lt=1)] = 0.0,
+        weight_decay: Annotated[float, Ge(0)] = 0.0,
+        lr_decay: Annotated[float, Interval(gt=0, le=1)] = 1.0,
+        clip_norm: Annotated[float, Gt(0)] | None = None,
+        task_decay: Annotated[float, Interval(gt=0, le=1)] = 1.0,
     ):
-        _require("trainer.lr", lr, lr > 0, "greater than 0")
-        _require("trainer.batch_size", batch_size, batch_size >= 1, "at least 1")
-        _require("trainer.local_epochs", local_epochs, local_epochs >= 1, "at least 1")
-        _require("trainer.local_steps", local_steps, local_steps is None or local_steps >= 1, "null or at least 1")
-        _require("trainer.momentum", momentum, 0 <= momentum < 1, "in [0, 1)")
-        _require("trainer.weight_decay", weight_decay, weight_decay >= 0, "at least 0")
-        _require("trainer.lr_decay", lr_decay, 0 < lr_decay <= 1, "in (0, 1]")
-        _require("trainer.clip_norm", clip_norm, clip_norm is None or clip_norm > 0, "null or greater than 0")
-        _require("trainer.task_decay", task_decay, 0 < task_decay <= 1, "in (0, 1]")
         self.lr, self.batch_size, self.task_decay = lr, batch_size, task_decay
         self.local_epochs, self.local_steps = local_epochs, local_steps
         self.momentum, self.weight_decay = momentum, weight_decay
@@ -327,8 +318,3 @@ class SGDTrainer(LocalTrainer):
             if key not in self.known_settings:
                 what = unknown(f"setting for {type(self).__name__}", key, self.known_settings)
                 raise ConfigError(f"{what}; the strategy sends it, so choose the trainer that belongs to the strategy")
-
-
-def _require(key: str, value: object, holds: bool, allowed: str) -> None:
-    if not holds:
-        raise ConfigError(f"{key} must be {allowed}, got {value!r}")

@@ -7,15 +7,15 @@ network's own norms stay on the device; targets get no 1e-7; the share of weight
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Ge
 from torch import Tensor, nn
 
 from clients.trainers.compressing.two_paths import TwoPathRun, TwoPathTrainer
 from clients.trainers.sgd import Objective
 from devices.compression.distil import divergence
 from devices.compression.two_paths import prunable_first
-from fedsim.errors import ConfigError
 from fedsim.messages.records import Broadcast
 from fedsim.workloads.base import Tensors
 
@@ -53,10 +53,8 @@ class DCILTrainer(TwoPathTrainer):
         two_paths: arguments of TwoPathTrainer.
     """
 
-    def __init__(self, distil_after: int, **two_paths: Any):
+    def __init__(self, distil_after: Annotated[int, Ge(0)], **two_paths: Any):
         super().__init__(**two_paths)
-        if distil_after < 0:
-            raise ConfigError(f"trainer.distil_after must be at least 0, got {distil_after!r}")
         self.objective = Collective(distil_after, self.temperature)
 
     def names(self, model: nn.Module) -> list[str]:

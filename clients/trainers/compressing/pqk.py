@@ -7,20 +7,17 @@ were not to be had, so no figure here is the paper's.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from annotated_types import Ge, Interval
 from torch import Tensor, nn
 
 from clients.trainers.compressing.two_paths import TwoPathRun, TwoPathTrainer
 from clients.trainers.sgd import Objective
 from devices.compression.distil import divergence
-from devices.compression.masks import RULES, prunable
-from devices.errors import unknown
-from fedsim.errors import ConfigError
+from devices.compression.masks import prunable
 from fedsim.messages.records import Broadcast
 from fedsim.workloads.base import Tensors
-
-WIDTHS = (*range(2, 9), 32)
 
 
 class Taught(Objective):
@@ -58,22 +55,14 @@ class PQKTrainer(TwoPathTrainer):
 
     def __init__(
         self,
-        bits: int = 8,
-        activation_bits: int = 8,
-        distil: float = 1.0,
-        teacher: float = 1.0,
-        phase1_grad: str = "masked",
+        bits: Literal[32] | Annotated[int, Interval(ge=2, le=8)] = 8,
+        activation_bits: Literal[32] | Annotated[int, Interval(ge=2, le=8)] = 8,
+        distil: Annotated[float, Ge(0)] = 1.0,
+        teacher: Annotated[float, Ge(0)] = 1.0,
+        phase1_grad: Literal["masked", "ste"] = "masked",
         **two_paths: Any,
     ):
         super().__init__(**two_paths)
-        for key, value in (("bits", bits), ("activation_bits", activation_bits)):
-            if value not in WIDTHS:
-                raise ConfigError(f"trainer.{key} must be 32 or from 2 to 8, got {value!r}")
-        for key, weight in (("distil", distil), ("teacher", teacher)):
-            if weight < 0:
-                raise ConfigError(f"trainer.{key} must be at least 0, got {weight!r}")
-        if phase1_grad not in RULES:
-            raise ConfigError(unknown("value for trainer.phase1_grad", phase1_grad, RULES))
         self.bits, self.activation_bits, self.taught = bits, activation_bits, bool(distil or teacher)
         self.objective = Taught(distil, teacher, phase1_grad, self.temperature)
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge, Gt, Interval
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -122,24 +123,19 @@ class TwoPathTrainer(SGDTrainer):
 
     def __init__(
         self,
-        sparsity: float,
-        prune_rounds: int,
-        refresh: int = 16,
-        floor: float = FLOOR,
-        temperature: float = 2.0,
+        sparsity: Annotated[float, Interval(ge=0, lt=1)],
+        prune_rounds: Annotated[int, Ge(1)],
+        refresh: Annotated[int, Ge(1)] = 16,
+        floor: Annotated[float, Interval(ge=0, le=1)] = FLOOR,
+        temperature: Annotated[float, Gt(0)] = 2.0,
         **sgd: Any,
     ):
         super().__init__(**sgd)
-        if not 0 <= sparsity < 1 or not 0 <= floor <= 1 - sparsity:
+        if floor > 1 - sparsity:
             raise ConfigError(
                 "trainer.sparsity must be in [0, 1), and trainer.floor at most what it leaves, got "
                 f"{sparsity!r} and {floor!r}"
             )
-        for key, value in (("prune_rounds", prune_rounds), ("refresh", refresh)):
-            if value < 1:
-                raise ConfigError(f"trainer.{key} must be at least 1, got {value!r}")
-        if not temperature > 0:
-            raise ConfigError(f"trainer.temperature must be greater than 0, got {temperature!r}")
         self.sparsity, self.prune_rounds, self.refresh, self.floor = sparsity, prune_rounds, refresh, floor
         self.temperature = temperature
         self.schedule = SparsitySchedule(sparsity, end=1)

@@ -10,16 +10,17 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Interval
 from torch import Tensor, nn
 
 from clients.trainers.mixing.mixup import OWN, PARTNER, Entrance, Mixed, cross_entropy
 from clients.trainers.mixing.naivemix import NaiveMixTrainer
 from clients.trainers.mixing.tangents import jvp
 from devices.cost import NetworkCost
-from devices.errors import one_line, unknown
+from devices.errors import one_line
 from fedsim.errors import ConfigError
 from fedsim.workloads.base import Tensors, Workload
 
@@ -174,14 +175,14 @@ class FedMixTrainer(NaiveMixTrainer):
         naivemix: further arguments of NaiveMixTrainer.
     """
 
-    def __init__(self, mix_ratio: float, taylor_scale: str = "l1", taylor_form: str = "auto", **naivemix: Any):
+    def __init__(
+        self,
+        mix_ratio: Annotated[float, Interval(ge=0, lt=1)],
+        taylor_scale: Literal["l1", "paper", "none"] = "l1",
+        taylor_form: Literal["auto", "forward", "double", "central"] = "auto",
+        **naivemix: Any,
+    ):
         super().__init__(mix_ratio, **naivemix)
-        for key, value, allowed in (
-            ("taylor_scale", taylor_scale, ("l1", "paper", "none")),
-            ("taylor_form", taylor_form, ("auto", *FORMS)),
-        ):
-            if value not in allowed:
-                raise ConfigError(unknown(f"value for trainer.{key}", value, allowed))
         self.scale = {"l1": mix_ratio * (1 - mix_ratio), "paper": mix_ratio, "none": 0.0}[taylor_scale]
         self.taylor_form = taylor_form
         self.minimise(Expanded(mix_ratio, self.scale, "double" if taylor_form == "auto" else taylor_form))

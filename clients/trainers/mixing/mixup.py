@@ -11,14 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from annotated_types import Ge, Interval
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clients.trainers.base import ClientContext
-from clients.trainers.fedprox import FedProxTrainer, proximal
+from clients.trainers.fedprox import FedProxTrainer, Proximal
 from clients.trainers.sgd import Objective, SGDRun, SGDTrainer
 from devices.cost import NetworkCost
 from devices.meter import measure
@@ -174,17 +175,17 @@ class MixupTrainer(SGDTrainer):
     run: ClassVar[type[SGDRun]] = MixupRun
     known_settings = FedProxTrainer.known_settings
 
-    def __init__(self, mix_ratio: float, proximal_mu: float = 0.0, **sgd: Any):
+    def __init__(
+        self, mix_ratio: Annotated[float, Interval(ge=0, lt=1)], proximal_mu: Annotated[float, Ge(0)] = 0.0, **sgd: Any
+    ):
         super().__init__(**sgd)
-        if not 0 <= mix_ratio < 1:
-            raise ConfigError(f"trainer.mix_ratio must be in [0, 1), got {mix_ratio!r}")
         self.mix_ratio, self.proximal_mu = mix_ratio, proximal_mu
         self.mixed_cost: NetworkCost | None = None
         self.minimise(Mixed(mix_ratio))
 
     def minimise(self, mixture: Mixed) -> None:
         """Takes the loss of mixed examples, and its proximal form as the objective."""
-        self.mixture, self.objective = mixture, proximal(mixture, self.proximal_mu)
+        self.mixture, self.objective = mixture, Proximal(mixture, self.proximal_mu)
 
     def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:
         """Prices a step on mixed examples, from one that runs on a copy of the model."""

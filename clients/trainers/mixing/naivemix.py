@@ -7,9 +7,10 @@ Source: Yoon et al., "FedMix", ICLR 2021, equation 1 (read in a third party's tr
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge, Gt, Interval
 from torch import nn
 from torch.nn import functional as F
 
@@ -78,12 +79,14 @@ class NaiveMixTrainer(MixupTrainer):
     run = PoolRun
     known_settings = MixupTrainer.known_settings | {SIZE, KEPT}
 
-    def __init__(self, mix_ratio: float, average_clip: float | None = None, average_noise: float = 0.0, **mixup: Any):
+    def __init__(
+        self,
+        mix_ratio: Annotated[float, Interval(ge=0, lt=1)],
+        average_clip: Annotated[float, Gt(0)] | None = None,
+        average_noise: Annotated[float, Ge(0)] = 0.0,
+        **mixup: Any,
+    ):
         super().__init__(mix_ratio, **mixup)
-        if average_clip is not None and average_clip <= 0:
-            raise ConfigError(f"trainer.average_clip must be null or greater than 0, got {average_clip!r}")
-        if average_noise < 0:
-            raise ConfigError(f"trainer.average_noise must be at least 0, got {average_noise!r}")
         self.average_clip, self.average_noise = average_clip, average_noise
 
     # --- sharing averages ---------------------------------------------------------------------------------------

@@ -11,14 +11,13 @@ from dataclasses import replace
 from typing import Annotated, Any
 
 import torch
-from annotated_types import Le
+from annotated_types import Ge, Le
 from torch import Tensor, nn
 
 from clients.trainers.base import ClientContext
 from clients.trainers.fedprox import FedProxTrainer, Pulled
 from clients.trainers.sgd import SGDRun, WorkloadLoss
 from devices.cost import NetworkCost
-from fedsim.errors import ConfigError
 from fedsim.messages.records import Broadcast, ClientUpdate
 from fedsim.workloads.base import Tensors, Workload
 
@@ -71,12 +70,10 @@ class DittoTrainer(FedProxTrainer):
 
     run = DittoRun
 
-    def __init__(self, pull: float, personal_epochs: Annotated[int, Le(10_000)], **fedprox: Any):
+    def __init__(
+        self, pull: Annotated[float, Ge(0)], personal_epochs: Annotated[int, Ge(1), Le(10_000)], **fedprox: Any
+    ):
         super().__init__(**fedprox)
-        if pull < 0:
-            raise ConfigError(f"trainer.pull must be at least 0, got {pull!r}")
-        if personal_epochs < 1:
-            raise ConfigError(f"trainer.personal_epochs must be at least 1, got {personal_epochs!r}")
         self.personal_epochs, self.personal_objective = personal_epochs, Pulled(WorkloadLoss(), pull)
         self.initial: Tensors = {}
 

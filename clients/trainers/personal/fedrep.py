@@ -12,7 +12,7 @@ from copy import deepcopy
 from dataclasses import replace
 from typing import Annotated, Any
 
-from annotated_types import Le
+from annotated_types import Ge, Le
 from torch import nn
 
 from clients.trainers.sgd import SGDRun, SGDTrainer
@@ -62,10 +62,8 @@ class FedRepTrainer(SGDTrainer):
 
     run = FedRepRun
 
-    def __init__(self, head_epochs: Annotated[int, Le(10_000)], **sgd: Any):
+    def __init__(self, head_epochs: Annotated[int, Ge(0), Le(10_000)], **sgd: Any):
         super().__init__(**sgd)
-        if head_epochs < 0:
-            raise ConfigError(f"trainer.head_epochs must be at least 0, got {head_epochs!r}")
         self.head_epochs = head_epochs
         self.phase_costs: dict[bool, NetworkCost] = {}  # of a step: on the private part, on the shared part
 

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from annotated_types import Le
+from annotated_types import Ge, Le
 
 from clients.trainers.base import ClientContext
 from clients.trainers.sgd import SGDTrainer
-from fedsim.errors import ConfigError
 from fedsim.messages.records import Broadcast
 
 
@@ -23,10 +22,8 @@ class FineTuneTrainer(SGDTrainer):
         sgd: arguments of SGDTrainer.
     """
 
-    def __init__(self, tune_epochs: Annotated[int, Le(10_000)], **sgd: Any):
+    def __init__(self, tune_epochs: Annotated[int, Ge(0), Le(10_000)], **sgd: Any):
         super().__init__(**sgd)
-        if tune_epochs < 0:
-            raise ConfigError(f"trainer.tune_epochs must be at least 0, got {tune_epochs!r}")
         self.tune_epochs = tune_epochs
 
     def judge(self, client: ClientContext, broadcast: Broadcast) -> dict[str, float]:

@@ -11,15 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Interval
 from torch import Tensor, nn
 
 from clients.trainers.base import ClientContext, Gradients
 from clients.trainers.sgd import SGDRun, SGDTrainer
 from devices.cost import NetworkCost
-from fedsim.errors import ConfigError
 from fedsim.exchanges.sub_fedavg import MASK, packed
 from fedsim.messages.records import Broadcast, ClientUpdate
 from fedsim.seeding import torch_generator
@@ -114,20 +114,14 @@ class SubFedAvgTrainer(SGDTrainer):
 
     def __init__(
         self,
-        prune_step: float = 0.1,
-        target: float = 0.5,
-        least_accuracy: float = 0.5,
-        least_change: float = 1e-4,
-        validation: float = 0.1,
+        prune_step: Annotated[float, Interval(gt=0, lt=1)] = 0.1,
+        target: Annotated[float, Interval(gt=0, lt=1)] = 0.5,
+        least_accuracy: Annotated[float, Interval(ge=0, le=1)] = 0.5,
+        least_change: Annotated[float, Interval(ge=0, le=1)] = 1e-4,
+        validation: Annotated[float, Interval(gt=0, lt=1)] = 0.1,
         **sgd: Any,
     ):
         super().__init__(**sgd)
-        for key, value in (("prune_step", prune_step), ("target", target), ("validation", validation)):
-            if not 0 < value < 1:
-                raise ConfigError(f"trainer.{key} must be between 0 and 1, got {value!r}")
-        for key, value in (("least_accuracy", least_accuracy), ("least_change", least_change)):
-            if not 0 <= value <= 1:
-                raise ConfigError(f"trainer.{key} must be in [0, 1], got {value!r}")
         self.prune_step, self.target, self.validation = prune_step, target, validation
         self.least_accuracy, self.least_change = least_accuracy, least_change
         self.all_alive: Tensors = {}

@@ -7,16 +7,16 @@ far as to its centre in one step, see `bounded`. Records: see `fedsim.exchanges.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 
 from clients.trainers.base import ClientContext
 from clients.trainers.rehearsal.gradients import per_sample, require_single_examples, scoring
 from clients.trainers.sgd import Objective, SGDRun, SGDTrainer
 from devices.cost import NetworkCost
-from fedsim.errors import ConfigError
 from fedsim.exchanges.ewc import FISHER, PENALTY, QUESTION
 from fedsim.messages.records import Broadcast
 from fedsim.workloads.base import Tensors, Workload
@@ -118,12 +118,10 @@ class EWCTrainer(SGDTrainer):
 
     run = EWCRun
 
-    def __init__(self, penalty: float = 100.0, fisher_examples: int | None = 200, **sgd: Any):
+    def __init__(
+        self, penalty: Annotated[float, Ge(0)] = 100.0, fisher_examples: Annotated[int, Ge(1)] | None = 200, **sgd: Any
+    ):
         super().__init__(**sgd)
-        if penalty < 0:
-            raise ConfigError(f"trainer.penalty must be at least 0, got {penalty!r}")
-        if fisher_examples is not None and fisher_examples < 1:
-            raise ConfigError(f"trainer.fisher_examples must be null or at least 1, got {fisher_examples!r}")
         self.penalty, self.fisher_examples, self.objective = penalty, fisher_examples, Consolidated(penalty)
 
     def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:

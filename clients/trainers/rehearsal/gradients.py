@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,8 @@ from fedsim.errors import ConfigError
 from fedsim.workloads.base import Tensors, Workload
 from fedsim.workloads.classification import classification
 
-MODES = ("full", "full_vmap", "chunked", "last_layer", "features")
+Mode = Literal["full", "full_vmap", "chunked", "last_layer", "features"]
+MODES: tuple[str, ...] = get_args(Mode)
 WITHOUT_BACKWARD = ("last_layer", "features")
 Layer = nn.Linear | nn.Conv2d
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)

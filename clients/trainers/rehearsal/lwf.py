@@ -6,16 +6,16 @@ first took part in a task, kept on the device (state: teacher.*, as large as the
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge, Gt
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
 
 from clients.trainers.base import ClientContext
 from clients.trainers.sgd import Objective, SGDRun, SGDTrainer
-from fedsim.errors import ConfigError
 from fedsim.messages.records import Broadcast, ClientUpdate
 from fedsim.workloads.base import Tensors
 from fedsim.workloads.classification import classification
@@ -105,11 +105,10 @@ class LwFTrainer(SGDTrainer):
 
     run = LwFRun
 
-    def __init__(self, distill_weight: float = 1.0, temperature: float = 2.0, **sgd: Any):
+    def __init__(
+        self, distill_weight: Annotated[float, Ge(0)] = 1.0, temperature: Annotated[float, Gt(0)] = 2.0, **sgd: Any
+    ):
         super().__init__(**sgd)
-        if distill_weight < 0 or temperature <= 0:
-            values = f"got {distill_weight!r} and {temperature!r}"
-            raise ConfigError(f"trainer.distill_weight must be at least 0 and trainer.temperature above 0, {values}")
         self.distill_weight = distill_weight
         self.objective: Distilled = Distilled(distill_weight, temperature)
 

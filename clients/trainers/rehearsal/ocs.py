@@ -15,15 +15,16 @@ counts batches: shorten it with the tasks, or all of a first pass is drawn at ra
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 
 from clients.trainers.base import Gradients
 from clients.trainers.rehearsal.gradients import (
-    MODES,
     WITHOUT_BACKWARD,
+    Mode,
     Outputs,
     Products,
     log_mean_gradient,
@@ -40,7 +41,6 @@ from clients.trainers.rehearsal.recalled import Recalled
 from clients.trainers.rehearsal.replay import ReplayRun, ReplayTrainer, StreamBatch
 from clients.trainers.rehearsal.selection import Pool, balanced
 from devices.cost import NetworkCost
-from devices.errors import unknown
 from devices.meter import inference_memory_bytes
 from fedsim.errors import ConfigError
 from fedsim.exchanges.ocs import REFERENCE
@@ -231,7 +231,7 @@ class OCSTrainer(ReplayTrainer):
     Args:
         tau: weight of the agreement with the coreset.
         stream_size: N, examples that are scored at once; batch_size is kappa.
-        grad_mode: one of gradients.MODES.
+        grad_mode: a gradients.Mode.
         chunk: examples per chunk of "chunked".
         diversity: see `scores`.
         warm_start: r2c; in the first pass, as many batches of a task are drawn at random instead.
@@ -248,33 +248,19 @@ class OCSTrainer(ReplayTrainer):
 
     def __init__(
         self,
-        tau: float = 1000.0,
+        tau: Annotated[float, Ge(0)] = 1000.0,
         stream_size: int = 20,
-        grad_mode: str = "full",
-        chunk: int = 8,
-        diversity: str = "exclude_self",
-        warm_start: int = 100,
-        ref_source: str = "all",
-        ref_scope: str = "local",
-        final_pick: str = "random",
-        shrink_pick: str = "score",
+        grad_mode: Mode = "full",
+        chunk: Annotated[int, Ge(1)] = 8,
+        diversity: Literal["exclude_self", "code"] = "exclude_self",
+        warm_start: Annotated[int, Ge(0)] = 100,
+        ref_source: Literal["all", "batch", "replayed"] = "all",
+        ref_scope: Literal["local", "global"] = "local",
+        final_pick: Literal["random", "score"] = "random",
+        shrink_pick: Literal["score", "random"] = "score",
         **replay: Any,
     ):
         super().__init__(**replay)
-        for key, value, allowed in (
-            ("grad_mode", grad_mode, MODES),
-            ("diversity", diversity, ("exclude_self", "code")),
-            ("ref_source", ref_source, ("all", "batch", "replayed")),
-            ("ref_scope", ref_scope, ("local", "global")),
-            ("final_pick", final_pick, ("random", "score")),
-            ("shrink_pick", shrink_pick, ("score", "random")),
-        ):
-            if value not in allowed:
-                raise ConfigError(unknown(f"value for trainer.{key}", value, allowed))
-        if tau < 0 or chunk < 1 or warm_start < 0:
-            raise ConfigError(
-                f"trainer.tau, chunk and warm_start are at least 0, 1 and 0, got {tau}, {chunk}, {warm_start}"
-            )
         if stream_size < self.batch_size:
             raise ConfigError(
                 f"trainer.stream_size must be at least trainer.batch_size={self.batch_size}, got {stream_size}"

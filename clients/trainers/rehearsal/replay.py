@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
-from annotated_types import Le
+from annotated_types import Ge, Interval, Le
 from torch import Tensor, nn
 
 from clients.trainers.base import ClientContext
@@ -264,33 +264,23 @@ class ReplayTrainer(SGDTrainer):
 
     def __init__(
         self,
-        memory_size: int | None = 200,
-        budget_bytes: Annotated[int, Le(2**50)] | None = None,
-        budget_share: float | None = None,
-        input_bytes: int = 1,
-        store: str = "names",
-        replay_weight: float = 1.0,
-        replay_batch_size: int | None = None,
+        memory_size: Annotated[int, Ge(0)] | None = 200,
+        budget_bytes: Annotated[int, Ge(0), Le(2**50)] | None = None,
+        budget_share: Annotated[float, Interval(ge=0, le=1)] | None = None,
+        input_bytes: Annotated[int, Interval(ge=1, le=8)] = 1,
+        store: Literal["names", "samples"] = "names",
+        replay_weight: Annotated[float, Ge(0)] = 1.0,
+        replay_batch_size: Annotated[int, Ge(1)] | None = None,
         selection: str = "uniform",
-        candidate_size: int | None = 1000,
+        candidate_size: Annotated[int, Ge(1)] | None = 1000,
         class_balanced: bool = True,
         **sgd: Any,
     ):
         super().__init__(**sgd)
-        require = _require
-        require("memory_size", memory_size, memory_size is None or memory_size >= 0, "null or at least 0")
-        require("budget_bytes", budget_bytes, budget_bytes is None or budget_bytes >= 0, "null or at least 0")
-        require("budget_share", budget_share, budget_share is None or 0 <= budget_share <= 1, "null or in [0, 1]")
-        require("input_bytes", input_bytes, 1 <= input_bytes <= 8, "in 1..8")
-        require("replay_weight", replay_weight, replay_weight >= 0, "at least 0")
-        require("replay_batch_size", replay_batch_size, (replay_batch_size or 1) >= 1, "null or at least 1")
-        require("candidate_size", candidate_size, candidate_size is None or candidate_size >= 1, "null or at least 1")
         if memory_size is None and budget_bytes is None and budget_share is None:
             raise ConfigError("one of trainer.memory_size, budget_bytes and budget_share must say how much to keep")
         if selection not in self.selections():
             raise ConfigError(unknown("value for trainer.selection", selection, self.selections()))
-        if store not in ("names", "samples"):
-            raise ConfigError(unknown("value for trainer.store", store, ("names", "samples")))
         if store == "samples" and input_bytes != 1:
             raise ConfigError(f"trainer.input_bytes must be 1 with trainer.store=samples, got {input_bytes}")
         self.store = store
@@ -418,8 +408,3 @@ class StreamReplayTrainer(ReplayTrainer):
                     "is picked when a task has ended; leave it out"
                 )
         super().__init__(**replay)
-
-
-def _require(key: str, value: object, holds: bool, allowed: str) -> None:
-    if not holds:
-        raise ConfigError(f"trainer.{key} must be {allowed}, got {value!r}")

@@ -10,9 +10,10 @@ baseline takes a second whose gradient is zero.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Gt, Interval, MinLen
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -117,14 +118,14 @@ class FjORDTrainer(SubnetTrainer):
 
     run = FjORDRun
 
-    def __init__(self, levels: Sequence[float], distil: float = 1.0, temperature: float = 1.0, **sgd: Any):
+    def __init__(
+        self,
+        levels: Annotated[Sequence[Annotated[float, Interval(gt=0, le=1)]], MinLen(1)],
+        distil: Annotated[float, Interval(ge=0, le=1)] = 1.0,
+        temperature: Annotated[float, Gt(0)] = 1.0,
+        **sgd: Any,
+    ):
         super().__init__(**sgd)
-        if not levels or not all(isinstance(level, int | float) and 0 < level <= 1 for level in levels):
-            raise ConfigError(f"trainer.levels must be one or more ratios in (0, 1], got {list(levels)}")
-        if not 0 <= distil <= 1:
-            raise ConfigError(f"trainer.distil must be in [0, 1], got {distil!r}")
-        if not temperature > 0:
-            raise ConfigError(f"trainer.temperature must be greater than 0, got {temperature!r}")
         self.levels, self.distil, self.objective = sorted(levels), distil, Nested(distil, temperature)
 
     def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:

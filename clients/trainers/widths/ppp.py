@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
 import torch
-from annotated_types import Le
+from annotated_types import Ge, Interval, Le
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,7 +21,6 @@ from clients.trainers.sgd import Objective, SGDRun
 from clients.trainers.widths.subnet import SubnetTrainer
 from devices.compression.channels import Kept
 from devices.compression.gates import (
-    MODES,
     GatedNetwork,
     Gates,
     PerSample,
@@ -32,7 +31,7 @@ from devices.compression.gates import (
 )
 from devices.compression.prune import channel_scores
 from devices.cost import NetworkCost
-from devices.errors import DeviceError, unknown
+from devices.errors import DeviceError
 from devices.meter import inference_memory_bytes
 from fedsim.errors import ConfigError
 from fedsim.exchanges.ppp import GATES, MASK, MASKED, SHARE
@@ -41,10 +40,9 @@ from fedsim.messages.records import Broadcast, ClientUpdate
 from fedsim.seeding import torch_generator
 from fedsim.workloads.base import Tensors, Workload
 
-MASKS = ("personal", "other", "global", "random", "magnitude")
-CONTROLS = (*MASKS[1:], "gates", "dense")
+Mask = Literal["personal", "other", "global", "random", "magnitude"]
+Control = Literal["other", "global", "random", "magnitude", "gates", "dense"]
 ORACLES = {"other", "global"}
-REGULARISERS = ("per_layer", "flops")
 
 
 class Gated(Objective):
@@ -172,32 +170,18 @@ class PPPTrainer(SubnetTrainer):
 
     def __init__(
         self,
-        mask_mode: str = "threshold",
-        mask: str = "personal",
-        controls: Sequence[str] = (),
-        support: Annotated[int, Le(10**6)] = 10,
-        beta: float = 2.0,
-        reg_mode: str = "per_layer",
-        diversity: float = 0.0,
-        levels: Sequence[float] = (),
+        mask_mode: Literal["threshold", "topk"] = "threshold",
+        mask: Mask = "personal",
+        controls: Sequence[Control] = (),
+        support: Annotated[int, Ge(1), Le(10**6)] = 10,
+        beta: Annotated[float, Ge(0)] = 2.0,
+        reg_mode: Literal["per_layer", "flops"] = "per_layer",
+        diversity: Annotated[float, Ge(0)] = 0.0,
+        levels: Sequence[Annotated[float, Interval(gt=0, le=1)]] = (),
         gate_noise: bool = False,
         **subnet: Any,
     ):
         super().__init__(**subnet)
-        for key, value, allowed in (
-            ("mask_mode", mask_mode, MODES),
-            ("mask", mask, MASKS),
-            ("reg_mode", reg_mode, REGULARISERS),
-            *(("controls", name, CONTROLS) for name in controls),
-        ):
-            if value not in allowed:
-                raise ConfigError(unknown(f"value for trainer.{key}", value, allowed))
-        if support < 1:
-            raise ConfigError(f"trainer.support must be at least 1, got {support!r}")
-        if beta < 0 or diversity < 0:
-            raise ConfigError(f"trainer.beta and trainer.diversity must be at least 0, got {beta!r} and {diversity!r}")
-        if not all(0 < level <= 1 for level in levels):
-            raise ConfigError(f"trainer.levels must be ratios in (0, 1], got {list(levels)}")
         self.mask_mode, self.mask, self.controls, self.support = mask_mode, mask, tuple(controls), support
         self.levels, self.objective = list(levels), Gated(beta, reg_mode, diversity, gate_noise)
         self.on_demand = OnDemand()
@@ -253,7 +237,7 @@ class PPPTrainer(SubnetTrainer):
             yield from ((f"{control}_at_{float(at)}", control, at) for control in self.controls if control != "dense")
 
     def deployed(self, client: ClientContext, broadcast: Broadcast, mask: str, ratio: float) -> Kept:
-        """The channels that a client deploys under a mask of MASKS; with keep ratio 1 all of them."""
+        """The channels that a client deploys under a mask of Mask; with keep ratio 1 all of them."""
         groups = self.slices.groups
         if ratio == 1:
             return groups.all()
@@ -290,7 +274,7 @@ class PPPTrainer(SubnetTrainer):
 
     def control(self, client: ClientContext, broadcast: Broadcast, name: str, ratio: float) -> ClientContext:
         """The client with the network of a control, and its price."""
-        if name in MASKS:
+        if name in get_args(Mask):
             return self.narrowed(client, self.deployed(client, broadcast, name, ratio), broadcast.weights)
         groups = self.slices.groups
         dense = self.narrowed(client, groups.all(), broadcast.weights)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from annotated_types import Interval
 from torch import nn
 
 from clients.trainers.base import ClientContext
@@ -54,10 +55,8 @@ class SubnetTrainer(SGDTrainer):
     own_network = True
     slices: Slices
 
-    def __init__(self, judged_at: Sequence[float] = (), **sgd: Any):
+    def __init__(self, judged_at: Sequence[Annotated[float, Interval(gt=0, le=1)]] = (), **sgd: Any):
         super().__init__(**sgd)
-        if not all(isinstance(ratio, int | float) and 0 < ratio <= 1 for ratio in judged_at):
-            raise ConfigError(f"trainer.judged_at must be keep ratios in (0, 1], got {list(judged_at)}")
         self.judged_at = tuple(judged_at)
 
     def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:
