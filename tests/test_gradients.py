@@ -9,18 +9,8 @@ from torch.nn import functional as F
 from torchs_counter import counter
 
 from clients.trainers.base import WorkLog
-from clients.trainers.rehearsal.gradients import (
-    MODES,
-    head_of,
-    log_products,
-    matrix_product,
-    mean_gradient,
-    outputs_of,
-    per_sample,
-    products,
-    scoring,
-    space,
-)
+from clients.trainers.rehearsal.gradients import compared_weights, head_of, matrix_product, per_sample, scoring
+from clients.trainers.rehearsal.spaces import MODES, Mode, Space, space_of
 from devices.meter import measure
 from devices.trace import KINDS
 from fedsim.models.char_lstm import CharLSTM
@@ -85,6 +75,13 @@ def problem(name: str) -> tuple[Workload, nn.Module, Tensors]:
     return workload, model, {key: t.double() if t.is_floating_point() else t for key, t in batch.items()}
 
 
+def found_in(mode: Mode, workload: Workload, model: nn.Module) -> Space:
+    """The space of a mode; a workload's samples are floats of the usual precision."""
+    space = space_of(mode, workload, model.float(), chunk=3)
+    model.double()
+    return space
+
+
 PROBLEMS = ("linear", "mlp", "convnet", "normed", "resnet", "depthwise", "letters")
 
 
@@ -99,9 +96,9 @@ def by_hand(workload: Workload, model: nn.Module, batch: Tensors, weights: list[
 
 @pytest.mark.parametrize("name", PROBLEMS)
 @pytest.mark.parametrize("mode", MODES)
-def test_every_way_gives_the_products_of_autograd(name: str, mode: str):
+def test_every_way_gives_the_products_of_autograd(name: str, mode: Mode):
     workload, model, batch = problem(name)
-    head = head_of(model)
+    head, space = head_of(model), found_in(mode, workload, model)
     with scoring(model):
         if mode == "features":
             seen: list[Tensor] = []
@@ -112,30 +109,31 @@ def test_every_way_gives_the_products_of_autograd(name: str, mode: str):
             # A sequence's loss is a mean over its steps, and so is its gradient here.
             expected = own if own.dim() == 2 else own.sum(1)
         else:
-            weights = list(head.parameters() if mode == "last_layer" else space(model).values())
+            weights = list(head.parameters() if mode == "last_layer" else compared_weights(model).values())
             expected = by_hand(workload, model, batch, weights)
-        reference = mean_gradient(mode, workload, model, {key: t[:3] for key, t in batch.items()})
-        found = products(mode, workload, model, batch, reference, chunk=3)
+        reference = space.mean_gradient(workload, model, {key: t[:3] for key, t in batch.items()})
+        found = space.products(workload, model, batch, reference)
     assert torch.allclose(reference, expected[:3].mean(0), rtol=0, atol=1e-12)
     assert torch.allclose(found.own, expected @ expected.T, rtol=0, atol=1e-10)
     assert found.past is not None
     assert torch.allclose(found.past, expected @ expected[:3].mean(0), rtol=0, atol=1e-10)
     assert found.past_norm == pytest.approx(float(expected[:3].mean(0).norm()))
-    assert products(mode, workload, model, batch, None, 3).past is None
+    assert space.products(workload, model, batch).past is None
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_the_mean_of_the_gradients_is_the_gradient_of_the_mean(name: str):
     workload, model, batch = problem(name)
+    space = found_in("full", workload, model)
     with scoring(model):
         single = per_sample(workload, model, batch)
-        assert torch.allclose(single.mean(0), mean_gradient("full", workload, model, batch), rtol=0, atol=1e-12)
+        assert torch.allclose(single.mean(0), space.mean_gradient(workload, model, batch), rtol=0, atol=1e-12)
 
 
 def test_norm_layers_are_left_out():
     _, model, _ = problem("resnet")
-    assert not any("norm" in name for name in space(model))
-    assert any("conv" in name for name in space(model))
+    assert not any("norm" in name for name in compared_weights(model))
+    assert any("conv" in name for name in compared_weights(model))
 
 
 def test_scoring_is_in_evaluation_mode_and_leaves_the_mode_as_it_was():
@@ -149,15 +147,15 @@ def test_scoring_is_in_evaluation_mode_and_leaves_the_mode_as_it_was():
 
 @pytest.mark.parametrize("name", ["mlp", "convnet", "depthwise"])
 @pytest.mark.parametrize("mode", ["full", "last_layer", "features"])
-def test_the_reported_flops_are_those_that_torch_counts(name: str, mode: str):
+def test_the_reported_flops_are_those_that_torch_counts(name: str, mode: Mode):
     workload, model, batch = problem(name)
     model = model.float()
     batch = {key: t.float() if t.is_floating_point() else t for key, t in batch.items()}
     network = measure(model, workload.loss, workload.sample(4), "net")
-    log = WorkLog(10**9)
-    log_products(log, network, mode, outputs_of(workload, model), 7, False, 3)
+    log, space = WorkLog(10**9), space_of(mode, workload, model)
+    space.log_products(log, network, 7, False)
     with scoring(model), counter() as counted:
-        products(mode, workload, model, batch)
+        space.products(workload, model, batch)
     assert log.work().flops == pytest.approx(counted.get_total_flops(), rel=0.01)
 
 
@@ -176,7 +174,7 @@ def test_masked_classes_have_no_gradient_in_the_closed_form():
     workload.logits = lambda m, b: m(b["x"]) + mask  # type: ignore[method-assign]
     batch["y"] = batch["y"] % 2
     with scoring(model):
-        found = mean_gradient("last_layer", workload, model, batch)
+        found = found_in("last_layer", workload, model).mean_gradient(workload, model, batch)
         loss = F.cross_entropy(model(batch["x"])[:, :2], batch["y"])
         expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.head.parameters()))])
     assert torch.allclose(found, expected, rtol=0, atol=1e-12)

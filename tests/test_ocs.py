@@ -11,9 +11,9 @@ import clients.app
 from clients.app import Worker, worker_for
 from clients.app import app as client_app
 from clients.state import ClientState
-from clients.trainers.rehearsal.gradients import Products
 from clients.trainers.rehearsal.memory import CANDIDATES, NAMES, PHASES, Memory
 from clients.trainers.rehearsal.ocs import OCSRun, best, scores
+from clients.trainers.rehearsal.spaces import Products
 from fedsim.engines.local import LocalGrid
 from fedsim.errors import ConfigError
 from fedsim.messages.records import STATE, Broadcast, payload_bytes, record_bytes, tensors_of

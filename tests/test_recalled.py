@@ -12,7 +12,7 @@ from clients.app import Worker
 from clients.app import app as client_app
 from clients.state import ClientState
 from clients.trainers.base import ClientContext
-from clients.trainers.rehearsal.gradients import last_layer, mean_gradient
+from clients.trainers.rehearsal.gradients import last_layer
 from clients.trainers.rehearsal.memory import NAMES, PHASES, Memory
 from clients.trainers.rehearsal.ocs import OCSRun
 from clients.trainers.rehearsal.recalled import Recalled
@@ -55,10 +55,11 @@ def client_with_memory(overrides: list[str]) -> tuple[Worker, ClientContext, Mem
 
 @pytest.mark.parametrize("mode, overrides", SPACES)
 def test_at_first_it_is_the_gradient_of_all(mode: str, overrides: list[str]):
-    _, client, memory = client_with_memory(overrides)
-    recalled = Recalled(client.workload, client.model, memory)
-    direct = mean_gradient(mode, client.workload, client.model, memory.examples())
-    assert torch.equal(recalled.mean_gradient(mode), direct)
+    worker, client, memory = client_with_memory(overrides)
+    space = worker.trainer.space
+    recalled = Recalled(space, client.workload, client.model, memory)
+    direct = space.mean_gradient(client.workload, client.model, memory.examples())
+    assert torch.equal(recalled.mean_gradient(), direct)
     assert direct.abs().max() > 0
 
 

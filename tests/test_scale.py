@@ -10,9 +10,9 @@ from flwr.app import Message, MetricRecord, RecordDict
 from flwr.serverapp import strategy as strategies
 
 from clients.app import app as client_app
-from clients.trainers.rehearsal.gradients import Products
 from clients.trainers.rehearsal.ocs import scores
 from clients.trainers.rehearsal.selection import farthest, herd, seeding
+from clients.trainers.rehearsal.spaces import Products
 from devices.compression.two_paths import step_of
 from fedsim.engines.blocks import PLAIN_MEANS
 from fedsim.engines.local import LocalGrid

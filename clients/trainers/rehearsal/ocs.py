@@ -22,24 +22,12 @@ from annotated_types import Ge
 from torch import Tensor, nn
 
 from clients.trainers.base import Gradients
-from clients.trainers.rehearsal.gradients import (
-    WITHOUT_BACKWARD,
-    Mode,
-    Outputs,
-    Products,
-    log_mean_gradient,
-    log_mean_of_outputs,
-    log_products,
-    mean_gradient,
-    outputs_of,
-    products,
-    require_head,
-    scoring,
-)
+from clients.trainers.rehearsal.gradients import scoring
 from clients.trainers.rehearsal.memory import PHASE, Memory
 from clients.trainers.rehearsal.recalled import Recalled
 from clients.trainers.rehearsal.replay import ReplayRun, ReplayTrainer, StreamBatch
 from clients.trainers.rehearsal.selection import Pool, balanced
+from clients.trainers.rehearsal.spaces import WITHOUT_BACKWARD, Features, Mode, Products, Space, space_of
 from devices.cost import NetworkCost
 from devices.meter import inference_memory_bytes
 from fedsim.errors import ConfigError
@@ -111,7 +99,8 @@ class OCSRun(ReplayRun):
         self.draw = client.stream("warm-start")
         self.recalled: Recalled | None = None
         if trainer.ref_source == "replayed" and self.compares():
-            self.recalled = Recalled(client.workload, client.model, self.memory)
+            assert isinstance(trainer.space, Features)
+            self.recalled = Recalled(trainer.space, client.workload, client.model, self.memory)
             client.log.add(client.step_cost, len(self.memory), forwards=1)
 
     def compares(self) -> bool:
@@ -135,21 +124,19 @@ class OCSRun(ReplayRun):
 
     def products(self, own: Tensors, kept: Tensors | None) -> Products:
         """Of a stream batch, with the coreset's gradient at the current weights as the reference."""
-        trainer, client, mode = self.trainer, self.client, self.trainer.grad_mode
-        log, workload, model, outputs = client.log, client.workload, client.model, trainer.outputs
+        trainer, client, space = self.trainer, self.client, self.trainer.space
+        workload, model, log, cost = client.workload, client.model, client.log, client.step_cost
         with scoring(model):
             reference = self.reference if trainer.tau else None
             if self.recalled is not None:
-                reference = self.recalled.mean_gradient(mode)
-                log_mean_of_outputs(log, outputs, len(self.memory))
+                reference = self.recalled.mean_gradient()
+                self.recalled.space.log_mean_of_outputs(log, len(self.memory))
             elif reference is None and self.compares():
                 past = kept if trainer.ref_source == "batch" and kept is not None else self.memory.examples()
-                reference = mean_gradient(mode, workload, model, past)
-                log_mean_gradient(log, client.step_cost, mode, outputs, len(past["y"]))
-            found = products(mode, workload, model, own, reference, trainer.chunk)
-        log_products(
-            log, client.step_cost, mode, outputs, workload.batch_size_of(own), reference is not None, trainer.chunk
-        )
+                reference = space.mean_gradient(workload, model, past)
+                space.log_mean_gradient(log, cost, workload.batch_size_of(past))
+            found = space.products(workload, model, own, reference)
+        space.log_products(log, cost, workload.batch_size_of(own), reference is not None)
         return found
 
     def gradients(self, batch: StreamBatch) -> tuple[Gradients, Tensor]:
@@ -170,8 +157,8 @@ class OCSRun(ReplayRun):
         if trainer.ref_scope == "local" or not len(self.memory):
             return update
         with scoring(client.model):
-            own = mean_gradient(trainer.grad_mode, client.workload, client.model, self.memory.examples())
-        log_mean_gradient(client.log, client.step_cost, trainer.grad_mode, trainer.outputs, len(self.memory))
+            own = trainer.space.mean_gradient(client.workload, client.model, self.memory.examples())
+        trainer.space.log_mean_gradient(client.log, client.step_cost, len(self.memory))
         direction = own / torch.linalg.vector_norm(own).clamp(min=torch.finfo(own.dtype).tiny)
         record = {"direction": direction, "examples": torch.tensor(len(self.memory))}
         return replace(update, extras={REFERENCE: record})
@@ -199,8 +186,8 @@ class OCSRun(ReplayRun):
         """All examples by S + V under the current weights, best first."""
         trainer, client, n = self.trainer, self.client, self.client.workload.batch_size_of(batch)
         with scoring(client.model):
-            found = products(trainer.grad_mode, client.workload, client.model, batch, None, trainer.chunk)
-        log_products(client.log, client.step_cost, trainer.grad_mode, trainer.outputs, n, False, trainer.chunk)
+            found = trainer.space.products(client.workload, client.model, batch)
+        trainer.space.log_products(client.log, client.step_cost, n, False)
         similarity, apart, _ = scores(found, 0.0, trainer.diversity)
         return (similarity + apart).argsort(descending=True, stable=True).cpu()
 
@@ -218,8 +205,8 @@ class OCSRun(ReplayRun):
         if n > trainer.batch_size:
             step = trainer.step_bytes(cost, n, copies + (1.0 if backward else 0.0))
             recalled = len(self.memory) if trainer.ref_source == "replayed" else 0
-            outputs = 4 * recalled * (trainer.outputs.classes + trainer.outputs.features)
-            client.log.reserve(step + trainer.outputs.held(trainer.grad_mode, n, trainer.chunk) + outputs)
+            outputs = 4 * recalled * (trainer.space.sizes.classes + trainer.space.sizes.features)
+            client.log.reserve(step + trainer.space.held_bytes(n) + outputs)
 
 
 class OCSTrainer(ReplayTrainer):
@@ -231,7 +218,7 @@ class OCSTrainer(ReplayTrainer):
     Args:
         tau: weight of the agreement with the coreset.
         stream_size: N, examples that are scored at once; batch_size is kappa.
-        grad_mode: a gradients.Mode.
+        grad_mode: a spaces.Mode.
         chunk: examples per chunk of "chunked".
         diversity: see `scores`.
         warm_start: r2c; in the first pass, as many batches of a task are drawn at random instead.
@@ -245,6 +232,7 @@ class OCSTrainer(ReplayTrainer):
     """
 
     run = OCSRun
+    space: Space
 
     def __init__(
         self,
@@ -274,13 +262,12 @@ class OCSTrainer(ReplayTrainer):
         self.diversity, self.warm_start = diversity, warm_start
         self.ref_source, self.ref_scope = ref_source, ref_scope
         self.final_pick, self.shrink_pick = final_pick, shrink_pick
-        self.outputs = Outputs(0, 0, 0, 0)
 
     def selections(self) -> tuple[str, ...]:
         return ("ocs",)
 
     def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:
-        """Looks at the sizes that scoring costs depend on.
+        """Finds the space in which gradients are compared.
 
         Raises:
             ConfigError: where the affinity could only be 0.
@@ -291,9 +278,7 @@ class OCSTrainer(ReplayTrainer):
                 "stream.incremental=task their gradients are orthogonal; take features or full, or trainer.tau=0"
             )
         super().setup(workload, model, network)
-        self.outputs = outputs_of(workload, model)
-        if self.grad_mode in WITHOUT_BACKWARD:
-            require_head(workload, model)
+        self.space = space_of(self.grad_mode, workload, model, self.chunk)
 
     def stream_size_and_passes(self) -> tuple[int, int]:
         return self.stream_size, max(1, round(self.local_epochs * self.stream_size / self.batch_size))

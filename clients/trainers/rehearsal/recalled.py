@@ -12,8 +12,9 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from clients.trainers.rehearsal.gradients import error_of, head_of, last_layer, mean_of_outputs, scoring
+from clients.trainers.rehearsal.gradients import error_of, head_of, last_layer, scoring
 from clients.trainers.rehearsal.memory import Memory
+from clients.trainers.rehearsal.spaces import Features
 from fedsim.workloads.base import Workload
 from fedsim.workloads.classification import classification
 
@@ -24,13 +25,14 @@ class Recalled:
     """Softmax - label [m, classes] and the head's inputs [m, features] of every kept example.
 
     Args:
+        space: in which they are compared.
         workload: its logits.
         model: sees all examples once, in evaluation mode; those of later steps as the step saw them, dropout included.
         memory: with at least one example, all of one label.
     """
 
-    def __init__(self, workload: Workload, model: nn.Module, memory: Memory):
-        self.workload, self.model, self.memory = workload, model, memory
+    def __init__(self, space: Features, workload: Workload, model: nn.Module, memory: Memory):
+        self.space, self.workload, self.model, self.memory = space, workload, model, memory
         with scoring(model):
             self.error, self.features = last_layer(workload, model, memory.examples())
 
@@ -49,6 +51,6 @@ class Recalled:
         self.error[places] = error_of(classification(self.workload).logits(OUTPUTS, batch), batch["y"])
         self.features[places] = features
 
-    def mean_gradient(self, mode: str) -> Tensor:
-        """As gradients.mean_gradient in the modes `last_layer` and `features`."""
-        return mean_of_outputs(mode, self.model, self.error, self.features)
+    def mean_gradient(self) -> Tensor:
+        """Returns the mean gradient of all, as `Space.mean_gradient` would find it."""
+        return self.space.mean_of_outputs(self.model, self.error, self.features)
