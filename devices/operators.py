@@ -1,7 +1,8 @@
 """How many multiply-adds an operator of torch takes, and which operators take next to none.
 
-Torch's own FLOP formulas know plain matrix products, convolutions and fused attention of cards only. An operator that
-neither they nor this module know is refused: to take it for an elementwise one would price its products as nothing.
+Torch's own FLOP formulas, of fused attention on cards and of operators that a user registers, are asked where this
+module knows none: importing them takes as long as a tenth of torch. An operator that neither know is refused: to take
+it for an elementwise one would price its products as nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from devices.errors import DeviceError
 
@@ -41,6 +41,24 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, scores: int, values: i
     """So many products as large as query times key, and as scores times value."""
     pairs = query.numel() // query.shape[-1] * key.shape[-2]
     return pairs * (scores * query.shape[-1] + values * value.shape[-1])
+
+
+def _convolution(args: Any, out: Tensor) -> int:
+    """Every weight meets every position of the side that it is slid over: the output, or the input when transposed."""
+    x, weight, transposed = args[0], args[1], args[6]
+    return int(weight.numel() * _positions(x if transposed else out))
+
+
+def _convolution_backward(args: Any, out: Tensor) -> int:
+    """As many products for the gradient of the input; for the weights' as torch counts them, as if all in one group."""
+    grad, x, weight, transposed, (of_input, of_weight, _) = args[0], args[1], args[2], args[7], args[10]
+    slid, other = (x, grad) if transposed else (grad, x)
+    macs = of_input * weight.numel() * _positions(slid)
+    return int(macs + of_weight * math.prod(weight.shape[2:]) * slid.numel() * other.shape[1])
+
+
+def _positions(x: Tensor) -> int:
+    return x.shape[0] * math.prod(x.shape[2:])
 
 
 def _cubes(share: float) -> Macs:
@@ -93,6 +111,8 @@ PRODUCTS: dict[str, Macs] = {
     **dict.fromkeys(
         ("aten::_cdist_backward", "aten::_pdist_backward"), lambda args, out: args[0].numel() * args[1].shape[-1]
     ),
+    "aten::convolution": _convolution,
+    "aten::convolution_backward": _convolution_backward,
     "aten::conv_tbc": lambda args, out: out.numel() * args[1].shape[0] * args[1].shape[1],
     "aten::conv_tbc_backward": lambda args, out: 2 * args[0].numel() * args[2].shape[0] * args[2].shape[1],
     "torchvision::deform_conv2d": lambda args, out: out.numel() * args[1][0].numel(),
@@ -230,10 +250,12 @@ def macs_of(func: Any, args: Any, kwargs: Any, out: Any) -> float | None:
     if macs is not None:
         first = next((x for x in tree_leaves(out) if isinstance(x, Tensor)), None)
         return macs(_positional(func, args, kwargs), first) * _parts(func, args) if first is not None else 0.0
-    if func._overloadpacket in flop_registry:
-        return flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out) * _parts(func, args) / 2
     if is_plain(func):
         return None
+    from torch.utils.flop_counter import flop_registry  # late: it imports triton
+
+    if func._overloadpacket in flop_registry:
+        return flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out) * _parts(func, args) / 2
     raise DeviceError(
         f"operator {func._schema.name} cannot be priced: no formula says how much it multiplies; "
         "register one with torch.utils.flop_counter.register_flop_formula"

@@ -132,6 +132,20 @@ def test_an_operator_that_nobody_knows_is_refused_until_a_formula_is_given():
         del flop_registry[operator]
 
 
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("module", [nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d])
+def test_convolutions_multiply_as_torch_says(module: type[nn.Module], groups: int):
+    """Both ways, with and without a gradient of the input; torch's counter uses its own formulas of them."""
+    conv, dims = module(4, 8, 3, stride=2, padding=1, groups=groups, bias=groups > 1), int(module.__name__[-2])
+    for wanted in (False, True):
+        x = torch.randn(3, 4, *(9,) * dims, requires_grad=wanted)
+        with counter() as torchs:
+            conv(x).sum().backward()
+        with Flops() as ours:
+            conv(x).sum().backward()
+        assert ours.total == torchs.get_total_flops() > 0
+
+
 def test_matrix_functions_without_a_formula_are_refused():
     model = Calls(lambda x, w: torch.linalg.matrix_exp(spd(x)) * w, 1)
     with pytest.raises(DeviceError, match="network Calls cannot be traced: operator aten::linalg_matrix_exp cannot be"):
