@@ -275,13 +275,12 @@ def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path, name: 
         return array
 
 
-def read_parquet(path: Path, columns: Sequence[str] | None = None, filters: Any = None) -> Any:
+def read_parquet(path: Path, columns: Sequence[str] | None = None) -> Any:
     """A Parquet file as a pyarrow Table, also where its name looks like an address.
 
     Args:
         path: of the file.
         columns: to read; None: all.
-        filters: of rows, as pyarrow takes them.
 
     Raises:
         FileError: if it cannot be read, lacks a column, or stands for more than MAX_CELLS values.
@@ -291,15 +290,15 @@ def read_parquet(path: Path, columns: Sequence[str] | None = None, filters: Any 
 
     with open_file(path) as file:
         try:
-            facts = parquet.read_metadata(file)
+            held = parquet.ParquetFile(file)
+            facts = held.metadata
             if facts.num_rows * facts.num_columns > MAX_CELLS:
                 raise FileError(f"{path} is too large: {facts.num_rows} rows of {facts.num_columns} columns")
             names = facts.schema.to_arrow_schema().names
             for name in columns or ():
                 if name not in names:
                     raise FileError(f"{path} has no column {name!r} (it has: {', '.join(names) or 'none'})")
-            file.seek(0)
-            return parquet.read_table(file, columns=None if columns is None else list(columns), filters=filters)
+            return held.read(None if columns is None else list(columns))  # `read_table` would import pandas
         except FileError:
             raise
         except (pa.ArrowException, *UNREADABLE, TypeError) as error:

@@ -14,6 +14,7 @@ from conftest import DAILY
 
 from fedsim.cli import main as cli
 from fedsim.errors import ConfigError
+from fedsim.report.files import Rows
 from fedsim.report.page import _devices, _stragglers, write_page
 from fedsim.report.page_pictures import as_svg, curves, outcomes, time_by_device
 from fedsim.report.rounds import RoundReport, read_rounds
@@ -62,7 +63,7 @@ def test_page_shows_the_figures_of_the_summary_and_loads_nothing(run, tmp_path: 
 def test_tables_add_up_to_the_rows(run, tmp_path: Path):
     run(*COSTS)
     rows = pandas.concat(pandas.read_parquet(path) for path in (tmp_path / "clients").iterdir())
-    table = _devices(rows)
+    table = _devices(columns(rows))
     asked = table.header.index("asked")
     assert sum(int(row[asked]) for row in table.rows) == len(rows)
     assert {row[0] for row in table.rows} == set(rows["device"])
@@ -74,11 +75,15 @@ def test_energy_is_split_where_the_rows_split_it():
     """Runs of fedsim 0.1 have one column of joules, and their page stays as it was."""
     old = pandas.DataFrame([client(1, 1, 2.0)])
     new = old.assign(down_joules=0.1, compute_joules=0.2, up_joules=0.3, tail_joules=0.4)
-    assert "tail J" not in _devices(old).header
-    table = _devices(new)
+    assert "tail J" not in _devices(columns(old)).header
+    table = _devices(columns(new))
     start = table.header.index("mean J")
     assert table.header[start : start + 5] == ["mean J", "down J", "compute J", "up J", "tail J"]
     assert table.rows[0][start : start + 5] == ["1", "0.1", "0.2", "0.3", "0.4"]
+
+
+def columns(rows: pandas.DataFrame) -> Rows:
+    return {name: rows[name].to_numpy() for name in rows}
 
 
 def client(number: int, round: int, total_s: float, outcome: str = "completed") -> dict:
@@ -90,7 +95,7 @@ def client(number: int, round: int, total_s: float, outcome: str = "completed") 
 def test_the_straggler_is_the_last_whose_reply_was_taken():
     rows = [client(1, 1, 2.0), client(2, 1, 3.0), client(3, 1, 9.0, "late")]
     rows += [client(1, 2, 4.0), client(2, 2, 1.0), client(2, 3, 5.0)]
-    table = _stragglers(pandas.DataFrame(rows))
+    table = _stragglers(columns(pandas.DataFrame(rows)))
     assert table is not None
     assert [row[:4] for row in table.rows] == [
         ["client 2", "phone0", "2 of 3", "3"],
@@ -101,7 +106,7 @@ def test_the_straggler_is_the_last_whose_reply_was_taken():
 
 def test_nothing_to_draw_is_no_picture():
     rounds = [RoundReport(0, 0.0, 0.0)]
-    nobody = pandas.DataFrame([client(1, 1, 1.0, "offline")])
+    nobody = columns(pandas.DataFrame([client(1, 1, 1.0, "offline")]))
     assert curves(rounds) is None
     assert outcomes(rounds) is None
     assert time_by_device(nobody) is None

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+from dataclasses import replace
 
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 import yaml
@@ -14,11 +17,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from clients.app import app
 from clients.trainers.sgd import SGDTrainer
+from devices.cost import Cost, NetworkCost, Passes, Work
 from fedsim.engines.local import LocalGrid
 from fedsim.errors import ClientError, ConfigError
+from fedsim.grid.edge import ClientReport
 from fedsim.messages.records import record_of
+from fedsim.report import client_rows, strict_json
 from fedsim.report import folder as folders
 from fedsim.report import place as run_place
+from fedsim.report.client_rows import client_schema, client_table
 from fedsim.report.place import new_run_folder
 from fedsim.report.rounds import RoundReport, read_rounds, weights_sha256
 from fedsim.report.text import closing_lines, closing_table
@@ -104,6 +111,29 @@ def test_client_row_tells_times_metrics_and_work(run, tmp_path):
     assert row["total_s"] == row["down_s"] + row["compute_s"] + row["up_s"]
     assert [(p["batch"], p["forwards"], p["backwards"]) for p in passes] == [(4, 1, 1), (3, 1, 1)]
     assert (row["num_examples"], row["device"], list(json.loads(row["metrics"]))) == (7, "reference", ["train_loss"])
+
+
+def test_columns_of_rows_are_what_the_rows_say(monkeypatch):
+    """Written from buffers and in chunks, without pandas: the same as pyarrow makes of the rows themselves."""
+    network = NetworkCost("net", 1.5, 2.0, 3, 4, layers=((1.0, math.inf),), step_bytes=((5, 6),))
+    works = [Work(), Work((Passes(network, 4, 2, 1), Passes(replace(network, name="ß"), 3, 1)), 7, 8, 9, 10)]
+    facts = [(0, "é", {}), (1, "", {"loss": math.nan, "hits": 3}), (2, "late\n", {"loss": 0.1 + 0.2})]
+    clients = [
+        ClientReport(
+            1, "train", number, "pi", "completed", reason, 0.5, Cost(up_s=math.inf), 1.0, 2.0, work, 3, metrics
+        )
+        for number, reason, metrics in facts
+        for work in works
+    ]
+    monkeypatch.setattr(client_rows, "AT_ONCE", 4)
+    table = client_table(clients)
+    assert table.schema == client_schema()
+    assert table["work"].to_pylist() == [strict_json.dumps(work.to_dict()) for work in works] * 3
+    assert table["metrics"].to_pylist() == [strict_json.dumps(c.metrics) for c in clients]
+    assert table["reason"].to_pylist() == [c.reason for c in clients]
+    for name, own in (("up_s", [math.inf] * 6), ("flops", [w.flops for w in works] * 3), ("num_examples", [3] * 6)):
+        assert table[name].to_pylist() == own
+    assert table.equals(pa.Table.from_pylist(table.to_pylist(), schema=client_schema()))
 
 
 # --- TensorBoard -------------------------------------------------------------------------------------------------

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from fedsim.report import strict_json
 
 if TYPE_CHECKING:
+    from devices.cost import Work
     from fedsim.grid.edge import ClientReport
+
+AT_ONCE = 20_000  # rows of a chunk: its texts must stay below 2 GiB
 
 
 def client_schema() -> Any:
@@ -25,33 +31,57 @@ def client_schema() -> Any:
     return pa.schema([(name, kinds.get(name, pa.float64())) for name in " ".join(columns).split()])
 
 
-def client_row(c: ClientReport) -> dict[str, Any]:
-    """One row; `metrics` and `work` are JSON texts, because methods differ in what they report."""
-    return {
-        "round": c.round,
-        "phase": c.phase,
-        "client": c.client,
-        "device": c.device,
-        "outcome": c.outcome,
-        "reason": c.reason,
-        "start_s": c.start_s,
-        "down_s": c.cost.down_s,
-        "compute_s": c.cost.compute_s,
-        "up_s": c.cost.up_s,
-        "wait_s": c.wait_s,
-        "total_s": c.cost.total_s,
-        "down_joules": c.cost.down_joules,
-        "compute_joules": c.cost.compute_joules,
-        "up_joules": c.cost.up_joules,
-        "tail_joules": c.cost.tail_joules,
-        "joules": c.joules,
-        "wait_joules": c.wait_joules,
-        "down_bytes": c.work.down_bytes,
-        "up_bytes": c.work.up_bytes,
-        "peak_memory_bytes": c.work.peak_memory_bytes,
-        "storage_bytes": c.work.storage_bytes,
-        "flops": c.work.flops,
-        "num_examples": c.num_examples,
-        "metrics": strict_json.dumps(c.metrics),
-        "work": strict_json.dumps(c.work.to_dict()),
-    }
+def client_table(reports: Sequence[ClientReport]) -> Any:
+    """A pyarrow Table with a row for each; `metrics` and `work` are JSON texts, as methods differ in what they report.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    import pyarrow as pa
+
+    return pa.concat_tables([_table(reports[start : start + AT_ONCE]) for start in range(0, len(reports), AT_ONCE)])
+
+
+def _table(reports: Sequence[ClientReport]) -> Any:
+    import pyarrow as pa
+
+    schema, networks = client_schema(), dict[int, str]()
+    columns = zip(*(_row(report, networks) for report in reports), strict=True)
+    return pa.Table.from_arrays([_array(c, kind) for c, kind in zip(columns, schema.types, strict=True)], schema=schema)
+
+
+def _row(c: ClientReport, networks: dict[int, str]) -> tuple[Any, ...]:
+    """The figures in the order of the schema."""
+    cost, work = c.cost, c.work
+    return (
+        *(c.round, c.phase, c.client, c.device, c.outcome, c.reason),
+        *(c.start_s, cost.down_s, cost.compute_s, cost.up_s, c.wait_s, cost.total_s),
+        *(cost.down_joules, cost.compute_joules, cost.up_joules, cost.tail_joules, c.joules, c.wait_joules),
+        *(work.down_bytes, work.up_bytes, work.peak_memory_bytes, work.storage_bytes, work.flops, c.num_examples),
+        *(strict_json.dumps(c.metrics), work_text(work, networks)),
+    )
+
+
+def work_text(work: Work, networks: dict[int, str]) -> str:
+    """The JSON text of `Work.to_dict`; `networks` holds the text of each network, which most clients share, by id."""
+    passes = []
+    for p in work.passes:
+        if id(p.network) not in networks:
+            networks[id(p.network)] = strict_json.dumps(vars(p.network))
+        counts = f'"batch": {p.batch}, "forwards": {p.forwards}, "backwards": {p.backwards}'
+        passes.append(f'{{"network": {networks[id(p.network)]}, {counts}}}')
+    figures = strict_json.dumps({name: figure for name, figure in vars(work).items() if name != "passes"})
+    return f'{{"passes": [{", ".join(passes)}], {figures[1:]}'
+
+
+def _array(values: Sequence[Any], kind: Any) -> Any:
+    """A column without nulls, from its buffers: `pyarrow.array` would import pandas, to know whether it gets some."""
+    import pyarrow as pa
+
+    if kind == pa.string():
+        texts = [text.encode() for text in values]
+        ends = np.cumsum([0, *map(len, texts)], dtype=np.int32)
+        buffers = [None, pa.py_buffer(ends), pa.py_buffer(b"".join(texts))]
+    else:
+        buffers = [None, pa.py_buffer(np.array(values, kind.to_pandas_dtype()))]
+    return pa.Array.from_buffers(kind, len(values), buffers)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from devices.errors import FileError
 from devices.reading import parse_yaml, read_bytes, read_json, read_parquet, read_text
 from fedsim.errors import ConfigError
@@ -36,6 +38,9 @@ from fedsim.workloads.metrics import PRIMARY, Metric
 
 if TYPE_CHECKING:
     import pandas as pd
+
+Rows = dict[str, np.ndarray]  # a column of client rows by name, [rows] each
+JSON_TEXTS = ("metrics", "work")
 
 SETTINGS: Forms = {"seed": optional(WHOLE), "choices": optional(maps_of(NAME))}
 OUTCOMES = Form(
@@ -152,13 +157,13 @@ def row_files(folder: Path) -> list[Path]:
     return [inside(folder, path) for path in sorted(place.glob("*.parquet")) if ROWS.fullmatch(path.name)]
 
 
-def read_rows(path: Path, columns: list[str] | None = None, filters: Any = None) -> Any:
+def read_rows(path: Path, columns: list[str] | None = None) -> Any:
     """Client rows of one file, as a pyarrow Table.
 
     Raises:
         FileError: if it cannot be read, or lacks a column or has one of another type.
     """
-    table = read_parquet(path, columns, filters)
+    table = read_parquet(path, columns)
     for field in client_schema():
         if columns is not None and field.name not in columns:
             continue
@@ -181,6 +186,37 @@ def read_all_rows(folder: Path) -> pd.DataFrame | None:
 
     tables = [read_rows(path).replace_schema_metadata().to_pandas() for path in row_files(folder)]
     return pd.concat(tables) if tables else None
+
+
+def read_columns(folder: Path) -> Rows:
+    """All client rows of a run as columns by name, but for its JSON texts; empty where there are none.
+
+    Raises:
+        FileError: as `read_rows`.
+    """
+    import pyarrow as pa
+
+    tables = [read_rows(path).replace_schema_metadata() for path in row_files(folder)]
+    if not tables:
+        return {}
+    rows = pa.concat_tables(tables, promote_options="default")
+    return {name: as_array(rows[name]) for name in rows.column_names if name not in JSON_TEXTS}
+
+
+def as_array(column: Any) -> np.ndarray:
+    """A column of a pyarrow Table, NaN for null, as its `to_numpy`, which would import pandas."""
+    import pyarrow as pa
+
+    if pa.types.is_string(column.type):
+        return np.array(column.to_pylist(), object)
+    if column.null_count or not column.num_chunks:
+        return np.array(column.to_pylist(), float)
+    return np.concatenate([np.from_dlpack(chunk) for chunk in column.chunks])
+
+
+def only(rows: Rows, where: np.ndarray) -> Rows:
+    """The rows that a mask or indices choose."""
+    return {name: column[where] for name, column in rows.items()}
 
 
 def read_pictures(folder: Path) -> list[bytes]:

@@ -27,7 +27,7 @@ from fedsim.grid.pricing import OUTCOMES
 from fedsim.messages.records import Instruction
 from fedsim.report import strict_json
 from fedsim.report.checksums import Beginning, Checksums, inside, of_bytes, of_file, signed
-from fedsim.report.client_rows import client_row, client_schema
+from fedsim.report.client_rows import client_table
 from fedsim.report.instructions import keep_instruction
 from fedsim.report.place import (
     CLIENTS,
@@ -118,7 +118,7 @@ class RunFolder:
         except BaseException:
             self._rounds.close()
             raise
-        self._rows: list[dict[str, Any]] = []
+        self._clients: list[ClientReport] = []  # whose rows are not written yet
         self._flushed_at = time.monotonic()
 
     def _tables(self) -> list[str]:
@@ -154,26 +154,25 @@ class RunFolder:
                 written += self._rounds.write(line[written:]) or 0
         self._digest.update(line)
         self._length += len(line)
-        self._rows += [client_row(c) for c in clients]
+        self._clients += clients
         self._add_events(report)
-        if time.monotonic() - self._flushed_at > FLUSH_S or len(self._rows) >= FLUSH_ROWS:
+        if time.monotonic() - self._flushed_at > FLUSH_S or len(self._clients) >= FLUSH_ROWS:
             self.flush()
 
     def flush(self) -> None:
         """Writes the client rows so far as a Parquet file of its own: complete, or not there."""
         self._flushed_at = time.monotonic()
         self._events.flush()
-        if not self._rows:
+        if not self._clients:
             return
-        import pyarrow as pa
         from pyarrow import parquet
 
-        first, last = self._rows[0]["round"], self._rows[-1]["round"]
+        first, last = self._clients[0].round, self._clients[-1].round
         name, buffer = f"{CLIENTS}/rounds-{first:06d}-{last:06d}.parquet", io.BytesIO()
-        parquet.write_table(pa.Table.from_pylist(self._rows, schema=client_schema()), buffer)
+        parquet.write_table(client_table(self._clients), buffer)
         write_atomic(self.path / name, buffer.getvalue())
         self._files[name] = of_bytes(buffer.getvalue())
-        self._rows = []
+        self._clients = []
 
     def checksums(self) -> Checksums:
         """Brings everything so far to the disk, and says what it is."""

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from devices.errors import FileError
 from devices.reading import read_text
@@ -17,9 +19,11 @@ from fedsim.grid.pricing import OUTCOMES
 from fedsim.report import strict_json
 from fedsim.report.checksums import inside, of_file
 from fedsim.report.files import (
+    Rows,
     check_run,
     config_text,
-    read_all_rows,
+    only,
+    read_columns,
     read_config,
     read_failure,
     read_pictures,
@@ -32,9 +36,6 @@ from fedsim.report.split import kept_split, primary_of
 from fedsim.report.text import energy, simulated, size
 from fedsim.workloads.describe import Split, draw_split
 from fedsim.workloads.metrics import Metric, took_part
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 CELL_LETTERS = 100  # of a text in a table
 SLOWEST = 8  # clients in the table of stragglers
@@ -96,7 +97,7 @@ def write_page(folder: Path) -> Path:
         warnings=summary.get("warnings", []),
         prices=summary.get("prices"),
         failure=read_failure(folder),
-        parts=_parts(folder, rounds, read_all_rows(folder), summary, split),
+        parts=_parts(folder, rounds, read_columns(folder), summary, split),
         config=config,
         summary=strict_json.dumps(summary, indent=1) if summary else "",
     )
@@ -164,7 +165,7 @@ def _value(primary: Metric, value: float | None) -> str:
 def _parts(
     folder: Path,
     rounds: list[RoundReport],
-    rows: pd.DataFrame | None,
+    rows: Rows,
     summary: dict[str, Any],
     split: Split | None,
 ) -> list[Part]:
@@ -176,7 +177,7 @@ def _parts(
     own = [_png(picture) for picture in read_pictures(folder)]
     if own:
         parts.append(Part("Tasks", own))
-    if rows is not None and not rows.empty:
+    if rows and len(rows["client"]):
         picture = time_by_device(rows)
         shown = [as_svg(picture)] if picture else []
         parts.append(Part("Where the time of a device goes", shown, _devices(rows), OF_AN_EXCHANGE))
@@ -195,36 +196,39 @@ def _png(data: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(data).decode()}"
 
 
-def _devices(rows: pd.DataFrame) -> Table:
+def _devices(rows: Rows) -> Table:
     """A line per device: who was asked, what became of them, and what a completed exchange took."""
     seen = [outcome for outcome in OUTCOMES if (rows["outcome"] == outcome).any()]
     parts = [part for part in JOULES if f"{part}_joules" in rows]
     header = ["device", "clients", "asked", *(o.replace("_", " ") for o in seen), "median s", "95 % s", "mean J"]
     header += [f"{part} J" for part in parts]
     lines = []
-    for device, group in rows.groupby("device"):
-        done = group[group["outcome"] == "completed"]
-        counts = [str(int((group["outcome"] == outcome).sum())) for outcome in seen]
-        took = [_short(v) for v in (*done["total_s"].quantile([0.5, 0.95]), done["joules"].mean())]
-        took += [_short(done[f"{part}_joules"].mean()) for part in parts]
+    for device in np.unique(rows["device"]):
+        group = only(rows, rows["device"] == device)
+        done = only(group, group["outcome"] == "completed")
+        counts = [str(np.sum(group["outcome"] == outcome)) for outcome in seen]
+        took = [_short(np.quantile(done["total_s"], q)) if len(done["total_s"]) else "" for q in (0.5, 0.95)]
+        took += [_mean(done["joules"]), *(_mean(done[f"{part}_joules"]) for part in parts)]
         peak, kept = size(group["peak_memory_bytes"].max()), size(group["storage_bytes"].max())
-        lines.append([str(device), str(group["client"].nunique()), str(len(group)), *counts, *took, peak, kept])
+        clients = str(len(np.unique(group["client"])))
+        lines.append([str(device), clients, str(len(group["client"])), *counts, *took, peak, kept])
     return Table([*header, "peak memory", "storage"], lines)
 
 
-def _stragglers(rows: pd.DataFrame) -> Table | None:
+def _stragglers(rows: Rows) -> Table | None:
     """The clients that closed most rounds."""
-    done = rows[(rows["phase"] == "train") & (rows["outcome"] == "completed")]
-    if done.empty:
+    done = only(rows, (rows["phase"] == "train") & (rows["outcome"] == "completed"))
+    if not len(done["client"]):
         return None
-    last = done.sort_values(["round", "total_s", "client"]).groupby("round").tail(1)
+    done = only(done, np.lexsort((done["client"], done["total_s"], done["round"])))
+    last = np.append(done["round"][1:] != done["round"][:-1], True)
+    clients, closed = np.unique(done["client"][last], return_counts=True)
     lines = []
-    order = last.groupby("client").size().sort_values(ascending=False, kind="stable").head(SLOWEST)
-    for client, closed in order.items():
-        own = done[done["client"] == client]
-        means = [_short(own[f"{phase}_s"].mean()) for phase in ("down", "compute", "up", "total")]
-        share = f"{closed} of {last['round'].nunique()}"
-        lines.append([f"client {client}", str(own["device"].iloc[0]), share, str(len(own)), *means])
+    for number in np.argsort(-closed, kind="stable")[:SLOWEST]:
+        own = only(done, done["client"] == clients[number])
+        means = [_mean(own[f"{phase}_s"]) for phase in ("down", "compute", "up", "total")]
+        share = f"{closed[number]} of {last.sum()}"
+        lines.append([f"client {clients[number]}", str(own["device"][0]), share, str(len(own["client"])), *means])
     return Table(["client", "device", "rounds closed", "completed", "down s", "compute s", "up s", "total s"], lines)
 
 
@@ -237,6 +241,12 @@ def _deployed(entries: Sequence[dict[str, Any]]) -> Table:
             for entry in entries
         ],
     )
+
+
+def _mean(values: np.ndarray) -> str:
+    """The mean of the numbers that are there: some columns are not in the older files of a resumed run."""
+    there = values[~np.isnan(values)]
+    return _short(there.mean()) if len(there) else ""
 
 
 def _short(value: Any) -> str:

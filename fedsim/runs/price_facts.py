@@ -13,6 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from devices.cost import LatencyModel, Passes, Work
 from devices.fleet import Fleet
 from devices.latency.columns import TABLE_KINDS
@@ -20,7 +22,7 @@ from devices.latency.models import DevicePrices, StructuredLatency, device_price
 from devices.latency.predictions import IN_WORDS, MOSTLY_CALLS
 from devices.latency.prices import Prices
 from devices.profile import DeviceProfile
-from fedsim.report.files import read_rows, row_files
+from fedsim.report.files import as_array, read_rows, row_files
 
 CLIENTS_READ = 256  # of a round, in the order of its rows
 NAMED_AT_MOST = 2  # devices that the line names; more are counted
@@ -94,9 +96,10 @@ def works(folder: Path, rounds: Sequence[int]) -> dict[tuple[str, str], int]:
         for path in row_files(folder):
             first, last = (int(n) for n in path.stem.split("-")[1:])
             if first <= number <= last:
-                table = read_rows(path, ["device", "work"], [("round", "==", number)])
-                rows = table.slice(0, CLIENTS_READ).to_pylist()
-                found.update((row["device"], row["work"]) for row in rows)
+                table = read_rows(path, ["round", "device", "work"])
+                own = np.flatnonzero(as_array(table["round"]) == number)[:CLIENTS_READ]
+                rows = table.slice(own[0], len(own)) if len(own) else table.slice(0, 0)  # those of a round in a row
+                found.update((row["device"], row["work"]) for row in rows.to_pylist())
     return dict(found)
 
 
