@@ -48,8 +48,23 @@ def save_figure(figure: Figure, file: str | Path | IO[bytes], **how: Any) -> Non
         write_atomic(Path(file), drawn.getvalue())
         return
     take_literally(figure)
-    with box_missing_letters():
+    with box_missing_letters(), _laid_out(figure, how.get("format", "png")):
         figure.savefig(file, **how)
+
+
+@contextmanager
+def _laid_out(figure: Figure, kind: str) -> Iterator[None]:
+    """Lays the figure out beforehand: matplotlib would draw all of it twice, the first time for its layout alone."""
+    engine = figure.get_layout_engine()
+    if engine is None or figure.canvas.get_default_filetype() != kind:
+        yield
+        return
+    engine.execute(figure)
+    figure.set_layout_engine(None)
+    try:
+        yield
+    finally:
+        figure.set_layout_engine(engine)
 
 
 @contextmanager
