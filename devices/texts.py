@@ -34,7 +34,7 @@ def visible(text: object, most: int | None = None) -> str:
     letters = str(text)
     if most is not None and len(letters) > 8 * most:
         letters = letters[: 8 * most]  # escapes only make it longer
-    shown = "".join(map(_visible, letters))
+    shown = letters if letters.isascii() and letters.isprintable() else "".join(map(_visible, letters))
     return shown if most is None or len(shown) <= most else shown[: most - 1].rstrip() + ELLIPSIS
 
 

@@ -11,7 +11,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from devices.cost import LatencyModel, NetworkCost, Passes, Work
 from devices.errors import DeviceError
@@ -21,6 +20,7 @@ from devices.latency.limits import least_ms, least_work_s, physics_of
 from devices.latency.prices import MEASURED, Prices
 from devices.latency.prior import Facts, shipped_prior
 from devices.profile import DeviceProfile, LatencyFacts, Units
+from devices.reading import read_yaml
 from devices.trace import COLUMNS, KINDS, MAC_KINDS, LayerTable, trace
 
 USUAL_RATIO = 3.0  # a training step over a forward pass, where nothing is known of a device (FedScale's rule)
@@ -349,9 +349,7 @@ def reference_table(space: str, network: str) -> np.ndarray:
 @lru_cache(maxsize=1)
 def _shipped_tables() -> dict[str, dict[str, list[list[float]]]]:
     """Layer tables of the shipped profiles' networks: tracing all of them anew would take seconds at every start."""
-    tables: dict[str, dict[str, list[list[float]]]] = yaml.safe_load(
-        (Path(__file__).parent.parent / "references.yaml").read_text()
-    )
+    tables: dict[str, dict[str, list[list[float]]]] = read_yaml(Path(__file__).parent.parent / "references.yaml")
     return tables
 
 

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from devices.errors import DeviceError, unknown
 from devices.latency.columns import IS_CALL, NUM_COLUMNS, Phase, Physics
 from devices.latency.fitting import Problems, predict, solve
+from devices.reading import read_yaml
 
 IN_ORDER = frozenset(
     (
@@ -299,14 +299,14 @@ def error_with(sample: Sample, prior: Prior, picks: Sequence[int]) -> float:
 @lru_cache(maxsize=1)
 def recalled() -> Mapping[str, Any]:
     """The recalled facts of `devices/peaks.yaml`: cores, cards, bandwidths, microcontrollers."""
-    facts: Mapping[str, Any] = yaml.safe_load((Path(__file__).parent.parent / "peaks.yaml").read_text())
+    facts: Mapping[str, Any] = read_yaml(Path(__file__).parent.parent / "peaks.yaml")
     return facts
 
 
 @lru_cache(maxsize=1)
 def shipped_priors() -> Mapping[str, Prior]:
     """The priors by family, as `fedsim devices build` learned them."""
-    tree = yaml.safe_load((Path(__file__).parent.parent / "priors.yaml").read_text())
+    tree = read_yaml(Path(__file__).parent.parent / "priors.yaml")
     return {name: Prior.from_dict(prior) for name, prior in tree.items()}
 
 

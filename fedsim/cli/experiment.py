@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -33,4 +34,7 @@ def run_one(settings: dict[str, Any], unfinished: Path | None = None) -> dict[st
 
 
 def _begin(folder: Path) -> None:
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
     in_progress[:] = [folder]
