@@ -12,8 +12,9 @@ from conftest import TINY
 
 from fedsim.errors import ConfigError
 from fedsim.settings import config_files, permissions
-from fedsim.settings.compose import check_overrides, compose, one_sentence
+from fedsim.settings.compose import compose, one_sentence
 from fedsim.settings.groups import options
+from fedsim.settings.overrides import check_overrides
 
 SGD = "_target_: clients.trainers.sgd.SGDTrainer\nlr: 0.1\nbatch_size: 4\nlocal_epochs: 1\n"
 BOMB = SGD + "a: &a [" + "1, " * 30 + "]\nb: &b [" + "*a, " * 30 + "]\nc: [" + "*b, " * 100 + "]\n"

@@ -21,8 +21,9 @@ def run_with_hydra(arguments: list[str]) -> None:
     from omegaconf import DictConfig, OmegaConf
 
     from devices.writing import remove_empty
-    from fedsim.settings.compose import check_overrides, one_sentence, resolve, search_path
+    from fedsim.settings.compose import one_sentence, resolve, search_path
     from fedsim.settings.foreign import check_foreign
+    from fedsim.settings.overrides import check_overrides
 
     flags, given = _split(arguments)
     overrides = check_overrides(given)
@@ -107,8 +108,9 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
 def _check_sweep(flags: list[str], overrides: list[str]) -> None:
     """Refuses a sweep with a wrong setting in any of its runs before the first one starts."""
     from fedsim.settings.check import try_out
-    from fedsim.settings.compose import compose, sweep_overrides
+    from fedsim.settings.compose import compose
     from fedsim.settings.foreign import is_foreign
+    from fedsim.settings.overrides import sweep_overrides
 
     if is_foreign(flags):
         return  # another config tree: its runs are checked one by one

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import shlex
@@ -14,22 +13,20 @@ from contextlib import contextmanager
 from typing import Any
 
 from devices.errors import UserError, one_line, unknown
-from devices.texts import FILE_BYTES, VALUE_LETTERS, quoted, storable, visible
+from devices.texts import quoted
 from fedsim.errors import ConfigError, in_words
 from fedsim.settings.check import check, check_choices, known_keys
 from fedsim.settings.groups import (
-    FREE_MAPS,
     GROUPS,
     PRIMARY,
     RESULTS_HANG_ON,
     Settings,
     _below_groups,
     config_dir,
-    options,
 )
 from fedsim.settings.moved import updated
+from fedsim.settings.overrides import check_overrides, is_of_hydra, parsed
 from fedsim.settings.plugins import plugin_folders
-from fedsim.settings.run_settings import TEXTS
 
 
 def compose(overrides: Sequence[str]) -> Settings:
@@ -67,78 +64,6 @@ def search_path() -> list[str]:
     return [f"hydra.searchpath=[{found}]"] if found else []
 
 
-def check_overrides(overrides: Sequence[str]) -> list[str]:
-    """The overrides, with the ones of `FREE_MAPS` written so that they replace the map instead of adding to it.
-
-    Raises:
-        ConfigError: for an override that cannot be read, or a group that is given something else than a name.
-    """
-    checked: list[str] = []
-    for text in overrides:
-        override = _parsed(text)
-        key, value = override.key_or_group, override.value()
-        plain = not text.startswith(("+", "~"))
-        if any(len(part) > FILE_BYTES for part in re.split("[./@]", key)):
-            raise ConfigError(unknown("setting", key, known_keys()))  # Hydra would look for a file of that name
-        if plain and key in GROUPS and not (isinstance(value, str | dict) or override.is_sweep_override()):
-            raise ConfigError(unknown(key, "null" if value is None else value, options(key)))
-        if plain and key in GROUPS and isinstance(value, str) and (len(value) > FILE_BYTES or not storable(value)):
-            raise ConfigError(unknown(key, value, options(key)))  # no name of a file, which it would be taken for
-        if plain and key in TEXTS and isinstance(value, int | float) and not isinstance(value, bool):
-            text = f'{key}="{text.partition("=")[2].strip()}"'  # name=1e-3 is a name, not 0.001
-        if plain and key in FREE_MAPS and (isinstance(value, dict) or override.is_sweep_override()):
-            checked += [f"~{key}", f"+{text}"]
-        else:
-            checked.append(text)
-    return checked
-
-
-def is_of_hydra(text: str) -> bool:
-    """Whether an override is of Hydra's own settings, or puts something there."""
-    override = _parsed(text)
-    return any(re.match(r"hydra\b", place or "") for place in (override.key_or_group, override.package))
-
-
-def sweep_overrides(overrides: Sequence[str]) -> list[list[str]]:
-    """The overrides of every run of a sweep, in order; empty where only Hydra can tell (globs, its plug-ins)."""
-    choices: dict[str, list[str]] = {}  # as Hydra does it: a key given twice keeps its first place and its last value
-    for text in overrides:
-        override = _parsed(text)
-        if is_of_hydra(text) or (override.is_sweep_override() and not override.is_discrete_sweep()):
-            return []
-        try:
-            values = [str(v) for v in override.sweep_string_iterator()] if override.is_sweep_override() else None
-        except Exception:  # a glob asks the config folder
-            return []
-        key = override.get_key_element()
-        choices[key] = [text] if values is None else [f"{key}={value}" for value in values]
-    return [list(run) for run in itertools.product(*choices.values())]
-
-
-def _parsed(text: str) -> Any:
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    try:
-        override = OverridesParser.create().parse_override(text)
-    except (HydraException, ValueError, RecursionError) as error:
-        reason = one_line(error).partition(" See https://")[0].replace(f"Error parsing override {text!r} ", "")
-        reason = visible(reason, VALUE_LETTERS)
-        raise ConfigError(
-            f"cannot read the setting {quoted(text)} ({reason}); write KEY=VALUE, and special characters in quotes "
-            f"that the shell leaves alone: {_quoted_for_a_shell(text)}"
-        ) from error
-    if not override.key_or_group:
-        raise ConfigError(f"cannot read the setting {quoted(text)}; write KEY=VALUE, e.g. rounds=20")
-    return override
-
-
-def _quoted_for_a_shell(text: str) -> str:
-    """The setting as one types it in a shell, with its value in quotes that reach Hydra."""
-    key, _, value = visible(text, VALUE_LETTERS).partition("=")
-    return shlex.quote(f'{key}="{value}"') if value else "KEY='\"VALUE\"'"
-
-
 def from_run_config(run_config: dict[str, Any]) -> Settings:
     """Settings of a run that Flower started: `--run-config 'overrides="strategy=fedadam rounds=5"'`."""
     if run_config.get("config-json"):
@@ -165,14 +90,14 @@ def on_engine(settings: Settings, overrides: Sequence[str]) -> Settings:
     """
     engine, name = dict(settings["engine"]), settings["choices"]["engine"]
     for text in overrides:
-        key = _parsed(text).key_or_group
+        key = parsed(text).key_or_group
         if key != "engine" and not key.startswith("engine."):
             raise ConfigError(f"{text} cannot be given: only the engine of a run may change, e.g. engine=ray")
         if key.removeprefix("engine.") in RESULTS_HANG_ON:
             raise ConfigError(f"{key} cannot change: the last bits of results depend on it")
     if overrides:
         chosen = compose([f"engine={name}", *overrides])
-        given = {_parsed(text).key_or_group for text in overrides}
+        given = {parsed(text).key_or_group for text in overrides}
         if "engine" in given:
             fixed = {key: engine[key] for key in RESULTS_HANG_ON}
             engine, name = {**chosen["engine"], **fixed}, chosen["choices"]["engine"]
@@ -281,11 +206,8 @@ def check_address(settings: Settings, overrides: Sequence[str], source: str) -> 
         source: where the others come from.
     """
     address = settings["engine"].get("address")
-    if address is not None and not any(_parsed(text).key_or_group == "engine.address" for text in overrides):
+    if address is not None and not any(parsed(text).key_or_group == "engine.address" for text in overrides):
         raise ConfigError(
             f"engine.address={address!r} comes from {source}, and whoever runs that cluster could run code here; if it "
             f"is yours, say it again on the command line: engine.address={address}, or else engine.address=null"
         )
-
-
-# --- building ----------------------------------------------------------------------------------------------------

@@ -14,8 +14,9 @@ from typing import Any
 from devices.reading import read_yaml
 from fedsim.errors import ConfigError
 from fedsim.settings.build import check_trusted
-from fedsim.settings.compose import check_address, is_of_hydra, one_sentence, resolve, search_path, sweep_overrides
+from fedsim.settings.compose import check_address, one_sentence, resolve, search_path
 from fedsim.settings.groups import PRIMARY, config_dir
+from fedsim.settings.overrides import is_of_hydra, sweep_overrides
 from fedsim.settings.permissions import FLAG, allowed, keep_out
 from fedsim.settings.plugins import plugins
 
