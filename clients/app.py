@@ -58,7 +58,7 @@ from fedsim.models.norms import needs_two_examples, refusal_of_one
 from fedsim.models.roles import TensorRoles
 from fedsim.runs.deployment import CALIBRATION, calibration
 from fedsim.seeding import derive, seed_torch
-from fedsim.settings.build import WORLDS, World, build_world, instantiate, memory_format, pick_device
+from fedsim.settings.build import WORLD_CACHE_SIZE, World, build_world, instantiate, memory_format, pick_device
 from fedsim.workloads.base import ClientData, Tensors, Workload
 
 app = ClientApp()
@@ -445,7 +445,7 @@ class _BlockSums:
         return [RecordDict({ARRAYS: b.record()} if clients else {}) for b, clients in self.blocks.values()]
 
 
-@lru_cache(maxsize=WORLDS)
+@lru_cache(maxsize=WORLD_CACHE_SIZE)
 def worker_for(config_json: str) -> Worker:
     """The worker of this process for these settings; built at the first message of a run."""
     return Worker(build_world(config_json))

@@ -112,7 +112,7 @@ def test_only_files_are_offered_as_options(plug_in: Path, fedsim: Callable, kind
     with pytest.raises(ConfigError, match=r"unknown trainer 'odd'.* \(") as caught:
         compose(["trainer=odd"])
     assert "odd" not in str(caught.value).replace("unknown trainer 'odd'", "")
-    permissions.begin()
+    permissions.reset()
     code, _, err = fedsim("run", "--config-dir", str(plug_in), "trainer=odd")
     assert code == 2
     assert "odd" not in err.replace("unknown trainer 'odd'", "")

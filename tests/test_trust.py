@@ -238,9 +238,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "path", [*sys.path])
     before = set(sys.modules)
-    permissions.begin()
+    permissions.reset()
     yield folder
-    permissions.begin()
+    permissions.reset()
     plugins.plugins.cache_clear()
     for name in set(sys.modules) - before:
         if name.partition(".")[0] in ("mine_a", "nets", "sent", "given", "plugged"):
@@ -277,7 +277,7 @@ def test_modules_in_a_run_or_study_folder_may_not(here: Path, marker: str):
     with pytest.raises(ConfigError, match=r"--allow-target sent\.deep\.evil\.Mine$"):
         trainer("sent.deep.evil.Mine")
     assert not mark.exists()
-    permissions.begin(["sent.deep.evil.Mine"])
+    permissions.reset(["sent.deep.evil.Mine"])
     trainer("sent.deep.evil.Mine")
     assert mark.exists()
 
@@ -322,7 +322,7 @@ def test_a_process_that_is_started_keeps_out_what_this_one_does(here: Path, monk
     mark = write_module(here / "sent" / "evil.py")
     permissions.keep_out_beside(here / "sent" / "a" / "study.yaml")
     told = permissions.environment()
-    permissions.begin()
+    permissions.reset()
     for name, value in told.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=r"a folder that came with the configuration"):

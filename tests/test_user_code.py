@@ -87,9 +87,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """An empty working folder, whose module `mine` is forgotten afterwards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    permissions.begin()
+    permissions.reset()
     yield tmp_path
-    permissions.begin()
+    permissions.reset()
     sys.modules.pop("mine", None)
 
 

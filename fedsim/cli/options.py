@@ -136,7 +136,7 @@ def check_figures(section: str, options: Mapping[str, float], keys: Mapping[str,
 def without_trust(arguments: list[str]) -> list[str]:
     """The arguments without `--allow-target NAME`, which may stand anywhere behind the commands of BUILDING."""
     from fedsim.errors import ConfigError
-    from fedsim.settings.permissions import FLAG, begin
+    from fedsim.settings.permissions import FLAG, reset
 
     allowed: list[str] = []
     left: list[str] = []
@@ -149,5 +149,5 @@ def without_trust(arguments: list[str]) -> list[str]:
                 raise ConfigError(f"{FLAG} needs a name, as it stands behind _target_")
         else:
             left.append(argument)
-    begin(allowed)
+    reset(allowed)
     return left or arguments

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from devices.fleet import Fleet
     from fedsim.workloads.base import ModelFactory, Workload
 
-CLIENT_BYTES = 64  # of a client in a fleet while it is drawn
+CLIENT_BYTES = 64  # that a client of a fleet takes while it is drawn
 ENDLESS = "contains itself, or nests deeper than torch can follow; keep what is around a layer outside of it"
-WORLDS = 4  # kept per process: `fedsim bench` has a few runs open at a time, everything else one
+WORLD_CACHE_SIZE = 4  # of a process: `fedsim bench` has a few runs open at a time, everything else one
 
 
 def check_trusted(settings: Settings) -> None:
@@ -47,7 +47,7 @@ def check_trusted(settings: Settings) -> None:
 
 @dataclass(frozen=True)
 class World:
-    """What driver and workers build alike from the settings: pure functions of them, never changed by a run."""
+    """Holds what driver and workers build alike from the settings: pure functions of them, never changed by a run."""
 
     settings: Settings
     workload: Workload
@@ -55,7 +55,7 @@ class World:
     latency: LatencyModel
 
 
-@lru_cache(maxsize=WORLDS)
+@lru_cache(maxsize=WORLD_CACHE_SIZE)
 def build_world(config_json: str) -> World:
     """Builds data, fleet and latency model; once per process and run, also when driver and worker share the process.
 
@@ -126,7 +126,7 @@ def _check_memory(settings: Settings, make: ModelFactory, workload: Workload) ->
 
 
 def _largest(value: Any) -> float:
-    """The largest number in a setting."""
+    """Returns the largest number in a setting."""
     if isinstance(value, list):
         return max(map(_largest, value), default=0.0)
     return value if isinstance(value, int | float) and not isinstance(value, bool) else 0.0
@@ -157,7 +157,7 @@ def instantiate(settings: Settings, group: str, **extra: Any) -> Any:
 
 
 def model_factory(settings: Settings) -> ModelFactory:
-    """What makes the model, in the memory format of `memory_format`.
+    """Returns what makes the model, in the memory format of `memory_format`.
 
     Raises:
         ConfigError: when its constructor refuses the settings, or the format is unknown.
@@ -189,7 +189,7 @@ def model_factory(settings: Settings) -> ModelFactory:
 
 
 def _refuse_lazy(network: nn.Module) -> None:
-    """Weights are counted, sent and averaged before the network sees a first input.
+    """Refuses a network that has weights of no shape: they are counted and sent before it sees a first input.
 
     Raises:
         ConfigError: naming the first tensor that has no shape until then.
@@ -214,7 +214,7 @@ def _no_factory(settings: Settings, error: Exception) -> str:
 
 
 def memory_format(settings: Settings) -> str:
-    """How images and convolution weights lie in memory: a setting of the model, because it changes the last bits.
+    """Returns how images and convolution weights lie in memory: a setting of the model, as it changes the last bits.
 
     Channels-last, a training step of a small convolutional network on a CPU takes 0.6 to 0.85 of its time; networks
     whose config says nothing stay contiguous.
@@ -231,7 +231,7 @@ def asked(settings: Settings) -> int:
 
 
 def pick_device(name: str) -> Any:
-    """The torch device of `engine.device`: "auto" takes a GPU when there is one."""
+    """Returns the torch device of `engine.device`: "auto" takes a GPU when there is one."""
     import torch
 
     if name == "cuda" and not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Which workloads the config folders offer, and whether their data are here."""
+"""Lists the workloads that the config folders offer, and whether their data are here."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class WorkloadRow(NamedTuple):
 
 
 def list_workloads() -> list[WorkloadRow]:
-    """Every workload of the config folder, by name, and whether its data are on this machine."""
+    """Returns every workload of the config folders, by name, and whether its data are on this machine."""
     folders: list[Traversable] = [files("configs"), *plugin_folders()]
     found = {
         file.name.removesuffix(".yaml"): file
@@ -42,7 +42,7 @@ def list_workloads() -> list[WorkloadRow]:
 
 
 def _settings(found: Mapping[str, Traversable], name: str) -> dict[str, Any]:
-    """The keys of one workload file and, below them, of the files of the same group that it builds on."""
+    """Returns the keys of one workload file and, below them, of the files of the same group that it builds on."""
     own = yaml.safe_load(found[name].read_text(encoding="utf-8"))
     bases = [base for base in own.pop("defaults", []) if isinstance(base, str) and base != "_self_"]
     merged: dict[str, Any] = {}

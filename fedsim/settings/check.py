@@ -15,8 +15,8 @@ from fedsim.settings.groups import (
     NEEDED,
     PRIMARY,
     Settings,
-    _below_groups,
     config_dir,
+    left_out_group,
     options,
 )
 from fedsim.settings.run_settings import TEXTS, check_bounds
@@ -45,7 +45,7 @@ def check(settings: Settings) -> Settings:
     known = known_keys()
     for key in settings:
         if key not in known:
-            raise ConfigError(_below_groups(str(key), settings) or unknown("setting", key, known))
+            raise ConfigError(left_out_group(str(key), settings) or unknown("setting", key, known))
     for key in known:
         if key not in settings:
             raise ConfigError(f"{key} is missing from the settings; it is in configs/{PRIMARY}.yaml")

@@ -1,6 +1,6 @@
-"""One config tree, two doors: composes it, checks it, and builds from it what a run needs.
+"""Composes the one config tree and checks it, for each of its two doors.
 
-`fedsim run` and `flwr run` both come here. Methods, trainers and strategies are reached only as `_target_` texts.
+`fedsim run` and `flwr run` both come here.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from devices.texts import quoted
 from fedsim.errors import ConfigError, in_words
 from fedsim.settings.check import check, check_choices, known_keys
 from fedsim.settings.groups import (
+    AFFECTS_RESULTS,
     GROUPS,
     PRIMARY,
-    RESULTS_HANG_ON,
     Settings,
-    _below_groups,
     config_dir,
+    left_out_group,
 )
 from fedsim.settings.moved import updated
 from fedsim.settings.overrides import check_overrides, is_of_hydra, parsed
@@ -59,13 +59,13 @@ def _composed(overrides: Sequence[str]) -> Any:
 
 
 def search_path() -> list[str]:
-    """What tells Hydra where the configs of plug-ins are."""
+    """Returns the override that tells Hydra where the configs of plug-ins are."""
     found = ",".join(f"'file://{folder}'" for folder in plugin_folders())
     return [f"hydra.searchpath=[{found}]"] if found else []
 
 
 def from_run_config(run_config: dict[str, Any]) -> Settings:
-    """Settings of a run that Flower started: `--run-config 'overrides="strategy=fedadam rounds=5"'`."""
+    """Returns the settings of a run that Flower started: `--run-config 'overrides="strategy=fedadam rounds=5"'`."""
     if run_config.get("config-json"):
         settings: Settings = json.loads(str(run_config["config-json"]))
         return check(settings)
@@ -73,7 +73,7 @@ def from_run_config(run_config: dict[str, Any]) -> Settings:
 
 
 def completed(settings: Settings) -> Settings:
-    """Settings of an earlier version with what came later: a new setting's default is what was done before it."""
+    """Adds to settings of an earlier version what came later: its default is what was done before."""
     choices = settings.get("choices")
     if not isinstance(choices, dict) or not choices or all(key in settings for key in known_keys()):
         return settings
@@ -83,7 +83,7 @@ def completed(settings: Settings) -> Settings:
 
 
 def on_engine(settings: Settings, overrides: Sequence[str]) -> Settings:
-    """The same run elsewhere: with other settings of the engine, as far as they cannot change a result.
+    """Returns the settings of the same run elsewhere: other ones of the engine, as far as they cannot change a result.
 
     Raises:
         ConfigError: for any other setting.
@@ -93,13 +93,13 @@ def on_engine(settings: Settings, overrides: Sequence[str]) -> Settings:
         key = parsed(text).key_or_group
         if key != "engine" and not key.startswith("engine."):
             raise ConfigError(f"{text} cannot be given: only the engine of a run may change, e.g. engine=ray")
-        if key.removeprefix("engine.") in RESULTS_HANG_ON:
+        if key.removeprefix("engine.") in AFFECTS_RESULTS:
             raise ConfigError(f"{key} cannot change: the last bits of results depend on it")
     if overrides:
         chosen = compose([f"engine={name}", *overrides])
         given = {parsed(text).key_or_group for text in overrides}
         if "engine" in given:
-            fixed = {key: engine[key] for key in RESULTS_HANG_ON}
+            fixed = {key: engine[key] for key in AFFECTS_RESULTS}
             engine, name = {**chosen["engine"], **fixed}, chosen["choices"]["engine"]
         else:
             engine |= {key: value for key, value in chosen["engine"].items() if f"engine.{key}" in given}
@@ -107,9 +107,9 @@ def on_engine(settings: Settings, overrides: Sequence[str]) -> Settings:
 
 
 def resolve(config: Any, choices: Any) -> Settings:
-    """Plain checked settings from a composed config; `choices` says which option each group took.
+    """Returns plain checked settings from a composed config; `choices` says which option each group took.
 
-    A config that already carries its choices (the `config.yaml` of an earlier run) keeps them.
+    A config that has its choices already (the `config.yaml` of an earlier run) keeps them.
     """
     from omegaconf import OmegaConf, open_dict
 
@@ -190,7 +190,7 @@ def _unknown_key(key: str, overrides: Sequence[str]) -> str:
             prefix = "".join(f"{p}." for p in path)
             names = [prefix + str(name) for name in node if not str(name).startswith("_") and name != "choices"]
             names += list(GROUPS) if not path else []
-            if not path and (below := _below_groups(key, node)):
+            if not path and (below := left_out_group(key, node)):
                 return below
             return unknown("setting", prefix + part, set(names))
         node, path = node[part], [*path, part]

@@ -1,4 +1,4 @@
-"""Config files that do not come with fedsim, of a tree or plug-in of somebody else's: bounded before Hydra reads them.
+"""Checks config files that do not come with fedsim, of somebody else's tree or plug-in, before Hydra reads them.
 
 Hydra's own reader takes any size and depth, writes aliases out, and ends in a traceback for what is no YAML. What comes
 with fedsim is not read twice.
@@ -35,7 +35,7 @@ COMPOSING = (yaml.YAMLError, ValueError, OverflowError, RecursionError)  # what 
 
 @cache
 def check_before_hydra() -> None:
-    """From now on, Hydra reads no file in this process that `check` has not taken."""
+    """Has `check` look at every file that Hydra reads in this process from now on."""
     Plugins.instance()  # registers Hydra's own
     SourcesRegistry.instance().types |= {"file": FileConfigSource, "pkg": ImportlibResourcesConfigSource}
 
@@ -69,7 +69,7 @@ class FileConfigSource(HydrasFiles):
     """Hydra's source of `file://`, which looks before it reads."""
 
     def load_config(self, config_path: str) -> ConfigResult:
-        """As Hydra's."""
+        """Reads a file that `check` has taken."""
         file = Path(self.path) / self._normalize_file_name(config_path)
         if Path(self.path) == SHIPPED or not self.is_config(config_path):
             return super().load_config(config_path)
@@ -84,7 +84,7 @@ class ImportlibResourcesConfigSource(HydrasPackages):
     """Hydra's source of `pkg://`, which looks before it reads."""
 
     def load_config(self, config_path: str) -> ConfigResult:
-        """As Hydra's."""
+        """Reads a file that `check` has taken."""
         if self.path.partition(".")[0] in PACKAGES or not self.is_config(config_path):
             return super().load_config(config_path)
         with resources.as_file(resources.files(self.path) / self._normalize_file_name(config_path)) as file:

@@ -1,4 +1,4 @@
-"""Names of folders that somebody gives: which no disk takes, and which are too deep."""
+"""Refuses names of folders that no disk takes, or that are too deep."""
 
 from __future__ import annotations
 

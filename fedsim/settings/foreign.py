@@ -1,4 +1,4 @@
-"""A config tree that `fedsim run --config-path` or `--config-dir` names: perhaps somebody else's.
+"""Checks a config tree that `fedsim run --config-path` or `--config-dir` names: it may be somebody else's.
 
 Hydra itself calls what stands below `hydra` (its launcher, sweeper, callbacks, logging), sets environment variables and
 imports packages for its search path. So a tree from elsewhere may set nothing there; the command line may.
@@ -27,7 +27,7 @@ VARYING = {"runtime": None, "overrides": None, "job": ("name", "override_dirname
 
 
 def is_foreign(flags: Sequence[str]) -> bool:
-    """Whether one of Hydra's flags names another config tree."""
+    """Returns whether one of Hydra's flags names another config tree."""
     known = _known(flags)
     return bool(known.config_path or known.config_dir or known.config_name)
 
@@ -69,7 +69,7 @@ def _known(flags: Sequence[str]) -> argparse.Namespace:
 
 
 def _without(flags: Sequence[str], *names: str) -> list[str]:
-    """Hydra's flags without one of them, in either form."""
+    """Returns Hydra's flags without one of them, in either form."""
     left, skip = [], False
     for flag in flags:
         if skip or flag.partition("=")[0] in names:
@@ -92,7 +92,7 @@ def _sweeps(flags: Sequence[str], overrides: Sequence[str]) -> bool:
 
 
 def _runs(overrides: Sequence[str]) -> list[list[str]]:
-    """Every run of a sweep."""
+    """Returns the overrides of each run of a sweep."""
     of_hydra = [text for text in overrides if is_of_hydra(text)]
     runs = sweep_overrides([text for text in overrides if text not in of_hydra])
     if not runs:
@@ -101,7 +101,7 @@ def _runs(overrides: Sequence[str]) -> list[list[str]]:
 
 
 def _check_command_line(overrides: Sequence[str]) -> None:
-    """Hydra's own launchers and plug-ins may be named for Hydra, nothing else."""
+    """Refuses what the command line names for Hydra to call, but its own launchers and plug-ins."""
     for text in overrides:
         key, _, value = text.partition("=")
         if is_of_hydra(text) and "_target_" in text and not value.startswith(OF_HYDRA) and value not in allowed():
@@ -109,7 +109,7 @@ def _check_command_line(overrides: Sequence[str]) -> None:
 
 
 def _check_primary(file: Path) -> None:
-    """Before Hydra's own reader sees it: that one imports packages which `hydra.searchpath` names."""
+    """Refuses a file that sets something of Hydra's, before its own reader imports what `hydra.searchpath` names."""
     if not file.exists():
         return
     tree = read_yaml(file)
@@ -150,7 +150,7 @@ def _composed(folders: Sequence[Path], name: str, overrides: Sequence[str]) -> A
 
 
 def _of_hydra(composed: Any) -> Any:
-    """Hydra's own settings, without what differs from run to run."""
+    """Returns Hydra's own settings, without what differs from run to run."""
     from omegaconf import OmegaConf
 
     plain = OmegaConf.to_container(composed.hydra, resolve=False)
@@ -165,7 +165,7 @@ def _of_hydra(composed: Any) -> Any:
 
 
 def _difference(there: Any, usual: Any, key: str) -> str:
-    """The first key in which two trees differ."""
+    """Returns the first key in which two trees differ; empty where they are equal."""
     if not isinstance(there, dict) or not isinstance(usual, dict):
         return "" if there == usual else key
     missing = object()

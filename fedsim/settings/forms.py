@@ -13,7 +13,7 @@ MAX_SHOWN = 60  # characters of a wrong value
 
 @dataclass(frozen=True)
 class Form:
-    """What a value must be.
+    """Says what a value must be.
 
     Attributes:
         text: how the sentence says it.
@@ -30,12 +30,12 @@ Forms = Mapping[str, "Form | Mapping[str, Any]"]
 
 
 def optional(form: Form) -> Form:
-    """The same form, for what may be missing."""
+    """Returns the same form, for what may be missing."""
     return Form(form.text, form.fits, True)
 
 
 def maps_of(form: Form) -> Form:
-    """A map from names to values of a form."""
+    """Returns the form of a map from names to values of another form."""
 
     def fits(value: Any) -> bool:
         return isinstance(value, dict) and all(isinstance(k, str) and form.fits(v) for k, v in value.items())

@@ -1,4 +1,4 @@
-"""The groups of settings, their options and where these lie."""
+"""The groups of settings, their options, and the folders that hold them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ GROUPS = (
 NEEDED = tuple(group for group in GROUPS if group not in ("method", "experiment"))  # presets leave no settings behind
 PRIMARY = "run"
 FREE_MAPS = ("fleet.devices",)  # whose keys are the user's own: giving the map replaces it
-RESULTS_HANG_ON = ("threads", "device", "batch_clients")  # of the engine's settings, in the last bits
+AFFECTS_RESULTS = ("threads", "device", "batch_clients")  # of the engine's settings, in the last bits
 FORMAT, FORMATS = "memory_format", ("contiguous", "channels_last")
 
 
 def config_dir() -> Path:
-    """The folder of the installed `configs` package, wherever the process was started."""
+    """Returns the folder of the installed `configs` package, wherever the process was started."""
     spec = importlib.util.find_spec("configs")
     if spec is None or spec.origin is None:
         raise ConfigError("the package 'configs' is not installed beside fedsim; install fedsim again")
@@ -32,43 +32,43 @@ def config_dir() -> Path:
 
 
 def config_folders() -> list[Path]:
-    """Where options of groups are looked up: fedsim's own folder, then those of plug-ins."""
+    """Returns the folders in which options are looked up: fedsim's own folder, then those of plug-ins."""
     return [config_dir(), *plugin_folders()]
 
 
 def options(group: str) -> list[str]:
-    """The names that a group accepts, sorted."""
+    """Returns the names that a group accepts, sorted."""
     paths = (path for folder in config_folders() for path in (folder / group).glob("*.yaml"))
     return sorted({path.stem for path in paths if path.is_file()})
 
 
 def _option(group: str, name: str) -> Path:
-    """The file of an option."""
+    """Returns the file of an option."""
     files = [folder / group / f"{name}.yaml" for folder in config_folders()]
     return next((file for file in files if file.is_file()), files[0])
 
 
 def model_settings(name: str) -> Settings:
-    """The settings of a model config by itself."""
+    """Returns the settings of a model config by itself."""
     tree: Settings = read_yaml(_option("model", name))
     return tree
 
 
 def preset(method: str) -> dict[str, str]:
-    """The options that a method preset takes, by group."""
+    """Returns the options that a method preset takes, by group."""
     tree = read_yaml(_option("method", method))
     chosen = {str(key): str(value) for entry in tree["defaults"] for key, value in entry.items()}
     return {key.removeprefix("override /"): value for key, value in chosen.items()}
 
 
 def preset_private(method: str) -> list[str]:
-    """What a method preset keeps on the devices."""
+    """Returns the roles and patterns of tensors that a method preset keeps on the devices."""
     tree = read_yaml(_option("method", method))
     return [str(name) for name in tree.get("private", [])]
 
 
 def devices_of_fleet(name: str) -> dict[str, float] | None:
-    """The devices of a fleet's own file with their shares; None where it has none, or is in another config tree."""
+    """Returns the devices in a fleet's own file with their shares; None where it has none, or lies in another tree."""
     import yaml
 
     file = _option("fleet", name)
@@ -76,8 +76,8 @@ def devices_of_fleet(name: str) -> dict[str, float] | None:
     return tree.get("devices") if isinstance(tree, dict) else None
 
 
-def _below_groups(key: str, settings: Settings) -> str:
-    """Says that a setting is unknown but for its group, which was left out; empty where no group has it."""
+def left_out_group(key: str, settings: Settings) -> str:
+    """Says which group a setting belongs to, where only that was left out; empty where no group has it."""
     found = []
     for group in GROUPS:
         node = settings.get(group)

@@ -1,4 +1,4 @@
-"""Values as Hydra's override grammar reads them."""
+"""Writes values as Hydra's override grammar reads them."""
 
 from __future__ import annotations
 

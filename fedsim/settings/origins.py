@@ -25,7 +25,7 @@ from fedsim.settings.plugins import plugins
 
 OWN = ("fedsim", "clients", "strategies", "devices")
 LIBRARIES = ("flwr.serverapp.strategy", "torch.nn", "torchvision.models")
-LOOKS = 5  # into a folder that changes meanwhile
+MAX_LOOKS = 5  # into a folder that changes meanwhile
 
 
 def module_files(name: str) -> Iterator[tuple[str, str | None]]:
@@ -108,7 +108,7 @@ def is_study_folder(folder: Path) -> bool:
 
 def _has_arms(folder: Path) -> bool:
     """Returns whether arms lie below, for as long as they do: what others remove meanwhile is looked for again."""
-    for _ in range(LOOKS):
+    for _ in range(MAX_LOOKS):
         with suppress(OSError):
             return any(folder.glob("*/seed-*/*.yaml"))
     return True  # never still: what lies here is not called
@@ -116,7 +116,7 @@ def _has_arms(folder: Path) -> bool:
 
 @cache
 def _installed() -> tuple[Path, ...]:
-    """Where packages and Python itself are installed."""
+    """Returns the folders in which packages and Python itself are installed."""
     names = ("stdlib", "platstdlib", "purelib", "platlib")
     found = {sysconfig.get_paths()[name] for name in names} | {site.getusersitepackages(), *site.getsitepackages()}
     return tuple(real_path(Path(path)) for path in found)

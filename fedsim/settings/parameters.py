@@ -63,7 +63,7 @@ def check_parameters(where: str, tree: Mapping[str, Any], given: Collection[str]
 
 
 def _parameters(target: Any) -> tuple[dict[str, tuple[Any, bool]], bool]:
-    """(annotation, required) by name, and whether others are taken; `**rest` goes on to the next class above."""
+    """Returns (annotation, required) by name, and whether others are taken; `**rest` goes on to the class above."""
     known: dict[str, tuple[Any, bool]] = {}
     makers = (
         [vars(c)["__init__"] for c in target.__mro__[:-1] if "__init__" in vars(c)] if isinstance(target, type) else []

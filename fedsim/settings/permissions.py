@@ -15,16 +15,16 @@ FLAG = "--allow-target"
 ALLOWED, FOLDER, KEPT_OUT = "FEDSIM_ALLOW_TARGET", "FEDSIM_WORKING_FOLDER", "FEDSIM_KEEP_OUT"
 
 _allowed: set[str] = set()
-_given: list[Path] = []
+_untrusted: list[Path] = []
 _everything = False
 
 
-def begin(allowed: Iterable[str] = ()) -> None:
+def reset(allowed: Iterable[str] = ()) -> None:
     """Forgets what an earlier command of this process was told, and allows the names behind `--allow-target`."""
     global _everything
     _allowed.clear()
     _allowed.update(allowed)
-    _given.clear()
+    _untrusted.clear()
     _everything = False
 
 
@@ -35,11 +35,11 @@ def keep_out(folder: Path) -> None:
         folder: as it was given; a link counts as where it stands and as where it leads.
     """
     resolved, here = real_path(folder), working_folder()
-    _given.append(resolved)
+    _untrusted.append(resolved)
     as_written = Path(os.path.abspath(folder))
     for place in (resolved, *map(real_path, (as_written, *as_written.parents))):
         if place != here and place.is_relative_to(here):
-            _given.append(here / place.relative_to(here).parts[0])
+            _untrusted.append(here / place.relative_to(here).parts[0])
 
 
 def keep_out_beside(file: Path) -> None:
@@ -49,8 +49,8 @@ def keep_out_beside(file: Path) -> None:
             keep_out(folder)
 
 
-def leave_to_the_driver() -> None:
-    """Checks nothing in this process: a worker, whose settings its driver has checked."""
+def allow_everything() -> None:
+    """Has this process check nothing: it is a worker, whose settings its driver has checked."""
     global _everything
     _everything = True
 
@@ -61,28 +61,28 @@ def everything_is_allowed() -> bool:
 
 
 def flags() -> list[str]:
-    """The arguments that allow another `fedsim` what this one was allowed."""
+    """Returns the arguments that allow another `fedsim` what this one was allowed."""
     return [f"{FLAG}={name}" for name in sorted(allowed())]
 
 
 def environment() -> dict[str, str]:
-    """The variables that allow the processes of a study or of Flower what this one was allowed, and no more."""
+    """Returns the variables that allow the processes of a study or of Flower what this one was allowed, and no more."""
     folders = sorted({str(folder) for folder in kept_out()})
     return {ALLOWED: ",".join(sorted(allowed())), FOLDER: str(working_folder()), KEPT_OUT: json.dumps(folders)}
 
 
 def allowed() -> set[str]:
-    """The names behind `--allow-target`."""
+    """Returns the names behind `--allow-target`."""
     return _allowed | {name for name in os.environ.get(ALLOWED, "").split(",") if name}
 
 
 def kept_out() -> list[Path]:
-    """Folders whose modules are not the user's own: this command's, and those of the one that started it."""
-    return [*_given, *map(Path, json.loads(os.environ.get(KEPT_OUT) or "[]"))]
+    """Returns folders whose modules are not the user's own: this command's, and those of the one that started it."""
+    return [*_untrusted, *map(Path, json.loads(os.environ.get(KEPT_OUT) or "[]"))]
 
 
 def working_folder() -> Path:
-    """The user's own."""
+    """Returns the user's working folder: of the command that started this process, or of this one."""
     return real_path(Path(os.environ.get(FOLDER) or Path.cwd()))
 
 

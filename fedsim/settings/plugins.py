@@ -13,12 +13,12 @@ from pathlib import Path
 from devices.errors import one_line
 from devices.texts import as_yaml
 
-PLUGINS = "fedsim.plugins"  # group of entry points, each naming a package
+ENTRY_POINTS = "fedsim.plugins"  # group of entry points, each naming a package
 
 
 @lru_cache(maxsize=1)
 def plugins() -> frozenset[str]:
-    """Top packages of the installed plug-ins; warns of entry points that name none, which stay unused."""
+    """Returns the top packages of the installed plug-ins; warns of entry points that name none, which stay unused."""
     found = set()
     for entry in _entries():
         root = re.split(r"[.:\s\[]", entry.value)[0]  # entry.module fails for a value that has none
@@ -35,20 +35,20 @@ def plugins() -> frozenset[str]:
 
 
 def _entries() -> Iterable[EntryPoint]:
-    """Entry points of plug-ins, also where those of some other package cannot be read."""
+    """Yields the entry points of plug-ins, also where those of some other package cannot be read."""
     try:
-        yield from entry_points(group=PLUGINS)
+        yield from entry_points(group=ENTRY_POINTS)
     except (OSError, TypeError, ValueError, AttributeError):
         for package in distributions():
             try:
-                yield from package.entry_points.select(group=PLUGINS)
+                yield from package.entry_points.select(group=ENTRY_POINTS)
             except (OSError, TypeError, ValueError, AttributeError) as error:
                 what = f"the entry points of a package in {package.locate_file('')} cannot be read"
                 warnings.warn(f"{what} ({one_line(error)})", stacklevel=3)
 
 
 def plugin_folders() -> list[Path]:
-    """The `configs` folders of the installed plug-ins, below the packages that their entry points name."""
+    """Returns the `configs` folders of the installed plug-ins, below the packages that their entry points name."""
     found = []
     for root in sorted(plugins()):
         spec = find_spec(root)

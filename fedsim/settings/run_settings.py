@@ -23,7 +23,7 @@ AtOnce = Annotated[int, Ge(1), Le(4096)]
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What a run reads of its settings.
+    """Holds what a run reads of its settings.
 
     Attributes:
         groups: by group, the settings of what its `_target_` names.
@@ -58,13 +58,13 @@ class RunSettings:
 
     @property
     def num_asked(self) -> int:
-        """How many clients a round asks, so that `cohort` replies are likely to come: ceil(over_selection x cohort)."""
+        """Returns how many clients a round asks, that `cohort` replies may come: ceil(over_selection x cohort)."""
         return math.ceil(self.over_selection * self.cohort - 1e-9)
 
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What every engine has among its settings, for the workers."""
+    """Holds what every engine has among its settings, for the workers."""
 
     threads: AtOnce
     device: Literal["auto", "cpu", "cuda"]

@@ -45,7 +45,7 @@ from fedsim.settings.origins import (
 from fedsim.settings.parameters import SPECIAL
 from fedsim.settings.permissions import FLAG, allowed, everything_is_allowed, real_path
 
-MAY = (
+SOURCES = (
     "fedsim's own packages, Flower's strategies, torch.nn, torchvision.models, plug-ins and modules of the working "
     "folder"
 )
@@ -139,7 +139,7 @@ def _no_downloads(key: str, target: Any, tree: Mapping[str, Any]) -> None:
 
 
 def locate(key: str, name: Any, kinds: Kinds = None, partial: bool = False) -> Any:
-    """The class or function of that name, if a configuration may name it; imports nothing else.
+    """Returns the class or function of that name, if a configuration may name it; imports nothing else.
 
     Args:
         key: where the name stands, e.g. "trainer._target_".
@@ -193,7 +193,7 @@ def _found(key: str, name: Any) -> Any:
 
 def _refused(key: str, name: Any, why: str) -> ConfigError:
     return ConfigError(
-        f"{key}={name!r} cannot be used: {why}, and a configuration may name {MAY} only; if you trust it, add "
+        f"{key}={name!r} cannot be used: {why}, and a configuration may name {SOURCES} only; if you trust it, add "
         f"{FLAG} {name}"
     )
 
@@ -218,7 +218,7 @@ def check_file(name: str, file: Path, by_user: bool) -> None:
 
 
 def _module(key: str, name: str) -> types.ModuleType:
-    """The longest module that the path begins with, imported only after all of it has been judged by its specs."""
+    """Imports the longest module that the path begins with, after all of it has been judged by its specs."""
     files = dict(module_files(name))
     if not files:
         raise ConfigError(f"{key}={name!r} cannot be used: there is no module {name.partition('.')[0]!r} here")

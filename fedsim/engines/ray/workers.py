@@ -21,7 +21,7 @@ from flwr.app import Context, Error, Message
 from fedsim.engines.base import WORKER_ID, assume_task_identity, worker_context
 from fedsim.engines.ray.wire import Letter, content_of, letter_of, unpack
 from fedsim.engines.session_folder import usual_files
-from fedsim.settings.permissions import leave_to_the_driver
+from fedsim.settings.permissions import allow_everything
 
 ClientApp = Callable[[Message, Context], Message]
 
@@ -31,7 +31,7 @@ class RayWorker:
 
     def __init__(self, client_app: ClientApp):
         assume_task_identity()
-        leave_to_the_driver()
+        allow_everything()
         usual_files()
         self.client_app, self.context = client_app, worker_context()
         self.shared: list[Any] = []
