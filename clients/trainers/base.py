@@ -210,10 +210,12 @@ class LocalTrainer(Checked, group="trainer", error=ConfigError):
             `broadcast.weights` hold the client's own values of them, and an update may hold the whole model: the app
             sends the shared part and stores the rest.
         own_network: the trainer puts the broadcast into a network of its own, whose shapes may differ from the model's.
+        needs_classes: the trainer can train on classification workloads only.
     """
 
     private: frozenset[str] = frozenset()
     own_network = False
+    needs_classes = False
 
     def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:
         """Called once per process, before any client: for what depends on the model only, such as its cost."""

@@ -72,8 +72,9 @@ def build_world(config_json: str) -> World:
             raise ConfigError(
                 f"{key} must be at most the {workload.num_clients} clients there are, got {settings[key]}"
             )
-    for group in ("trainer", "compression", "uplink"):
+    for group in ("compression", "uplink"):
         instantiate(settings, group)  # workers make their own; a wrong setting is to be refused before a run begins
+    _check_kind(settings, workload, instantiate(settings, "trainer").needs_classes)
     return World(settings, workload, fleet, instantiate(settings, "latency"))
 
 
@@ -92,6 +93,25 @@ def build_workload(settings: Settings) -> Workload:
         workload=workload, rounds=settings["rounds"], evaluate_every=settings["evaluate_every"], seed=seed
     )
     return streamed
+
+
+def _check_kind(settings: Settings, workload: Workload, needs_classes: bool) -> None:
+    """Refuses a workload without classes where the trainer, or `engine.batch_clients`, needs them.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    from fedsim.workloads.classification import ClassificationWorkload
+
+    if isinstance(workload, ClassificationWorkload):
+        return
+    choices, together = settings["choices"], settings["engine"]["batch_clients"]
+    is_none = f"needs a classification workload, and {workload.name} is none"
+    if needs_classes:
+        name = choices.get("method") or f"trainer {choices['trainer']}"
+        raise ConfigError(f"{name} {is_none}: it is judged by {workload.primary.title}; take another, such as fedavg")
+    if together > 1:
+        raise ConfigError(f"engine.batch_clients={together} {is_none}; set it to 1")
 
 
 def _check_memory(settings: Settings, make: ModelFactory, workload: Workload) -> None:

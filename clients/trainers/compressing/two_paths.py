@@ -117,6 +117,7 @@ class TwoPathTrainer(SGDTrainer):
         sgd: arguments of SGDTrainer.
     """
 
+    needs_classes = True
     run = TwoPathRun
     bits, activation_bits = 32, 32
     paths: TwoPaths

@@ -172,6 +172,7 @@ class MixupTrainer(SGDTrainer):
         mixed_cost: what a step on them costs.
     """
 
+    needs_classes = True
     run: ClassVar[type[SGDRun]] = MixupRun
     known_settings = FedProxTrainer.known_settings
 

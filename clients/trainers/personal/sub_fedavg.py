@@ -110,6 +110,7 @@ class SubFedAvgTrainer(SGDTrainer):
         sgd: arguments of SGDTrainer.
     """
 
+    needs_classes = True
     run = SubFedAvgRun
 
     def __init__(

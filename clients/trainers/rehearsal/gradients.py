@@ -71,7 +71,7 @@ def per_sample(
     """The gradient of every example's loss, [n, weights]; of the compared weights where none are given."""
     compared = compared_weights(model) if weights is None else weights
     if recurrent(model):
-        rows = torch.arange(len(batch["y"])).split(1)
+        rows = torch.arange(workload.batch_size_of(batch)).split(1)
         return torch.stack(
             [flat_gradient(workload, model, {k: t[r] for k, t in batch.items()}, compared) for r in rows]
         )
@@ -85,7 +85,7 @@ def per_sample(
     examples = {key: t.contiguous() for key, t in batch.items()}
     # Dropout asks for this even in evaluation mode, where it draws nothing.
     gradients = vmap(grad(of_one), in_dims=(None, 0), randomness="different")(own, examples)
-    return torch.cat([gradients[name].reshape(len(batch["y"]), -1) for name in own], 1)
+    return torch.cat([gradients[name].reshape(workload.batch_size_of(batch), -1) for name in own], 1)
 
 
 def layers_of(model: nn.Module) -> list[Layer]:
@@ -188,7 +188,7 @@ def require_single_examples(workload: Workload, model: nn.Module) -> None:
     device = next(model.parameters()).device
     with torch.no_grad(), scoring(model):
         try:
-            classification(workload).logits(model, workload.sample_on(device, 1))
+            workload.loss(model, workload.sample_on(device, 1))
         except Exception as error:
             raise ConfigError(
                 f"model {type(model).__name__} takes no example by itself ({one_line(error)}), and its "

@@ -103,6 +103,7 @@ class LwFTrainer(SGDTrainer):
         sgd: arguments of SGDTrainer.
     """
 
+    needs_classes = True
     run = LwFRun
 
     def __init__(

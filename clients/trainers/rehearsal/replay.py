@@ -260,6 +260,7 @@ class ReplayTrainer(SGDTrainer):
         ConfigError: for a setting that is not allowed.
     """
 
+    needs_classes = True
     run = ReplayRun
 
     def __init__(

@@ -127,6 +127,7 @@ class FjORDTrainer(SubnetTrainer):
     ):
         super().__init__(**sgd)
         self.levels, self.distil, self.objective = sorted(levels), distil, Nested(distil, temperature)
+        self.needs_classes = distil > 0
 
     def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:
         """As for every part; batch norms would need statistics for each width.

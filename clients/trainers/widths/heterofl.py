@@ -75,6 +75,7 @@ class HeteroFLTrainer(SubnetTrainer):
     def __init__(self, scale: bool = True, mask_labels: bool = True, static_norm: bool = True, **subnet: Any):
         super().__init__(**subnet)
         self.scale, self.mask_labels, self.static_norm = scale, mask_labels, static_norm
+        self.needs_classes = mask_labels
         if mask_labels:
             self.objective = OwnClasses()
 

@@ -82,8 +82,9 @@ class SubnetTrainer(SGDTrainer):
         return self.narrowed(client, kept, self.slices.groups.within(broadcast.weights, kept, sent))
 
     def judge_beside(self, client: ClientContext, name: str, metrics: dict[str, float]) -> None:
-        """Adds the accuracy of another network than the client's own, which is no work of its device."""
-        metrics[f"accuracy_{name}"] = client.workload.evaluate(client.model, client.data.test)["accuracy"]
+        """Adds the primary metric of another network than the client's own, which is no work of its device."""
+        primary = client.workload.primary.name
+        metrics[f"{primary}_{name}"] = client.workload.evaluate(client.model, client.data.test)[primary]
         client.log.judged[name] = client.step_cost
 
     def kept(self, broadcast: Broadcast) -> Kept:
