@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from flwr.app import ArrayRecord
 from torch import Tensor
 
-from fedsim.messages.records import record_of, tensors_of
 from fedsim.workloads.base import Tensors
 
 
@@ -25,13 +23,9 @@ class ClientState(Tensors):
     """
 
     @classmethod
-    def unpack(cls, record: ArrayRecord | None) -> ClientState:
-        """Returns the state that the driver keeps for this client; empty at first."""
-        return cls(tensors_of(record) if record is not None else {})
-
-    def pack(self) -> ArrayRecord:
-        """Returns the form that travels back with the reply."""
-        return record_of(self)
+    def of(cls, kept: Mapping[str, Tensor]) -> ClientState:
+        """Returns copies of what the client kept, to be changed in place."""
+        return cls({name: t.clone() for name, t in kept.items()})
 
     @property
     def storage_bytes(self) -> int:

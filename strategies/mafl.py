@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 import numpy as np
 import torch
 from annotated_types import Ge
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
@@ -34,6 +34,7 @@ from fedsim.exchanges.mafl import (
     VERSION,
 )
 from fedsim.grid.edge import EdgeGrid
+from fedsim.grid.exchange import Exchange
 from fedsim.messages.records import record_of, tensors_of
 from fedsim.seeding import generator, torch_generator
 from fedsim.workloads.base import Tensors
@@ -77,7 +78,7 @@ class Mafl(WrappingStrategy):
         ConfigError: for a setting that is not allowed.
     """
 
-    derived: ClassVar[frozenset[str]] = frozenset({"grid", "sent"})
+    derived: ClassVar[frozenset[str]] = frozenset({"sent"})
 
     def __init__(
         self,
@@ -110,7 +111,6 @@ class Mafl(WrappingStrategy):
         self.version: dict[int, int] = {}
         self.held: dict[int, np.ndarray] = {}
         self.sent: dict[int, np.ndarray] = {}
-        self.grid: EdgeGrid | None = None
 
     # --- what a client gets -------------------------------------------------------------------------------------------
 
@@ -118,9 +118,8 @@ class Mafl(WrappingStrategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Returns the other strategy's messages, each with the part of the pool that its client lacks."""
-        self.grid = edge_grid(self, grid)
         messages = list(super().configure_train(server_round, arrays, config, grid))
-        self.collect([message.metadata.dst_node_id for message in messages], self.grid)
+        self.collect([message.metadata.dst_node_id for message in messages], edge_grid(self, grid))
         self.sent = {}
         packed: dict[bytes, ArrayRecord] = {}  # clients that lack the same pairs share one record
         for message in messages:
@@ -188,16 +187,12 @@ class Mafl(WrappingStrategy):
         for name, t in (to_uint8(noise) if "step" in fresh else {"x": noise}).items():
             self.pool[name] = torch.cat([self.pool[name][:first], t])
 
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Returns the other strategy's weights; notes what accepted clients now hold, and who has new data."""
-        assert self.grid is not None
-        self.held.update({client: self.sent[client] for client in self.grid.accepted})
-        for report in self.grid.reports:  # not the replies: one mean may stand for all of them
+    def closed(self, exchange: Exchange) -> None:
+        """Notes what accepted clients now hold, and who has new data."""
+        self.held.update({client: self.sent[client] for client in exchange.accepted})
+        for report in exchange.reports:
             if VERSION in report.metrics and report.metrics[VERSION] != self.version.get(report.client):
                 self.room.pop(report.client, None)
-        return super().aggregate_train(server_round, replies)
 
 
 def _common_length(rows: np.ndarray, held: np.ndarray) -> int:

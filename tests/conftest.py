@@ -6,17 +6,24 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from flwr.app import ArrayRecord, MetricRecord, RecordDict
 
-from clients.app import app
+from clients.app import serve
+from clients.trainers.base import ClientContext
+from clients.worker import Worker
 from fedsim.cli import main as cli
 from fedsim.engines.base import assume_task_identity
-from fedsim.engines.local import LocalGrid
+from fedsim.engines.cutting import cut
+from fedsim.engines.local import LocalEngine
+from fedsim.messages.cohort import ClientTask, CohortAnswer, CohortTask
+from fedsim.messages.records import NUM_EXAMPLES, STATE, Broadcast, Instructions, record_of, tensors_of
+from fedsim.messages.uplink import decompressed
 from fedsim.runs import federation as federations
 from fedsim.runs.federation import Federation
 from fedsim.settings.build import build_world
@@ -94,7 +101,7 @@ def federation(settings):
     """A Federation in this process, from overrides of a tiny run."""
 
     def make(*overrides: str) -> Federation:
-        return Federation(build_world(json.dumps(settings(*overrides))), LocalGrid(app))
+        return Federation(build_world(json.dumps(settings(*overrides))), LocalEngine(serve))
 
     return make
 
@@ -104,7 +111,7 @@ def run(settings, tmp_path):
     """Runs a tiny experiment from top to bottom into `out` and returns its summary."""
 
     def make(*overrides: str, out: Path = tmp_path) -> dict[str, Any]:
-        return federations.run(settings(*overrides), LocalGrid(app), out)
+        return federations.run(settings(*overrides), LocalEngine(serve), out)
 
     return make
 
@@ -115,3 +122,43 @@ def data_folder() -> Path:
     if "FEDSIM_DATA" not in os.environ:
         pytest.skip("FEDSIM_DATA names no folder with data bundles")
     return Path(os.environ["FEDSIM_DATA"])
+
+
+def task_of(content: RecordDict, client: int, number: int) -> ClientTask:
+    """What a client is to do in a round by the content of a strategy's message; its state may be in there."""
+    state = content.get(STATE)
+    kept = tensors_of(state) if isinstance(state, ArrayRecord) else {}
+    return ClientTask(client, Instructions().broadcast(content, number), kept)
+
+
+def sent_to(worker: Worker, client: ClientContext, content: RecordDict) -> Broadcast:
+    """What the content of a strategy's message is for one client, on the worker's device."""
+    return worker.broadcast(client, task_of(content, client.client_id, client.round))
+
+
+def answered(worker: Worker, client: ClientContext, content: RecordDict, phase: str) -> RecordDict:
+    """What a worker answers for one client, whose faults are raised; its state stands beside it."""
+    task = task_of(content, client.client_id, client.round)
+    answer = worker.answer(phase, client, task)
+    numbers: Any = {NUM_EXAMPLES: answer.num_examples, **answer.metrics}
+    records: dict[str, Any] = {name: record_of(tensors) for name, tensors in answer.extras.items()}
+    if answer.weights is not None:
+        model = task.broadcast.weights
+        records["arrays"] = record_of(decompressed(answer.weights, model).by_name(model))
+    if answer.state:
+        records[STATE] = record_of(answer.state)
+    return RecordDict({**records, "metrics": MetricRecord(numbers)})
+
+
+class Parted(LocalEngine):
+    """Serves the parts of a cohort from the last to the first, as several places might."""
+
+    def __init__(self, clients: int, alone: bool = False):
+        super().__init__(serve)
+        self.clients, self.alone, self.parts = clients, alone, 0
+
+    def run(self, task: CohortTask) -> Iterator[CohortAnswer]:
+        places = -(-len(task.clients) // self.clients)
+        for part in reversed(task.one_by_one() if self.alone else list(cut(task, places))):
+            self.parts += 1
+            yield CohortAnswer.joined(list(super().run(part)))

@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import Parted
 from torch.nn import functional as F
 
-from clients.app import Worker
 from clients.trainers.sgd import SGDTrainer, WorkloadLoss
+from clients.worker import Worker
 from fedsim.errors import ConfigError
+from fedsim.messages.cohort import ClientTask
 from fedsim.messages.records import Broadcast, from_array
 from fedsim.models.mlp import MLP
 from fedsim.settings.build import build_world, instantiate
@@ -69,11 +71,11 @@ def test_clients_at_once_learn_what_they_learn_alone(overrides: list[str], dtype
     alone = []
     for client_id in range(5):
         worker.model.load_state_dict(start)
-        client = in_dtype(worker.context(client_id, {}, 1), dtype)
+        client = in_dtype(worker.context(ClientTask(client_id, Broadcast(1, {}))), dtype)
         live = {name: t.detach() for name, t in worker.model.state_dict().items()}
         update = trainer.fit(replace(client, weights=live), task)
         alone.append((replace(update, weights=copy.deepcopy(live)), client.log.work()))
-    clients = [in_dtype(worker.context(client_id, {}, 1), dtype) for client_id in range(5)]
+    clients = [in_dtype(worker.context(ClientTask(client_id, Broadcast(1, {}))), dtype) for client_id in range(5)]
     together = trainer.fit_together(clients, [task] * 5)
     for client, one, (other, work) in zip(clients, together, alone, strict=True):
         assert (one.client_id, one.num_examples) == (other.client_id, other.num_examples)
@@ -93,18 +95,13 @@ def test_sizes_of_clients_and_last_batches_differ_in_these_tests():
     assert len({size % 16 for size in sizes}) > 1
 
 
-def test_a_run_does_not_depend_on_the_messages_but_on_the_groups(federation, monkeypatch):
+def test_a_run_does_not_depend_on_its_parts_but_on_the_groups():
     """70 clients are blocks of two; groups of four are two blocks. K = 1 is the sequential run, bit for bit."""
-    from fedsim.engines.local import LocalGrid
-    from fedsim.grid import edge as network
+    from fedsim.runs.federation import Federation
 
-    def weights(k: int, per_message: int):
-        from clients.app import app
-        from fedsim.runs.federation import Federation
-
-        monkeypatch.setattr(network, "CLIENTS_PER_MESSAGE", per_message)
+    def weights(k: int, clients: int):
         tiny = settings("num_clients=80", "cohort=70", "rounds=1", "trainer.local_epochs=1", *BLOBS, k=k)
-        run = Federation(build_world(json.dumps(tiny)), LocalGrid(app))
+        run = Federation(build_world(json.dumps(tiny)), Parted(clients))
         list(run.rounds())
         return torch.cat([torch.from_numpy(from_array(a).copy()).flatten() for a in run.arrays.values()])
 

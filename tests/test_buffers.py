@@ -16,10 +16,10 @@ from test_methods import TINY, federate
 from test_models import CONFIGS, from_config
 from torch import nn
 
-from clients.app import app
-from fedsim.engines.local import LocalGrid
+from clients.app import serve
+from fedsim.engines.local import LocalEngine
 from fedsim.errors import ConfigError
-from fedsim.grid.edge import ClientReport
+from fedsim.grid.exchange import ClientReport
 from fedsim.messages.records import array_record, from_array, like, record_of, to_array
 from fedsim.models.convnet import ConvNet
 from fedsim.models.mlp import MLP
@@ -76,7 +76,7 @@ BATCH = (*TINY, "model.norm=batch", "trainer.local_epochs=2", "partition=quantit
 
 def after_a_round(*overrides: str) -> Federation:
     settings = compose([*BATCH, *overrides])
-    federation = Federation(build_world(json.dumps(settings)), LocalGrid(app))
+    federation = Federation(build_world(json.dumps(settings)), LocalEngine(serve))
     list(federation.rounds())
     return federation
 

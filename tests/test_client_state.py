@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 
 import pytest
 from conftest import honest
 from test_methods import NEEDS
 
-from clients.app import app
+from clients.app import serve
 from clients.trainers.base import WorkLog
-from fedsim.engines.local import LocalGrid
-from fedsim.messages.records import OF_REPLY, STATE, from_array, unpack_cohort
+from fedsim.engines.local import LocalEngine
+from fedsim.messages.cohort import CohortAnswer, CohortTask
+from fedsim.messages.records import OF_REPLY
 from fedsim.runs.federation import Federation
 from fedsim.settings.build import build_world
 from fedsim.settings.compose import compose
 from fedsim.settings.groups import options
+from fedsim.workloads.base import Tensors
 
 # Two tasks with phases and parts, so that methods that rehearse have something to keep.
 TINY = [
@@ -31,24 +34,21 @@ REHEARSING = ("agem", "coreset", "gss", "lwf", "ocs", "reservoir")
 State = dict[str, bytes]
 
 
-class Listener(LocalGrid):
+class Listener(LocalEngine):
     """The engine in this process; remembers the last state that each client has sent back."""
 
     def __init__(self) -> None:
-        super().__init__(app)
+        super().__init__(serve)
         self.computed: dict[int, State] = {}
 
-    def send_and_receive(self, messages, **kwargs):
-        for reply in super().send_and_receive(messages, **kwargs):
-            header, parts = unpack_cohort(reply.content)
-            for fact, part in zip(header["clients"], parts, strict=False):
-                if STATE in part:
-                    self.computed[fact["client"]] = bytes_of(part[STATE])
-            yield reply
+    def run(self, task: CohortTask) -> Iterator[CohortAnswer]:
+        for answer in super().run(task):
+            self.computed |= {one.client: bytes_of(one.state) for one in answer.clients if one.state}
+            yield answer
 
 
-def bytes_of(record) -> State:
-    return {name: from_array(array).tobytes() for name, array in (record or {}).items()}
+def bytes_of(state: Tensors) -> State:
+    return {name: t.numpy().tobytes() for name, t in state.items()}
 
 
 def own(state: State) -> State:
@@ -107,7 +107,7 @@ def test_a_client_whose_work_did_not_end_stores_nothing(method: str, ends: str, 
     elif ends == "leave":
         monkeypatch.setattr(run.grid.fleet, "online_until", lambda client, now_s: now_s + 1e-9)
     else:
-        monkeypatch.setattr("clients.app.WorkLog", lambda memory_bytes: WorkLog(10))
+        monkeypatch.setattr("clients.worker.WorkLog", lambda memory_bytes: WorkLog(10))
     run.train(3)
     outcomes = {r.outcome for r in run.grid.take_reports()}
     assert outcomes == {{"crash": "failed", "memory": "out_of_memory", "leave": "offline"}[ends]}

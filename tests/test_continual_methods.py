@@ -5,11 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import task_of
 from flwr.app import Message, RecordDict
 from torch import Tensor
 
-from clients.app import Worker
-from clients.app import app as client_app
+from clients.app import serve
 from clients.state import ClientState
 from clients.trainers.rehearsal.agem import project
 from clients.trainers.rehearsal.ewc import EWCTrainer, bounded, fisher
@@ -18,9 +18,11 @@ from clients.trainers.rehearsal.joint import JointTrainer
 from clients.trainers.rehearsal.lwf import LwFTrainer
 from clients.trainers.rehearsal.memory import CANDIDATES, PHASES
 from clients.trainers.sgd import Objective
-from fedsim.engines.local import LocalGrid
+from clients.worker import Worker
+from fedsim.engines.local import LocalEngine
 from fedsim.errors import ConfigError
-from fedsim.messages.records import STATE, Broadcast, ClientUpdate, record_bytes, record_of, tensors_of
+from fedsim.messages.cohort import ClientTask
+from fedsim.messages.records import Broadcast, ClientUpdate, record_bytes, record_of, tensors_of
 from fedsim.report.rounds import weights_sha256
 from fedsim.runs.federation import Federation
 from fedsim.settings.build import build_world
@@ -37,7 +39,7 @@ MEMORY = ("trainer.memory_size=20", "trainer.warm_start=2")
 
 
 def federation(*overrides: str) -> Federation:
-    return Federation(build_world(json.dumps(compose([*BASE, *overrides]))), LocalGrid(client_app))
+    return Federation(build_world(json.dumps(compose([*BASE, *overrides]))), LocalEngine(serve))
 
 
 def finished(*overrides: str) -> Federation:
@@ -47,8 +49,7 @@ def finished(*overrides: str) -> Federation:
 
 
 def states(run: Federation) -> dict[int, dict[str, Tensor]]:
-    kept = {client: run.grid.store.get(client) for client in range(4)}
-    return {client: tensors_of(state) for client, state in kept.items() if state is not None}
+    return run.grid.store.all()
 
 
 def worker(*overrides: str) -> Worker:
@@ -178,7 +179,7 @@ def test_a_diverse_memory_is_full_and_holds_distinct_examples():
 def test_the_penalty_is_one_quadratic_per_task():
     """Its gradient is lambda (F_1 (w - w_1) + F_2 (w - w_2)), and its value their sum."""
     one = worker("method=ewc", "trainer.penalty=3.0")
-    client = one.context(0, RecordDict(), 5)
+    client = one.context(task_of(RecordDict(), 0, 5))
     trainer = one.trainer
     assert isinstance(trainer, EWCTrainer)
     w = torch.cat([p.detach().flatten() for p in client.parameters]).double()
@@ -199,7 +200,7 @@ def test_the_penalty_is_one_quadratic_per_task():
 
 
 def test_fisher_is_the_mean_squared_gradient_of_single_examples():
-    client = worker("method=ewc").context(0, RecordDict(), 1)
+    client = worker("method=ewc").context(ClientTask(0, Broadcast(1, {})))
     weights = dict(client.model.named_parameters())
     batch = client.data.train.gather(torch.arange(5))
     squares = []
@@ -251,7 +252,7 @@ class Alone(Objective):
 def test_a_stiff_weight_is_at_its_centre_after_one_step():
     """Without a loss of its own: w - lr lambda F (w - c) with lr lambda F cut to 1, whatever F is."""
     one = worker("method=ewc", "trainer.penalty=100", "trainer.lr=0.1", "trainer.local_steps=1")
-    client, centre = one.context(0, RecordDict(), 5), 0.25
+    client, centre = one.context(task_of(RecordDict(), 0, 5)), 0.25
     size = sum(p.numel() for p in client.parameters)
     stiff = {"curvature": torch.full((size,), 1e4), "weighted": torch.full((size,), 1e4 * centre)}
     stiff["constant"] = torch.tensor(size * 1e4 * centre**2)
@@ -298,7 +299,7 @@ def test_a_model_that_agrees_with_its_teacher_learns_nothing_from_it():
     one = worker("method=lwf")
     trainer = one.trainer
     assert isinstance(trainer, LwFTrainer)
-    client = one.context(0, RecordDict(), 5)
+    client = one.context(ClientTask(0, Broadcast(5, {})))
     run, objective = trainer.start(client, Broadcast(5, {})), trainer.objective
     own = torch.randn(6, 10, requires_grad=True)
     same = objective.distance(run, own, own.detach().clone())
@@ -312,7 +313,7 @@ def test_the_teacher_is_the_first_model_of_the_task_and_is_stored():
     one, weights = worker("method=lwf"), {}
     state = ClientState()
     for number in (2, 3, 4):
-        client = one.context(0, RecordDict({STATE: state.pack()} if state else {}), number)
+        client = one.context(ClientTask(0, Broadcast(number, {}), state))
         sent = {name: t + number for name, t in client.weights.items()}
         weights[number] = {name: t.clone() for name, t in sent.items()}
         one.trainer.fit(client, Broadcast(number, sent))
@@ -325,7 +326,7 @@ def test_the_teacher_is_the_first_model_of_the_task_and_is_stored():
 def test_the_oracle_draws_from_all_tasks_as_many_examples_as_have_arrived():
     one = worker("method=joint")
     assert isinstance(one.trainer, JointTrainer)
-    client = one.context(0, RecordDict(), 1)
+    client = one.context(task_of(RecordDict(), 0, 1))
     batches = list(one.trainer.batches(client, Broadcast(1, {})))
     assert sum(len(batch["y"]) for batch in batches) == len(client.data.train)
     assert len(torch.cat([batch["task"] for batch in batches]).unique()) == 5
@@ -333,7 +334,7 @@ def test_the_oracle_draws_from_all_tasks_as_many_examples_as_have_arrived():
 
 def test_without_a_stream_the_oracle_sees_every_example_once():
     one = worker("method=joint", "stream=none")
-    client = one.context(0, RecordDict(), 1)
+    client = one.context(task_of(RecordDict(), 0, 1))
     drawn = torch.cat([batch["x"] for batch in one.trainer.batches(client, Broadcast(1, {}))])
     own = client.data.train.gather(torch.arange(len(client.data.train)))["x"]
     assert sorted(map(tuple, drawn.flatten(1).tolist())) == sorted(map(tuple, own.flatten(1).tolist()))
@@ -341,6 +342,6 @@ def test_without_a_stream_the_oracle_sees_every_example_once():
 
 def test_the_learning_rate_falls_with_every_task():
     made = worker("method=stable_sgd", "trainer.lr=0.1")
-    client = made.context(0, RecordDict(), 1)
+    client = made.context(task_of(RecordDict(), 0, 1))
     rates = [made.trainer.learning_rate(client, Broadcast(number, {})) for number in (1, 2, 3, 10)]  # type: ignore[attr-defined]
     assert rates == pytest.approx([0.1, 0.1, 0.08, 0.1 * 0.8**4])

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from clients.app import app
-from fedsim.engines.local import LocalGrid
+from clients.app import serve
+from fedsim.engines.local import LocalEngine
 from fedsim.errors import ConfigError
 from fedsim.messages.records import all_finite
 from fedsim.runs.federation import Federation
@@ -34,7 +34,7 @@ def test_twenty_rounds_of_defaults_end_with_finite_weights(method: str, stream: 
     rounds = []
     try:
         settings = compose([*ROUNDS, f"method={method}", f"stream={stream}", MODELS[model]])
-        federation = Federation(build_world(json.dumps(settings)), LocalGrid(app))
+        federation = Federation(build_world(json.dumps(settings)), LocalEngine(serve))
         for report, _ in federation.rounds():
             rounds.append(report.round)
     except ConfigError as error:

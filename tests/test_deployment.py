@@ -179,8 +179,8 @@ def test_wrong_settings_are_one_sentence_before_the_run(federation, overrides, s
 
 
 def test_a_network_that_cannot_be_narrowed_is_refused_before_the_run(settings):
-    from clients.app import app
-    from fedsim.engines.local import LocalGrid
+    from clients.app import serve
+    from fedsim.engines.local import LocalEngine
     from fedsim.models.char_lstm import CharLSTM
     from fedsim.runs.federation import Federation
     from fedsim.settings.build import build_world
@@ -189,7 +189,7 @@ def test_a_network_that_cannot_be_narrowed_is_refused_before_the_run(settings):
     world.workload.build_model = lambda: CharLSTM((7,), 5)
     world.workload.sample = lambda batch: {"x": torch.zeros(batch, 7, dtype=torch.int64)}
     with pytest.raises(DeviceError, match=r"cannot be narrowed.*take compression=magnitude or quantise"):
-        Federation(world, LocalGrid(app))
+        Federation(world, LocalEngine(serve))
     build_world.cache_clear()
 
 

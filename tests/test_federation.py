@@ -12,13 +12,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from flwr.app import ConfigRecord, RecordDict
+from flwr.app import ConfigRecord
 from torch import nn
 from torch.nn import functional as F
 
-from clients.app import Worker
 from clients.trainers.sgd import SGDTrainer, WorkloadLoss
+from clients.worker import Worker
 from fedsim.errors import RunError
+from fedsim.messages.cohort import ClientTask
 from fedsim.messages.records import Broadcast, ClientUpdate, from_array, tensors_of
 from fedsim.report.rounds import weights_sha256
 from strategies.edge import EdgeStrategy
@@ -211,7 +212,7 @@ def test_examples_come_once_an_epoch_in_an_order_of_round_and_client(federation)
 
 def test_learning_rate_decays_by_round(federation):
     """0.8 * 0.5 ** 2 in round 3."""
-    client = Worker(federation().world).context(0, RecordDict(), 3)
+    client = Worker(federation().world).context(ClientTask(0, Broadcast(3, {})))
     assert SGDTrainer(lr=0.8, batch_size=1, lr_decay=0.5).learning_rate(client, Broadcast(3, {})) == pytest.approx(0.2)
 
 

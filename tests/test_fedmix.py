@@ -10,15 +10,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import task_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchs_counter import counter
 
-from clients.app import Worker
 from clients.trainers.mixing.fedmix import FORMS, STEP, FedMixTrainer, central_difference, double_backward
 from clients.trainers.mixing.global_mixup import GlobalMixupTrainer
 from clients.trainers.mixing.mixup import MixupTrainer, cross_entropy
 from clients.trainers.mixing.naivemix import NaiveMixTrainer
+from clients.worker import Worker
 from fedsim.errors import ConfigError
 from fedsim.models.char_lstm import CharLSTM
 from fedsim.models.mlp import MLP
@@ -285,7 +286,7 @@ def test_penalty_is_added_once_to_the_mixed_loss(settings):
 
     from fedsim.messages.records import Broadcast
 
-    client = worker.context(0, RecordDict(), 1)
+    client = worker.context(task_of(RecordDict(), 0, 1))
     sent = {name: p.detach() + 0.1 for name, p in worker.model.named_parameters()}
     batch |= trainer.sample_partner(worker.workload, worker.model, batch)
     count = sum(p.numel() for p in sent.values())
@@ -300,7 +301,7 @@ def test_every_form_reports_the_flops_that_torch_counts(settings, form: str):
     trainer, batch = worker.trainer, worker.workload.sample(4)
     batch |= trainer.sample_partner(worker.workload, worker.model, batch)
     with counter() as counted:
-        torch.autograd.grad(loss_of(trainer, worker.model, batch), worker.parameters)
+        torch.autograd.grad(loss_of(trainer, worker.model, batch), worker.live.parameters)
     assert (
         trainer.mixed_cost.forward_flops * 2 * 4 + trainer.mixed_cost.backward_flops * 2 * 4
         == counted.get_total_flops()
@@ -322,7 +323,7 @@ def test_a_step_of_the_usual_form_is_two_of_plain_sgd(model: str, shape: str):
     flops = {}
     for name, loss in losses.items():
         with counter() as counted:
-            torch.autograd.grad(loss(), worker.parameters)
+            torch.autograd.grad(loss(), worker.live.parameters)
         flops[name] = counted.get_total_flops()
     assert (trainer.mixture.form, trainer.mixture.passes) == ("forward", 2)
     assert flops["mixed"] == pytest.approx(2 * flops["plain"], rel=0.01)

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import yaml
 
-from clients.app import app, worker_for
+from clients.app import serve
+from clients.worker import worker_for
 from devices import profile
-from fedsim.engines.local import LocalGrid
+from fedsim.engines.local import LocalEngine
 from fedsim.errors import ConfigError, DataError
 from fedsim.models.mlp import MLP
 from fedsim.runs import checkpoint
@@ -168,7 +169,7 @@ def settings_on(path: Path, *overrides: str) -> dict[str, Any]:
 def run(settings: dict[str, Any], out: Path, **more: Any) -> dict[str, Any]:
     build_world.cache_clear()  # it would hold the data as they were
     worker_for.cache_clear()
-    return federations.run(settings, LocalGrid(app), out, **more)
+    return federations.run(settings, LocalEngine(serve), out, **more)
 
 
 def held(folder: Path) -> dict[str, bytes]:

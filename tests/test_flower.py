@@ -22,11 +22,11 @@ import psutil
 import pytest
 from conftest import DAILY
 
-from clients.app import app as client_app
+from clients.app import serve
 from fedsim.cli import flower as cli_flower
 from fedsim.engines.flower import runtime as flower_runtime
 from fedsim.engines.flower.runtime import FlowerRuntime, Place, environment
-from fedsim.engines.local import LocalGrid
+from fedsim.engines.local import LocalEngine
 from fedsim.errors import ConfigError, RunError
 from fedsim.report.rounds import HOST_FIELDS, read_rounds
 from fedsim.runs import flower_launch as flower_run
@@ -125,7 +125,7 @@ def test_gives_the_bytes_of_the_local_run_and_listens_on_loopback_only(flwr, tmp
     assert f"run folder: runs/{folder.name}" in out
     assert "fedmix on blobs, fleet phones" in out
 
-    local = run(compose(overrides), LocalGrid(client_app), tmp_path / "local")
+    local = run(compose(overrides), LocalEngine(serve), tmp_path / "local")
     assert all(local["outcomes"][outcome] for outcome in ("completed", "late", "offline"))
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["weights_sha256"] == local["weights_sha256"]
@@ -149,7 +149,7 @@ def test_a_stream_of_tasks_gives_the_bytes_of_the_local_run(flwr, tmp_path: Path
     code, _, err = command.ended()
     assert (code, err) == (0, "")
     folder = next((tmp_path / "cwd" / "runs").iterdir())
-    local = run(compose(overrides), LocalGrid(client_app), tmp_path / "local")
+    local = run(compose(overrides), LocalEngine(serve), tmp_path / "local")
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["weights_sha256"] == local["weights_sha256"]
     assert summary["continual"] == local["continual"]

@@ -16,8 +16,8 @@ import pytest
 from hydra.utils import get_class
 from test_methods import chosen, taken
 
-from clients.app import app as client_app
-from fedsim.engines.local import LocalGrid
+from clients.app import serve
+from fedsim.engines.local import LocalEngine
 from fedsim.errors import ConfigError
 from fedsim.report.rounds import weights_sha256
 from fedsim.runs.federation import Federation
@@ -79,7 +79,7 @@ def outcome(trainer: str, changed: dict[str, Any]) -> str:
     """Hash of the weights after a run with these settings of the trainer."""
     settings = json.loads(base(trainer))
     settings["trainer"] |= SMALL | OWN.get(trainer, {}) | changed
-    run = Federation(build_world(json.dumps(settings)), LocalGrid(client_app))
+    run = Federation(build_world(json.dumps(settings)), LocalEngine(serve))
     for _ in run.rounds():
         pass
     return weights_sha256(run.arrays)

@@ -7,6 +7,7 @@ the model is 6952 bytes.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -14,10 +15,11 @@ import pytest
 import torch
 
 from clients.trainers.mixing.naivemix import NaiveMixTrainer
+from devices.fleet import Fleet
+from devices.profile import Units
 from fedsim.errors import ClientError, ConfigError
 from fedsim.exchanges.averages import averages, averages_picture, exposures, from_uint8, to_uint8
-from fedsim.grid.edge import ClientReport
-from fedsim.messages.records import tensors_of
+from fedsim.grid.exchange import ClientReport
 from fedsim.report.rounds import weights_sha256
 from fedsim.runs.federation import Federation
 from fedsim.settings.build import build_world
@@ -126,7 +128,7 @@ def test_pool_is_every_client_s_mean_in_client_order(federation):
     means = torch.stack([d.gather(torch.arange(7))["x"].mean(0) for d in data])
     assert torch.allclose(run.strategy.pool["x"], means, atol=1e-6)
     assert run.strategy.owners.tolist() == list(range(6))
-    kept = tensors_of(run.grid.store.get(2))
+    kept = run.grid.store.get(2)
     assert torch.equal(kept["reply.pool_x"], run.strategy.pool["x"])
 
 
@@ -154,17 +156,29 @@ def test_a_late_joiner_is_asked_when_it_is_in_a_cohort_and_others_get_what_is_ne
     assert down == {1: [4 * PAIR] * 4, 2: [PAIR] * 4 + [5 * PAIR], 3: [PAIR] * 5 + [6 * PAIR]}
 
 
+def slow_down(
+    monkeypatch: pytest.MonkeyPatch, run: Federation, client: int, up_bytes_per_s: float, when: Callable[[], bool]
+) -> None:
+    """Gives one client's device another upload for as long as `when` holds."""
+    units = type(run.grid.fleet).units
+
+    def slower(fleet: Fleet, clients: Sequence[int]) -> Units:
+        found = units(fleet, clients)
+        if client not in clients or not when():
+            return found
+        place, model = list(clients).index(client), found.model.copy()
+        slow = replace(found.models[model[place]], up_bytes_per_s=up_bytes_per_s / found.bandwidth[place])
+        model[place] = len(found.models)
+        return replace(found, models=(*found.models, slow), model=model)
+
+    monkeypatch.setattr(type(run.grid.fleet), "units", slower)
+
+
 def test_a_reply_that_was_late_leaves_the_pool_unsent(federation, monkeypatch):
     """Who misses the deadline has lost what it was sent, and gets it again."""
     run = federation(*EVERYBODY, "rounds=3", "deadline_s=100")
-    profile = run.grid.fleet[3]
-    slow = replace(profile, up_bytes_per_s=MODEL / 200)  # the averages take 3 s, the weights 200 s
-    own = type(run.grid.fleet).__getitem__
-
-    def device(fleet, client: int):
-        return slow if client == 3 and run.grid.round < 3 else own(fleet, client)
-
-    monkeypatch.setattr(type(run.grid.fleet), "__getitem__", device)
+    # The averages take 3 s, the weights 200 s.
+    slow_down(monkeypatch, run, 3, MODEL / 200, lambda: run.grid.round < 3)
     reports = [r for r in watched(run) if r.client == 3]
     assert [(r.phase, r.outcome) for r in reports] == [
         ("query.averages", "completed"), ("train", "late"), ("train", "late"), ("train", "completed")
@@ -266,7 +280,7 @@ def test_who_has_new_data_is_asked_again_and_everybody_drops_its_old_averages(fe
     assert run.strategy.owners.tolist() == [0, 1, RETIRED, 3, 4, 5, 2]
     pool = run.strategy.pool["x"]
     assert torch.allclose(pool[6], pool[2] + 1, atol=1e-5)
-    assert torch.equal(tensors_of(run.grid.store.get(4))["reply.pool_x"], pool[[0, 1, 3, 4, 5, 6]])
+    assert torch.equal(run.grid.store.get(4)["reply.pool_x"], pool[[0, 1, 3, 4, 5, 6]])
     assert {r.metrics["pool_pairs"] for r in of(reports, 4, "train")} == {6.0}
 
 
@@ -278,7 +292,7 @@ def test_a_local_pool_is_a_client_s_own_averages(federation):
     reports = watched(run)
     assert {r.work.down_bytes for r in of(reports, 1, "train")} == {MODEL + PAIR}
     for client in range(6):
-        kept = tensors_of(run.grid.store.get(client))
+        kept = run.grid.store.get(client)
         assert torch.equal(kept["reply.pool_x"], run.strategy.pool["x"][client : client + 1])
 
 
@@ -315,7 +329,7 @@ def test_noise_of_a_late_joiner_does_not_show_its_average():
 def test_who_was_late_with_its_averages_and_trains_all_the_same_is_asked_again(federation, monkeypatch):
     """Its first answer takes 200 s, its later ones a moment: it trains in round 1 with the pool of the others."""
     run = federation(*EVERYBODY, "deadline_s=100")
-    own, asking = type(run.grid.fleet).__getitem__, type(run.strategy).collect
+    asking = type(run.strategy).collect
     now = {"asking": False}
 
     def collect(strategy, cohort, grid):
@@ -323,12 +337,8 @@ def test_who_was_late_with_its_averages_and_trains_all_the_same_is_asked_again(f
         asking(strategy, cohort, grid)
         now["asking"] = False
 
-    def device(fleet, client: int):
-        profile = own(fleet, client)
-        return replace(profile, up_bytes_per_s=PAIR / 200) if client == 3 and now["asking"] else profile
-
     monkeypatch.setattr(type(run.strategy), "collect", collect)
-    monkeypatch.setattr(type(run.grid.fleet), "__getitem__", device)
+    slow_down(monkeypatch, run, 3, PAIR / 200, lambda: now["asking"])
     reports = watched(run)
     assert [(r.round, r.phase, r.outcome) for r in reports if r.client == 3] == [
         (1, "query.averages", "late"),
@@ -344,7 +354,7 @@ def test_noise_is_drawn_once(federation):
     run = federation(*EVERYBODY, "strategy.pool_source=noise", "rounds=3")
     reports = watched(run)
     assert {r.work.down_bytes for r in of(reports, 2, "train")} == {MODEL}
-    assert torch.equal(tensors_of(run.grid.store.get(1))["reply.pool_x"], run.strategy.pool["x"])
+    assert torch.equal(run.grid.store.get(1)["reply.pool_x"], run.strategy.pool["x"])
     plain = federation(*EVERYBODY)
     list(plain.rounds())
     assert not torch.allclose(plain.strategy.pool["x"], run.strategy.pool["x"], atol=0.1)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from conftest import honest
 
-from clients.app import app as client_app
-from fedsim.engines.local import LocalGrid
-from fedsim.grid.edge import ClientReport
+from clients.app import serve
+from fedsim.engines.local import LocalEngine
+from fedsim.grid.exchange import ClientReport
 from fedsim.runs.federation import Federation
 from fedsim.settings.build import build_world
 from fedsim.settings.compose import compose
@@ -56,7 +56,7 @@ def by_hand(clients: Sequence[ClientReport], phase: str) -> dict[str, float]:
 
 def check(overrides: Sequence[str], lost: str = "") -> set[str]:
     """Compares a run's means with those by hand; the names of its metrics. Some clients are lost by that outcome."""
-    federation = Federation(build_world(json.dumps(compose([*honest(overrides), *overrides]))), LocalGrid(client_app))
+    federation = Federation(build_world(json.dumps(compose([*honest(overrides), *overrides]))), LocalEngine(serve))
     seen = set()
     for report, clients in federation.rounds():
         trained, judged = by_hand(clients, "train"), by_hand(clients, "evaluate")
@@ -110,7 +110,7 @@ def test_a_name_stands_for_what_goes_on_behind_it_with_an_underscore(name: str, 
 
 
 def test_devices_count_alike_in_a_latency_and_examples_in_an_accuracy(unequal: list[str]):
-    federation = Federation(build_world(json.dumps(compose([*unequal, "rounds=1"]))), LocalGrid(client_app))
+    federation = Federation(build_world(json.dumps(compose([*unequal, "rounds=1"]))), LocalEngine(serve))
     *_, (report, clients) = federation.rounds()
     rows = [c for c in clients if c.phase == "evaluate"]
     assert report.metrics["client_latency_ms"] == pytest.approx(sum(c.metrics["latency_ms"] for c in rows) / 4)

@@ -11,14 +11,16 @@ from typing import Any
 import pytest
 import torch
 from conftest import honest
-from flwr.app import RecordDict
 from test_methods import NEEDS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from clients.app import Worker
-from clients.app import app as client_app
+from clients.app import serve
+from clients.trainers.base import ClientContext
 from clients.trainers.sgd import Objective
+from clients.worker import Worker
+from fedsim.messages import weights as sent_weights
+from fedsim.messages.cohort import ClientAnswer, ClientTask
 from fedsim.runs.federation import Federation
 from fedsim.settings.build import build_world, instantiate
 from fedsim.settings.compose import compose
@@ -84,25 +86,27 @@ def storages(nest: Any) -> dict[int, Any]:
 def rounds(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> list[tuple[int, int, int]]:
     """Of every client's round: bytes of the weights, held at most, and reserved."""
     found = []
-    answer = Worker._answer
+    answer = Worker.answer
 
-    def followed(worker: Worker, client: Any, part: RecordDict, phase: str) -> RecordDict:
+    def followed(worker: Worker, phase: str, client: ClientContext, task: ClientTask) -> ClientAnswer:
         if phase != "train":
-            return answer(worker, client, part, phase)
+            return answer(worker, phase, client, task)
         # Before: what this process makes once and keeps for all clients, as unpacked broadcasts and narrow networks.
-        answer(worker, worker.context(client.client_id, part, client.round), part, phase)
+        answer(worker, phase, worker.context(task), task)
         # A trainer with a network of its own leaves the worker's model alone.
         state = [] if worker.trainer.own_network else list(worker.model.state_dict().values())
         data = [*client.data.train.tensors.values(), *client.data.test.tensors.values()]
         with HeldBytes(set(storages((state, data)))) as held:
-            reply = answer(worker, client, part, phase)
-        weights = sum(t.nbytes for t in state)
-        found.append((worker.network.parameter_bytes, weights + held.peak, client.log.peak_memory_bytes))
+            reply = answer(worker, phase, client, task)
+        model_bytes = sum(t.nbytes for t in state)
+        found.append((worker.network.parameter_bytes, model_bytes + held.peak, client.log.peak_memory_bytes))
         return reply
 
-    monkeypatch.setattr(Worker, "_answer", followed)
+    # Copies for the way back are the simulation's: a device sends its weights as they lie in memory.
+    monkeypatch.setattr(sent_weights, "own_copy", lambda tensor: torch.from_numpy(tensor.detach().cpu().numpy().copy()))
+    monkeypatch.setattr(Worker, "answer", followed)
     settings = compose([*WIDE, *honest(overrides), *overrides])
-    federation = Federation(build_world(json.dumps(settings)), instantiate(settings, "engine", client_app=client_app))
+    federation = Federation(build_world(json.dumps(settings)), instantiate(settings, "engine", serve=serve))
     for _ in federation.rounds():
         pass
     assert found

@@ -17,23 +17,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
-from flwr.serverapp import Grid
+from conftest import answered, task_of
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from hydra.utils import get_class
 from test_models import SPEECH
 from torch import nn
 from torchs_counter import counter
 
-from clients.app import ClientState, Worker, worker_for
-from clients.app import app as client_app
+from clients.app import serve
+from clients.state import ClientState
+from clients.worker import Worker, worker_for
 from devices.availability import DAY_S
 from devices.cost import Work
 from devices.latency.help.training import HelpSettings, first_weights
 from devices.latency.help.weights import save_weights
+from fedsim.engines.base import Engine
+from fedsim.engines.cutting import cut
 from fedsim.errors import ConfigError, DataError
-from fedsim.grid.edge import ClientReport
-from fedsim.grid.pricing import OUTCOMES
-from fedsim.messages.records import ARRAYS, CONFIG, record_of
+from fedsim.grid.exchange import ClientReport
+from fedsim.messages.cohort import OUTCOMES, ClientTask, CohortAnswer, CohortTask
+from fedsim.messages.packing import pack_answer, pack_task, unpack_answer, unpack_task
+from fedsim.messages.records import ARRAYS, CONFIG, Broadcast, record_of
 from fedsim.report.rounds import HOST_FIELDS, RoundReport, weights_sha256
 from fedsim.runs.federation import Federation
 from fedsim.settings.build import build_world, instantiate
@@ -77,41 +81,20 @@ WHOLE = ("char_lstm", "fbnet")  # a recurrent layer, and above a convolution in 
 NEEDS = {"method=fedbn": ["model.norm=layer"]}
 
 
-class Spy(Grid):
-    """The engine of the run, with every message that goes through it sent as it would be to another process."""
+class Spy(Engine):
+    """The engine of the run, with every task and answer packed and sent as it would be to another process."""
 
-    def __init__(self, engine: Any):
+    def __init__(self, engine: Engine):
         self.engine, self.crossed = engine, 0
 
-    def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> Iterator[Message]:
-        for message in messages:
-            message.__dict__["_content"] = self._across(message.content)
-            for reply in self.engine.send_and_receive([message]):
-                reply.__dict__["_content"] = self._across(reply.content)
-                yield reply
+    def run(self, task: CohortTask) -> Iterator[CohortAnswer]:
+        for part in cut(task, 1):
+            for answer in self.engine.run(unpack_task(self._across(pack_task(part)))):
+                yield unpack_answer(self._across(pack_answer(answer)))
 
     def _across(self, content: RecordDict) -> RecordDict:
         self.crossed += 1
         return pickle.loads(pickle.dumps(content))
-
-    def get_node_ids(self) -> Any:
-        return self.engine.get_node_ids()
-
-    def push_messages(self, messages: Any) -> Any:
-        return self.engine.push_messages(messages)
-
-    def pull_messages(self, message_ids: Any) -> Any:
-        return self.engine.pull_messages(message_ids)
-
-    def create_message(self, *args: Any, **kwargs: Any) -> Message:
-        return self.engine.create_message(*args, **kwargs)
-
-    def set_run(self, run: Any) -> None:
-        self.engine.set_run(run)
-
-    @property
-    def run(self) -> Any:
-        return self.engine.run
 
 
 @dataclasses.dataclass
@@ -131,7 +114,7 @@ class Outcome:
 
 def federate(*overrides: str, base: list[str] = TINY) -> Outcome:
     settings = compose([*base, *(need for o in overrides for need in NEEDS.get(o, [])), *overrides])
-    spy = Spy(instantiate(settings, "engine", client_app=client_app))
+    spy = Spy(instantiate(settings, "engine", serve=serve))
     federation = Federation(build_world(json.dumps(settings)), spy)
     first = federation.arrays
     reports, clients = [], []
@@ -305,7 +288,7 @@ COUNTED = [
 def test_reported_flops_are_those_that_torch_counts(trainer: str, model: str):
     """One client's round through the real app: within 1 % of the project's counter, a short last batch included."""
     settings = compose([*fitting(model), taken("trainer", trainer), "trainer.local_epochs=2"])
-    federation = Federation(build_world(json.dumps(settings)), instantiate(settings, "engine", client_app=client_app))
+    federation = Federation(build_world(json.dumps(settings)), instantiate(settings, "engine", serve=serve))
     if model in WHOLE and get_class(settings["trainer"]["_target_"]).own_network:
         with pytest.raises(ConfigError, match=r"cannot be narrowed: layer '"):
             spoken(federation)
@@ -315,11 +298,13 @@ def test_reported_flops_are_those_that_torch_counts(trainer: str, model: str):
             Worker(federation.world)
         return
     worker, (first, part) = Worker(federation.world), spoken(federation)
-    worker._answer(worker.context(first, part, 1), part, "train")  # what it prices when it first meets it is no work
-    client = worker.context(first, part, 1)
+    answered(
+        worker, worker.context(task_of(part, first, 1)), part, "train"
+    )  # what it prices when it first meets it is no work
+    client = worker.context(task_of(part, first, 1))
     assert len(client.data.train) % 4
     with counter() as counted:
-        worker._answer(client, part, "train")
+        answered(worker, client, part, "train")
     work = client.log.work()
     assert work.flops > 0
     assert work.flops == pytest.approx(counted.get_total_flops(), rel=0.01)
@@ -329,12 +314,14 @@ def test_reported_flops_are_those_that_torch_counts(trainer: str, model: str):
 def test_a_method_reports_the_flops_of_what_it_sends_and_trains(method: str):
     """As above with the method's own broadcast: settings and extras of its strategy included."""
     settings = compose([*TINY, f"method={method}", *NEEDS.get(f"method={method}", []), "cohort=7"])
-    federation = Federation(build_world(json.dumps(settings)), instantiate(settings, "engine", client_app=client_app))
+    federation = Federation(build_world(json.dumps(settings)), instantiate(settings, "engine", serve=serve))
     worker, (first, part) = Worker(federation.world), spoken(federation)
-    worker._answer(worker.context(first, part, 1), part, "train")  # what it prices when it first meets it is no work
-    client = worker.context(first, part, 1)
+    answered(
+        worker, worker.context(task_of(part, first, 1)), part, "train"
+    )  # what it prices when it first meets it is no work
+    client = worker.context(task_of(part, first, 1))
     with counter() as counted:
-        worker._answer(client, part, "train")
+        answered(worker, client, part, "train")
     assert client.log.work().flops == pytest.approx(counted.get_total_flops(), rel=0.01)
 
 
@@ -343,10 +330,10 @@ def test_judging_a_model_costs_its_forward_passes(model: str):
     settings = compose(fitting(model))
     worker = Worker(build_world(json.dumps(settings)))
     part = RecordDict({ARRAYS: record_of(worker.model.state_dict()), CONFIG: ConfigRecord({"server-round": 1})})
-    client = worker.context(0, part, 1)
+    client = worker.context(task_of(part, 0, 1))
     assert len(client.data.test)
     with counter() as counted:
-        worker._answer(client, part, "evaluate")
+        answered(worker, client, part, "evaluate")
     assert client.log.work().flops == pytest.approx(counted.get_total_flops(), rel=0.01)
 
 
@@ -355,7 +342,7 @@ def test_a_client_keeps_its_state_apart_from_the_traffic():
     settings = compose(TINY)
     worker = Worker(build_world(json.dumps(settings)))
     state = ClientState({"seen": torch.arange(3)})
-    client = worker.context(0, RecordDict({"state": state.pack()}), 1)
+    client = worker.context(ClientTask(0, Broadcast(1, {}), state))
     assert torch.equal(client.state["seen"], torch.arange(3))
     assert client.state.storage_bytes == 24
 

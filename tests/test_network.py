@@ -10,73 +10,76 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Message, RecordDict
 
 from clients.trainers.sgd import SGDTrainer
 from devices.availability import Always, Availability
-from devices.cost import Cost, FlopsLatency, NetworkCost, Passes, Work, pack_works
+from devices.cost import Cost, FlopsLatency, NetworkCost, Passes, Work
 from devices.fleet import Fleet
 from devices.profile import SHIPPED
-from fedsim.engines.local import LocalGrid
+from fedsim.engines.base import Engine, assume_task_identity
 from fedsim.errors import ClientError, RunError
-from fedsim.grid.edge import EMPTY_ROUND_S, ClientReport, EdgeGrid
+from fedsim.grid.edge import EMPTY_ROUND_S, EdgeGrid
+from fedsim.grid.exchange import ClientReport
 from fedsim.grid.pricing import RadioTails
-from fedsim.messages.records import from_array, pack_cohort, to_array, unpack_cohort
+from fedsim.messages.cohort import ClientAnswer, ClientTask, CohortAnswer, CohortTask
+from fedsim.messages.records import from_array, to_array
+from fedsim.messages.weights import named
 from fedsim.workloads.blobs import Blobs
 
 WEIGHTS = ArrayRecord({"w": to_array(np.zeros(250_000, np.float32))})
 NETWORK = NetworkCost("net", 1e6, 2e6, 0, 0)
 
-Answer = tuple[RecordDict, Work, str]
+Answer = Callable[[ClientTask], ClientAnswer]
 
 
 def computing(client: int) -> Work:
     return Work((Passes(NETWORK, 10 * (client + 1), 100, 100),), peak_memory_bytes=1000 + client)
 
 
-def update(client: int, part: RecordDict) -> Answer:
+def update(task: ClientTask) -> ClientAnswer:
     """Sends the weights back with client + 1 examples, and counts its rounds in its state."""
-    rounds = from_array(part["state"]["rounds"]) if "state" in part else np.array(0)
-    metrics = MetricRecord({"num-examples": client + 1, "train_loss": float(client)})
-    state = ArrayRecord({"rounds": to_array(rounds + 1)})
-    return RecordDict({"arrays": part["arrays"], "metrics": metrics, "state": state}), computing(client), "completed"
+    return ClientAnswer(
+        task.client,
+        work=replace(computing(task.client), up_bytes=1_000_000),
+        num_examples=task.client + 1,
+        metrics={"train_loss": float(task.client)},
+        weights=named(task.broadcast.weights),
+        state={"rounds": task.state.get("rounds", torch.tensor(0)) + 1},
+    )
+
+
+class Told(Engine):
+    """Clients that answer as told, without a worker."""
+
+    def __init__(self, answer: Answer):
+        assume_task_identity()
+        self.answer, self.phases = answer, []
+
+    def run(self, task: CohortTask) -> Iterator[CohortAnswer]:
+        self.phases.append(task.phase)
+        for one in task.clients:
+            told = self.answer(one)
+            yield CohortAnswer((replace(told, work=replace(told.work, down_bytes=one.down_bytes)),))
 
 
 def edge(
     clients: int = 4,
-    answer: Callable[[int, RecordDict], Answer] = update,
+    answer: Answer = update,
     availability: Callable[..., Availability] = Always,
     device: str = "reference",
     **options,
 ) -> EdgeGrid:
     """An edge grid over `clients` equal devices whose clients answer as told."""
-
-    def app(message: Message, _: Context) -> Message:
-        header, parts = unpack_cohort(message.content)
-        answers, facts, works = [], [], []
-        for client, part in zip(header["clients"], parts, strict=True):
-            content, work, outcome = answer(client, part)
-            answers.append(content)
-            works.append(work)
-            reason = "" if outcome == "completed" else "as told"
-            fact = {
-                "client": client,
-                "outcome": outcome,
-                "reason": reason,
-                "traceback": "TRACE",
-            }
-            facts.append(fact)
-        return Message(pack_cohort({"clients": facts, **pack_works(works)}, answers), reply_to=message)
-
     fleet = Fleet("toy", {device: 1}, clients, 1, availability, speed_sigma=0, network_sigma=0)
-    grid = EdgeGrid(LocalGrid(app), fleet, FlopsLatency(), "{}", seed=1, **options)
+    grid = EdgeGrid(Told(answer), fleet, FlopsLatency(), "{}", seed=1, **options)
     grid.round = 1
     return grid
 
@@ -91,7 +94,7 @@ def exchange(grid: EdgeGrid, clients=range(4), phase: str = "train") -> tuple[li
 def rounds_kept(grid: EdgeGrid) -> dict[int, int]:
     """How many rounds each client remembers."""
     states = {client: grid.store.get(client) for client in grid.get_node_ids()}
-    return {client: int(from_array(state["rounds"])) for client, state in states.items() if state is not None}
+    return {client: int(state["rounds"]) for client, state in states.items() if state}
 
 
 class Windows(Availability):
@@ -150,16 +153,14 @@ def test_replies_come_in_client_order_whatever_order_they_were_asked_in():
 def test_mean_of_a_round_comes_as_one_reply():
     """Examples 1 + 2 + 3 + 4 = 10; loss (1 * 0 + 2 * 1 + 3 * 2 + 4 * 3) / 10 = 2; weights (0 + 2 + 6 + 12) / 10 = 2."""
 
-    def answer(client: int, part: RecordDict) -> Answer:
-        content, work, outcome = update(client, part)
-        content["arrays"] = ArrayRecord({"w": to_array(np.full(3, client, np.float32))})
-        return content, work, outcome
+    def answer(task: ClientTask) -> ClientAnswer:
+        return replace(update(task), weights=named({"w": torch.full([250_000], float(task.client))}))
 
     replies = edge(answer=answer, averages=True).send_and_receive(
         [Message(RecordDict({"arrays": WEIGHTS}), client, "train") for client in range(4)]
     )
     assert len(replies) == 1
-    assert from_array(replies[0].content["arrays"]["w"]).tolist() == [2, 2, 2]
+    assert set(from_array(replies[0].content["arrays"]["w"]).tolist()) == {2.0}
     assert dict(replies[0].content["metrics"]) == {"num-examples": 10, "train_loss": 2.0}
 
 
@@ -192,9 +193,8 @@ def test_earlier_of_deadline_and_timeout_counts(deadline_s: float | None, timeou
 def test_over_selection_takes_the_first_replies_and_closes_the_round_with_them():
     """Here the later clients are the faster ones: 3 (0.64 s) and 2 (0.94 s) come first."""
 
-    def answer(client: int, part: RecordDict) -> Answer:
-        content, _, outcome = update(client, part)
-        return content, computing(3 - client), outcome
+    def answer(task: ClientTask) -> ClientAnswer:
+        return replace(update(task), work=replace(computing(3 - task.client), up_bytes=1_000_000))
 
     grid = edge(answer=answer, keep=2)
     accepted, reports = exchange(grid)
@@ -229,7 +229,8 @@ def test_deadline_does_not_change_what_the_other_clients_draw():
 def test_client_that_is_offline_at_the_start_gets_nothing_and_pays_nothing():
     asked = []
     grid = edge(
-        answer=lambda c, part: asked.append(c) or update(c, part), availability=windows({1: (5.0, 9.0), 3: (0.0, 0.0)})
+        answer=lambda task: asked.append(task.client) or update(task),
+        availability=windows({1: (5.0, 9.0), 3: (0.0, 0.0)}),
     )
     accepted, reports = exchange(grid)
     assert accepted == asked == [0, 2]
@@ -287,9 +288,9 @@ def test_crash_ends_the_clients_round_and_costs_what_it_spent(tmp_path):
 def test_client_without_memory_dies_after_its_download():
     """The device has 2**32 bytes; the trainer says it needs one more. No compute, no upload, no state."""
 
-    def answer(client: int, part: RecordDict) -> Answer:
-        content, work, _ = update(client, part)
-        return content, Work(work.passes, peak_memory_bytes=2**32 + (client == 0)), "completed"
+    def answer(task: ClientTask) -> ClientAnswer:
+        told = update(task)
+        return replace(told, work=replace(told.work, peak_memory_bytes=2**32 + (task.client == 0)))
 
     grid = edge(answer=answer)
     accepted, reports = exchange(grid)
@@ -318,10 +319,10 @@ def test_exchange_with_nobody_takes_no_time():
 # --- failing clients ---------------------------------------------------------------------------------------------
 
 
-def one_fails(client: int, part: RecordDict) -> Answer:
-    if client == 2:
-        return RecordDict(), computing(client), "failed"
-    return update(client, part)
+def one_fails(task: ClientTask) -> ClientAnswer:
+    if task.client == 2:
+        return ClientAnswer(2, "failed", "as told", "TRACE", computing(2))
+    return update(task)
 
 
 def test_failing_client_stops_the_exchange_and_is_named():
@@ -339,14 +340,8 @@ def test_dropped_client_pays_for_what_it_computed():
 
 def test_engine_that_loses_a_client_is_an_error():
     grid = edge()
-    app = grid.engine.client_app
-
-    def forgetful(message: Message, context: Context) -> Message:
-        header, parts = unpack_cohort(app(message, context).content)
-        header = {"clients": header["clients"][:-1], **pack_works([Work()] * len(parts[:-1]))}
-        return Message(pack_cohort(header, parts[:-1]), reply_to=message)
-
-    grid.engine.client_app = forgetful
+    run = grid.engine.run
+    grid.engine.run = lambda task: run(task.of(task.clients[:-1]))
     with pytest.raises(ClientError, match=r"^the engine returned no reply for clients \[3\] in round 1 \(seed 1\)$"):
         exchange(grid)
 
@@ -424,7 +419,7 @@ def test_memory_that_a_trainer_cannot_reserve_is_an_outcome_not_an_error(federat
     assert clients[2].reason == f"needs {2**32 + 1} bytes at its peak, the device has {2**32}"
     assert (clients[2].cost.compute_s, clients[2].work.up_bytes, clients[2].cost.down_s > 0) == (0, 0, True)
     assert report.peak_memory_bytes == 2**32 + 1
-    assert run.grid.store.get(2) is None
+    assert run.grid.store.get(2) == {}
 
 
 class Lost(Blobs):
@@ -456,18 +451,16 @@ def test_state_travels_with_the_reply_and_comes_back():
     assert rounds_kept(grid) == {0: 1, 1: 2}
 
 
-def owing(client: int, part: RecordDict) -> Answer:
+def owing(task: ClientTask) -> ClientAnswer:
     """Counts its rounds twice: for itself, and in what is of the reply."""
-    content, work, outcome = update(client, part)
-    rounds = from_array(part["state"]["reply.rounds"]) if "reply.rounds" in part.get("state", {}) else np.array(0)
-    content["state"] = ArrayRecord({**content["state"], "reply.rounds": to_array(rounds + 1)})
-    return content, work, outcome
+    told, taken = update(task), task.state.get("reply.rounds", torch.tensor(0))
+    return replace(told, state={**told.state, "reply.rounds": taken + 1})
 
 
 def rounds_taken(grid: EdgeGrid) -> dict[int, int]:
     """How many accepted replies each client remembers."""
     taken = {client: state.get("reply.rounds") for client, state in grid.store.all().items()}
-    return {client: int(from_array(rounds)) for client, rounds in taken.items() if rounds is not None}
+    return {client: int(rounds) for client, rounds in taken.items() if rounds is not None}
 
 
 @pytest.mark.parametrize("averages", [False, True])
@@ -554,8 +547,8 @@ def test_pushed_messages_are_pulled_once():
 def test_client_without_held_out_examples_judges_nothing():
     """Client 0 has no examples to judge on: it took part and paid, but its reply is left out."""
 
-    def answer(client: int, part: RecordDict) -> Answer:
-        return RecordDict({"metrics": MetricRecord({"num-examples": client})}), computing(client), "completed"
+    def answer(task: ClientTask) -> ClientAnswer:
+        return ClientAnswer(task.client, work=computing(task.client), num_examples=task.client)
 
     accepted, reports = exchange(edge(answer=answer), phase="evaluate")
     assert accepted == [1, 2, 3]
@@ -563,36 +556,29 @@ def test_client_without_held_out_examples_judges_nothing():
 
 
 def test_question_of_a_method_reaches_the_client_under_its_name():
-    phases = []
-    grid = edge(answer=lambda c, part: (RecordDict({"mean": WEIGHTS}), computing(c), "completed"))
-    app = grid.engine.client_app
 
-    def listening(message: Message, context: Context) -> Message:
-        phases.append((message.metadata.message_type, unpack_cohort(message.content)[0]["phase"]))
-        return app(message, context)
+    def answer(task: ClientTask) -> ClientAnswer:
+        work = replace(computing(task.client), up_bytes=1_000_000)
+        return ClientAnswer(task.client, work=work, extras={"mean": task.broadcast.weights})
 
-    grid.engine.client_app = listening
+    grid = edge(answer=answer)
     accepted, reports = exchange(grid, [0, 1], phase="query.mean")
-    assert (accepted, phases) == ([0, 1], [("query", "query.mean")])
+    assert (accepted, grid.engine.phases) == ([0, 1], ["query.mean"])
     assert (reports[1].phase, reports[1].work.up_bytes) == ("query.mean", 1_000_000)
 
 
 def test_stock_mean_refuses_extras_that_it_would_drop():
-    def answer(client: int, part: RecordDict) -> Answer:
-        content, work, outcome = update(client, part)
-        content["prototypes"] = ArrayRecord({"m": to_array(np.zeros(2))})
-        return content, work, outcome
+    def answer(task: ClientTask) -> ClientAnswer:
+        return replace(update(task), extras={"prototypes": {"m": torch.zeros(2)}})
 
     with pytest.raises(RunError, match=r"^the clients sent \['prototypes'\] beside their weights"):
         exchange(edge(answer=answer, averages=True))
 
 
 def test_stock_mean_refuses_metrics_that_only_some_clients_sent():
-    def answer(client: int, part: RecordDict) -> Answer:
-        content, work, outcome = update(client, part)
-        if client == 1:
-            content["metrics"]["gap"] = 1.0
-        return content, work, outcome
+    def answer(task: ClientTask) -> ClientAnswer:
+        told = update(task)
+        return replace(told, metrics={**told.metrics, "gap": 1.0}) if task.client == 1 else told
 
     with pytest.raises(
         RunError, match=r"^client 1 reported metrics \['gap', 'train_loss'\], client 0 \['train_loss'\]"

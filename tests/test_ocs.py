@@ -1,22 +1,25 @@
 """Online coreset selection: its scores by hand, its limit cases, what is kept and what never leaves the device."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
 from flwr.app import RecordDict
 from torch import Tensor
 
-import clients.app
-from clients.app import Worker, worker_for
-from clients.app import app as client_app
+import clients.worker
+from clients.app import serve
 from clients.state import ClientState
 from clients.trainers.rehearsal.memory import CANDIDATES, NAMES, PHASES, Memory
 from clients.trainers.rehearsal.ocs import OCSRun, best, scores
 from clients.trainers.rehearsal.spaces import Products
-from fedsim.engines.local import LocalGrid
+from clients.worker import Worker, worker_for
+from fedsim.engines.local import LocalEngine
 from fedsim.errors import ConfigError
-from fedsim.messages.records import STATE, Broadcast, payload_bytes, record_bytes, tensors_of
+from fedsim.grid.exchange import Exchange
+from fedsim.messages.cohort import ClientTask
+from fedsim.messages.records import Broadcast, payload_bytes, record_bytes, tensors_of
 from fedsim.report.rounds import weights_sha256
 from fedsim.runs.federation import Federation
 from fedsim.settings.build import build_world
@@ -38,7 +41,7 @@ OCS = ("method=ocs", "trainer.memory_size=20", "trainer.warm_start=2", "trainer.
 
 
 def federation(*overrides: str) -> Federation:
-    return Federation(build_world(json.dumps(compose([*BASE, *overrides]))), LocalGrid(client_app))
+    return Federation(build_world(json.dumps(compose([*BASE, *overrides]))), LocalEngine(serve))
 
 
 def finished(*overrides: str) -> Federation:
@@ -145,10 +148,10 @@ class Alone:
         self.state = ClientState()
 
     def train(self, number: int) -> None:
-        torch.default_generator.manual_seed(clients.app.derive(self.worker.seed, "global", number, 0))
-        self.worker._load(self.weights)
+        torch.default_generator.manual_seed(clients.worker.derive(self.worker.seed, "global", number, 0))
+        self.worker.live.load(self.weights)
         self.worker.model.train()
-        client = self.worker.context(0, RecordDict({STATE: self.state.pack()} if self.state else {}), number)
+        client = self.worker.context(ClientTask(0, Broadcast(number, {}), self.state))
         update = self.worker.trainer.fit(client, Broadcast(number, self.weights))
         self.weights = {name: t.clone() for name, t in update.weights.items()}
         self.state = client.state
@@ -172,18 +175,15 @@ def test_a_federation_of_one_is_central_training_bit_for_bit(method: str):
     sent = tensors_of(together.arrays)
     assert all(torch.equal(sent[name], t) for name, t in alone.weights.items())
     kept = together.grid.store.get(0)
-    assert (kept is not None) == bool(alone.state)
-    if kept is not None:
-        assert all(torch.equal(t, alone.state[name]) for name, t in tensors_of(kept).items())
+    assert kept.keys() == alone.state.keys()
+    assert all(torch.equal(t, alone.state[name]) for name, t in kept.items())
 
 
 # --- what is kept ---------------------------------------------------------------------------------------------
 
 
 def kept_after(run: Federation, client: int = 0) -> dict[str, Tensor]:
-    state = run.grid.store.get(client)
-    assert state is not None
-    return tensors_of(state)
+    return run.grid.store.get(client)
 
 
 def test_every_task_has_its_share_and_every_class_as_many():
@@ -232,7 +232,7 @@ def test_the_memory_never_leaves_its_budget(method: str, arrival: str, monkeypat
     for report, rows in run.rounds():
         for row in rows:
             assert row.outcome == "completed"
-            state = tensors_of(run.grid.store.get(row.client))  # type: ignore[arg-type]
+            state = run.grid.store.get(row.client)
             own = sum(t.element_size() * t.numel() for t in state.values())
             stored.append(row.work.storage_bytes - own)
             assert len(state[NAMES]) * 68 <= budget
@@ -246,8 +246,14 @@ def test_nothing_of_the_coreset_is_ever_sent():
     """Messages hold the weights and numbers; what a client keeps rides beside and is no traffic."""
     run = federation(*OCS)
     seen: list[RecordDict] = []
-    deliver = run.grid._deliver
-    run.grid._deliver = lambda accepted: [seen.append(m.content) or m for m in deliver(accepted)]  # type: ignore
+    exchange = run.grid.exchange
+
+    def overheard(messages: Any, timeout: float | None = None) -> Exchange:
+        found = exchange(messages, timeout)
+        seen.extend(message.content for message in found.replies)
+        return found
+
+    run.grid.exchange = overheard  # type: ignore[method-assign]
     run.grid.averages = False
     for report, rows in run.rounds():
         if report.round:
@@ -300,7 +306,7 @@ def test_the_reference_is_the_mean_gradient_of_the_memory_under_each_examples_ow
     alone = Alone("num_clients=1", "cohort=1", *OCS)
     for number in (1, 2, 3):
         alone.train(number)
-    client = alone.worker.context(0, RecordDict({STATE: alone.state.pack()}), 4)
+    client = alone.worker.context(ClientTask(0, Broadcast(4, {}), alone.state))
     run = alone.worker.trainer.start(client, Broadcast(4, {}))
     assert isinstance(run, OCSRun)
     run.before_training()

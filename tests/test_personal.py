@@ -1,21 +1,26 @@
 """Private tensors and the personal methods: limit cases, what travels, and what is paid for."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
+from conftest import answered, sent_to, task_of
 from flwr.app import RecordDict
 from torch import nn
 from torchs_counter import counter
 
-from clients.app import Worker, app
+from clients.app import serve
 from clients.state import ClientState
 from clients.trainers.sgd import SGDRun, SGDTrainer
+from clients.worker import Worker
 from devices.latency.models import StructuredLatency
-from fedsim.engines.local import LocalGrid
+from fedsim.engines.local import LocalEngine
 from fedsim.errors import ConfigError
-from fedsim.messages.records import ARRAYS, STATE, arrays_in, record_bytes, record_of, tensors_of
+from fedsim.messages.cohort import CohortAnswer, CohortTask
+from fedsim.messages.records import ARRAYS, STATE, record_of, tensors_of
+from fedsim.messages.weights import JOINED, bytes_of
 from fedsim.models.mlp import MLP
 from fedsim.models.roles import private_names
 from fedsim.report.rounds import weights_sha256
@@ -44,30 +49,29 @@ TINY = [
 ]
 
 
-class Listener(LocalGrid):
-    """The engine in this process; keeps every client's instruction and answer."""
+class Listener(LocalEngine):
+    """The engine in this process; keeps every client's task and answer."""
 
     def __init__(self):
-        super().__init__(app)
-        self.heard = []
+        super().__init__(serve)
+        self.tasks, self.answers = [], []
 
-    def send_and_receive(self, messages, **kwargs):
-        messages = list(messages)
-        replies = list(super().send_and_receive(messages, **kwargs))
-        self.heard += [message.content for message in [*messages, *replies]]
-        return replies
+    def run(self, task: CohortTask) -> Iterator[CohortAnswer]:
+        self.tasks += task.clients
+        for answer in super().run(task):
+            self.answers.append(answer)
+            yield answer
 
 
-def federate(*overrides: str, engine: LocalGrid | None = None) -> Federation:
+def federate(*overrides: str, engine: LocalEngine | None = None) -> Federation:
     """A finished run."""
-    federation = Federation(build_world(json.dumps(compose([*TINY, *overrides]))), engine or LocalGrid(app))
+    federation = Federation(build_world(json.dumps(compose([*TINY, *overrides]))), engine or LocalEngine(serve))
     federation.clients = [client for _, clients in federation.rounds() for client in clients]
     return federation
 
 
 def state_of(federation: Federation, client: int) -> dict[str, torch.Tensor]:
-    kept = federation.grid.store.get(client)
-    return tensors_of(kept) if kept is not None else {}
+    return federation.grid.store.get(client)
 
 
 def of(group: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -76,11 +80,11 @@ def of(group: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def alone(*overrides: str, state: ClientState | None = None):
     """A worker, and its client 0 in round 1 of these settings with the initial weights as the broadcast."""
-    federation = Federation(build_world(json.dumps(compose([*TINY, *overrides]))), LocalGrid(app))
+    federation = Federation(build_world(json.dumps(compose([*TINY, *overrides]))), LocalEngine(serve))
     message = min(federation.instructions(1), key=lambda m: m.metadata.dst_node_id)
-    part = message.content if state is None else RecordDict({**message.content, STATE: state.pack()})
+    part = message.content if state is None else RecordDict({**message.content, STATE: record_of(state)})
     worker = Worker(federation.world)
-    return worker, worker.context(message.metadata.dst_node_id, part, 1), part
+    return worker, worker.context(task_of(part, message.metadata.dst_node_id, 1)), part
 
 
 # --- roles -----------------------------------------------------------------------------------------------------------
@@ -162,13 +166,13 @@ def test_with_all_tensors_shared_every_method_is_fedavg(method, strategy):
 
 def test_the_head_phase_leaves_the_body_alone_and_the_body_phase_the_head(monkeypatch):
     worker, client, part = alone("method=fedrep", "trainer.head_epochs=2")
-    before = {name: t.clone() for name, t in worker.slots.items()}
-    trainer, task, seen = worker.trainer, worker._task(client, part), []
+    before = {name: t.clone() for name, t in worker.live.weights.items()}
+    trainer, task, seen = worker.trainer, sent_to(worker, client, part), []
     train = SGDRun.train
 
     def watch(run, batches):
         loss = train(run, batches)
-        seen.append({name: t.clone() for name, t in worker.slots.items()})
+        seen.append({name: t.clone() for name, t in worker.live.weights.items()})
         return loss
 
     monkeypatch.setattr(SGDRun, "train", watch)
@@ -192,7 +196,7 @@ def test_the_head_phase_is_sgd_on_the_head():
         with torch.no_grad():
             for p in model.head.parameters():
                 p -= 0.3 * p.grad
-    worker._answer(client, part, "train")
+    answered(worker, client, part, "train")
     assert torch.allclose(client.state["private.head.weight"], model.head.weight, atol=1e-6)
 
 
@@ -210,7 +214,7 @@ def personal_by_hand(pull: float, lr: float = 0.2):
         with torch.no_grad():
             for name, p in model.named_parameters():
                 p -= lr * (p.grad + pull * (p - received[name]))
-    worker._answer(client, part, "train")
+    answered(worker, client, part, "train")
     return of("personal", client.state), dict(model.named_parameters()), received
 
 
@@ -264,15 +268,15 @@ def test_only_shared_tensors_are_in_any_message(method, strategy):
     for client in federation.clients:
         assert client.work.down_bytes == shared_bytes
         assert client.work.up_bytes == (shared_bytes if client.phase == "train" else 0)
-    # In the messages themselves: weights of the shared size or whole sums of it, and what is named a client's state.
-    for content in engine.heard:
-        states = {refs[STATE] for refs in json.loads(content["cohort"]["layout"]) if STATE in refs}
-        for name, record in arrays_in(content).items():
-            if name in states:
-                assert all(key.split(".")[0] in ("private", "personal") for key in record)
-            else:
-                assert record_bytes(record) in (shared_bytes, 2 * shared_bytes)  # float32, or a sum in float64
-                assert set(record) <= SHARED[method] | {"packed"}
+    # In what travels itself: weights of the shared size or whole sums of it, and what is named a client's state.
+    answers = [one for answer in engine.answers for one in answer.clients]
+    for state in [one.state for one in [*engine.tasks, *answers]]:
+        assert all(key.split(".")[0] in ("private", "personal") for key in state)
+    sent = [one.weights for one in answers] + [block.total for answer in engine.answers for block in answer.sums]
+    for tensors in [task.broadcast.weights for task in engine.tasks] + [w.tensors for w in sent if w is not None]:
+        assert bytes_of(tensors) in (shared_bytes, 2 * shared_bytes)  # float32, or a sum in float64
+        assert set(tensors) <= SHARED[method] | {JOINED}
+    assert not any(one.extras for one in answers)
 
 
 @pytest.mark.parametrize("method", ["fedrep", "lg_fedavg", "fedbn"])
@@ -306,16 +310,16 @@ def test_a_client_goes_on_with_its_own_tensors_and_is_judged_with_them():
     """A head that says class 2 whatever comes: client 0 is judged by it, a newcomer by the initial one."""
     head = {"private.head.weight": torch.zeros(3, 5), "private.head.bias": torch.tensor([0.0, 0.0, 9.0])}
     worker, client, part = alone("method=fedrep", "trainer.head_epochs=0", state=ClientState(head))
-    answer = worker._answer(client, part, "evaluate")
+    answer = answered(worker, client, part, "evaluate")
     wanted = float((client.data.test.labels == 2).float().mean())
     assert answer["metrics"]["accuracy"] == pytest.approx(wanted)
-    worker._answer(client, part, "train")  # no epoch for the head: it stays, frozen
+    answered(worker, client, part, "train")  # no epoch for the head: it stays, frozen
     assert torch.equal(client.state["private.head.bias"], head["private.head.bias"])
-    assert torch.equal(worker.slots["head.bias"], head["private.head.bias"])
-    newcomer = worker.context(client.client_id, RecordDict({ARRAYS: part[ARRAYS]}), 1)
-    worker._answer(newcomer, RecordDict({k: v for k, v in part.items() if k != STATE}), "evaluate")
+    assert torch.equal(worker.live.weights["head.bias"], head["private.head.bias"])
+    newcomer = worker.context(task_of(RecordDict({ARRAYS: part[ARRAYS]}), client.client_id, 1))
+    answered(worker, newcomer, RecordDict({k: v for k, v in part.items() if k != STATE}), "evaluate")
     initial = client.workload.build_model().state_dict()
-    assert all(torch.equal(t, initial[name]) for name, t in worker.slots.items())
+    assert all(torch.equal(t, initial[name]) for name, t in worker.live.weights.items())
 
 
 @pytest.mark.parametrize("method, group", [("fedrep", "private"), ("ditto", "personal"), ("lg_fedavg", "private")])
@@ -329,9 +333,9 @@ def test_a_slow_phone_personalises_under_a_deadline(method: str, group: str):
     worker, number = Worker(late.world), message.metadata.dst_node_id
     state = ClientState()
     for round in (1, 2):
-        part = RecordDict({**message.content, **({STATE: state.pack()} if state else {})})
-        client = worker.context(number, part, round)
-        worker._answer(client, part, "train")
+        part = RecordDict({**message.content, **({STATE: record_of(state)} if state else {})})
+        client = worker.context(task_of(part, number, round))
+        answered(worker, client, part, "train")
         state = client.state
     kept, by_hand = of(group, state_of(late, number)), of(group, state)
     assert kept.keys() == by_hand.keys() != set()
@@ -372,7 +376,7 @@ def test_frozen_layers_need_no_weight_gradients():
     """Two linear layers, 6 to 5 to 3: a weight gradient and an input gradient each cost as much as the forward pass."""
     worker, client, part = alone("method=fedrep", "trainer.head_epochs=5", "trainer.local_epochs=1")
     first, last, n = 2 * 6 * 5, 2 * 5 * 3, len(client.data.train)
-    worker._answer(client, part, "train")
+    answered(worker, client, part, "train")
     by_phase = {p.network.name: 0.0 for p in client.log.work().passes}
     for p in client.log.work().passes:
         by_phase[p.network.name] += p.flops
@@ -403,14 +407,14 @@ def test_a_pass_with_frozen_layers_costs_its_share_on_a_measured_device():
 def test_judging_and_personal_epochs_are_paid_for(method):
     worker, client, part = alone(f"method={method}")
     with counter() as counted:
-        worker._answer(client, part, "evaluate")
+        answered(worker, client, part, "evaluate")
     assert client.log.work().flops == pytest.approx(counted.get_total_flops(), rel=0.01)
     dense = worker.network
     judged = len(client.data.test) * dense.forward_flops
     step = len(client.data.train) * (dense.forward_flops + dense.backward_flops)
     assert client.log.work().flops == pytest.approx(judged + (5 * step if method == "fedavg_ft" else 0))
-    again = worker.context(client.client_id, part, 1)
-    worker._answer(again, part, "train")
+    again = worker.context(task_of(part, client.client_id, 1))
+    answered(worker, again, part, "train")
     assert again.log.work().flops == pytest.approx((10 if method == "ditto" else 5) * step)
 
 

@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import answered, sent_to, task_of
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from torch.nn import functional as F
 from torchs_counter import counter
 
-from clients.app import Worker
+from clients.worker import Worker
 from devices.compression.channels import ChannelGroups
 from devices.compression.gates import (
     GatedNetwork,
@@ -34,7 +35,6 @@ from fedsim.messages.records import (
     record_bytes,
     record_of,
     tensors_of,
-    unpacked,
     update_of,
 )
 from fedsim.report.rounds import weights_sha256
@@ -81,8 +81,8 @@ def start(federation, *overrides: str, round: int = 1):
     made = federation(*overrides)
     message = min(made.instructions(round), key=lambda m: m.metadata.dst_node_id)
     worker, part = Worker(made.world), message.content
-    client = worker.context(message.metadata.dst_node_id, part, round)
-    return made, worker, part, client, worker._task(client, part)
+    client = worker.context(task_of(part, message.metadata.dst_node_id, round))
+    return made, worker, part, client, sent_to(worker, client, part)
 
 
 # --- gates ------------------------------------------------------------------------------------------------------------
@@ -291,8 +291,9 @@ def uplinks(made, worker_rounds: int):
         messages, replies = made.instructions(number), []
         for message in messages:
             client = message.metadata.dst_node_id
-            answer = worker._answer(worker.context(client, message.content, number), message.content, "train")
-            answer[ARRAYS] = unpacked(answer[ARRAYS], message.content[ARRAYS])
+            answer = answered(
+                worker, worker.context(task_of(message.content, client, number)), message.content, "train"
+            )
             replies.append((client, message.content, answer))
         yield number, worker, replies
         updates = [update_of(answer, client) for client, _, answer in replies]
@@ -334,8 +335,8 @@ def test_masked_training_sends_and_trains_only_the_clients_own_channels(federati
             own = groups.unpack(tensors_of(answer[KEPT])[BITS])
             assert all(bool(torch.isin(own[n], held[n]).all()) for n in own)
             assert {n: len(own[n]) for n in own} == {n: groups.count(n, 0.5) for n in plan.names}
-            client_context = worker.context(client, content, number)
-            worker._answer(client_context, content, "train")
+            client_context = worker.context(task_of(content, client, number))
+            answered(worker, client_context, content, "train")
             trained_passes = [p for p in client_context.log.work().passes if p.backwards]
             assert all(
                 p.network.parameter_bytes < worker.network.parameter_bytes
@@ -390,10 +391,10 @@ def test_gates_are_averaged_over_all_clients_by_their_examples(federation):
 def test_reported_flops_under_gates_are_those_that_torch_counts(federation, model, mode):
     own = (*MODELS[model], *PPP, f"strategy.train_mode={mode}", "trainer.momentum=0.9")
     _, worker, part, client, _ = start(federation, *own)
-    worker._answer(client, part, "train")
-    client = worker.context(client.client_id, part, 1)
+    answered(worker, client, part, "train")
+    client = worker.context(task_of(part, client.client_id, 1))
     with counter() as counted:
-        worker._answer(client, part, "train")
+        answered(worker, client, part, "train")
     assert client.log.work().flops == pytest.approx(counted.get_total_flops(), rel=1e-6)
 
 
@@ -408,11 +409,11 @@ def judge(made, number: int = 1, clients: int = 6):
     messages = made.strategy.configure_evaluate(number, made.shared, ConfigRecord(), made.grid)
     worker, found = Worker(made.world), {}
     for message in messages:
-        client = worker.context(message.metadata.dst_node_id, message.content, number)
+        client = worker.context(task_of(message.content, message.metadata.dst_node_id, number))
         found[client.client_id] = (
             client,
             message.content,
-            worker._answer(client, message.content, "evaluate")["metrics"],
+            answered(worker, client, message.content, "evaluate")["metrics"],
         )
     return worker, found
 
@@ -455,13 +456,14 @@ def test_equal_support_gives_equal_masks_and_personal_ones_differ(federation):
     trainer = worker.trainer
     packed = {}
     for number, (client, part, _) in found.items():
-        kept = trainer.deployed(client, worker._task(client, part), "personal", 0.5)
+        kept = trainer.deployed(client, sent_to(worker, client, part), "personal", 0.5)
         packed[number] = trainer.slices.groups.pack(kept).tolist()
     assert len({tuple(p) for p in packed.values()}) > 1
     (a, part, _), (b, _, _) = found[0], found[1]
     twin = replace(b, client_id=0, data=a.data)
     assert (
-        trainer.slices.groups.pack(trainer.deployed(twin, worker._task(b, part), "personal", 0.5)).tolist() == packed[0]
+        trainer.slices.groups.pack(trainer.deployed(twin, sent_to(worker, b, part), "personal", 0.5)).tolist()
+        == packed[0]
     )
 
 
@@ -474,7 +476,7 @@ def test_control_masks_are_what_they_say(federation):
     kept = {}
     for client, part, metrics in found.values():
         assert {f"accuracy_{c}" for c in ("other", "global", "random", "magnitude", "gates", "dense")} <= set(metrics)
-        task = worker._task(client, part)
+        task = sent_to(worker, client, part)
         kept[client.client_id] = {
             m: trainer.deployed(client, task, m, 0.5) for m in ("personal", "other", "global", "random", "magnitude")
         }
@@ -513,7 +515,7 @@ def test_one_run_tells_what_other_masks_and_ratios_would_give(federation, ratio)
     worker, found = judge(made)
     trainer, groups = worker.trainer, worker.trainer.slices.groups
     for client, part, metrics in found.values():
-        task = worker._task(client, part)
+        task = sent_to(worker, client, part)
         for name, control, at in (
             ("_at_0.25", mask, 0.25),
             ("_random_at_0.25", "random", 0.25),
@@ -568,7 +570,7 @@ def test_a_private_head_stays_whole_on_the_device(federation, mode):
             assert not head & set(content[ARRAYS])
             assert not head & set(answer[ARRAYS])
             stored = RecordDict({**content, STATE: answer[STATE]})
-            kept = worker.context(client, stored, 9).state.restored("private", worker.initial)
+            kept = worker.context(task_of(stored, client, 9)).state.restored("private", worker.initial)
             for name in head:
                 assert kept[name].shape == tensors_of(made.arrays)[name].shape
                 assert not torch.equal(kept[name], tensors_of(made.arrays)[name])
@@ -595,9 +597,12 @@ def test_a_private_head_learns_in_the_channels_that_the_mask_keeps(federation):
         if client not in stored:
             continue
         part = RecordDict({**message.content, STATE: stored[client][STATE]})
-        context = worker.context(client, part, 4)
-        metrics = worker._answer(context, part, "evaluate")["metrics"]
-        task, groups = worker._task(context, part), worker.trainer.slices.groups
+        context = worker.context(task_of(part, client, 4))
+        metrics = answered(worker, context, part, "evaluate")["metrics"]
+        task, groups = (
+            sent_to(worker, context, part),
+            worker.trainer.slices.groups,
+        )
         assert torch.equal(task.weights[head], tensors_of(stored[client][STATE])[f"private.{head}"])
         kept = worker.trainer.deployed(context, task, "personal", 0.5)
         model = groups.build(worker.model, kept)

@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 
-from clients.app import app
+from clients.app import serve
 from devices.cost import NetworkCost, Passes, Work
 from devices.latency.models import device_prices
 from devices.profile import load_profile
-from fedsim.engines.local import LocalGrid
+from fedsim.engines.local import LocalEngine
 from fedsim.report.page import write_page
 from fedsim.report.text import closing_lines
 from fedsim.runs import checkpoint, federation
@@ -91,5 +91,5 @@ def test_resumed_run_says_the_same(run, settings, tmp_path, monkeypatch):
         run(*given, out=tmp_path / "part")
     monkeypatch.undo()
     assert checkpoint.load(tmp_path / "part").round == 3
-    again = federation.run(settings(*given), LocalGrid(app), tmp_path / "part", resume=True)
+    again = federation.run(settings(*given), LocalEngine(serve), tmp_path / "part", resume=True)
     assert again["prices"] == whole["prices"]

@@ -19,27 +19,29 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import pytest
 import torch
 from conftest import DAILY, TINY
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
-import clients.app
+from clients.app import serve
+from clients.live_model import LiveModel
 from clients.trainers.sgd import SGDTrainer
-from fedsim.engines.local import LocalGrid
+from clients.worker import worker_for
+from fedsim.engines.local import LocalEngine
 from fedsim.engines.ray import session as ray_session
-from fedsim.engines.ray.exchange import Job, longest_first
-from fedsim.engines.ray.grid import RayGrid
+from fedsim.engines.ray.engine import RayEngine
+from fedsim.engines.ray.queue import Job, longest_first
 from fedsim.engines.ray.session import RaySession
-from fedsim.engines.ray.wire import OUT_OF_BAND_BYTES, Loan, content_of, letter_of, records_in_common
+from fedsim.engines.ray.wire import in_common, send_tensors_as_arrays, whole, without
 from fedsim.errors import ClientError, ConfigError, RunError
-from fedsim.messages.records import from_array, pack_cohort, to_array
+from fedsim.messages.cohort import ClientTask, CohortAnswer, CohortTask
+from fedsim.messages.records import Broadcast
 from fedsim.report.rounds import HOST_FIELDS
 from fedsim.runs import federation as federations
 from fedsim.settings.build import build_world
 from fedsim.settings.compose import compose
+from fedsim.workloads.base import Tensors
 
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
 TESTS = Path(__file__).parent
@@ -49,15 +51,20 @@ SPIES = "FEDSIM_TEST_SPIES"  # the folder where workers write down what they did
 # --- what runs in the workers ------------------------------------------------------------------------------------
 
 
-def spied_app(message: Message, context: Context) -> Message:
-    """The real client app; each process writes down the worlds it has built and the weights it has unpacked."""
-    if not hasattr(clients.app, "unpacked"):
-        clients.app.unpacked, plain = [], clients.app.tensors_of
-        clients.app.tensors_of = lambda record, *a: clients.app.unpacked.append(id(record)) or plain(record, *a)
-    reply = clients.app.app(message, context)
-    counts = {"worlds": clients.app.worker_for.cache_info().misses, "unpacked": len(clients.app.unpacked)}
+def spied_serve(task: CohortTask) -> Iterator[CohortAnswer]:
+    """The real worker; each process writes down the worlds it has built, and how often it took over weights."""
+    if not hasattr(LiveModel, "taken"):
+        LiveModel.taken, plain = [], LiveModel.received
+
+        def received(self: LiveModel, weights: Tensors) -> Tensors:
+            if weights and self._received[0] is not weights:
+                LiveModel.taken.append(id(weights))
+            return plain(self, weights)
+
+        LiveModel.received = received
+    yield from serve(task)
+    counts = {"worlds": worker_for.cache_info().misses, "unpacked": len(LiveModel.taken)}
     (Path(os.environ[SPIES]) / str(os.getpid())).write_text(json.dumps(counts))
-    return reply
 
 
 class Unlucky(SGDTrainer):
@@ -117,13 +124,13 @@ def session(spies: Path) -> Iterator[RaySession]:
 
 
 @pytest.fixture(scope="module")
-def shared(session: RaySession) -> Iterator[RayGrid]:
-    with RayGrid(spied_app, workers=2) as grid:
+def shared(session: RaySession) -> Iterator[RayEngine]:
+    with RayEngine(spied_serve, workers=2) as grid:
         yield grid
 
 
 @pytest.fixture
-def pair(shared: RayGrid, monkeypatch: pytest.MonkeyPatch) -> RayGrid:
+def pair(shared: RayEngine, monkeypatch: pytest.MonkeyPatch) -> RayEngine:
     """The two workers; what a test sets of their grid is undone."""
     for name in ("retries", "client_timeout_s"):
         monkeypatch.setattr(shared, name, getattr(shared, name))
@@ -151,7 +158,7 @@ def result(tmp_path: Path) -> Callable[..., tuple[str, list[dict]]]:
 @pytest.fixture
 def local(result) -> Callable[..., tuple[str, list[dict]]]:
     """The same in this process, where nothing happens to anybody."""
-    return lambda *overrides: result(LocalGrid(clients.app.app), *overrides)
+    return lambda *overrides: result(LocalEngine(serve), *overrides)
 
 
 def unlucky(what: str, who: list[int], folder: Path, times: int = 1) -> list[str]:
@@ -230,8 +237,8 @@ def test_averages_and_their_pool_travel_as_in_one_process(pair, result, local):
 
 
 def test_one_worker_gives_the_bytes_of_one_process(session, result, local):
-    with RayGrid(clients.app.app, workers=1) as grid:
-        assert list(grid.get_node_ids()) == [1]
+    with RayEngine(serve, workers=1) as grid:
+        assert grid.size() == 1
         assert result(grid, "rounds=3") == local("rounds=3")
 
 
@@ -309,12 +316,12 @@ def test_wrong_setting_that_a_worker_finds_is_the_users_own_error(pair, result, 
         result(pair, *unlucky("misconfigured", [1], tmp_path))
 
 
-def broken_app(message: Message, context: Context) -> Message:
+def broken(task: CohortTask) -> Iterator[CohortAnswer]:
     raise LookupError("no such thing")
 
 
-def test_client_app_that_fails_as_a_whole_is_named(session, result):
-    with RayGrid(broken_app, workers=1) as grid, pytest.raises(RunError, match="LookupError: no such thing"):
+def test_worker_that_fails_as_a_whole_is_named(session, result):
+    with RayEngine(broken, workers=1) as grid, pytest.raises(RunError, match="LookupError: no such thing"):
         result(grid)
 
 
@@ -448,8 +455,8 @@ def started_run(out: Path) -> subprocess.Popen[str]:
 def test_ray_that_was_there_before_is_used_and_left_alone(session):
     import ray
 
-    with RayGrid(clients.app.app) as grid:
-        assert list(grid.get_node_ids()) == [1, 2, 3]
+    with RayEngine(serve) as grid:
+        assert grid.size() == 3
     assert ray.is_initialized()
 
 
@@ -502,7 +509,7 @@ def test_address_where_nobody_answers_leaves_no_folder_and_the_corrected_command
 )
 def test_wrong_setting_is_one_sentence(setting: dict, sentence: str):
     with pytest.raises(ConfigError) as caught:
-        RayGrid(clients.app.app, **setting)
+        RayEngine(serve, **setting)
     assert str(caught.value) == sentence
 
 
@@ -519,10 +526,10 @@ def run_in_a_changing_cluster(out: str) -> None:
         (Path(head) / "ray").mkdir()  # Ray writes the cluster's address there, and does not make the folder
         options = {"num_cpus": 1, "include_dashboard": False}
         cluster = Cluster(initialize_head=True, head_node_args={**options, "temp_dir": head})
-        grid = RayGrid(clients.app.app, address=cluster.address)
-        sizes, answers = [len(list(grid.get_node_ids()))], []
+        grid = RayEngine(serve, address=cluster.address)
+        sizes, answers = [grid.size()], []
         node = cluster.add_node(**options, temp_dir=second)
-        sizes.append(len(list(grid.get_node_ids())))
+        sizes.append(grid.size())
 
         def observe(client: int) -> None:
             answers.append(client)
@@ -552,50 +559,34 @@ def test_node_that_joins_is_used_and_one_that_is_lost_changes_nothing(tmp_path, 
 # --- the parts ---------------------------------------------------------------------------------------------------
 
 
-def record(*sizes: int) -> ArrayRecord:
-    """Arrays of so many bytes of numbers."""
-    return ArrayRecord({str(n): to_array(np.arange(size, dtype=np.uint8)) for n, size in enumerate(sizes)})
+def of(broadcast: Broadcast, client: int = 1, flops: float = 1.0) -> CohortTask:
+    return CohortTask(1, "train", (ClientTask(client, broadcast, expected_flops=flops),), "{}")
 
 
-def test_large_arrays_travel_beside_the_pickle_and_arrive_as_views():
-    content = RecordDict({"arrays": record(OUT_OF_BAND_BYTES, 5), "config": ConfigRecord({"a": 1})})
-    beside: list[pickle.PickleBuffer] = []
-    pickled = pickle.dumps(letter_of(content), protocol=5, buffer_callback=beside.append)
-    arrived = content_of(pickle.loads(pickled, buffers=[memoryview(bytes(b)) for b in beside]))
-    large, small = arrived.array_records["arrays"].values()
-    assert len(beside) == 1
-    assert len(pickled) < 2000
-    assert list(arrived) == ["arrays", "config"]
-    assert (arrived["config"], type(large.data), type(small.data)) == (content["config"], memoryview, bytes)
-    for array, sent in zip((large, small), content.array_records["arrays"].values(), strict=True):
-        assert np.array_equal(from_array(array), from_array(sent))
-        assert np.array_equal(array.numpy(), from_array(sent))
-    assert np.shares_memory(from_array(large), np.frombuffer(large.data, np.uint8))
+def test_tensors_cross_processes_as_copies_that_may_be_changed(session):
+    import ray
+
+    send_tensors_as_arrays()
+    sent = {"w": torch.arange(2.0**16), "n": torch.tensor(3), "half": torch.ones(2, 2, dtype=torch.float16).T}
+    came = ray.get(ray.put([sent, sent]))
+    assert came[0] is came[1]
+    for name, tensor in came[0].items():
+        assert (tensor.dtype, tensor.tolist()) == (sent[name].dtype, sent[name].tolist())
+        tensor += 1
+    assert sent["w"][0] == 0
 
 
-def test_array_that_outlives_its_loan_gets_bytes_of_its_own():
-    arrived = content_of(pickle.loads(pickle.dumps(letter_of(RecordDict({"arrays": record(2**15)})), protocol=5)))
-    array = arrived.array_records["arrays"]["0"]
-    array.data = memoryview(array.data)
-    Loan(arrived).end()
-    assert isinstance(array.data, bytes)
-    assert ArrayRecord({"copy": array})["copy"] == array
-
-
-def test_records_in_common_are_the_same_object_for_all_messages():
-    weights, own = record(8), record(8)
-    contents = [RecordDict({"w": weights, "x": own}), RecordDict({"w": weights}), RecordDict({"x": record(8)})]
-    assert [id(r) for r in records_in_common(contents)] == [id(weights)]
-    letters = [letter_of(content, {id(weights): 0}) for content in contents]
-    arrived = [content_of(letter, [weights]) for letter in letters]
-    assert arrived[0]["w"] is arrived[1]["w"] is weights
-    assert arrived[0]["x"] == own
+def test_tensors_in_common_are_the_same_object_for_all_tasks():
+    weights, own, other = ({"w": torch.tensor([value])} for value in (1.0, 2.0, 3.0))
+    tasks = [of(Broadcast(1, weights, {"x": own})), of(Broadcast(1, weights)), of(Broadcast(1, {}, {"x": other}))]
+    assert [id(tensors) for tensors in in_common(tasks)] == [id(weights)]
+    letters = [pickle.loads(pickle.dumps(without(task, {id(weights): 0}))) for task in tasks]
+    arrived = [whole(letter, [weights]).clients[0].broadcast for letter in letters]
+    assert arrived[0].weights is arrived[1].weights is weights
+    assert arrived[0].extras["x"]["w"].tolist() == [2.0]
+    assert arrived[2].weights == {}
 
 
 def test_longest_jobs_of_a_window_start_first():
-    def job(cost: float) -> Job:
-        header = {"clients": [1], "round": 1, "cost": cost}
-        content = pack_cohort(header, [RecordDict()])
-        return Job(Message(content, 1, "train"), content)
-
-    assert [j.cost for j in longest_first([job(c) for c in (1, 3, 2, 5, 4)], 3)] == [3, 2, 1, 5, 4]
+    jobs = [Job(of(Broadcast(1, {}), flops=flops)) for flops in (1, 3, 2, 5, 4)]
+    assert [job.task.expected_flops for job in longest_first(jobs, 3)] == [3, 2, 1, 5, 4]

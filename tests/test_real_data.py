@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from clients.app import app as client_app
-from fedsim.engines.local import LocalGrid
+from clients.app import serve
+from fedsim.engines.local import LocalEngine
 from fedsim.runs.federation import run
 from fedsim.settings.build import build_world
 from fedsim.settings.compose import compose
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.data, pytest.mark.usefixtures("data_folder")]
 def federate(out: Path, *overrides: str) -> tuple[dict, dict]:
     """Runs it; returns (metrics of the untrained model, summary)."""
     settings = compose([*overrides, "engine.device=cpu"])
-    summary = run(settings, LocalGrid(client_app), out)
+    summary = run(settings, LocalEngine(serve), out)
     first = json.loads((out / "rounds.jsonl").read_text().splitlines()[0])
     return first["metrics"], summary
 

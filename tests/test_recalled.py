@@ -6,10 +6,8 @@ import time
 
 import pytest
 import torch
-from flwr.app import RecordDict
 
-from clients.app import Worker
-from clients.app import app as client_app
+from clients.app import serve
 from clients.state import ClientState
 from clients.trainers.base import ClientContext
 from clients.trainers.rehearsal.gradients import last_layer
@@ -17,9 +15,11 @@ from clients.trainers.rehearsal.memory import NAMES, PHASES, Memory
 from clients.trainers.rehearsal.ocs import OCSRun
 from clients.trainers.rehearsal.recalled import Recalled
 from clients.trainers.rehearsal.replay import ReplayRun, StreamBatch
-from fedsim.engines.local import LocalGrid
+from clients.worker import Worker
+from fedsim.engines.local import LocalEngine
 from fedsim.errors import ConfigError
-from fedsim.messages.records import STATE, Broadcast
+from fedsim.messages.cohort import ClientTask
+from fedsim.messages.records import Broadcast
 from fedsim.runs.federation import Federation
 from fedsim.settings.build import build_world
 from fedsim.settings.compose import compose
@@ -49,7 +49,7 @@ def client_with_memory(overrides: list[str]) -> tuple[Worker, ClientContext, Mem
     names = torch.cat([worker.workload.arrivals(0, part)[:10] for part in (0, 1)])
     state = ClientState({NAMES: names, PHASES: torch.arange(2).repeat_interleave(10)})
     worker.model.train()
-    client = worker.context(0, RecordDict({STATE: state.pack()}), 3)
+    client = worker.context(ClientTask(0, Broadcast(3, {}), state))
     return worker, client, Memory(client, 20)
 
 
@@ -94,7 +94,7 @@ def test_it_costs_one_pass_over_the_memory_in_a_round():
 
     def flops(*overrides: str) -> float:
         world = build_world(json.dumps(compose([*BASE, *SPACES[0][1], *overrides])))
-        rows = next(rows for report, rows in Federation(world, LocalGrid(client_app)).rounds() if report.round == 2)
+        rows = next(rows for report, rows in Federation(world, LocalEngine(serve)).rounds() if report.round == 2)
         return next(row for row in rows if row.phase == "train" and row.client == 0).work.flops
 
     worker, client, _ = client_with_memory(SPACES[0][1])

@@ -9,10 +9,10 @@ import pytest
 import torch
 import yaml
 
-from clients.app import app
+from clients.app import serve
 from clients.trainers.sgd import SGDTrainer
 from fedsim.cli import main as cli
-from fedsim.engines.local import LocalGrid
+from fedsim.engines.local import LocalEngine
 from fedsim.errors import ClientError, ConfigError
 from fedsim.report.instructions import kept_instruction
 from fedsim.runs.replay import instruction_of, replay, settings_of
@@ -38,7 +38,7 @@ def two_rounds(run, tmp_path: Path) -> Path:
 
 
 def again(folder: Path, round: int, client: int):
-    settings, engine = settings_of(folder), LocalGrid(app)
+    settings, engine = settings_of(folder), LocalEngine(serve)
     return replay(settings, engine, instruction_of(settings, engine, folder, round, client, lambda _: None))
 
 

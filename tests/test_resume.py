@@ -17,8 +17,8 @@ from conftest import DAILY, honest
 from flwr.app import ArrayRecord, ConfigRecord
 from test_methods import TINY as BLOBS
 
-from clients.app import app
-from fedsim.engines.local import LocalGrid
+from clients.app import serve
+from fedsim.engines.local import LocalEngine
 from fedsim.errors import ConfigError
 from fedsim.messages.records import record_of, tensors_of
 from fedsim.report.checksums import Beginning, Checksums
@@ -73,7 +73,7 @@ def go(settings, tmp_path: Path):
 
         chosen = settings_of_run(tmp_path / name) if resume else settings("checkpoint_s=0", *overrides)
         try:
-            federations.run(chosen, LocalGrid(app), tmp_path / name, watch, resume=resume, **more)
+            federations.run(chosen, LocalEngine(serve), tmp_path / name, watch, resume=resume, **more)
         except EndError:
             assert until is not None
         return rounds
@@ -232,7 +232,7 @@ def test_every_method_goes_on_from_what_it_wrote_down(choice: str):
     settings = compose(given)
 
     def federation() -> Federation:
-        return Federation(build_world(json.dumps(settings)), LocalGrid(app))
+        return Federation(build_world(json.dumps(settings)), LocalEngine(serve))
 
     whole = federation()
     straight = [said(report) for report, _ in whole.rounds()]
@@ -299,12 +299,12 @@ def test_a_killed_command_goes_on_elsewhere(tmp_path: Path, monkeypatch):
 @pytest.mark.ray
 @pytest.mark.parametrize("given", [RICH, pytest.param(SURPLUS, marks=pytest.mark.slow)], ids=["rich", "surplus"])
 def test_the_rest_may_run_on_another_engine(go, tmp_path: Path, given: tuple[str, ...]):
-    from fedsim.engines.ray.grid import RayGrid
+    from fedsim.engines.ray.engine import RayEngine
 
     go("whole", *given)
     go("cut", *given, until=2)
     chosen = on_engine(settings_of_run(tmp_path / "cut"), ["engine=ray", "engine.workers=2"])
-    with RayGrid(app, workers=2) as engine:
+    with RayEngine(serve, workers=2) as engine:
         federations.run(chosen, engine, tmp_path / "cut", resume=True)
     assert comparable(tmp_path / "cut") == comparable(tmp_path / "whole")
 

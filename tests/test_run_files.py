@@ -11,8 +11,8 @@ import pyarrow.parquet as parquet
 import pytest
 from conftest import TINY, Ended
 
-from clients.app import app
-from fedsim.engines.local import LocalGrid
+from clients.app import serve
+from fedsim.engines.local import LocalEngine
 from fedsim.report.page import write_page
 from fedsim.runs import federation as federations
 from fedsim.settings.compose import compose
@@ -38,7 +38,7 @@ def runs(tmp_path_factory) -> dict[str, Path]:
         broken = ["trainer._target_=test_report.FailsLater"] if name == "failed" else []
         settings = compose([*SETTINGS, *broken])
         try:
-            federations.run(settings, LocalGrid(app), place / name, watch)
+            federations.run(settings, LocalEngine(serve), place / name, watch)
             write_page(place / name)
         except (CutError, federations.RunError):
             pass

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from clients.app import app as client_app
+from clients.app import serve
 from clients.trainers.rehearsal import samples
 from clients.trainers.rehearsal.memory import CANDIDATES, NAMES, NONE
-from fedsim.engines.local import LocalGrid
+from fedsim.engines.local import LocalEngine
 from fedsim.errors import ConfigError, DataError
-from fedsim.messages.records import record_bytes, tensors_of
+from fedsim.messages.records import record_bytes
 from fedsim.runs.federation import Federation, run
 from fedsim.settings.build import build_world
 from fedsim.settings.compose import compose
@@ -25,7 +25,7 @@ ENDLESS = ("stream.fresh_noise=0.3", "trainer.store=samples")
 
 
 def federation(*overrides: str) -> Federation:
-    return Federation(build_world(json.dumps(compose([*BASE, *overrides]))), LocalGrid(client_app))
+    return Federation(build_world(json.dumps(compose([*BASE, *overrides]))), LocalEngine(serve))
 
 
 def stream(*overrides: str) -> Stream:
@@ -35,7 +35,7 @@ def stream(*overrides: str) -> Stream:
 
 
 def states(run: Federation) -> list[dict[str, torch.Tensor]]:
-    return [tensors_of(run.grid.store.get(client)) for client in range(2)]  # type: ignore[arg-type]
+    return [run.grid.store.get(client) for client in range(2)]  # type: ignore[arg-type]
 
 
 def test_eight_bits_are_off_by_half_a_level_at_most():
@@ -68,7 +68,7 @@ def test_what_is_made_anew_cannot_be_recalled_by_name(tmp_path: Path):
     with pytest.raises(DataError, match=r"stream\.fresh_noise=0\.3 makes examples anew"):
         stream("stream.fresh_noise=0.3").recall(0, torch.tensor([1]))
     with pytest.raises(ConfigError, match=r"cannot be fetched again: set trainer\.store=samples"):
-        run(compose([*BASE, "method=ocs", "stream.fresh_noise=0.3"]), LocalGrid(client_app), tmp_path)
+        run(compose([*BASE, "method=ocs", "stream.fresh_noise=0.3"]), LocalEngine(serve), tmp_path)
 
 
 @pytest.mark.parametrize("method", ["coreset", "ocs", "reservoir", "gss"])

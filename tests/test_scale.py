@@ -9,17 +9,18 @@ import yaml
 from flwr.app import Message, MetricRecord, RecordDict
 from flwr.serverapp import strategy as strategies
 
-from clients.app import app as client_app
+from clients.app import serve
 from clients.trainers.rehearsal.ocs import scores
 from clients.trainers.rehearsal.selection import farthest, herd, seeding
 from clients.trainers.rehearsal.spaces import Products
 from devices.compression.two_paths import step_of
-from fedsim.engines.blocks import PLAIN_MEANS
-from fedsim.engines.local import LocalGrid
+from fedsim.engines.local import LocalEngine
 from fedsim.exchanges.averages import exposures
+from fedsim.grid.exchange import Exchange
 from fedsim.messages.records import ARRAYS, METRICS, NUM_EXAMPLES, from_array, record_of, tensors_of
 from fedsim.models.mlp import MLP
 from fedsim.runs.federation import Federation
+from fedsim.runs.server import PLAIN_MEANS
 from fedsim.settings.build import build_world
 from fedsim.settings.compose import compose
 from fedsim.settings.groups import config_dir, options
@@ -115,7 +116,7 @@ def changes(target: str, around: float) -> np.ndarray:
         given = [f"strategy={option}"] if target == name else given
     if target.endswith(("Krum", "Bulyan")):
         given.append("+strategy.num_malicious_nodes=1")
-    federation = Federation(build_world(json.dumps(compose([*REPLIES, *given]))), LocalGrid(client_app))
+    federation = Federation(build_world(json.dumps(compose([*REPLIES, *given]))), LocalEngine(serve))
     shapes = {name: t.shape for name, t in tensors_of(federation.arrays).items()}
     federation.arrays = record_of({name: torch.full(shape, around) for name, shape in shapes.items()})
     rng, replies = np.random.default_rng(4), []
@@ -125,7 +126,7 @@ def changes(target: str, around: float) -> np.ndarray:
         weights = record_of({name: torch.from_numpy(values).float() for name, values in steps.items()})
         metrics = MetricRecord({NUM_EXAMPLES: 10, "train_loss": 1.0})
         replies.append(Message(RecordDict({ARRAYS: weights, METRICS: metrics}), reply_to=message))
-    federation.grid.send_and_receive = lambda _: replies  # type: ignore[method-assign, assignment]
+    federation.grid.exchange = lambda _: Exchange(replies)  # type: ignore[method-assign, assignment]
     federation.train(1)
     return np.concatenate([from_array(array).ravel() - around for array in federation.arrays.values()])
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from clients.app import Worker
+from clients.worker import Worker
 from fedsim.seeding import seed_torch
 from fedsim.settings.build import build_world
 
@@ -24,7 +24,7 @@ def test_the_generator_of_the_device_is_seeded_beside_that_of_the_cpu(monkeypatc
 
 def test_every_client_of_every_round_seeds_the_device_it_trains_on(federation, monkeypatch: pytest.MonkeyPatch):
     seeds: list[tuple[str, int]] = []
-    monkeypatch.setattr("clients.app.seed_torch", lambda device, seed: seeds.append((device.type, seed)))
+    monkeypatch.setattr("clients.worker.seed_torch", lambda device, seed: seeds.append((device.type, seed)))
     list(federation("rounds=2", "cohort=3", "num_clients=3").rounds())
     assert len(set(seeds)) == len(seeds) == 6
     assert {kind for kind, _ in seeds} == {"cpu"}

@@ -24,8 +24,8 @@ from flwr.serverapp.strategy import (
 )
 
 import strategies.edge
-from clients.app import app
-from fedsim.engines.local import LocalGrid
+from clients.app import serve
+from fedsim.engines.local import LocalEngine
 from fedsim.grid.edge import EdgeGrid
 from fedsim.grid.server_half import averaging, server_half
 from fedsim.runs.federation import Federation
@@ -115,7 +115,7 @@ def fenced(settings, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> Federa
 
     build_world.cache_clear()
     world = build_world(json.dumps(settings(*overrides)))
-    made = Federation(replace(world, settings=GuardedSettings(world.settings)), LocalGrid(app))
+    made = Federation(replace(world, settings=GuardedSettings(world.settings)), LocalEngine(serve))
     fence(monkeypatch, made)
     return made
 

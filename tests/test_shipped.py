@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from clients.app import app as client_app
-from clients.app import worker_for
-from fedsim.engines.local import LocalGrid
+from clients.app import serve
+from clients.worker import worker_for
+from fedsim.engines.local import LocalEngine
 from fedsim.errors import ConfigError, DataError
 from fedsim.runs.federation import Federation
 from fedsim.settings.build import build_world
@@ -43,7 +43,7 @@ def started(overrides: list[str]) -> None:
         if "FEDSIM_DATA" in str(error) or "download" in str(error):
             pytest.skip(str(error))
         raise
-    run = Federation(world, LocalGrid(client_app))
+    run = Federation(world, LocalEngine(serve))
     rounds = run.rounds()
     reports = [next(rounds)[0] for _ in range(2)]
     assert [r.round for r in reports] == [0, 1]

@@ -12,18 +12,19 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import honest
+from conftest import answered, honest, task_of
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
 from test_methods import NEEDS, taken
 from torch import nn
 
-from clients.app import Worker
-from clients.app import app as client_app
+from clients.app import serve
 from clients.trainers.base import OracleError
 from clients.trainers.widths.ppp import OnDemand
-from fedsim.engines.local import LocalGrid
+from clients.worker import Worker
+from fedsim.engines.local import LocalEngine
 from fedsim.exchanges.slices import Slices
-from fedsim.messages.records import STATE, from_array
+from fedsim.messages.cohort import ClientTask
+from fedsim.messages.records import STATE, Broadcast, from_array
 from fedsim.runs.federation import Federation
 from fedsim.settings.build import build_world
 from fedsim.settings.compose import compose
@@ -45,7 +46,7 @@ def spoken(request: pytest.FixtureRequest) -> tuple[Federation, dict[int, Record
     """A federation, and what its strategy sends to each client in round 1."""
     case = request.param
     settings = compose([*BASE, *NEEDS.get(case, []), *honest([case]), case])
-    federation = Federation(build_world(json.dumps(settings)), LocalGrid(client_app))
+    federation = Federation(build_world(json.dumps(settings)), LocalEngine(serve))
     messages = federation.strategy.configure_train(1, federation.arrays, ConfigRecord(), federation.grid)
     return federation, {message.metadata.dst_node_id: message.content for message in messages}
 
@@ -55,11 +56,11 @@ def answers(worker: Worker, parts: dict[int, RecordDict], order: list[int]) -> I
     own = {client: parts[client] for client in order}
     for number in range(1, 5):
         for client in order:
-            context = worker.context(client, own[client], number)
-            answer = worker._answer(context, own[client], "train")
+            context = worker.context(task_of(own[client], client, number))
+            answer = answered(worker, context, own[client], "train")
             if STATE in answer:
                 own[client] = RecordDict({**own[client], STATE: answer[STATE]})
-            judged = worker._answer(worker.context(client, own[client], number), own[client], "evaluate")
+            judged = answered(worker, worker.context(task_of(own[client], client, number)), own[client], "evaluate")
             yield (client, number), {"train": plain(answer), "evaluate": plain(judged)}
 
 
@@ -103,7 +104,7 @@ def test_clients_leave_a_trainer_as_it_is_and_answer_alike_in_any_order(spoken: 
 def test_a_trainer_that_is_no_oracle_sees_no_others_and_nothing_to_come():
     world = build_world(json.dumps(compose([*BASE, "method=finetune"])))
     worker = Worker(world)
-    client = worker.context(1, RecordDict(), 2)
+    client = worker.context(ClientTask(1, Broadcast(2, {})))
     later = world.workload.part(4)
     assert torch.equal(client.workload.arrivals(1, 0), world.workload.arrivals(1, 0))
     for asks in (
@@ -133,7 +134,7 @@ def test_a_trainer_that_is_no_oracle_sees_no_others_and_nothing_to_come():
 )
 def test_results_of_an_oracle_say_so(overrides: list[str], marked: tuple[str, ...]):
     settings = compose([*BASE, *overrides, "evaluate_clients=3"])
-    run = Federation(build_world(json.dumps(settings)), LocalGrid(client_app))
+    run = Federation(build_world(json.dumps(settings)), LocalEngine(serve))
     metrics = [report.metrics for report, _ in run.rounds()][-1]
     assert {name for name in metrics if "oracle" in name} == set(marked)
     assert all(metrics[name] == 1 for name in marked)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from clients.app import app as client_app
-from fedsim.engines.local import LocalGrid
+from clients.app import serve
+from fedsim.engines.local import LocalEngine
 from fedsim.errors import ConfigError, DataError
 from fedsim.report.rounds import HOST_FIELDS
 from fedsim.runs.federation import Federation, run
@@ -216,7 +216,7 @@ def report_of(path: Path) -> list[dict[str, Any]]:
 
 def test_finetuning_runs_end_to_end_and_leaves_figures_and_pictures(tmp_path: Path):
     settings = compose([*BASE, "stream=split_classes", "method=finetune", "evaluate_clients=2", "evaluate_every=2"])
-    summary = run(settings, LocalGrid(client_app), tmp_path)
+    summary = run(settings, LocalEngine(serve), tmp_path)
     figures, rounds = summary["continual"], report_of(tmp_path)
     assert figures["finished_tasks"] == 5
     assert figures["average_accuracy"] == pytest.approx(rounds[-1]["metrics"]["accuracy"])
@@ -229,7 +229,7 @@ def test_finetuning_runs_end_to_end_and_leaves_figures_and_pictures(tmp_path: Pa
 def test_no_stream_leaves_a_run_as_it_was():
     def reports(*overrides: str) -> list[Any]:
         settings = compose([*BASE, "rounds=2", *overrides])
-        federation = Federation(build_world(json.dumps(settings)), LocalGrid(client_app))
+        federation = Federation(build_world(json.dumps(settings)), LocalEngine(serve))
         return [dataclasses.replace(r, host_s=0.0) for r, _ in federation.rounds()]
 
     assert reports() == reports("stream=none")
@@ -240,7 +240,7 @@ def test_no_stream_leaves_a_run_as_it_was():
 @pytest.mark.parametrize("arrival", ["task", "chunk"])
 def test_every_stream_runs_a_phase(kind: str, arrival: str):
     settings = compose([*BASE, f"stream={kind}", f"stream.arrival={arrival}", "stream.tasks=5", "rounds=5"])
-    federation = Federation(build_world(json.dumps(settings)), LocalGrid(client_app))
+    federation = Federation(build_world(json.dumps(settings)), LocalEngine(serve))
     reports = [report for report, _ in federation.rounds()]
     assert reports[-1].metrics["task_4_accuracy"] > 0
 

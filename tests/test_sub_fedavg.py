@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import answered, task_of
 from flwr.app import ConfigRecord
 
-from clients.app import Worker
 from clients.trainers.personal.sub_fedavg import SubFedAvgTrainer, alive
+from clients.worker import Worker
 from devices.compression.bits import pack_bits, unpack_bits
 from fedsim.errors import ConfigError
-from fedsim.messages.records import ARRAYS, ClientUpdate, record_bytes, tensors_of, unpacked
+from fedsim.messages.records import ARRAYS, ClientUpdate, record_bytes, tensors_of
 from fedsim.settings.build import build_world
 from strategies.sub_fedavg import SubFedAvg
 
@@ -61,9 +62,8 @@ def rounds(made, count: int, client: int = 0):
     message = next(iter(made.instructions(1)))
     worker, part = Worker(made.world), message.content
     for number in range(1, count + 1):
-        context = worker.context(message.metadata.dst_node_id, part, number)
-        answer = worker._answer(context, part, "train")
-        answer[ARRAYS] = unpacked(answer[ARRAYS], message.content[ARRAYS])
+        context = worker.context(task_of(part, message.metadata.dst_node_id, number))
+        answer = answered(worker, context, part, "train")
         part = type(part)({**part, "state": answer["state"]})
         yield worker, part, context, answer
 
@@ -83,7 +83,7 @@ def test_masks_shrink_to_the_target_and_what_is_pruned_stays_zero(federation):
         bits = sum(-(-mask.numel() // 8) for mask in masks.values())
         assert record_bytes(answer["mask"]) == bits
         before = masks
-        judged = worker._answer(worker.context(0, part, 9), part, "evaluate")["metrics"]
+        judged = answered(worker, worker.context(task_of(part, 0, 9)), part, "evaluate")["metrics"]
         assert judged["keep_ratio"] == pytest.approx(alive(masks))
     assert sparsities == sorted(sparsities)
     assert 0.2 < sparsities[-1] <= 0.4
@@ -103,14 +103,14 @@ def test_the_split_that_decides_is_never_trained_on(federation):
     made = federation(*OWN)
     worker = Worker(made.world)
     message = next(iter(made.instructions(1)))
-    client = worker.context(message.metadata.dst_node_id, message.content, 1)
+    client = worker.context(task_of(message.content, message.metadata.dst_node_id, 1))
     training, judged = worker.trainer.split(client)
     assert len(judged) == round(0.1 * len(client.data.train))
     rows = [tuple(row.tolist()) for row in training.data.train.tensors["x"]]
     held = [tuple(row.tolist()) for row in judged.tensors["x"]]
     assert not set(rows) & set(held)
     assert len(rows) + len(held) == len(client.data.train)
-    again, _ = worker.trainer.split(worker.context(client.client_id, message.content, 5))
+    again, _ = worker.trainer.split(worker.context(task_of(message.content, client.client_id, 5)))
     assert torch.equal(again.data.train.tensors["x"], training.data.train.tensors["x"])
 
 
@@ -132,5 +132,5 @@ def test_clients_that_never_trained_are_judged_with_everything(federation):
     made.instructions(1)
     worker = Worker(made.world)
     for message in made.strategy.configure_evaluate(1, made.shared, ConfigRecord(), made.grid):
-        client = worker.context(message.metadata.dst_node_id, message.content, 1)
-        assert worker._answer(client, message.content, "evaluate")["metrics"]["keep_ratio"] == 1
+        client = worker.context(task_of(message.content, message.metadata.dst_node_id, 1))
+        assert answered(worker, client, message.content, "evaluate")["metrics"]["keep_ratio"] == 1

@@ -5,16 +5,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import answered, task_of
 from flwr.app import ConfigRecord, RecordDict
 from torch.nn import functional as F
 
-from clients.app import Worker
+from clients.worker import Worker
 from devices.compression.bits import pack_bits, unpack_bits
 from devices.profile import load_profile
 from fedsim.errors import ConfigError
 from fedsim.exchanges.slices import BITS, KEPT
 from fedsim.grid.edge import Enrolled
-from fedsim.messages.records import ARRAYS, ClientUpdate, broadcast_of, payload_bytes, record_of, tensors_of
+from fedsim.messages.records import ARRAYS, ClientUpdate, Instructions, payload_bytes, record_of, tensors_of
 from fedsim.report.rounds import weights_sha256
 from fedsim.settings.build import build_world
 from strategies.coordinates import Entries, Mask, Part, mean_by_coordinate
@@ -108,8 +109,8 @@ def test_only_the_part_travels_and_is_priced(federation):
         federation, "method=heterofl", *HALF, "model.hidden=[8]", "workload.input_shape=[6]", "workload.num_classes=3"
     )
     assert payload_bytes(part) == 4 * (24 + 4 + 12 + 3) + 1
-    client = worker.context(first, part, 1)
-    answer = worker._answer(client, part, "train")
+    client = worker.context(task_of(part, first, 1))
+    answer = answered(worker, client, part, "train")
     assert payload_bytes(answer) == 4 * (24 + 4 + 12 + 3) + 1
     network = client.log.work().passes[0].network
     assert network.forward_flops == 2 * (24 + 12)
@@ -201,8 +202,8 @@ def test_clients_networks_are_priced_on_every_kind_of_device_of_the_fleet(federa
 
 def test_scaler_acts_in_training_only(federation):
     _, worker, first, part = start(federation, "method=heterofl", *HALF, "trainer.mask_labels=false")
-    client = worker.context(first, part, 1)
-    task = broadcast_of(part, worker._weights(part), 1)
+    client = worker.context(task_of(part, first, 1))
+    task = Instructions().broadcast(part, 1)
     narrow = worker.trainer.narrowed(client, worker.trainer.kept(task), task.weights).model
     x = client.data.train.gather(torch.arange(4))["x"]
     hidden = F.linear(x.flatten(1), task.weights["body.1.weight"], task.weights["body.1.bias"])
@@ -213,11 +214,11 @@ def test_scaler_acts_in_training_only(federation):
 
 def test_classes_that_a_client_lacks_are_left_alone(federation):
     _, worker, first, part = start(federation, "method=heterofl", "trainer.weight_decay=0", "workload.num_classes=9")
-    client = worker.context(first, part, 1)
+    client = worker.context(task_of(part, first, 1))
     present = set(client.data.train.labels.tolist())
     absent = [c for c in range(9) if c not in present]
     assert absent
-    task = broadcast_of(part, worker._weights(part), 1)
+    task = Instructions().broadcast(part, 1)
     update = worker.trainer.fit(client, task)
     assert torch.equal(update.weights["head.weight"][absent], task.weights["head.weight"][absent])
     some = sorted(present)
@@ -227,8 +228,8 @@ def test_classes_that_a_client_lacks_are_left_alone(federation):
 def test_a_narrow_step_is_a_step_of_the_narrow_network(federation):
     """Loss and gradients of the views are those of the static network; channels beyond the width get none."""
     _, worker, first, part = start(federation, "method=fjord", "trainer.distil=0", "model=lenet5", *IMAGES)
-    trainer, client = worker.trainer, worker.context(first, part, 1)
-    task = broadcast_of(part, worker._weights(part), 1)
+    trainer, client = worker.trainer, worker.context(task_of(part, first, 1))
+    task = Instructions().broadcast(part, 1)
     kept = trainer.kept(task)
     widths = trainer.widths(kept)
     assert [len(w["body.7"]) for w in widths] == [24, 48, 72, 96, 120]
@@ -251,7 +252,11 @@ def test_a_narrow_step_is_a_step_of_the_narrow_network(federation):
 def test_each_step_trains_the_widest_network_and_the_narrow_one_from_it(federation, alpha):
     """CE(full, y) + 0.3 CE(narrow, y) + 0.7 KL(full || narrow), each network by itself; with alpha 1 no labels."""
     _, worker, first, part = start(federation, "method=fjord", f"trainer.distil={alpha}")
-    trainer, client, task = worker.trainer, worker.context(first, part, 1), broadcast_of(part, worker._weights(part), 1)
+    trainer, client, task = (
+        worker.trainer,
+        worker.context(task_of(part, first, 1)),
+        Instructions().broadcast(part, 1),
+    )
     kept = trainer.kept(task)
     choice = trainer.widths(kept)[0]
     run = trainer.start(client, task)
@@ -280,7 +285,7 @@ def test_each_step_trains_the_widest_network_and_the_narrow_one_from_it(federati
 def test_a_step_that_draws_the_widest_network_takes_one_pass(federation):
     """Its own outputs as a target have no gradient: softmax less target is 0."""
     _, worker, first, part = start(federation, "method=fjord")
-    client, task = worker.context(first, part, 1), broadcast_of(part, worker._weights(part), 1)
+    client, task = worker.context(task_of(part, first, 1)), Instructions().broadcast(part, 1)
     run = worker.trainer.start(client, task)
     wide, batch = run.client, client.data.train.gather(torch.arange(4))
     widest = torch.tensor(len(run.widths) - 1)
@@ -310,9 +315,9 @@ def test_rows_of_the_classifier_are_averaged_over_those_who_have_the_class(feder
         assert mean[name][1].unique().tolist() == [1.5]
         assert torch.equal(mean[name][2], old[name][2])
     assert mean["body.1.weight"].unique().tolist() == [1.5]
-    answer = worker._answer(worker.context(first, part, 1), part, "train")
+    answer = answered(worker, worker.context(task_of(part, first, 1)), part, "train")
     present = unpack_bits(tensors_of(answer["classes"])[BITS], (3,))
-    own = worker.context(first, part, 1).data.train.labels
+    own = worker.context(task_of(part, first, 1)).data.train.labels
     assert torch.equal(torch.nonzero(present).flatten(), own.unique())
 
 
@@ -345,7 +350,7 @@ def test_a_client_may_answer_with_channels_of_its_own_choice(federation):
     made, worker, first, part = start(federation, "method=heterofl", "model.hidden=[8]")
     groups = made.strategy.slices.groups
     kept = {"body.1": torch.tensor([1, 6])}
-    client, task = worker.context(first, part, 1), broadcast_of(part, worker._weights(part), 1)
+    client, task = worker.context(task_of(part, first, 1)), Instructions().broadcast(part, 1)
     update = worker.trainer.fit(client, task)
     own = replace(update, weights=groups.slice(update.weights, kept), extras={KEPT: {BITS: groups.pack(kept)}})
     mean = made.strategy.combine(1, [own])

@@ -5,11 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from flwr.app import ConfigRecord
+from conftest import answered, sent_to, task_of
+from flwr.app import ConfigRecord, RecordDict
 from torch import nn
 from torch.func import functional_call
 
-from clients.app import Worker
+from clients.worker import Worker
 from devices.compression.masks import global_masks, sparsity_of
 from devices.compression.quantise import limits
 from devices.compression.sizes import nonzero_bytes, wire_bytes
@@ -27,9 +28,9 @@ def start(federation, *overrides: str, round: int = 1):
     made = federation(*overrides)
     message = made.instructions(round)[0]
     worker = Worker(made.world)
-    client = worker.context(message.metadata.dst_node_id, message.content, round)
-    task = worker._task(client, message.content)
-    worker._load(task.weights)
+    client = worker.context(task_of(message.content, message.metadata.dst_node_id, round))
+    task = sent_to(worker, client, message.content)
+    worker.live.load(task.weights)
     worker.model.train()
     return made, worker, client, task
 
@@ -206,7 +207,7 @@ def test_pruned_weights_learn_in_phase_1_only_with_the_straight_through_gradient
 def test_nothing_but_the_model_is_sent_and_the_teachers_norms_stay(federation, method):
     made, worker, client, task = start(federation, *method, round=2)
     before = {name: t.clone() for name, t in task.weights.items()}
-    answer = worker._fit(client, task, made.arrays)
+    answer = answered(worker, client, RecordDict({"arrays": made.arrays}), "train")
     assert {n for n in answer if n not in ("metrics", "state")} == {"arrays"}
     kept = tensors_of(answer["state"])
     assert {n for n in kept if n.startswith("teacher.")} == {f"teacher.{n}" for n in worker.trainer.paths.norms}
@@ -224,10 +225,10 @@ def test_clients_are_judged_with_the_pruned_network(federation, method, zeros):
     made.instructions(4)
     message = next(iter(made.strategy.configure_evaluate(4, made.shared, ConfigRecord(), made.grid)))
     worker = Worker(made.world)
-    client = worker.context(message.metadata.dst_node_id, message.content, 4)
-    worker._load(worker._task(client, message.content).weights)
+    client = worker.context(task_of(message.content, message.metadata.dst_node_id, 4))
+    worker.live.load(sent_to(worker, client, message.content).weights)
     masks = worker.trainer.masks_at(4)
-    metrics = worker._answer(client, message.content, "evaluate")["metrics"]
+    metrics = answered(worker, client, message.content, "evaluate")["metrics"]
     trainer, state = worker.trainer, dict(worker.model.state_dict())
     pruned = {name: state[name] for name in zeros or trainer.paths.names}
     assert sparsity_of({n: w != 0 for n, w in pruned.items()}) >= 0.49

@@ -3,17 +3,15 @@
 import json
 import math
 
-import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord
+from conftest import task_of
 
-from clients.app import Worker
+from clients.worker import Worker
 from devices.compression.updates import Packed, UpdateCompressor, restore
-from devices.errors import DeviceError
-from fedsim.errors import ConfigError
-from fedsim.messages.records import ARRAYS, STATE, payload_bytes, record_bytes, record_of, tensors_of
-from fedsim.messages.uplink import BUFFERS, COUNTS, INDEX, RESIDUAL, SCALE, VALUES, WHICH, compressed, decompress
+from fedsim.messages.records import record_of, tensors_of
+from fedsim.messages.uplink import BUFFERS, COUNTS, INDEX, RESIDUAL, SCALE, VALUES, WHICH, compressed, decompressed
+from fedsim.messages.weights import bytes_of
 from fedsim.report.rounds import weights_sha256
 from fedsim.runs.server import is_plain_mean
 from fedsim.settings.build import build_world
@@ -102,10 +100,8 @@ def test_nothing_is_lost_over_many_rounds(settings):
     for number in range(200):
         received = {n: torch.randn(s, generator=draw) for n, s in shapes.items()}
         weights = {n: t + 0.1 * torch.randn(t.shape, generator=draw) for n, t in received.items()}
-        record = compressed(one, weights, received, names, state, torch.Generator().manual_seed(number))
-        answer, sent = {ARRAYS: record}, {ARRAYS: record_of(received)}
-        decompress(answer, sent)
-        back = tensors_of(answer[ARRAYS])
+        sent = compressed(one, weights, received, names, state, torch.Generator().manual_seed(number))
+        back = decompressed(sent, received).tensors
         total += torch.cat([(weights[n] - received[n]).flatten() for n in names])
         arrived += torch.cat([(back[n] - received[n]).flatten() for n in names])
     assert float((arrived + state[RESIDUAL] - total).abs().max()) < 1e-4
@@ -125,16 +121,14 @@ def test_buffers_and_counts_travel_whole_in_an_array_each(settings: dict, exact:
     }
     weights = {"w": torch.full((4,), 1.5), "running_mean": torch.tensor([0.123, largest]), "count": torch.tensor(7)}
     weights |= {"running_var": torch.tensor([[2.0], [3.0]]), "half": torch.full((2,), 2.0).half()}
-    record = compressed(UpdateCompressor(**settings), weights, received, {"w"}, {}, DRAW)
-    assert set(record) - {SCALE, INDEX} == {VALUES, BUFFERS, COUNTS, WHICH, "half"}
-    assert record[BUFFERS].dtype == ("float32" if exact or largest > 65_504 else "float16")
-    answer = {ARRAYS: record}
-    decompress(answer, {ARRAYS: record_of(received)})
-    back = tensors_of(answer[ARRAYS])
+    sent = compressed(UpdateCompressor(**settings), weights, received, {"w"}, {}, DRAW)
+    assert set(sent.tensors) - {SCALE, INDEX} == {VALUES, BUFFERS, COUNTS, WHICH, "half"}
+    assert sent.tensors[BUFFERS].dtype == (torch.float32 if exact or largest > 65_504 else torch.float16)
+    back = decompressed(sent, received).tensors
     assert list(back) == list(received)
     assert all((back[name].shape, back[name].dtype) == (t.shape, t.dtype) for name, t in weights.items())
     for name in ("running_mean", "running_var"):
-        rtol = 0 if record[BUFFERS].dtype == "float32" else 5e-4
+        rtol = 0 if sent.tensors[BUFFERS].dtype == torch.float32 else 5e-4
         torch.testing.assert_close(back[name], weights[name], rtol=rtol, atol=0)
     assert torch.equal(back["half"], weights["half"])
     assert int(back["count"]) == 7
@@ -145,28 +139,24 @@ def test_buffers_and_counts_travel_whole_in_an_array_each(settings: dict, exact:
 def test_trained_weights_of_other_precision_are_compressed_too(dtype: torch.dtype):
     """A change of 0.5 and one of 0.25 of four: top takes two, as 4 + 4 bytes each, and they come back in the dtype."""
     received, weights = {"w": torch.ones(4, dtype=dtype)}, {"w": torch.tensor([1.5, 1.0, 1.25, 1.0], dtype=dtype)}
-    record = compressed(UpdateCompressor(select="top", ratio=0.5), weights, received, {"w"}, {}, DRAW)
-    assert record_bytes(record) == 2 * (4 + 4)
-    answer = {ARRAYS: record}
-    decompress(answer, {ARRAYS: record_of(received)})
-    assert torch.equal(tensors_of(answer[ARRAYS])["w"], weights["w"])
+    sent = compressed(UpdateCompressor(select="top", ratio=0.5), weights, received, {"w"}, {}, DRAW)
+    assert sent.nbytes == 2 * (4 + 4)
+    assert torch.equal(decompressed(sent, received).tensors["w"], weights["w"])
 
 
 def test_an_update_without_a_tensor_to_compress_is_empty():
     """Each tensor was cut to another shape, as a narrowed network's may be: all travel whole."""
-    record = compressed(UpdateCompressor(bits=8), {"w": torch.ones(2)}, {"w": torch.ones(4)}, {"w"}, {}, DRAW)
-    assert {name: a.shape for name, a in record.items() if record_bytes(ArrayRecord({name: a}))} == {"w": (2,)}
+    sent = compressed(UpdateCompressor(bits=8), {"w": torch.ones(2)}, {"w": torch.ones(4)}, {"w"}, {}, DRAW)
+    assert {name: tuple(t.shape) for name, t in sent.tensors.items() if t.numel()} == {"w": (2,)}
 
 
 def test_tensors_that_stay_away_or_change_shape_are_no_obstacle():
     """A personal head that is not sent, and a part that the client cut itself: the rest is compressed."""
     received = {"body": torch.zeros(4), "head": torch.ones(3), "cut": torch.ones(6)}
     weights = {"body": torch.ones(4), "cut": torch.tensor([2.0, 5.0])}
-    record = compressed(UpdateCompressor(bits=8), weights, received, set(received), {}, DRAW)
-    assert set(record) == {VALUES, SCALE, WHICH, "cut"}
-    answer = {ARRAYS: record}
-    decompress(answer, {ARRAYS: record_of(received)})
-    back = tensors_of(answer[ARRAYS])
+    sent = compressed(UpdateCompressor(bits=8), weights, received, set(received), {}, DRAW)
+    assert set(sent.tensors) == {VALUES, SCALE, WHICH, "cut"}
+    back = decompressed(sent, received).tensors
     assert list(back) == ["body", "cut"]
     assert torch.equal(back["body"], weights["body"])
     assert torch.equal(back["cut"], weights["cut"])
@@ -271,57 +261,34 @@ def test_int8_with_packing_is_a_quarter_of_a_network_of_many_tensors(settings, m
     """
     made = settings(*model, "uplink=int8")
     worker = Worker(build_world(json.dumps(made)))
-    sent = record_of(worker.model.state_dict())
-    weights = {n: t + (0.01 * torch.randn(t.shape)).to(t.dtype) for n, t in tensors_of(sent).items()}
-    record = compressed(worker.uplink, weights, tensors_of(sent), worker.roles.trained, {}, DRAW)
-    assert len(record) == (2 if model == RESNET else 5)
+    whole = dict(worker.model.state_dict())
+    weights = {n: t + (0.01 * torch.randn(t.shape)).to(t.dtype) for n, t in whole.items()}
+    sent = compressed(worker.uplink, weights, whole, worker.roles.trained, {}, DRAW)
+    assert len(sent.tensors) == (2 if model == RESNET else 5)
 
-    def size(arrays: ArrayRecord) -> int:
-        return sum(len(a.data) for a in arrays.values()) if headers else record_bytes(arrays)
+    def size(tensors: dict[str, torch.Tensor]) -> int:
+        return sum(len(a.data) for a in record_of(tensors).values()) if headers else bytes_of(tensors)
 
-    assert size(sent) / size(record) > least
+    assert size(whole) / size(sent.tensors) > least
 
 
 def test_a_lost_reply_keeps_the_residual(federation):
     """A client whose reply comes too late has the residual that it had before, and an absent one too."""
     made = federation("uplink=topk", "rounds=1", "cohort=6")
     list(made.rounds())
-    before = {i: tensors_of(made.grid.store.get(i))[RESIDUAL] for i in range(6)}
+    before = {i: made.grid.store.get(i)[RESIDUAL] for i in range(6)}
     made.grid.deadline_s = 1e-9
     made.train(2)
     assert {r.outcome for r in made.grid.take_reports()} == {"late"}
-    assert all(torch.equal(tensors_of(made.grid.store.get(i))[RESIDUAL], before[i]) for i in range(6))
+    assert all(torch.equal(made.grid.store.get(i)[RESIDUAL], before[i]) for i in range(6))
 
 
 def test_records_of_a_compressed_reply(federation):
     made = federation("uplink=topk", "uplink.bits=8")
     message = made.instructions(1)[0]
-    worker, client = Worker(made.world), message.metadata.dst_node_id
-    answer = worker._answer(worker.context(client, message.content, 1), message.content, "train")
-    assert set(answer[ARRAYS]) == {VALUES, INDEX, SCALE}
-    assert payload_bytes(answer) == record_bytes(answer[ARRAYS])
-    assert set(answer[STATE]) == {RESIDUAL}
-    assert np.dtype(answer[ARRAYS][VALUES].dtype) == np.int8
-
-
-def test_a_wrong_setting_stops_before_the_run(federation):
-    with pytest.raises(ConfigError, match=r"^uplink.ratio must be in \(0, 1\], got 2$"):
-        federation("uplink=topk", "uplink.ratio=2")
-
-
-@pytest.mark.parametrize(
-    "settings, sentence",
-    [
-        ({"select": "topk"}, "did you mean 'top'"),
-        ({"ratio": 0.0}, r"uplink.ratio must be in \(0, 1\]"),
-        ({"bits": 4}, "uplink.bits must be 8 or 32, got 4"),
-    ],
-)
-def test_wrong_settings_are_one_sentence(settings, sentence):
-    with pytest.raises(DeviceError, match=sentence):
-        UpdateCompressor(**settings)
-
-
-def test_arrays_that_do_not_belong_together_are_refused():
-    with pytest.raises(DeviceError, match="has 2 values for 3 places"):
-        restore(Packed(torch.ones(2), torch.empty(0, dtype=torch.int32), torch.empty(0)), [3])
+    worker, task = Worker(made.world), task_of(message.content, message.metadata.dst_node_id, 1)
+    answer = worker.serve_one("train", task)
+    assert (answer.weights.form, set(answer.weights.tensors)) == ("compressed", {VALUES, INDEX, SCALE})
+    assert answer.work.up_bytes == answer.weights.nbytes
+    assert set(answer.state) == {RESIDUAL}
+    assert answer.weights.tensors[VALUES].dtype == torch.int8

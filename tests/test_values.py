@@ -90,7 +90,7 @@ def try_to_build(settings: Settings) -> str:
     """Builds data, fleet, model and strategy as a run does before its first round; the sentence of what is refused."""
     try:
         world = build_world(json.dumps(check(settings)))
-        check_parameters("engine", settings["engine"], ["client_app"])
+        check_parameters("engine", settings["engine"], ["serve"])
         build_strategy(settings, world.workload.num_clients)
         world.workload.build_model()
     except UserError as error:

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from conftest import TINY, Ended
 
-from clients.app import app
+from clients.app import serve
 from devices import build, writing
 from devices.latency.help.weights import write_arrays
 from devices.writing import open_lock, write_atomic
-from fedsim.engines.local import LocalGrid
+from fedsim.engines.local import LocalEngine
 from fedsim.errors import RunError
 from fedsim.runs import federation
 
@@ -180,11 +180,11 @@ def test_a_lock_is_neither_emptied_nor_taken_through_a_link(tmp_path: Path):
 
 
 def test_an_engine_that_cannot_be_started_leaves_no_folder(settings, tmp_path: Path):
-    class Broken(LocalGrid):
-        def get_node_ids(self) -> Any:
+    class Broken(LocalEngine):
+        def start(self) -> None:
             raise RunError("nobody answers")
 
     with pytest.raises(RunError, match="nobody answers"):
-        federation.run(settings(), Broken(app), tmp_path / "run")
+        federation.run(settings(), Broken(serve), tmp_path / "run")
     assert os.listdir(tmp_path) == []
-    federation.run(settings(), LocalGrid(app), tmp_path / "run")
+    federation.run(settings(), LocalEngine(serve), tmp_path / "run")

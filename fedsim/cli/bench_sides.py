@@ -16,12 +16,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
 
-from flwr.serverapp import Grid
-
+from fedsim.engines.base import Engine
 from fedsim.errors import RunError
 from fedsim.settings.groups import Settings
 
-EngineFactory = Callable[[Settings], Grid]
+EngineFactory = Callable[[Settings], Engine]
 START_TIMEOUT_S = 300.0
 
 
@@ -122,7 +121,7 @@ class EngineRounds:
         self.engine = make_engine(settings)
         self.federation = Federation(build_world(json.dumps(settings)), self.engine)
         self.folder = RunFolder(folder, settings)
-        list(self.engine.get_node_ids())  # engines start when they are first asked
+        self.engine.start()
 
     def round(self, number: int) -> None:
         """One training round, written down; round 0 lets clients judge, so that their data are drawn and cached."""
@@ -137,8 +136,7 @@ class EngineRounds:
     def close(self) -> None:
         """Closes the run folder and ends the engine's processes."""
         self.folder.close()
-        close: Callable[[], None] = getattr(self.engine, "close", lambda: None)
-        close()
+        self.engine.close()
 
 
 class SideProcess:

@@ -6,13 +6,12 @@ the same order and gets the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
-from flwr.app import ArrayRecord
 
-from fedsim.messages.records import array_record, cast_to, from_array, to_array
+from fedsim.messages.records import cast_to
 
 MAX_BLOCKS = 64
 UNEQUAL = "clients sent weights of different names or shapes; a mean needs equal ones"
@@ -26,6 +25,9 @@ def blocks(clients: Sequence[T]) -> list[Sequence[T]]:
     return [clients[start : start + size] for start in range(0, len(clients), size)]
 
 
+Arrays = Mapping[str, np.ndarray]
+
+
 class BlockSum:
     """Sum of weight x arrays over the clients of one block, in the order in which they are added.
 
@@ -35,31 +37,29 @@ class BlockSum:
 
     def __init__(self) -> None:
         self.weight, self.clients = 0.0, 0
-        self._first: ArrayRecord | None = None
+        self._first: Arrays = {}
         self._total: dict[str, np.ndarray] = {}
         self._scaled: dict[str, np.ndarray] = {}
 
-    def add(self, record: ArrayRecord, weight: float) -> None:
-        """Adds one client's arrays.
+    def add(self, arrays: Arrays, weight: float) -> None:
+        """Adds one client's arrays, which must not change afterwards.
 
         Raises:
             ValueError: if names or shapes differ from those of the first client.
         """
-        if self._first is None:
-            self._first = record
+        if self.clients == 0:
+            self._first = arrays
         else:
             if self.clients == 1:
                 self._total = _products(self._first, self.weight, {})
-            _add_to(self._total, _products(record, weight, self._scaled))
+            _add_to(self._total, _products(arrays, weight, self._scaled))
         self.weight += weight
         self.clients += 1
 
-    def record(self) -> ArrayRecord:
+    @property
+    def arrays(self) -> Arrays:
         """The float64 sum; of a single client its own arrays, not yet multiplied by its weight."""
-        assert self._first is not None, "a block without clients has no sum"
-        if self.clients == 1:
-            return self._first
-        return array_record({name: to_array(total) for name, total in self._total.items()})
+        return self._first if self.clients == 1 else self._total
 
 
 class WeightedSum:
@@ -70,52 +70,45 @@ class WeightedSum:
         self._total: dict[str, np.ndarray] = {}
         self._scaled: dict[str, np.ndarray] = {}
 
-    def add(self, block: ArrayRecord, weight: float, clients: int) -> None:
-        """Adds the `BlockSum.record` of a block of this weight and number of clients.
+    def add(self, block: Arrays, weight: float, clients: int) -> None:
+        """Adds the `BlockSum.arrays` of a block of this weight and number of clients.
 
         Raises:
             ValueError: if names or shapes differ from those of the first block.
         """
-        if clients == 1:
-            product = _products(block, weight, self._scaled)
-        else:
-            product = {name: from_array(array) for name, array in block.items()}
+        product = _products(block, weight, self._scaled) if clients == 1 else block
         if not self._total:
             self._total = {name: np.zeros(values.shape, np.float64) for name, values in product.items()}
         _add_to(self._total, product)
         self.weight += weight
 
-    def mean(self, model: ArrayRecord) -> ArrayRecord:
-        """The weighted mean in the dtypes of `model`; integers are rounded.
+    def mean(self, dtypes: Mapping[str, np.dtype]) -> dict[str, np.ndarray]:
+        """The weighted mean in these dtypes, of arrays with other names in the first of them; integers are rounded.
 
         Raises:
             ValueError: if the weights sum to zero.
         """
         if not self.weight > 0:
             raise ValueError(f"the weights of a mean must sum to more than zero, got {self.weight}")
-        arrays = {}
-        for name, total in self._total.items():
-            dtype = np.dtype((model[name] if name in model else next(iter(model.values()))).dtype)  # packed: all alike
-            arrays[name] = to_array(cast_to(total / self.weight, dtype))
-        return array_record(arrays)
+        first = next(iter(dtypes.values()))  # joined weights are all alike
+        return {name: cast_to(total / self.weight, dtypes.get(name, first)) for name, total in self._total.items()}
 
 
-def _products(record: ArrayRecord, weight: float, buffers: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _products(arrays: Arrays, weight: float, buffers: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Weight x arrays in float64, written into `buffers`."""
-    for name, array in record.items():
-        values = from_array(array)
+    for name, values in arrays.items():
         if name not in buffers:
             buffers[name] = np.empty(values.shape, np.float64)
         if buffers[name].shape != values.shape:
             raise ValueError(UNEQUAL)
         np.copyto(buffers[name], values)  # first to float64: numpy would multiply in the dtype of the array
         buffers[name] *= weight
-    if len(buffers) != len(record):
+    if len(buffers) != len(arrays):
         raise ValueError(UNEQUAL)
     return buffers
 
 
-def _add_to(total: dict[str, np.ndarray], values: dict[str, np.ndarray]) -> None:
+def _add_to(total: dict[str, np.ndarray], values: Arrays) -> None:
     if {name: t.shape for name, t in total.items()} != {name: v.shape for name, v in values.items()}:
         raise ValueError(UNEQUAL)
     for name, t in total.items():

@@ -2,36 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 
-from flwr.app import Context, Message
+from fedsim.engines.base import Engine, Serve, assume_task_identity
+from fedsim.messages.cohort import CohortAnswer, CohortTask
 
-from fedsim.engines.base import EngineGrid, assume_task_identity, worker_context
 
-
-class LocalGrid(EngineGrid):
-    """A Flower Grid with one node: this process.
+class LocalEngine(Engine):
+    """The process of the run itself; tensors are handed on as they are.
 
     Args:
-        client_app: called as `client_app(message, context)`, like Flower does.
+        serve: lets the worker of this process do a task.
         threads, device, batch_clients: for the worker, which reads them from the settings it is sent.
     """
 
-    def __init__(
-        self,
-        client_app: Callable[[Message, Context], Message],
-        threads: int = 1,
-        device: str = "auto",
-        batch_clients: int = 1,
-    ):
-        super().__init__()
+    def __init__(self, serve: Serve, threads: int = 1, device: str = "auto", batch_clients: int = 1):
         assume_task_identity()
-        self.client_app, self.context = client_app, worker_context()
+        self.serve = serve
 
-    def get_node_ids(self) -> Iterable[int]:
-        return [self.context.node_id]
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
-        """Replies one by one as they are made; `timeout` is host time and does not apply in one process."""
-        for message in messages:
-            yield self.client_app(self.number(message), self.context)
+    def run(self, task: CohortTask) -> Iterator[CohortAnswer]:
+        """An answer for each unit of the task, as it is made."""
+        if task.clients:
+            yield from self.serve(task)

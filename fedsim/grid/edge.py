@@ -1,52 +1,50 @@
 """The edge grid: everything that is simulated hangs here, between a Flower strategy and the engine that runs clients.
 
-`EdgeGrid` is a Flower `Grid` with stable client ids 0..N-1 over any engine's `Grid`. It weighs messages, asks who is
-online, packs clients into cohort messages, prices their work, keeps the simulated clock, withholds late replies and
-stores client state. Never a method.
+`EdgeGrid` is a Flower `Grid` with stable client ids 0..N-1 over any engine. It weighs messages, asks who is online,
+hands the cohort to the engine, prices the clients' work, keeps the simulated clock, withholds late replies and stores
+client state. Never a method.
 """
 
 from __future__ import annotations
 
-import time
 import uuid
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import groupby
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
-from devices.cost import Cost, LatencyModel, Work, unpack_works
+from devices.cost import LatencyModel
 from devices.fleet import Fleet
 from devices.profile import DeviceProfile
-from fedsim.engines.blocks import BlockSum, WeightedSum, blocks
+from fedsim.engines.base import Engine
+from fedsim.engines.blocks import blocks
 from fedsim.errors import ClientError, RunError
 from fedsim.grid.clock import SimClock
-from fedsim.grid.pricing import Outcome, Prices, RadioTails
+from fedsim.grid.contact import Contact
+from fedsim.grid.exchange import ClientReport, Exchange
+from fedsim.grid.pricing import Priced, Prices, RadioTails
+from fedsim.grid.round_sum import RoundSum
+from fedsim.grid.store import ClientStore
+from fedsim.messages.cohort import ClientTask, Close, CohortAnswer, CohortTask
 from fedsim.messages.records import (
     ARRAYS,
     METRICS,
     NUM_EXAMPLES,
-    OF_REPLY,
     STATE,
     Instruction,
+    Instructions,
     all_finite,
-    array_record,
     arrays_in,
-    pack_cohort,
     payload_bytes,
-    unpack_cohort,
-    unpacked,
+    record_of,
 )
-from fedsim.messages.uplink import decompress
 from fedsim.workloads import metrics as figures
 
-NO_REPLY, NOT_THERE = "the engine returned no reply", "offline when the round began"
+NOT_THERE, TOO_LATE = "offline when the round began", "the round closed before its reply arrived"
 ONE_METHOD = "so take the strategy and the trainer of one method"
-CLIENTS_PER_MESSAGE = 16
-SHORT_S = 0.25  # host seconds of an exchange below which small messages cost more than they balance
 EMPTY_ROUND_S = 60.0  # when nobody answers and there is no deadline, the server tries again after this long
 
 
@@ -58,86 +56,11 @@ class Enrolled:
     profile: DeviceProfile
 
 
-@dataclass(frozen=True)
-class ClientReport:
-    """What became of one client in one exchange; one row of `clients/*.parquet`."""
-
-    round: int
-    phase: str
-    client: int
-    device: str
-    outcome: Outcome
-    reason: str
-    start_s: float
-    cost: Cost
-    wait_s: float
-    wait_joules: float
-    work: Work
-    num_examples: int = 0
-    metrics: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def joules(self) -> float:
-        """Energy spent on down, compute and up; waiting for the round to close is reported apart."""
-        return self.cost.joules
-
-
-@dataclass
-class _Reply:
-    """One client's answer on its way from the engine to the strategy."""
-
-    client: int
-    block: int  # of the cohort's fixed blocks, offline clients included
-    message: Message
-    content: RecordDict | None = None
-    work: Work = field(default_factory=Work)
-    outcome: Outcome = "failed"
-    reason: str = NO_REPLY
-    cost: Cost = field(default_factory=Cost)
-    work_ended: bool = False
-
-
-_Answer = tuple[int, RecordDict, Work, Outcome, str, str]  # client, content, work, outcome, reason, traceback
-_BlockSum = tuple[int, list[int], float, RecordDict]  # block, clients, weight, the sum under `arrays` if there are any
-
-
-class ClientStore:
-    """What clients keep between rounds; owned by the driver, stored at the end of an exchange (see `ClientState`)."""
-
-    def __init__(self) -> None:
-        self._states: dict[int, ArrayRecord] = {}
-
-    def get(self, client_id: int) -> ArrayRecord | None:
-        return self._states.get(client_id)
-
-    def commit(self, client_id: int, state: ArrayRecord, accepted: bool = True) -> None:
-        """Stores a client's state; of a reply that was not accepted, without what is of the reply."""
-        if not accepted:
-            before = self._states.get(client_id, ArrayRecord())
-            own = {name: array for name, array in state.items() if not name.startswith(OF_REPLY)}
-            owed = {name: array for name, array in before.items() if name.startswith(OF_REPLY)}
-            state = array_record(own | owed)
-        if state or client_id in self._states:
-            self._states[client_id] = state
-
-    def restore(self, states: Mapping[int, ArrayRecord]) -> None:
-        """Takes the states of a checkpoint, also of one that calls what is of the reply by its older names."""
-        for client_id, state in states.items():
-            self.commit(client_id, array_record({_moved(name): array for name, array in state.items()}))
-
-    def all(self) -> dict[int, ArrayRecord]:
-        """The states by client."""
-        return dict(self._states)
-
-    def __len__(self) -> int:
-        return len(self._states)
-
-
 class EdgeGrid(Grid):
     """A Flower Grid whose nodes are simulated edge devices.
 
     Args:
-        engine: where clients really run; any Flower Grid whose nodes serve `clients.app`.
+        engine: where clients really run.
         fleet: which client owns which device.
         latency: turns work into seconds.
         config_json: the resolved settings of the run, sent along so that workers can build the same world.
@@ -151,7 +74,7 @@ class EdgeGrid(Grid):
 
     def __init__(
         self,
-        engine: Grid,
+        engine: Engine,
         fleet: Fleet,
         latency: LatencyModel,
         config_json: str,
@@ -164,17 +87,14 @@ class EdgeGrid(Grid):
         batch_clients: int = 1,
         observe: Callable[[int], None] | None = None,
     ):
-        self.engine, self.fleet, self.latency = engine, fleet, latency
-        self.settings = ConfigRecord({"json": config_json})
+        self.engine, self.fleet, self.latency, self.settings = engine, fleet, latency, config_json
         self.seed, self.deadline_s, self.keep, self.averages = seed, deadline_s, keep, averages
         self.on_client_error, self.batch_clients, self.observe = on_client_error, batch_clients, observe
         self.clock, self.store, self.tails = SimClock(), ClientStore(), RadioTails()
         self.round = 0
         self.reports: list[ClientReport] = []
-        self.accepted: tuple[int, ...] = ()  # clients of the last exchange, also where one mean stands for all
         self._pushed: dict[str, list[Message]] = {}
         self._flops: dict[int, float] = {}  # of each client's last training: what its next one will take on the host
-        self._host_s = 0.0  # of a worker for a client, in the last training; decides on messages, never on results
 
     # --- what a strategy sees -----------------------------------------------------------------------------------
 
@@ -195,53 +115,8 @@ class EdgeGrid(Grid):
         return [client for client in clients if self.fleet.online(client, self.clock.now_s)]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        """One exchange: sends each client its message, lets simulated time pass, returns the accepted replies.
-
-        A client that is asleep when it is asked costs nobody time or energy: the server knows it at once, without the
-        seconds until a connection that is not there would time out.
-
-        Args:
-            messages: instructions addressed by client id, at most one per client.
-            timeout: simulated seconds; together with `deadline_s` the earlier one counts.
-
-        Returns:
-            Accepted replies in client order, or one reply with their weighted mean (see `averages`).
-
-        Raises:
-            ClientError: when a client fails and `on_client_error` is "stop".
-            ValueError: when a message is addressed twice or to no client.
-        """
-        asked = self.in_client_order(messages)
-        if not asked:
-            return []
-        phase = asked[0].metadata.message_type
-        start_s = self.clock.now_s
-        limit_s = min((s for s in (self.deadline_s, timeout) if s is not None), default=None)
-        keep = self.keep if phase == "train" else None
-        # Who is among the first `keep` is known when all have answered: only then can they be added up.
-        total = _RoundSum(limit_s) if self.averages and phase == "train" else None
-        early = total is not None and keep is None
-        replies = self._run(asked, phase, total if early else None)
-        arrival_s = {r.client: r.cost.total_s for r in replies if r.outcome == "completed"}
-        timing = self.clock.close_round(arrival_s, limit_s, keep)
-        round_s = timing.round_s
-        if not timing.on_time and round_s == 0.0:
-            last_drop_s = max(r.cost.total_s for r in replies)
-            round_s = max(EMPTY_ROUND_S, last_drop_s) if limit_s is None else limit_s
-            self.clock.advance(round_s)
-        late = set(timing.late)
-        for reply in replies:
-            if reply.client in late:
-                reply.outcome, reply.reason = "late", "the round closed before its reply arrived"
-        for reply in replies:
-            self._record(reply, phase, start_s, round_s)
-        accepted = [r for r in replies if r.outcome == "completed"]
-        self.accepted = tuple(r.client for r in accepted)
-        if total is None or not accepted:
-            return self._deliver(accepted)
-        if not early:
-            total.add_accepted(accepted)
-        return [Message(self._mean(accepted, total, len(replies)), reply_to=accepted[0].message)]
+        """The accepted replies of an `exchange`."""
+        return self.exchange(messages, timeout).replies
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Runs the exchange at once; `pull_messages` with the ids hands out its replies."""
@@ -253,17 +128,19 @@ class EdgeGrid(Grid):
         """The replies of earlier pushes, once."""
         return [reply for ticket in message_ids for reply in self._pushed.pop(ticket, [])]
 
-    def set_run(self, run: Any) -> None:
-        self.engine.set_run(run)
-
-    @property
-    def run(self) -> Any:
-        return self.engine.run
-
     def create_message(
         self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
     ) -> Message:
         return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
+
+    def set_run(self, run: Any) -> None:
+        """The simulated grid belongs to no run of Flower's."""
+
+    @property
+    def run(self) -> Any:
+        raise RuntimeError("this grid belongs to no Flower run")
+
+    # --- what the run sees --------------------------------------------------------------------------------------
 
     def take_reports(self) -> list[ClientReport]:
         """The reports of all exchanges since the last call."""
@@ -274,7 +151,7 @@ class EdgeGrid(Grid):
         """Between two rounds, everything that later results depend on."""
         clock = {"now_s": self.clock.now_s, "round_began_s": self.clock.round_began_s}
         self.tails.forget(self.clock.now_s)
-        return {**clock, "clients": self.store.all(), "awake_until_s": dict(self.tails.awake_until_s)}
+        return {**clock, "clients": self.store.packed(), "awake_until_s": dict(self.tails.awake_until_s)}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Goes on where another grid of the same run was."""
@@ -285,6 +162,44 @@ class EdgeGrid(Grid):
 
     # --- one exchange, step by step -----------------------------------------------------------------------------
 
+    def exchange(self, messages: Iterable[Message], timeout: float | None = None) -> Exchange:
+        """Sends each client its message, lets simulated time pass, and takes the replies that come in time.
+
+        A client that is asleep when it is asked costs nobody time or energy: the server knows it at once, without the
+        seconds until a connection that is not there would time out.
+
+        Args:
+            messages: instructions addressed by client id, at most one per client.
+            timeout: simulated seconds; together with `deadline_s` the earlier one counts.
+
+        Raises:
+            ClientError: when a client fails and `on_client_error` is "stop".
+            ValueError: when a message is addressed twice or to no client.
+        """
+        asked = self.in_client_order(messages)
+        if not asked:
+            return Exchange([])
+        phase, start_s = asked[0].metadata.message_type, self.clock.now_s
+        limit_s = min((s for s in (self.deadline_s, timeout) if s is not None), default=None)
+        keep = self.keep if phase == "train" else None
+        total = RoundSum(limit_s) if self.averages and phase == "train" else None
+        # Who is among the first `keep` is known when all have answered: only then can they be added up.
+        close = Close(start_s, limit_s) if total is not None and keep is None else None
+
+        contacts = self._reach(asked)
+        self._serve([c for c in contacts if c.task is not None], phase, close, total)
+        round_s = self._close(contacts, limit_s, keep)
+        reports = tuple(self._record(contact, phase, start_s, round_s) for contact in contacts)
+        self.reports += reports
+
+        accepted = [contact for contact in contacts if contact.is_accepted]
+        clients = tuple(contact.client for contact in accepted)
+        if total is None or not accepted:
+            return Exchange(self._replies(accepted), clients, reports)
+        if close is None:
+            total.add_accepted(accepted)
+        return Exchange([self._mean(accepted, total, reports)], clients, reports)
+
     def in_client_order(self, messages: Iterable[Message]) -> list[Message]:
         """The messages of one exchange by client id.
 
@@ -293,309 +208,205 @@ class EdgeGrid(Grid):
         """
         asked = sorted(messages, key=lambda m: m.metadata.dst_node_id)
         ids = [m.metadata.dst_node_id for m in asked]
-        if len(set(ids)) < len(ids):
+        if any(one == other for one, other in pairwise(ids)):
             raise ValueError("a strategy sent one client two messages in one exchange; send one message per client")
         for client_id in ids[:1] + ids[-1:]:
             if not 0 <= client_id < len(self.fleet):
                 raise ValueError(f"no client {client_id}: the fleet has clients 0..{len(self.fleet) - 1}")
         return asked
 
-    def _run(self, asked: list[Message], phase: str, total: _RoundSum | None) -> list[_Reply]:
-        """Lets the engine serve the clients that are online and prices what they did; replies are in client order."""
+    def _reach(self, asked: Sequence[Message]) -> list[Contact]:
+        """Makes contact with each client; those that are online get their task."""
         now_s = self.clock.now_s
-        self.tails.forget(now_s)
-        prices = Prices(self.fleet, self.latency, self.round, now_s)
-        looked_at: set[int] = set()
-        sizes: dict[int, int] = {}  # payload by content object: stock strategies send one object to all
-        replies: dict[int, _Reply] = {}
-        online: list[_Reply] = []
+        instructions, sizes, checked = Instructions(), {}, set()  # type: Instructions, dict[int, int], set[int]
+        usual = sum(self._flops.values()) / len(self._flops) if self._flops else 1.0
+        contacts = []
         for number, block in enumerate(blocks(asked)):
             for message in block:
                 client, content = message.metadata.dst_node_id, message.content
+                contact = Contact(client, message, number)
+                contacts.append(contact)
                 if not self.fleet.online(client, now_s):
-                    replies[client] = _Reply(client, number, message, outcome="offline", reason=NOT_THERE)
+                    contact.priced = Priced("offline", NOT_THERE)
                     continue
                 if id(content) not in sizes:
-                    self._check_sent(content, looked_at)
+                    self._check_sent(content, checked)
                     sizes[id(content)] = payload_bytes(content)
-                replies[client] = _Reply(client, number, message, work=Work(down_bytes=sizes[id(content)]))
-                online.append(replies[client])
-        if total is not None:
-            total.expect(online)
-        messages, began_s = self._messages(online, phase, total), time.monotonic()
-        for answers, sums in self._engine_replies(messages):
-            for client, content, work, outcome, reason, trace in answers:
-                reply = replies[client]
-                if outcome == "failed" and self.on_client_error == "stop":
-                    who = f"client {client} ({self.fleet.device_name(client)})"
-                    where = f"failed in round {self.round} (seed {self.seed})"
-                    instruction = Instruction(self.round, client, phase, self._with_state(reply))
-                    raise ClientError(f"{who} {where}: {reason}", trace, instruction)
-                decompress(content, reply.message.content)
-                reply.content, reply.work = content, replace(work, down_bytes=reply.work.down_bytes)
-                priced = prices.of(client, reply.work, outcome, reason)
-                reply.outcome, reply.reason, reply.cost = priced.outcome, priced.reason, priced.cost
-                reply.work_ended = priced.work_ended
-                if self.observe:
-                    self.observe(client)
-            if total is not None and sums is not None:
-                total.add_sums(sums)
-            elif total is not None:
-                total.add_separate([replies[answer[0]] for answer in answers])
-        if phase == "train" and online:
-            self._host_s = (time.monotonic() - began_s) * len(list(self.engine.get_node_ids())) / len(online)
-        missing = [r.client for r in online if r.reason == NO_REPLY]
-        if missing:
-            raise ClientError(
-                f"the engine returned no reply for clients {missing[:5]} in round {self.round} (seed {self.seed})"
-            )
-        for reply in online:  # once each, and not as replies come: an engine may answer for a client twice
-            reply.cost = self.tails.contact(reply.client, now_s, reply.cost)
-        return [replies[m.metadata.dst_node_id] for m in asked]
+                contact.task = ClientTask(
+                    client,
+                    instructions.broadcast(content, self.round),
+                    self.store.get(client),
+                    number,
+                    down_bytes=sizes[id(content)],
+                    expected_flops=self._flops.get(client, usual),
+                )
+        return contacts
 
-    def _check_sent(self, content: RecordDict, looked_at: set[int]) -> None:
+    def _check_sent(self, content: RecordDict, checked: set[int]) -> None:
         """Refuses to send NaN and infinity: clients would fail who have done nothing wrong."""
         for name, record in arrays_in(content).items():
-            if id(record) not in looked_at and not all_finite(record):
+            if id(record) not in checked and not all_finite(record):
                 what = f"the {name!r} that the server would send in round {self.round} are NaN or infinite"
                 raise RunError(
                     f"{what}, though every client's update was finite; lower trainer.lr or set trainer.clip_norm"
                 )
-            looked_at.add(id(record))
+            checked.add(id(record))
 
-    def _messages(self, online: Sequence[_Reply], phase: str, total: _RoundSum | None) -> list[Message]:
-        """Few messages for many clients: none with more than CLIENTS_PER_MESSAGE unless a block is larger."""
-        if not online:
-            return []
-        nodes = list(self.engine.get_node_ids())
-        expected_s = self._host_s * len(online) / len(nodes)
-        small = getattr(self.engine, "small_messages", False) and expected_s > SHORT_S
-        usual = sum(self._flops.values()) / len(self._flops) if self._flops else 1.0
-        messages: list[Message] = []
-        together = self.batch_clients if phase == "train" else 1
-        for units in _cut(online, len(nodes), small, total is not None, together):
-            some = [r for unit in units for r in unit]
-            clients = [r.client for r in some]
-            parts = [self._with_state(r) for r in some]
-            header: dict[str, Any] = {"round": self.round, "phase": phase, "clients": clients}
-            header["cost"] = sum(self._flops.get(c, usual) for c in clients)
-            if together > 1:
-                # Named by the first client of each group.
-                header["groups"] = [unit[i - i % together].client for unit in units for i in range(len(unit))]
-                header["each"] = ["clients", "groups"]
-            if total is not None:
-                header["sums"] = {"start_s": self.clock.now_s, "limit_s": total.limit_s}
-                header["blocks"] = [r.block for r in some]
-                header["down_bytes"] = [r.work.down_bytes for r in some]
-                header["each"] = [*header.get("each", ["clients"]), "blocks", "down_bytes"]
-            content = pack_cohort(header, parts, self.settings)
-            # Flower allows train, evaluate and query; a question's own name travels in the header.
-            messages.append(Message(content, nodes[len(messages) % len(nodes)], phase.partition(".")[0]))
-        return messages
+    def _serve(self, online: Sequence[Contact], phase: str, close: Close | None, total: RoundSum | None) -> None:
+        """Lets the engine serve the clients that are online, and prices what they did.
 
-    def _with_state(self, reply: _Reply) -> RecordDict:
-        """What the client is sent: the strategy's own content, and what the client keeps."""
-        content, state = reply.message.content, self.store.get(reply.client)
-        return content if state is None else RecordDict({**content, STATE: state})
-
-    def _engine_replies(self, cohort_messages: list[Message]) -> Iterator[tuple[list[_Answer], list[_BlockSum] | None]]:
-        """Unpacks what the engine sends back, in any order: the clients of a message and, where asked for, its sums."""
-        if not cohort_messages:
-            return
-        for reply in self.engine.send_and_receive(cohort_messages):
-            if reply.has_error():
-                raise ClientError(f"a worker failed in round {self.round} (seed {self.seed}): {reply.error.reason}")
-            header, parts = unpack_cohort(reply.content)
-            answers: list[_Answer] = []
-            for facts, work, content in zip(header["clients"], unpack_works(header), parts, strict=False):
-                up_bytes = facts["up_bytes"] if "up_bytes" in facts else payload_bytes(content)
-                work = replace(work, up_bytes=up_bytes)
-                answers.append((facts["client"], content, work, facts["outcome"], facts["reason"], facts["traceback"]))
-            sums = None
-            if "sums" in header:
-                blocks_of = zip(header["sums"], parts[len(answers) :], strict=True)
-                sums = [(f["block"], f["clients"], f["weight"], part) for f, part in blocks_of]
-            yield answers, sums
-
-    def _record(self, reply: _Reply, phase: str, start_s: float, round_s: float) -> None:
-        profile = self.fleet[reply.client]
-        wait_s = max(0.0, round_s - reply.cost.total_s) if reply.outcome == "completed" else 0.0
-        work, metrics = reply.work, {}
-        if phase == "train" and work.flops:
-            self._flops[reply.client] = work.flops
-        if reply.cost.down_share < 1 or reply.cost.up_share < 1:  # only the bytes that went before it stopped
-            down_bytes, up_bytes = work.down_bytes * reply.cost.down_share, work.up_bytes * reply.cost.up_share
-            work = replace(work, down_bytes=round(down_bytes), up_bytes=round(up_bytes))
-        if reply.content is not None and METRICS in reply.content:
-            metrics = dict(reply.content[METRICS])
-        if reply.work_ended and reply.content is not None and STATE in reply.content:
-            self.store.commit(reply.client, _arrays(reply.content, STATE), reply.outcome == "completed")
-        self.reports.append(
-            ClientReport(
-                round=self.round,
-                phase=phase,
-                client=reply.client,
-                device=self.fleet.device_name(reply.client),
-                outcome=reply.outcome,
-                reason=reply.reason,
-                start_s=start_s,
-                cost=reply.cost,
-                wait_s=wait_s,
-                wait_joules=wait_s * profile.idle_watts,
-                work=work,
-                num_examples=int(metrics.pop(NUM_EXAMPLES, 0)),  # type: ignore[arg-type]
-                metrics=metrics,
+        Args:
+            online: they get their answers and prices.
+            phase: of the exchange.
+            close: given, blocks are added up as they come, in `total`.
+            total: of the round.
+        """
+        early = total if close is not None else None
+        if early is not None:
+            early.expect(online)
+        self.tails.forget(self.clock.now_s)
+        prices = Prices(self.fleet, self.latency, self.round, self.clock.now_s)
+        by_client, answered = {contact.client: contact for contact in online}, set()  # type: dict[int, Contact], set[int]
+        for answer in self.engine.run(self._task(online, phase, close)):
+            self._take(answer, by_client, phase)
+            answered.update(one.client for one in answer.clients)
+            if early is not None and answer.sums:
+                early.add_sums(answer.sums)
+            elif early is not None:
+                alone = [by_client[one.client] for one in answer.clients]
+                _price(alone, prices)
+                early.add_separate(alone)
+        if missing := [contact.client for contact in online if contact.client not in answered]:
+            raise ClientError(
+                f"the engine returned no reply for clients {missing[:5]} in round {self.round} (seed {self.seed})"
             )
+        _price(online, prices)  # together: one by one is slow
+        for contact in online:  # in client order, whatever the order of the answers
+            contact.priced = replace(
+                contact.priced, cost=self.tails.contact(contact.client, self.clock.now_s, contact.cost)
+            )
+
+    def _task(self, online: Sequence[Contact], phase: str, close: Close | None) -> CohortTask:
+        """The tasks of all clients that are online; those that train at once in their groups."""
+        tasks = tuple(contact.task for contact in online if contact.task is not None)
+        task = CohortTask(self.round, phase, tasks, self.settings, close)
+        if phase != "train" or self.batch_clients == 1:
+            return task
+        return task.of(self._grouped(task))
+
+    def _grouped(self, task: CohortTask) -> Iterable[ClientTask]:
+        """Clients in groups of `batch_clients`, which never leave a block half in a group that the block is not in."""
+        units: list[list[ClientTask]] = []
+        for unit in task.units():
+            if units and len(units[-1]) < self.batch_clients:
+                units[-1] += unit
+            else:
+                units.append(unit)
+        for unit in units:
+            for place, one in enumerate(unit):
+                yield replace(one, group=unit[place - place % self.batch_clients].client)
+
+    def _take(self, answer: CohortAnswer, online: dict[int, Contact], phase: str) -> None:
+        """Takes what clients answered."""
+        for one in answer.clients:
+            contact = online[one.client]
+            if one.outcome == "failed" and self.on_client_error == "stop":
+                raise self._failure(contact, phase, one.reason, one.traceback)
+            contact.answer = one
+            if self.observe:
+                self.observe(one.client)
+
+    def _failure(self, contact: Contact, phase: str, reason: str, trace: str) -> ClientError:
+        """Names the client and holds what it was sent, so that it can be replayed."""
+        content, state = contact.message.content, self.store.get(contact.client)
+        whole = RecordDict({**content, STATE: record_of(state)}) if state else content
+        who = f"client {contact.client} ({self.fleet.device_name(contact.client)})"
+        where = f"failed in round {self.round} (seed {self.seed})"
+        return ClientError(f"{who} {where}: {reason}", trace, Instruction(self.round, contact.client, phase, whole))
+
+    def _close(self, contacts: Sequence[Contact], limit_s: float | None, keep: int | None) -> float:
+        """Decides who is late and lets the round's time pass; its seconds."""
+        arrival_s = {c.client: c.cost.total_s for c in contacts if c.priced.outcome == "completed"}
+        timing = self.clock.close_round(arrival_s, limit_s, keep)
+        late = set(timing.late)
+        for contact in contacts:
+            contact.late = contact.client in late
+        if timing.on_time or timing.round_s > 0.0:
+            return timing.round_s
+        last_drop_s = max(contact.cost.total_s for contact in contacts)
+        round_s = max(EMPTY_ROUND_S, last_drop_s) if limit_s is None else limit_s
+        self.clock.advance(round_s)
+        return round_s
+
+    def _record(self, contact: Contact, phase: str, start_s: float, round_s: float) -> ClientReport:
+        """Stores what the client has for later rounds, and says what became of it."""
+        answer, priced = contact.answer, contact.priced
+        wait_s = max(0.0, round_s - contact.cost.total_s) if contact.is_accepted else 0.0
+        if phase == "train" and answer.work.flops:
+            self._flops[contact.client] = answer.work.flops
+        if priced.work_ended and answer.state:
+            self.store.commit(contact.client, answer.state, contact.is_accepted)
+        return ClientReport(
+            round=self.round,
+            phase=phase,
+            client=contact.client,
+            device=self.fleet.device_name(contact.client),
+            outcome="late" if contact.late else priced.outcome,
+            reason=TOO_LATE if contact.late else priced.reason,
+            start_s=start_s,
+            cost=contact.cost,
+            wait_s=wait_s,
+            wait_joules=wait_s * self.fleet[contact.client].idle_watts,
+            work=contact.spent,
+            num_examples=answer.num_examples,
+            metrics=answer.metrics,
         )
 
-    def _deliver(self, accepted: Sequence[_Reply]) -> list[Message]:
+    def _replies(self, accepted: Sequence[Contact]) -> list[Message]:
+        """What the strategy gets of each accepted client."""
         # A client without held-out examples has judged nothing, and a mean over such clients does not exist.
-        accepted = [r for r in accepted if not (r.message.metadata.message_type == "evaluate" and _judged(r) == 0)]
-        for reply in accepted:
-            assert reply.content is not None
-            reply.content.pop(STATE, None)
-            if ARRAYS in reply.content and ARRAYS in reply.message.content:
-                model = _arrays(reply.message.content)
-                reply.content[ARRAYS] = unpacked(_arrays(reply.content), model)
-        return [Message(r.content, reply_to=r.message) for r in accepted if r.content is not None]
+        return [
+            Message(_content_of(contact), reply_to=contact.message)
+            for contact in accepted
+            if contact.message.metadata.message_type != "evaluate" or contact.answer.num_examples
+        ]
 
-    def _mean(self, accepted: Sequence[_Reply], total: _RoundSum, asked: int) -> RecordDict:
+    def _mean(self, accepted: Sequence[Contact], total: RoundSum, reports: Sequence[ClientReport]) -> Message:
         """One reply that stands for all: a strategy that only averages takes it as a cohort of one."""
-        for reply in accepted:
-            _check_alike(reply, accepted[0])
-        reports = [report for report in self.reports[-asked:] if report.outcome == "completed"]
-        means, examples = figures.means(reports), sum(report.num_examples for report in reports)
-        model = _arrays(accepted[0].message.content)
-        mean = unpacked(total.mean({r.client for r in accepted}, model), model)
-        return RecordDict({ARRAYS: mean, METRICS: MetricRecord({NUM_EXAMPLES: examples, **means})})
+        for contact in accepted:
+            _check_alike(contact, accepted[0])
+        counted = [report for report in reports if report.outcome == "completed"]
+        means, examples = figures.means(counted), sum(report.num_examples for report in counted)
+        first = accepted[0]
+        assert first.task is not None
+        mean = record_of(total.mean({c.client for c in accepted}, first.task.broadcast.weights))
+        content = RecordDict({ARRAYS: mean, METRICS: MetricRecord({NUM_EXAMPLES: examples, **means})})
+        return Message(content, reply_to=first.message)
 
 
-class _RoundSum:
-    """Adds up the blocks of a round in their order, as they come; holds only what came early.
-
-    A worker that trained a whole block sends its sum; where it could not, the updates themselves are added up here.
-    """
-
-    def __init__(self, limit_s: float | None):
-        self.limit_s = limit_s
-        self.total = WeightedSum()
-        self.clients: set[int] = set()
-        self._awaited: deque[int] = deque()
-        self._missing: Counter[int] = Counter()
-        self._separate: dict[int, list[_Reply]] = {}
-        self._early: dict[int, tuple[ArrayRecord, float, int] | None] = {}
-
-    def expect(self, online: Sequence[_Reply]) -> None:
-        """Says which clients will answer, in order."""
-        self._missing = Counter(r.block for r in online)
-        self._awaited = deque(self._missing)
-
-    def add_sums(self, sums: Sequence[_BlockSum]) -> None:
-        """Takes whole blocks that a worker has added up."""
-        for number, clients, weight, part in sums:
-            self._put(number, clients, (_arrays(part), weight, len(clients)) if clients else None)
-
-    def add_separate(self, replies: Sequence[_Reply]) -> None:
-        """Takes clients with their own updates; a block is added up when the last of it is here."""
-        for reply in replies:
-            self._missing[reply.block] -= 1
-            group = self._separate.setdefault(reply.block, [])
-            if reply.outcome == "completed" and (self.limit_s is None or reply.cost.total_s <= self.limit_s):
-                group.append(reply)
-            if self._missing[reply.block] == 0:
-                self._put_separate(reply.block, sorted(group, key=lambda r: r.client))
-                del self._separate[reply.block]
-
-    def add_accepted(self, accepted: Sequence[_Reply]) -> None:
-        """Takes all accepted replies of a round at once, in client order."""
-        self.expect(accepted)
-        for number, group in groupby(accepted, key=lambda r: r.block):
-            self._put_separate(number, list(group))
-
-    def mean(self, accepted: set[int], model: ArrayRecord) -> ArrayRecord:
-        """The mean over the accepted clients.
-
-        Raises:
-            RunError: if others were added up: a worker has priced them differently.
-        """
-        if self.clients != accepted:
-            odd = sorted(self.clients ^ accepted)[:5]
-            raise RunError(
-                f"workers and server disagree on whether clients {odd} were in time; do their versions differ?"
-            )
-        return self.total.mean(model)
-
-    def _put_separate(self, number: int, group: Sequence[_Reply]) -> None:
-        block = BlockSum()
-        for reply in group:
-            content: Any = reply.content
-            block.add(content.pop(ARRAYS), float(content[METRICS][NUM_EXAMPLES]))
-        clients = [r.client for r in group]
-        self._put(number, clients, (block.record(), block.weight, block.clients) if group else None)
-
-    def _put(self, number: int, clients: Sequence[int], block: tuple[ArrayRecord, float, int] | None) -> None:
-        self.clients.update(clients)
-        self._early[number] = block
-        while self._awaited and self._awaited[0] in self._early:
-            ready = self._early.pop(self._awaited.popleft())
-            if ready is not None:
-                self.total.add(*ready)
+def _price(contacts: Sequence[Contact], prices: Prices) -> None:
+    for contact, priced in zip(contacts, prices.settle([c.answer for c in contacts]), strict=True):
+        contact.priced = priced
 
 
-def _cut(
-    online: Sequence[_Reply], nodes: int, small: bool, whole_blocks: bool, together: int
-) -> Iterator[list[list[_Reply]]]:
-    """Clients by message, in order, as lists of units that must not be divided.
-
-    A block stays whole where it is added up by its worker, and so do clients that train at once. Many small messages
-    balance the load but each costs some milliseconds: so they get smaller towards the end (guided self-scheduling,
-    Polychronopoulos and Kuck 1987), or are as few as the limit allows.
-    """
-    blocks_of = [list(group) for _, group in groupby(online, key=lambda r: r.block)]
-    units: list[list[_Reply]] = []
-    for unit in blocks_of if whole_blocks else [[r] for r in online]:
-        if units and len(units[-1]) < together:
-            units[-1] += unit
-        else:
-            units.append(list(unit))
-    start, left, idle = 0, len(online), nodes
-    while start < len(units):
-        size = min(CLIENTS_PER_MESSAGE, -(-left // (nodes if small else idle)))
-        idle = max(1, idle - 1)
-        end, count = start + 1, len(units[start])
-        while end < len(units) and count + len(units[end]) <= size:
-            count += len(units[end])
-            end += 1
-        yield units[start:end]
-        start, left = end, left - count
+def _content_of(contact: Contact) -> RecordDict:
+    """A client's reply as Flower's strategies take it."""
+    answer, phase = contact.answer, contact.message.metadata.message_type
+    content: dict[str, ArrayRecord | ConfigRecord | MetricRecord] = {}
+    if (weights := contact.weights) is not None:
+        assert contact.task is not None
+        content[ARRAYS] = record_of(weights.by_name(contact.task.broadcast.weights))
+    if phase in ("train", "evaluate"):
+        content[METRICS] = MetricRecord({NUM_EXAMPLES: answer.num_examples, **answer.metrics})
+    return RecordDict({**content, **{name: record_of(tensors) for name, tensors in answer.extras.items()}})
 
 
-def _moved(name: str) -> str:
-    """The present name of a tensor in a client's state."""
-    if name == "uplink.residual":
-        return f"{OF_REPLY}residual"
-    return f"{OF_REPLY}{name}" if name.startswith("pool_") else name
-
-
-def _arrays(content: RecordDict, name: str = ARRAYS) -> ArrayRecord:
-    record = content[name]
-    assert isinstance(record, ArrayRecord)
-    return record
-
-
-def _judged(reply: _Reply) -> float:
-    assert reply.content is not None
-    return float(reply.content[METRICS][NUM_EXAMPLES])  # type: ignore[arg-type]
-
-
-def _check_alike(reply: _Reply, first: _Reply) -> None:
+def _check_alike(contact: Contact, first: Contact) -> None:
     """Refuses what a strategy that only averages would drop or average wrongly, as Flower does for single replies."""
-    assert reply.content is not None
-    assert first.content is not None
-    extras = sorted(set(arrays_in(reply.content)) - {ARRAYS, STATE})
+    extras, metrics = sorted(contact.answer.extras), contact.answer.metrics
     if extras:
         raise RunError(f"the clients sent {extras} beside their weights, which the strategy drops, {ONE_METHOD}")
-    if reply.content[METRICS].keys() != first.content[METRICS].keys():
-        names, others = (sorted(set(c[METRICS]) - {NUM_EXAMPLES}) for c in (reply.content, first.content))
-        who = f"client {reply.client} reported metrics {names}, client {first.client} {others}"
+    if metrics.keys() != first.answer.metrics.keys():
+        names, others = sorted(metrics), sorted(first.answer.metrics)
+        who = f"client {contact.client} reported metrics {names}, client {first.client} {others}"
         raise RunError(f"{who}; a mean needs the same metrics from every client")

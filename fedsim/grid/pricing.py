@@ -6,14 +6,12 @@ clients as the edge grid does.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
-from devices.cost import Cost, LatencyModel, Work
+from devices.cost import Cost, LatencyModel
 from devices.fleet import Fleet
-
-Outcome = Literal["completed", "late", "offline", "out_of_memory", "failed"]
-OUTCOMES: tuple[Outcome, ...] = ("completed", "late", "offline", "out_of_memory", "failed")
+from fedsim.messages.cohort import ClientAnswer, Outcome
 
 
 @dataclass(frozen=True)
@@ -75,20 +73,28 @@ class Prices:
     round: int
     start_s: float
 
-    def of(self, client: int, work: Work, outcome: Outcome, reason: str) -> Priced:
-        """The cost of the work, and the outcome where the device itself ends the client's round early."""
-        cost = self.latency.cost(work, self.fleet[client], self.fleet.jitter(client, self.round))
-        if outcome == "out_of_memory" or not cost.fits:
-            reason = reason or f"needs {work.peak_memory_bytes} bytes at its peak"
+    def settle(self, answers: Sequence[ClientAnswer]) -> list[Priced]:
+        """The cost of each client's work, and its outcome where the device itself ends its round early."""
+        if not answers:
+            return []
+        clients = [answer.client for answer in answers]
+        jitters = [self.fleet.jitter(client, self.round) for client in clients]
+        costs = self.latency.costs([answer.work for answer in answers], self.fleet.units(clients), jitters)
+        return [self._ended(answer, cost) for answer, cost in zip(answers, costs.all(), strict=True)]
+
+    def _ended(self, answer: ClientAnswer, cost: Cost) -> Priced:
+        """What became of a client whose work costs so much if nothing comes between."""
+        if answer.outcome == "out_of_memory" or not cost.fits:
+            reason = answer.reason or f"needs {answer.work.peak_memory_bytes} bytes at its peak"
             return Priced("out_of_memory", reason, cost.until(cost.down_s))  # it dies when it allocates
-        if outcome == "failed":
-            return Priced("failed", reason, cost.until(cost.down_s + cost.compute_s))
-        leaves_s = self.fleet.online_until(client, self.start_s) - self.start_s
-        crashes_s = self.fleet.crash_s(client, self.round)
+        if answer.outcome == "failed":
+            return Priced("failed", answer.reason, cost.until(cost.down_s + cost.compute_s))
+        leaves_s = self.fleet.online_until(answer.client, self.start_s) - self.start_s
+        crashes_s = self.fleet.crash_s(answer.client, self.round)
         gone_s = min(leaves_s, crashes_s)
         if gone_s < cost.total_s:
             offline = leaves_s <= crashes_s
             reason = "went offline during the round" if offline else "crashed during the round"
             work_ended = gone_s >= cost.down_s + cost.compute_s  # a device stores its results before it sends them
             return Priced("offline" if offline else "failed", reason, cost.until(gone_s), work_ended)
-        return Priced(outcome, reason, cost, work_ended=True)
+        return Priced(answer.outcome, answer.reason, cost, work_ended=True)

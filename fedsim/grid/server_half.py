@@ -20,6 +20,7 @@ from fedsim.workloads.base import Tensors, Workload
 
 if TYPE_CHECKING:
     from fedsim.grid.edge import EdgeGrid
+    from fedsim.grid.exchange import Exchange
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,12 @@ class ServerHalf:
     def wraps(self) -> Strategy | None:
         """The strategy inside this one to which it leaves the averaging; None: it averages itself."""
         return None
+
+    def closed(self, exchange: Exchange) -> None:
+        """Takes what the training exchange of a round brought, before its replies are averaged.
+
+        One mean may stand for all replies; here is who was accepted, and what each client reported.
+        """
 
     def complete(self, number: int, arrays: ArrayRecord, grid: EdgeGrid) -> ArrayRecord:
         """Returns the global weights as they are judged, for what is made of them only then, by exchanges of its own.

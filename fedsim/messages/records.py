@@ -1,17 +1,14 @@
-"""What server and clients say to each other, and how it travels in Flower records.
+"""What server and clients say to each other, and how a strategy packs it in Flower records.
 
-`Broadcast` and `ClientUpdate` are what methods see. A *cohort message* carries many clients at once: records that
-several clients share travel once, each client's own beside them.
+`Broadcast` and `ClientUpdate` are what methods see.
 
-Record names on the wire (per client): `arrays` weights, `config` settings, `metrics` numbers, `state` what
-the client keeps (never counted as traffic), and any further ArrayRecord is an extra of the method. What `state` names
-with OF_REPLY before it belongs to the exchange with the server, all else to the client alone.
+Record names (per client): `arrays` weights, `config` settings, `metrics` numbers, `state` what the client keeps (never
+counted as traffic), and any further ArrayRecord is an extra of the method. What `state` names with OF_REPLY before it
+belongs to the exchange with the server, all else to the client alone.
 """
 
 from __future__ import annotations
 
-import json
-from cmath import isfinite
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -21,16 +18,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
+from fedsim.messages.weights import are_finite
 from fedsim.workloads.base import Tensors
 
 Scalar = int | float | bool | str
 ARRAYS, CONFIG, METRICS, STATE = "arrays", "config", "metrics", "state"
-COHORT, SETTINGS = "cohort", "settings"
 OF_REPLY = "reply."  # state that holds only if the server takes the reply that it was made with
-PACKED = "packed"  # the one key of an ArrayRecord whose tensors were joined
-PACKED_LAST = "packed-channels-last"  # the same, with every tensor of four dimensions as [n, h, w, c]
 NUM_EXAMPLES = "num-examples"
 
 
@@ -88,9 +83,6 @@ class Instruction:
     data: Mapping[str, str] = field(default_factory=dict)
 
 
-_DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
-
-
 # --- tensors and Flower arrays -----------------------------------------------------------------------------------
 
 
@@ -133,80 +125,6 @@ def array_record(arrays: Mapping[str, Array]) -> ArrayRecord:
 def record_of(tensors: Mapping[str, torch.Tensor]) -> ArrayRecord:
     """Packs named tensors; they are copied, so the originals may change afterwards."""
     return array_record({name: to_array(t.detach().cpu().numpy()) for name, t in tensors.items()})
-
-
-def record_like(tensors: Mapping[str, torch.Tensor], model: ArrayRecord, channels_last: bool = False) -> ArrayRecord:
-    """Packs tensors that have the names, shapes and one dtype of `model` as a single array; others one by one.
-
-    One array instead of one per tensor takes a tenth of the time to pack, to unpack and to add up.
-    """
-    if not _same_layout(tensors, model):
-        return record_of(tensors)
-    every = (t.permute(0, 2, 3, 1) if channels_last and t.dim() == 4 else t for t in tensors.values())
-    return packed_record(torch.cat([t.detach().reshape(-1) for t in every]), channels_last)
-
-
-def packed_record(flat: torch.Tensor, channels_last: bool = False) -> ArrayRecord:
-    """The record of weights that `lay_out` has joined, in the order of the model."""
-    return array_record({PACKED_LAST if channels_last else PACKED: to_array(flat.cpu().numpy())})
-
-
-def lay_out(tensors: Iterable[torch.Tensor]) -> torch.Tensor | None:
-    """Moves tensors one behind the other into one buffer, in place, so that they can be copied as one.
-
-    Each keeps its memory format: contiguous or, with four dimensions, channels last.
-
-    Returns:
-        The buffer, [sum of sizes]; None, and nothing moved, when they differ in dtype or lie in memory otherwise.
-    """
-    every = list(tensors)
-    alike = all(t.is_contiguous() for t in every) or all(
-        _is_last(t) if t.dim() == 4 else t.is_contiguous() for t in every
-    )
-    if len({(t.dtype, t.device) for t in every}) != 1 or not alike:
-        return None
-    buffer, start = every[0].new_empty(sum(t.numel() for t in every)).detach(), 0
-    for t in every:
-        part = buffer.as_strided(t.shape, t.stride(), start)
-        part.copy_(t.detach())
-        t.data = part
-        start += t.numel()
-    return buffer
-
-
-def is_channels_last(tensors: Iterable[torch.Tensor]) -> bool:
-    """Whether tensors that `lay_out` takes lie channels last: what `packed_record` must know of them."""
-    return any(not t.is_contiguous() for t in tensors)
-
-
-def _is_last(t: torch.Tensor) -> bool:
-    return t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)
-
-
-def unpacked(record: ArrayRecord, model: ArrayRecord) -> ArrayRecord:
-    """One array per tensor again, as Flower's strategies want them; `model` gives names and shapes."""
-    key = next((key for key in (PACKED, PACKED_LAST) if key in record), None)
-    if key is None:
-        return record
-    flat = from_array(record[key])
-    arrays, start = {}, 0
-    for name, array in model.items():
-        end, shape = start + prod(array.shape), tuple(array.shape)
-        if key == PACKED_LAST and len(shape) == 4:
-            n, c, h, w = shape
-            arrays[name] = to_array(flat[start:end].reshape(n, h, w, c).transpose(0, 3, 1, 2))
-        else:
-            arrays[name] = to_array(flat[start:end].reshape(shape))
-        start = end
-    return array_record(arrays)
-
-
-def _same_layout(tensors: Mapping[str, torch.Tensor], model: ArrayRecord) -> bool:
-    dtype = next((array.dtype for array in model.values()), "")
-    return len(tensors) == len(model) and all(
-        name == other and t.shape == array.shape and array.dtype == dtype and t.dtype is _DTYPES.get(dtype)
-        for (name, t), (other, array) in zip(tensors.items(), model.items(), strict=True)
-    )
 
 
 def tensors_of(record: ArrayRecord, device: torch.device | str = "cpu") -> Tensors:
@@ -257,12 +175,8 @@ def _wide(array: Array) -> Array:
 
 
 def all_finite(record: ArrayRecord) -> bool:
-    """Whether there is no NaN and no infinity: one sum over everything finds them without a test per element."""
-    arrays = [from_array(array) for array in record.values()]
-    with np.errstate(over="ignore", invalid="ignore"):
-        # float16 overflows at 65504
-        total = sum(complex(a.sum(dtype=np.promote_types(a.dtype, np.float32))) for a in arrays)
-    return isfinite(total)
+    """Whether there is no NaN and no infinity."""
+    return are_finite(from_array(array) for array in record.values())
 
 
 def like(record: ArrayRecord, model: ArrayRecord) -> ArrayRecord:
@@ -293,12 +207,29 @@ def cast_to(values: np.ndarray, dtype: str | np.dtype) -> np.ndarray:
 # --- broadcast and update, one client ----------------------------------------------------------------------------
 
 
-def broadcast_of(content: RecordDict, weights: Tensors, round: int) -> Broadcast:
-    """Reads one client's instruction; `weights` are its `arrays`, unpacked by the caller (a cohort shares them)."""
-    extras = {name: tensors_of(r) for name, r in arrays_in(content).items() if name not in (ARRAYS, STATE)}
-    configs = [record for record in content.values() if isinstance(record, ConfigRecord)]
-    settings = {key: value for record in configs for key, value in record.items()}
-    return Broadcast(round, weights, extras, settings)  # type: ignore[arg-type]
+class Instructions:
+    """Reads the instructions of an exchange; records and contents that several clients share are unpacked once."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[int, tuple[ArrayRecord, Tensors]] = {}  # held, so that ids stay
+        self._broadcasts: dict[int, tuple[RecordDict, Broadcast]] = {}
+
+    def broadcast(self, content: RecordDict, round_number: int) -> Broadcast:
+        """What a content sends, without the client's own state."""
+        if id(content) not in self._broadcasts:
+            self._broadcasts[id(content)] = (content, self._read(content, round_number))
+        return self._broadcasts[id(content)][1]
+
+    def _read(self, content: RecordDict, round_number: int) -> Broadcast:
+        tensors = {name: self._of(record) for name, record in arrays_in(content).items() if name != STATE}
+        configs = [record for record in content.values() if isinstance(record, ConfigRecord)]
+        settings = {key: value for record in configs for key, value in record.items()}
+        return Broadcast(round_number, tensors.pop(ARRAYS, {}), tensors, settings)  # type: ignore[arg-type]
+
+    def _of(self, record: ArrayRecord) -> Tensors:
+        if id(record) not in self._tensors:
+            self._tensors[id(record)] = (record, tensors_of(record))
+        return self._tensors[id(record)][1]
 
 
 def content_of(broadcast: Broadcast, weights: ArrayRecord) -> RecordDict:
@@ -308,17 +239,19 @@ def content_of(broadcast: Broadcast, weights: ArrayRecord) -> RecordDict:
     return RecordDict(content | _extra_records(broadcast.extras))
 
 
-def content_of_update(update: ClientUpdate, weights: ArrayRecord) -> RecordDict:
-    """Packs what a client answers; `weights` is the packed form of `update.weights`."""
-    metrics = {NUM_EXAMPLES: int(update.num_examples), **{k: float(v) for k, v in update.metrics.items()}}
-    content: dict[str, Any] = {ARRAYS: weights, METRICS: MetricRecord(metrics)}  # type: ignore[arg-type]
-    return RecordDict(content | _extra_records(update.extras))
+def check_extra_names(names: Iterable[str]) -> None:
+    """Refuses names of extra records that mean something else.
+
+    Raises:
+        ValueError: names the first.
+    """
+    for name in names:
+        if name in (ARRAYS, CONFIG, METRICS, STATE):
+            raise ValueError(f"an extra record may not be called {name!r}; that name is taken")
 
 
 def _extra_records(extras: Mapping[str, Tensors]) -> dict[str, ArrayRecord]:
-    for name in extras:
-        if name in (ARRAYS, CONFIG, METRICS, STATE):
-            raise ValueError(f"an extra record may not be called {name!r}; that name is taken")
+    check_extra_names(extras)
     return {name: record_of(tensors) for name, tensors in extras.items()}
 
 
@@ -329,64 +262,3 @@ def update_of(content: RecordDict, client_id: int) -> ClientUpdate:
     extras = {name: tensors_of(r) for name, r in arrays_in(content).items() if name not in (ARRAYS, STATE)}
     weights = tensors_of(content.array_records[ARRAYS])
     return ClientUpdate(client_id, num_examples, weights, metrics, extras)  # type: ignore[arg-type]
-
-
-# --- many clients in one message ---------------------------------------------------------------------------------
-
-
-def pack_cohort(
-    header: Mapping[str, Any], parts: Iterable[RecordDict], settings: ConfigRecord | None = None
-) -> RecordDict:
-    """One content for many clients: a record that several parts share (the same object) travels once.
-
-    Args:
-        header: JSON-able facts about the whole message.
-        parts: one RecordDict per client, in order.
-        settings: the run's settings, for the worker to build its world from.
-    """
-    names: dict[int, str] = {}
-    content: dict[str, Any] = {} if settings is None else {SETTINGS: settings}
-    layout = []
-    for part in parts:
-        refs = {}
-        for name, record in part.items():
-            key = names.setdefault(id(record), f"r{len(names)}")
-            content[key] = record
-            refs[name] = key
-        layout.append(refs)
-    content[COHORT] = ConfigRecord({"header": json.dumps(header), "layout": json.dumps(layout)})
-    return RecordDict(content)
-
-
-def unpack_cohort(content: RecordDict) -> tuple[dict[str, Any], list[RecordDict]]:
-    """The inverse of `pack_cohort`; shared records are shared objects again."""
-    header = cohort_header(content)
-    layout = json.loads(content[COHORT]["layout"])  # type: ignore[arg-type]
-    return header, [RecordDict({name: content[key] for name, key in refs.items()}) for refs in layout]
-
-
-def cohort_header(content: RecordDict) -> dict[str, Any]:
-    """The facts of a cohort message, without touching its records.
-
-    Raises:
-        ValueError: if it is not a cohort message.
-    """
-    if COHORT not in content:
-        raise ValueError(f"not a cohort message: no {COHORT!r} record among {sorted(content)}")
-    header: dict[str, Any] = json.loads(content[COHORT]["header"])  # type: ignore[arg-type]
-    return header
-
-
-def split_cohort(content: RecordDict) -> list[RecordDict]:
-    """One cohort message per client, for finding out which of them its worker cannot survive.
-
-    `header["each"]` names the entries that hold one value per client; a part of a block cannot be summed up by its
-    worker, so each answers with its own update.
-    """
-    header, parts = unpack_cohort(content)
-    settings = content.config_records.get(SETTINGS)
-    alone = []
-    for number, part in enumerate(parts):
-        own = {key: [header[key][number]] for key in header.get("each", ["clients"])}
-        alone.append(pack_cohort({**header, **own, "separate": True}, [part], settings))
-    return alone

@@ -9,15 +9,15 @@ it had, since nothing of its update has reached the server.
 from __future__ import annotations
 
 from collections.abc import Collection, MutableMapping
-from math import prod
+from dataclasses import replace
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, RecordDict
 from torch import Tensor
 
 from devices.compression.updates import Packed, UpdateCompressor, restore
-from fedsim.messages.records import ARRAYS, OF_REPLY, from_array, tensors_of, to_array
+from fedsim.messages.records import OF_REPLY
+from fedsim.messages.weights import SentWeights, named
 from fedsim.workloads.base import Tensors
 
 VALUES, INDEX, SCALE = "update:values", "update:index", "update:scale"
@@ -26,7 +26,6 @@ BUFFERS, COUNTS = "update:buffers", "update:counts"
 # COUNTS. Left out where every tensor that does not come under its own name is compressed.
 WHICH = "update:which"
 PACKED = {torch.float32: BUFFERS, torch.int64: COUNTS}
-PACKED_AS = {str(dtype).removeprefix("torch."): key for dtype, key in PACKED.items()}  # as arrays call their types
 KEYS = {VALUES, INDEX, SCALE, WHICH, BUFFERS, COUNTS}
 HALF = torch.finfo(torch.float16).max
 RESIDUAL = f"{OF_REPLY}residual"
@@ -39,8 +38,8 @@ def compressed(
     parameters: Collection[str],
     state: MutableMapping[str, Tensor],
     draw: torch.Generator,
-) -> ArrayRecord:
-    """The record that a client sends in place of its weights; its residual is brought up to date.
+) -> SentWeights:
+    """What a client sends in place of its weights; its residual is brought up to date.
 
     Args:
         compressor: of the run.
@@ -75,38 +74,36 @@ def compressed(
         flags = [name in some for some in (small, packs) for name in received]
         arrays[WHICH] = torch.from_numpy(np.packbits(flags))
     every = {name: t for name, t in arrays.items() if len(t) or name == VALUES} | whole
-    return ArrayRecord({name: to_array(t.detach().cpu().numpy()) for name, t in every.items()})
+    return replace(named(every), form="compressed")
 
 
-def decompress(answer: RecordDict, sent: RecordDict) -> None:
-    """Puts the client's weights in place of its compressed update, if it is one.
+def decompressed(sent: SentWeights, received: Tensors) -> SentWeights:
+    """The client's weights, whole again if they came compressed.
 
     Args:
-        answer: of the client; changed in place.
-        sent: what the client was sent, with the weights that the update is a difference to.
+        sent: by the client.
+        received: what the client was sent, to which a compressed update is a difference.
     """
-    record, model = answer.get(ARRAYS), sent.get(ARRAYS)
-    if not isinstance(record, ArrayRecord) or not isinstance(model, ArrayRecord) or VALUES not in record:
-        return
-    names, beside = [name for name in model if name not in record], []
-    if WHICH in record:
-        flags = np.unpackbits(from_array(record[WHICH]), count=2 * len(model)).reshape(2, -1).astype(bool)
-        names, beside = ([name for name, flag in zip(model, row, strict=True) if flag] for row in flags)
-    sizes = [prod(model[name].shape) for name in names]
-    own = tensors_of(ArrayRecord({key: record[key] for key in (VALUES, INDEX, SCALE) if key in record}))
+    if sent.form != "compressed":
+        return sent
+    tensors = sent.tensors
+    names, beside = [name for name in received if name not in tensors], []
+    if WHICH in tensors:
+        flags = np.unpackbits(tensors[WHICH].numpy(), count=2 * len(received)).reshape(2, -1).astype(bool)
+        names, beside = ([name for name, flag in zip(received, row, strict=True) if flag] for row in flags)
+    sizes = [received[name].numel() for name in names]
     nothing = torch.empty(0, dtype=torch.int32)
-    packed = Packed(own[VALUES], own.get(INDEX, nothing), own.get(SCALE, torch.empty(0)))
+    packed = Packed(tensors[VALUES], tensors.get(INDEX, nothing), tensors.get(SCALE, torch.empty(0)))
     parts = np.split(restore(packed, sizes).numpy(), np.cumsum(sizes)[:-1]) if names else []
-    changed = {name: to_array(_moved(from_array(model[name]), part)) for name, part in zip(names, parts, strict=True)}
-    for key in (BUFFERS, COUNTS):
-        if key in record:
-            mine = [name for name in beside if PACKED_AS[model[name].dtype] == key]
-            values, ends = from_array(record[key]), np.cumsum([prod(model[name].shape) for name in mine])
-            for name, part in zip(mine, np.split(values, ends[:-1]), strict=True):
-                changed[name] = to_array(part.astype(model[name].dtype).reshape(model[name].shape))
-    whole = {name: array for name, array in record.items() if name not in KEYS}
+    changed = {name: _moved(received[name], part) for name, part in zip(names, parts, strict=True)}
+    for dtype, key in PACKED.items():
+        if key in tensors:
+            mine = [name for name in beside if received[name].dtype == dtype]
+            for name, part in zip(mine, tensors[key].split([received[name].numel() for name in mine]), strict=True):
+                changed[name] = part.to(dtype).view(received[name].shape)
+    whole = {name: t for name, t in tensors.items() if name not in KEYS}
     both = changed | whole
-    answer[ARRAYS] = ArrayRecord({name: both.pop(name) for name in model if name in both} | both)
+    return SentWeights({name: both.pop(name) for name in received if name in both} | both)
 
 
 def _change(tensor: Tensor, received: Tensor) -> Tensor:
@@ -115,10 +112,12 @@ def _change(tensor: Tensor, received: Tensor) -> Tensor:
     return (tensor.to(wide) - received.to(wide)).float().reshape(-1).cpu()
 
 
-def _moved(weights: np.ndarray, change: np.ndarray) -> np.ndarray:
-    """The sum in the dtype of the weights, rounded once."""
+def _moved(received: Tensor, change: np.ndarray) -> Tensor:
+    """The sum in the dtype of what was received, rounded once."""
+    weights = received.cpu().numpy()
     with np.errstate(over="ignore"):  # whoever takes the weights looks whether they are finite
-        return (weights + change.reshape(weights.shape)).astype(weights.dtype)
+        moved = (weights + change.reshape(weights.shape)).astype(weights.dtype)
+    return torch.from_numpy(np.asarray(moved))
 
 
 def _alike(received: Tensor, tensor: Tensor) -> bool:

@@ -11,7 +11,7 @@ from fedsim.report import strict_json
 
 if TYPE_CHECKING:
     from devices.cost import Work
-    from fedsim.grid.edge import ClientReport
+    from fedsim.grid.exchange import ClientReport
 
 AT_ONCE = 20_000  # rows of a chunk: its texts must stay below 2 GiB
 

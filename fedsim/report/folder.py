@@ -22,8 +22,8 @@ from devices.texts import file_name
 from devices.writing import make_folders, naming, remove_empty, sync_folder, write_atomic, write_new
 from fedsim.engines.locks import hold
 from fedsim.errors import ClientError, ConfigError
-from fedsim.grid.edge import ClientReport
-from fedsim.grid.pricing import OUTCOMES
+from fedsim.grid.exchange import ClientReport
+from fedsim.messages.cohort import OUTCOMES
 from fedsim.messages.records import Instruction
 from fedsim.report import strict_json
 from fedsim.report.checksums import Beginning, Checksums, inside, of_bytes, of_file, signed

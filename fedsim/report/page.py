@@ -15,7 +15,7 @@ from devices.errors import FileError
 from devices.reading import read_text
 from devices.texts import visible, visible_lines
 from devices.writing import write_atomic
-from fedsim.grid.pricing import OUTCOMES
+from fedsim.messages.cohort import OUTCOMES
 from fedsim.report import strict_json
 from fedsim.report.checksums import inside, of_file
 from fedsim.report.files import (

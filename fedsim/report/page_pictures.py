@@ -11,7 +11,7 @@ import numpy as np
 
 from devices.figures import new_figure, save_figure
 from devices.texts import NAME_LETTERS, visible
-from fedsim.grid.pricing import OUTCOMES
+from fedsim.messages.cohort import OUTCOMES
 from fedsim.report.files import Rows, only
 from fedsim.report.plots import COLOURS, NAMES, UNITS
 from fedsim.report.rounds import RoundReport, spent

@@ -14,8 +14,8 @@ from flwr.app import ArrayRecord
 
 from devices.errors import FileError
 from devices.reading import parse_json, read_json_lines
-from fedsim.grid.edge import ClientReport
-from fedsim.grid.pricing import OUTCOMES
+from fedsim.grid.exchange import ClientReport
+from fedsim.messages.cohort import OUTCOMES
 from fedsim.messages.records import from_array
 from fedsim.report import strict_json
 from fedsim.report.checksums import inside

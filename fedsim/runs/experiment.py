@@ -49,12 +49,12 @@ def run_experiment(
 
 
 def build_engine(settings: dict[str, Any]) -> Any:
-    """The engine that the settings name, for `clients.app`; the caller closes it."""
-    from clients.app import app as client_app
+    """The engine that the settings name, with the worker of `clients.app`; the caller closes it."""
+    from clients.app import serve
     from fedsim.settings.build import instantiate
 
     quiet_flower()
-    return instantiate(settings, "engine", client_app=client_app)
+    return instantiate(settings, "engine", serve=serve)
 
 
 def forget_worlds() -> None:

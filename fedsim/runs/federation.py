@@ -27,10 +27,12 @@ from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from devices.errors import DeviceError, one_line
 from devices.fleet import Fleet
 from fedsim import __version__
+from fedsim.engines.base import Engine
 from fedsim.errors import ClientError, ConfigError, NotFiniteError, RunError, as_error, no_exit
-from fedsim.grid.edge import ONE_METHOD, ClientReport, EdgeGrid
-from fedsim.grid.pricing import OUTCOMES
+from fedsim.grid.edge import ONE_METHOD, EdgeGrid
+from fedsim.grid.exchange import ClientReport
 from fedsim.grid.server_half import ServerContext, ServerModel
+from fedsim.messages.cohort import OUTCOMES
 from fedsim.messages.records import (
     ARRAYS,
     Instruction,
@@ -71,11 +73,11 @@ class Federation:
 
     Args:
         world: data, fleet and latency model.
-        engine: the Grid that runs clients.
+        engine: where clients run.
         observe: called with each client's id as its reply comes in (progress).
     """
 
-    def __init__(self, world: World, engine: Grid, observe: Callable[[int], None] | None = None):
+    def __init__(self, world: World, engine: Engine, observe: Callable[[int], None] | None = None):
         settings = world.settings
         self.world, self.settings, self.seed = world, settings, settings["seed"]
         self.strategy = build_strategy(settings, world.workload.num_clients)
@@ -186,8 +188,9 @@ class Federation:
 
     def train(self, number: int) -> dict[str, float]:
         """One training exchange and the new global weights; without replies the weights stay."""
-        replies = self.grid.send_and_receive(self.instructions(number))
-        if not replies:
+        exchange = self.grid.exchange(self.instructions(number))
+        self.server.closed(number, exchange)
+        if not (replies := exchange.replies):
             return {}
         if self.server.mean_is_all:
             self.take(number, replies[0].content.array_records[ARRAYS])
@@ -318,7 +321,7 @@ class Federation:
 @no_exit()
 def run(
     settings: Settings,
-    engine: Grid,
+    engine: Engine,
     out: Path,
     watch: Watch | None = None,
     observe: Callable[[int], None] | None = None,
@@ -329,7 +332,7 @@ def run(
 
     Args:
         settings: of the run.
-        engine: the Grid that runs clients.
+        engine: where clients run.
         out: the run folder.
         watch: called with each round that has ended.
         observe: called with each client's id as its reply comes in.
@@ -350,7 +353,7 @@ def run(
         check_same(saved.state.get(DATA), settings, federation.world.workload, out)
         totals, last, sums = _go_on(federation, saved, out), saved.round, saved.sums
         priced = repriced(saved.priced, last + 1)
-    list(engine.get_node_ids())  # an engine that cannot be started leaves nothing behind
+    engine.start()  # one that cannot be started leaves nothing behind
     folder = RunFolder(out, settings, resume, last, sums)
     keep_split(federation.world.workload, out)
     if announce and resume and saved is None:
@@ -592,7 +595,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """`flwr run`: the same run on Flower's own engine. A failure leaves `failure.json` in the run folder."""
-    from fedsim.engines.flower.grid import FlowerGrid
+    from fedsim.engines.flower.engine import FlowerEngine
     from fedsim.engines.session_folder import usual_files
 
     usual_files()  # the run folder is the user's, and no part of the session
@@ -600,5 +603,5 @@ def main(grid: Grid, context: Context) -> None:
     with new_run_folder(settings) as out:
         print(f"run folder: {out.resolve()}", flush=True)
         torch.set_num_threads(settings["engine"]["threads"])
-        summary = run(settings, FlowerGrid(grid), out, watch=lambda report: print(report.to_json(), flush=True))
+        summary = run(settings, FlowerEngine(grid), out, watch=lambda report: print(report.to_json(), flush=True))
     print(strict_json.dumps(summary), flush=True)

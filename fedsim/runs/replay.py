@@ -10,12 +10,13 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, RecordDict
 
+from fedsim.engines.base import Engine
 from fedsim.errors import ConfigError
-from fedsim.messages.records import STATE, Instruction, pack_cohort, unpack_cohort
+from fedsim.messages.cohort import ClientTask, CohortTask
+from fedsim.messages.records import NUM_EXAMPLES, STATE, Instruction, Instructions, record_of, tensors_of
 from fedsim.report.instructions import kept_instruction
 from fedsim.runs.federation import Federation
 from fedsim.runs.recorded import settings_of_run
@@ -46,7 +47,7 @@ def settings_of(folder: Path) -> Settings:
 
 
 def instruction_of(
-    settings: Settings, engine: Any, folder: Path, round: int, client: int, watch: Callable[[int], object]
+    settings: Settings, engine: Engine, folder: Path, round: int, client: int, watch: Callable[[int], object]
 ) -> Instruction:
     """What the client was sent in that round: kept in the run folder, or made again by the rounds before.
 
@@ -80,19 +81,19 @@ def instruction_of(
         raise ConfigError(f"client {client} was not asked in round {round}; asked were {sorted(asked)}")
     message = asked[client]
     content, state = message.content, federation.grid.store.get(client)
-    whole = content if state is None else RecordDict({**content, STATE: state})
+    whole = RecordDict({**content, STATE: record_of(state)}) if state else content
     return Instruction(round, client, message.metadata.message_type, whole)
 
 
-def replay(settings: Settings, engine: Any, instruction: Instruction) -> Replayed:
+def replay(settings: Settings, engine: Engine, instruction: Instruction) -> Replayed:
     """Runs just that client in this process."""
-    header = {"round": instruction.round, "phase": instruction.phase, "clients": [instruction.client]}
-    content = pack_cohort(header, [instruction.content], ConfigRecord({"json": json.dumps(settings)}))
-    kind = instruction.phase.partition(".")[0]
-    (node,) = engine.get_node_ids()
-    (reply,) = engine.send_and_receive([Message(content, node, kind)])
-    answered, parts = unpack_cohort(reply.content)
-    (facts,) = answered["clients"]
-    numbers = [record for record in parts[0].values() if not isinstance(record, ArrayRecord)]
-    metrics = {key: value for record in numbers for key, value in record.items() if isinstance(value, int | float)}
-    return Replayed(facts["outcome"], facts["reason"], facts["traceback"], metrics)
+    state = instruction.content.get(STATE)
+    task = ClientTask(
+        instruction.client,
+        Instructions().broadcast(instruction.content, instruction.round),
+        tensors_of(state) if isinstance(state, ArrayRecord) else {},
+    )
+    cohort = CohortTask(instruction.round, instruction.phase, (task,), json.dumps(settings))
+    ((answer,),) = (answers.clients for answers in engine.run(cohort))
+    metrics = {NUM_EXAMPLES: answer.num_examples, **answer.metrics} if answer.outcome == "completed" else {}
+    return Replayed(answer.outcome, answer.reason, answer.traceback, metrics)

@@ -20,8 +20,9 @@ from devices.errors import UserError
 from devices.texts import as_yaml
 from fedsim.engines.blocks import WeightedSum
 from fedsim.errors import ExitError, NotFiniteError, RunError, in_words, no_exit
+from fedsim.grid.exchange import Exchange
 from fedsim.grid.server_half import ServerContext, averaging, server_half
-from fedsim.messages.records import ARRAYS, METRICS, NUM_EXAMPLES, array_record, in_float64
+from fedsim.messages.records import ARRAYS, METRICS, NUM_EXAMPLES, array_record, from_array, in_float64, to_array
 from fedsim.models.roles import TensorRoles
 
 PLAIN_MEANS = (FedAvg, FedAvgM, FedAdagrad, FedAdam, FedYogi, FedProx)
@@ -99,6 +100,10 @@ class ServerSide:
     def begin(self, context: ServerContext) -> None:
         """Tells the strategy what there is to know of the run."""
         self._call("begin", "before the first round", lambda: self.half.begin(context))
+
+    def closed(self, number: int, exchange: Exchange) -> None:
+        """Hands the strategy what a training exchange brought."""
+        self._call("closed", f"in round {number}", lambda: self.half.closed(exchange))
 
     def handed(self, shared: ArrayRecord) -> ArrayRecord:
         """The part of the shared weights that the strategy sees."""
@@ -213,9 +218,12 @@ class ServerSide:
             examples: Any = numbers.get(NUM_EXAMPLES, 0) if isinstance(numbers, MetricRecord) else 0
             if not isinstance(arrays, ArrayRecord) or not all(name in arrays for name in self.beside):
                 continue  # what it lacks, the strategy names
-            total.add(array_record({name: arrays[name] for name in shared if name in self.beside}), examples, 1)
+            total.add({name: from_array(arrays[name]) for name in shared if name in self.beside}, examples, 1)
             reply.content = RecordDict({**content, ARRAYS: _without(arrays, self.beside)})
-        return array_record({**shared, **total.mean(shared)}) if total.weight > 0 else shared
+        if not total.weight > 0:
+            return shared
+        mean = total.mean({name: np.dtype(array.dtype) for name, array in shared.items()})
+        return array_record({**shared, **{name: to_array(values) for name, values in mean.items()}})
 
 
 def _without(record: ArrayRecord, names: frozenset[str]) -> ArrayRecord:

@@ -24,7 +24,7 @@ KINDS = {
     "uplink": "devices.compression.updates:UpdateCompressor",
     "strategy": "flwr.serverapp.strategy:Strategy",
     "trainer": "clients.trainers.base:LocalTrainer",
-    "engine": "flwr.serverapp:Grid",
+    "engine": "fedsim.engines.base:Engine",
 }
 FACTORIES = ("model", "stream")  # groups that are called later, with more arguments
 NESTED = ("devices.availability:Availability",)  # made inside others, beside the groups

@@ -20,13 +20,18 @@ MODULES = {  # of 0.1: of now
     "fedsim.partition": "fedsim.workloads.partition",
     "fedsim.stream_kinds": "fedsim.workloads.streams.kinds",
     "fedsim.streams": "fedsim.workloads.streams.base",
-    "fedsim.engines.ray": "fedsim.engines.ray.grid",
     "devices.latency": "devices.latency.models",
 }
 FROM_TRAINER = {  # settings that earlier versions of these strategies read from the trainer's
     "strategies.heterofl.HeteroFL": ("batch_size", "judged_at", "static_norm"),
     "strategies.ppp.PPPStrategy": ("diversity", "judged_at"),
     "strategies.widths.WidthStrategy": ("batch_size", "judged_at"),
+}
+
+NAMES = {  # of classes that have another name now
+    "fedsim.engines.local.LocalGrid": "fedsim.engines.local.LocalEngine",
+    "fedsim.engines.ray.RayGrid": "fedsim.engines.ray.engine.RayEngine",
+    "fedsim.engines.ray.grid.RayGrid": "fedsim.engines.ray.engine.RayEngine",
 }
 
 
@@ -36,6 +41,8 @@ def current(name: str) -> str:
     Args:
         name: as any version since 0.1 wrote it; others come back as they are.
     """
+    if name in NAMES:
+        return NAMES[name]
     module, _, own = name.rpartition(".")
     return f"{MODULES[module]}.{own}" if module in MODULES else name
 

@@ -9,7 +9,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedsim.grid.edge import ClientReport
+    from fedsim.grid.exchange import ClientReport
     from fedsim.report.rounds import RoundReport
 
 LOSS = "loss"

@@ -1,90 +1,88 @@
-"""How the contents of messages cross process borders without copies: large arrays travel beside the pickle.
+"""How tasks and answers cross process borders with few copies: tensors travel as numpy arrays, beside the pickle.
 
-Flower's records would be pickled with all their bytes inside. Here an array's bytes become a `PickleBuffer`, which Ray
-lays into shared memory as it is and hands out as a view; the rest of a record is small.
+Ray lays the bytes of large arrays into shared memory as they are, and hands them out as views; whoever unpacks them
+copies, so that nothing holds on to Ray's memory. What several tasks of an exchange have in common travels once.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from pickle import PickleBuffer
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
-from flwr.app import Array, ArrayRecord, RecordDict
+import torch
 
-OUT_OF_BAND_BYTES = 2**14  # below it a copy costs less than keeping track of a buffer
+from fedsim.messages.cohort import CohortTask
+from fedsim.messages.records import Broadcast
+from fedsim.workloads.base import Tensors
 
-Packed = Any  # a record ready for pickling: a list of arrays, or a small record as it is
-Letter = list[tuple[str, int | Packed]]  # a content, by name; a number stands for a record that travels by itself
-
-
-def pack(record: Any) -> Packed:
-    """A record ready for pickling with protocol 5; its bytes are not copied."""
-    if not isinstance(record, ArrayRecord):
-        return record
-    return [(name, a.dtype, tuple(a.shape), a.stype, _sendable(a.data)) for name, a in record.items()]
+Swap = Callable[[Tensors], Tensors]
 
 
-def unpack(packed: Packed) -> Any:
-    """The inverse of `pack`; arrays that travelled out of band are views of the memory they arrived in."""
-    if not isinstance(packed, list):
-        return packed
-    record = ArrayRecord()
-    for name, dtype, shape, stype, data in packed:
-        array = Array(dtype, shape, stype, b"")
-        array.data = data if isinstance(data, bytes) else memoryview(data).toreadonly()  # type: ignore[assignment]
-        record[name] = array
-    return record
+def send_tensors_as_arrays() -> None:
+    """Teaches Ray, in this process, how tensors travel; needs a connection to Ray."""
+    import ray
+
+    ray.util.register_serializer(
+        torch.Tensor,
+        serializer=lambda tensor: tensor.detach().cpu().numpy(),
+        deserializer=lambda array: torch.from_numpy(array.copy()),
+    )
 
 
-def _sendable(data: bytes | memoryview) -> bytes | PickleBuffer:
-    return PickleBuffer(data) if len(data) >= OUT_OF_BAND_BYTES else bytes(data)
+class Elsewhere(Tensors):
+    """Stands for tensors that travel by themselves.
+
+    Attributes:
+        number: which of them.
+    """
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = number
+
+    def __reduce__(self) -> tuple[type[Elsewhere], tuple[int]]:
+        return Elsewhere, (self.number,)
 
 
-def letter_of(content: RecordDict, elsewhere: Mapping[int, int] | None = None) -> Letter:
-    """Packs a content.
+def in_common(tasks: Iterable[CohortTask]) -> list[Tensors]:
+    """The tensors that several tasks send (the same object), in the order in which they first appear."""
+    counts: Counter[int] = Counter()
+    first: dict[int, Tensors] = {}
+    for task in tasks:
+        for key, tensors in {id(t): t for one in task.clients for t in _sent(one.broadcast) if t}.items():
+            counts[key] += 1
+            first.setdefault(key, tensors)
+    return [tensors for key, tensors in first.items() if counts[key] > 1]
+
+
+def without(task: CohortTask, numbers: Mapping[int, int]) -> CohortTask:
+    """The task without the tensors that travel by themselves.
 
     Args:
-        content: may share records with other contents.
-        elsewhere: by `id` of a record, its number among those that travel by themselves.
+        task: as a worker shall get it.
+        numbers: of those tensors, by their `id`.
     """
-    elsewhere = elsewhere or {}
-    return [(name, elsewhere[id(r)] if id(r) in elsewhere else pack(r)) for name, r in content.items()]
+    places = {key: Elsewhere(number) for key, number in numbers.items()}
+    return _swapped(task, lambda tensors: places.get(id(tensors), tensors))
 
 
-def content_of(letter: Letter, shared: Sequence[Any] = ()) -> RecordDict:
-    """Unpacks a content; `shared` are the records that its numbers stand for, the same objects every time."""
-    return RecordDict({name: shared[r] if isinstance(r, int) else unpack(r) for name, r in letter})
+def whole(task: CohortTask, shared: Sequence[Tensors]) -> CohortTask:
+    """The inverse of `without`: the same objects every time."""
+    return _swapped(task, lambda tensors: shared[tensors.number] if isinstance(tensors, Elsewhere) else tensors)
 
 
-def records_in_common(contents: Iterable[RecordDict]) -> list[Any]:
-    """The records that several contents hold (the same object), in the order in which they first appear."""
-    counts: Counter[int] = Counter()
-    first: dict[int, Any] = {}
-    for content in contents:
-        for key, record in {id(record): record for record in content.values()}.items():
-            counts[key] += 1
-            first.setdefault(key, record)
-    return [record for key, record in first.items() if counts[key] > 1]
+def _swapped(task: CohortTask, swap: Swap) -> CohortTask:
+    """The task with other tensors in its broadcasts; those that clients share stay shared."""
+    known: dict[int, Broadcast] = {}
+    for one in task.clients:
+        sent = one.broadcast
+        if id(sent) not in known:
+            extras = {name: swap(tensors) for name, tensors in sent.extras.items()}
+            known[id(sent)] = replace(sent, weights=swap(sent.weights), extras=extras)
+    return task.of(replace(one, broadcast=known[id(one.broadcast)]) for one in task.clients)
 
 
-class Loan:
-    """Remembers which arrays of a content are views of memory that belongs to somebody else."""
-
-    def __init__(self, content: RecordDict):
-        self._arrays = [
-            weakref.ref(array)
-            for record in content.values()
-            if isinstance(record, ArrayRecord)
-            for array in record.values()
-            if not isinstance(array.data, bytes)
-        ]
-
-    def end(self) -> None:
-        """Gives the arrays that are still in use bytes of their own: Flower's own code takes nothing else."""
-        for ref in self._arrays:
-            array = ref()
-            if array is not None:
-                array.data = bytes(array.data)
+def _sent(broadcast: Broadcast) -> Iterator[Tensors]:
+    yield broadcast.weights
+    yield from broadcast.extras.values()

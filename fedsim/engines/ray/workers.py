@@ -1,14 +1,13 @@
 """The processes that train clients under Ray, seen from inside (`RayWorker`) and from the driver (`Slot`, `Pool`).
 
-A worker is an actor with a process of its own that lives as long as the run, so that it builds its world once. May
-import: flwr, ray (lazily), fedsim.
+A worker is an actor with a process of its own that lives as long as the run, so that it builds its world once.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,25 +15,24 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
-from flwr.app import Context, Error, Message
-
-from fedsim.engines.base import WORKER_ID, assume_task_identity, worker_context
-from fedsim.engines.ray.wire import Letter, content_of, letter_of, unpack
+from fedsim.engines.base import Serve, assume_task_identity
+from fedsim.engines.ray.wire import send_tensors_as_arrays, whole
 from fedsim.engines.session_folder import usual_files
+from fedsim.messages.cohort import CohortAnswer, CohortTask
 from fedsim.settings.permissions import allow_everything
-
-ClientApp = Callable[[Message, Context], Message]
+from fedsim.workloads.base import Tensors
 
 
 class RayWorker:
     """What runs in a worker's process; calls are answered one after the other, in the order in which they came."""
 
-    def __init__(self, client_app: ClientApp):
+    def __init__(self, serve: Serve):
         assume_task_identity()
         allow_everything()
         usual_files()
-        self.client_app, self.context = client_app, worker_context()
-        self.shared: list[Any] = []
+        send_tensors_as_arrays()
+        self._serve = serve
+        self._shared: list[Tensors] = []
 
     def start(self) -> str:
         """Answered when the process is up: the id of its node."""
@@ -42,22 +40,17 @@ class RayWorker:
 
         return str(ray.get_runtime_context().get_node_id())
 
-    def serve(self, letter: Letter, message_type: str, message_id: str, *shared: list[Any]) -> Letter | Error:
-        """Lets the client app answer one message.
+    def serve(self, task: CohortTask, *shared: list[Tensors]) -> CohortAnswer:
+        """Does a task.
 
         Args:
-            letter: its content; numbers stand for records of `shared`, of this call or an earlier one.
-            message_type: of the message.
-            message_id: of the message.
-            shared: packed records that the messages of an exchange have in common. They come with the first message
-                only: so all see the same objects, and the client app unpacks the weights once.
+            task: without the tensors that it has in common with others.
+            shared: those, with the first task of an exchange only: so all see the same objects, and the worker takes
+                the weights over once.
         """
         if shared:
-            self.shared = [unpack(packed) for packed in shared[0]]
-        message = Message(content_of(letter, self.shared), WORKER_ID, message_type)
-        message.metadata.__dict__["_message_id"] = message_id
-        reply = self.client_app(message, self.context)
-        return reply.error if reply.has_error() else letter_of(reply.content)
+            self._shared = shared[0]
+        return CohortAnswer.joined(list(self._serve(whole(task, self._shared))))
 
 
 @dataclass(eq=False)
@@ -80,8 +73,8 @@ class Slot:
 
     Attributes:
         node: where its process is; empty until it is up.
-        world: the settings for which it has built its world, or is about to.
-        shared: the reference to the shared records that it has, or is being sent.
+        world: the settings for which it has built its world, or is about to; empty at first.
+        shared: the reference to the shared tensors that it has, or is being sent.
         running_since: when the first of its calls began, by the monotonic clock; at the latest.
     """
 
@@ -90,7 +83,7 @@ class Slot:
         self.calls: deque[Call] = deque()
         self.node = ""
         self.dead = False
-        self.world: tuple[Any, ...] = ()
+        self.world = ""
         self.shared: Any = None
         self.running_since = 0.0
         self.call(None, actor.start)
@@ -139,14 +132,14 @@ class Pool:
     """The workers of a run. Needs a connection to Ray.
 
     Args:
-        client_app: what they run.
+        serve: does a task in a worker; pickled, so it is to be found in an importable module.
         cpus, gpus: what each of them claims.
     """
 
-    def __init__(self, client_app: ClientApp, cpus: float, gpus: float):
+    def __init__(self, serve: Serve, cpus: float, gpus: float):
         import ray
 
-        self.client_app, self.cpus, self.gpus = client_app, cpus, gpus
+        self.serve, self.cpus, self.gpus = serve, cpus, gpus
         self.slots: list[Slot] = []
         self.arrivals: SimpleQueue[Slot] = SimpleQueue()  # of answers; a slot may come more often than it has some
         self.failed_starts = 0  # in a row
@@ -166,7 +159,7 @@ class Pool:
         for slot in [slot for slot in self.slots if not slot.node][: max(0, len(self.slots) - most)]:
             self.drop(slot)
         while len(self.slots) < least:
-            self.slots.append(Slot(self._actor.remote(self.client_app), self.arrivals))
+            self.slots.append(Slot(self._actor.remote(self.serve), self.arrivals))
 
     def drop(self, slot: Slot) -> None:
         """Ends a worker."""

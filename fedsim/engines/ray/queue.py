@@ -1,7 +1,7 @@
-"""One exchange with Ray's workers: who gets which message, and what happens to messages whose worker is lost.
+"""The parts of one cohort on their way to Ray's workers: who gets which, and what happens when a worker is lost.
 
 Everything here follows the host's clock and the order of arrival, and none of it reaches a result: a client's update
-depends on its message alone.
+depends on its task alone.
 """
 
 from __future__ import annotations
@@ -12,49 +12,38 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from queue import Empty
-from typing import Any
 
-from flwr.app import Error, Message, RecordDict
-
-from devices.cost import Work, pack_works
+from devices.cost import Work
 from devices.errors import UserError, one_line
-from fedsim.engines.ray.wire import Letter, Loan, content_of, letter_of, pack, records_in_common
+from fedsim.engines.ray.wire import in_common, without
 from fedsim.engines.ray.workers import Call, Pool, Slot, living_nodes
 from fedsim.errors import RunError
-from fedsim.messages.records import SETTINGS, cohort_header, pack_cohort, split_cohort
+from fedsim.messages.cohort import ClientAnswer, CohortAnswer, CohortTask
 
 LOG = logging.getLogger(__name__)
 START_S = 60.0  # host seconds within which a worker must start while there is no other
-WINDOW_PER_WORKER, LEAST_WINDOW = 4, 8  # messages that may change places, so that the longest of them start first
+WINDOW_PER_WORKER, LEAST_WINDOW = 4, 8  # jobs that may change places, so that the longest of them start first
 NODES_S = 5.0  # host seconds between looks at which nodes are alive
 CHECK_S = 1.0  # host seconds between looks at whether Ray itself is alive
-DEPTH = 2  # messages that a worker has at most: the one it runs, and the next so that it need not wait for the driver
+DEPTH = 2  # jobs that a worker has at most: the one it runs, and the next so that it need not wait for the driver
 
 
 class Job:
-    """A message, or a single client of one, on its way to a worker.
+    """A part of the cohort on its way to a worker, or a single client of one."""
 
-    Args:
-        message: whose reply is awaited.
-        content: what is sent: its own content, or a part of it.
-    """
-
-    def __init__(self, message: Message, content: RecordDict):
-        header = cohort_header(content)
-        self.message, self.content = message, content
-        self.clients: list[int] = header["clients"]
-        self.cost = float(header.get("cost", len(self.clients)))
+    def __init__(self, task: CohortTask):
+        self.task = task
         self.losses = 0  # workers that died while they ran it
 
 
-class Exchange:
-    """The messages of one `send_and_receive`, until all are answered.
+class TaskQueue:
+    """The parts of a cohort, until all are answered.
 
     Args:
         pool: the workers.
-        messages: at least one.
+        tasks: the parts, at least one.
         size: workers that there is room for.
-        retries: workers that a message may lose before its clients are tried one by one.
+        retries: workers that a part may lose before its clients are tried one by one.
         client_timeout_s: host seconds that a client may take; None for ever.
         check: called at least every second; raises when Ray itself is gone.
     """
@@ -62,7 +51,7 @@ class Exchange:
     def __init__(
         self,
         pool: Pool,
-        messages: Sequence[Message],
+        tasks: Sequence[CohortTask],
         size: int,
         retries: int,
         client_timeout_s: float | None,
@@ -72,33 +61,19 @@ class Exchange:
 
         self.pool, self.size, self.retries, self.client_timeout_s = pool, size, retries, client_timeout_s
         self.check = check
-        self.wanted = min(size, len(messages))
-        jobs = [Job(message, message.content) for message in messages]
+        self.wanted = min(size, len(tasks))
+        jobs = [Job(task) for task in tasks]
         self.waiting = deque(longest_first(jobs, max(WINDOW_PER_WORKER * size, LEAST_WINDOW)))
-        self.open = len(jobs)  # replies that are still to come
-        self.common = records_in_common(job.content for job in jobs)
-        self.numbers = {id(record): number for number, record in enumerate(self.common)}
-        self.shared = ray.put([pack(record) for record in self.common]) if self.common else None
-        self.first = jobs[0]
-        self.world: tuple[Any, ...] = (self.first.content.get(SETTINGS),)
+        self.open = len(jobs)  # answers that are still to come
+        common = in_common(tasks)
+        self.numbers = {id(tensors): number for number, tensors in enumerate(common)}
+        self.shared = ray.put(common) if common else None
+        self.world = tasks[0].of([])  # no client: a worker builds its world
         self.alone_since = time.monotonic()  # when there was a worker last
         self.look_again = self.alone_since + NODES_S  # at the nodes
 
-    def replies(self) -> Iterator[Message]:
-        """The replies as they come. An array of one may be a view of Ray's memory until the next but one is there."""
-        loans: deque[Loan] = deque()
-        try:
-            for reply in self._replies():
-                if reply.has_content():
-                    loans.append(Loan(reply.content))
-                yield reply
-                while len(loans) > 1:
-                    loans.popleft().end()
-        finally:
-            for loan in loans:
-                loan.end()
-
-    def _replies(self) -> Iterator[Message]:
+    def answers(self) -> Iterator[CohortAnswer]:
+        """The answers as they come."""
         self.pool.resize(self.wanted, self.size)
         while self.open:
             self._hand_out()
@@ -110,34 +85,29 @@ class Exchange:
     # --- handing out --------------------------------------------------------------------------------------------
 
     def _hand_out(self) -> None:
-        """Gives every idle worker a message and, while there are enough, every busy one its next."""
+        """Gives every idle worker a job and, while there are enough, every busy one its next."""
         for depth in range(DEPTH):
             for slot in self.pool.slots:
-                # The last messages wait for whoever is free first.
+                # The last jobs wait for whoever is free first.
                 if len(self.waiting) <= depth * len(self.pool.slots):
                     return
                 if self._prepare(slot) and len(slot.calls) == depth:
                     self._send(slot, self.waiting.popleft())
 
     def _prepare(self, slot: Slot) -> bool:
-        """Lets a worker build its world by a message without clients, so that no client's time or fault is in it."""
-        if slot.world != self.world:
-            slot.world = self.world
-            header = {**cohort_header(self.first.content), "clients": [], "separate": True}
-            self._serve(slot, None, letter_of(pack_cohort(header, [], self.world[0])))
+        """Lets a worker build its world by a task without clients, so that no client's time or fault is in it."""
+        if slot.world != self.world.settings:
+            slot.world = self.world.settings
+            slot.call(None, slot.actor.serve, self.world)
         return slot.prepared
 
     def _send(self, slot: Slot, job: Job) -> None:
-        letter = letter_of(job.content, self.numbers)
+        task = without(job.task, self.numbers)
         if self.shared is None or slot.shared is self.shared:
-            self._serve(slot, job, letter)
+            slot.call(job, slot.actor.serve, task)
         else:
             slot.shared = self.shared
-            self._serve(slot, job, letter, self.shared)
-
-    def _serve(self, slot: Slot, job: Job | None, letter: Letter, *shared: Any) -> None:
-        metadata = (job or self.first).message.metadata
-        slot.call(job, slot.actor.serve, letter, metadata.message_type, metadata.message_id, *shared)
+            slot.call(job, slot.actor.serve, task, self.shared)
 
     # --- taking in ----------------------------------------------------------------------------------------------
 
@@ -148,7 +118,7 @@ class Exchange:
             while True:
                 yield self.pool.arrivals.get_nowait()
 
-    def _settle(self, slot: Slot, call: Call) -> Iterator[Message]:
+    def _settle(self, slot: Slot, call: Call) -> Iterator[CohortAnswer]:
         if call.error is not None:
             self.check()  # the cause, where Ray itself is gone
             yield from self._lost(slot, call.job, _loss(call.error))
@@ -157,12 +127,12 @@ class Exchange:
             self.pool.failed_starts = 0 if slot.prepared else self.pool.failed_starts
         else:
             self.open -= 1
-            self._hand_out()  # first: whoever takes the reply may be busy with it for a while
-            yield _reply(call.take(), call.job.message)
+            self._hand_out()  # first: whoever takes the answer may be busy with it for a while
+            yield call.take()
 
     # --- faults -------------------------------------------------------------------------------------------------
 
-    def _lost(self, slot: Slot, running: Job | None, error: BaseException) -> Iterator[Message]:
+    def _lost(self, slot: Slot, running: Job | None, error: BaseException) -> Iterator[CohortAnswer]:
         """A worker is gone, and with it the job that it was running; those behind were not even begun."""
         self._replace(slot)
         LOG.warning("a worker died (killed, or out of memory); what it had to do is given to others")
@@ -179,7 +149,7 @@ class Exchange:
         reason = f"its worker process died {times} while training it (killed, or out of memory)"
         yield from self._give_up(running, reason)
 
-    def _look_at_the_clock(self) -> Iterator[Message]:
+    def _look_at_the_clock(self) -> Iterator[CohortAnswer]:
         self.check()
         now = time.monotonic()
         for slot in [slot for slot in self.pool.slots if now > self._due(slot)]:
@@ -196,7 +166,7 @@ class Exchange:
                 "cluster may not have free: see ray status"
             )
 
-    def _look_at_the_nodes(self) -> Iterator[Message]:
+    def _look_at_the_nodes(self) -> Iterator[CohortAnswer]:
         """Ray may wait for ever for an answer that was finished, but lay on a node that has died since."""
         nodes = living_nodes()
         for slot in [slot for slot in self.pool.slots if slot.node and slot.node not in nodes]:
@@ -204,15 +174,16 @@ class Exchange:
             yield from self._lost(slot, running, RuntimeError("its node died"))
         self.look_again = time.monotonic() + NODES_S
 
-    def _give_up(self, job: Job, reason: str) -> Iterator[Message]:
-        """Tries the clients of a message one by one; a client that was alone has failed."""
-        if len(job.clients) > 1:
-            self.open += len(job.clients) - 1
-            self.waiting.extendleft(Job(job.message, content) for content in reversed(split_cohort(job.content)))
+    def _give_up(self, job: Job, reason: str) -> Iterator[CohortAnswer]:
+        """Tries the clients of a part one by one; a client that was alone has failed."""
+        clients = job.task.clients
+        if len(clients) > 1:
+            self.open += len(clients) - 1
+            self.waiting.extendleft(Job(task) for task in reversed(job.task.one_by_one()))
             return
         self.open -= 1
-        fact = {"client": job.clients[0], "outcome": "failed", "reason": reason, "traceback": ""}
-        yield Message(pack_cohort({"clients": [fact], **pack_works([Work()])}, [RecordDict()]), reply_to=job.message)
+        work = Work(down_bytes=clients[0].down_bytes)
+        yield CohortAnswer((ClientAnswer(clients[0].client, "failed", reason, work=work),))
 
     def _replace(self, slot: Slot) -> None:
         """Ends a worker for a fresh one; what it had not begun is next again."""
@@ -227,7 +198,7 @@ class Exchange:
         call = slot.calls[0] if slot.calls else None
         if self.client_timeout_s is None or call is None or call.job is None or call.answered:
             return float("inf")
-        return slot.running_since + self.client_timeout_s * len(call.job.clients)
+        return slot.running_since + self.client_timeout_s * len(call.job.task.clients)
 
     def _patience_s(self) -> float:
         due = [self._due(slot) for slot in self.pool.slots]
@@ -235,24 +206,20 @@ class Exchange:
         return min(CHECK_S, max(0.0, min(due) - time.monotonic()) + 0.001)
 
 
-def _reply(answer: Letter | Error, message: Message) -> Message:
-    return Message(answer if isinstance(answer, Error) else content_of(answer), reply_to=message)
-
-
 def longest_first(jobs: Sequence[Job], window: int) -> Iterator[Job]:
     """The jobs in their order, but within each window by cost: a long one that starts last keeps all others waiting.
 
-    Only within a window, because early replies are what the sums over clients wait for.
+    Only within a window, because early answers are what the sums over clients wait for.
     """
     for start in range(0, len(jobs), window):
-        yield from sorted(jobs[start : start + window], key=lambda job: -job.cost)
+        yield from sorted(jobs[start : start + window], key=lambda job: -job.task.expected_flops)
 
 
 def _loss(error: BaseException) -> BaseException:
     """The error, if it means that a worker or what it made is lost.
 
     Raises:
-        UserError, RunError: as the client app raised them.
+        UserError, RunError: as the worker raised them.
         RunError: for all others, which would come again.
     """
     from ray import exceptions

@@ -1,0 +1,71 @@
+"""How a client's model is judged: as its device runs it, pruned and quantised where the run compresses."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import replace
+
+from clients.trainers.base import ClientContext, LocalTrainer
+from devices.compression.plan import CompressionPlan, Pruned, Recipe
+from devices.cost import NetworkCost
+from devices.profile import DeviceProfile
+from fedsim.exchanges.slices import price
+from fedsim.messages.records import Broadcast
+from fedsim.runs.deployment import CALIBRATION, calibration
+from fedsim.settings.build import World
+
+
+class Judge:
+    """Evaluates what the devices of a fleet run, with its sizes and predicted latency.
+
+    Args:
+        world: of the run.
+        compression: what devices run of the model.
+        trainer: that judges.
+        personal: whether each client's model is another.
+    """
+
+    def __init__(self, world: World, compression: CompressionPlan, trainer: LocalTrainer, personal: bool):
+        self.world, self.compression, self.trainer, self.personal = world, compression, trainer, personal
+        self._networks: dict[Recipe, NetworkCost] = {}  # what devices run, where that is not all of the model
+        self._pruned: tuple[object, dict[Recipe, Pruned]] = (None, {})
+
+    def metrics(self, client: ClientContext, task: Broadcast) -> dict[str, float]:
+        """Metrics on the client's held-out part; its device pays for the passes."""
+        if not self.compression.active or not len(client.data.test):
+            metrics = self.trainer.evaluate(client, task)
+            prices: dict[str, float] = {}
+            for name, network in client.log.judged.items():
+                prices |= self._predicted(network, client.profile, name)
+            return {**prices, **metrics}
+        recipe = self.compression.recipe(client.profile)
+        pruned = self._pruned_by(recipe, client, task)
+        deployed = self.compression.finish(pruned, recipe, calibration(self.world.workload, client.data.train))
+        if recipe not in self._networks:
+            self._networks[recipe] = price(self.world.workload, deployed.shape, "compressed", client.device)
+        network = self._networks[recipe]
+        if recipe.bits < 32:
+            batches, size = CALIBRATION
+            client.log.add_examples(network, min(len(client.data.train), batches * size), size)
+        shared = deployed.model is not client.model  # with others: what a trainer does to it is for this client only
+        own = replace(client, model=deepcopy(deployed.model) if shared else client.model, step_cost=network)
+        metrics = self.trainer.evaluate(own, task)
+        return {**metrics, **deployed.facts(), **self._predicted(network, client.profile)}
+
+    def _pruned_by(self, recipe: Recipe, client: ClientContext, task: Broadcast) -> Pruned:
+        """The model as devices with this recipe share it; once for all clients that were sent the same weights."""
+        if self._pruned[0] is not task.weights or self.personal:
+            self._pruned = (task.weights, {})
+        made = self._pruned[1]
+        if recipe not in made:
+            workload = self.world.workload
+            example = workload.inputs(workload.sample(2))[0].to(client.device)
+            made[recipe] = self.compression.prune(client.model, example, recipe)
+        return made[recipe]
+
+    def _predicted(self, network: NetworkCost, own: DeviceProfile, name: str = "") -> dict[str, float]:
+        """FLOPs of one inference and its milliseconds on the client's device, and on each kind that the fleet has."""
+        latency, end = self.world.latency, f"_{name}" if name else ""
+        found = {f"latency_ms{end}": latency.inference_ms(network, own), f"flops{end}": float(network.forward_flops)}
+        kinds = self.world.fleet.profiles if len(self.world.fleet.profiles) > 1 else ()
+        return found | {f"latency_ms_on_{p.name}{end}": latency.inference_ms(network, p) for p in kinds}

@@ -1,0 +1,86 @@
+"""The network of a worker: one object that is reused for every client, its weights in one buffer where they can be."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fedsim.messages.weights import SentWeights, is_channels_last, join_storage, joined, joined_like
+from fedsim.workloads.base import Tensors
+
+
+class LiveModel:
+    """A network and its weights as they lie in memory.
+
+    Attributes:
+        weights: live weights and buffers by name, detached.
+        parameters: those that are trained.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device):
+        self.model, self.device = model.to(device), device
+        self._buffer = _join(self.model)
+        self.weights: Tensors = dict(self.model.state_dict())
+        self.parameters: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
+        self._channels_last = self._buffer is not None and is_channels_last(self.weights.values())
+        self._received: tuple[Tensors, Tensors] = ({}, {})  # as they came, and on the device
+        self._joined: Tensor | None = None  # those on the device, joined as the model's are
+
+    def received(self, weights: Tensors) -> Tensors:
+        """Broadcast weights on this worker's device; taken over once when the cohort shares them."""
+        if not weights:
+            return {}
+        if self._received[0] is not weights:
+            own = {name: t.to(self.device, copy=True) for name, t in weights.items()}
+            self._received = (weights, own)
+            fits = self._buffer is not None and list(own) == list(self.weights)
+            fits = fits and all(own[n].dtype == t.dtype and own[n].shape == t.shape for n, t in self.weights.items())
+            self._joined = self._lay_out(own) if fits else None
+        return self._received[1]
+
+    @torch.no_grad()
+    def load(self, weights: Tensors) -> None:
+        """Puts weights into the network.
+
+        Args:
+            weights: of `received`, perhaps with others in the place of some; nothing leaves the network as it is.
+
+        Raises:
+            ValueError: if they are not those of this network.
+        """
+        if not weights:
+            return
+        if weights.keys() != self.weights.keys():
+            raise ValueError(f"the broadcast has weights {sorted(weights)}, the model {sorted(self.weights)}")
+        if self._buffer is not None and self._joined is not None:
+            self._buffer.copy_(self._joined)
+            return
+        torch._foreach_copy_(list(self.weights.values()), [weights[name] for name in self.weights])
+
+    def sent(self, weights: Tensors, broadcast: Tensors) -> SentWeights:
+        """A copy of weights for the way back.
+
+        Args:
+            weights: of an update; the network's own are one copy.
+            broadcast: as they came.
+        """
+        if weights is self.weights and self._buffer is not None and self._joined is not None:
+            return joined(self._buffer, self._channels_last)
+        return joined_like(weights, broadcast, self._channels_last)
+
+    def _lay_out(self, weights: Tensors) -> Tensor:
+        """The weights in the order and memory format of the model's own buffer; they become views of it."""
+        assert self._buffer is not None
+        buffer, start = torch.empty_like(self._buffer), 0
+        for name, slot in self.weights.items():
+            view = buffer.as_strided(slot.shape, slot.stride(), start)
+            weights[name] = view.copy_(weights[name])
+            start += slot.numel()
+        return buffer
+
+
+def _join(model: nn.Module) -> Tensor | None:
+    """Joins the model's weights in one buffer, in the order of its state dict; None if it cannot (tied weights)."""
+    live = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    names = list(model.state_dict())
+    return join_storage([live[name] for name in names]) if set(names) == set(live) else None

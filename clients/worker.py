@@ -1,0 +1,299 @@
+"""One process's worker: lets the trainer work for each client of a cohort, and copies what they answer.
+
+It builds its world (data, model, trainer) once per process from the settings that come with a task. Nothing here knows
+a method.
+"""
+
+from __future__ import annotations
+
+import gc
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from itertools import groupby
+from typing import cast
+
+import torch
+
+from clients.data_cache import DataCache
+from clients.judging import Judge
+from clients.live_model import LiveModel
+from clients.lone_examples import INSTEAD_OF_ONE, check_batches
+from clients.state import ClientState
+from clients.trainers.base import RECEIVED, ClientContext, ClientWorkload, LocalTrainer, OutOfMemoryError, WorkLog
+from devices.compression.plan import CompressionPlan
+from devices.cost import Work
+from devices.errors import one_line
+from fedsim.engines.memory import keep_freed_memory
+from fedsim.errors import ConfigError, in_words, no_exit
+from fedsim.exchanges.slices import price
+from fedsim.grid.round_sum import BlockSums
+from fedsim.messages.cohort import ClientAnswer, ClientTask, CohortAnswer, CohortTask, Outcome
+from fedsim.messages.records import Broadcast, ClientUpdate, check_extra_names
+from fedsim.messages.uplink import compressed
+from fedsim.messages.weights import SentWeights, bytes_of, own_copies
+from fedsim.models.roles import TensorRoles
+from fedsim.seeding import derive, seed_torch
+from fedsim.settings.build import WORLD_CACHE_SIZE, World, build_world, instantiate, memory_format, pick_device
+from fedsim.workloads.base import Tensors, Workload
+
+NOT_FINITE = "its update holds NaN or infinite weights; lower trainer.lr or set trainer.clip_norm"
+PRIVATE = "private"  # group of a client's state
+
+
+def prepare_process(threads: int) -> None:
+    """Sets this process up for training: torch's threads, memory that is kept, fewer objects to look through."""
+    keep_freed_memory()
+    gc.collect()
+    gc.freeze()  # the half million objects of the imports: looking through them again takes 3 % of small steps
+    torch.set_num_threads(threads)
+
+
+@lru_cache(maxsize=WORLD_CACHE_SIZE)
+def worker_for(settings: str) -> Worker:
+    """The worker of this process for these settings; built at the first task of a run."""
+    return Worker(build_world(settings))
+
+
+class Worker:
+    """Serves the clients of a run, one after the other, or in groups where they train at once."""
+
+    def __init__(self, world: World):
+        self.world, self.workload, self.fleet = world, world.workload, world.fleet
+        settings = world.settings
+        prepare_process(settings["engine"]["threads"])
+        self.seed, self.device = settings["seed"], pick_device(settings["engine"]["device"])
+        self.trainer: LocalTrainer = instantiate(settings, "trainer")
+        self.uplink = instantiate(settings, "uplink")
+        compression: CompressionPlan = instantiate(settings, "compression")
+        if compression.active and self.trainer.own_network:
+            name = type(self.trainer).__name__
+            raise ConfigError(f"{name} gives each device a network of its own already; set compression=none")
+        self.live = LiveModel(self.workload.build_model(), self.device)
+        self.model = self.live.model
+        self.roles = TensorRoles.of(self.model, settings["private"])
+        if settings["engine"].get("batch_clients", 1) > 1:
+            self._check_together()
+        self.network = price(self.workload, self.model, "dense", self.device)
+        self.refusal_of_one = check_batches(settings, self.workload, self.model, self.trainer, self.device)
+        self.trainer.private = self.roles.private
+        self.initial = {n: t.detach().clone() for n, t in self.live.weights.items() if n in self.trainer.private}
+        self.trainer.setup(self.workload, self.model, self.network)
+        self.data = DataCache(self.workload, self.device, memory_format(settings))
+        self.judge = Judge(world, compression, self.trainer, bool(self.initial))
+
+    def _check_together(self) -> None:
+        """Refuses clients that shall train at once where the trainer or the model cannot.
+
+        Raises:
+            ConfigError: says why.
+        """
+        if against := self.trainer.reason_against_together(self.model):
+            raise ConfigError(f"{self._batching()} cannot be used: {against}; set engine.batch_clients=1")
+
+    def _batching(self) -> str:
+        return f"engine.batch_clients={self.world.settings['engine']['batch_clients']}"
+
+    # --- a cohort -----------------------------------------------------------------------------------------------
+
+    def serve(self, task: CohortTask) -> Iterator[CohortAnswer]:
+        """An answer for each unit of the task; a failing client is a reported outcome and does not stop the others.
+
+        Of a task that closes, every block comes back as one sum over its clients that are in time, and the clients
+        without their weights.
+        """
+        for unit in task.units():
+            if task.close is None:
+                answers = [answer for group in _groups(unit) for answer in self._serve_group(task, group)]
+                yield CohortAnswer(tuple(answers))
+                continue
+            sums = BlockSums(self.fleet, self.world.latency, task.round, task.close)
+            for group in _groups(unit):
+                for one, answer in zip(group, self._serve_group(task, group), strict=True):
+                    sums.add(one, answer)
+            yield sums.answer()
+
+    def _serve_group(self, cohort: CohortTask, group: Sequence[ClientTask]) -> list[ClientAnswer]:
+        """The answers of clients that train at once; one by one where they cannot."""
+        if len(group) == 1:
+            return [self.serve_one(cohort.phase, group[0])]
+        try:
+            with no_exit():
+                together = self._train_together(group)
+        except OutOfMemoryError:
+            together = []
+        except Exception as error:
+            alone = [self.serve_one(cohort.phase, task) for task in group]  # a client that fails by itself is named
+            if all(answer.outcome == "completed" for answer in alone):
+                reason = one_line(error)
+                raise ConfigError(f"{self._batching()} failed: {reason}; set engine.batch_clients=1") from error
+            return alone
+        return together or [self.serve_one(cohort.phase, task) for task in group]
+
+    def _train_together(self, group: Sequence[ClientTask]) -> list[ClientAnswer]:
+        """The answers of clients that train at once; none where their settings differ."""
+        clients = [self.context(task) for task in group]
+        broadcasts = [self.broadcast(client, task) for client, task in zip(clients, group, strict=True)]
+        if any(broadcast.settings != broadcasts[0].settings for broadcast in broadcasts):
+            return []
+        self.model.train()
+        for client, broadcast in zip(clients, broadcasts, strict=True):
+            self._reserve_upload(client, broadcast)
+        updates = self.trainer.fit_together(clients, broadcasts)
+        answers = []
+        for client, task, broadcast, update in zip(clients, group, broadcasts, updates, strict=True):
+            weights = self._sent(client, update.weights, task.broadcast.weights)
+            if weights.is_finite():
+                weights = self._compressed(client, broadcast, update, weights)
+                answers.append(self._answer_of(client, task, update, weights))
+            else:
+                reason = f"FloatingPointError: {NOT_FINITE}"
+                answers.append(ClientAnswer(client.client_id, "failed", reason, work=self._work(client, task)))
+        return answers
+
+    # --- one client ---------------------------------------------------------------------------------------------
+
+    def serve_one(self, phase: str, task: ClientTask) -> ClientAnswer:
+        """What one client answers; what goes wrong in its work is an outcome.
+
+        Raises:
+            ConfigError: for a wrong setting, which is no client's fault.
+        """
+        outcome: Outcome = "failed"
+        client, reason, trace = None, "", ""
+        try:
+            with no_exit():
+                client = self.context(task)
+                return self.answer(phase, client, task)
+        except ConfigError:
+            raise
+        except OutOfMemoryError as error:
+            outcome, reason = "out_of_memory", str(error)
+        except Exception as error:
+            reason, trace = in_words(error), traceback.format_exc()
+            if reason == self.refusal_of_one:
+                reason += f"; that was a batch of one example: {INSTEAD_OF_ONE}"
+        work = self._work(client, task) if client else Work(down_bytes=task.down_bytes)
+        return ClientAnswer(task.client, outcome, reason, trace, work)
+
+    def answer(self, phase: str, client: ClientContext, task: ClientTask) -> ClientAnswer:
+        """What a client answers that does not fail.
+
+        Args:
+            phase: "train", "evaluate" or "query.<question>".
+            client: of `context`.
+            task: its own.
+        """
+        # Dropout and its like draw from torch's global generators: they must not depend on who came before.
+        seed_torch(self.device, derive(self.seed, "global", client.round, client.client_id))
+        broadcast = self.broadcast(client, task)
+        if not self.trainer.own_network:
+            self.live.load(broadcast.weights)
+        kind, _, question = phase.partition(".")
+        if kind == "train":
+            return self._train(client, task, broadcast)
+        if kind == "evaluate":
+            metrics = {name: float(value) for name, value in self.judge.metrics(client, broadcast).items()}
+            work, count = self._work(client, task), self.workload.num_examples(client.data.test)
+            return ClientAnswer(client.client_id, work=work, num_examples=count, metrics=metrics)
+        found = self.trainer.answer(client, question, broadcast)
+        extras = {name: own_copies(tensors) for name, tensors in found.items()}
+        return ClientAnswer(
+            client.client_id,
+            work=self._work(client, task, sum(map(bytes_of, extras.values()))),
+            extras=extras,
+            state=own_copies(client.state),
+        )
+
+    def _train(self, client: ClientContext, task: ClientTask, broadcast: Broadcast) -> ClientAnswer:
+        if not self.model.training:
+            self.model.train()
+        self._reserve_upload(client, broadcast)
+        update = self.trainer.fit(client, broadcast)
+        weights = self._sent(client, update.weights, task.broadcast.weights)
+        if not weights.is_finite():
+            raise FloatingPointError(NOT_FINITE)
+        return self._answer_of(client, task, update, self._compressed(client, broadcast, update, weights))
+
+    def context(self, task: ClientTask) -> ClientContext:
+        """What the trainer sees of one client."""
+        profile, number = self.fleet[task.client], task.broadcast.round
+        return ClientContext(
+            client_id=task.client,
+            round=number,
+            seed=self.seed,
+            workload=cast(Workload, ClientWorkload(self.workload, task.client, number)),
+            model=self.model,
+            parameters=self.live.parameters,
+            weights=self.live.weights,
+            step_cost=self.network,
+            profile=profile,
+            state=ClientState.of(task.state),
+            device=self.device,
+            log=WorkLog(profile.memory_bytes),
+            data=self.data.of(task.client, self.workload.part(number)),
+        )
+
+    def broadcast(self, client: ClientContext, task: ClientTask) -> Broadcast:
+        """What the client is sent, on this worker's device; its private tensors stand beside the weights that came."""
+        weights = self.live.received(task.broadcast.weights)
+        if self.initial and weights:
+            weights = {**weights, **client.state.restored(PRIVATE, self.initial)}
+        return replace(task.broadcast, weights=weights)
+
+    # --- what it sends back -------------------------------------------------------------------------------------
+
+    def _reserve_upload(self, client: ClientContext, broadcast: Broadcast) -> None:
+        """Declares what making the update takes: the received weights, and the copies of what stays or is packed."""
+        weights = bytes_of(broadcast.weights)
+        if self.initial:  # kept, and looked through for NaN
+            client.log.reserve(weights + 2 * bytes_of(self.initial))
+        if self.uplink.active:
+            client.log.hold(RECEIVED, weights)
+            coordinates = sum(t.numel() for t in broadcast.weights.values() if t.is_floating_point())
+            client.log.reserve(weights + self.uplink.working_bytes(coordinates))
+
+    def _sent(self, client: ClientContext, weights: Tensors, received: Tensors) -> SentWeights:
+        """A copy of what is sent of an update; its private tensors stay in the client's state."""
+        if not self.initial:
+            return self.live.sent(weights, received)
+        client.state.store(PRIVATE, {name: weights[name] for name in self.initial})
+        return self.live.sent(self._shared(weights), received)
+
+    def _shared(self, weights: Tensors) -> Tensors:
+        return {name: t for name, t in weights.items() if name not in self.initial} if self.initial else weights
+
+    def _compressed(
+        self, client: ClientContext, broadcast: Broadcast, update: ClientUpdate, weights: SentWeights
+    ) -> SentWeights:
+        """The weights of an update as they travel."""
+        if not self.uplink.active:
+            return weights
+        new, old = self._shared(update.weights), self._shared(broadcast.weights)
+        return compressed(self.uplink, new, old, self.roles.trained, client.state, client.stream("uplink"))
+
+    def _answer_of(
+        self, client: ClientContext, task: ClientTask, update: ClientUpdate, weights: SentWeights
+    ) -> ClientAnswer:
+        check_extra_names(update.extras)
+        extras = {name: own_copies(tensors) for name, tensors in update.extras.items()}
+        return ClientAnswer(
+            client.client_id,
+            work=self._work(client, task, weights.nbytes + sum(map(bytes_of, extras.values()))),
+            num_examples=int(update.num_examples),
+            metrics={name: float(value) for name, value in update.metrics.items()},
+            weights=weights,
+            extras=extras,
+            state=own_copies(client.state),
+        )
+
+    def _work(self, client: ClientContext, task: ClientTask, up_bytes: int = 0) -> Work:
+        work = client.log.work(client.state.storage_bytes)
+        return replace(work, down_bytes=task.down_bytes, up_bytes=up_bytes)
+
+
+def _groups(unit: Sequence[ClientTask]) -> Iterator[list[ClientTask]]:
+    """The clients of a unit in order, in lists of those that train at once."""
+    for _, group in groupby(unit, key=lambda task: task.client if task.group is None else task.group):
+        yield list(group)

@@ -1,0 +1,68 @@
+"""One client in one exchange: from the message to it to what became of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from flwr.app import Message
+
+from devices.cost import Cost, Work
+from fedsim.grid.pricing import Priced
+from fedsim.messages.cohort import ClientAnswer, ClientTask
+from fedsim.messages.uplink import decompressed
+from fedsim.messages.weights import SentWeights
+
+
+@dataclass(slots=True)
+class Contact:
+    """A client that was sent a message.
+
+    Attributes:
+        message: the strategy's.
+        block: of the cohort's fixed blocks, offline clients included.
+        task: None for a client that was offline.
+        answer: of a client that has not answered yet, or never will, one that failed.
+        priced: what its part of the exchange costs.
+        late: it completed after the round had closed.
+    """
+
+    client: int
+    message: Message
+    block: int
+    task: ClientTask | None = None
+    answer: ClientAnswer = field(default_factory=lambda: ClientAnswer(-1, "failed"))
+    priced: Priced = field(default_factory=lambda: Priced("failed"))
+    late: bool = False
+
+    @property
+    def is_accepted(self) -> bool:
+        """Whether the strategy gets its reply."""
+        return self.priced.outcome == "completed" and not self.late
+
+    @property
+    def cost(self) -> Cost:
+        """Seconds and joules until its end."""
+        return self.priced.cost
+
+    @property
+    def spent(self) -> Work:
+        """Its work, with the bytes that went before it stopped."""
+        work, cost = self.answer.work, self.cost
+        if cost.down_share == 1 and cost.up_share == 1:
+            return work
+        down_bytes, up_bytes = work.down_bytes * cost.down_share, work.up_bytes * cost.up_share
+        return replace(work, down_bytes=round(down_bytes), up_bytes=round(up_bytes))
+
+    @property
+    def weights(self) -> SentWeights | None:
+        """The client's weights, whole again if they came compressed; None in the sum of its block."""
+        if self.answer.weights is None or self.task is None:
+            return None
+        return decompressed(self.answer.weights, self.task.broadcast.weights)
+
+    def take_weights(self) -> SentWeights:
+        """The weights, once: nothing holds them any longer."""
+        weights = self.weights
+        assert weights is not None, "this client sent no weights"
+        self.answer = replace(self.answer, weights=None)
+        return weights

@@ -1,0 +1,58 @@
+"""What an exchange with clients brought, and what became of each of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+from flwr.app import Message
+
+from devices.cost import Cost, Work
+from fedsim.messages.cohort import Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class ClientReport:
+    """What became of one client in one exchange; one row of `clients/*.parquet`."""
+
+    round: int
+    phase: str
+    client: int
+    device: str
+    outcome: Outcome
+    reason: str
+    start_s: float
+    cost: Cost
+    wait_s: float
+    wait_joules: float
+    work: Work
+    num_examples: int = 0
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def joules(self) -> float:
+        """Energy spent on down, compute and up; waiting for the round to close is reported apart."""
+        return self.cost.joules
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """What an exchange brought.
+
+    Attributes:
+        replies: accepted ones in client order, or one that holds their weighted mean.
+        accepted: clients whose replies those are, also where one mean stands for all.
+        reports: of all clients that were sent a message, in their order.
+    """
+
+    replies: list[Message]
+    accepted: tuple[int, ...] = ()
+    reports: tuple[ClientReport, ...] = ()
+
+
+@runtime_checkable
+class TakesExchanges(Protocol):
+    """A strategy that looks at a training exchange before it aggregates: one mean may stand for all replies."""
+
+    def closed(self, exchange: Exchange) -> None:
+        """Takes the exchange of this round."""
