@@ -13,11 +13,12 @@ from hydra import compose, initialize_config_module
 from fedsim.errors import ConfigError, DataError
 from fedsim.models.char_lstm import CharLSTM
 from fedsim.models.mlp import MLP
+from fedsim.report.plots.split import split_picture
 from fedsim.settings.catalogue import list_workloads
 from fedsim.workloads.arrays import Arrays, ArrayWorkload
 from fedsim.workloads.blobs import Blobs
 from fedsim.workloads.bundle import Bundle
-from fedsim.workloads.describe import split_picture, split_table, summary_lines
+from fedsim.workloads.describe import split_table, summary_lines
 from fedsim.workloads.digits import Digits
 from fedsim.workloads.partition import Dirichlet, Iid, Natural, Shards
 from fedsim.workloads.torchvision import Torchvision

@@ -18,8 +18,9 @@ from clients.trainers.mixing.naivemix import NaiveMixTrainer
 from devices.fleet import Fleet
 from devices.profile import Units
 from fedsim.errors import ClientError, ConfigError
-from fedsim.exchanges.averages import averages, averages_picture, exposures, from_uint8, to_uint8
+from fedsim.exchanges.averages import averages, exposures, from_uint8, to_uint8
 from fedsim.grid.exchange import ClientReport
+from fedsim.report.plots.averages import averages_picture
 from fedsim.report.rounds import weights_sha256
 from fedsim.runs.federation import Federation
 from fedsim.settings.build import build_world

@@ -16,7 +16,7 @@ from fedsim.cli import main as cli
 from fedsim.errors import ConfigError
 from fedsim.report.files import Rows
 from fedsim.report.page import _devices, _stragglers, write_page
-from fedsim.report.page_pictures import as_svg, curves, outcomes, time_by_device
+from fedsim.report.plots.run import as_svg, curves, outcomes, time_by_device
 from fedsim.report.rounds import RoundReport, read_rounds
 
 COSTS = ("fleet=phones", "deadline_s=2", "evaluate_clients=2", "rounds=3")

@@ -21,6 +21,8 @@ from fedsim.engines.local import LocalGrid
 from fedsim.errors import ConfigError
 from fedsim.report.files import read_summary
 from fedsim.report.page import write_page
+from fedsim.report.plots.split import draw_split
+from fedsim.report.plots.study import draw_study, shown
 from fedsim.report.rounds import read_rounds
 from fedsim.report.split import kept_split, primary_of
 from fedsim.report.text import closing_lines, closing_table, sweep_table
@@ -31,10 +33,9 @@ from fedsim.settings.compose import compose
 from fedsim.settings.groups import options
 from fedsim.study.page import text_of
 from fedsim.study.paired import compare
-from fedsim.study.picture import draw_study, shown
 from fedsim.study.results import collect, write_result
 from fedsim.study.spec import plan, read_study
-from fedsim.workloads.describe import draw_split, summary_lines
+from fedsim.workloads.describe import summary_lines
 from fedsim.workloads.metrics import ACCURACY, CLIENTS, Metric
 
 MSE = Metric("mse", "m²", higher_is_better=False)
@@ -155,7 +156,7 @@ def test_a_study_ranks_the_lowest_first(tmp_path: Path, monkeypatch: pytest.Monk
     page = text_of(result, {})
     assert "| mse, m² |" in page
     assert f"| {means['slow']:.4g} ± " in page
-    monkeypatch.setattr("fedsim.study.picture.MOST_LINES", 2)
+    monkeypatch.setattr("fedsim.report.plots.study.MOST_LINES", 2)
     assert "slow" not in shown(result)
     draw_study(result, tmp_path / "study.png")
     write_result(result, {}, tmp_path)

@@ -26,11 +26,11 @@ import yaml
 from test_writing import full_disk
 
 from fedsim.errors import ConfigError
+from fedsim.report.plots.study import MOST_LINES, curve, families, shown
 from fedsim.report.rounds import RoundReport
 from fedsim.settings.compose import compose
 from fedsim.study import runner as study_run
 from fedsim.study.paired import interval, rows
-from fedsim.study.picture import MOST_LINES, curve, families, shown
 from fedsim.study.results import collect
 from fedsim.study.spec import plan, read_study, studies
 

@@ -29,7 +29,8 @@ def averages(
     import json
 
     from fedsim.cli.options import whole
-    from fedsim.exchanges.averages import averages_picture, exposures
+    from fedsim.exchanges.averages import exposures
+    from fedsim.report.plots.averages import averages_picture
     from fedsim.report.terminal import console, table
     from fedsim.report.text import size
     from fedsim.settings.build import build_world

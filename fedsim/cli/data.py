@@ -33,12 +33,13 @@ def describe(
     """
     import json
 
+    from fedsim.report.plots.split import split_picture
     from fedsim.report.terminal import console
     from fedsim.report.text import split_table
     from fedsim.settings.build import build_world
     from fedsim.settings.compose import compose
-    from fedsim.workloads.describe import split_picture, summary_lines
     from fedsim.workloads.describe import split_table as split_rows
+    from fedsim.workloads.describe import summary_lines
 
     check_picture(picture)
     settings = {**compose(ctx.args), "cohort": 1, "evaluate_clients": 0}  # a split of any size can be looked at

@@ -224,12 +224,12 @@ def _heading(path: str) -> str:
     """A value's path as a narrow heading of several lines."""
     from textwrap import wrap
 
-    from fedsim.study.spec import METRICS
+    from fedsim.report.plots.style import METRICS
 
     return "\n".join(wrap(path.removeprefix(METRICS).replace("_", " "), HEADING))
 
 
 def _draw(result: Result, folder: Path) -> None:
-    from fedsim.study.picture import draw_study
+    from fedsim.report.plots.study import draw_study
 
     draw_study(result, folder / "study.png")

@@ -6,22 +6,16 @@ is no formal privacy.
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from devices.figures import new_figure, save_figure
-from devices.texts import NAME_LETTERS, visible
 from fedsim.errors import ConfigError
 from fedsim.seeding import torch_generator
 from fedsim.workloads.base import Examples, Tensors
 from fedsim.workloads.classification import ClassificationWorkload
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 LEVELS = 255  # of a mean that travels as uint8
 DIFFERENCES = "donot_use_mm_for_euclid_dist"  # torch would expand |a - b|^2, which cancels where data are far from 0
@@ -110,26 +104,12 @@ def exposures(
     return [_exposure(workload, size, range(min(clients, workload.num_clients)), seed) for size in group_sizes]
 
 
-def averages_picture(
-    workload: ClassificationWorkload, path: str | Path, group_sizes: list[int | None], clients: int, seed: int
-) -> None:
-    """Draws the first mean of each client (rows) for each group size (columns), with its classes, as a PNG."""
-    shown = range(min(clients, workload.num_clients))
-    figure = new_figure(1.9 * len(group_sizes) + 0.4, 2.1 * len(shown) + 0.5, dpi=110)
-    axes = figure.subplots(len(shown), len(group_sizes), squeeze=False)
-    names = workload.class_names()
-    for row, client in enumerate(shown):
-        for column, size in enumerate(group_sizes):
-            pairs = _of_client(workload, client, size, seed)
-            _draw(axes[row][column], pairs, names)
-            if row == 0:
-                axes[row][column].set_title(f"groups of {size or 'all'}")
-        axes[row][0].set_ylabel(f"client {client}")
-    figure.suptitle(f"{visible(workload.name, NAME_LETTERS)}: what a server would see")
-    save_figure(figure, path)
+def averages_of_client(workload: ClassificationWorkload, client: int, size: int | None, seed: int) -> Tensors:
+    """Returns the averages that one client would share.
 
-
-def _of_client(workload: ClassificationWorkload, client: int, size: int | None, seed: int) -> Tensors:
+    Raises:
+        ConfigError: for token sequences, whose means are no picture.
+    """
     data = workload.client_data(client).train
     if data.labels.dim() > 1 or not data.gather(torch.arange(1))["x"].is_floating_point():
         raise ConfigError(f"workload {workload.name} feeds tokens, whose means are no picture; take one of images")
@@ -139,7 +119,7 @@ def _of_client(workload: ClassificationWorkload, client: int, size: int | None, 
 def _exposure(workload: ClassificationWorkload, size: int | None, clients: range, seed: int) -> Exposure:
     pairs, nearest, labels, pair_bytes = 0, 0.0, 0.0, 0
     for client in clients:
-        means = _of_client(workload, client, size, seed)
+        means = averages_of_client(workload, client, size, seed)
         own = workload.client_data(client).train
         x = own.gather(torch.arange(len(own)))["x"].flatten(1).double()
         if not len(means["x"]):
@@ -151,23 +131,3 @@ def _exposure(workload: ClassificationWorkload, size: int | None, clients: range
         pairs += len(means["x"])
         pair_bytes = 4 * (means["x"][0].numel() + means["y"][0].numel())
     return Exposure(size, pairs, pair_bytes, nearest / max(pairs, 1), labels / max(pairs, 1))
-
-
-def _draw(axes: Axes, pairs: Tensors, names: list[str]) -> None:
-    axes.set_xticks([])
-    axes.set_yticks([])
-    if not len(pairs["x"]):
-        axes.text(0.5, 0.5, "too few\nexamples", ha="center", va="center", transform=axes.transAxes)
-        return
-    x, y = pairs["x"][0], pairs["y"][0]
-    if x.dim() == 3 and len(x) == 3:
-        low, high = float(x.min()), float(x.max())
-        axes.imshow(((x.permute(1, 2, 0) - low) / ((high - low) or 1.0)).numpy())
-    elif x.dim() == 3:
-        axes.imshow(x[0].numpy(), cmap="gray")
-    else:
-        axes.imshow(x.reshape(1, -1).numpy(), cmap="gray", aspect="auto")
-    top = y.argsort(descending=True, stable=True)[:3].tolist()
-    axes.set_xlabel(
-        ", ".join(f"{visible(names[k], NAME_LETTERS // 2)} {y[k]:.0%}" for k in top if y[k] > 0), fontsize="x-small"
-    )

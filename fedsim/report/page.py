@@ -31,10 +31,11 @@ from fedsim.report.files import (
 )
 from fedsim.report.page_template import HTML
 from fedsim.report.place import PAGE, SUMMARY
+from fedsim.report.plots.split import draw_split
 from fedsim.report.rounds import RoundReport, read_rounds
 from fedsim.report.split import kept_split, primary_of
 from fedsim.report.text import energy, simulated, size
-from fedsim.workloads.describe import Split, draw_split
+from fedsim.workloads.describe import Split
 from fedsim.workloads.metrics import Metric, took_part
 
 CELL_LETTERS = 100  # of a text in a table
@@ -169,7 +170,7 @@ def _parts(
     summary: dict[str, Any],
     split: Split | None,
 ) -> list[Part]:
-    from fedsim.report.page_pictures import as_svg, curves, outcomes, time_by_device
+    from fedsim.report.plots.run import as_svg, curves, outcomes, time_by_device
 
     parts, primary = [], primary_of(folder)
     if (picture := curves(rounds, primary)) is not None:

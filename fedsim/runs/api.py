@@ -84,7 +84,7 @@ class Run:
 
     def plot(self) -> Figure | None:
         """Draws the score against rounds, simulated time, energy and traffic; None where nothing was judged."""
-        from fedsim.report.page_pictures import curves
+        from fedsim.report.plots.run import curves
         from fedsim.report.rounds import read_rounds
 
         return curves(read_rounds(self.folder), self.primary)

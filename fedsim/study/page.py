@@ -9,10 +9,10 @@ from pathlib import Path
 
 from devices.texts import visible_lines
 from devices.writing import write_atomic
+from fedsim.report.plots.style import METRICS
 from fedsim.report.text import energy, simulated, size
 from fedsim.study.paired import Row, correction
 from fedsim.study.results import Result
-from fedsim.study.spec import METRICS
 
 PAGE = "study.md"
 MOST_COLUMNS = 8

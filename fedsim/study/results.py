@@ -15,9 +15,10 @@ from devices.writing import write_atomic
 from fedsim.errors import ConfigError
 from fedsim.report import strict_json
 from fedsim.report.files import read_summary
+from fedsim.report.plots.style import AXES, METRICS
 from fedsim.report.rounds import RoundReport, read_rounds
 from fedsim.study.paired import Row, common_metric, rows
-from fedsim.study.spec import AXES, METRICS, Arm, Planned, Study, is_finished
+from fedsim.study.spec import Arm, Planned, Study, is_finished
 from fedsim.workloads.metrics import Metric
 
 

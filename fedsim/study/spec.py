@@ -20,6 +20,7 @@ from devices.reading import read_yaml
 from devices.texts import as_yaml, file_name, storable
 from fedsim.errors import ConfigError, DataError
 from fedsim.report.files import read_config
+from fedsim.report.plots.style import AXES
 from fedsim.runs.recorded_data import of_summary
 from fedsim.settings.build import asked, build_workload
 from fedsim.settings.check import try_out
@@ -33,13 +34,11 @@ KEYS = ("title", "question", "base", "seeds", "arms", "against", "metric", "x", 
 ARM_KEYS = ("overrides", "grid", "of", "suffix")
 MOST_ARMS = 1000
 LARGEST = 2**63 - 1  # of whole numbers, as of a seed
-AXES = ("rounds", "simulated_s", "joules", "traffic_bytes")
 # Of `summary.json`, known before a run.
 WHOLE = ("down_bytes", "up_bytes", "peak_memory_bytes", "storage_bytes", "host_s")
 OWN = {"seed": "--seeds, or seeds in the file", "out": "--out"}  # settings that a study gives its runs
 DRAWN_BY = ("seed", "num_clients", "partition")  # what data that are made for a run hang on, beside their settings
 _HERE: dict[str, Fingerprint | None] = {}  # of this process, by what names the data
-METRICS = "metrics."  # columns that begin so are the last value of a metric of the rounds
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from devices.figures import new_figure, save_figure
 from devices.texts import NAME_LETTERS, visible
 from fedsim.messages.cohort import OUTCOMES
 from fedsim.report.files import Rows, only
-from fedsim.report.plots import COLOURS, NAMES, UNITS
+from fedsim.report.plots.style import COLOURS, NAMES, UNITS
 from fedsim.report.rounds import RoundReport, spent
 from fedsim.workloads.metrics import ACCURACY, CLIENTS, Metric
 

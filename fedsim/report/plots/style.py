@@ -16,3 +16,5 @@ NAMES = {
     "traffic_bytes": "traffic, down and up",
     "rounds": "rounds",
 }
+AXES = ("rounds", "simulated_s", "joules", "traffic_bytes")  # along which a metric is a line; anything else is a point
+METRICS = "metrics."  # columns of a study that begin so are the last value of a metric of the rounds

@@ -14,13 +14,13 @@ import numpy as np
 
 from devices.figures import legend_label, new_figure, save_figure
 from devices.texts import NAME_LETTERS, visible
-from fedsim.report.plots import COLOURS, NAMES, UNITS
+from fedsim.report.plots.style import AXES, COLOURS, METRICS, NAMES, UNITS
 from fedsim.report.rounds import spent
-from fedsim.study.results import Finished, Result
-from fedsim.study.spec import AXES, METRICS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from fedsim.study.results import Finished, Result
 
 MOST_LINES, MOST_FAMILIES = 12, 19  # in a panel; so many families can be told apart
 LETTERS, TITLE_LETTERS = 11, 300  # of a title: to an inch, and at most
