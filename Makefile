@@ -1,9 +1,12 @@
 # make run: the default experiment. make test: everything CI checks. make test-slow: the tests marked slow, before a
-# release. All make .venv when it is missing.
+# release. make test-oldest: fast tests with the oldest versions that pyproject.toml allows, in an environment of 7 GB.
+# All make the environment when it is missing.
 PYTHON ?= python3
 BIN := .venv/bin
+OLDEST ?= build/oldest
+TESTS ?= tests
 
-.PHONY: run test test-slow lint install clean
+.PHONY: run test test-slow test-oldest lint install clean
 
 run: .venv/.installed
 	$(BIN)/fedsim run
@@ -13,6 +16,9 @@ test: .venv/.installed-dev lint
 
 test-slow: .venv/.installed-dev
 	$(BIN)/python -m pytest -m slow
+
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest -m "not slow and not ray and not flower and not data" $(TESTS)
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .
@@ -30,6 +36,12 @@ install: .venv/.installed-dev
 
 .venv/.installed-dev: .venv/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[dev]'
+	touch $@
+
+$(OLDEST)/.installed: pyproject.toml tests/oldest.py
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(PYTHON) tests/oldest.py > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt -e '.[dev]'
 	touch $@
 
 clean:

@@ -144,12 +144,14 @@ PRODUCTS: dict[str, Macs] = {
     **dict.fromkeys(("aten::_fft_r2c", "aten::_fft_c2r"), _fourier(real=True)),
 }
 
-# A few operations per element that is read or written, where none of torch's tags ("pointwise", "reduction") says so.
-# In this order: what moves elements or makes them, questions about tensors, random numbers, activations and norms, sums
-# and orders and look-ups (some with a logarithm of steps per element), samples between pixels, losses and rounding to
-# fewer bits, optimisers.
+# A few operations per element that is read or written, where torch does not tag them "pointwise" ("reduction" is a tag
+# since torch 2.11 only). In this order: reductions, what moves elements or makes them, questions about tensors, random
+# numbers, activations and norms, sums and orders and look-ups (some with a logarithm of steps per element), samples
+# between pixels, losses and rounding to fewer bits, optimisers.
 PLAIN = frozenset(
     """
+    all amax amin aminmax any argmax argmin count_nonzero linalg_vector_norm logsumexp mean nansum norm prod std
+    std_mean sum var var_mean
     _chunk_cat _coalesce _coalesced _conj_copy _conj_physical _copy_from _efficientzerotensor _fw_primal_copy
     _index_put_impl _indices_copy _jagged_to_padded_dense_forward _lazy_clone _local_scalar_dense _make_dual_copy
     _mkldnn_reshape _mkldnn_transpose _new_zeros_with_same_feature_meta _pack_padded_sequence
@@ -237,7 +239,7 @@ def is_plain(func: Any) -> bool:
         return not (any(mark in name for mark in PRODUCT_MARKS) or name.startswith(("linear", "mkldnn_linear")))
     packet = getattr(torch.ops.aten, name, None)
     overloads = [func, *(getattr(packet, each) for each in packet.overloads())] if packet is not None else [func]
-    return any({torch.Tag.pointwise, torch.Tag.reduction} & set(each.tags) for each in overloads)
+    return any(torch.Tag.pointwise in each.tags for each in overloads)
 
 
 def macs_of(func: Any, args: Any, kwargs: Any, out: Any) -> float | None:

@@ -83,5 +83,5 @@ def _array(values: Sequence[Any], kind: Any) -> Any:
         ends = np.cumsum([0, *map(len, texts)], dtype=np.int32)
         buffers = [None, pa.py_buffer(ends), pa.py_buffer(b"".join(texts))]
     else:
-        buffers = [None, pa.py_buffer(np.array(values, kind.to_pandas_dtype()))]
+        buffers = [None, pa.py_buffer(np.array(values, np.int64 if kind == pa.int64() else np.float64))]
     return pa.Array.from_buffers(kind, len(values), buffers)
