@@ -135,12 +135,20 @@ class Busy(SGDTrainer):
         return super().fit(client, broadcast)
 
 
+class Stepping(SGDTrainer):
+    """Takes steps of its own."""
+
+    def step(self, parameters, gradients, lr, velocity):
+        return super().step(parameters, gradients, lr / 2, velocity)
+
+
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
         (["trainer._target_=test_batched.Curious"], "Curious does not train by a pure function"),
         (["trainer._target_=test_batched.Frank"], "Frank does not train by a pure function"),
         (["trainer._target_=test_batched.Busy"], "Busy does not train by a pure function"),
+        (["trainer._target_=test_batched.Stepping"], "Stepping does not train by a pure function"),
         ([*STREAM, "model=mlp", "method=ocs"], "OCSTrainer does not train by a pure function"),
         (
             [*BLOBS, "model=vgg", "model.dropout=0.1"],

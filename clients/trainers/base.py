@@ -226,8 +226,7 @@ class LocalTrainer(Checked, group="trainer", error=ConfigError):
 
     def fit(self, client: ClientContext, broadcast: Broadcast) -> ClientUpdate:
         """Trains on the client's data and reports the work in `client.log`."""
-        update = self.start(client, broadcast).fit()
-        return replace(update, metrics=marked(client, update.metrics))
+        return marked_update(client, self.start(client, broadcast).fit())
 
     def fit_together(self, clients: Sequence[ClientContext], broadcasts: Sequence[Broadcast]) -> list[ClientUpdate]:
         """Trains several clients at once (`engine.batch_clients`); called where `reason_against_together` is empty."""
@@ -267,3 +266,8 @@ class LocalTrainer(Checked, group="trainer", error=ConfigError):
 def marked(client: ClientContext, metrics: dict[str, float]) -> dict[str, float]:
     """Metrics, with the mark `oracle` where the client has seen what no federation could."""
     return {**metrics, "oracle": 1.0} if client.log.saw_everything else metrics
+
+
+def marked_update(client: ClientContext, update: ClientUpdate) -> ClientUpdate:
+    """An update whose metrics are `marked`."""
+    return replace(update, metrics=marked(client, update.metrics)) if client.log.saw_everything else update

@@ -15,7 +15,7 @@ from annotated_types import Ge, Gt, Interval, Le
 from torch import Tensor, nn
 
 from clients.trainers import batched
-from clients.trainers.base import ClientContext, Gradients, LocalRun, LocalTrainer
+from clients.trainers.base import ClientContext, Gradients, LocalRun, LocalTrainer, marked_update
 from devices.cost import NetworkCost
 from devices.errors import unknown
 from devices.meter import peak_memory_bytes
@@ -190,11 +190,12 @@ class SGDTrainer(LocalTrainer):
         runs = [self.start(client, broadcast) for client, broadcast in zip(clients, broadcasts, strict=True)]
         for run in runs:
             run.reserve()
-        return batched.fit(self, runs)
+        return [marked_update(run.client, update) for run, update in zip(runs, batched.fit(self, runs), strict=True)]
 
     def reason_against_together(self, model: nn.Module) -> str:
         """Only a pure objective can be mapped, in rounds that are the loop and nothing around it."""
-        loop_alone = self.run is SGDRun and type(self).fit is LocalTrainer.fit
+        kind = type(self)
+        loop_alone = self.run is SGDRun and kind.fit is LocalTrainer.fit and kind.step is SGDTrainer.step
         if not loop_alone or not self.objective.is_pure:
             return f"{type(self).__name__} does not train by a pure function of parameters and batch"
         return batched.reason_against(model)
