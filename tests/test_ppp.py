@@ -11,6 +11,7 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from torch.nn import functional as F
 from torchs_counter import counter
 
+from clients.trainers.widths.masks import deployed
 from clients.worker import Worker
 from devices.compression.channels import ChannelGroups
 from devices.compression.gates import (
@@ -456,13 +457,13 @@ def test_equal_support_gives_equal_masks_and_personal_ones_differ(federation):
     trainer = worker.trainer
     packed = {}
     for number, (client, part, _) in found.items():
-        kept = trainer.deployed(client, sent_to(worker, client, part), "personal", 0.5)
+        kept = deployed(trainer, client, sent_to(worker, client, part), "personal", 0.5)
         packed[number] = trainer.slices.groups.pack(kept).tolist()
     assert len({tuple(p) for p in packed.values()}) > 1
     (a, part, _), (b, _, _) = found[0], found[1]
     twin = replace(b, client_id=0, data=a.data)
     assert (
-        trainer.slices.groups.pack(trainer.deployed(twin, sent_to(worker, b, part), "personal", 0.5)).tolist()
+        trainer.slices.groups.pack(deployed(trainer, twin, sent_to(worker, b, part), "personal", 0.5)).tolist()
         == packed[0]
     )
 
@@ -478,7 +479,7 @@ def test_control_masks_are_what_they_say(federation):
         assert {f"accuracy_{c}" for c in ("other", "global", "random", "magnitude", "gates", "dense")} <= set(metrics)
         task = sent_to(worker, client, part)
         kept[client.client_id] = {
-            m: trainer.deployed(client, task, m, 0.5) for m in ("personal", "other", "global", "random", "magnitude")
+            m: deployed(trainer, client, task, m, 0.5) for m in ("personal", "other", "global", "random", "magnitude")
         }
         dense = trainer.narrowed(client, trainer.slices.groups.all(), task.weights).model
         assert metrics["accuracy_dense"] == client.workload.evaluate(dense, client.data.test)["accuracy"]
@@ -521,7 +522,7 @@ def test_one_run_tells_what_other_masks_and_ratios_would_give(federation, ratio)
             ("_random_at_0.25", "random", 0.25),
             ("_at_1.0", mask, 1.0),
         ):
-            kept = trainer.deployed(client, task, control, at)
+            kept = deployed(trainer, client, task, control, at)
             model = groups.build(worker.model, kept)
             model.load_state_dict(groups.slice(task.weights, kept))
             assert metrics[f"accuracy{name}"] == client.workload.evaluate(model, client.data.test)["accuracy"]
@@ -604,7 +605,7 @@ def test_a_private_head_learns_in_the_channels_that_the_mask_keeps(federation):
             worker.trainer.slices.groups,
         )
         assert torch.equal(task.weights[head], tensors_of(stored[client][STATE])[f"private.{head}"])
-        kept = worker.trainer.deployed(context, task, "personal", 0.5)
+        kept = deployed(worker.trainer, context, task, "personal", 0.5)
         model = groups.build(worker.model, kept)
         model.load_state_dict(groups.slice(task.weights, kept))
         assert metrics["accuracy"] == context.workload.evaluate(model, context.data.test)["accuracy"]

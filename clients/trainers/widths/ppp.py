@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, Interval, Le
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from clients.trainers.base import ClientContext
 from clients.trainers.sgd import Objective, SGDRun
+from clients.trainers.widths.masks import CHOICES, deployed
 from clients.trainers.widths.subnet import SubnetTrainer
 from devices.compression.channels import Kept
 from devices.compression.gates import (
@@ -29,7 +30,6 @@ from devices.compression.gates import (
     layer_flops,
     personal_masks,
 )
-from devices.compression.prune import channel_scores
 from devices.cost import NetworkCost
 from devices.errors import DeviceError
 from devices.meter import inference_memory_bytes
@@ -219,7 +219,7 @@ class PPPTrainer(SubnetTrainer):
         ratio = self.ratio(broadcast)
         if ORACLES & {self.mask, *self.controls}:
             client.oracle()  # marks the results of all clients, whatever their ratio
-        own = self.deployed(client, broadcast, self.mask, ratio)
+        own = deployed(self, client, broadcast, self.mask, ratio)
         narrowed = self.narrowed(client, own, broadcast.weights)
         metrics = super(SubnetTrainer, self).judge(narrowed, broadcast)
         metrics["keep_ratio"] = self.plan.keep_ratio(own)
@@ -236,46 +236,10 @@ class PPPTrainer(SubnetTrainer):
             yield f"at_{float(at)}", self.mask, at
             yield from ((f"{control}_at_{float(at)}", control, at) for control in self.controls if control != "dense")
 
-    def deployed(self, client: ClientContext, broadcast: Broadcast, mask: str, ratio: float) -> Kept:
-        """The channels that a client deploys under a mask of Mask; with keep ratio 1 all of them."""
-        groups = self.slices.groups
-        if ratio == 1:
-            return groups.all()
-        gates = self.gates(broadcast) if GATES in broadcast.extras else None
-        if gates is None:
-            if mask not in ("random", "magnitude") or self.mask_mode != "topk":
-                raise ConfigError(
-                    f"trainer.mask={mask} with trainer.mask_mode={self.mask_mode} needs trained gates; with "
-                    "strategy.ratio=1 there are none, so take mask=magnitude or random with mask_mode=topk"
-                )
-            gates = self.plan
-            masks = gates.masks(gates.at_ratio(ratio))
-        elif mask == "magnitude" and self.mask_mode == "topk":
-            masks = gates.masks(gates.at_ratio(ratio))
-        else:
-            dense = self.narrowed(client, groups.all(), broadcast.weights)
-            if mask == "other":
-                prototypes = self.others(dense, broadcast, gates, ratio)
-                return gates.kept(prototypes[(client.client_id + 1) % len(prototypes)][1])
-            if mask == "global":
-                prototypes = self.others(dense, broadcast, gates, ratio)
-                mean = {n: torch.stack([p[0][n] for p in prototypes]).mean(0) for n in gates.names}
-                return gates.kept({n: gates.choose(n, p, ratio, self.mask_mode) for n, p in mean.items()})
-            masks = self.personal(dense, gates, groups.all(), ratio).masks
-        if mask == "random":
-            draw = torch_generator(client.seed, "random-mask", client.client_id)
-            masks = {n: m.cpu()[torch.randperm(len(m), generator=draw)] for n, m in masks.items()}
-        if mask == "magnitude":
-            scores = channel_scores(groups, {n: t.cpu() for n, t in broadcast.weights.items()})
-            for name, counted in masks.items():
-                best = scores[name].view(len(counted), -1).mean(1).argsort(descending=True, stable=True)
-                masks[name] = torch.zeros(len(counted)).bool().index_fill_(0, best[: int(counted.sum())], True)
-        return gates.kept(masks)
-
     def control(self, client: ClientContext, broadcast: Broadcast, name: str, ratio: float) -> ClientContext:
         """The client with the network of a control, and its price."""
-        if name in get_args(Mask):
-            return self.narrowed(client, self.deployed(client, broadcast, name, ratio), broadcast.weights)
+        if name in CHOICES:
+            return self.narrowed(client, deployed(self, client, broadcast, name, ratio), broadcast.weights)
         groups = self.slices.groups
         dense = self.narrowed(client, groups.all(), broadcast.weights)
         if name == "dense" or ratio == 1 or GATES not in broadcast.extras:
@@ -296,21 +260,6 @@ class PPPTrainer(SubnetTrainer):
         """The inputs of the client's support, the same in every round, [m, ...]; fewer where it has fewer."""
         order = torch.randperm(len(data), generator=torch_generator(seed, "support", client_id))
         return data.gather(order[: self.support])["x"]
-
-    def others(
-        self, dense: ClientContext, broadcast: Broadcast, gates: Gates, ratio: float
-    ) -> list[tuple[Tensors, Tensors]]:
-        """Prototypes and masks of all clients under the dense network: an oracle, kept until weights change."""
-        tensors = [*broadcast.weights.values(), *broadcast.extras[GATES].values()]
-        key = (ratio, *(float(t.double().sum()) for t in tensors))
-        if self.on_demand.prototypes[0] != key:
-            network, everybody, found = GatedNetwork(dense.model, gates), dense.oracle(), []
-            for other in range(everybody.num_clients):
-                x = self.supported(everybody.client_data(other).train, dense.seed, other).to(dense.device)
-                one = personal_masks(network, x, ratio, self.mask_mode)
-                found.append((one.prototypes, one.masks))
-            self.on_demand.prototypes = (key, found)
-        return self.on_demand.prototypes[1]
 
     # --- tensors and prices -------------------------------------------------------------------------------------------
 
