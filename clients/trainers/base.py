@@ -120,22 +120,22 @@ class ClientWorkload:
         return getattr(self.whole, name)
 
     def client_data(self, client_id: int) -> ClientData:
-        """The client's own data."""
+        """Returns the client's own data."""
         self._check(client_id)
         return self.whole.client_data(client_id)
 
     def client_part(self, client_id: int, part: int) -> ClientData:
-        """A part of the client's own data that has arrived."""
+        """Returns a part of the client's own data that has arrived."""
         self._check(client_id, part)
         return self.whole.client_part(client_id, part)
 
     def arrivals(self, client_id: int, part: int) -> Tensor:
-        """Names of the examples of a part of the client's own data that has arrived."""
+        """Returns names of the examples of a part of the client's own data that has arrived."""
         self._check(client_id, part)
         return self.whole.arrivals(client_id, part)
 
     def recall(self, client_id: int, names: Tensor) -> Tensors:
-        """Examples that the client has kept."""
+        """Returns examples that the client has kept."""
         self._check(client_id)
         return self.whole.recall(client_id, names)
 
@@ -180,11 +180,11 @@ class ClientContext:
     data: ClientData = field(repr=False)
 
     def stream(self, *names: str | int) -> torch.Generator:
-        """Random numbers for one purpose of this client in this round; other purposes and clients never shift them."""
+        """Returns random numbers for one purpose of this client and round; no other purpose or client shifts them."""
         return torch_generator(self.seed, *names, self.round, self.client_id)
 
     def oracle(self) -> Workload:
-        """The workload with everybody's data, which no federation could see: the results get the metric `oracle`."""
+        """Returns the workload with everybody's data, which no federation sees: results get the metric `oracle`."""
         self.log.saw_everything = True
         return self.workload.whole if type(self.workload) is ClientWorkload else self.workload
 
@@ -218,7 +218,7 @@ class LocalTrainer(Checked, group="trainer", error=ConfigError):
     needs_classes = False
 
     def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:
-        """Called once per process, before any client: for what depends on the model only, such as its cost."""
+        """Prepares, once per process and before any client, what depends on the model only, such as its cost."""
 
     def start(self, client: ClientContext, broadcast: Broadcast) -> LocalRun:
         """Begins one client's round of training."""
@@ -233,19 +233,19 @@ class LocalTrainer(Checked, group="trainer", error=ConfigError):
         raise NotImplementedError(f"{type(self).__name__} trains one client after the other")
 
     def reason_against_together(self, model: nn.Module) -> str:
-        """Why this trainer cannot train several clients at once; empty if it can."""
+        """Returns why this trainer cannot train several clients at once; empty if it can."""
         return f"{type(self).__name__} trains one client after the other"
 
     def ends_in_one(self, examples: int) -> bool:
-        """Whether a client with so many examples trains on a batch of one of them; False where that is not known."""
+        """Returns whether a client with so many examples trains on a batch of one; False where that is not known."""
         return False
 
     def evaluate(self, client: ClientContext, broadcast: Broadcast) -> dict[str, float]:
-        """Metrics of the client's model on its own held-out part; empty when it has none."""
+        """Judges the client's model on its own held-out part; returns no metrics when it has none."""
         return marked(client, self.judge(client, broadcast))
 
     def judge(self, client: ClientContext, broadcast: Broadcast) -> dict[str, float]:
-        """What `evaluate` finds; here of `client.model` as it is."""
+        """Returns what `evaluate` finds; here of `client.model` as it is."""
         data = client.data.test
         if len(data):
             client.log.judge(client.step_cost, len(data))
@@ -253,7 +253,7 @@ class LocalTrainer(Checked, group="trainer", error=ConfigError):
         return client.workload.evaluate(client.model, data)
 
     def answer(self, client: ClientContext, question: str, broadcast: Broadcast) -> dict[str, Tensors]:
-        """Side exchanges beside training: records by name.
+        """Answers a side exchange beside training with records by name.
 
         Raises:
             KeyError: for a question this trainer does not know.
@@ -264,10 +264,10 @@ class LocalTrainer(Checked, group="trainer", error=ConfigError):
 
 
 def marked(client: ClientContext, metrics: dict[str, float]) -> dict[str, float]:
-    """Metrics, with the mark `oracle` where the client has seen what no federation could."""
+    """Returns metrics, with the mark `oracle` where the client has seen what no federation could."""
     return {**metrics, "oracle": 1.0} if client.log.saw_everything else metrics
 
 
 def marked_update(client: ClientContext, update: ClientUpdate) -> ClientUpdate:
-    """An update whose metrics are `marked`."""
+    """Returns an update whose metrics are `marked`."""
     return replace(update, metrics=marked(client, update.metrics)) if client.log.saw_everything else update

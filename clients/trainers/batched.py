@@ -26,7 +26,7 @@ IGNORED = -100  # label that cross-entropy leaves out of its mean
 
 
 def reason_against(model: nn.Module) -> str:
-    """Why a model cannot be trained in batches of clients; empty if it can."""
+    """Returns why a model cannot be trained in batches of clients; empty if it can."""
     if list(model.buffers()):
         return f"{type(model).__name__} has buffers that change while it trains"
     dropout = nn.modules.dropout._DropoutNd
@@ -76,13 +76,13 @@ class Stack:
         self.find_unused = find_unused
 
     def weights(self, number: int) -> Tensors:
-        """The weights of one client, in the order of the model."""
+        """Returns the weights of one client, in the order of the model."""
         own = self.received[number]
         return {name: self.parameters[name][number] if name in self.parameters else own[name] for name in own}
 
 
 def padded(batches: Sequence[Tensors | None]) -> tuple[Tensors, Tensor]:
-    """One batch of K clients from their own: shorter ones are filled up with examples that no loss counts.
+    """Joins the batches of K clients into one; shorter ones are filled up with examples that no loss counts.
 
     Args:
         batches: of each client, {"x": [b, ...], "y": [b] or [b, steps], ...}; None for one that has finished.
@@ -105,13 +105,13 @@ def padded(batches: Sequence[Tensors | None]) -> tuple[Tensors, Tensor]:
 
 
 def in_step(iterators: Sequence[Iterator[Tensors]]) -> Iterator[list[Tensors | None]]:
-    """The n-th batch of every client, until all have finished."""
+    """Yields the n-th batch of every client, until all have finished."""
     while any(batches := [next(iterator, None) for iterator in iterators]):
         yield batches
 
 
 def fit(trainer: SGDTrainer, runs: Sequence[SGDRun]) -> list[ClientUpdate]:
-    """`SGDRun.fit` for K clients at once; equal to it up to rounding.
+    """Trains K clients at once, as `SGDRun.fit` trains one; equal to it up to rounding.
 
     Args:
         trainer: with a pure objective.
@@ -141,7 +141,7 @@ def fit(trainer: SGDTrainer, runs: Sequence[SGDRun]) -> list[ClientUpdate]:
 def _update(
     trainer: SGDTrainer, parameters: Tensors, gradients: Tensors, active: Tensor, lr: float, velocity: Tensors | None
 ) -> Tensors | None:
-    """`SGDTrainer.step` with a leading client dimension; clients that have finished keep what they have.
+    """Steps as `SGDTrainer.step` for every client; those that have finished keep what they have.
 
     It is written out beside that one: foreach operators round a step once, a step that leaves finished clients alone
     rounds it twice.

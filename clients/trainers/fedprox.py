@@ -38,15 +38,15 @@ class Pulled(Objective):
         return loss + pull / 2 * torch.stack(distances).sum()
 
     def strength(self, run: SGDRun) -> float:
-        """The pull in this round."""
+        """Returns the pull in this round."""
         return self.pull
 
     def copies(self, run: SGDRun) -> float:
-        """With a pull: the differences, which autograd keeps, and their gradients beside those of the loss."""
+        """Counts, with a pull, the differences that autograd keeps, and their gradients beside those of the loss."""
         return self.to.copies(run) + (PROXIMAL_COPIES if self.strength(run) else 0.0)
 
     def held(self, run: SGDRun) -> dict[str, int]:
-        """With a pull: the received weights beside the model."""
+        """Names, with a pull, the received weights beside the model."""
         return self.to.held(run) | ({RECEIVED: run.client.step_cost.parameter_bytes} if self.strength(run) else {})
 
 

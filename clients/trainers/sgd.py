@@ -39,18 +39,18 @@ class Objective:
     is_pure: bool = False
 
     def __call__(self, run: Any, batch: Any) -> Tensor:
-        """The loss of a batch."""
+        """Returns the loss of a batch."""
         raise NotImplementedError(f"{type(self).__name__} has no equation")
 
     def copies(self, run: Any) -> float:
-        """How many tensors as large as the weights a step holds for it beside weights, gradients and momentum.
+        """Returns how many tensors as large as the weights a step holds for it beside weights, gradients and momentum.
 
         What it allocates and autograd keeps counts; `test_memory_contract.py` finds it out.
         """
         return 0.0
 
     def held(self, run: Any) -> dict[str, int]:
-        """Bytes that stay in memory through the round for it, by what they are."""
+        """Returns bytes that stay in memory through the round for it, by what they are."""
         return {}
 
 
@@ -88,7 +88,7 @@ class SGDRun(LocalRun):
         return self.update(self.train(self.batches()))
 
     def train(self, batches: Iterable[Any]) -> float:
-        """The loop: a step of SGD along the gradient of each batch's objective; returns the mean loss of a step."""
+        """Steps along the gradient of each batch's objective, the one loop of SGD; returns the mean loss of a step."""
         parameters, step = self.client.parameters, self.trainer.step
         lr, velocity = self.trainer.learning_rate(self.client, self.broadcast), None
         losses = []
@@ -101,25 +101,25 @@ class SGDRun(LocalRun):
         return float(torch.stack(losses).mean())
 
     def batches(self) -> Iterator[Any]:
-        """What the steps of the round are taken on, in order."""
+        """Yields what the steps of the round are taken on, in order."""
         return self.trainer.batches(self.client, self.broadcast)
 
     def gradients(self, batch: Any) -> tuple[Gradients, Tensor]:
-        """Direction of one step and its loss; counts what they cost."""
+        """Returns the direction of one step and its loss; counts what they cost."""
         loss = self.objective(self, batch)
         gradients = torch.autograd.grad(loss, self.client.parameters, allow_unused=True)
         self.log_step(self.size_of(batch))
         return gradients, loss.detach()
 
     def size_of(self, batch: Any) -> int:
-        """How many examples a step passes through the network."""
+        """Returns how many examples a step passes through the network."""
         return self.client.workload.batch_size_of(batch)
 
     def after_step(self, batch: Any) -> None:
-        """Called after each step with what was trained on; here nothing happens."""
+        """Takes notice of what a step was trained on; here nothing happens."""
 
     def update(self, train_loss: float) -> ClientUpdate:
-        """What is answered."""
+        """Returns what is answered."""
         client = self.client
         return ClientUpdate(client.client_id, len(client.data.train), client.weights, {"train_loss": train_loss})
 
@@ -135,7 +135,7 @@ class SGDRun(LocalRun):
         self.client.log.reserve(self.trainer.step_bytes(self.client.step_cost, batch_size, self.copies()))
 
     def copies(self) -> float:
-        """How many tensors as large as the weights a step holds beside weights, gradients and momentum."""
+        """Returns how many tensors as large as the weights a step holds beside weights, gradients and momentum."""
         return self.objective.copies(self)
 
 
@@ -185,7 +185,7 @@ class SGDTrainer(LocalTrainer):
     # --- several clients at once --------------------------------------------------------------------------------------
 
     def fit_together(self, clients: Sequence[ClientContext], broadcasts: Sequence[Broadcast]) -> list[ClientUpdate]:
-        """As `fit`, for clients whose broadcasts have equal settings."""
+        """Trains as `fit`, for clients whose broadcasts have equal settings."""
         self.check_settings(broadcasts[0])
         runs = [self.start(client, broadcast) for client, broadcast in zip(clients, broadcasts, strict=True)]
         for run in runs:
@@ -193,7 +193,7 @@ class SGDTrainer(LocalTrainer):
         return [marked_update(run.client, update) for run, update in zip(runs, batched.fit(self, runs), strict=True)]
 
     def reason_against_together(self, model: nn.Module) -> str:
-        """Only a pure objective can be mapped, in rounds that are the loop and nothing around it."""
+        """Returns why the trainer cannot be mapped; empty if its objective is pure, and a round is the loop alone."""
         kind = type(self)
         loop_alone = self.run is SGDRun and kind.fit is LocalTrainer.fit and kind.step is SGDTrainer.step
         if not loop_alone or not self.objective.is_pure:
@@ -203,16 +203,16 @@ class SGDTrainer(LocalTrainer):
     # --- batches ------------------------------------------------------------------------------------------------------
 
     def batches(self, client: ClientContext, broadcast: Broadcast) -> Iterator[Tensors]:
-        """Shuffled batches of the client's training examples: tensors with leading size `batch_size` or less."""
+        """Yields shuffled batches of the client's training examples: tensors with leading size `batch_size` or less."""
         return self.shuffled(client, "batches", self.local_epochs, self.local_steps)
 
     def shuffled(self, client: ClientContext, purpose: str, epochs: int, steps: int | None = None) -> Iterator[Tensors]:
-        """Batches of so many epochs, or of `steps` if it is given, in an order that `purpose` draws."""
+        """Yields batches of so many epochs, or of `steps` if it is given, in an order that `purpose` draws."""
         for order in self.orders(client, purpose, self.batch_size, epochs, steps):
             yield from client.data.train.gather_batches(order, self.batch_size)
 
     def rows(self, client: ClientContext, batch_size: int, epochs: int) -> Iterator[Tensor]:
-        """Places of the examples of each batch, [batch_size or less] int64; `local_steps` ends the epochs."""
+        """Yields the places of each batch's examples, [batch_size or less] int64; `local_steps` ends the epochs."""
         for order in self.orders(client, "batches", batch_size, epochs, self.local_steps):
             yield from order.split(batch_size)
 
@@ -225,7 +225,7 @@ class SGDTrainer(LocalTrainer):
         steps: int | None,
         among: int | None = None,
     ) -> Iterator[Tensor]:
-        """The order of each epoch, [examples] int64; with `steps`, epochs until there are so many batches.
+        """Yields the order of each epoch, [examples] int64; with `steps`, epochs until there are so many batches.
 
         An epoch is as long as the client's examples, and draws from so many: from `among` where it is given.
         """
@@ -240,24 +240,24 @@ class SGDTrainer(LocalTrainer):
                 return
 
     def ends_in_one(self, examples: int) -> bool:
-        """Whether the last batch of an epoch has one example, and `local_steps` leads there."""
+        """Returns whether the last batch of an epoch has one example, and `local_steps` leads there."""
         return self.leaves_one(examples, self.batch_size)
 
     def leaves_one(self, examples: int, size: int) -> bool:
-        """Whether batches of `size` end in one of a single example, and `local_steps` leads there."""
+        """Returns whether batches of `size` end in one of a single example, and `local_steps` leads there."""
         lone = size == 1 or examples % size == 1
         return lone and (self.local_steps is None or size == 1 or self.local_steps > examples // size)
 
     # --- the step -----------------------------------------------------------------------------------------------------
 
     def learning_rate(self, client: ClientContext, broadcast: Broadcast) -> float:
-        """Learning rate of this round and task; a strategy's `lr` setting comes before the trainer's own."""
+        """Returns the learning rate of this round and task; a strategy's `lr` setting comes before the trainer's."""
         lr = float(broadcast.settings.get("lr", self.lr)) * self.lr_decay ** (broadcast.round - 1)
         return lr * self.task_decay ** client.workload.phase(broadcast.round)
 
     @torch.no_grad()
     def step(self, parameters: Arrays, gradients: Gradients, lr: float, velocity: Arrays | None) -> Arrays | None:
-        """One update of `parameters` in place, the arithmetic of torch.optim.SGD; returns the new velocity.
+        """Updates `parameters` in place by the arithmetic of torch.optim.SGD; returns the new velocity.
 
         As there, a parameter without a gradient stays, whatever its momentum and the weight decay.
 
@@ -286,7 +286,7 @@ class SGDTrainer(LocalTrainer):
     def _step_of_some(
         self, parameters: Arrays, gradients: Mapping[int, Tensor], lr: float, velocity: Arrays | None
     ) -> Arrays | None:
-        """A step of the parameters at these places; the others begin at velocity zero when they are first used."""
+        """Steps the parameters at these places; the others begin at velocity zero when they are first used."""
         own = None if velocity is None else [velocity[n] for n in gradients]
         moved = self.step([parameters[n] for n in gradients], list(gradients.values()), lr, own)
         if moved is None:
@@ -297,7 +297,7 @@ class SGDTrainer(LocalTrainer):
         return every
 
     def step_bytes(self, cost: NetworkCost, batch: int, copies: float = 0.0) -> int:
-        """Most memory that a step holds: in its passes, or where gradients are clipped or decayed into new ones.
+        """Returns the most memory a step holds: in its passes, or where gradients are clipped or decayed into new.
 
         Args:
             cost: of the network that is trained.

@@ -50,7 +50,7 @@ def averages(
 
 
 def to_uint8(x: Tensor) -> Tensors:
-    """Means in a quarter of the bytes: 256 evenly spaced levels between the smallest and largest entry of each.
+    """Packs means in a quarter of the bytes: 256 even levels between the smallest and largest entry of each.
 
     Args:
         x: [groups, ...] floating.
@@ -66,7 +66,7 @@ def to_uint8(x: Tensor) -> Tensors:
 
 
 def from_uint8(pairs: Tensors) -> Tensor:
-    """What `to_uint8` packed, within half a step, [groups, ...] float32."""
+    """Returns what `to_uint8` packed, within half a step, [groups, ...] float32."""
     shape = (-1, *[1] * (pairs["x"].dim() - 1))
     return pairs["low"].view(shape) + pairs["x"].float() * pairs["step"].view(shape)
 
@@ -96,7 +96,7 @@ class Exposure(NamedTuple):
 def exposures(
     workload: ClassificationWorkload, group_sizes: list[int | None], clients: int, seed: int
 ) -> list[Exposure]:
-    """Figures for each group size over the first `clients` clients.
+    """Returns figures for each group size over the first `clients` clients.
 
     Raises:
         ConfigError: for token sequences, whose means are no picture.

@@ -54,7 +54,7 @@ class Traceable(Protocol):
 
 
 def price(workload: Traceable, model: nn.Module, name: str, device: torch.device | str = "cpu") -> NetworkCost:
-    """What one example costs in a network: FLOPs and memory of a step, and its layers where they can be traced."""
+    """Returns what one example costs in a network: FLOPs and memory of a step, and layers that can be traced."""
     four = workload.sample_on(device, 4)
     cost = measure(model, workload.loss, four, name)
     cost = replace(cost, inference_bytes=inference_bytes(model, workload.loss, four))
@@ -96,7 +96,7 @@ class Slices:
         self._costs: dict[tuple[int, ...], NetworkCost] = {}
 
     def network(self, kept: Kept) -> nn.Module:
-        """A static network with room for the weights of this choice; one object for all choices of its sizes."""
+        """Returns a static network with room for this choice's weights; one object for all choices of its sizes."""
         sizes = tuple(map(len, kept.values()))
         if sizes not in self._networks:
             network = self.groups.build(self.model, kept).to(self.device)
@@ -109,7 +109,7 @@ class Slices:
         return self._networks[sizes]
 
     def cost(self, kept: Kept) -> NetworkCost:
-        """What one example costs in the narrowed network."""
+        """Returns what one example costs in the narrowed network."""
         sizes = tuple(map(len, kept.values()))
         if sizes not in self._costs:
             network = self.groups.build(self.model, kept)
@@ -119,6 +119,6 @@ class Slices:
         return self._costs[sizes]
 
     def step_ms(self, kept: Kept, batch: int, latency: LatencyModel, profile: DeviceProfile) -> float:
-        """Predicted milliseconds of a training step of the narrowed network on a device."""
+        """Predicts the milliseconds of a training step of the narrowed network on a device."""
         work = Work((Passes(self.cost(kept), batch, 1, 1),))
         return 1e3 * latency.compute_s(work, profile)

@@ -58,9 +58,9 @@ class DCILTrainer(TwoPathTrainer):
         self.objective = Collective(distil_after, self.temperature)
 
     def names(self, model: nn.Module) -> list[str]:
-        """Weights of convolutions."""
+        """Returns weights of convolutions."""
         return prunable_first(model)
 
     def teaches(self, broadcast: Broadcast) -> bool:
-        """The dense network is trained in every round."""
+        """Returns True: the dense network is trained in every round."""
         return True

@@ -67,10 +67,10 @@ class PQKTrainer(TwoPathTrainer):
         self.objective = Taught(distil, teacher, phase1_grad, self.temperature)
 
     def names(self, model: nn.Module) -> list[str]:
-        """Weights of convolutions and linear layers; of several, the last is the classifier of both networks."""
+        """Returns weights of convolutions and linear layers; of several, the last is both networks' classifier."""
         names = prunable(model)
         return names[:-1] or names
 
     def teaches(self, broadcast: Broadcast) -> bool:
-        """The teacher is trained in phase 2."""
+        """Returns whether phase 2 has begun, and there is something to teach."""
         return broadcast.round > self.prune_rounds and self.taught

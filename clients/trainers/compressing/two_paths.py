@@ -66,7 +66,7 @@ class TwoPathRun(SGDRun):
         return ClientUpdate(client.client_id, len(client.data.train), client.weights, metrics)
 
     def batches(self) -> Iterator[Tensors]:
-        """The batches of plain SGD; masks are made anew between them."""
+        """Yields the batches of plain SGD; masks are made anew between them."""
         trainer, round = self.trainer, self.broadcast.round
         steps = trainer.local_steps or trainer.local_epochs * -(-len(self.client.data.train) // trainer.batch_size)
         for number, batch in enumerate(super().batches()):
@@ -75,7 +75,7 @@ class TwoPathRun(SGDRun):
             yield batch
 
     def networks(self, rule: str = "masked") -> tuple[Remembering, Remembering]:
-        """The student and the teacher under the masks of the moment; `rule` is that of the student's gradient."""
+        """Returns student and teacher under the masks of the moment; `rule` is that of the student's gradient."""
         model, trainer = self.client.model, self.trainer
         student, teacher = trainer.paths.student(self.masks, rule), trainer.paths.teacher(self.masks, self.norms)
 
@@ -90,13 +90,13 @@ class TwoPathRun(SGDRun):
         self.client.log.add(self.client.step_cost, batch, forwards=passes, backwards=passes)
 
     def reserve(self) -> None:
-        """The memory of a step; where both networks are trained, both are held until the backward pass."""
+        """Reserves the memory of a step; where both networks are trained, both are held until the backward pass."""
         trainer, batch = self.trainer, min(self.trainer.batch_size, len(self.client.data.train))
         cost = trainer.both_paths if self.teaches and trainer.both_paths else self.client.step_cost
         self.client.log.reserve(trainer.step_bytes(cost, batch, self.copies()))
 
     def copies(self) -> float:
-        """Of what is pruned: the weights of both networks, a mask of floats for each, and the gradients of each."""
+        """Counts weights of both networks, a mask of floats for each and the gradients of each, of what is pruned."""
         own = dict(self.client.model.named_parameters())
         pruned = sum(own[name].nbytes for name in self.trainer.paths.names)
         return super().copies() + 6.0 * pruned / self.client.step_cost.parameter_bytes
@@ -143,11 +143,11 @@ class TwoPathTrainer(SGDTrainer):
         self.both_paths: NetworkCost | None = None  # what a step of both networks costs
 
     def names(self, model: nn.Module) -> list[str]:
-        """Weights that are pruned."""
+        """Returns weights that are pruned."""
         raise NotImplementedError(f"{type(self).__name__} does not say which weights it prunes")
 
     def teaches(self, broadcast: Broadcast) -> bool:
-        """Whether the teacher is trained too in this round."""
+        """Returns whether the teacher is trained too in this round."""
         raise NotImplementedError(f"{type(self).__name__} does not say when its teacher is trained")
 
     def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:
@@ -168,7 +168,7 @@ class TwoPathTrainer(SGDTrainer):
         self.learned_norms = [name for name in self.paths.norms if name in learned]
 
     def masks_at(self, rounds: float) -> Masks:
-        """Masks of the model's weights after so many rounds."""
+        """Returns masks of the model's weights after so many rounds."""
         return global_masks(self.paths.weights(), self.schedule.at(rounds / self.prune_rounds), self.floor)
 
     @contextmanager
@@ -190,7 +190,7 @@ class TwoPathTrainer(SGDTrainer):
 
     @torch.no_grad()
     def judge(self, client: ClientContext, broadcast: Broadcast) -> dict[str, float]:
-        """Metrics and sizes of the student, and beside them the accuracy of the client's teacher."""
+        """Returns metrics and sizes of the student, and beside them the accuracy of the client's teacher."""
         if not len(client.data.test):
             return {}
         run = TwoPathRun(self, client, broadcast)

@@ -38,7 +38,7 @@ Terms = tuple[Tensor, Tensor, Tensor]  # mean losses for the own and the partner
 
 
 def double_backward(logits: Logits, u: Tensor, direction: Tensor, y: Tensor, partner_y: Tensor) -> Terms:
-    """The input gradient, kept differentiable, along the direction.
+    """Takes the input gradient, kept differentiable, along the direction.
 
     Args:
         logits: the network, [batch, ...] to [batch, ..., classes].
@@ -62,7 +62,7 @@ def double_backward(logits: Logits, u: Tensor, direction: Tensor, y: Tensor, par
 
 
 def forward_mode(logits: Logits, u: Tensor, direction: Tensor, y: Tensor, partner_y: Tensor) -> Terms:
-    """The derivative of the logits along the direction, which travels through the network with them.
+    """Takes the derivative of the logits along the direction, which travels through the network with them.
 
     Arguments and results as in `double_backward`. The cross-entropy's own derivative is softmax - label.
     """
@@ -73,7 +73,7 @@ def forward_mode(logits: Logits, u: Tensor, direction: Tensor, y: Tensor, partne
 
 
 def central_difference(logits: Logits, u: Tensor, direction: Tensor, y: Tensor, partner_y: Tensor) -> Terms:
-    """Differences of the loss a small step to both sides; the losses at u are the means of the sides.
+    """Takes differences of the loss a small step to both sides; losses at u are the means of the sides.
 
     Arguments and results as in `double_backward`, up to the square of STEP. It needs no second derivatives, so fused
     recurrent kernels can be used. Where a step crosses the kink of a ReLU or of a maximum, the gradient of the slope
@@ -94,7 +94,7 @@ def central_difference(logits: Logits, u: Tensor, direction: Tensor, y: Tensor, 
 
 
 def has_kinks(outputs: Tensor) -> bool:
-    """Whether what autograd recorded on the way to the outputs has an operator whose derivative jumps."""
+    """Returns whether what autograd recorded on the way to the outputs has an operator whose derivative jumps."""
     seen, waiting = set(), [outputs.grad_fn]
     while waiting:
         node = waiting.pop()
@@ -112,7 +112,7 @@ FORMS = {"forward": forward_mode, "double": double_backward, "central": central_
 
 @contextmanager
 def twice_differentiable(model: nn.Module) -> Iterator[None]:
-    """Inside, recurrent layers run as matrix products: the kernels that fuse them have one derivative only."""
+    """Runs recurrent layers as matrix products inside: the kernels that fuse them have one derivative only."""
     if not any(isinstance(part, nn.RNNBase) for part in model.modules()):
         yield
         return
@@ -198,7 +198,7 @@ class FedMixTrainer(NaiveMixTrainer):
         super().setup(workload, model, network)
 
     def _supported_form(self, workload: Workload, model: nn.Module) -> str:
-        """The form that was asked for, or the first of those that `auto` tries which works with the model."""
+        """Returns the form that was asked for, or the first of those that `auto` tries which works with the model."""
         reasons = {}
         for form in self._usual(workload, model) if self.taylor_form == "auto" else [self.taylor_form]:
             reason = self._reason_against(form, workload, model)
@@ -212,7 +212,7 @@ class FedMixTrainer(NaiveMixTrainer):
         raise ConfigError(f"{what}: {next(iter(reasons.values()))}; {advice}")
 
     def _usual(self, workload: Workload, model: nn.Module) -> list[str]:
-        """The forms that `auto` tries, in order."""
+        """Returns the forms that `auto` tries, in order."""
         sample = {n: t.to(next(model.parameters()).device) for n, t in workload.sample(2).items()}
         with torch.random.fork_rng(devices=[]):
             entrance = Entrance(deepcopy(model), sample["x"])
@@ -222,7 +222,7 @@ class FedMixTrainer(NaiveMixTrainer):
         return [form for form in FORMS if form != "central" or not kinks]
 
     def _reason_against(self, form: str, workload: Workload, model: nn.Module) -> str:
-        """Why a form does not work with a model; empty where it does."""
+        """Returns why a form does not work with a model; empty where it does."""
         probe, device = deepcopy(model), next(model.parameters()).device
         sample = workload.sample(2)
         batch = {n: t.to(device) for n, t in (sample | self.sample_partner(workload, model, sample)).items()}

@@ -36,6 +36,6 @@ class GlobalMixupTrainer(MixupTrainer):
 
 @lru_cache(maxsize=1)
 def union(workload: Workload) -> tuple[list[Examples], Tensor]:
-    """The training examples of all clients, and where each one's rows end in the union of all, [clients]."""
+    """Returns the training examples of all clients, and where each one's rows end in the union of all, [clients]."""
     everybody = [workload.client_data(client).train for client in range(workload.num_clients)]
     return everybody, torch.tensor([len(data) for data in everybody]).cumsum(0)

@@ -31,7 +31,7 @@ OWN, PARTNER = "own_loss", "partner_loss"
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """Mean cross-entropy over examples (and steps), linear in the label.
+    """Returns the mean cross-entropy over examples (and steps), linear in the label.
 
     Args:
         logits: [batch, classes] or [batch, steps, classes].
@@ -56,13 +56,13 @@ class Entrance:
         self.model, self.x, self.embedding = model, x, embedding_of(model) if not x.is_floating_point() else None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """What is mixed: numbers stay; tokens [n, steps] or their means [n, steps, vocabulary] are embedded."""
+        """Returns what is mixed: numbers stay; tokens [n, steps] or their means [n, steps, vocabulary] are embedded."""
         if self.embedding is None:
             return x
         return x @ self.embedding.weight if x.is_floating_point() else self.embedding(x)
 
     def logits(self, mixed: Tensor) -> Tensor:
-        """The model's output for mixed examples [batch, ...]."""
+        """Returns the model's output for mixed examples [batch, ...]."""
         if self.embedding is None:
             return self.model(mixed)
         self.embedding.forward = lambda _: mixed  # type: ignore[method-assign, assignment]
@@ -73,7 +73,7 @@ class Entrance:
 
 
 def embedding_of(model: nn.Module) -> nn.Embedding:
-    """The one embedding of a model that takes tokens."""
+    """Returns the one embedding of a model that takes tokens."""
     found = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     if len(found) != 1:
         what = f"{type(model).__name__} has {len(found)} embeddings"
@@ -110,7 +110,7 @@ class Mixed(Objective):
         return loss
 
     def mixed(self, model: nn.Module, batch: Tensors) -> tuple[Tensor, Tensors]:
-        """The loss of a batch with partners, and its parts.
+        """Returns the loss of a batch with partners, and its parts.
 
         Args:
             model: the network.
@@ -142,7 +142,7 @@ class MixupRun(SGDRun):
             self.client = replace(client, step_cost=trainer.mixed_cost)
 
     def batches(self) -> Iterator[Tensors]:
-        """The batches of plain SGD, each with its partners, drawn from a stream of their own."""
+        """Yields the batches of plain SGD, each with its partners, drawn from a stream of their own."""
         draw = self.client.stream("partners")
         for batch in super().batches():
             yield {**batch, **self.trainer.partner(self.client, batch, draw)} if self.mixes else batch
@@ -208,13 +208,13 @@ class MixupTrainer(SGDTrainer):
         )
 
     def mixes(self, client: ClientContext) -> bool:
-        """Whether the client's examples are mixed in this round."""
+        """Returns whether the client's examples are mixed in this round."""
         return self.mix_ratio > 0
 
     def partner(self, client: ClientContext, batch: Tensors, draw: torch.Generator) -> Tensors:
-        """`partner_x` and `partner_y`, with leading size 1 (one for the whole batch) or that of the batch."""
+        """Returns `partner_x` and `partner_y`, with leading size 1 (one for the whole batch) or that of the batch."""
         raise NotImplementedError(f"{type(self).__name__} does not say whom to mix with")
 
     def sample_partner(self, workload: Workload, model: nn.Module, sample: Tensors) -> Tensors:
-        """A partner of the kind that `partner` gives, for pricing; here single examples."""
+        """Returns a partner of the kind that `partner` gives, for pricing; here single examples."""
         return {"partner_x": sample["x"].flip(0), "partner_y": sample["y"].flip(0)}

@@ -58,7 +58,7 @@ class PoolRun(MixupRun):
         return replace(update, metrics={**update.metrics, **facts})
 
     def reserve(self) -> None:
-        """A step and the pool that stays beside it."""
+        """Reserves a step and the pool that stays beside it."""
         self.client.log.hold("pool", self.client.state.storage_bytes)
         super().reserve()
 
@@ -92,7 +92,7 @@ class NaiveMixTrainer(MixupTrainer):
     # --- sharing averages ---------------------------------------------------------------------------------------
 
     def answer(self, client: ClientContext, question: str, broadcast: Broadcast) -> dict[str, Tensors]:
-        """The client's averages, none if it has too few examples, and the room on its device for a pool."""
+        """Sends the client's averages, none if it has too few examples, and the room on its device for a pool."""
         if question != QUESTION:
             return super().answer(client, question, broadcast)
         asked, data = broadcast.settings, client.data.train
@@ -152,7 +152,7 @@ class NaiveMixTrainer(MixupTrainer):
         return super().mixes(client) and num_pairs(client) > 0
 
     def partner(self, client: ClientContext, batch: Tensors, draw: torch.Generator) -> Tensors:
-        """One pair of the pool for the whole batch."""
+        """Returns one pair of the pool for the whole batch."""
         row = int(torch.randint(num_pairs(client), (), generator=draw))
         names = ("x", "y", "low", "step")
         pair = {n: client.state[f"{HELD}{n}"][row : row + 1] for n in names if f"{HELD}{n}" in client.state}
@@ -167,5 +167,5 @@ class NaiveMixTrainer(MixupTrainer):
 
 
 def num_pairs(client: ClientContext) -> int:
-    """How many averages the client holds."""
+    """Returns how many averages the client holds."""
     return len(client.state.get(f"{HELD}y", ()))

@@ -30,7 +30,7 @@ class Dual:
 
     @property
     def value(self) -> Tensor:
-        """[batch, ...]."""
+        """Returns the values, [batch, ...]."""
         return self.both.chunk(2)[0]
 
     @classmethod
@@ -38,7 +38,7 @@ class Dual:
         return _apply(function, args, kwargs or {})
 
     def __getattr__(self, name: str) -> Any:
-        """A method of tensors, which gives a Dual, or another attribute, which is the value's."""
+        """Returns a method of tensors, which gives a Dual, or another attribute, which is the value's."""
         attribute = getattr(self.value, name)
         if not callable(attribute):
             return attribute
@@ -94,7 +94,7 @@ def _packed(leaf: Any) -> Any:
 
 
 def _unpacked(leaf: Any) -> Any:
-    """A result as a Dual; integers, and what does not depend on the input, as they are."""
+    """Returns a result as a Dual; integers, and what does not depend on the input, as they are."""
     if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
         return leaf
     value, tangent = forward_ad.unpack_dual(leaf)
@@ -105,7 +105,7 @@ def _unpacked(leaf: Any) -> Any:
 
 
 def _linear(layer: Callable[..., Tensor], size: int) -> Callable[..., Tensor | None]:
-    """A layer that is linear in its input; the bias belongs to the values alone. `size`: dimensions with the batch."""
+    """Makes the rule of a layer that is linear in its input, of `size` dimensions; the bias belongs to the values."""
 
     def rule(both: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor | None:
         if both.dim() < 2 or (size and both.dim() != size):

@@ -40,11 +40,11 @@ class DittoRun(SGDRun):
         return replace(update, metrics={**update.metrics, "personal_loss": personal_loss})
 
     def personal(self) -> PersonalRun:
-        """The training of the personal model."""
+        """Returns the training of the personal model."""
         return PersonalRun(self.trainer, self.client, self.broadcast, self.trainer.personal_objective)
 
     def reserve(self) -> None:
-        """The global step, then one of the personal model."""
+        """Reserves the global step, then one of the personal model."""
         super().reserve()
         self.personal().reserve()
 
@@ -83,11 +83,11 @@ class DittoTrainer(FedProxTrainer):
         self.initial = {name: t.detach().clone() for name, t in model.state_dict().items()}
 
     def personal_model(self, client: ClientContext) -> Tensors:
-        """The client's own model; the initial one where it has never trained."""
+        """Returns the client's own model; the initial one where it has never trained."""
         return client.state.restored(PERSONAL, self.initial)
 
     def judge(self, client: ClientContext, broadcast: Broadcast) -> dict[str, float]:
-        """Metrics of the personal model."""
+        """Returns metrics of the personal model."""
         _load(client, self.personal_model(client))
         return super().judge(client, broadcast)
 

@@ -44,7 +44,7 @@ class FedRepRun(SGDRun):
         return ClientUpdate(client.client_id, len(client.data.train), client.weights, metrics)
 
     def phase(self, private: bool) -> SGDRun:
-        """Training of the parameters that are not frozen just now, at the cost of their phase."""
+        """Returns the training of the parameters that are not frozen just now, at the cost of their phase."""
         parameters = [p for p in self.client.parameters if p.requires_grad]
         client = replace(self.client, parameters=parameters, step_cost=self.trainer.phase_costs[private])
         return SGDRun(self.trainer, client, self.broadcast)

@@ -58,7 +58,7 @@ class SubFedAvgRun(SGDRun):
         return ClientUpdate(whole.client_id, len(self.client.data.train), whole.weights, metrics, {MASK: record})
 
     def batches(self) -> Iterator[Tensors]:
-        """The batches of plain SGD; notes after the first epoch which weights would stay."""
+        """Yields the batches of plain SGD; notes after the first epoch which weights would stay."""
         trainer, weights = self.trainer, self.client.weights
         left = -(-len(self.client.data.train) // trainer.batch_size)
         for batch in super().batches():
@@ -70,13 +70,13 @@ class SubFedAvgRun(SGDRun):
             self.early = trainer.pruned(weights, self.masks)
 
     def gradients(self, batch: Tensors) -> tuple[Gradients, Tensor]:
-        """The gradient of the loss where the mask is alive, and zero elsewhere."""
+        """Returns the gradient of the loss where the mask is alive, and zero elsewhere."""
         gradients, loss = super().gradients(batch)
         masks = (self.masks.get(name) for name in self.trainer.order)
         return [g if g is None or mask is None else g * mask for g, mask in zip(gradients, masks, strict=True)], loss
 
     def should_prune(self, deciding: Examples, late: Tensors) -> bool:
-        """Whether the mask still moves, the target is not reached, and the network does well on what decides."""
+        """Returns whether the mask still moves, the target is not reached, and what decides is judged well."""
         trainer, client = self.trainer, self.client
         entries = sum(mask.numel() for mask in late.values())
         changed = sum(int((mask != self.early[name]).sum()) for name, mask in late.items()) / entries
@@ -86,7 +86,7 @@ class SubFedAvgRun(SGDRun):
         return client.workload.evaluate(client.model, deciding)["accuracy"] > trainer.least_accuracy
 
     def reserve(self) -> None:
-        """A step, and pruning: magnitudes of the largest layer, sorted with their places."""
+        """Reserves a step, and pruning: magnitudes of the largest layer, sorted with their places."""
         sizes, client = [mask.numel() for mask in self.masks.values()], self.client
         client.log.hold("masks", 2 * sum(sizes))  # the client's own, and those after the first epoch
         super().reserve()
@@ -94,7 +94,7 @@ class SubFedAvgRun(SGDRun):
         client.log.reserve(weights + sum(sizes) + 20 * max(sizes))
 
     def copies(self) -> float:
-        """The masked gradients."""
+        """Counts the masked gradients."""
         return super().copies() + 1.0
 
 
@@ -129,17 +129,17 @@ class SubFedAvgTrainer(SGDTrainer):
         self.order: list[str] = []  # of the parameters that are trained
 
     def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:
-        """Weights with two dimensions or more are pruned; biases and norms are not."""
+        """Finds the weights to prune: those with two dimensions or more, no biases and norms."""
         super().setup(workload, model, network)
         self.all_alive = {n: torch.ones_like(p, dtype=torch.bool) for n, p in model.named_parameters() if p.dim() > 1}
         self.order = [n for n, p in model.named_parameters() if p.requires_grad]
 
     def masks_of(self, client: ClientContext) -> Tensors:
-        """The client's masks; all alive where it has never trained."""
+        """Returns the client's masks; all alive where it has never trained."""
         return {n: m.to(client.device).bool() for n, m in client.state.restored(MASK, self.all_alive).items()}
 
     def pruned(self, weights: Tensors, masks: Tensors) -> Tensors:
-        """Masks without the smallest |w| of each layer's alive weights."""
+        """Returns masks without the smallest |w| of each layer's alive weights."""
         fewer = {}
         for name, mask in masks.items():
             living = int(mask.sum())
@@ -150,14 +150,14 @@ class SubFedAvgTrainer(SGDTrainer):
         return fewer
 
     def judge(self, client: ClientContext, broadcast: Broadcast) -> dict[str, float]:
-        """Metrics of the client's own part of the network; all of it where the client never trained."""
+        """Returns metrics of the client's own part of the network; all of it where the client never trained."""
         masks = self.masks_of(client)
         apply(masks, client.weights)
         metrics = super().judge(client, broadcast)
         return {**metrics, "keep_ratio": alive(masks)} if metrics else {}
 
     def split(self, client: ClientContext) -> tuple[ClientContext, Examples]:
-        """The client with what it trains on, and the examples that decide; the same in every round."""
+        """Splits the client's examples into those it trains on and those that decide; the same in every round."""
         train = client.data.train
         count = self.num_deciding(len(train))
         order = torch.randperm(len(train), generator=torch_generator(client.seed, "validation", client.client_id))
@@ -165,7 +165,7 @@ class SubFedAvgTrainer(SGDTrainer):
         return replace(client, data=ClientData(parts[0], client.data.test)), parts[1]
 
     def num_deciding(self, examples: int) -> int:
-        """How many of a client's examples decide."""
+        """Returns how many of a client's examples decide."""
         return min(max(1, round(self.validation * examples)), examples - 1)
 
     def ends_in_one(self, examples: int) -> bool:
@@ -173,7 +173,7 @@ class SubFedAvgTrainer(SGDTrainer):
 
 
 def alive(masks: Tensors) -> float:
-    """The share of entries that stay."""
+    """Returns the share of entries that stay."""
     return sum(int(mask.sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
 
 

@@ -19,7 +19,7 @@ from fedsim.errors import ConfigError
 
 
 def project(gradients: Gradients, past: Gradients) -> Gradients:
-    """The gradient g, without its part along the memory's r where they disagree: g - (g.r / r.r) r if g.r < 0.
+    """Takes from the gradient g its part along the memory's r where they disagree: g - (g.r / r.r) r if g.r < 0.
 
     A parameter that one of the passes did not use has no part in g.r, and keeps what the other pass says.
     """
@@ -53,7 +53,7 @@ class AGemRun(ReservoirRun):
         return project(gradients, past), loss
 
     def reserve(self) -> None:
-        """The batch and the memory's one after the other, the first's gradients beside the second; then the projection.
+        """Reserves the batch, then the memory's beside the batch's gradients, then the projection.
 
         That holds both gradients, the projected one, and products on the way. The memory fills while a round trains.
         """

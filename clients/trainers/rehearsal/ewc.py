@@ -23,7 +23,7 @@ from fedsim.workloads.base import Tensors, Workload
 
 
 def fisher(client: ClientContext, weights: dict[str, nn.Parameter], batch: Tensors, at_once: int) -> Tensor:
-    """Mean squared gradient of the log-likelihood of single examples, [weights].
+    """Returns the mean squared gradient of the log-likelihood of single examples, [weights].
 
     Args:
         client: whose model is looked at, in evaluation mode.
@@ -40,7 +40,7 @@ def fisher(client: ClientContext, weights: dict[str, nn.Parameter], batch: Tenso
 
 
 def bounded(quadratics: Tensors, largest: float) -> Tensors:
-    """The sum of quadratics with no curvature above `largest`; as it is where none is.
+    """Returns the sum of quadratics with no curvature above `largest`; as it is where none is.
 
     Gradient descent with step size lr diverges on a quadratic of a curvature above 2 / lr, and reaches its centre in
     one step at 1 / lr. F grows with every task, so sooner or later some weights are held too stiffly for any step size.
@@ -82,11 +82,11 @@ class Consolidated(Objective):
         return loss + self.penalty / 2 * inside
 
     def copies(self, run: EWCRun) -> float:
-        """Of the quadratics: the flat weights, twice the centre, the terms' gradients and two sums of gradients."""
+        """Counts the flat weights, twice the centre, the terms' gradients and two sums of gradients."""
         return 0.0 if run.quadratics is None else 5.0
 
     def held(self, run: EWCRun) -> dict[str, int]:
-        """The curvature and the weighted centre beside the model, after the first task."""
+        """Names the curvature and the weighted centre beside the model, after the first task."""
         return {} if run.quadratics is None else {"curvature and centre": 2 * run.client.step_cost.parameter_bytes}
 
 
@@ -134,11 +134,11 @@ class EWCTrainer(SGDTrainer):
         require_single_examples(workload, model)
 
     def held_weights(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """The weights that the penalty holds, by name: all that are trained and shared."""
+        """Returns the weights that the penalty holds, by name: all that are trained and shared."""
         return {name: p for name, p in model.named_parameters() if p.requires_grad and name not in self.private}
 
     def answer(self, client: ClientContext, question: str, broadcast: Broadcast) -> dict[str, Tensors]:
-        """F of the task that has just ended, at the weights that came, from examples that are still on the device."""
+        """Sends F of the task that has just ended, at the weights that came, from examples still on the device."""
         if question != QUESTION:
             return super().answer(client, question, broadcast)
         workload = client.workload

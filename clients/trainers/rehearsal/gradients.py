@@ -29,7 +29,7 @@ NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 @contextmanager
 def scoring(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in evaluation mode: dropout and batch statistics would make single gradients random."""
+    """Keeps the model in evaluation mode: dropout and batch statistics would make single gradients random."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         vars(module)["training"] = False  # `eval()` goes through every module's own attribute check: a third of scoring
@@ -50,7 +50,7 @@ def flat_gradient(workload: Workload, model: nn.Module, batch: Tensors, weights:
 
 
 def compared_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights whose gradients are compared: all trained ones but those of norm layers."""
+    """Returns the weights whose gradients are compared: all trained ones but those of norm layers."""
     found = {}
     for prefix, module in model.named_modules():
         if not isinstance(module, NORMS):
@@ -61,14 +61,14 @@ def compared_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def recurrent(model: nn.Module) -> bool:
-    """Whether the model has layers that cannot be mapped over examples."""
+    """Returns whether the model has layers that cannot be mapped over examples."""
     return any(isinstance(m, nn.RNNBase) for m in model.modules())
 
 
 def per_sample(
     workload: Workload, model: nn.Module, batch: Tensors, weights: dict[str, nn.Parameter] | None = None
 ) -> Tensor:
-    """The gradient of every example's loss, [n, weights]; of the compared weights where none are given."""
+    """Returns the gradient of every example's loss, [n, weights]; of the compared weights where none are given."""
     compared = compared_weights(model) if weights is None else weights
     if recurrent(model):
         rows = torch.arange(workload.batch_size_of(batch)).split(1)
@@ -89,7 +89,7 @@ def per_sample(
 
 
 def layers_of(model: nn.Module) -> list[Layer]:
-    """The layers that hold the compared weights, in order; none where one is neither linear nor convolutional."""
+    """Returns the layers that hold the compared weights; none where one is neither linear nor convolutional."""
     found: list[Layer] = []
     for module in model.modules():
         trained = any(p.requires_grad for p in module.parameters(recurse=False))
@@ -104,7 +104,7 @@ def layers_of(model: nn.Module) -> list[Layer]:
 
 
 def head_of(model: nn.Module) -> nn.Linear:
-    """The last linear layer: `model.head`, or the one that was defined last.
+    """Returns the last linear layer: `model.head`, or the one that was defined last.
 
     Raises:
         ConfigError: if there is none.
@@ -118,7 +118,7 @@ def head_of(model: nn.Module) -> nn.Linear:
 
 @torch.no_grad()
 def last_layer(workload: Workload, model: nn.Module, batch: Tensors) -> tuple[Tensor, Tensor]:
-    """Softmax - label and the features before the last layer, [n, classes] and [n, features] ([n, steps, ...]).
+    """Returns softmax - label and the features before the last layer, [n, classes] and [n, features] ([n, steps, ...]).
 
     Their outer product is the gradient of the last layer's weights, the first alone that of its bias.
 
@@ -140,7 +140,7 @@ def last_layer(workload: Workload, model: nn.Module, batch: Tensors) -> tuple[Te
 
 
 def error_of(logits: Tensor, y: Tensor) -> Tensor:
-    """Softmax - label, [n, classes] or [n, steps, classes], for labels that are classes or probabilities."""
+    """Returns softmax - label, [n, classes] or [n, steps, classes], for labels that are classes or probabilities."""
     error = logits.softmax(-1)
     return (
         error - y
@@ -156,7 +156,7 @@ def watched(
     inputs: dict[nn.Module, Tensor],
     outputs: dict[nn.Module, Tensor],
 ) -> Tensor:
-    """Logits of a batch; what went into and came out of every layer is put into the two."""
+    """Returns the logits of a batch; what went into and came out of every layer is put into the two."""
 
     def keep(module: nn.Module, given: tuple[Tensor, ...], made: Tensor) -> None:
         inputs[module], outputs[module] = given[0].detach(), made
@@ -170,7 +170,7 @@ def watched(
 
 
 def convolution_gradients(layer: nn.Conv2d, error: Tensor, inputs: Tensor) -> Tensor:
-    """Each example's gradient of a convolution's weights and bias, [n, weights], from its patches."""
+    """Returns each example's gradient of a convolution's weights and bias, [n, weights], from its patches."""
     n, groups = len(error), layer.groups
     patches = F.unfold(inputs, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # type: ignore[arg-type]
     patches = patches.view(n * groups, -1, patches.shape[-1])  # [n * groups, in / groups * kernel, places]
@@ -209,7 +209,7 @@ def require_head(workload: Workload, model: nn.Module) -> None:
 
 @lru_cache(maxsize=256)
 def matrix_product(inner: int, outer: int) -> NetworkCost:
-    """What [n, inner] @ [inner, outer] costs per row: its multiply-adds, and nothing else.
+    """Returns what [n, inner] @ [inner, outer] costs per row: its multiply-adds, and nothing else.
 
     A runtime would do such a product inside of the step; it is no network that somebody loads and starts.
     """

@@ -21,7 +21,7 @@ SCORES, COMPARED = "gss_scores", 10
 
 
 def replaced(score: float, held: Tensor, draw: torch.Generator) -> int | None:
-    """Which of a full memory a new example replaces, if any.
+    """Returns which of a full memory a new example replaces, if any.
 
     Args:
         score: of the new one, its largest cosine with some of the memory plus 1, in [0, 2].

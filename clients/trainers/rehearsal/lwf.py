@@ -49,7 +49,7 @@ class Distilled(Objective):
         return loss + self.weight * self.distance(run, own, taught)
 
     def distance(self, run: LwFRun, own: Tensor, taught: Tensor) -> Tensor:
-        """T^2 KL per example, summed over the earlier tasks that have outputs of their own."""
+        """Sums T^2 KL per example over the earlier tasks that have outputs of their own."""
         total = own.new_zeros(())
         for mask in run.views or [own.new_zeros(())]:
             soft, target = ((z + mask.to(own.device)).flatten(0, -2) / self.temperature for z in (own, taught))
@@ -114,7 +114,7 @@ class LwFTrainer(SGDTrainer):
         self.objective: Distilled = Distilled(distill_weight, temperature)
 
     def views(self, client: ClientContext) -> list[Tensor]:
-        """Masks of the outputs of the client's earlier tasks; none where tasks share their outputs."""
+        """Returns masks of the outputs of the client's earlier tasks; none where tasks share their outputs."""
         workload = client.workload
         masks = getattr(workload, "masks", None)
         if getattr(workload, "incremental", "") != "task" or masks is None:

@@ -23,7 +23,7 @@ NONE = torch.empty(0, dtype=torch.int64)
 
 
 def example_bytes(client: ClientContext, input_bytes: int) -> int:
-    """What one kept example takes on the device, with `input_bytes` for each number of an input."""
+    """Returns what one kept example takes on the device, with `input_bytes` for each number of an input."""
     return prod(client.workload.input_shape) * input_bytes + SIDE_BYTES
 
 
@@ -47,13 +47,13 @@ class Memory:
         return len(self.names)
 
     def examples(self) -> Tensors:
-        """All of them as one batch on the client's device, in order."""
+        """Returns all of them as one batch on the client's device, in order."""
         if self._examples is None:
             self._examples = recall(self.client, self.names)
         return self._examples
 
     def batch(self, places: Tensor) -> Tensors:
-        """Some of them."""
+        """Returns the examples at these places."""
         return {key: t[places] for key, t in self.examples().items()}
 
     def keep(self, places: Tensor) -> None:
@@ -99,11 +99,11 @@ class Memory:
             raise RuntimeError(f"the memory holds {len(self.names)} examples and may hold {self.capacity}")
 
     def save(self) -> None:
-        """Into the client's state."""
+        """Stores names and tasks in the client's state."""
         self.client.state[NAMES], self.client.state[PHASES] = self.names, self.phases
 
     def batches(self, size: int, draw: torch.Generator) -> Iterator[Tensor]:
-        """Places of batches of at most `size`, in shuffled passes over all, without end."""
+        """Yields places of batches of at most `size`, in shuffled passes over all, without end."""
         while len(self.names):
             for places in torch.randperm(len(self.names), generator=draw).split(size):
                 self.drawn = places
@@ -111,7 +111,7 @@ class Memory:
 
 
 def recall(client: ClientContext, names: Tensor) -> Tensors:
-    """The examples with these names on the client's device; of none, tensors of length 0."""
+    """Returns the examples with these names on the client's device; of none, tensors of length 0."""
     if not len(names):
         some = client.data.train.gather(torch.arange(1))
         return {key: t[:0] for key, t in some.items()}

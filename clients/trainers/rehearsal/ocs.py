@@ -40,7 +40,7 @@ SEEN = "ocs_batches"  # stream batches of the phase so far, for the warm start
 
 
 def scores(of: Products, tau: float, diversity: str = "exclude_self") -> tuple[Tensor, Tensor, Tensor]:
-    """S, V and A of n examples, each [n]; the total is S + V + tau A.
+    """Returns S, V and A of n examples, each [n]; the total is S + V + tau A.
 
     Args:
         of: the dot products of their gradients; without a reference, A is 0.
@@ -67,12 +67,12 @@ def scores(of: Products, tau: float, diversity: str = "exclude_self") -> tuple[T
 
 
 def _above_zero(products: Tensor) -> Tensor:
-    """Products of norms to divide by: those far below the largest count as a little more, and none is 0."""
+    """Makes products of norms fit to divide by: those far below the largest count as a little more, and none is 0."""
     return products.maximum(FLOOR * products.amax()).clamp(min=torch.finfo(products.dtype).tiny)
 
 
 def best(total: Tensor, size: int) -> Tensor:
-    """The places of the `size` largest, rising; ties to the smaller place."""
+    """Returns the places of the `size` largest, rising; ties to the smaller place."""
     return total.argsort(descending=True, stable=True)[:size].sort().values
 
 
@@ -104,13 +104,13 @@ class OCSRun(ReplayRun):
             client.log.add(client.step_cost, len(self.memory), forwards=1)
 
     def compares(self) -> bool:
-        """Whether batches are compared with the client's own coreset."""
+        """Returns whether batches are compared with the client's own coreset."""
         return bool(self.trainer.tau) and len(self.memory) > 0 and self.trainer.ref_scope == "local"
 
     # --- selection while training -------------------------------------------------------------------------------
 
     def choose(self, own: Tensors, kept: Tensors | None) -> Tensor | None:
-        """Algorithm 1, lines 5 to 8: kappa at random while the task is new, else those with the highest score."""
+        """Chooses by algorithm 1, lines 5 to 8: at random while the task is new, else those with the highest score."""
         trainer, size, first_pass = self.trainer, self.client.workload.batch_size_of(own), self.seen < self.per_pass
         self.seen += 1
         if size <= trainer.batch_size:
@@ -123,7 +123,7 @@ class OCSRun(ReplayRun):
         return chosen
 
     def products(self, own: Tensors, kept: Tensors | None) -> Products:
-        """Of a stream batch, with the coreset's gradient at the current weights as the reference."""
+        """Compares a stream batch, with the coreset's gradient at the current weights as the reference."""
         trainer, client, space = self.trainer, self.client, self.trainer.space
         workload, model, log, cost = client.workload, client.model, client.log, client.step_cost
         with scoring(model):
@@ -140,7 +140,7 @@ class OCSRun(ReplayRun):
         return found
 
     def gradients(self, batch: StreamBatch) -> tuple[Gradients, Tensor]:
-        """A step with replay; with ref_source=replayed, what the network makes of the replayed part is kept."""
+        """Takes a step with replay; with ref_source=replayed, keeps what the network makes of the replayed part."""
         if self.recalled is None or batch.kept is None:
             return super().gradients(batch)
         with self.recalled.watching():
@@ -151,7 +151,7 @@ class OCSRun(ReplayRun):
         return dict(zip(("similarity", "diversity", "affinity"), means, strict=True))
 
     def update(self, train_loss: float) -> ClientUpdate:
-        """Beside the update, with ref_scope=global: the direction of the coreset's gradient, of length 1."""
+        """Sends, with ref_scope=global, the direction of the coreset's gradient, of length 1, beside the update."""
         update, trainer, client = super().update(train_loss), self.trainer, self.client
         client.state[SEEN] = torch.tensor(self.seen)
         if trainer.ref_scope == "local" or not len(self.memory):
@@ -172,7 +172,7 @@ class OCSRun(ReplayRun):
             self.client.state[SEEN] = torch.tensor(0)
 
     def pick(self, pool: Pool, size: int, phase: int) -> Tensor:
-        """Class-balanced: at random among the candidates, which were chosen by score, or again by S + V."""
+        """Picks class by class, at random among the candidates, which were chosen by score, or again by S + V."""
         if self.trainer.final_pick == "random":
             order = torch.randperm(len(pool), generator=self.client.stream("pick", phase))
         else:
@@ -183,7 +183,7 @@ class OCSRun(ReplayRun):
         return super().ranked(memory, own) if self.trainer.shrink_pick == "random" else self.by_score(memory.batch(own))
 
     def by_score(self, batch: Tensors) -> Tensor:
-        """All examples by S + V under the current weights, best first."""
+        """Returns all examples by S + V under the current weights, best first."""
         trainer, client, n = self.trainer, self.client, self.client.workload.batch_size_of(batch)
         with scoring(client.model):
             found = trainer.space.products(client.workload, client.model, batch)
@@ -192,7 +192,7 @@ class OCSRun(ReplayRun):
         return (similarity + apart).argsort(descending=True, stable=True).cpu()
 
     def reserve(self) -> None:
-        """The largest of a step, of the coreset's gradient, and of scoring a stream batch against it."""
+        """Reserves the largest of a step, of the coreset's gradient, and of scoring a stream batch against it."""
         super().reserve()
         trainer, client, backward = self.trainer, self.client, False
         cost, n, copies = client.step_cost, min(trainer.stream_size, len(client.data.train)), self.copies()

@@ -38,7 +38,7 @@ class Recalled:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Inside, the model takes one step whose last examples are those that were drawn from the memory last."""
+        """Watches one step whose last examples are those that were drawn from the memory last."""
         places = self.memory.drawn
         seen: list[tuple[Tensor, Tensor]] = []
         hook = head_of(self.model).register_forward_hook(lambda _, inputs, outputs: seen.append((inputs[0], outputs)))

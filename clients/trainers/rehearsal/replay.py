@@ -101,10 +101,10 @@ class ReplayRun(SGDRun):
     # --- the steps ----------------------------------------------------------------------------------------------
 
     def before_training(self) -> None:
-        """Called before the first step; here nothing happens."""
+        """Prepares what the steps need; here nothing."""
 
     def batches(self) -> Iterator[StreamBatch]:
-        """Batches of the stream, each with some of the memory, of which `choose` may leave only the best."""
+        """Yields batches of the stream, each with some of the memory; `choose` may leave only the best of each."""
         past = self.memory.batches(self.trainer.replay_batch_size, self.client.stream("replay"))
         for is_last_pass, names, own in self.stream():
             places = next(past, None) if self.replays() else None
@@ -115,7 +115,7 @@ class ReplayRun(SGDRun):
             yield StreamBatch(own, names, kept, is_last_pass)
 
     def stream(self) -> Iterator[tuple[bool, Tensor, Tensors]]:
-        """Whether it is the last pass, the examples' names [b] and the batch itself, for each batch of the round."""
+        """Yields, for each batch of the round, whether it is of the last pass, its examples' names [b], and it."""
         client, trainer = self.client, self.trainer
         names = client.workload.arrivals(client.client_id, client.workload.part(client.round))
         size, passes = trainer.stream_size_and_passes()
@@ -125,11 +125,11 @@ class ReplayRun(SGDRun):
             yield number >= steps - per_pass, names[rows], client.data.train.gather(rows)
 
     def choose(self, own: Tensors, kept: Tensors | None) -> Tensor | None:
-        """Places of the examples in the batch that are trained on, rising; None for all of them, as here."""
+        """Returns places of the examples in the batch that are trained on, rising; None for all of them, as here."""
         return None
 
     def replays(self) -> bool:
-        """Whether there is anything to replay."""
+        """Returns whether there is anything to replay."""
         return self.trainer.replay_weight > 0 and len(self.memory) > 0
 
     def size_of(self, batch: StreamBatch) -> int:
@@ -141,11 +141,11 @@ class ReplayRun(SGDRun):
             self.used.append(batch.names)
 
     def measured(self) -> dict[str, float]:
-        """Metrics of the round beside loss and memory: the same names from every client."""
+        """Returns metrics of the round beside loss and memory: the same names from every client."""
         return {}
 
     def reserve(self) -> None:
-        """The memory of a step on both batches."""
+        """Reserves the memory of a step on both batches."""
         client, trainer = self.client, self.trainer
         batch_size = min(trainer.stream_size_and_passes()[0], trainer.batch_size, len(client.data.train))
         batch_size += trainer.replay_batch_size if self.replays() else 0
@@ -183,7 +183,7 @@ class ReplayRun(SGDRun):
         self.report_storage(memory)
 
     def pick(self, pool: Pool, size: int, phase: int) -> Tensor:
-        """Positions in the pool of what is kept of a task."""
+        """Returns positions in the pool of what is kept of a task."""
         draw = self.client.stream("pick", phase)
         return pick(self.trainer.selection, pool, size, draw, self.trainer.class_balanced)
 
@@ -201,7 +201,7 @@ class ReplayRun(SGDRun):
             memory.keep(torch.cat(places))
 
     def ranked(self, memory: Memory, own: Tensor) -> Tensor:
-        """An order of one task's kept examples, best first; here that in which they were picked."""
+        """Returns an order of one task's kept examples, best first; here that in which they were picked."""
         return torch.arange(len(own))
 
     def collect(self, names: Tensor) -> None:
@@ -219,7 +219,7 @@ class ReplayRun(SGDRun):
         client.state[CANDIDATES] = names
 
     def store_kept(self, memory: Memory) -> None:
-        """With store=samples, puts what is kept into the client's state and drops all else from it."""
+        """Stores, with store=samples, what is kept in the client's state, and drops all else from it."""
         if self.trainer.store == "samples":
             kept = torch.cat([memory.names, self.client.state.get(CANDIDATES, NONE)])
             samples.store(self.client, kept, memory.capacity)
@@ -292,7 +292,7 @@ class ReplayTrainer(SGDTrainer):
         self.candidate_size, self.class_balanced = candidate_size, class_balanced
 
     def selections(self) -> tuple[str, ...]:
-        """What `selection` may be."""
+        """Returns what `selection` may be."""
         return tuple(RULES)
 
     def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:
@@ -314,7 +314,7 @@ class ReplayTrainer(SGDTrainer):
             raise ConfigError(f"trainer.store=samples quantises numbers, and {workload.name} feeds tokens: set names")
 
     def answer(self, client: ClientContext, question: str, broadcast: Broadcast) -> dict[str, Tensors]:
-        """END_OF_TASK picks what is kept of the task before this round's; the answer is empty."""
+        """Picks, when asked END_OF_TASK, what is kept of the task before this round's; the answer is empty."""
         if question != END_OF_TASK:
             return super().answer(client, question, broadcast)
         run = self.run(self, client, broadcast)
@@ -323,11 +323,11 @@ class ReplayTrainer(SGDTrainer):
         return {}
 
     def stream_size_and_passes(self) -> tuple[int, int]:
-        """Size of the batches that come from the current task, and how many passes there are."""
+        """Returns the size of the batches that come from the current task, and how many passes there are."""
         return self.batch_size, self.local_epochs
 
     def capacity(self, client: ClientContext) -> int:
-        """J_k: examples that fit into the budget of this client's device."""
+        """Returns J_k, how many examples fit into the budget of this client's device."""
         limits = [] if self.memory_size is None else [self.memory_size]
         one = self.example_bytes(client)
         if self.budget_bytes is not None:
@@ -337,19 +337,19 @@ class ReplayTrainer(SGDTrainer):
         return min(limits)
 
     def example_bytes(self, client: ClientContext) -> int:
-        """What one kept example takes on the device."""
+        """Returns what one kept example takes on the device."""
         if self.store == "samples":
             return samples.example_bytes(client.workload.input_shape)
         return example_bytes(client, self.input_bytes)
 
     def stores_candidates(self, client: ClientContext) -> bool:
-        """Whether the candidates of this round would be gone if they were not stored."""
+        """Returns whether the candidates of this round would be gone if they were not stored."""
         was_in_chunks = client.round > 1 and in_chunks(replace(client, round=client.round - 1))
         return self.store == "samples" or in_chunks(client) or was_in_chunks
 
 
 def in_chunks(client: ClientContext) -> bool:
-    """Whether examples of this round are gone in the next one of the same task."""
+    """Returns whether examples of this round are gone in the next one of the same task."""
     workload, round = client.workload, client.round
     return workload.phase(round + 1) == workload.phase(round) and workload.part(round + 1) != workload.part(round)
 
@@ -375,7 +375,7 @@ class StreamReplayRun(ReplayRun):
         self.client.state[PHASE] = torch.tensor(self.client.workload.phase(self.client.round))
 
     def collect(self, names: Tensor) -> None:
-        """There are no candidates."""
+        """Collects nothing: there are no candidates."""
 
     def after_step(self, batch: StreamBatch) -> None:
         """Takes new examples into account; later passes over the same ones bring nothing new."""

@@ -34,7 +34,7 @@ def quantised(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def restored(levels: Tensor, low: Tensor, span: Tensor) -> Tensor:
-    """The inverse of `quantised`, [n, ...] float32."""
+    """Returns the inverse of `quantised`, [n, ...] float32."""
     shape = (-1, *[1] * (levels.dim() - 1))
     return low.view(shape) + levels.to(low.dtype) * (span / LEVELS).view(shape)
 
@@ -75,7 +75,7 @@ def _arrived(client: ClientContext, names: Tensor) -> Tensors:
 
 
 def stored(client: ClientContext, names: Tensor) -> Tensors:
-    """The examples with these names as one batch, from the state."""
+    """Returns the examples with these names as one batch, from the state."""
     state = client.state
     places = torch.searchsorted(state[NAMES], names)
     x = restored(state[f"{GROUP}x"][places], state[LOW][places], state[SPAN][places])
@@ -84,5 +84,5 @@ def stored(client: ClientContext, names: Tensor) -> Tensors:
 
 
 def example_bytes(input_shape: tuple[int, ...]) -> int:
-    """What one kept example takes on the device."""
+    """Returns what one kept example takes on the device."""
     return prod(input_shape) + SIDE_BYTES

@@ -33,7 +33,7 @@ class Pool:
         return len(self.batch["y"])
 
     def part(self, places: Tensor) -> Pool:
-        """The pool of some of the examples; what the model made of them is kept."""
+        """Returns the pool of some of the examples; what the model made of them is kept."""
         some = Pool(self.workload, self.model, {key: t[places] for key, t in self.batch.items()})
         if "outputs" in vars(self):
             vars(some)["outputs"] = tuple(t[places] for t in self.outputs)
@@ -41,7 +41,7 @@ class Pool:
 
     @cached_property
     def outputs(self) -> tuple[Tensor, Tensor]:
-        """Softmax - label [n, classes] and features [n, features]."""
+        """Returns softmax - label [n, classes] and features [n, features]."""
         with scoring(self.model):
             outputs = last_layer(self.workload, self.model, self.batch)
         self.passed += len(self)
@@ -55,17 +55,17 @@ class Pool:
 
     @property
     def inputs(self) -> Tensor:
-        """[n, numbers of an input]."""
+        """Returns the inputs, flat, [n, numbers of an input]."""
         return self.batch["x"].flatten(1).float()
 
     @property
     def features(self) -> Tensor:
-        """[n, features]."""
+        """Returns the features, flat, [n, features]."""
         return self.outputs[1].flatten(1)
 
     @property
     def gradients(self) -> Tensor:
-        """Of the last layer's weights and bias, [n, classes * (features + 1)]."""
+        """Returns gradients of the last layer's weights and bias, [n, classes * (features + 1)]."""
         error, features = self.outputs
         inputs = torch.cat([features, features.new_ones(*features.shape[:-1], 1)], -1)
         if error.dim() == 2:
@@ -74,7 +74,7 @@ class Pool:
 
     @property
     def probabilities(self) -> Tensor:
-        """[n, (steps,) classes]."""
+        """Returns probabilities, [n, (steps,) classes]."""
         return self.outputs[0] + F.one_hot(self.batch["y"], self.outputs[0].shape[-1])
 
 
@@ -82,12 +82,12 @@ Rule = Callable[[Pool, int, torch.Generator], Tensor]
 
 
 def uniform(pool: Pool, size: int, draw: torch.Generator) -> Tensor:
-    """Without replacement."""
+    """Draws without replacement."""
     return torch.randperm(len(pool), generator=draw)[:size]
 
 
 def seeding(points: Tensor, size: int, draw: torch.Generator) -> Tensor:
-    """k-means++: the first uniformly, each next one with probability ~ squared distance to the nearest chosen one.
+    """Draws as k-means++: the first evenly, each next with probability ~ squared distance to the nearest chosen one.
 
     Where all that is left lies on chosen points, the next is the first of the rest.
 
@@ -110,7 +110,7 @@ def seeding(points: Tensor, size: int, draw: torch.Generator) -> Tensor:
 
 
 def farthest(points: Tensor, size: int) -> Tensor:
-    """k-center: the first point, then always the one farthest from all chosen ones; ties to the smaller index."""
+    """Picks by k-center: the first point, then always the one farthest from all chosen; ties to the smaller index."""
     chosen, points = [0], points.double()  # squares could underflow
     nearest = (points - points[0]).square().sum(1)
     for _ in range(size - 1):
@@ -121,7 +121,7 @@ def farthest(points: Tensor, size: int) -> Tensor:
 
 
 def herd(points: Tensor, size: int) -> Tensor:
-    """Herding: each next point brings the mean of the chosen ones closest to the mean of all.
+    """Herds: each next point brings the mean of the chosen ones closest to the mean of all.
 
     Source: Welling, "Herding Dynamical Weights to Learn", ICML 2009; points are brought to length 1 first.
     """
@@ -139,7 +139,7 @@ def herd(points: Tensor, size: int) -> Tensor:
 
 
 def icarl(pool: Pool, size: int, draw: torch.Generator) -> Tensor:
-    """Herding on features to the mean of each class, classes in turn. Source: Rebuffi et al., "iCaRL", CVPR 2017."""
+    """Herds features to the mean of each class, classes in turn. Source: Rebuffi et al., "iCaRL", CVPR 2017."""
     labels, order = pool.labels.cpu(), []
     for c in _in_random_order(labels.unique(), draw).tolist():
         own = torch.nonzero(labels == c).flatten()
@@ -148,13 +148,13 @@ def icarl(pool: Pool, size: int, draw: torch.Generator) -> Tensor:
 
 
 def entropy(pool: Pool, size: int, draw: torch.Generator) -> Tensor:
-    """Where the model is least certain."""
+    """Picks where the model is least certain."""
     p = pool.probabilities.clamp(min=1e-12)
     return _largest(-(p * p.log()).flatten(1).sum(1), size)
 
 
 def hardest(pool: Pool, size: int, draw: torch.Generator) -> Tensor:
-    """Where the loss is largest."""
+    """Picks where the loss is largest."""
     p = pool.probabilities.gather(-1, pool.batch["y"].unsqueeze(-1)).squeeze(-1).clamp(min=1e-12)
     return _largest(-p.log().reshape(len(pool), -1).mean(1), size)
 
@@ -180,7 +180,7 @@ MODEL_FREE = ("uniform", "kmeans_features", "kcenter_features")
 
 
 def quotas(labels: Tensor, size: int, draw: torch.Generator) -> dict[int, int]:
-    """How many of each class make `size` examples: as even as the classes allow, the rest to those that have more.
+    """Shares `size` examples among the classes: as even as these allow, the rest to those that have more.
 
     Args:
         labels: of the pool, [n].
@@ -204,13 +204,13 @@ def _in_random_order(classes: Tensor, draw: torch.Generator) -> Tensor:
 
 
 def _in_turns(groups: list[Tensor], size: int) -> Tensor:
-    """The first of every group, then the second of each, until there are `size`."""
+    """Returns the first of every group, then the second of each, until there are `size`."""
     turns = torch.cat([torch.arange(len(group)) for group in groups])
     return torch.cat(groups)[turns.argsort(stable=True)[:size]]
 
 
 def balanced(labels: Tensor, order: Tensor, size: int) -> Tensor:
-    """The first of every class in turn, each turn in `order`, until there are `size`.
+    """Returns the first of every class in turn, each turn in `order`, until there are `size`.
 
     Args:
         labels: of the pool, [n].
@@ -229,7 +229,7 @@ def balanced(labels: Tensor, order: Tensor, size: int) -> Tensor:
 
 
 def pick(name: str, pool: Pool, size: int, draw: torch.Generator, class_balanced: bool) -> Tensor:
-    """The choice of one of the RULES or, class-balanced, its choices within every class, in turn; at most the pool."""
+    """Picks by one of the RULES or, class-balanced, within every class, in turn; at most the pool."""
     rule, size = RULES[name], min(size, len(pool))
     if size == 0:
         return torch.empty(0, dtype=torch.int64)

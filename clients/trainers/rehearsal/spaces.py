@@ -349,7 +349,7 @@ def space_of(mode: Mode, workload: Workload, model: nn.Module, chunk: int = 8) -
 def _layer_products(
     error: Tensor, inputs: Tensor, bias: bool, reference: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """<g_m, g_n> = (e_m . e_n)(a_m . a_n + 1) of one linear layer, and e_n' R a_n + e_n . r."""
+    """Returns <g_m, g_n> = (e_m . e_n)(a_m . a_n + 1) of one linear layer, and e_n' R a_n + e_n . r."""
     own = (error @ error.T) * (inputs @ inputs.T + float(bias))
     if reference is None:
         return own, None

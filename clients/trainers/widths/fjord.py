@@ -81,16 +81,16 @@ class FjORDRun(SubnetRun):
         self.widths = trainer.widths(self.kept)
 
     def batches(self) -> Iterator[Tensors]:
-        """The batches of plain SGD, each with the number of a width."""
+        """Yields the batches of plain SGD, each with the number of a width."""
         draw = self.client.stream("widths")
         for batch in super().batches():
             yield {**batch, WIDTH: torch.randint(len(self.widths), (), generator=draw)}
 
     def log_step(self, batch: int) -> None:
-        """The objective has logged what ran."""
+        """Reports nothing: the objective has logged what ran."""
 
     def reserve(self) -> None:
-        """A step; with self-distillation the activations of a narrow network wait beside those of the widest."""
+        """Reserves a step; with self-distillation a narrow network's activations wait beside those of the widest."""
         super().reserve()
         trainer, cost = self.trainer, self.client.step_cost
         if len(self.widths) == 1 or not trainer.distil:
@@ -100,7 +100,7 @@ class FjORDRun(SubnetRun):
         self.client.log.reserve(trainer.step_bytes(cost, batch, self.copies()) + more)
 
     def copies(self) -> float:
-        """Of a narrow step: its weights and their gradients, each below three quarters of the whole."""
+        """Counts, for a narrow step, its weights and their gradients, each below three quarters of the whole."""
         return super().copies() + (1.5 if len(self.widths) > 1 else 0.0)
 
 
@@ -130,7 +130,7 @@ class FjORDTrainer(SubnetTrainer):
         self.needs_classes = distil > 0
 
     def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:
-        """As for every part; batch norms would need statistics for each width.
+        """Prepares as for every part; batch norms would need statistics for each width.
 
         Raises:
             ConfigError: for a model with batch norms.
@@ -143,7 +143,7 @@ class FjORDTrainer(SubnetTrainer):
         super().setup(workload, model, network)
 
     def widths(self, kept: Kept) -> list[Kept]:
-        """What a client with these channels may train, narrow to wide; the last is all that it has."""
+        """Returns what a client with these channels may train, narrow to wide; the last is all that it has."""
         groups = self.slices.groups
         choices = [groups.first(level) for level in self.levels]
         inside = [c for c in choices if all(len(c[name]) <= len(kept[name]) for name in kept)]

@@ -95,7 +95,7 @@ class HeteroFLTrainer(SubnetTrainer):
 
     @torch.no_grad()
     def answer(self, client: ClientContext, question: str, broadcast: Broadcast) -> dict[str, Tensors]:
-        """Means and variances of the batches of the client's own examples, through its part.
+        """Sends means and variances of the batches of the client's own examples, through its part.
 
         Batches differ by one example at most, and count alike; a client with a single example says nothing.
         """

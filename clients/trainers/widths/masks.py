@@ -41,15 +41,15 @@ class Deployment:
 
     @cached_property
     def dense(self) -> ClientContext:
-        """The client with the whole network."""
+        """Returns the client with the whole network."""
         return self.trainer.narrowed(self.client, self.trainer.slices.groups.all(), self.broadcast.weights)
 
     def budget(self) -> Tensors:
-        """Masks with exactly the keep ratio in every group."""
+        """Returns masks with exactly the keep ratio in every group."""
         return self.gates.masks(self.gates.at_ratio(self.ratio))
 
     def everybody(self) -> list[tuple[Tensors, Tensors]]:
-        """Prototypes and masks of all clients under the dense network: an oracle, kept until weights change."""
+        """Returns prototypes and masks of all clients under the dense network: an oracle, kept until weights change."""
         tensors, found = [*self.broadcast.weights.values(), *self.broadcast.extras[GATES].values()], []
         key, on_demand = (self.ratio, *(float(t.double().sum()) for t in tensors)), self.trainer.on_demand
         if on_demand.prototypes[0] != key:
@@ -63,32 +63,32 @@ class Deployment:
 
 
 def personal(of: Deployment) -> Tensors:
-    """The client's own mask; one forward pass."""
+    """Returns the client's own mask; one forward pass."""
     return of.trainer.personal(of.dense, of.gates, of.trainer.slices.groups.all(), of.ratio).masks
 
 
 def other(of: Deployment) -> Tensors:
-    """The next client's mask."""
+    """Returns the next client's mask."""
     everybody = of.everybody()
     return everybody[(of.client.client_id + 1) % len(everybody)][1]
 
 
 def mean_of_all(of: Deployment) -> Tensors:
-    """The mask of the mean prototype of all clients."""
+    """Returns the mask of the mean prototype of all clients."""
     everybody = of.everybody()
     mean = {n: torch.stack([prototypes[n] for prototypes, _ in everybody]).mean(0) for n in of.gates.names}
     return {n: of.gates.choose(n, prototype, of.ratio, of.trainer.mask_mode) for n, prototype in mean.items()}
 
 
 def random(of: Deployment) -> Tensors:
-    """A permutation of the client's own mask, the same in every round."""
+    """Returns a permutation of the client's own mask, the same in every round."""
     own = personal(of) if GATES in of.broadcast.extras else of.budget()
     draw = torch_generator(of.client.seed, "random-mask", of.client.client_id)
     return {n: mask.cpu()[torch.randperm(len(mask), generator=draw)] for n, mask in own.items()}
 
 
 def magnitude(of: Deployment) -> Tensors:
-    """The filters with the largest weights, as many as the client's own mask has."""
+    """Returns the filters with the largest weights, as many as the client's own mask has."""
     own = of.budget() if of.trainer.mask_mode == "topk" else personal(of)
     scores = channel_scores(of.trainer.slices.groups, {n: t.cpu() for n, t in of.broadcast.weights.items()})
     return {n: _largest(scores[n].view(len(mask), -1).mean(1), int(mask.sum())) for n, mask in own.items()}
@@ -109,7 +109,7 @@ CHOICES: dict[str, Callable[[Deployment], Tensors]] = {
 
 
 def deployed(trainer: PPPTrainer, client: ClientContext, broadcast: Broadcast, mask: str, ratio: float) -> Kept:
-    """The channels that a client deploys under one of CHOICES; with keep ratio 1 all of them.
+    """Returns the channels that a client deploys under one of CHOICES; with keep ratio 1 all of them.
 
     Raises:
         ConfigError: if the choice needs trained gates, and the broadcast has none.

@@ -75,7 +75,7 @@ class Gated(Objective):
         return loss
 
     def regulariser(self, values: Mapping[str, Tensor], ratio: float, flops: Mapping[str, float]) -> Tensor:
-        """L_reg of one path from its straight-through gates, [batch, units] by group, and the FLOPs of their layers."""
+        """Returns L_reg of one path from straight-through gates, [batch, units] by group, and their layers' FLOPs."""
         means = {name: gates.mean() for name, gates in values.items()}
         if self.reg_mode == "per_layer":
             return torch.stack([(mean - ratio) ** 2 for mean in means.values()]).sum()
@@ -121,12 +121,12 @@ class PPPRun(SGDRun):
         return ClientUpdate(self.client.client_id, len(self.client.data.train), update, metrics, extras)
 
     def log_step(self, batch: int) -> None:
-        """Both paths, where gates are at work."""
+        """Reports both paths, where gates are at work."""
         passes = 2 if isinstance(self.client.model, GatedNetwork) else 1
         self.client.log.add(self.client.step_cost, batch, forwards=passes, backwards=passes)
 
     def reserve(self) -> None:
-        """The memory of a step; both paths are held until the backward pass."""
+        """Reserves the memory of a step; both paths are held until the backward pass."""
         client, batch = self.client, min(self.trainer.batch_size, len(self.client.data.train))
         cost = client.step_cost.twice() if isinstance(client.model, GatedNetwork) else client.step_cost
         client.log.reserve(self.trainer.step_bytes(cost, batch, self.copies()))
@@ -201,7 +201,7 @@ class PPPTrainer(SubnetTrainer):
         self.flops = layer_flops(self.slices.model, workload.sample(1)["x"], self.plan.names)  # of the gated layers
 
     def batches(self, client: ClientContext, broadcast: Broadcast) -> Iterator[Tensors]:
-        """The batches of plain SGD, each with a keep ratio where levels are drawn."""
+        """Yields the batches of plain SGD, each with a keep ratio where levels are drawn."""
         network = client.model
         if not self.levels or not isinstance(network, GatedNetwork) or not network.gates.conditioned:
             yield from super().batches(client, broadcast)
@@ -230,14 +230,14 @@ class PPPTrainer(SubnetTrainer):
         return metrics
 
     def beside(self, ratio: float) -> Iterator[tuple[str, str, float]]:
-        """What is judged beside the client's own network: its name in the metrics, the control, the keep ratio."""
+        """Yields what is judged beside the client's own network: name in the metrics, control, keep ratio."""
         yield from ((control, control, ratio) for control in self.controls)
         for at in self.judged_at:
             yield f"at_{float(at)}", self.mask, at
             yield from ((f"{control}_at_{float(at)}", control, at) for control in self.controls if control != "dense")
 
     def control(self, client: ClientContext, broadcast: Broadcast, name: str, ratio: float) -> ClientContext:
-        """The client with the network of a control, and its price."""
+        """Returns the client with the network of a control, and its price."""
         if name in CHOICES:
             return self.narrowed(client, deployed(self, client, broadcast, name, ratio), broadcast.weights)
         groups = self.slices.groups
@@ -249,7 +249,7 @@ class PPPTrainer(SubnetTrainer):
         return replace(dense, model=network, step_cost=self.gated_cost(gates, groups.all()))
 
     def personal(self, client: ClientContext, gates: Gates, held: Kept, ratio: float) -> Personal:
-        """The masks that the client's support gives; one forward pass, which the device pays for."""
+        """Returns the masks that the client's support gives; one forward pass, which the device pays for."""
         x = self.supported(client.data.train, client.seed, client.client_id)
         cost = self.gated_cost(gates, held)
         client.log.reserve(inference_memory_bytes(cost, len(x)))
@@ -257,14 +257,14 @@ class PPPTrainer(SubnetTrainer):
         return personal_masks(GatedNetwork(client.model, gates, held), x.to(client.device), ratio, self.mask_mode)
 
     def supported(self, data: Any, seed: int, client_id: int) -> Tensor:
-        """The inputs of the client's support, the same in every round, [m, ...]; fewer where it has fewer."""
+        """Returns the inputs of the client's support, the same in every round, [m, ...]; fewer where it has fewer."""
         order = torch.randperm(len(data), generator=torch_generator(seed, "support", client_id))
         return data.gather(order[: self.support])["x"]
 
     # --- tensors and prices -------------------------------------------------------------------------------------------
 
     def ratio(self, broadcast: Broadcast) -> float:
-        """The keep ratio that the strategy sent.
+        """Returns the keep ratio that the strategy sent.
 
         Raises:
             ConfigError: if it sent none.
@@ -276,7 +276,7 @@ class PPPTrainer(SubnetTrainer):
         return float(broadcast.settings[RATIO])
 
     def gates(self, broadcast: Broadcast) -> Gates:
-        """The gates that the strategy sent; one object for all clients."""
+        """Returns the gates that the strategy sent; one object for all clients."""
         tensors = broadcast.extra(GATES)
         if self.on_demand.gates is None:
             with torch.random.fork_rng(devices=[]):  # or the first client of a process would draw other dropout
@@ -286,13 +286,13 @@ class PPPTrainer(SubnetTrainer):
         return self.on_demand.gates
 
     def gated(self, client: ClientContext, gates: Gates, kept: Kept) -> ClientContext:
-        """The client with its network under gates, both to be trained."""
+        """Returns the client with its network under gates, both to be trained."""
         network = GatedNetwork(client.model, gates, kept).train()
         parameters = [*client.parameters, *gates.parameters()]
         return replace(client, model=network, parameters=parameters, step_cost=self.gated_cost(gates, kept))
 
     def gated_cost(self, gates: Gates, kept: Kept) -> NetworkCost:
-        """What one example costs on one path of a narrowed network under gates."""
+        """Returns what one example costs on one path of a narrowed network under gates."""
         sizes = tuple(map(len, kept.values()))
         if sizes not in self.on_demand.costs:
             network = GatedNetwork(self.slices.groups.build(self.slices.model, kept), gates, kept)
@@ -301,12 +301,12 @@ class PPPTrainer(SubnetTrainer):
         return self.on_demand.costs[sizes]
 
     def fitting(self, weights: Tensors, held: Kept) -> Tensors:
-        """The weights that were sent, with the client's own private ones cut to their sizes."""
+        """Returns the weights that were sent, with the client's own private ones cut to their sizes."""
         private = {name: weights[name] for name in self.private}
         return {**weights, **self.slices.groups.slice(private, held)} if private else weights
 
     def returned(self, weights: Tensors, kept: Kept, before: Tensors) -> Tensors:
-        """The trained tensors, private ones put back into whole ones, so that no channel of them is lost."""
+        """Returns the trained tensors, private ones put back into whole ones, so that no channel of them is lost."""
         private = {name: weights[name] for name in self.private}
         if not private:
             return weights
@@ -315,7 +315,7 @@ class PPPTrainer(SubnetTrainer):
 
 
 def likeness(prototype: Tensor, share: Tensor) -> Tensor:
-    """cos(p - 1/2, s - 1/2), a scalar: 1 where the user keeps what most keep."""
+    """Returns cos(p - 1/2, s - 1/2), a scalar: 1 where the user keeps what most keep."""
     return F.cosine_similarity(prototype - 0.5, share - 0.5, dim=0)
 
 

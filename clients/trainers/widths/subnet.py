@@ -66,10 +66,10 @@ class SubnetTrainer(SGDTrainer):
         self.slices = Slices(workload, device, self.prepare)
 
     def prepare(self, network: nn.Module, kept: Kept) -> None:
-        """Called once with every static network that is built, before it is used."""
+        """Prepares a static network once, when it is built."""
 
     def judge(self, client: ClientContext, broadcast: Broadcast) -> dict[str, float]:
-        """Metrics of the part that this device would run, and of other widths where those are asked for."""
+        """Returns metrics of the part that this device would run, and of other widths where those are asked for."""
         groups, sent = self.slices.groups, self.kept(broadcast)
         own = groups.first(float(broadcast.settings[RATIO])) if RATIO in broadcast.settings else sent
         metrics = super().judge(self.part(client, broadcast, own, sent), broadcast)
@@ -78,7 +78,7 @@ class SubnetTrainer(SGDTrainer):
         return metrics
 
     def part(self, client: ClientContext, broadcast: Broadcast, kept: Kept, sent: Kept) -> ClientContext:
-        """The client with the network of some of the channels that were sent."""
+        """Returns the client with the network of some of the channels that were sent."""
         return self.narrowed(client, kept, self.slices.groups.within(broadcast.weights, kept, sent))
 
     def judge_beside(self, client: ClientContext, name: str, metrics: dict[str, float]) -> None:
@@ -88,7 +88,7 @@ class SubnetTrainer(SGDTrainer):
         client.log.judged[name] = client.step_cost
 
     def kept(self, broadcast: Broadcast) -> Kept:
-        """The channels that the server sent.
+        """Returns the channels that the server sent.
 
         Raises:
             ConfigError: if the strategy sends none.
@@ -101,7 +101,7 @@ class SubnetTrainer(SGDTrainer):
 
     @torch.no_grad()
     def narrowed(self, client: ClientContext, kept: Kept, weights: Tensors) -> ClientContext:
-        """The client with the static network of these channels in place of the dense one.
+        """Returns the client with the static network of these channels in place of the dense one.
 
         Args:
             client: as the app gives it.
