@@ -1,15 +1,10 @@
 """Online coreset selection (OCS): trains on the most useful examples of every batch, and keeps some of them.
 
 Source: Yoon et al., "Online Coreset Selection for Rehearsal-based Continual Learning", ICLR 2022, sections 3 and 4, and
-the details of its public code. With tau = 1000, as published, S and V decide almost nothing once there is a coreset:
-the ranking is that of A alone in 99.8 percent of random batches. S prefers examples with large gradients, A those that
-the network fits already: on Rotated MNIST in small (configs/study/ocs_rotated_mnist.yaml; tasks 2 to 4 of one run with
-tau = 1) the best tenth of a batch had 1.3 to 4 times its mean loss with tau = 1, and 0.3 to 1.3 times with 10 and 1000,
-which learned and forgot less. In tasks of two classes, whose gradients point in opposite directions, S outweighs V, and
-most chosen batches hold one class. Differs: every kept example is scored under the mask of its own task; examples are
+the details of its public code. Differs: every kept example is scored under the mask of its own task; examples are
 always scored in evaluation mode, as in the public code for CIFAR, where that for MNIST leaves dropout on. `warm_start`
 counts batches: shorten it with the tasks, or all of a first pass is drawn at random (public code: 100 of 600 on MNIST,
-100 of 125 on CIFAR).
+100 of 125 on CIFAR). What tau does is told beside `configs/study/ocs_rotated_mnist.yaml`.
 """
 
 from __future__ import annotations
