@@ -16,9 +16,11 @@ from torch.nn import functional as F
 
 from clients.trainers.base import ClientContext
 from clients.trainers.sgd import Objective, SGDRun, SGDTrainer
+from devices.compression.distil import divergence
 from fedsim.messages.records import Broadcast, ClientUpdate
 from fedsim.workloads.base import Tensors
 from fedsim.workloads.classification import classification
+from fedsim.workloads.streams.base import Stream
 
 PHASE, TEACHER = "phase", "teacher."
 
@@ -51,10 +53,9 @@ class Distilled(Objective):
     def distance(self, run: LwFRun, own: Tensor, taught: Tensor) -> Tensor:
         """Sums T^2 KL per example over the earlier tasks that have outputs of their own."""
         total = own.new_zeros(())
-        for mask in run.views or [own.new_zeros(())]:
-            soft, target = ((z + mask.to(own.device)).flatten(0, -2) / self.temperature for z in (own, taught))
-            parts = F.kl_div(soft.log_softmax(-1), target.log_softmax(-1), reduction="batchmean", log_target=True)
-            total = total + parts * self.temperature**2
+        for view in run.views or [own.new_zeros(())]:
+            mask = view.to(own.device)
+            total = total + divergence(own + mask, taught + mask, self.temperature)
         return total
 
     def held(self, run: LwFRun) -> dict[str, int]:
@@ -116,8 +117,6 @@ class LwFTrainer(SGDTrainer):
     def views(self, client: ClientContext) -> list[Tensor]:
         """Returns masks of the outputs of the client's earlier tasks; none where tasks share their outputs."""
         workload = client.workload
-        masks = getattr(workload, "masks", None)
-        if getattr(workload, "incremental", "") != "task" or masks is None:
+        if not isinstance(workload, Stream) or workload.incremental != "task":
             return []
-        order = getattr(workload, "order_of", lambda client_id: [0])(client.client_id)
-        return [masks[task] for task in order[: workload.phase(client.round)]]
+        return [workload.masks[task] for task in workload.order_of(client.client_id)[: workload.phase(client.round)]]
