@@ -28,9 +28,9 @@ from fedsim.engines.base import Engine, assume_task_identity
 from fedsim.errors import ClientError, RunError
 from fedsim.grid.edge import EMPTY_ROUND_S, EdgeGrid
 from fedsim.grid.exchange import ClientReport
-from fedsim.grid.pricing import RadioTails
+from fedsim.grid.pricing import Prices, RadioTails
 from fedsim.messages.cohort import ClientAnswer, ClientTask, CohortAnswer, CohortTask
-from fedsim.messages.records import from_array, to_array
+from fedsim.messages.records import Broadcast, from_array, to_array
 from fedsim.messages.weights import named
 from fedsim.workloads.blobs import Blobs
 
@@ -606,3 +606,15 @@ def test_what_overlaps_a_cut_upload_is_taken_from_the_tail_beside_the_computatio
     cut = Cost(down_s=1.0, compute_s=3.0, up_s=0.2, compute_tail_s=3.0, tail_watts=1.0)
     assert tails.contact(1, 10.0, cut).tail_joules == 1.0
     assert tails.awake_until_s == {1: pytest.approx(14.2)}
+
+
+@pytest.mark.parametrize("limit_s", [None, 1.0, 1.2])
+def test_who_surely_arrives_is_not_priced_and_all_others_are_found_as_by_their_price(limit_s: float | None):
+    """Client 2 goes offline after 1 s, client 3 needs more memory than there is; the others arrive at 0.64 and 0.94 s."""
+    grid = edge(availability=windows({2: (0.0, 1.0)}))
+    prices = Prices(grid.fleet, grid.latency, 1, 0.0)
+    answers = [update(ClientTask(client, Broadcast(1, {"w": torch.zeros(250_000)}))) for client in range(4)]
+    answers = [replace(a, work=replace(a.work, down_bytes=1_000_000)) for a in answers]
+    answers[3] = replace(answers[3], work=replace(answers[3].work, peak_memory_bytes=2**32 + 1))
+    arrives = [priced.arrives(limit_s) for priced in prices.settle(answers)]
+    assert prices.arrivals(answers, limit_s) == arrives == [True, True, False, False]

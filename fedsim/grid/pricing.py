@@ -6,6 +6,7 @@ clients as the edge grid does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -81,6 +82,21 @@ class Prices:
         jitters = [self.fleet.jitter(client, self.round) for client in clients]
         costs = self.latency.costs([answer.work for answer in answers], self.fleet.units(clients), jitters)
         return [self._ended(answer, cost) for answer, cost in zip(answers, costs.all(), strict=True)]
+
+    def arrivals(self, answers: Sequence[ClientAnswer], limit_s: float | None) -> list[bool]:
+        """Whether each reply is there `limit_s` seconds after the exchange began; prices only those that may not be."""
+        doubtful = [answer for answer in answers if limit_s is not None or not self._is_certain(answer)]
+        priced = dict(zip(map(id, doubtful), self.settle(doubtful), strict=True))
+        return [id(answer) not in priced or priced[id(answer)].arrives(limit_s) for answer in answers]
+
+    def _is_certain(self, answer: ClientAnswer) -> bool:
+        """Whether the reply comes however long it takes: nothing can end the client's round but a deadline."""
+        return (
+            answer.outcome == "completed"
+            and answer.work.peak_memory_bytes <= self.fleet[answer.client].memory_bytes
+            and self.fleet.online_until(answer.client, self.start_s) == math.inf
+            and self.fleet.crash_s(answer.client, self.round) == math.inf
+        )
 
     def _ended(self, answer: ClientAnswer, cost: Cost) -> Priced:
         """What became of a client whose work costs so much if nothing comes between."""

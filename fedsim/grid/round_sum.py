@@ -66,9 +66,9 @@ class BlockSums:
         return CohortAnswer(tuple(self._answers), sums)
 
     def _add_waiting(self) -> None:
-        prices = self.prices.settle([answer for _, answer in self._waiting])
-        for (task, answer), priced in zip(self._waiting, prices, strict=True):
-            if answer.weights is not None and priced.arrives(self.limit_s):
+        in_time = self.prices.arrivals([answer for _, answer in self._waiting], self.limit_s)
+        for (task, answer), arrives in zip(self._waiting, in_time, strict=True):
+            if answer.weights is not None and arrives:
                 block, clients = self._blocks[task.block]
                 weights = decompressed(answer.weights, task.broadcast.weights)
                 block.add(weights.arrays, float(answer.num_examples))
