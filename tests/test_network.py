@@ -610,7 +610,7 @@ def test_what_overlaps_a_cut_upload_is_taken_from_the_tail_beside_the_computatio
 
 @pytest.mark.parametrize("limit_s", [None, 1.0, 1.2])
 def test_who_surely_arrives_is_not_priced_and_all_others_are_found_as_by_their_price(limit_s: float | None):
-    """Client 2 goes offline after 1 s, client 3 needs more memory than there is; the others arrive at 0.64 and 0.94 s."""
+    """Client 2 goes offline after 1 s, client 3 needs more memory than there is; the others take 0.64 and 0.94 s."""
     grid = edge(availability=windows({2: (0.0, 1.0)}))
     prices = Prices(grid.fleet, grid.latency, 1, 0.0)
     answers = [update(ClientTask(client, Broadcast(1, {"w": torch.zeros(250_000)}))) for client in range(4)]
