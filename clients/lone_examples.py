@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import product
-from typing import Any
 
 import torch
 from torch import nn
@@ -11,13 +10,14 @@ from torch import nn
 from clients.trainers.base import LocalTrainer
 from fedsim.errors import ConfigError
 from fedsim.models.norms import needs_two_examples, refusal_of_one
+from fedsim.settings.run_settings import RunSettings
 from fedsim.workloads.base import Workload
 
 INSTEAD_OF_ONE = "change trainer.batch_size, or take norms with running statistics"
 
 
 def check_batches(
-    settings: dict[str, Any], workload: Workload, model: nn.Module, trainer: LocalTrainer, device: torch.device
+    settings: RunSettings, workload: Workload, model: nn.Module, trainer: LocalTrainer, device: torch.device
 ) -> str:
     """Refuses batches of single examples that the network cannot train on, or that never move its statistics.
 
@@ -31,8 +31,8 @@ def check_batches(
     """
     two, one = (workload.sample_on(device, size) for size in (2, 1))
     refusal = refusal_of_one(model, workload.loss, two, one)
-    if refusal and settings["on_client_error"] != "drop":
-        _check_last_batches(settings["rounds"], workload, model, trainer, refusal)
+    if refusal and settings.on_client_error != "drop":
+        _check_last_batches(settings.rounds, workload, model, trainer, refusal)
     if getattr(trainer, "batch_size", None) == 1 and needs_two_examples(model, workload.inputs(one)[0]):
         raise ConfigError(
             f"trainer.batch_size=1 gives the batch norms of model {type(model).__name__} nothing to average "

@@ -62,25 +62,25 @@ class Worker:
     def __init__(self, world: World):
         self.world, self.workload, self.fleet = world, world.workload, world.fleet
         settings = world.settings
-        prepare_process(settings["engine"]["threads"])
-        self.seed, self.device = settings["seed"], pick_device(settings["engine"]["device"])
-        self.trainer: LocalTrainer = instantiate(settings, "trainer")
-        self.uplink = instantiate(settings, "uplink")
-        compression: CompressionPlan = instantiate(settings, "compression")
+        prepare_process(settings.engine.threads)
+        self.seed, self.device = settings.seed, pick_device(settings.engine.device)
+        self.trainer: LocalTrainer = instantiate(settings.groups, "trainer")
+        self.uplink = instantiate(settings.groups, "uplink")
+        compression: CompressionPlan = instantiate(settings.groups, "compression")
         if compression.active and self.trainer.own_network:
             name = type(self.trainer).__name__
             raise ConfigError(f"{name} gives each device a network of its own already; set compression=none")
         self.live = LiveModel(self.workload.build_model(), self.device)
         self.model = self.live.model
-        self.roles = TensorRoles.of(self.model, settings["private"])
-        if settings["engine"].get("batch_clients", 1) > 1:
+        self.roles = TensorRoles.of(self.model, settings.private)
+        if settings.engine.batch_clients > 1:
             self._check_together()
         self.network = price(self.workload, self.model, "dense", self.device)
         self.refusal_of_one = check_batches(settings, self.workload, self.model, self.trainer, self.device)
         self.trainer.private = self.roles.private
         self.initial = {n: t.detach().clone() for n, t in self.live.weights.items() if n in self.trainer.private}
         self.trainer.setup(self.workload, self.model, self.network)
-        self.data = DataCache(self.workload, self.device, memory_format(settings))
+        self.data = DataCache(self.workload, self.device, memory_format(settings.groups))
         self.judge = Judge(world, compression, self.trainer, bool(self.initial))
 
     def _check_together(self) -> None:
@@ -93,7 +93,7 @@ class Worker:
             raise ConfigError(f"{self._batching()} cannot be used: {against}; set engine.batch_clients=1")
 
     def _batching(self) -> str:
-        return f"engine.batch_clients={self.world.settings['engine']['batch_clients']}"
+        return f"engine.batch_clients={self.world.settings.engine.batch_clients}"
 
     # --- a cohort -----------------------------------------------------------------------------------------------
 

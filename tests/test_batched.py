@@ -64,7 +64,7 @@ def in_dtype(client, dtype: torch.dtype):
 )
 def test_clients_at_once_learn_what_they_learn_alone(overrides: list[str], dtype: torch.dtype, tolerance: float):
     world = build_world(json.dumps(settings(*overrides)))
-    worker, trainer = Worker(world), instantiate(world.settings, "trainer")
+    worker, trainer = Worker(world), instantiate(world.settings.groups, "trainer")
     worker.model.to(dtype)
     start = copy.deepcopy(worker.model.state_dict())
     task = Broadcast(1, start, settings={"server-round": 1})

@@ -24,6 +24,7 @@ from fedsim.report.rounds import read_rounds
 from fedsim.runs.federation import fleet_name
 from fedsim.settings.compose import compose
 from fedsim.settings.groups import options
+from fedsim.settings.run_settings import RunSettings
 
 FEDSIM = Path(sys.executable).with_name("fedsim")
 DEVICES = ["list", "show", "predict", "fit", "new", "calibrate", "links", "population", "build"]
@@ -258,9 +259,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("fleet", options("fleet"))
 def test_a_fleet_with_other_devices_than_its_option_says_so(fleet: str):
-    assert fleet_name(compose([f"fleet={fleet}", "fleet.speed_sigma=0.5"])) == fleet
+    assert fleet_name(RunSettings.of(compose([f"fleet={fleet}", "fleet.speed_sigma=0.5"]))) == fleet
     for own in ("fleet.devices={pixel3: 2}", "++fleet.devices.pixel=7"):
-        assert fleet_name(compose([f"fleet={fleet}", own])) == f"{fleet}, own devices"
+        assert fleet_name(RunSettings.of(compose([f"fleet={fleet}", own]))) == f"{fleet}, own devices"
 
 
 def test_the_closing_line_names_a_fleet_of_own_devices(place: Path, fedsim: Callable[..., Ended]):

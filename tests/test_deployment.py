@@ -113,7 +113,7 @@ def test_client_rows_say_what_their_device_runs(federation):
     )
     rows = [c for _, clients in made.rounds() for c in clients if c.phase == "evaluate" and c.outcome == "completed"]
     assert len({row.metrics["keep_ratio"] for row in rows}) > 1
-    plan = CompressionPlan(tiers=made.settings["compression"]["tiers"])
+    plan = CompressionPlan(tiers=made.settings.groups["compression"]["tiers"])
     for row in rows:
         recipe = plan.recipe(made.world.fleet[row.client])
         assert (row.metrics["keep_ratio"] < 1) == (recipe.keep < 1)

@@ -138,7 +138,7 @@ def assert_contract(result: Outcome, rounds: int) -> None:
     assert [(name, a.dtype, tuple(a.shape)) for name, a in result.federation.arrays.items()] == layout
     for report in result.reports[1:]:
         assert report.round_s > 0
-        assert len(report.cohort) >= settings["cohort"]
+        assert len(report.cohort) >= settings.cohort
         assert list(report.cohort) == sorted(set(report.cohort))
         assert set(report.outcomes) <= set(OUTCOMES)
         assert sorted(c for ids in report.outcomes.values() for c in ids) == list(report.cohort)

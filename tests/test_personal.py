@@ -27,6 +27,7 @@ from fedsim.report.rounds import weights_sha256
 from fedsim.runs.federation import Federation, method_name
 from fedsim.settings.build import build_world
 from fedsim.settings.compose import compose
+from fedsim.settings.run_settings import RunSettings
 from fedsim.workloads.base import ClientData, Examples
 from fedsim.workloads.blobs import Blobs
 
@@ -149,7 +150,7 @@ def test_a_run_is_named_after_what_is_private():
         "method=fedavg private=[head,first]": "fedavg private=[head,first]",
         "private=[head]": "fedavg private=[head]",
     }
-    assert {text: method_name(compose([*TINY, *text.split()])) for text in names} == names
+    assert {text: method_name(RunSettings.of(compose([*TINY, *text.split()]))) for text in names} == names
 
 
 # --- limit cases -----------------------------------------------------------------------------------------------------

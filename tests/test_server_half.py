@@ -31,6 +31,7 @@ from fedsim.grid.server_half import averaging, server_half
 from fedsim.runs.federation import Federation
 from fedsim.runs.server import is_plain_mean
 from fedsim.settings.groups import options
+from fedsim.settings.run_settings import RunSettings
 from fedsim.workloads.base import Workload
 from strategies import fedadam
 from strategies.edge import EdgeStrategy
@@ -66,16 +67,15 @@ def guarded(what: str, function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-class GuardedSettings(dict):
+class GuardedSettings:
     """Settings of which a strategy may read none: it has its own by its constructor."""
 
-    def __getitem__(self, key: str) -> Any:
-        guard(f"settings[{key!r}]")
-        return super().__getitem__(key)
+    def __init__(self, settings: RunSettings):
+        self._settings = settings
 
-    def get(self, key: str, default: Any = None) -> Any:
-        guard(f"settings[{key!r}]")
-        return super().get(key, default)
+    def __getattr__(self, name: str) -> Any:
+        guard(f"settings.{name}")
+        return getattr(self._settings, name)
 
 
 def guarded_attribute(name: str) -> property:
@@ -158,7 +158,7 @@ def test_no_strategy_sees_settings_data_or_the_fleets_future(settings, monkeypat
         (lambda self, grid: self.world.workload.test, "test"),
         (lambda self, grid: self.world.fleet.online(0, 0.0), "fleet.online"),
         (lambda self, grid: self.world.fleet.availability.online(0, 0.0), "fleet.online"),
-        (lambda self, grid: self.world.settings["trainer"], "settings['trainer']"),
+        (lambda self, grid: self.world.settings.groups["trainer"], "settings.groups"),
     ],
 )
 def test_the_fence_stops_who_reaches_over_it(settings, monkeypatch, look, touched: str):

@@ -91,7 +91,7 @@ def try_to_build(settings: Settings) -> str:
     try:
         world = build_world(json.dumps(check(settings)))
         check_parameters("engine", settings["engine"], ["serve"])
-        build_strategy(settings, world.workload.num_clients)
+        build_strategy(world.settings, world.workload.num_clients)
         world.workload.build_model()
     except UserError as error:
         return str(error)

@@ -84,15 +84,16 @@ def _try_out(settings: dict[str, Any]) -> None:
     from fedsim.settings.build import build_world
 
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    build_strategy(settings, build_world(json.dumps(settings)).workload.num_clients)
+    world = build_world(json.dumps(settings))
+    build_strategy(world.settings, world.workload.num_clients)
     build_world.cache_clear()  # the data are needed in Flower's processes only
 
 
 def _default_workers(settings: dict[str, Any]) -> int:
-    from fedsim.settings.build import asked
+    from fedsim.settings.run_settings import RunSettings
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, asked(settings))
+    return min(cores, RunSettings.of(settings).num_asked)
 
 
 def _gpus(settings: dict[str, Any]) -> int:

@@ -39,7 +39,7 @@ def deployments(world: World, model: nn.Module) -> list[dict[str, Any]]:
         world: of the run.
         model: the trained network.
     """
-    plan: CompressionPlan = instantiate(world.settings, "compression")
+    plan: CompressionPlan = instantiate(world.settings.groups, "compression")
     if not plan.active:
         return []
     workload = world.workload

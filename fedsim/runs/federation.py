@@ -55,9 +55,10 @@ from fedsim.runs.price_facts import price_facts
 from fedsim.runs.price_models import FROM_THE_START, price_models, repriced
 from fedsim.runs.server import ServerSide
 from fedsim.seeding import seeded_globals
-from fedsim.settings.build import World, asked, build_world, instantiate, pick_device
+from fedsim.settings.build import World, build_world, instantiate, pick_device
 from fedsim.settings.compose import from_run_config
 from fedsim.settings.groups import Settings, devices_of_fleet, preset, preset_private
+from fedsim.settings.run_settings import RunSettings
 from fedsim.workloads import metrics as figures
 from fedsim.workloads.fingerprint import DATA, check_same, of_run
 from fedsim.workloads.metrics import Metric
@@ -79,10 +80,10 @@ class Federation:
 
     def __init__(self, world: World, engine: Engine, observe: Callable[[int], None] | None = None):
         settings = world.settings
-        self.world, self.settings, self.seed = world, settings, settings["seed"]
+        self.world, self.settings, self.seed = world, settings, settings.seed
         self.strategy = build_strategy(settings, world.workload.num_clients)
-        self.model = world.workload.build_model().to(pick_device(settings["engine"]["device"]))
-        self.roles = TensorRoles.of(self.model, settings["private"])
+        self.model = world.workload.build_model().to(pick_device(settings.engine.device))
+        self.roles = TensorRoles.of(self.model, settings.private)
         self.arrays = record_of(self.model.state_dict())
         self.primary = world.workload.primary
         self.target = target_of(settings, self.primary)
@@ -90,7 +91,7 @@ class Federation:
         self.lowest = (math.inf, 0)  # test loss so far, and the round that had it
         self.server = ServerSide(self.strategy, self.roles)
         check_plan(
-            instantiate(settings, "compression"),
+            instantiate(settings.groups, "compression"),
             self.model,
             world.workload.inputs(world.workload.sample(2))[0],
             world.fleet,
@@ -99,13 +100,13 @@ class Federation:
             engine,
             world.fleet,
             world.latency,
-            json.dumps(settings),
+            world.config_json,
             seed=self.seed,
-            deadline_s=settings["deadline_s"],
-            keep=settings["cohort"] if asked(settings) > settings["cohort"] else None,
+            deadline_s=settings.deadline_s,
+            keep=settings.cohort if settings.num_asked > settings.cohort else None,
             averages=self.server.averages,
-            on_client_error=settings["on_client_error"],
-            batch_clients=settings["engine"]["batch_clients"],
+            on_client_error=settings.on_client_error,
+            batch_clients=settings.engine.batch_clients,
             observe=observe,
         )
         self.server.begin(
@@ -114,7 +115,7 @@ class Federation:
                 world.latency,
                 num_clients=len(world.fleet),
                 seed=self.seed,
-                rounds=settings["rounds"],
+                rounds=settings.rounds,
                 trained=self.roles.trained,
             )
         )
@@ -131,10 +132,10 @@ class Federation:
             last, clients = self.report(0, 0.0, self.judge(0), started)
             yield last, clients
         while not self.is_last(last):
-            clock.begin_round(settings["round_every_s"])
+            clock.begin_round(settings.round_every_s)
             number, started, start_s = last.round + 1, time.perf_counter(), clock.now_s
             metrics = self.train(number)
-            if self.is_over or number % settings["evaluate_every"] == 0 or number == settings["rounds"]:
+            if self.is_over or number % settings.evaluate_every == 0 or number == settings.rounds:
                 self.complete(number)
                 metrics |= self.judge(number) | self.ask_clients(number)
             last, clients = self.report(number, start_s, metrics, started)
@@ -146,14 +147,14 @@ class Federation:
         score, target = report.metrics.get(self.primary.name), self.target
         good = score is not None and target is not None and self.primary.reaches(score, target)
         over = self.is_over or good or self.is_stale(report)
-        return self.has_ended or report.round >= settings["rounds"] or (report.round > 0 and over)
+        return self.has_ended or report.round >= settings.rounds or (report.round > 0 and over)
 
     def is_stale(self, report: RoundReport) -> bool:
         """Whether the round was judged and the lowest test loss is `patience_rounds` old (nan is no loss).
 
         Where a workload has no test loss, the primary metric takes its place.
         """
-        patience, name = self.settings["patience_rounds"], self.primary.name
+        patience, name = self.settings.patience_rounds, self.primary.name
         if figures.LOSS in report.metrics:
             loss = report.metrics[figures.LOSS]
         elif name in report.metrics:
@@ -167,8 +168,8 @@ class Federation:
     @property
     def is_over(self) -> bool:
         """Whether the simulated time is used up before another round can begin."""
-        limit_s, clock = self.settings["max_simulated_s"], self.grid.clock
-        return limit_s is not None and clock.next_round_s(self.settings["round_every_s"]) >= limit_s
+        limit_s, clock = self.settings.max_simulated_s, self.grid.clock
+        return limit_s is not None and clock.next_round_s(self.settings.round_every_s) >= limit_s
 
     def state(self) -> dict[str, Any]:
         """Between two rounds, what the rounds to come depend on, beside the settings and `arrays`."""
@@ -276,13 +277,13 @@ class Federation:
             said = "the global model's output on the test examples is NaN or infinite"
             if number == 0:
                 raise ConfigError(f"{said} before any training; look at model and workload.input_range") from None
-            if self.settings["on_client_error"] == "drop":
+            if self.settings.on_client_error == "drop":
                 return {figures.NOT_FINITE: 1.0}
             raise RunError(f"{said} after round {number}; {self._advice()}") from None
 
     def _advice(self) -> str:
         """What to change where clients' updates are finite, and what is made of them is not."""
-        strategy = [] if self.server.mean_is_all else numbers_of(self.settings["strategy"], "strategy")
+        strategy = [] if self.server.mean_is_all else numbers_of(self.settings.groups["strategy"], "strategy")
         of_server = f"change the strategy's settings ({', '.join(strategy)}), or " if strategy else ""
         return f"{of_server}{CLIENTS_SETTINGS}"
 
@@ -297,7 +298,7 @@ class Federation:
         Clients that failed, as those do of whose model the output is not finite, are counted in `client_failed`.
         A client's model is the global one, with its own values of what is private.
         """
-        if not self.settings["evaluate_clients"]:
+        if not self.settings.evaluate_clients:
             return {}
         shared = self.shared
         handed = self.server.handed(shared)
@@ -359,10 +360,10 @@ def run(
     if announce and resume and saved is None:
         announce(f"{out} has no checkpoint: this run starts anew")
     ahead_s = forecast.host_seconds(federation, max(last, 0)) if announce else 0.0
-    if announce and (said := forecast.sentence(ahead_s, settings["checkpoint_s"])):
+    if announce and (said := forecast.sentence(ahead_s, federation.settings.checkpoint_s)):
         announce(said)
     reports, started = folder.before, time.perf_counter()
-    keeper = checkpoint.Checkpoints(out, settings["checkpoint_s"])
+    keeper = checkpoint.Checkpoints(out, federation.settings.checkpoint_s)
     if saved is not None:
         keeper.forget_after(saved)
 
@@ -418,11 +419,11 @@ def run(
     return summary
 
 
-def build_strategy(settings: Settings, num_clients: int) -> Strategy:
+def build_strategy(settings: RunSettings, num_clients: int) -> Strategy:
     """The strategy, told how many clients to sample; every Flower strategy takes these arguments of FedAvg."""
-    train, judge = min(asked(settings), num_clients), settings["evaluate_clients"]
+    train, judge = min(settings.num_asked, num_clients), settings.evaluate_clients
     strategy: Strategy = instantiate(
-        settings,
+        settings.groups,
         "strategy",
         fraction_train=train / num_clients,
         min_train_nodes=train,
@@ -430,7 +431,7 @@ def build_strategy(settings: Settings, num_clients: int) -> Strategy:
         min_evaluate_nodes=judge,
         min_available_nodes=train,
     )
-    _stock("check_cohort")(strategy, min(settings["cohort"], num_clients))
+    _stock("check_cohort")(strategy, min(settings.cohort, num_clients))
     return strategy
 
 
@@ -442,13 +443,13 @@ def _stock(name: str) -> Callable[..., Any]:
     return found
 
 
-def target_of(settings: Settings, primary: Metric) -> float | None:
+def target_of(settings: RunSettings, primary: Metric) -> float | None:
     """Returns the value of the primary metric at which the run stops; None where it goes on.
 
     Raises:
         ConfigError: if both settings name one, or `target_accuracy` does for a workload that has no accuracy.
     """
-    target, accuracy = settings["target"], settings["target_accuracy"]
+    target, accuracy = settings.target, settings.target_accuracy
     if accuracy is None:
         return None if target is None else float(target)
     if target is not None:
@@ -465,13 +466,13 @@ def target_of(settings: Settings, primary: Metric) -> float | None:
 def summarise(federation: Federation, reports: list[RoundReport], totals: Totals, host_s: float) -> dict[str, Any]:
     """Returns the figures of a finished run; equal runs differ only in `host_s` (and `versions` between machines)."""
     settings, primary = federation.settings, federation.primary
-    choices = settings["choices"]
+    choices = settings.choices
     max_client = max(totals.client_joules.values(), default=0.0)
     return {
         "method": method_name(settings),
         "workload": choices["workload"],
         "fleet": fleet_name(settings),
-        "seed": settings["seed"],
+        "seed": settings.seed,
         "rounds": reports[-1].round,
         **primary.as_entry(),
         "final": figures.final(reports, primary),
@@ -524,11 +525,11 @@ def numbers_of(tree: Mapping[str, Any], prefix: str) -> list[str]:
     return found
 
 
-def method_name(settings: Settings) -> str:
+def method_name(settings: RunSettings) -> str:
     """The method preset, with what was exchanged of it; strategy and trainer where no preset was taken."""
-    choices = settings["choices"]
+    choices = settings.choices
     usual = preset_private(choices["method"]) if choices.get("method") else []
-    private = [f"private=[{','.join(settings['private'])}]"] if settings["private"] != usual else []
+    private = [f"private=[{','.join(settings.private)}]"] if list(settings.private) != usual else []
     if choices.get("method"):
         own = preset(choices["method"])
         changed = [f"{group}={choices.get(group)}" for group, name in own.items() if choices.get(group) != name]
@@ -537,11 +538,11 @@ def method_name(settings: Settings) -> str:
     return " ".join([str(strategy) if trainer in ("sgd", strategy) else f"{strategy}+{trainer}", *private])
 
 
-def fleet_name(settings: Settings) -> str:
+def fleet_name(settings: RunSettings) -> str:
     """The fleet that was chosen, and whether its devices are others than that option's."""
-    name = str(settings["choices"]["fleet"])
+    name = str(settings.choices["fleet"])
     usual = devices_of_fleet(name)
-    return name if usual in (None, settings["fleet"].get("devices")) else f"{name}, own devices"
+    return name if usual in (None, settings.groups["fleet"].get("devices")) else f"{name}, own devices"
 
 
 def versions() -> dict[str, str]:

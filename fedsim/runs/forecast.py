@@ -28,16 +28,16 @@ def host_seconds(federation: Federation, after: int = 0) -> float:
         after: rounds that are behind it.
     """
     settings, workload = federation.settings, federation.world.workload
-    trainer, rounds = settings["trainer"], settings["rounds"] - after
-    cohort = min(settings["cohort"], workload.num_clients)
+    trainer, rounds = settings.groups["trainer"], settings.rounds - after
+    cohort = min(settings.cohort, workload.num_clients)
     ids = range(0, workload.num_clients, max(1, workload.num_clients // LOOKED_AT))
     sizes = [_examples(workload, i, after + 1) for i in islice(ids, LOOKED_AT)]
     size = sum(sizes) / len(sizes)
     batch = max(1, min(_number(trainer, "batch_size", 1), size))
     epochs = _number(trainer, "local_epochs", 1)
     steps = _number(trainer, "local_steps", epochs * -(-size // batch))
-    judged = len(workload.test) * (rounds // settings["evaluate_every"] + 1)
-    judged += rounds * settings["evaluate_clients"] / settings["evaluate_every"] * size
+    judged = len(workload.test) * (rounds // settings.evaluate_every + 1.0)
+    judged += rounds * settings.evaluate_clients / settings.evaluate_every * size
     macs = _macs(federation)
     per_round = cohort * (CLIENT_S + steps * (STEP_S + STEP * macs * batch / FLOPS_PER_S))
     return float(rounds * per_round + judged * FORWARD * macs / FLOPS_PER_S)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import json
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from fedsim.settings.groups import (
     Settings,
 )
 from fedsim.settings.parameters import check_parameters
+from fedsim.settings.run_settings import RunSettings
 from fedsim.settings.trust import check_group
 from fedsim.workloads.host_memory import check_fits, model_bytes
 
@@ -49,7 +50,8 @@ def check_trusted(settings: Settings) -> None:
 class World:
     """Holds what driver and workers build alike from the settings: pure functions of them, never changed by a run."""
 
-    settings: Settings
+    config_json: str  # the whole configuration, as every process is sent it
+    settings: RunSettings
     workload: Workload
     fleet: Fleet
     latency: LatencyModel
@@ -62,20 +64,18 @@ def build_world(config_json: str) -> World:
     Raises:
         ConfigError: for settings that do not fit together, such as a cohort larger than the population.
     """
-    settings: Settings = json.loads(config_json)
-    check_trusted(settings)
-    workload, seed = build_workload(settings), settings["seed"]
-    _check_memory(settings, model_factory(settings), workload)
-    fleet = instantiate(settings, "fleet", num_clients=workload.num_clients, seed=seed)
-    for key in ("cohort", "evaluate_clients"):
-        if settings[key] > workload.num_clients:
-            raise ConfigError(
-                f"{key} must be at most the {workload.num_clients} clients there are, got {settings[key]}"
-            )
+    tree: Settings = json.loads(config_json)
+    check_trusted(tree)
+    workload, settings = build_workload(tree), RunSettings.of(tree)
+    _check_memory(tree, model_factory(tree), workload)
+    fleet = instantiate(tree, "fleet", num_clients=workload.num_clients, seed=settings.seed)
+    for key, number in (("cohort", settings.cohort), ("evaluate_clients", settings.evaluate_clients)):
+        if number > workload.num_clients:
+            raise ConfigError(f"{key} must be at most the {workload.num_clients} clients there are, got {number}")
     for group in ("compression", "uplink"):
-        instantiate(settings, group)  # workers make their own; a wrong setting is to be refused before a run begins
-    _check_kind(settings, workload, instantiate(settings, "trainer").needs_classes)
-    return World(settings, workload, fleet, instantiate(settings, "latency"))
+        instantiate(tree, group)  # workers make their own; a wrong setting is to be refused before a run begins
+    _check_kind(settings, workload, instantiate(tree, "trainer").needs_classes)
+    return World(config_json, settings, workload, fleet, instantiate(tree, "latency"))
 
 
 def build_workload(settings: Settings) -> Workload:
@@ -95,7 +95,7 @@ def build_workload(settings: Settings) -> Workload:
     return streamed
 
 
-def _check_kind(settings: Settings, workload: Workload, needs_classes: bool) -> None:
+def _check_kind(settings: RunSettings, workload: Workload, needs_classes: bool) -> None:
     """Refuses a workload without classes where the trainer, or `engine.batch_clients`, needs them.
 
     Raises:
@@ -105,7 +105,7 @@ def _check_kind(settings: Settings, workload: Workload, needs_classes: bool) -> 
 
     if isinstance(workload, ClassificationWorkload):
         return
-    choices, together = settings["choices"], settings["engine"]["batch_clients"]
+    choices, together = settings.choices, settings.engine.batch_clients
     is_none = f"needs a classification workload, and {workload.name} is none"
     if needs_classes:
         name = choices.get("method") or f"trainer {choices['trainer']}"
@@ -114,7 +114,7 @@ def _check_kind(settings: Settings, workload: Workload, needs_classes: bool) -> 
         raise ConfigError(f"engine.batch_clients={together} {is_none}; set it to 1")
 
 
-def _check_memory(settings: Settings, make: ModelFactory, workload: Workload) -> None:
+def _check_memory(tree: Settings, make: ModelFactory, workload: Workload) -> None:
     """Refuses a population or a model that this host cannot hold, before it is made.
 
     Raises:
@@ -139,10 +139,10 @@ def _check_memory(settings: Settings, make: ModelFactory, workload: Workload) ->
         except UserError:
             raise
         except Exception as error:
-            raise ConfigError(_no_factory(settings, error)) from error
-    sizes = {key: value for key, value in settings["model"].items() if _largest(value) > 1}
+            raise ConfigError(_no_factory(tree, error)) from error
+    sizes = {key: value for key, value in tree["model"].items() if _largest(value) > 1}
     key = max(sizes, key=lambda name: _largest(sizes[name]), default="")
-    check_fits(f"model.{key}={as_yaml(sizes[key])}" if key else f"model={settings['choices']['model']}", needed)
+    check_fits(f"model.{key}={as_yaml(sizes[key])}" if key else f"model={tree['choices']['model']}", needed)
 
 
 def _largest(value: Any) -> float:
@@ -152,8 +152,13 @@ def _largest(value: Any) -> float:
     return value if isinstance(value, int | float) and not isinstance(value, bool) else 0.0
 
 
-def instantiate(settings: Settings, group: str, **extra: Any) -> Any:
+def instantiate(groups: Mapping[str, Settings], group: str, **extra: Any) -> Any:
     """Makes the object that a group's `_target_` names.
+
+    Args:
+        groups: by group, its settings.
+        group: which of them.
+        extra: arguments that settings do not have.
 
     Raises:
         ConfigError: when a configuration may not name it (see `fedsim.settings.trust`), or its constructor refuses the
@@ -162,11 +167,11 @@ def instantiate(settings: Settings, group: str, **extra: Any) -> Any:
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate as hydra_instantiate
 
-    check_group(group, settings[group])
-    check_parameters(group, settings[group], extra)
+    check_group(group, groups[group])
+    check_parameters(group, groups[group], extra)
     try:
         with no_exit():
-            return hydra_instantiate(settings[group], **extra)
+            return hydra_instantiate(groups[group], **extra)
     except ExitError as error:
         raise ConfigError(f"{group}: {error}") from error
     except InstantiationException as error:
@@ -176,18 +181,18 @@ def instantiate(settings: Settings, group: str, **extra: Any) -> Any:
         raise ConfigError(f"{group}: {one_line(cause or error)}") from error
 
 
-def model_factory(settings: Settings) -> ModelFactory:
+def model_factory(groups: Mapping[str, Settings]) -> ModelFactory:
     """Returns what makes the model, in the memory format of `memory_format`.
 
     Raises:
         ConfigError: when its constructor refuses the settings, or the format is unknown.
     """
-    own = {key: value for key, value in settings["model"].items() if key != FORMAT}
-    make, format = instantiate({"model": own}, "model"), memory_format(settings)
+    own = {key: value for key, value in groups["model"].items() if key != FORMAT}
+    make, layout = instantiate({"model": own}, "model"), memory_format(groups)
     try:
         inspect.signature(make).bind(input_shape=(1,), num_classes=1)
     except TypeError as error:
-        raise ConfigError(_no_factory(settings, error)) from error
+        raise ConfigError(_no_factory(groups, error)) from error
     except ValueError:  # it does not say what it takes
         pass
 
@@ -196,12 +201,12 @@ def model_factory(settings: Settings) -> ModelFactory:
 
         with no_exit():
             network: nn.Module = make(**shapes)
-        target = f"model._target_={settings['model']['_target_']!r}"
+        target = f"model._target_={own['_target_']!r}"
         try:
             _refuse_lazy(network)
             if not any(p.requires_grad for p in network.parameters()):
                 raise ConfigError(f"{target} makes a network without weights to train")
-            return network.to(memory_format=MEMORY_FORMATS[format])  # type: ignore[call-overload]
+            return network.to(memory_format=MEMORY_FORMATS[layout])  # type: ignore[call-overload]
         except RecursionError as error:
             raise ConfigError(f"{target} makes a network that {ENDLESS}") from error
 
@@ -224,30 +229,25 @@ def _refuse_lazy(network: nn.Module) -> None:
             )
 
 
-def _no_factory(settings: Settings, error: Exception) -> str:
+def _no_factory(groups: Mapping[str, Settings], error: Exception) -> str:
     """Says that the model's `_target_` makes no network when it is given the shapes of the data."""
     return (
-        f"model._target_={settings['model']['_target_']!r} makes no network for the input_shape and num_classes of a "
+        f"model._target_={groups['model']['_target_']!r} makes no network for the input_shape and num_classes of a "
         f"workload ({in_words(error)}); name a function that takes both and returns the network, "
         "in a file of your own, e.g. model._target_=mine.network"
     )
 
 
-def memory_format(settings: Settings) -> str:
+def memory_format(groups: Mapping[str, Settings]) -> str:
     """Returns how images and convolution weights lie in memory: a setting of the model, as it changes the last bits.
 
     Channels-last, a training step of a small convolutional network on a CPU takes 0.6 to 0.85 of its time; networks
     whose config says nothing stay contiguous.
     """
-    name = settings["model"].get(FORMAT, FORMATS[0])
+    name = groups["model"].get(FORMAT, FORMATS[0])
     if name not in FORMATS:
         raise ConfigError(unknown(f"value for model.{FORMAT}", name, FORMATS))
     return str(name)
-
-
-def asked(settings: Settings) -> int:
-    """How many clients a round asks, so that `cohort` replies are likely to come: ceil(over_selection x cohort)."""
-    return math.ceil(settings["over_selection"] * settings["cohort"] - 1e-9)
 
 
 def pick_device(name: str) -> Any:

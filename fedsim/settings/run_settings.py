@@ -57,6 +57,11 @@ class RunSettings:
         return cls(**own, groups={group: tree[group] for group in NEEDED})
 
     @property
+    def engine(self) -> EngineSettings:
+        """Returns what workers read of the engine's settings."""
+        return EngineSettings(**{field.name: self.groups["engine"][field.name] for field in fields(EngineSettings)})
+
+    @property
     def num_asked(self) -> int:
         """Returns how many clients a round asks, that `cohort` replies may come: ceil(over_selection x cohort)."""
         return math.ceil(self.over_selection * self.cohort - 1e-9)

@@ -22,12 +22,13 @@ from fedsim.errors import ConfigError, DataError
 from fedsim.report.files import read_config
 from fedsim.report.plots.style import AXES
 from fedsim.runs.recorded_data import of_summary
-from fedsim.settings.build import asked, build_workload
+from fedsim.settings.build import build_workload
 from fedsim.settings.check import try_out
 from fedsim.settings.compose import check_address, completed, compose
 from fedsim.settings.groups import Settings, config_dir
 from fedsim.settings.hydra_text import as_hydra, quoted
 from fedsim.settings.permissions import keep_out_beside
+from fedsim.settings.run_settings import RunSettings
 from fedsim.workloads.fingerprint import SEED, Fingerprint, difference, files_of
 
 KEYS = ("title", "question", "base", "seeds", "arms", "against", "metric", "x", "last", "columns", "reading")
@@ -373,12 +374,13 @@ def _seeded(arm: Arm, settings: Settings, seed: int) -> Settings:
     return {**settings, "seed": seed}
 
 
-def _try_out(settings: Settings) -> None:
+def _try_out(tree: Settings) -> None:
     """As `try_out`, with the strategy; how many clients there are is known only to the data."""
     from fedsim.runs.federation import build_strategy
 
-    try_out(settings)
-    build_strategy(settings, settings["num_clients"] or max(asked(settings), settings["evaluate_clients"]))
+    try_out(tree)
+    settings = RunSettings.of(tree)
+    build_strategy(settings, settings.num_clients or max(settings.num_asked, settings.evaluate_clients))
 
 
 def is_finished(run: Planned) -> bool:
