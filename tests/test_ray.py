@@ -33,7 +33,7 @@ from fedsim.engines.ray import session as ray_session
 from fedsim.engines.ray.engine import RayEngine
 from fedsim.engines.ray.queue import Job, longest_first
 from fedsim.engines.ray.session import RaySession
-from fedsim.engines.ray.wire import in_common, send_tensors_as_arrays, whole, without
+from fedsim.engines.ray.wire import Shared, in_common, send_tensors_as_arrays, whole, without
 from fedsim.errors import ClientError, ConfigError, RunError
 from fedsim.messages.cohort import ClientTask, CohortAnswer, CohortTask
 from fedsim.messages.records import Broadcast
@@ -568,9 +568,11 @@ def test_tensors_cross_processes_as_copies_that_may_be_changed(session):
 
     send_tensors_as_arrays()
     sent = {"w": torch.arange(2.0**16), "n": torch.tensor(3), "half": torch.ones(2, 2, dtype=torch.float16).T}
-    came = ray.get(ray.put([sent, sent]))
-    assert came[0] is came[1]
-    for name, tensor in came[0].items():
+    broadcast = Broadcast(1, sent)
+    task = CohortTask(1, "train", (ClientTask(0, broadcast), ClientTask(1, broadcast)), "{}")
+    first, second = ray.get(ray.put(task)).clients
+    assert first.broadcast is second.broadcast
+    for name, tensor in first.broadcast.weights.items():
         assert (tensor.dtype, tensor.tolist()) == (sent[name].dtype, sent[name].tolist())
         tensor += 1
     assert sent["w"][0] == 0
@@ -579,9 +581,9 @@ def test_tensors_cross_processes_as_copies_that_may_be_changed(session):
 def test_tensors_in_common_are_the_same_object_for_all_tasks():
     weights, own, other = ({"w": torch.tensor([value])} for value in (1.0, 2.0, 3.0))
     tasks = [of(Broadcast(1, weights, {"x": own})), of(Broadcast(1, weights)), of(Broadcast(1, {}, {"x": other}))]
-    assert [id(tensors) for tensors in in_common(tasks)] == [id(weights)]
+    assert [id(tensors) for tensors in in_common(tasks).tensors] == [id(weights)]
     letters = [pickle.loads(pickle.dumps(without(task, {id(weights): 0}))) for task in tasks]
-    arrived = [whole(letter, [weights]).clients[0].broadcast for letter in letters]
+    arrived = [whole(letter, Shared((weights,))).clients[0].broadcast for letter in letters]
     assert arrived[0].weights is arrived[1].weights is weights
     assert arrived[0].extras["x"]["w"].tolist() == [2.0]
     assert arrived[2].weights == {}

@@ -66,8 +66,8 @@ class TaskQueue:
         self.waiting = deque(longest_first(jobs, max(WINDOW_PER_WORKER * size, LEAST_WINDOW)))
         self.open = len(jobs)  # answers that are still to come
         common = in_common(tasks)
-        self.numbers = {id(tensors): number for number, tensors in enumerate(common)}
-        self.shared = ray.put(common) if common else None
+        self.numbers = {id(tensors): number for number, tensors in enumerate(common.tensors)}
+        self.shared = ray.put(common) if common.tensors else None
         self.world = tasks[0].of([])  # no client: a worker builds its world
         self.alone_since = time.monotonic()  # when there was a worker last
         self.look_again = self.alone_since + NODES_S  # at the nodes

@@ -7,8 +7,8 @@ copies, so that nothing holds on to Ray's memory. What several tasks of an excha
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -30,6 +30,13 @@ def send_tensors_as_arrays() -> None:
     )
 
 
+@dataclass(frozen=True)
+class Shared:
+    """Tensors that travel by themselves, by number; an object of one class, which Ray pickles as a whole."""
+
+    tensors: tuple[Tensors, ...] = ()
+
+
 class Elsewhere(Tensors):
     """Stands for tensors that travel by themselves.
 
@@ -45,7 +52,7 @@ class Elsewhere(Tensors):
         return Elsewhere, (self.number,)
 
 
-def in_common(tasks: Iterable[CohortTask]) -> list[Tensors]:
+def in_common(tasks: Iterable[CohortTask]) -> Shared:
     """The tensors that several tasks send (the same object), in the order in which they first appear."""
     counts: Counter[int] = Counter()
     first: dict[int, Tensors] = {}
@@ -53,7 +60,7 @@ def in_common(tasks: Iterable[CohortTask]) -> list[Tensors]:
         for key, tensors in {id(t): t for one in task.clients for t in _sent(one.broadcast) if t}.items():
             counts[key] += 1
             first.setdefault(key, tensors)
-    return [tensors for key, tensors in first.items() if counts[key] > 1]
+    return Shared(tuple(tensors for key, tensors in first.items() if counts[key] > 1))
 
 
 def without(task: CohortTask, numbers: Mapping[int, int]) -> CohortTask:
@@ -67,9 +74,9 @@ def without(task: CohortTask, numbers: Mapping[int, int]) -> CohortTask:
     return _swapped(task, lambda tensors: places.get(id(tensors), tensors))
 
 
-def whole(task: CohortTask, shared: Sequence[Tensors]) -> CohortTask:
+def whole(task: CohortTask, shared: Shared) -> CohortTask:
     """The inverse of `without`: the same objects every time."""
-    return _swapped(task, lambda tensors: shared[tensors.number] if isinstance(tensors, Elsewhere) else tensors)
+    return _swapped(task, lambda tensors: shared.tensors[tensors.number] if isinstance(tensors, Elsewhere) else tensors)
 
 
 def _swapped(task: CohortTask, swap: Swap) -> CohortTask:

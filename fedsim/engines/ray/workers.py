@@ -16,11 +16,10 @@ from queue import SimpleQueue
 from typing import Any
 
 from fedsim.engines.base import Serve, assume_task_identity
-from fedsim.engines.ray.wire import send_tensors_as_arrays, whole
+from fedsim.engines.ray.wire import Shared, send_tensors_as_arrays, whole
 from fedsim.engines.session_folder import usual_files
 from fedsim.messages.cohort import CohortAnswer, CohortTask
 from fedsim.settings.permissions import allow_everything
-from fedsim.workloads.base import Tensors
 
 
 class RayWorker:
@@ -32,7 +31,7 @@ class RayWorker:
         usual_files()
         send_tensors_as_arrays()
         self._serve = serve
-        self._shared: list[Tensors] = []
+        self._shared = Shared()
 
     def start(self) -> str:
         """Answered when the process is up: the id of its node."""
@@ -40,7 +39,7 @@ class RayWorker:
 
         return str(ray.get_runtime_context().get_node_id())
 
-    def serve(self, task: CohortTask, *shared: list[Tensors]) -> CohortAnswer:
+    def serve(self, task: CohortTask, *shared: Shared) -> CohortAnswer:
         """Does a task.
 
         Args:
