@@ -37,7 +37,7 @@ from fedsim.errors import ConfigError, DataError
 from fedsim.grid.exchange import ClientReport
 from fedsim.messages.cohort import OUTCOMES, ClientTask, CohortAnswer, CohortTask
 from fedsim.messages.packing import pack_answer, pack_task, unpack_answer, unpack_task
-from fedsim.messages.records import ARRAYS, CONFIG, Broadcast, record_of
+from fedsim.messages.records import ARRAYS, CONFIG, Broadcast, arrays_in, record_of
 from fedsim.report.rounds import HOST_FIELDS, RoundReport, weights_sha256
 from fedsim.runs.federation import Federation
 from fedsim.settings.build import build_world, instantiate
@@ -81,6 +81,12 @@ WHOLE = ("char_lstm", "fbnet")  # a recurrent layer, and above a convolution in 
 NEEDS = {"method=fedbn": ["model.norm=layer"]}
 
 
+def numbers_in(task: CohortTask) -> dict[str, dict[str, bytes]]:
+    """All that a task sends, and what its clients keep, byte by byte."""
+    records = arrays_in(pack_task(task))
+    return {name: {key: bytes(array.data) for key, array in record.items()} for name, record in records.items()}
+
+
 class Spy(Engine):
     """The engine of the run, with every task and answer packed and sent as it would be to another process."""
 
@@ -89,8 +95,12 @@ class Spy(Engine):
 
     def run(self, task: CohortTask) -> Iterator[CohortAnswer]:
         for part in cut(task, 1):
-            for answer in self.engine.run(unpack_task(self._across(pack_task(part)))):
+            arrived = unpack_task(self._across(pack_task(part)))
+            before = numbers_in(arrived)
+            for answer in self.engine.run(arrived):
                 yield unpack_answer(self._across(pack_answer(answer)))
+            # Clients share what they are sent, and the server goes on with it: nobody may change it in place.
+            assert numbers_in(arrived) == before
 
     def _across(self, content: RecordDict) -> RecordDict:
         self.crossed += 1
