@@ -9,10 +9,11 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from devices.draws import digest
 
 if TYPE_CHECKING:
     import torch
@@ -20,8 +21,7 @@ if TYPE_CHECKING:
 
 def derive(seed: int, *names: str | int) -> int:
     """A 63-bit seed that depends on every name: equal names, equal seed, on every machine."""
-    text = "/".join([str(int(seed)), *map(str, names)])
-    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+    return int.from_bytes(digest(8, int(seed), *names), "big") >> 1
 
 
 def generator(seed: int, *names: str | int) -> np.random.Generator:

@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from devices.errors import DeviceError, unknown
 
 Masks = dict[str, Tensor]  # by state-dict key: True where a weight stays, bool of its shape
+NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)  # _NormBase: batch and instance norms
 PRUNABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 FLOOR = 0.03  # a global mask at 95 % without a floor left one weight of 2,304 in a layer, and accuracy at chance
 RULES = ("masked", "ste")

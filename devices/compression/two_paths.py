@@ -12,12 +12,9 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
-from devices.compression.masks import PRUNABLE, Masks, masked
+from devices.compression.masks import NORMS, PRUNABLE, Masks, masked
 from devices.compression.quantise import above_zero, fake_quantise, limits
-
-NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
 def norm_tensors(model: nn.Module) -> list[str]:

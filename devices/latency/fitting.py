@@ -91,6 +91,19 @@ def _together(launches: np.ndarray, work: np.ndarray, p: np.ndarray) -> np.ndarr
     return np.asarray(larger * ((launches / larger) ** p + (work / larger) ** p) ** (1 / p))
 
 
+def _with_groups(problems: Problems, extra: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Bounds, means [problems, k + extra] and precision of the logarithms of prices, and of `extra` groups' factors."""
+    size, _, columns = problems.counts.shape
+    low = np.concatenate([np.log(problems.low), np.full((size, extra), -np.inf)], axis=1)
+    high = np.concatenate([np.log(problems.high), np.full((size, extra), np.inf)], axis=1)
+    mean = np.concatenate([problems.usual, np.zeros((size, extra))], axis=1)
+    precision = np.zeros((size, columns + extra, columns + extra))
+    precision[:, :columns, :columns] = problems.precision
+    if extra and problems.group_sigma is not None:
+        precision[:, range(columns, columns + extra), range(columns, columns + extra)] = problems.group_sigma**-2.0
+    return low, high, mean, precision
+
+
 def solve(problems: Problems, guess: np.ndarray | None = None) -> Fitted:
     """Fits all problems by Levenberg and Marquardt's method with prices that sit at a bound held there.
 
@@ -102,13 +115,7 @@ def solve(problems: Problems, guess: np.ndarray | None = None) -> Fitted:
     size, _, columns = counts.shape
     marks = np.zeros((*mask.shape, 0)) if problems.groups is None else problems.groups
     extra = marks.shape[2]
-    low = np.concatenate([np.log(problems.low), np.full((size, extra), -np.inf)], axis=1)
-    high = np.concatenate([np.log(problems.high), np.full((size, extra), np.inf)], axis=1)
-    mean = np.concatenate([problems.usual, np.zeros((size, extra))], axis=1)
-    precision = np.zeros((size, columns + extra, columns + extra))
-    precision[:, :columns, :columns] = problems.precision
-    if extra and problems.group_sigma is not None:
-        precision[:, range(columns, columns + extra), range(columns, columns + extra)] = problems.group_sigma**-2.0
+    low, high, mean, precision = _with_groups(problems, extra)
     p, is_call = problems.overlap[:, None], problems.is_call
 
     def residuals(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -90,10 +89,10 @@ def _try_out(settings: dict[str, Any]) -> None:
 
 
 def _default_workers(settings: dict[str, Any]) -> int:
+    from fedsim.engines.host import usable_cores
     from fedsim.settings.run_settings import RunSettings
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, RunSettings.of(settings).num_asked)
+    return min(usable_cores(), RunSettings.of(settings).num_asked)
 
 
 def _gpus(settings: dict[str, Any]) -> int:

@@ -129,10 +129,11 @@ def _runs_table(study: Study, runs: Sequence[Planned]) -> Table:
 
 def _run(runs: Sequence[Planned], jobs: int | None, folder: Path, shown: PlainConsole) -> dict[str, str]:
     """Runs what is missing; the sentences of the runs that failed, by their names."""
-    from fedsim.study.runner import cores, run_study, study_folder
+    from fedsim.engines.host import usable_cores
+    from fedsim.study.runner import run_study, study_folder
 
     with study_folder(folder) as lock, _bar(shown) as watch:
-        return run_study(runs, jobs or cores(), lock, watch).failed
+        return run_study(runs, jobs or usable_cores(), lock, watch).failed
 
 
 @contextmanager

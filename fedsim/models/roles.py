@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase  # batch and instance norms
 
+from devices.compression.masks import NORMS
 from devices.errors import unknown
 from fedsim.errors import ConfigError
 
-NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 TRAINED, STATISTIC, COUNTER = "trained", "statistic", "counter"
 REAL = "fiub"  # kinds of numpy's types that have a mean and an order: floats, integers and flags
 SENT = "float16, float32, float64, integers or bool"

@@ -54,11 +54,6 @@ class _Running:
 Watch = Callable[[Progress, Planned | None], None]  # called often with None, and with each run that has just ended
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 @contextmanager
 def study_folder(out: Path) -> Iterator[int]:
     """Makes a study's folder and locks it; the lock lasts as long as this process or a run that was given it.

@@ -285,7 +285,6 @@ def _fit(
     """Prices for each phase that was measured."""
     import numpy as np
 
-    from devices.errors import DeviceError, unknown
     from devices.latency.calibrate import prices_of
     from devices.latency.columns import counts
     from devices.latency.limits import OF_CARDS
@@ -293,20 +292,8 @@ def _fit(
     from devices.latency.prior import Sample, shipped_prior
     from devices.latency.tables import RUNTIMES
 
-    own = None if profile.latency is None else profile.latency.inference
-    card = physics.isa == "gpu"
-    training = "pytorch_cuda" if card else "pytorch"
-    # The runtime of HELP's tables is not known, so nobody can measure with it.
-    fitting = [name for name, kind in RUNTIMES.items() if card == (kind.family == "gpu_forward") and name != "help"]
-    usual = own.runtime if own is not None and own.runtime in fitting else training if card else "ncnn"
-    asked = runtime or usual
-    if asked not in fitting:
-        raise DeviceError(unknown(f"runtime for {profile.name}", asked, fitting))
-    inferred = precision or (own.precision if own is not None and own.runtime == asked else "fp32")
-    if inferred not in PRECISIONS:
-        raise DeviceError(unknown("precision", inferred, PRECISIONS))
-    if inferred == "tf32" and not card:
-        raise DeviceError(f"precision=tf32 is for cards, and {profile.name} is none; take fp32 or fp16")
+    card, own = physics.isa == "gpu", None if profile.latency is None else profile.latency.inference
+    training, asked, inferred = _choices(profile, card, runtime, precision)
     share = rows[0].threads / profile.threads
     physics = replace(physics, macs_per_s=physics.macs_per_s * share, threads=rows[0].threads)
     facts = replace(facts, threads=rows[0].threads)
@@ -346,6 +333,27 @@ def _fit(
         prices = replace(prices, threads=facts.threads)
         found.append(_Section(phase, ("step",) if step else passes, prices, reached))
     return found
+
+
+def _choices(profile: DeviceProfile, card: bool, runtime: str | None, precision: str | None) -> tuple[str, str, str]:
+    """The runtime of steps, and the runtime and precision of forward passes, as given or else usual on the device."""
+    from devices.errors import DeviceError, unknown
+    from devices.latency.tables import RUNTIMES
+
+    own = None if profile.latency is None else profile.latency.inference
+    training = "pytorch_cuda" if card else "pytorch"
+    # The runtime of HELP's tables is not known, so nobody can measure with it.
+    fitting = [name for name, kind in RUNTIMES.items() if card == (kind.family == "gpu_forward") and name != "help"]
+    usual = own.runtime if own is not None and own.runtime in fitting else training if card else "ncnn"
+    asked = runtime or usual
+    if asked not in fitting:
+        raise DeviceError(unknown(f"runtime for {profile.name}", asked, fitting))
+    inferred = precision or (own.precision if own is not None and own.runtime == asked else "fp32")
+    if inferred not in PRECISIONS:
+        raise DeviceError(unknown("precision", inferred, PRECISIONS))
+    if inferred == "tf32" and not card:
+        raise DeviceError(f"precision=tf32 is for cards, and {profile.name} is none; take fp32 or fp16")
+    return training, asked, inferred
 
 
 def _check_possible(rows: Sequence[Row], sample: Sample) -> None:

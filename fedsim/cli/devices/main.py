@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +18,10 @@ from fedsim.cli.devices.new import new
 from fedsim.cli.devices.tables import build
 from fedsim.cli.options import MOST, check_figures, check_name, check_picture, check_place, whole
 from fedsim.report import strict_json
+
+if TYPE_CHECKING:
+    from devices.enrol.measure import Enrolment
+    from fedsim.report.terminal import PlainConsole
 
 app = typer.Typer(no_args_is_help=True, help="Devices, and the latency of networks on them.")
 app.command("list")(list_devices)
@@ -55,7 +59,7 @@ def enroll(
     from devices.enrol.measure import profile_tree
     from devices.writing import write_atomic
     from fedsim.errors import ConfigError
-    from fedsim.report.terminal import console, table, work_bar
+    from fedsim.report.terminal import console, work_bar
 
     check_name("--name", name)
     path = out or Path(f"{name}.yaml")
@@ -78,6 +82,19 @@ def enroll(
     power = {"compute_w": watts, "rx_w": watts / 3, "tx_w": watts / 3, "idle_w": watts / 4}
     tree = profile_tree(name, result, time.strftime("%Y-%m-%d"), network, power)
     write_atomic(path, yaml.safe_dump(tree, sort_keys=False, width=120))
+    _show_accuracy(result, shown)
+    use = f"use it: 'fleet.devices={{{path.resolve()}: 1}}'"
+    shown.say(f"profile: {path} ({use})")
+    if (error := result.error()) > limit:
+        text = f"held-out error {error:.1%} is above {limit:.0%}; measure again on an idle host"
+        print(f"fedsim: {text}", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def _show_accuracy(result: Enrolment, shown: PlainConsole) -> None:
+    """Shows how well the measured host is predicted: on unseen networks, on pruned ones, and on unseen families."""
+    from fedsim.report.terminal import table
+
     columns = ("network", "batch", "precision", "predicted ms", "measured ms", "error")
     rows = table(*columns, left=("network", "precision"))
     for network_name, batch, precision, predicted, measured in result.held_out:
@@ -103,12 +120,6 @@ def enroll(
         gone = {what: off for own, what, off in result.unseen if own == family}
         text = f"fp32 {gone['fp32']:.1%}, training step {gone['step']:.1%}; fitted without any of its networks"
         shown.say(f"unseen family {family}: {text}")
-    use = f"use it: 'fleet.devices={{{path.resolve()}: 1}}'"
-    shown.say(f"profile: {path} ({use})")
-    if error > limit:
-        text = f"held-out error {error:.1%} is above {limit:.0%}; measure again on an idle host"
-        print(f"fedsim: {text}", file=sys.stderr)
-        raise typer.Exit(1)
 
 
 @app.command()

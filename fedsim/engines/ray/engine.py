@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import math
-import os
 import re
 import time
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from annotated_types import Ge, Gt, Le
 
 from fedsim.engines.base import Engine, Serve, assume_task_identity
 from fedsim.engines.cutting import cut
+from fedsim.engines.host import usable_cores
 from fedsim.engines.ray.queue import TaskQueue
 from fedsim.engines.ray.session import RaySession
 from fedsim.engines.ray.wire import send_tensors_as_arrays
@@ -117,7 +117,7 @@ class RayEngine(Engine):
 
     def _start(self) -> Pool:
         if self._pool is None:
-            workers = self.workers or max(1, int(_cores() / self.cpus_per_worker + 1e-9))
+            workers = self.workers or max(1, int(usable_cores() / self.cpus_per_worker + 1e-9))
             atexit.register(self.close)
             self._session = RaySession(self.address, math.ceil(workers * self.cpus_per_worker))
             send_tensors_as_arrays()
@@ -134,8 +134,3 @@ class RayEngine(Engine):
     def _check(self) -> None:
         if self._session is not None:
             self._session.check()
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
