@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from clients.trainers.base import ClientContext, LocalTrainer
 from devices.compression.plan import CompressionPlan, Pruned, Recipe
-from devices.cost import NetworkCost
+from devices.cost import ModelCost
 from devices.profile import DeviceProfile
 from fedsim.exchanges.slices import price
 from fedsim.messages.records import Broadcast
@@ -27,7 +27,7 @@ class Judge:
 
     def __init__(self, world: World, compression: CompressionPlan, trainer: LocalTrainer, personal: bool):
         self.world, self.compression, self.trainer, self.personal = world, compression, trainer, personal
-        self._networks: dict[Recipe, NetworkCost] = {}  # what devices run, where that is not all of the model
+        self._networks: dict[Recipe, ModelCost] = {}  # what devices run, where that is not all of the model
         self._pruned: tuple[object, dict[Recipe, Pruned]] = (None, {})
 
     def metrics(self, client: ClientContext, task: Broadcast) -> dict[str, float]:
@@ -63,7 +63,7 @@ class Judge:
             made[recipe] = self.compression.prune(client.model, example, recipe)
         return made[recipe]
 
-    def _predicted(self, network: NetworkCost, own: DeviceProfile, name: str = "") -> dict[str, float]:
+    def _predicted(self, network: ModelCost, own: DeviceProfile, name: str = "") -> dict[str, float]:
         """FLOPs of one inference and its milliseconds on the client's device, and on each kind that the fleet has."""
         latency, end = self.world.latency, f"_{name}" if name else ""
         found = {f"latency_ms{end}": latency.inference_ms(network, own), f"flops{end}": float(network.forward_flops)}

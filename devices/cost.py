@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class NetworkCost:
+class ModelCost:
     """What one example costs in one network: facts that are the same on every device.
 
     FLOPs count a multiply-add as two. `backward_flops` is the gradient step alone, without the forward pass before it.
@@ -43,14 +43,14 @@ class NetworkCost:
     inference_bytes: tuple[tuple[int, int], ...] = ()
 
     @classmethod
-    def from_dict(cls, facts: dict[str, Any]) -> NetworkCost:
+    def from_dict(cls, facts: dict[str, Any]) -> ModelCost:
         """From plain JSON types."""
         rows = {key: facts[key] for key in ("layers", "step_bytes", "inference_bytes") if facts.get(key) is not None}
         if len(rows.get("layers", ())) == len(TABLE_KINDS_0_1):
             rows["layers"] = from_0_1(rows["layers"])
         return cls(**{**facts, **{key: tuple(map(tuple, value)) for key, value in rows.items()}})
 
-    def twice(self) -> NetworkCost:
+    def twice(self) -> ModelCost:
         """A step on two passes: activations of both wait for the backward pass, and one's gradients for the other's."""
         more = self.activation_bytes
         moments = tuple((fixed + self.parameter_bytes, each + more) for fixed, each in self.step_bytes)
@@ -61,7 +61,7 @@ class NetworkCost:
 class Passes:
     """Equal passes through one network: how many forward and how many backward, and of which batch size."""
 
-    network: NetworkCost
+    network: ModelCost
     batch: int
     forwards: int
     backwards: int = 0
@@ -95,7 +95,7 @@ class Work:
 
     @classmethod
     def from_dict(cls, facts: dict[str, Any]) -> Work:
-        passes = tuple(Passes(**{**p, "network": NetworkCost.from_dict(p["network"])}) for p in facts["passes"])
+        passes = tuple(Passes(**{**p, "network": ModelCost.from_dict(p["network"])}) for p in facts["passes"])
         return cls(**{**facts, "passes": passes})
 
 
@@ -117,7 +117,7 @@ def pack_works(works: Sequence[Work]) -> dict[str, Any]:
 
 def unpack_works(facts: dict[str, Any]) -> list[Work]:
     """The inverse of `pack_works`."""
-    networks = [NetworkCost.from_dict(network) for network in facts["networks"]]
+    networks = [ModelCost.from_dict(network) for network in facts["networks"]]
     return [
         Work(**{**work, "passes": tuple(Passes(networks[number], *counts) for number, *counts in work["passes"])})
         for work in facts["works"]
@@ -304,7 +304,7 @@ class LatencyModel(Checked, ABC, group="latency"):
         """
         return work.flops / 2 / device.peak_macs_per_s if device.peak_macs_per_s else 0.0
 
-    def inference_ms(self, network: NetworkCost, device: DeviceProfile) -> float:
+    def inference_ms(self, network: ModelCost, device: DeviceProfile) -> float:
         """Milliseconds that one forward pass of one example takes on `device`, without jitter."""
         return 1e3 * self.compute_s(Work((Passes(network, 1, 1),)), device)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from devices.cost import NetworkCost
+from devices.cost import ModelCost
 from devices.held import Moments
 from devices.latency.predictions import Prediction, predict
 from devices.meter import inference_memory_bytes, peak_memory_bytes
@@ -124,7 +124,7 @@ class Fit:
 
 
 def fit(
-    network: NetworkCost,
+    network: ModelCost,
     device: DeviceProfile,
     batches: Sequence[int] = (),
     momentum: bool = False,
@@ -156,7 +156,7 @@ def fit(
     return Fit(device, tuple(rows), largest, needs, advice)
 
 
-def step_memory(network: NetworkCost, batch: int, momentum: float) -> StepMemory:
+def step_memory(network: ModelCost, batch: int, momentum: float) -> StepMemory:
     """The parts of what a run of plain SGD reserves for a step; their total is the same to the byte.
 
     Args:
@@ -173,7 +173,7 @@ def step_memory(network: NetworkCost, batch: int, momentum: float) -> StepMemory
     return StepMemory(weights, gradients, optimizer, total - weights - optimizer - gradients)
 
 
-def largest_batch(network: NetworkCost, momentum: float, memory_bytes: int) -> int:
+def largest_batch(network: ModelCost, momentum: float, memory_bytes: int) -> int:
     """The largest batch whose step fits into so much memory; 0 if none does."""
     left = memory_bytes - round(momentum * network.parameter_bytes)
     if round((2 + momentum) * network.parameter_bytes) > memory_bytes:
@@ -187,7 +187,7 @@ def powers_of_two(largest: int) -> list[int]:
     return [2**n for n in range(max(0, largest).bit_length())]
 
 
-def width_that_fits(network: NetworkCost, momentum: float, memory_bytes: int) -> float:
+def width_that_fits(network: ModelCost, momentum: float, memory_bytes: int) -> float:
     """Roughly how wide every layer may be so that a step with one example fits, as a factor below 1.
 
     Weights grow with the square of the width, activations with the width itself: fixed x w^2 + each x w = memory.
@@ -201,7 +201,7 @@ def width_that_fits(network: NetworkCost, momentum: float, memory_bytes: int) ->
     return found
 
 
-def integer_bytes(network: NetworkCost) -> tuple[int, int]:
+def integer_bytes(network: ModelCost) -> tuple[int, int]:
     """Weights, and the most activations at a time, of one example in int8: a byte for each element.
 
     Activations are those that torch holds, which runs one operation after the other: a runtime that works in place
@@ -212,7 +212,7 @@ def integer_bytes(network: NetworkCost) -> tuple[int, int]:
     return weights, -(-max(held, 0) // FLOAT_BYTES)
 
 
-def _without_training(network: NetworkCost, device: DeviceProfile) -> Fit:
+def _without_training(network: ModelCost, device: DeviceProfile) -> Fit:
     """A microcontroller: one example at a time, in integers."""
     weights, activations = integer_bytes(network)
     integers = Integers(weights, activations, device.memory_bytes, FLASH_BYTES.get(device.soc))
@@ -229,7 +229,7 @@ def _without_training(network: NetworkCost, device: DeviceProfile) -> Fit:
 
 
 def _advice(
-    network: NetworkCost, device: DeviceProfile, momentum: bool, needs: int, others: Iterable[DeviceProfile]
+    network: ModelCost, device: DeviceProfile, momentum: bool, needs: int, others: Iterable[DeviceProfile]
 ) -> list[str]:
     held = 1.0 if momentum else 0.0
     there = f"the {megabytes(device.memory_bytes)} there are"
@@ -270,5 +270,5 @@ def megabytes(count: float) -> str:
     return f"{count:.0f} B"
 
 
-def _moments(network: NetworkCost) -> Moments:
+def _moments(network: ModelCost) -> Moments:
     return network.step_bytes or ((2 * network.parameter_bytes, network.activation_bytes),)

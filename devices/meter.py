@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
-from devices.cost import NetworkCost
+from devices.cost import ModelCost
 from devices.errors import DeviceError
 from devices.held import Moments, fullest_moments, lstm_kernels
 from devices.modes import UncompiledMode
@@ -79,7 +79,7 @@ def _has_tensors(nest: Any) -> bool:
     return any(isinstance(x, Tensor) for x in tree_leaves(nest))
 
 
-def measure(model: nn.Module, loss: Loss, batch: dict[str, Tensor], name: str) -> NetworkCost:
+def measure(model: nn.Module, loss: Loss, batch: dict[str, Tensor], name: str) -> ModelCost:
     """Runs some forward and backward passes of `loss(model, batch)` and says what each example cost.
 
     It runs a copy, in training mode, on the CPU and without oneDNN, whose scratch memory differs between machines: the
@@ -126,7 +126,7 @@ def measure(model: nn.Module, loss: Loss, batch: dict[str, Tensor], name: str) -
             value = loss(network, batch)
         with Flops() as backward:
             step(value)
-    return NetworkCost(
+    return ModelCost(
         name=name,
         forward_flops=forward.total / size,
         backward_flops=backward.total / size,
@@ -138,7 +138,7 @@ def measure(model: nn.Module, loss: Loss, batch: dict[str, Tensor], name: str) -
 
 
 def inference_bytes(model: nn.Module, loss: Loss, batch: dict[str, Tensor]) -> Moments:
-    """What judging a batch holds: as `NetworkCost.step_bytes`, in evaluation mode and without gradients.
+    """What judging a batch holds: as `ModelCost.step_bytes`, in evaluation mode and without gradients.
 
     Args:
         model: stays as it is; a copy runs.
@@ -198,7 +198,7 @@ def _without_onednn() -> Iterator[None]:
         torch.backends.mkldnn.enabled = before
 
 
-def peak_memory_bytes(cost: NetworkCost, batch: int, optimiser_bytes_per_parameter_byte: float) -> int:
+def peak_memory_bytes(cost: ModelCost, batch: int, optimiser_bytes_per_parameter_byte: float) -> int:
     """Most memory that a training step holds: weights, gradients, optimiser state, the batch and its activations.
 
     Args:
@@ -212,7 +212,7 @@ def peak_memory_bytes(cost: NetworkCost, batch: int, optimiser_bytes_per_paramet
     return round(most_bytes(moments, batch) + optimiser_bytes_per_parameter_byte * cost.parameter_bytes)
 
 
-def inference_memory_bytes(cost: NetworkCost, batch: int) -> int:
+def inference_memory_bytes(cost: ModelCost, batch: int) -> int:
     """Most memory that judging a batch holds; the weights alone where `inference_bytes` were not measured."""
     return most_bytes(cost.inference_bytes or ((cost.parameter_bytes, 0),), batch)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from devices.cost import NetworkCost
+from devices.cost import ModelCost
 from devices.held import Moments, fullest_moments, is_kernel, lstm_kernels
 from devices.meter import Loss, inference_bytes, measure
 
@@ -26,7 +26,7 @@ class _NumbersNeededError(Exception):
     """The network holds other tensors on the meta device than on a CPU."""
 
 
-def with_memory(cost: NetworkCost, network: nn.Module, loss: Loss, batch: dict[str, Tensor]) -> NetworkCost:
+def with_memory(cost: ModelCost, network: nn.Module, loss: Loss, batch: dict[str, Tensor]) -> ModelCost:
     """The cost with what a step and an inference hold: the same as `devices.meter` measures, and so as runs reserve.
 
     Attention kernels of a CPU hold less than their parts do, most recurrent layers fall into other parts there, and

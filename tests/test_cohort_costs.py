@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from devices.cost import FlopsLatency, Jitter, LatencyModel, NetworkCost, Passes, Work
+from devices.cost import FlopsLatency, Jitter, LatencyModel, ModelCost, Passes, Work
 from devices.enrol.picture import zoo_cost
 from devices.errors import DeviceError
 from devices.fleet import Fleet
@@ -80,7 +80,7 @@ def test_nobody_costs_nothing():
 
 
 def test_a_cohort_is_refused_as_a_client_is():
-    works, fleet = [Work((Passes(NetworkCost("net", 1.0, 2.0, 0, 0), 4, 1),))], Fleet("some", CAN_TRAIN, 3, seed=5)
+    works, fleet = [Work((Passes(ModelCost("net", 1.0, 2.0, 0, 0), 4, 1),))], Fleet("some", CAN_TRAIN, 3, seed=5)
     with pytest.raises(DeviceError, match="network 'net' was not traced"):
         StructuredLatency().costs(works, fleet.units([0]), [Jitter()])
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from devices.compression.plan import CompressionPlan, Recipe
-from devices.cost import NetworkCost
+from devices.cost import ModelCost
 from devices.errors import DeviceError
 from devices.latency.models import int8_ms
 from devices.profile import LatencyFacts, load_profile
@@ -151,7 +151,7 @@ def test_integer_kernels_are_priced_where_they_were_measured():
 
     rows = [[0.0] * 4 for _ in KINDS]
     rows[KINDS.index("pointwise")][3] = 6.0
-    network = NetworkCost("six", 1.0, 2.0, 4, 4, layers=tuple(map(tuple, rows)))
+    network = ModelCost("six", 1.0, 2.0, 4, 4, layers=tuple(map(tuple, rows)))
     cells = np.zeros((len(KINDS), 4))
     cells[KINDS.index("pointwise"), 3] = 0.5
     profile = load_profile("pixel3")

@@ -9,15 +9,13 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from devices.cost import FlopsLatency, Jitter, NetworkCost, Passes, Work
+from devices.cost import FlopsLatency, Jitter, ModelCost, Passes, Work
 from devices.errors import DeviceError
 from devices.links import link_names
 from devices.profile import KINDS, PROVENANCES, SHIPPED, TOGETHER, load_profile, parse_profile, profile_names
 from devices.profile_file import FIGURES, Reader
 
-WORK = Work(
-    (Passes(NetworkCost("net", 1e6, 2e6, 0, 0), 10, 100, 100),), 2**32, down_bytes=10_000_000, up_bytes=5_000_000
-)
+WORK = Work((Passes(ModelCost("net", 1e6, 2e6, 0, 0), 10, 100, 100),), 2**32, down_bytes=10_000_000, up_bytes=5_000_000)
 
 
 def test_cost_of_a_round_on_the_reference_device():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import yaml
 
-from devices.cost import NetworkCost
+from devices.cost import ModelCost
 from devices.enrol import measure as enroll
 from devices.enrol.host import HostFigures, _clock_ghz, _isa, measure_host
 from devices.enrol.measure import Enrolment, Timing
@@ -29,8 +29,8 @@ def planted() -> dict[str, Prices]:
     return {"forward": forward, "step": forward.scaled(3), "int8": forward.scaled(0.5)}
 
 
-def cost(name: str) -> NetworkCost:
-    return NetworkCost(name, 0, 0, 0, 0, layers=trace(ZOO[name].build(), ZOO[name].example(1)).rows)
+def cost(name: str) -> ModelCost:
+    return ModelCost(name, 0, 0, 0, 0, layers=trace(ZOO[name].build(), ZOO[name].example(1)).rows)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from clients.trainers.sgd import SGDTrainer
-from devices.cost import NetworkCost
+from devices.cost import ModelCost
 from devices.enrol.picture import traced_cost
 from devices.fit import (
     StepMemory,
@@ -29,7 +29,7 @@ from fedsim.cli.devices.own_model import measured, named_model
 
 # 1000 bytes of weights. At the turn 1000 + 100 are there whatever the batch and 50 an example; at the end of the step
 # all gradients, 2000, and 10 an example.
-NETWORK = NetworkCost("net", 200.0, 400.0, 1000, 0, step_bytes=((2000, 10), (1100, 50)), inference_bytes=((1000, 24),))
+NETWORK = ModelCost("net", 200.0, 400.0, 1000, 0, step_bytes=((2000, 10), (1100, 50)), inference_bytes=((1000, 24),))
 
 
 def test_parts_are_those_of_the_fullest_moment():
@@ -93,11 +93,11 @@ def test_integers_take_a_byte_for_each_element():
 
 
 @pytest.fixture
-def network() -> NetworkCost:
+def network() -> ModelCost:
     return measured(named_model("lenet5", (1, 28, 28)))
 
 
-def test_batches_are_powers_of_two_up_to_the_largest(network: NetworkCost):
+def test_batches_are_powers_of_two_up_to_the_largest(network: ModelCost):
     device = replace(load_profile("raspberry_pi_4"), memory_bytes=step_memory(network, 9, 0.0).total)
     result = fit(network, device)
     assert (result.largest_batch, [row.batch for row in result.rows]) == (9, [1, 2, 4, 8])
@@ -105,14 +105,14 @@ def test_batches_are_powers_of_two_up_to_the_largest(network: NetworkCost):
     assert [row.fits for row in fit(network, device, (9, 10)).rows] == [True, False]
 
 
-def test_joules_are_watts_times_seconds(network: NetworkCost):
+def test_joules_are_watts_times_seconds(network: ModelCost):
     device = load_profile("raspberry_pi_4")
     step = fit(network, device, (4,)).rows[0].prediction.step
     assert step is not None
     assert step.joules == pytest.approx(device.compute_watts * step.ms / 1e3)
 
 
-def test_what_does_not_fit_gets_advice(network: NetworkCost):
+def test_what_does_not_fit_gets_advice(network: ModelCost):
     """Memory for plain SGD with three examples, but not for one with momentum."""
     device = replace(load_profile("pixel3"), memory_bytes=step_memory(network, 3, 0.0).total)
     others = [load_profile(name) for name in ("raspberry_pi_4", "nucleo_h7a3zi", "galaxy_a50")]
@@ -133,7 +133,7 @@ def test_what_does_not_fit_gets_advice(network: NetworkCost):
         (0.5, ["2.0 times the", "times as wide"]),
     ],
 )
-def test_factors_have_two_digits_and_are_left_out_at_one(lacking: float, words: list[str], network: NetworkCost):
+def test_factors_have_two_digits_and_are_left_out_at_one(lacking: float, words: list[str], network: ModelCost):
     needs = step_memory(network, 1, 0.0).total
     advice = "; ".join(fit(network, replace(load_profile("pixel3"), memory_bytes=int(needs * lacking))).advice)
     assert all(word in advice for word in words), advice
@@ -141,7 +141,7 @@ def test_factors_have_two_digits_and_are_left_out_at_one(lacking: float, words: 
     assert " 1.0 times" not in advice
 
 
-def test_microcontroller_runs_integers_and_cannot_train(network: NetworkCost):
+def test_microcontroller_runs_integers_and_cannot_train(network: ModelCost):
     """61706 parameters are as many bytes, of the 2 MB of flash."""
     result = fit(network, load_profile("nucleo_h7a3zi"))
     assert result.integers is not None
@@ -153,7 +153,7 @@ def test_microcontroller_runs_integers_and_cannot_train(network: NetworkCost):
     assert fit(network, half).advice[0].startswith("activations are 2.0 times the SRAM: ")
 
 
-def test_prediction_says_how_far_it_is_known(network: NetworkCost):
+def test_prediction_says_how_far_it_is_known(network: ModelCost):
     step = predict(network, 64, load_profile("raspberry_pi_4")).step
     assert step is not None
     assert step.remarks == ("batch 64 is outside of the references' 16 to 16",)

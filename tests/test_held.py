@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from clients.trainers.mixing.tangents import _half, jvp
-from devices.cost import NetworkCost
+from devices.cost import ModelCost
 from devices.held import fullest_moments
 from devices.meter import inference_bytes, measure, most_bytes, peak_memory_bytes
 from devices.reserved import with_memory
@@ -146,7 +146,7 @@ def test_recurrent_layers_hold_what_torch_allocates_and_devices_commands_say_the
     over = 0.25 if "packed" in case else 0.15  # with another batch other operators run: all is put down to the examples
     assert 0.85 * truth < peak_memory_bytes(cost, 16, 0) < (1 + over) * truth
     judged = inference_bytes(model, loss_of, batch_of(4))
-    foreseen = with_memory(NetworkCost(case, 0, 0, 0, 0), model, loss_of, batch_of(4))
+    foreseen = with_memory(ModelCost(case, 0, 0, 0, 0), model, loss_of, batch_of(4))
     assert (foreseen.step_bytes, foreseen.inference_bytes) == (cost.step_bytes, judged)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from devices.cost import NetworkCost, Passes, Work, pack_works, unpack_works
+from devices.cost import ModelCost, Passes, Work, pack_works, unpack_works
 from devices.enrol.picture import zoo_cost
 from devices.enrol.zoo import ZOO
 from devices.errors import DeviceError
@@ -45,10 +45,10 @@ def device(latency: LatencyFacts | None, speed: float = 1.0, **fields: object) -
     return replace(load_profile("reference"), peak_macs_per_s=None, latency=latency, speed=speed, **fields)
 
 
-def network(macs: float = 1000.0, calls: float = 2.0, kind: int = CONV) -> NetworkCost:
+def network(macs: float = 1000.0, calls: float = 2.0, kind: int = CONV) -> ModelCost:
     rows = [[0.0] * 4 for _ in KINDS]
     rows[kind] = [macs, 10.0, 5.0, calls]
-    return NetworkCost("net", 2 * macs, 4 * macs, 0, 0, layers=tuple(map(tuple, rows)))
+    return ModelCost("net", 2 * macs, 4 * macs, 0, 0, layers=tuple(map(tuple, rows)))
 
 
 def test_forward_passes_cost_their_layers():
@@ -152,7 +152,7 @@ def test_larger_batches_and_networks_never_cost_less():
     for family in ("cnn", "resnet", "mobilenet", "mlp"):
         members = [z for z in ZOO.values() if z.family == family]
         traced = (trace(z.build(), z.example(1)).rows for z in (members[0], members[-1]))
-        pairs.append([NetworkCost(family, 0, 0, 0, 0, layers=rows) for rows in traced])
+        pairs.append([ModelCost(family, 0, 0, 0, 0, layers=rows) for rows in traced])
     for name in profile_names():
         profile = load_profile(name)
         if profile.kind == "mcu":
@@ -185,7 +185,7 @@ def test_layer_tables_of_old_runs_are_read():
     """Seven kinds in a stored run: its convolutions are `conv`, its groups `depthwise`."""
     old = {"name": "n", "forward_flops": 1, "backward_flops": 2, "parameter_bytes": 3, "activation_bytes": 4}
     rows = [[1, 2, 3, 4], [5, 6, 7, 8], [9, 1, 1, 1], [0, 1, 0, 1], [0, 2, 0, 1], [6, 6, 6, 6], [0, 0, 0, 0]]
-    layers = NetworkCost.from_dict({**old, "layers": rows}).layers
+    layers = ModelCost.from_dict({**old, "layers": rows}).layers
     assert layers is not None
     named = dict(zip(TABLE_KINDS, layers, strict=True))
     assert (named["conv"], named["depthwise"], named["fc"]) == ((1, 2, 3, 4), (9, 1, 1, 1), (6, 6, 6, 6))
@@ -203,7 +203,7 @@ def test_coefficients_of_an_old_profile_price_as_they_did():
     rows = [[0.0] * 4 for _ in KINDS]
     rows[KINDS.index("conv3x3")] = [1e6, 0.0, 0.0, 1.0]
     rows[KINDS.index("foldable")] = [0.0, 1e5, 0.0, 1.0]
-    cost = NetworkCost("n", 0, 0, 0, 0, layers=tuple(map(tuple, rows)))
+    cost = ModelCost("n", 0, 0, 0, 0, layers=tuple(map(tuple, rows)))
     forward, step = step_ms(cost, 2, own)
     assert forward == pytest.approx(2 * 1.0 + 0.5 + 2 * 1.0 + 3)
     assert step == pytest.approx(2.5 * 2.5 + 3 * 2 * 1.0 + 3 * 3)

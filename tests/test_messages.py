@@ -9,7 +9,7 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from devices.cost import NetworkCost, Passes, Work
+from devices.cost import ModelCost, Passes, Work
 from fedsim.messages.cohort import BlockAnswer, ClientAnswer, ClientTask, Close, CohortAnswer, CohortTask
 from fedsim.messages.packing import pack_answer, pack_task, unpack_answer, unpack_task
 from fedsim.messages.records import (
@@ -205,7 +205,7 @@ def test_task_survives_the_journey():
 
 
 def test_answer_survives_the_journey():
-    work = Work((Passes(NetworkCost("net", 1.0, 2.0, 4, 0), 8, 2, 1),), 10, 11, 12, 13)
+    work = Work((Passes(ModelCost("net", 1.0, 2.0, 4, 0), 8, 2, 1),), 10, 11, 12, 13)
     weights = SentWeights({JOINED: torch.arange(3.0)}, "joined last")
     extras = {"means": {"m": torch.ones(2, dtype=torch.float16)}}
     good = ClientAnswer(3, work=work, num_examples=8, metrics={"loss": 0.5}, weights=weights, extras=extras)

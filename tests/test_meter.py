@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchs_counter import counter
 
-from devices.cost import NetworkCost
+from devices.cost import ModelCost
 from devices.errors import DeviceError
 from devices.meter import measure, peak_memory_bytes
 
@@ -132,7 +132,7 @@ def test_peak_memory_is_weights_batch_activations_and_optimiser(optimiser: float
 
 
 def test_peak_memory_of_a_cost_without_moments_is_twice_the_weights_and_the_activations():
-    assert peak_memory_bytes(NetworkCost("old", 1.0, 2.0, 104, 24), 10, 1) == 3 * 104 + 240
+    assert peak_memory_bytes(ModelCost("old", 1.0, 2.0, 104, 24), 10, 1) == 3 * 104 + 240
 
 
 def test_lstm_keeps_what_its_kernel_does():
@@ -145,7 +145,7 @@ def test_lstm_keeps_what_its_kernel_does():
 
 def test_cost_with_moments_survives_json_and_old_costs_can_be_read():
     cost = measure(nn.Linear(3, 4), squares, {"x": torch.randn(4, 3)}, "net")
-    assert NetworkCost.from_dict(json.loads(json.dumps(vars(cost)))) == cost
+    assert ModelCost.from_dict(json.loads(json.dumps(vars(cost)))) == cost
     old = {key: value for key, value in vars(cost).items() if not key.endswith("_bytes")}
-    read = NetworkCost.from_dict({**old, "parameter_bytes": 64, "activation_bytes": 16})
+    read = ModelCost.from_dict({**old, "parameter_bytes": 64, "activation_bytes": 16})
     assert (read.step_bytes, read.inference_bytes) == ((), ())

@@ -21,7 +21,7 @@ from flwr.app import ArrayRecord, Message, RecordDict
 
 from clients.trainers.sgd import SGDTrainer
 from devices.availability import Always, Availability
-from devices.cost import Cost, FlopsLatency, NetworkCost, Passes, Work
+from devices.cost import Cost, FlopsLatency, ModelCost, Passes, Work
 from devices.fleet import Fleet
 from devices.profile import SHIPPED
 from fedsim.engines.base import Engine, assume_task_identity
@@ -35,7 +35,7 @@ from fedsim.messages.weights import named
 from fedsim.workloads.blobs import Blobs
 
 WEIGHTS = ArrayRecord({"w": to_array(np.zeros(250_000, np.float32))})
-NETWORK = NetworkCost("net", 1e6, 2e6, 0, 0)
+NETWORK = ModelCost("net", 1e6, 2e6, 0, 0)
 
 Answer = Callable[[ClientTask], ClientAnswer]
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from devices.cost import FlopsLatency, Jitter, NetworkCost, Passes, Work
+from devices.cost import FlopsLatency, Jitter, ModelCost, Passes, Work
 from devices.enrol.picture import zoo_cost
 from devices.enrol.zoo import ZOO
 from devices.latency.columns import MAC_ROWS, STEP_MACS, TABLE_KINDS, WINOGRAD_GAIN, Physics
@@ -27,7 +27,7 @@ def phases(name: str) -> dict[str, Prices]:
     return found if made.step is None else {**found, "step": made.step}
 
 
-def layers_of(cost: NetworkCost) -> tuple[tuple[float, ...], ...]:
+def layers_of(cost: ModelCost) -> tuple[tuple[float, ...], ...]:
     assert cost.layers is not None
     return cost.layers
 
@@ -63,13 +63,13 @@ def test_bytes_of_a_pass_are_never_faster_than_the_memory():
     """A fully connected layer of 400 MB on a Pi 4 (12.8 GB/s), on a unit a thousand times as fast: 31 ms at least."""
     table = np.zeros((len(TABLE_KINDS), 4))
     table[TABLE_KINDS.index("fc")] = [1e8, 0, 1e8, 1]
-    cost = NetworkCost("fc", 2e8, 4e8, 0, 0, layers=tuple(map(tuple, table)))
+    cost = ModelCost("fc", 2e8, 4e8, 0, 0, layers=tuple(map(tuple, table)))
     unit = replace(load_profile("raspberry_pi_4"), speed=1000.0)
     spent = StructuredLatency().cost(Work((Passes(cost, 1, 1),)), unit, Jitter(compute=0.1))
     assert spent.compute_s == pytest.approx(4e8 / 12.8e9)
 
 
-KIND_COSTS = {k: NetworkCost(k, 6e8, 12e8, 16_000_000, 8_000_000, layers=layers_of_one_kind(k)) for k in TABLE_KINDS}
+KIND_COSTS = {k: ModelCost(k, 6e8, 12e8, 16_000_000, 8_000_000, layers=layers_of_one_kind(k)) for k in TABLE_KINDS}
 
 
 @pytest.mark.parametrize("name", profile_names())

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from clients.app import serve
-from devices.cost import NetworkCost, Passes, Work
+from devices.cost import ModelCost, Passes, Work
 from devices.latency.models import device_prices
 from devices.profile import load_profile
 from fedsim.engines.local import LocalEngine
@@ -17,11 +17,11 @@ from fedsim.runs.price_facts import facts_of
 
 NOTHING = (0.0, 0.0, 0.0, 0.0)
 # One layer of matrix products: a thousand multiply-adds, or a thousand million, in one call.
-SMALL = NetworkCost("small", 2e3, 4e3, 0, 0, layers=(*(NOTHING,) * 8, (1e3, 0.0, 0.0, 1.0), NOTHING))
+SMALL = ModelCost("small", 2e3, 4e3, 0, 0, layers=(*(NOTHING,) * 8, (1e3, 0.0, 0.0, 1.0), NOTHING))
 LARGE = replace(SMALL, name="large", layers=(*(NOTHING,) * 8, (1e9, 0.0, 0.0, 1.0), NOTHING))
 
 
-def seen(network: NetworkCost, batch: int, *names: str, backwards: int = 3) -> dict[tuple[str, str], int]:
+def seen(network: ModelCost, batch: int, *names: str, backwards: int = 3) -> dict[tuple[str, str], int]:
     """A training of three steps on each of the devices."""
     text = json.dumps(Work((Passes(network, batch, 3, backwards),)).to_dict())
     return dict.fromkeys(((name, text) for name in names), 1)

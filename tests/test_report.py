@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from clients.app import serve
 from clients.trainers.sgd import SGDTrainer
-from devices.cost import Cost, NetworkCost, Passes, Work
+from devices.cost import Cost, ModelCost, Passes, Work
 from fedsim.engines.local import LocalEngine
 from fedsim.errors import ClientError, ConfigError
 from fedsim.grid.edge import ClientReport
@@ -115,7 +115,7 @@ def test_client_row_tells_times_metrics_and_work(run, tmp_path):
 
 def test_columns_of_rows_are_what_the_rows_say(monkeypatch):
     """Written from buffers and in chunks, without pandas: the same as pyarrow makes of the rows themselves."""
-    network = NetworkCost("net", 1.5, 2.0, 3, 4, layers=((1.0, math.inf),), step_bytes=((5, 6),))
+    network = ModelCost("net", 1.5, 2.0, 3, 4, layers=((1.0, math.inf),), step_bytes=((5, 6),))
     works = [Work(), Work((Passes(network, 4, 2, 1), Passes(replace(network, name="ß"), 3, 1)), 7, 8, 9, 10)]
     facts = [(0, "é", {}), (1, "", {"loss": math.nan, "hits": 3}), (2, "late\n", {"loss": 0.1 + 0.2})]
     clients = [

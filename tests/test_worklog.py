@@ -3,9 +3,9 @@
 import pytest
 
 from clients.trainers.base import OutOfMemoryError, WorkLog
-from devices.cost import NetworkCost, Passes
+from devices.cost import ModelCost, Passes
 
-NETWORK = NetworkCost("net", 1.0, 2.0, 100, 10, inference_bytes=((100, 7), (50, 8)))
+NETWORK = ModelCost("net", 1.0, 2.0, 100, 10, inference_bytes=((100, 7), (50, 8)))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from clients.state import ClientState
 from devices.bounds import Checked
-from devices.cost import NetworkCost, Passes, Work
+from devices.cost import ModelCost, Passes, Work
 from devices.meter import inference_memory_bytes
 from devices.profile import DeviceProfile
 from fedsim.errors import ConfigError
@@ -39,10 +39,10 @@ class WorkLog:
         self._held: dict[str, int] = {}
         self.peak_memory_bytes = 0
         self.stored_bytes = 0
-        self.judged: dict[str, NetworkCost] = {}  # networks that were judged: "" is the client's own, others by name
+        self.judged: dict[str, ModelCost] = {}  # networks that were judged: "" is the client's own, others by name
         self.saw_everything = False  # see `ClientContext.oracle`
         # By identity of the cost: hashing its fields at every step would take longer than the counting.
-        self._passes: dict[tuple[int, int], tuple[NetworkCost, list[int]]] = {}
+        self._passes: dict[tuple[int, int], tuple[ModelCost, list[int]]] = {}
 
     def hold(self, name: str, held_bytes: int) -> None:
         """Reports what stays in memory from now on, beside all that is reserved; once per name."""
@@ -63,7 +63,7 @@ class WorkLog:
         """Reports what the device keeps between rounds beside the tensors of its state: the examples that they name."""
         self.stored_bytes = stored_bytes
 
-    def add(self, cost: NetworkCost, batch: int, forwards: int = 0, backwards: int = 0) -> None:
+    def add(self, cost: ModelCost, batch: int, forwards: int = 0, backwards: int = 0) -> None:
         """Counts passes of batches of `batch` examples through the network that has this cost."""
         key = (id(cost), batch)
         if key not in self._passes:
@@ -72,14 +72,14 @@ class WorkLog:
         counts[0] += forwards
         counts[1] += backwards
 
-    def add_examples(self, cost: NetworkCost, count: int, batch: int, backward: bool = False) -> None:
+    def add_examples(self, cost: ModelCost, count: int, batch: int, backward: bool = False) -> None:
         """Counts one pass of each of `count` examples, in batches of `batch` and a smaller last one."""
         full, rest = divmod(count, batch)
         for size, passes in ((batch, full), (rest, 1 if rest else 0)):
             if passes:
                 self.add(cost, size, forwards=passes, backwards=passes if backward else 0)
 
-    def judge(self, cost: NetworkCost, count: int) -> None:
+    def judge(self, cost: ModelCost, count: int) -> None:
         """Reports the memory and the passes of judging a network of this cost on so many examples.
 
         Memory: weights, buffers, the batch and the activations that an inference of it holds at once.
@@ -172,7 +172,7 @@ class ClientContext:
     model: nn.Module
     parameters: list[Tensor] = field(repr=False)
     weights: Tensors = field(repr=False)
-    step_cost: NetworkCost
+    step_cost: ModelCost
     profile: DeviceProfile
     state: ClientState
     device: torch.device
@@ -217,7 +217,7 @@ class LocalTrainer(Checked, group="trainer", error=ConfigError):
     own_network = False
     needs_classes = False
 
-    def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:
+    def setup(self, workload: Workload, model: nn.Module, network: ModelCost) -> None:
         """Prepares, once per process and before any client, what depends on the model only, such as its cost."""
 
     def start(self, client: ClientContext, broadcast: Broadcast) -> LocalRun:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from clients.trainers import batched
 from clients.trainers.base import ClientContext, Gradients, LocalRun, LocalTrainer, marked_update
-from devices.cost import NetworkCost
+from devices.cost import ModelCost
 from devices.errors import unknown
 from devices.meter import peak_memory_bytes
 from fedsim.errors import ConfigError
@@ -296,7 +296,7 @@ class SGDTrainer(LocalTrainer):
             every[n] = v
         return every
 
-    def step_bytes(self, cost: NetworkCost, batch: int, copies: float = 0.0) -> int:
+    def step_bytes(self, cost: ModelCost, batch: int, copies: float = 0.0) -> int:
         """Returns the most memory a step holds: in its passes, or where gradients are clipped or decayed into new.
 
         Args:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from devices.cost import NetworkCost
+from devices.cost import ModelCost
 from devices.enrol.zoo import ZOO
 from devices.figures import new_figure, save_figure
 from devices.latency.models import device_prices
@@ -16,16 +16,16 @@ from devices.texts import NAME_LETTERS, visible
 from devices.trace import trace
 
 
-def zoo_cost(name: str) -> NetworkCost:
+def zoo_cost(name: str) -> ModelCost:
     """What a network of the zoo costs, by tracing it."""
     network = ZOO[name]
     return traced_cost(name, network.build(), network.example(1))
 
 
-def traced_cost(name: str, model: nn.Module, example: Tensor) -> NetworkCost:
+def traced_cost(name: str, model: nn.Module, example: Tensor) -> ModelCost:
     """A network's cost from its layer table alone: enough to predict latency, not to train."""
     table = trace(model, example)
-    return NetworkCost(name, 2 * table.macs, 4 * table.macs, 0, 0, layers=table.rows)
+    return ModelCost(name, 2 * table.macs, 4 * table.macs, 0, 0, layers=table.rows)
 
 
 def latency_picture(profile: DeviceProfile, path: str | Path, batch: int = 1) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from devices.cost import LatencyModel, NetworkCost, Passes, Work
+from devices.cost import LatencyModel, ModelCost, Passes, Work
 from devices.errors import DeviceError
 from devices.latency.calibrate import at_least, datasheet_prices
 from devices.latency.columns import MAC_ROWS, TABLE_KINDS, WINOGRAD_GAIN, Phase, Physics, from_0_1
@@ -72,7 +72,7 @@ class StructuredLatency(LatencyModel):
         prices = device_prices(device)
         return least_work_s(work, device, prices.forward, prices.step)
 
-    def inference_ms(self, network: NetworkCost, device: DeviceProfile) -> float:
+    def inference_ms(self, network: ModelCost, device: DeviceProfile) -> float:
         """Milliseconds of one forward pass of one example in the device's inference runtime."""
         return pass_ms(device_prices(device).inference, network, 1, device, "inference")
 
@@ -139,7 +139,7 @@ def _backwards(passes: Passes) -> float:
     return passes.backwards * passes.network.backward_share
 
 
-def _layers(network: NetworkCost) -> tuple[tuple[float, ...], ...]:
+def _layers(network: ModelCost) -> tuple[tuple[float, ...], ...]:
     if network.layers is None:
         raise DeviceError(f"network {network.name!r} was not traced, so only latency=flops can price it")
     return network.layers
@@ -152,7 +152,7 @@ def _step(prices: DevicePrices, device: DeviceProfile) -> Prices:
     return prices.step
 
 
-def step_ms(network: NetworkCost, batch: int, device: DeviceProfile) -> tuple[float, float]:
+def step_ms(network: ModelCost, batch: int, device: DeviceProfile) -> tuple[float, float]:
     """Milliseconds of a forward pass (inference runtime) and of a whole training step on a device.
 
     Raises:
@@ -163,7 +163,7 @@ def step_ms(network: NetworkCost, batch: int, device: DeviceProfile) -> tuple[fl
     return forward_ms, pass_ms(_step(prices, device), network, batch, device, "step")
 
 
-def pass_ms(prices: Prices, network: NetworkCost, batch: int, device: DeviceProfile, what: str) -> float:
+def pass_ms(prices: Prices, network: ModelCost, batch: int, device: DeviceProfile, what: str) -> float:
     """Milliseconds of one pass on this unit of a device: never below what its datasheet allows.
 
     Args:
@@ -177,7 +177,7 @@ def pass_ms(prices: Prices, network: NetworkCost, batch: int, device: DeviceProf
     return max(prices.ms(layers, batch) / device.speed, least_ms(layers, batch, device, what, prices))
 
 
-def int8_ms(network: NetworkCost, batch: int, device: DeviceProfile) -> float | None:
+def int8_ms(network: ModelCost, batch: int, device: DeviceProfile) -> float | None:
     """Milliseconds of a forward pass on integer kernels; None for a device that was not measured with them."""
     if device.latency is None or device.latency.int8 is None:
         return None
@@ -399,7 +399,7 @@ class HelpLatency(LatencyModel):
         """Seconds of the passes at the peak; HELP's tables do not say which of their runtimes saved by Winograd."""
         return super().least_s(work, device) / WINOGRAD_GAIN
 
-    def forward_ms(self, network: NetworkCost, device: DeviceProfile) -> float:
+    def forward_ms(self, network: ModelCost, device: DeviceProfile) -> float:
         """Milliseconds of one forward pass on the device's model."""
         space, _, word = (network.encoding or "").partition(":")
         if space != self.space:

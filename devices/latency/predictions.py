@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from devices.cost import NetworkCost, Passes, Work
+from devices.cost import ModelCost, Passes, Work
 from devices.errors import DeviceError
 from devices.latency.models import StructuredLatency, device_prices, pass_ms
 from devices.latency.prices import Prices
@@ -65,7 +65,7 @@ class Prediction:
         return {"device": self.device.name, "kind": self.device.kind, "forward": self.forward.to_dict(), "step": step}
 
 
-def predict(network: NetworkCost, batch: int, device: DeviceProfile) -> Prediction:
+def predict(network: ModelCost, batch: int, device: DeviceProfile) -> Prediction:
     """The time and energy of a forward pass in the inference runtime, and of a training step in the training runtime.
 
     Raises:
@@ -79,7 +79,7 @@ def predict(network: NetworkCost, batch: int, device: DeviceProfile) -> Predicti
     return Prediction(device, batch, forward, step)
 
 
-def _passed(prices: Prices, network: NetworkCost, passes: Passes, device: DeviceProfile, what: str) -> Pass:
+def _passed(prices: Prices, network: ModelCost, passes: Passes, device: DeviceProfile, what: str) -> Pass:
     layers = network.layers
     assert layers is not None
     ms = pass_ms(prices, network, passes.batch, device, what)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from devices.compression.channels import ChannelGroups, Kept
-from devices.cost import LatencyModel, NetworkCost, Passes, Work
+from devices.cost import LatencyModel, ModelCost, Passes, Work
 from devices.errors import DeviceError
 from devices.meter import inference_bytes, measure
 from devices.profile import DeviceProfile
@@ -53,7 +53,7 @@ class Traceable(Protocol):
         """Returns of a batch what a network is fed with."""
 
 
-def price(workload: Traceable, model: nn.Module, name: str, device: torch.device | str = "cpu") -> NetworkCost:
+def price(workload: Traceable, model: nn.Module, name: str, device: torch.device | str = "cpu") -> ModelCost:
     """Returns what one example costs in a network: FLOPs and memory of a step, and layers that can be traced."""
     four = workload.sample_on(device, 4)
     cost = measure(model, workload.loss, four, name)
@@ -93,7 +93,7 @@ class Slices:
         except DeviceError as error:
             raise ConfigError(f"{error}; take another model or another method") from error
         self._networks: OrderedDict[tuple[int, ...], nn.Module] = OrderedDict()
-        self._costs: dict[tuple[int, ...], NetworkCost] = {}
+        self._costs: dict[tuple[int, ...], ModelCost] = {}
 
     def network(self, kept: Kept) -> nn.Module:
         """Returns a static network with room for this choice's weights; one object for all choices of its sizes."""
@@ -108,7 +108,7 @@ class Slices:
         self._networks.move_to_end(sizes)
         return self._networks[sizes]
 
-    def cost(self, kept: Kept) -> NetworkCost:
+    def cost(self, kept: Kept) -> ModelCost:
         """Returns what one example costs in the narrowed network."""
         sizes = tuple(map(len, kept.values()))
         if sizes not in self._costs:

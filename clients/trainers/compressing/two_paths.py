@@ -23,7 +23,7 @@ from devices.compression.masks import FLOOR, PRUNABLE, Masks, SparsitySchedule, 
 from devices.compression.quantise import ActivationRange
 from devices.compression.sizes import dense_bytes, nonzero_bytes, wire_bytes
 from devices.compression.two_paths import TwoPaths
-from devices.cost import NetworkCost
+from devices.cost import ModelCost
 from fedsim.errors import ConfigError
 from fedsim.messages.records import Broadcast, ClientUpdate
 from fedsim.workloads.base import Tensors, Workload
@@ -140,7 +140,7 @@ class TwoPathTrainer(SGDTrainer):
         self.sparsity, self.prune_rounds, self.refresh, self.floor = sparsity, prune_rounds, refresh, floor
         self.temperature = temperature
         self.schedule = SparsitySchedule(sparsity, end=1)
-        self.both_paths: NetworkCost | None = None  # what a step of both networks costs
+        self.both_paths: ModelCost | None = None  # what a step of both networks costs
 
     def names(self, model: nn.Module) -> list[str]:
         """Returns weights that are pruned."""
@@ -150,7 +150,7 @@ class TwoPathTrainer(SGDTrainer):
         """Returns whether the teacher is trained too in this round."""
         raise NotImplementedError(f"{type(self).__name__} does not say when its teacher is trained")
 
-    def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:
+    def setup(self, workload: Workload, model: nn.Module, network: ModelCost) -> None:
         """Finds the weights to prune, and remembers the first norms of the teacher.
 
         Raises:

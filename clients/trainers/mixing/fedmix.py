@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from clients.trainers.mixing.mixup import OWN, PARTNER, Entrance, Mixed, cross_entropy
 from clients.trainers.mixing.naivemix import NaiveMixTrainer
 from clients.trainers.mixing.tangents import jvp
-from devices.cost import NetworkCost
+from devices.cost import ModelCost
 from devices.errors import one_line
 from fedsim.errors import ConfigError
 from fedsim.workloads.base import Tensors, Workload
@@ -187,7 +187,7 @@ class FedMixTrainer(NaiveMixTrainer):
         self.taylor_form = taylor_form
         self.minimise(Expanded(mix_ratio, self.scale, "double" if taylor_form == "auto" else taylor_form))
 
-    def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:
+    def setup(self, workload: Workload, model: nn.Module, network: ModelCost) -> None:
         """Finds out which form the model supports, and prices it.
 
         Raises:

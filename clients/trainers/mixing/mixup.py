@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from clients.trainers.base import ClientContext
 from clients.trainers.fedprox import FedProxTrainer, Proximal
 from clients.trainers.sgd import Objective, SGDRun, SGDTrainer
-from devices.cost import NetworkCost
+from devices.cost import ModelCost
 from devices.meter import measure
 from fedsim.errors import ConfigError
 from fedsim.messages.records import Broadcast, ClientUpdate
@@ -181,14 +181,14 @@ class MixupTrainer(SGDTrainer):
     ):
         super().__init__(**sgd)
         self.mix_ratio, self.proximal_mu = mix_ratio, proximal_mu
-        self.mixed_cost: NetworkCost | None = None
+        self.mixed_cost: ModelCost | None = None
         self.minimise(Mixed(mix_ratio))
 
     def minimise(self, mixture: Mixed) -> None:
         """Takes the loss of mixed examples, and its proximal form as the objective."""
         self.mixture, self.objective = mixture, Proximal(mixture, self.proximal_mu)
 
-    def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:
+    def setup(self, workload: Workload, model: nn.Module, network: ModelCost) -> None:
         """Prices a step on mixed examples, from one that runs on a copy of the model."""
         super().setup(workload, model, network)
         if not self.mix_ratio:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from clients.trainers.base import ClientContext
 from clients.trainers.fedprox import FedProxTrainer, Pulled
 from clients.trainers.sgd import SGDRun, WorkloadLoss
-from devices.cost import NetworkCost
+from devices.cost import ModelCost
 from fedsim.messages.records import Broadcast, ClientUpdate
 from fedsim.workloads.base import Tensors, Workload
 
@@ -77,7 +77,7 @@ class DittoTrainer(FedProxTrainer):
         self.personal_epochs, self.personal_objective = personal_epochs, Pulled(WorkloadLoss(), pull)
         self.initial: Tensors = {}
 
-    def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:
+    def setup(self, workload: Workload, model: nn.Module, network: ModelCost) -> None:
         """Remembers the initial model."""
         super().setup(workload, model, network)
         self.initial = {name: t.detach().clone() for name, t in model.state_dict().items()}

@@ -16,7 +16,7 @@ from annotated_types import Ge, Le
 from torch import nn
 
 from clients.trainers.sgd import SGDRun, SGDTrainer
-from devices.cost import NetworkCost
+from devices.cost import ModelCost
 from devices.meter import measure
 from fedsim.errors import ConfigError
 from fedsim.messages.records import ClientUpdate
@@ -65,9 +65,9 @@ class FedRepTrainer(SGDTrainer):
     def __init__(self, head_epochs: Annotated[int, Ge(0), Le(10_000)], **sgd: Any):
         super().__init__(**sgd)
         self.head_epochs = head_epochs
-        self.phase_costs: dict[bool, NetworkCost] = {}  # of a step: on the private part, on the shared part
+        self.phase_costs: dict[bool, ModelCost] = {}  # of a step: on the private part, on the shared part
 
-    def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:
+    def setup(self, workload: Workload, model: nn.Module, network: ModelCost) -> None:
         """Finds the cost of a step of both phases, which need no weight gradients of what is frozen.
 
         Raises:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from clients.trainers.base import ClientContext, Gradients
 from clients.trainers.sgd import SGDRun, SGDTrainer
-from devices.cost import NetworkCost
+from devices.cost import ModelCost
 from fedsim.exchanges.sub_fedavg import MASK, packed
 from fedsim.messages.records import Broadcast, ClientUpdate
 from fedsim.seeding import torch_generator
@@ -128,7 +128,7 @@ class SubFedAvgTrainer(SGDTrainer):
         self.all_alive: Tensors = {}
         self.order: list[str] = []  # of the parameters that are trained
 
-    def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:
+    def setup(self, workload: Workload, model: nn.Module, network: ModelCost) -> None:
         """Finds the weights to prune: those with two dimensions or more, no biases and norms."""
         super().setup(workload, model, network)
         self.all_alive = {n: torch.ones_like(p, dtype=torch.bool) for n, p in model.named_parameters() if p.dim() > 1}

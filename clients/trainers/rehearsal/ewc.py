@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from clients.trainers.base import ClientContext
 from clients.trainers.rehearsal.gradients import per_sample, require_single_examples, scoring
 from clients.trainers.sgd import Objective, SGDRun, SGDTrainer
-from devices.cost import NetworkCost
+from devices.cost import ModelCost
 from fedsim.exchanges.ewc import FISHER, PENALTY, QUESTION
 from fedsim.messages.records import Broadcast
 from fedsim.workloads.base import Tensors, Workload
@@ -124,7 +124,7 @@ class EWCTrainer(SGDTrainer):
         super().__init__(**sgd)
         self.penalty, self.fisher_examples, self.objective = penalty, fisher_examples, Consolidated(penalty)
 
-    def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:
+    def setup(self, workload: Workload, model: nn.Module, network: ModelCost) -> None:
         """Looks whether F can be computed, which is asked for when the first task ends.
 
         Raises:

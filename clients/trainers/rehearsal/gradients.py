@@ -16,7 +16,7 @@ from torch.func import grad, vmap
 from torch.nn import functional as F
 from torch.nn.utils.stateless import _reparametrize_module
 
-from devices.cost import NetworkCost
+from devices.cost import ModelCost
 from devices.errors import one_line
 from devices.trace import KINDS
 from fedsim.errors import ConfigError
@@ -208,11 +208,11 @@ def require_head(workload: Workload, model: nn.Module) -> None:
 
 
 @lru_cache(maxsize=256)
-def matrix_product(inner: int, outer: int) -> NetworkCost:
+def matrix_product(inner: int, outer: int) -> ModelCost:
     """Returns what [n, inner] @ [inner, outer] costs per row: its multiply-adds, and nothing else.
 
     A runtime would do such a product inside of the step; it is no network that somebody loads and starts.
     """
     macs = float(inner * outer)
     rows = tuple((macs if kind == "fc" else 0.0, 0.0, 0.0, 0.0) for kind in KINDS)
-    return NetworkCost(f"product {inner}x{outer}", 2 * macs, 0.0, 0, 0, calls=0, layers=rows)
+    return ModelCost(f"product {inner}x{outer}", 2 * macs, 0.0, 0, 0, calls=0, layers=rows)

@@ -14,7 +14,7 @@ from clients.trainers.rehearsal.gradients import matrix_product, require_head
 from clients.trainers.rehearsal.memory import PHASE
 from clients.trainers.rehearsal.replay import StreamBatch, StreamReplayRun, StreamReplayTrainer
 from clients.trainers.rehearsal.selection import Pool
-from devices.cost import NetworkCost
+from devices.cost import ModelCost
 from fedsim.workloads.base import Tensors, Workload
 
 SCORES, COMPARED = "gss_scores", 10
@@ -95,7 +95,7 @@ class GSSTrainer(StreamReplayTrainer):
 
     run = GSSRun
 
-    def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:
+    def setup(self, workload: Workload, model: nn.Module, network: ModelCost) -> None:
         """Looks whether the gradients of the last layer can be had, beside what `ReplayTrainer` looks for."""
         super().setup(workload, model, network)
         require_head(workload, model)

@@ -23,7 +23,7 @@ from clients.trainers.rehearsal.recalled import Recalled
 from clients.trainers.rehearsal.replay import ReplayRun, ReplayTrainer, StreamBatch
 from clients.trainers.rehearsal.selection import Pool, balanced
 from clients.trainers.rehearsal.spaces import WITHOUT_BACKWARD, Features, Mode, Products, Space, space_of
-from devices.cost import NetworkCost
+from devices.cost import ModelCost
 from devices.meter import inference_memory_bytes
 from fedsim.errors import ConfigError
 from fedsim.exchanges.ocs import REFERENCE
@@ -262,7 +262,7 @@ class OCSTrainer(ReplayTrainer):
     def selections(self) -> tuple[str, ...]:
         return ("ocs",)
 
-    def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:
+    def setup(self, workload: Workload, model: nn.Module, network: ModelCost) -> None:
         """Finds the space in which gradients are compared.
 
         Raises:

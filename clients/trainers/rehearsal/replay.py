@@ -22,7 +22,7 @@ from clients.trainers.rehearsal.gradients import require_head
 from clients.trainers.rehearsal.memory import CANDIDATES, NONE, PHASE, Memory, example_bytes, recall
 from clients.trainers.rehearsal.selection import MODEL_FREE, RULES, Pool, balanced, pick
 from clients.trainers.sgd import Objective, SGDRun, SGDTrainer
-from devices.cost import NetworkCost
+from devices.cost import ModelCost
 from devices.errors import unknown
 from fedsim.errors import ConfigError
 from fedsim.exchanges.ocs import QUESTION as END_OF_TASK
@@ -295,7 +295,7 @@ class ReplayTrainer(SGDTrainer):
         """Returns what `selection` may be."""
         return tuple(RULES)
 
-    def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:
+    def setup(self, workload: Workload, model: nn.Module, network: ModelCost) -> None:
         """Looks whether kept examples can be fetched again, and chosen by the rule.
 
         Raises:

@@ -32,7 +32,7 @@ from clients.trainers.rehearsal.gradients import (
     scoring,
     watched,
 )
-from devices.cost import NetworkCost
+from devices.cost import ModelCost
 from fedsim.workloads.base import Tensors, Workload
 
 Mode = Literal["full", "full_vmap", "chunked", "last_layer", "features"]
@@ -145,7 +145,7 @@ class Space:
         """Returns the gradient of the mean loss of a batch in this space, flat."""
         return flat_gradient(workload, model, batch, compared_weights(model))
 
-    def log_products(self, log: WorkLog, cost: NetworkCost, n: int, with_reference: bool) -> None:
+    def log_products(self, log: WorkLog, cost: ModelCost, n: int, with_reference: bool) -> None:
         """Reports what the products of `n` examples take of a network of this cost."""
         if self.sizes.recurrent:
             log.add(cost, 1, forwards=n, backwards=n)
@@ -153,7 +153,7 @@ class Space:
             log.add(cost, n, forwards=1, backwards=1)
         log.add(matrix_product(self.sizes.weights, n), n, forwards=1)
 
-    def log_mean_gradient(self, log: WorkLog, cost: NetworkCost, n: int) -> None:
+    def log_mean_gradient(self, log: WorkLog, cost: ModelCost, n: int) -> None:
         """Reports what the mean gradient of `n` examples takes."""
         log.add(cost, n, forwards=1, backwards=1)
 
@@ -192,7 +192,7 @@ class Chunked(Space):
                 own[pieces[j][0] : pieces[j][-1] + 1, rows[0] : rows[-1] + 1] = block.T
         return Products.of(own, torch.cat(past) if reference is not None else None, reference)
 
-    def log_products(self, log: WorkLog, cost: NetworkCost, n: int, with_reference: bool) -> None:
+    def log_products(self, log: WorkLog, cost: ModelCost, n: int, with_reference: bool) -> None:
         if self.sizes.recurrent:
             super().log_products(log, cost, n, with_reference)
             return
@@ -239,7 +239,7 @@ class ByLayer(Space):
                 past += along
         return Products.of(own.detach(), past, reference)
 
-    def log_products(self, log: WorkLog, cost: NetworkCost, n: int, with_reference: bool) -> None:
+    def log_products(self, log: WorkLog, cost: ModelCost, n: int, with_reference: bool) -> None:
         log.add(cost, n, forwards=1)
         linear = []
         for number, layer in enumerate(self.sizes.layers):
@@ -278,12 +278,12 @@ class Features(Space):
         """Returns `mean_gradient` from what `last_layer` gave."""
         return error.flatten(0, -2).mean(0) @ head_of(model).weight.detach()
 
-    def log_products(self, log: WorkLog, cost: NetworkCost, n: int, with_reference: bool) -> None:
+    def log_products(self, log: WorkLog, cost: ModelCost, n: int, with_reference: bool) -> None:
         log.add(cost, n, forwards=1)
         self.log_mean_of_outputs(log, n)
         log.add(matrix_product(self.sizes.features, n), n, forwards=1)
 
-    def log_mean_gradient(self, log: WorkLog, cost: NetworkCost, n: int) -> None:
+    def log_mean_gradient(self, log: WorkLog, cost: ModelCost, n: int) -> None:
         log.add(cost, n, forwards=1)
         self.log_mean_of_outputs(log, n)
 
@@ -315,7 +315,7 @@ class LastLayer(Features):
         parts = [(flat.T @ inputs).flatten(), *([flat.sum(0)] if head_of(model).bias is not None else [])]
         return torch.cat(parts) / len(flat)
 
-    def log_products(self, log: WorkLog, cost: NetworkCost, n: int, with_reference: bool) -> None:
+    def log_products(self, log: WorkLog, cost: ModelCost, n: int, with_reference: bool) -> None:
         classes, features, steps = self.sizes.classes, self.sizes.features, self.sizes.steps
         log.add(cost, n, forwards=1)
         if not steps:

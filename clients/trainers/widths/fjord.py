@@ -23,7 +23,7 @@ from clients.trainers.widths.subnet import SubnetRun, SubnetTrainer
 from devices.compression.channel_graph import BATCH_NORMS
 from devices.compression.channels import Kept
 from devices.compression.distil import Remembering, divergence
-from devices.cost import NetworkCost
+from devices.cost import ModelCost
 from fedsim.errors import ConfigError
 from fedsim.messages.records import Broadcast
 from fedsim.workloads.base import Tensors, Workload
@@ -129,7 +129,7 @@ class FjORDTrainer(SubnetTrainer):
         self.levels, self.distil, self.objective = sorted(levels), distil, Nested(distil, temperature)
         self.needs_classes = distil > 0
 
-    def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:
+    def setup(self, workload: Workload, model: nn.Module, network: ModelCost) -> None:
         """Prepares as for every part; batch norms would need statistics for each width.
 
         Raises:

@@ -30,7 +30,7 @@ from devices.compression.gates import (
     layer_flops,
     personal_masks,
 )
-from devices.cost import NetworkCost
+from devices.cost import ModelCost
 from devices.errors import DeviceError
 from devices.meter import inference_memory_bytes
 from fedsim.errors import ConfigError
@@ -137,7 +137,7 @@ class OnDemand:
 
     def __init__(self) -> None:
         self.gates: Gates | None = None  # one object, loaded for each client
-        self.costs: dict[tuple[int, ...], NetworkCost] = {}
+        self.costs: dict[tuple[int, ...], ModelCost] = {}
         self.prototypes: tuple[tuple[float, ...], list[tuple[Tensors, Tensors]]] = ((), [])  # of all clients
 
 
@@ -186,7 +186,7 @@ class PPPTrainer(SubnetTrainer):
         self.levels, self.objective = list(levels), Gated(beta, reg_mode, diversity, gate_noise)
         self.on_demand = OnDemand()
 
-    def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:
+    def setup(self, workload: Workload, model: nn.Module, network: ModelCost) -> None:
         """Finds the channel groups that can be gated; gates come with the first broadcast that has some.
 
         Raises:
@@ -291,7 +291,7 @@ class PPPTrainer(SubnetTrainer):
         parameters = [*client.parameters, *gates.parameters()]
         return replace(client, model=network, parameters=parameters, step_cost=self.gated_cost(gates, kept))
 
-    def gated_cost(self, gates: Gates, kept: Kept) -> NetworkCost:
+    def gated_cost(self, gates: Gates, kept: Kept) -> ModelCost:
         """Returns what one example costs on one path of a narrowed network under gates."""
         sizes = tuple(map(len, kept.values()))
         if sizes not in self.on_demand.costs:

@@ -17,7 +17,7 @@ from torch import nn
 from clients.trainers.base import ClientContext
 from clients.trainers.sgd import SGDRun, SGDTrainer
 from devices.compression.channels import Kept
-from devices.cost import NetworkCost
+from devices.cost import ModelCost
 from fedsim.errors import ConfigError
 from fedsim.exchanges.slices import BITS, KEPT, RATIO, Slices
 from fedsim.messages.records import Broadcast, ClientUpdate
@@ -59,7 +59,7 @@ class SubnetTrainer(SGDTrainer):
         super().__init__(**sgd)
         self.judged_at = tuple(judged_at)
 
-    def setup(self, workload: Workload, model: nn.Module, network: NetworkCost) -> None:
+    def setup(self, workload: Workload, model: nn.Module, network: ModelCost) -> None:
         """Finds the channel groups of the model."""
         super().setup(workload, model, network)
         device = next(model.parameters()).device

@@ -17,7 +17,7 @@ from devices.texts import quoted
 from fedsim.cli.options import MOST, check_place, whole
 
 if TYPE_CHECKING:
-    from devices.cost import NetworkCost
+    from devices.cost import ModelCost
     from devices.latency.calibrate import Calibration
     from devices.latency.columns import Physics
     from devices.latency.prices import Prices
@@ -45,7 +45,7 @@ class Row:
     phase: str
     ms: float
     threads: int
-    cost: NetworkCost
+    cost: ModelCost
 
     @property
     def layers(self) -> tuple[tuple[float, ...], ...]:
@@ -167,7 +167,7 @@ def read_rows(path: Path, num_classes: int, threads: int) -> list[Row]:
     if not lines:
         raise DeviceError(f"{path}: has no rows; one measured network is the least")
     found: list[Row] = []
-    known: dict[tuple[str, str], NetworkCost] = {}
+    known: dict[tuple[str, str], ModelCost] = {}
     for number, line in lines:
         where, values = f"{path}, line {number}", {key: (line[key] or "").strip() for key in NEEDED}
         if None in line:  # csv's name for what is beyond the columns
@@ -216,7 +216,7 @@ def _positive(where: str, column: str, text: str) -> float:
     return value
 
 
-def _cost(name: str, size: str, num_classes: int) -> NetworkCost:
+def _cost(name: str, size: str, num_classes: int) -> ModelCost:
     """Builds a network for an input "3x224x224" and traces it.
 
     Raises:

@@ -23,7 +23,7 @@ from fedsim.report import strict_json
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from devices.cost import NetworkCost
+    from devices.cost import ModelCost
     from devices.fit import Fit
 
 ROUGHLY = "memory is that of tensors in fp32, as runs reserve it; what the runtime takes is in neither side"
@@ -119,7 +119,7 @@ def _times(result: Fit) -> Table:
     return shown
 
 
-def _verdict(result: Fit, network: NetworkCost) -> list[str]:
+def _verdict(result: Fit, network: ModelCost) -> list[str]:
     """The largest batch, or what stands in the way and what would help."""
     from devices.fit import megabytes
 

@@ -31,7 +31,7 @@ from fedsim.workloads.host_memory import AT_ONCE, check_fits, model_bytes
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from devices.cost import NetworkCost
+    from devices.cost import ModelCost
 
 IMAGE, CLASSES = (3, 32, 32), 10  # of an example, and of the output, where nobody says them
 LARGE_IMAGE, LARGER_IMAGE = (3, 224, 224), (3, 299, 299)  # of torchvision's networks, and of its Inception
@@ -119,7 +119,7 @@ def named_model(
         raise ConfigError(f"model {name} {ENDLESS}") from error
 
 
-def traced(model: NamedModel) -> NetworkCost:
+def traced(model: NamedModel) -> ModelCost:
     """What it costs, by its layer table: enough to predict latency.
 
     Raises:
@@ -134,7 +134,7 @@ def traced(model: NamedModel) -> NetworkCost:
         raise ConfigError(f"{error}; {_shape_hint(model)}") from error
 
 
-def measured(model: NamedModel) -> NetworkCost:
+def measured(model: NamedModel) -> ModelCost:
     """What it costs, and what a step and an inference of it hold.
 
     Raises:
