@@ -72,11 +72,11 @@ class BCResNet(nn.Module):
         self.head = nn.Linear(4 * base, num_classes)
 
     def features(self, x: Tensor) -> Tensor:
-        """What the head sees: [batch, 32 tau] from x [batch, 1, frequencies, frames]."""
+        """Returns what the head sees: [batch, 32 tau] from x [batch, 1, frequencies, frames]."""
         return F.adaptive_avg_pool2d(self.tail(self.blocks(self.stem(x))), 1).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [batch, classes] of x [batch, 1, frequencies, frames]."""
+        """Returns logits [batch, classes] of x [batch, 1, frequencies, frames]."""
         return self.head(self.features(x))
 
 
@@ -122,6 +122,6 @@ class SubSpectralNorm(nn.Module):
         self.bands, self.norm = bands, nn.BatchNorm2d(channels * bands)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The same shape as x [batch, channels, frequencies, frames]; `bands` must divide the frequencies."""
+        """Keeps the shape of x [batch, channels, frequencies, frames]; `bands` must divide the frequencies."""
         # No number of channels is written down: pruning leaves fewer.
         return self.norm(x.reshape(x.shape[0], -1, x.shape[2] // self.bands, x.shape[3])).reshape(x.shape)

@@ -47,9 +47,9 @@ class CharLSTM(nn.Module):
         self.head = nn.Linear(hidden, num_classes)
 
     def features(self, x: Tensor) -> Tensor:
-        """What the head sees: [batch, steps, hidden] from token ids x [batch, steps] int64."""
+        """Returns what the head sees: [batch, steps, hidden] from token ids x [batch, steps] int64."""
         return self.lstm(self.embedding(x))[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [batch, steps, vocabulary] of token ids x [batch, steps] int64."""
+        """Returns logits [batch, steps, vocabulary] of token ids x [batch, steps] int64."""
         return self.head(self.features(x))

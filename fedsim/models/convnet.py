@@ -65,9 +65,9 @@ class ConvNet(nn.Module):
         self.head = nn.Linear(before * height * width, num_classes)
 
     def features(self, x: Tensor) -> Tensor:
-        """What the head sees: [batch, channels[-1] * height * width / 4^len(channels)]; with `pool`, channels[-1]."""
+        """Returns what the head sees: [batch, channels[-1] * height * width / 4^len(channels)], or channels[-1]."""
         return self.body(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [batch, classes] of x [batch, channels, height, width]."""
+        """Returns logits [batch, classes] of x [batch, channels, height, width]."""
         return self.head(self.features(x))

@@ -40,9 +40,9 @@ class FemnistCNN(nn.Module):
         self.head = nn.Linear(hidden, num_classes)
 
     def features(self, x: Tensor) -> Tensor:
-        """What the head sees: [batch, hidden] from x [batch, channels, height, width]."""
+        """Returns what the head sees: [batch, hidden] from x [batch, channels, height, width]."""
         return self.body(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [batch, classes] of x [batch, channels, height, width]."""
+        """Returns logits [batch, classes] of x [batch, channels, height, width]."""
         return self.head(self.features(x))

@@ -41,9 +41,9 @@ class LeNet5(nn.Module):
         self.head = nn.Linear(84, num_classes)
 
     def features(self, x: Tensor) -> Tensor:
-        """What the head sees: [batch, 84] from x [batch, channels, height, width]."""
+        """Returns what the head sees: [batch, 84] from x [batch, channels, height, width]."""
         return self.body(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [batch, classes] of x [batch, channels, height, width]."""
+        """Returns logits [batch, classes] of x [batch, channels, height, width]."""
         return self.head(self.features(x))

@@ -53,9 +53,9 @@ class MLP(nn.Module):
         self.head = nn.Linear(widths[-1], num_classes)
 
     def features(self, x: Tensor) -> Tensor:
-        """What the head sees: [batch, hidden[-1]] from x [batch, *input_shape]."""
+        """Returns what the head sees: [batch, hidden[-1]] from x [batch, *input_shape]."""
         return self.body(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [batch, classes] of x [batch, *input_shape]."""
+        """Returns logits [batch, classes] of x [batch, *input_shape]."""
         return self.head(self.features(x))

@@ -32,7 +32,7 @@ def allow_single_examples(model: nn.Module) -> None:
 
 
 def needs_two_examples(model: nn.Module, example: Tensor) -> bool:
-    """Whether a batch norm of the network has one value per channel when it sees a single example.
+    """Returns whether a batch norm of the network has one value per channel when it sees a single example.
 
     Args:
         model: the network.
@@ -57,7 +57,7 @@ def needs_two_examples(model: nn.Module, example: Tensor) -> bool:
 
 
 def refusal_of_one(model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], two: Any, one: Any) -> str:
-    """What a network in training says to a batch of one example; empty where it takes it, or refuses two as well.
+    """Returns what a network in training says to a single example; empty where it takes it, or refuses two as well.
 
     Args:
         model: the network; a copy of it is tried, so that no statistics move.

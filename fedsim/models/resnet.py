@@ -56,12 +56,12 @@ class ResNet(nn.Module):
         self.head = nn.Linear(before, num_classes)
 
     def features(self, x: Tensor) -> Tensor:
-        """What the head sees: [batch, 4 * width] from x [batch, channels, height, width]."""
+        """Returns what the head sees: [batch, 4 * width] from x [batch, channels, height, width]."""
         x = self.blocks(F.relu(self.norm(self.stem(x))))
         return F.adaptive_avg_pool2d(x, 1).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [batch, classes] of x [batch, channels, height, width]."""
+        """Returns logits [batch, classes] of x [batch, channels, height, width]."""
         return self.head(self.features(x))
 
 

@@ -39,7 +39,7 @@ class TensorRoles:
 
     @classmethod
     def of(cls, model: nn.Module, private: Iterable[str] = ()) -> TensorRoles:
-        """The roles of a model's tensors.
+        """Finds the roles of a model's tensors.
 
         Args:
             model: the network.
@@ -61,17 +61,17 @@ class TensorRoles:
         return roles
 
     def names(self, *kinds: str) -> frozenset[str]:
-        """The names of all tensors of these kinds, private ones too."""
+        """Returns the names of all tensors of these kinds, private ones too."""
         return frozenset(name for name, kind in self.kinds.items() if kind in kinds)
 
     @property
     def trained(self) -> frozenset[str]:
-        """The names of what is trained."""
+        """Returns the names of what is trained."""
         return self.names(TRAINED)
 
     @property
     def averaged(self) -> frozenset[str]:
-        """The names of statistics and counters."""
+        """Returns the names of statistics and counters."""
         return self.names(STATISTIC, COUNTER)
 
 
@@ -105,7 +105,7 @@ def _kind(tensor: Tensor, is_parameter: bool) -> str:
 
 
 def private_names(model: nn.Module, patterns: Iterable[str]) -> frozenset[str]:
-    """The names in the model's state dict that `patterns` keep on the clients' devices.
+    """Returns the names in the model's state dict that `patterns` keep on the clients' devices.
 
     Args:
         model: the network.
@@ -139,19 +139,19 @@ def private_names(model: nn.Module, patterns: Iterable[str]) -> frozenset[str]:
 
 
 def head(model: nn.Module) -> set[str]:
-    """The last linear layer."""
+    """Returns the names of the last linear layer."""
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return _below(model, linear[-1:])
 
 
 def body(model: nn.Module) -> set[str]:
-    """Everything but the last linear layer; nothing where there is none."""
+    """Returns all names but those of the last linear layer; nothing where there is none."""
     last = head(model)
     return set(model.state_dict()) - last if last else set()
 
 
 def first(model: nn.Module) -> set[str]:
-    """The first layer that has weights."""
+    """Returns the names of the first layer that has weights."""
     layers = [
         name for name, module in model.named_modules() if next(module.parameters(recurse=False), None) is not None
     ]
@@ -159,7 +159,7 @@ def first(model: nn.Module) -> set[str]:
 
 
 def norm(model: nn.Module) -> set[str]:
-    """Weights and statistics of all normalisation layers."""
+    """Returns the names of weights and statistics of all normalisation layers."""
     return _below(model, [name for name, module in model.named_modules() if isinstance(module, NORMS)])
 
 

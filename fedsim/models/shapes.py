@@ -8,7 +8,7 @@ from fedsim.errors import ConfigError
 
 
 def image_shape(model: str, input_shape: Sequence[int], smallest: int) -> tuple[int, int, int]:
-    """Channels, height and width.
+    """Returns channels, height and width.
 
     Args:
         model: what the error calls the model.

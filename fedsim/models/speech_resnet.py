@@ -41,7 +41,7 @@ class SpeechResNet(nn.Module):
         self.head = nn.Linear(width, num_classes)
 
     def features(self, x: Tensor) -> Tensor:
-        """What the head sees: [batch, width] from x [batch, 1, frequencies, frames]."""
+        """Returns what the head sees: [batch, width] from x [batch, 1, frequencies, frames]."""
         x = F.relu(self.stem(x))
         if self.pool:
             x = F.avg_pool2d(x, self.pool)
@@ -54,5 +54,5 @@ class SpeechResNet(nn.Module):
         return F.adaptive_avg_pool2d(x, 1).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [batch, classes] of x [batch, 1, frequencies, frames]."""
+        """Returns logits [batch, classes] of x [batch, 1, frequencies, frames]."""
         return self.head(self.features(x))

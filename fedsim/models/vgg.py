@@ -54,11 +54,11 @@ class VGG(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def features(self, x: Tensor) -> Tensor:
-        """What the head sees: [batch, hidden] from x [batch, channels, height, width]."""
+        """Returns what the head sees: [batch, hidden] from x [batch, channels, height, width]."""
         return self.body(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [batch, classes] of x [batch, channels, height, width]."""
+        """Returns logits [batch, classes] of x [batch, channels, height, width]."""
         return self.head(self.features(x))
 
 

@@ -13,7 +13,7 @@ LOOKED_AT = 2000  # clients that summaries and histograms look at; evenly spaced
 
 
 class ClientRow(NamedTuple):
-    """What one client owns.
+    """Counts of what one client owns.
 
     Attributes:
         client: its id.
@@ -49,12 +49,12 @@ class Split(NamedTuple):
 
 
 def split_table(workload: Workload, limit: int | None = None) -> list[ClientRow]:
-    """One row per client, the first `limit` of them (all when None)."""
+    """Returns one row per client, the first `limit` of them (all when None)."""
     return _rows(workload, range(min(workload.num_clients, limit or workload.num_clients)))
 
 
 def summary_lines(workload: Workload) -> list[str]:
-    """The split in a few lines of text, for the terminal."""
+    """Returns the split in a few lines of text, for the terminal."""
     rows = _rows(workload, _spread(workload))
     of = f" (of {len(rows)} clients looked at)" if len(rows) < workload.num_clients else ""
     lines = [
@@ -72,7 +72,7 @@ def summary_lines(workload: Workload) -> list[str]:
 
 
 def split_of(workload: Workload, limit: int = 50) -> Split:
-    """The split of a workload, with rows of the first `limit` clients."""
+    """Returns the split of a workload, with rows of the first `limit` clients."""
     sizes = tuple(row.train for row in _rows(workload, _spread(workload)))
     rows = tuple(split_table(workload, limit))
     return Split(workload.name, workload.num_clients, tuple(_class_names(workload)), rows, sizes)
@@ -95,7 +95,7 @@ def _rows(workload: Workload, clients: range | list[int]) -> list[ClientRow]:
 
 
 def _spread(workload: Workload) -> list[int]:
-    """All clients, or evenly spaced ones when there are too many to look at."""
+    """Returns all clients, or evenly spaced ones when there are too many to look at."""
     return np.linspace(0, workload.num_clients - 1, min(workload.num_clients, LOOKED_AT)).astype(int).tolist()
 
 

@@ -30,7 +30,7 @@ WITH_FILES = ("fleet", "latency")  # groups whose settings may name files
 
 
 def content_of(array: np.ndarray) -> str:
-    """Dtype, shape and a hash of an array's bytes.
+    """Returns dtype, shape and a hash of an array's bytes.
 
     Of a large array, 64-bit sums along both axes of a table of its bytes are hashed: at the speed of the memory, so
     that gigabytes take less than a second, and no single number can change without them.
@@ -47,12 +47,12 @@ def content_of(array: np.ndarray) -> str:
 
 
 def of_run(settings: Mapping[str, Any], workload: Workload) -> dict[str, str]:
-    """The fingerprint of all that a run reads: its data, and the files that its fleet and latency model name."""
+    """Returns the fingerprint of all that a run reads: its data, and files that its fleet and latency model name."""
     return {**workload.fingerprint(), **files_of(settings)}
 
 
 def files_of(settings: Mapping[str, Any]) -> dict[str, str]:
-    """A hash of each file that is named where a device, trace or weights may be, by its name there."""
+    """Returns a hash of each file that is named where a device, trace or weights may be, by its name there."""
     found = {}
     for text in (text for group in WITH_FILES for text in _texts(settings[group])):
         try:
@@ -64,14 +64,14 @@ def files_of(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _said_by(path: Path) -> bytes:
-    """The content of a file; of YAML what it says, without comments."""
+    """Returns the content of a file; of YAML what it says, without comments."""
     if path.suffix.lower() not in (".yaml", ".yml"):
         return path.read_bytes()
     return yaml.safe_dump(read_yaml(path), sort_keys=True).encode()
 
 
 def _texts(tree: Any) -> Iterator[str]:
-    """All texts of a tree, keys of maps too."""
+    """Yields all texts of a tree, keys of maps too."""
     if isinstance(tree, str):
         yield tree
     elif isinstance(tree, Mapping):
@@ -84,7 +84,7 @@ def _texts(tree: Any) -> Iterator[str]:
 
 
 def difference(before: Fingerprint, now: Fingerprint) -> str:
-    """The first entry in which two fingerprints differ, in words; empty if there is none.
+    """Returns the first entry in which two fingerprints differ, in words; empty if there is none.
 
     Entries that only one of them has do not count: one was made by a version that did not look at them.
     """
@@ -95,7 +95,7 @@ def difference(before: Fingerprint, now: Fingerprint) -> str:
 
 
 def _is_same(key: str, before: str, now: str) -> bool:
-    """Modules move between versions of fedsim, classes keep their names."""
+    """Returns whether two values agree; modules move between versions of fedsim, classes keep their names."""
     return before.rpartition(".")[2] == now.rpartition(".")[2] if key == MADE_BY else before == now
 
 

@@ -22,7 +22,7 @@ CERTAINLY = 4  # what needs less than this part of the host fits
 
 
 def host_bytes() -> int:
-    """Memory of this host, or what its container may take of it."""
+    """Returns the memory of this host, or what its container may take of it."""
     import psutil
 
     total = int(psutil.virtual_memory().total)

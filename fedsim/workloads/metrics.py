@@ -108,13 +108,13 @@ ACCURACY, PRIMARY = Metric("accuracy", "%"), "primary"
 
 @cache
 def averaged_by(name: str) -> str:
-    """Whether a metric of clients is averaged by examples or by clients; see AVERAGED."""
+    """Returns whether a metric of clients is averaged by examples or by clients; see AVERAGED."""
     known = [key for key in AVERAGED if name == key or name.startswith(f"{key}_")]
     return AVERAGED[max(known, key=len)] if known else BY_EXAMPLES
 
 
 def means(clients: Iterable[ClientReport]) -> dict[str, float]:
-    """The mean of each metric over the clients that report it; none where it would be weighted by no examples."""
+    """Returns the mean of each metric over the clients that report it, if their examples give it any weight."""
     sums: dict[str, float] = {}
     weights: dict[str, float] = {}
     for client in clients:

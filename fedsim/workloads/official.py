@@ -13,7 +13,7 @@ Made = TypeVar("Made")
 
 
 class Official(NamedTuple):
-    """One such data set.
+    """A data set in the files of its makers.
 
     Attributes:
         name: what sentences call it.
@@ -28,23 +28,23 @@ class Official(NamedTuple):
     choice: str
 
     def root(self, given: str | None) -> Path:
-        """The given root, else the data root that has the files, else the first one."""
+        """Returns the given root, else the data root that has the files, else the first one."""
         roots = [Path(given).expanduser()] if given else data_roots()
         return next((r for r in roots if (r / self.folder).is_dir()), roots[0])
 
     def found(self, given: str | None) -> tuple[bool, str]:
-        """Whether the files are here, and where or how to get them."""
+        """Returns whether the files are here, and where or how to get them."""
         root = self.root(given)
         here = (root / self.folder).is_dir()
         return here, str(root / self.folder) if here else self.how_to_get(root)
 
     def how_to_get(self, root: Path) -> str:
-        """What to do, without the files."""
+        """Says what to do without the files."""
         instead = f", or use the bundle: {self.choice}" if self.bundle in bundle_names() else ""
         return f"set workload.download=true or put the official files into {root / self.folder}{instead}"
 
     def read(self, make: Callable[[], Made], root: Path, download: bool) -> Made:
-        """What `make` makes of the files.
+        """Returns what `make` makes of the files.
 
         Raises:
             DataError: if they are absent or broken, or could not be downloaded.

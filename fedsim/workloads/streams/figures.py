@@ -19,17 +19,17 @@ Matrix = np.ndarray  # [tasks, tasks] float64, rows: after which task; NaN where
 
 
 def key_of(task: int) -> str:
-    """The metric of a task in a round's report."""
+    """Names the metric of a task in a round's report."""
     return f"task_{task}_accuracy"
 
 
 def average_accuracy(a: Matrix) -> float:
-    """A: mean accuracy over all tasks after the last one."""
+    """Returns A: mean accuracy over all tasks after the last one."""
     return float(a[-1].mean())
 
 
 def forgetting(a: Matrix, diagonal: bool = True) -> float | None:
-    """F: mean over all tasks but the last of the best earlier accuracy minus the final one; None for one task.
+    """Returns F: mean over all tasks but the last of the best earlier accuracy minus the final one; None for one task.
 
     Args:
         a: the matrix.
@@ -43,13 +43,13 @@ def forgetting(a: Matrix, diagonal: bool = True) -> float | None:
 
 
 def backward_transfer(a: Matrix) -> float | None:
-    """BWT: mean over all tasks but the last of the final accuracy minus that just after learning it."""
+    """Returns BWT: mean over all tasks but the last of the final accuracy minus that just after learning it."""
     last = len(a) - 1
     return float(np.mean([a[last, s] - a[s, s] for s in range(last)])) if last else None
 
 
 def forward_transfer(first: np.ndarray, a: Matrix) -> float | None:
-    """FWT: mean over all tasks but the first of the accuracy just before learning it minus the untrained one's.
+    """Returns FWT: mean over all tasks but the first of the accuracy just before learning it minus the untrained one's.
 
     Args:
         first: a0, [tasks].
@@ -63,12 +63,12 @@ def forward_transfer(first: np.ndarray, a: Matrix) -> float | None:
 
 
 def learning_accuracy(a: Matrix) -> float:
-    """LA: mean accuracy on each task just after learning it."""
+    """Returns LA: mean accuracy on each task just after learning it."""
     return float(np.diagonal(a).mean())
 
 
 def summary(first: np.ndarray, a: Matrix) -> dict[str, Any]:
-    """All figures of a run in which task t was learned in phase t; of its finished phases."""
+    """Returns all figures of a run in which task t was learned in phase t; of its finished phases."""
     if not len(a):
         return {"finished_tasks": 0}
     own = a[:, : len(a)]
@@ -85,7 +85,7 @@ def summary(first: np.ndarray, a: Matrix) -> dict[str, Any]:
 
 
 def mean_over_orders(first: np.ndarray, a: Matrix, orders: Sequence[Sequence[int]]) -> dict[str, float | None]:
-    """The figures as clients see them who met the tasks in their own orders: the mean over clients.
+    """Returns the figures as clients see them who met the tasks in their own orders: the mean over clients.
 
     Args:
         first: a0 by task, [tasks].
@@ -101,7 +101,7 @@ def mean_over_orders(first: np.ndarray, a: Matrix, orders: Sequence[Sequence[int
 
 
 def accuracy_matrix(reports: Sequence[RoundReport], tasks: int, rounds_per_task: int) -> tuple[np.ndarray, Matrix]:
-    """a0 [tasks] and the rows of all phases that were finished and judged, [finished, tasks]; NaN: not judged."""
+    """Returns a0 [tasks] and the rows of all finished and judged phases, [finished, tasks]; NaN: not judged."""
     ends: dict[int, np.ndarray] = {}
     for report in reports:
         if report.round % rounds_per_task == 0 and key_of(0) in report.metrics:
