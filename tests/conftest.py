@@ -29,6 +29,7 @@ from fedsim.runs.federation import Federation
 from fedsim.settings.build import build_world
 from fedsim.settings.compose import compose
 from fedsim.settings.groups import Settings
+from fedsim.workloads.arrays import ArrayWorkload, DataSet
 
 # Six clients with eight examples each, of which one is held out; three of them train for one epoch of two steps.
 TINY = (
@@ -44,6 +45,25 @@ TINY = (
     "cohort=3",
     "rounds=2",
 )
+
+
+class Given(ArrayWorkload):
+    """A workload of arrays that a test has made."""
+
+    def __init__(self, data: DataSet, **settings: Any):
+        self.data = data
+        super().__init__(**settings)
+
+    def read(self) -> DataSet:
+        return self.data
+
+
+def array_workload(*given: Any, **settings: Any) -> Given:
+    """Makes a workload of name, both parts, classes, kind, model, partition, number of clients and seed."""
+    name, train, test, classes, kind, *rest = given
+    named = dict(zip(("model", "partition", "num_clients", "seed"), rest, strict=False))
+    return Given(DataSet(train, test, classes, kind, name), name=name, **named, **settings)
+
 
 # Clients sleep eight hours a day, each at hours of its own.
 DAILY = ("fleet.availability._target_=devices.availability.Diurnal", "+fleet.availability.hours=16")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from conftest import array_workload
 
 from clients.app import serve
 from clients.worker import worker_for
@@ -23,7 +24,8 @@ from fedsim.settings.groups import options
 from fedsim.study import spec as study
 from fedsim.study.spec import is_finished, plan, read_study
 from fedsim.workloads import fingerprint
-from fedsim.workloads.arrays import Arrays, ArrayWorkload
+from fedsim.workloads.arrays import Arrays
+from fedsim.workloads.bundle import Bundle
 from fedsim.workloads.fingerprint import content_of, difference
 from fedsim.workloads.partition import Dirichlet, Iid, Natural
 
@@ -303,8 +305,8 @@ def test_a_study_opens_data_of_files_once_for_all_its_runs(tmp_path: Path, monke
     path, opened = bundle(tmp_path / "data"), []
     for one in planned(tmp_path, path):
         run(one.settings, one.folder)
-    made = ArrayWorkload.__init__
-    monkeypatch.setattr(ArrayWorkload, "__init__", lambda self, *a, **k: (opened.append(1), made(self, *a, **k))[1])
+    read = Bundle.read
+    monkeypatch.setattr(Bundle, "read", lambda self: (opened.append(1), read(self))[1])
     assert all(is_finished(one) for one in planned(tmp_path, path))
     assert len(opened) == 1
 
@@ -312,7 +314,8 @@ def test_a_study_opens_data_of_files_once_for_all_its_runs(tmp_path: Path, monke
 def test_partitions_do_not_change_arrays():
     part = Arrays(np.zeros((30, 1), np.float32), np.arange(30) % 3, np.arange(30) % 5)
     made = [
-        ArrayWorkload("w", part, part, list("abc"), "tabular", MLP, p, 4, 0) for p in (Iid(), Dirichlet(1.0), Natural())
+        array_workload("w", part, part, list("abc"), "tabular", MLP, p, 4, 0)
+        for p in (Iid(), Dirichlet(1.0), Natural())
     ]
     assert made[0].fingerprint() == made[1].fingerprint() == made[2].fingerprint()
 

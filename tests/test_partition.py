@@ -127,13 +127,13 @@ def test_sequences_cannot_be_split_by_label(partition: Partition):
 @pytest.mark.parametrize(
     "make, sentence",
     [
-        (lambda: Dirichlet(0.0), r"partition.alpha must be a finite number above 0, got 0.0"),
-        (lambda: Dirichlet(float("nan")), r"partition.alpha must be a finite number above 0, got nan"),
-        (lambda: Dirichlet("small"), r"partition.alpha must be a finite number above 0, got 'small'"),
-        (lambda: Dirichlet(1.0, 0), r"partition.min_examples must be a whole number of at least 1, got 0"),
-        (lambda: Quantity(-1.0), r"partition.sigma must be a finite number of at least 0, got -1.0"),
-        (lambda: Shards(0), r"partition.classes_per_client must be a whole number of at least 1, got 0"),
-        (lambda: Natural(max_clients=0), r"partition.max_clients must be a whole number of at least 1, got 0"),
+        (lambda: Dirichlet(0.0), r"partition.alpha must be greater than 0, got 0.0"),
+        (lambda: Dirichlet(float("nan")), r"partition.alpha must be a finite number greater than 0, got nan"),
+        (lambda: Dirichlet("small"), r"partition.alpha must be a finite number greater than 0, got 'small'"),
+        (lambda: Dirichlet(1.0, 0), r"partition.min_examples must be at least 1, got 0"),
+        (lambda: Quantity(-1.0), r"partition.sigma must be at least 0, got -1.0"),
+        (lambda: Shards(0), r"partition.classes_per_client must be at least 1, got 0"),
+        (lambda: Natural(max_clients=0), r"partition.max_clients must be null or at least 1, got 0"),
     ],
 )
 def test_wrong_setting_is_named(make, sentence: str):

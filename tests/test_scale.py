@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import array_workload
 from flwr.app import Message, MetricRecord, RecordDict
 from flwr.serverapp import strategy as strategies
 
@@ -35,7 +36,7 @@ SHAPES = {"tabular": (200, 3), "image": (40, 4, 4, 3), "audio": (60, 16)}
 def fed(kind: str, x: np.ndarray, **settings: object) -> ArrayWorkload:
     part = Arrays(x.astype(np.float32), np.arange(len(x)) % 2)
     settings = {"input_range": "standard", "client_test_fraction": 0.0, **settings}
-    return ArrayWorkload("w", part, part, ["a", "b"], kind, MLP, Iid(), num_clients=1, seed=0, **settings)  # type: ignore
+    return array_workload("w", part, part, ["a", "b"], kind, MLP, Iid(), num_clients=1, seed=0, **settings)  # type: ignore
 
 
 def standardised(kind: str, x: np.ndarray) -> torch.Tensor:
@@ -63,7 +64,7 @@ def test_a_constant_is_fed_as_its_difference_and_is_no_feature():
     train, test = np.tile(constants, (3000, 1)), np.tile(constants, (2, 1))
     test[1] += 1
     parts = (Arrays(x, np.zeros(len(x), int)) for x in (train, test))
-    workload = ArrayWorkload("w", *parts, ["a"], "tabular", MLP, Iid(), 1, 0, input_range="standard")
+    workload = array_workload("w", *parts, ["a"], "tabular", MLP, Iid(), 1, 0, input_range="standard")
     x = workload.test.gather(torch.arange(2))["x"]
     assert x[0].abs().max() == 0
     np.testing.assert_array_equal(x[1], test[1] - constants)

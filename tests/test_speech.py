@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from conftest import array_workload
 from torch import nn
 
 from devices.compression.channels import ChannelGroups
@@ -212,9 +213,9 @@ def test_a_clip_does_not_depend_on_its_batch():
 @pytest.mark.parametrize(
     "wrong, sentence",
     [
-        ({"mels": 0}, "workload.features.mels must be a whole number of at least 1, got 0"),
+        ({"mels": 0}, "workload.features.mels must be at least 1, got 0"),
         ({"fft": 400}, "workload.features.fft must be at least workload.features.window=480, got 400"),
-        ({"floor": 0}, "workload.features.floor must be above 0, got 0"),
+        ({"floor": 0}, "workload.features.floor must be greater than 0, got 0"),
     ],
 )
 def test_wrong_settings_of_the_front_end(wrong: dict, sentence: str):
@@ -227,7 +228,7 @@ def sound_workload(**settings) -> ArrayWorkload:
     part = Arrays(x, np.arange(12) % 3)
     front_end = LogMel(mels=20, fft=256, window=200, hop=80)
     settings = {"features": front_end, "client_test_fraction": 0.0, **settings}
-    return ArrayWorkload("w", part, part, ["a", "b", "c"], "audio", SpeechResNet, Iid(), 2, seed=1, **settings)
+    return array_workload("w", part, part, ["a", "b", "c"], "audio", SpeechResNet, Iid(), 2, seed=1, **settings)
 
 
 def test_sound_is_kept_as_it_came_and_fed_as_spectrograms():
@@ -248,13 +249,13 @@ def test_standard_is_of_the_spectrograms():
 def test_front_ends_are_for_sound_only_and_for_its_sample_rate(tmp_path):
     part = Arrays(np.zeros((4, 8), np.float32), np.zeros(4, int))
     with pytest.raises(ConfigError, match=r"workload.features is for sound, and w holds tabular \[4, 8\]"):
-        ArrayWorkload("w", part, part, ["a"], "tabular", SpeechResNet, Iid(), 2, seed=1, features=LogMel())
+        array_workload("w", part, part, ["a"], "tabular", SpeechResNet, Iid(), 2, seed=1, features=LogMel())
     for split in ("train", "test"):
         np.savez(tmp_path / f"{split}.npz", x=np.zeros((4, 800), np.int16), y=np.zeros(4, int), client=np.arange(4))
     meta = {"classes": ["a"], "kind": "audio", "sample_rate_hz": 8000}
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(DataError, match=r"has 8000 samples a second; set workload.features.sample_rate_hz to that"):
-        Bundle(str(tmp_path), SpeechResNet, Natural(), 2, seed=1, features=LogMel())
+        Bundle(str(tmp_path), model=SpeechResNet, partition=Natural(), num_clients=2, seed=1, features=LogMel())
 
 
 # --- the official files -----------------------------------------------------------------------------------------------
@@ -281,7 +282,9 @@ def official(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def speech_commands(**settings) -> SpeechCommands:
-    return SpeechCommands(SpeechResNet, Natural(1), None, seed=1, features=LogMel(), **settings)
+    return SpeechCommands(
+        model=SpeechResNet, partition=Natural(1), num_clients=None, seed=1, features=LogMel(), **settings
+    )
 
 
 def test_official_files_become_twelve_classes_by_speaker(official: Path):
@@ -310,7 +313,7 @@ def test_all_words_of_the_official_files(official: Path):
 
 
 def test_what_is_wrong_with_the_official_files(official: Path, monkeypatch):
-    with pytest.raises(ConfigError, match=r"workload.classes of workload speech_commands must be 12 or 35, got 10"):
+    with pytest.raises(ConfigError, match=r"workload.classes must be 12 or 35, got 10"):
         speech_commands(classes=10)
     soundfile.write(official / "yes" / "00000000_nohash_0.wav", np.zeros(100, np.int16), 8000)
     with pytest.raises(DataError, match="must have one channel of 16000 samples a second, got 8000"):

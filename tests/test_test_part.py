@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import array_workload
 
 from fedsim.errors import DataError
 from fedsim.models.mlp import MLP
@@ -30,7 +31,7 @@ def part(each: int, owners: np.ndarray, seed: int) -> Arrays:
 def users(owners: np.ndarray, test_owners: np.ndarray | None = None, partition: Natural | None = None) -> ArrayWorkload:
     """Six owners with 20 training and 8 test examples each, of four classes."""
     train, test = part(EACH, owners, 1), part(TESTED, owners if test_owners is None else test_owners, 2)
-    return ArrayWorkload("w", train, test, list("abcd"), "tabular", MLP, partition or Natural(), None, seed=3)
+    return array_workload("w", train, test, list("abcd"), "tabular", MLP, partition or Natural(), None, seed=3)
 
 
 def labels(workload: Workload, client: int) -> tuple[set[int], set[int]]:
@@ -64,7 +65,7 @@ def test_all_test_rows_of_the_kept_classes_stay():
 def test_a_user_without_test_rows_of_its_classes_holds_out_some_of_its_own():
     train = Arrays(np.zeros((20, 1), np.float32), np.zeros(20, int), np.repeat([1, 2], 10))
     test = Arrays(np.zeros((4, 1), np.float32), np.array([1, 1, 0, 1]), np.array([1, 1, 2, 2]))
-    workload = ArrayWorkload("w", train, test, ["a", "b"], "tabular", MLP, Natural(classes_per_client=1), None, seed=0)
+    workload = array_workload("w", train, test, ["a", "b"], "tabular", MLP, Natural(classes_per_client=1), None, seed=0)
     assert [(len(d.train), len(d.test)) for d in map(workload.client_data, range(2))] == [(9, 1), (10, 1)]
     assert labels(workload, 0) == ({0}, {0})
 
@@ -76,7 +77,7 @@ def test_a_user_keeps_classes_of_its_own_where_nobodys_rows_are_dealt():
     test = Arrays(np.zeros((6, 1), np.float32), np.array([0, 1] * 3), np.array(["a", ""] * 3))
     for seed in range(5):
         natural = Natural(classes_per_client=1)
-        workload = ArrayWorkload("w", train, test, ["a", "b"], "tabular", MLP, natural, None, seed=seed)
+        workload = array_workload("w", train, test, ["a", "b"], "tabular", MLP, natural, None, seed=seed)
         assert labels(workload, 0) == ({0}, {0})
 
 
@@ -133,7 +134,7 @@ def test_ids_that_have_no_type_in_common_are_refused(ours: np.ndarray, theirs: n
 
 def cut_digits(last: int) -> Digits:
     """Digits, of whose test part only those below `last` are left."""
-    workload = Digits(MLP, Iid(), num_clients=2, seed=0)
+    workload = Digits(model=MLP, partition=Iid(), num_clients=2, seed=0)
     rows = torch.nonzero(workload.test.labels < last).flatten()
     workload.test = Examples(workload.test.tensors, rows, workload.prepare)
     return workload

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal, NamedTuple, get_args
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
+from annotated_types import Ge, Interval
 from torch import Tensor, nn
 
 from fedsim.errors import ConfigError, DataError
@@ -26,6 +29,7 @@ LAYOUT = {
     "tabular": "[n, features]",
 }
 Features = Callable[[Tensor], Tensor]  # of [n, ...] float32
+TestFraction = Annotated[float, Interval(ge=0, lt=1)]  # of a client's own examples, those that it holds out
 STATISTICS_BYTES = 2**25  # of examples whose features are held at once
 FULL_SCALE = {torch.uint8: 255.0, torch.int16: 32768.0}
 
@@ -42,6 +46,10 @@ class Arrays(NamedTuple):
     x: np.ndarray
     y: np.ndarray
     owners: np.ndarray | None = None
+
+    def tensors(self) -> Tensors:
+        """Returns examples and labels as tensors that share their memory."""
+        return {"x": torch.from_numpy(self.x), "y": torch.from_numpy(self.y)}
 
 
 class Prepare:
@@ -78,8 +86,47 @@ class Prepare:
         return {**batch, "x": x}
 
 
+@dataclass(frozen=True)
+class DataSet:
+    """What a workload of arrays is made of.
+
+    Attributes:
+        train: what clients own.
+        test: what the global model is judged on.
+        classes: their names; for next-token prediction, the vocabulary.
+        kind: of the examples.
+        source: what errors call the data, e.g. "bundle data/mnist".
+    """
+
+    train: Arrays
+    test: Arrays
+    classes: Sequence[str]
+    kind: Kind
+    source: str
+
+    def checked(self) -> DataSet:
+        """Returns the same data as the rest of this module wants them.
+
+        Raises:
+            ConfigError, DataError: if they cannot be used.
+        """
+        if self.kind not in get_args(Kind):
+            raise ConfigError(f"{self.source}: kind must be one of {', '.join(get_args(Kind))}, got {self.kind!r}")
+        count = len(self.classes)
+        train = check_arrays(self.train, self.kind, count, f"{self.source}, train part")
+        test = check_arrays(self.test, self.kind, count, f"{self.source}, test part")
+        for key, ours, theirs in (("x", train.x, test.x), ("y", train.y, test.y)):
+            if ours.shape[1:] != theirs.shape[1:] or (key == "x" and ours.dtype != theirs.dtype):
+                raise DataError(
+                    f"{self.source}: one example of {key} is {_describe(ours)} in the train part but "
+                    f"{_describe(theirs)} in the test part; save both parts alike"
+                )
+        owners, test_owners = _alike(train.owners, test.owners, self.source)
+        return replace(self, train=train._replace(owners=owners), test=test._replace(owners=test_owners))
+
+
 class ArrayWorkload(ClassificationWorkload):
-    """A classification problem held in arrays and split over the clients.
+    """A classification problem held in arrays, which a subclass reads, and split over the clients.
 
     Every client's own examples are divided into a part to train on and a part to judge its personal model on. With a
     partition by owner and a test split that has the client's owner, the second part is the owner's rows of the test
@@ -87,21 +134,16 @@ class ArrayWorkload(ClassificationWorkload):
     own examples. Rows of the test split are never trained on, and nobody's ("") judge the global model alone.
 
     Args:
-        name: of the workload, as in the configuration.
-        train: what the clients own.
-        test: what the global model is judged on.
-        classes: their names; for next-token prediction, the vocabulary.
-        kind: image, text, audio or tabular.
         model: makes the network.
         partition: who owns which training example.
         num_clients: population size; None for all owners of a natural partition and `default_clients` of any other.
         seed: of the run.
+        name: of the workload, as in the configuration.
         input_range: "unit" scales integers to [0, 1] (audio: [-1, 1)); "standard" also brings every channel of the
             training part (images), the whole (audio) or every feature (tabular) to mean 0 and standard deviation 1.
-        features: makes of sound [n, samples] in [-1, 1) what the network is fed, e.g. `LogMel`; None: the samples.
-        client_test_fraction: share of its own examples that a client holds out, in [0, 1); at least one always trains.
+        client_test_fraction: share of its own examples that a client holds out; at least one always trains.
         default_clients: population size when `num_clients` does not say.
-        source: what errors call the data, e.g. "bundle data/mnist"; the name when empty.
+        features: makes of sound [n, samples] in [-1, 1) what the network is fed, e.g. `LogMel`; None: the samples.
 
     Raises:
         ConfigError: if a setting is wrong.
@@ -110,60 +152,55 @@ class ArrayWorkload(ClassificationWorkload):
 
     def __init__(
         self,
-        name: str,
-        train: Arrays,
-        test: Arrays,
-        classes: Sequence[str],
-        kind: Kind,
         model: ModelFactory,
         partition: Partition,
         num_clients: int | None,
         seed: int,
+        name: str,
         input_range: Literal["unit", "standard"] = "unit",
-        client_test_fraction: float = 0.1,
-        default_clients: int = 100,
-        source: str = "",
+        client_test_fraction: TestFraction = 0.1,
+        default_clients: Annotated[int, Ge(1)] = 100,
         features: Features | None = None,
     ):
         super().__init__(model, seed)
-        source = source or name
-        if kind not in get_args(Kind):
-            raise ConfigError(f"{source}: kind must be one of {', '.join(get_args(Kind))}, got {kind!r}")
-        if input_range not in ("unit", "standard"):
-            raise ConfigError(f"workload.input_range must be unit or standard, got {input_range!r}")
-        if input_range == "standard" and kind == "text":
-            raise ConfigError(f"workload.input_range=standard is for numbers and {source} holds tokens: set it to unit")
-        if features is not None and (kind != "audio" or train.x.ndim != 2):
+        self.name, self.client_test_fraction, self.features = name, client_test_fraction, features
+        data = self.read()
+        if input_range == "standard" and data.kind == "text":
             raise ConfigError(
-                f"workload.features is for sound, and {source} holds {kind} {list(train.x.shape)}; set it to null"
+                f"workload.input_range=standard is for numbers and {data.source} holds tokens: set it to unit"
             )
-        check_fraction(client_test_fraction)
-        train = check_arrays(train, kind, len(classes), f"{source}, train part")
-        test = check_arrays(test, kind, len(classes), f"{source}, test part")
-        for key in ("x", "y"):
-            ours, theirs = getattr(train, key), getattr(test, key)
-            if ours.shape[1:] != theirs.shape[1:] or (key == "x" and ours.dtype != theirs.dtype):
-                raise DataError(
-                    f"{source}: one example of {key} is {_describe(ours)} in the train part but {_describe(theirs)} in "
-                    "the test part; save both parts alike"
-                )
-        owners, test_owners = _alike(train.owners, test.owners, source)
-        self._owners = {"train client": owners, "test client": test_owners}
-        self.name, self.kind, self.classes = name, kind, list(classes)
-        self.num_classes, self.client_test_fraction = len(self.classes), client_test_fraction
+        if features is not None and (data.kind != "audio" or data.train.x.ndim != 2):
+            shape = f"{data.kind} {list(data.train.x.shape)}"
+            raise ConfigError(f"workload.features is for sound, and {data.source} holds {shape}; set it to null")
+        data = data.checked()
+        self.kind, self.classes, self.num_classes = data.kind, list(data.classes), len(data.classes)
         self._fingerprint: Fingerprint | None = None
-        statistics = _channel_statistics(train.x, kind, features) if input_range == "standard" else (None, None)
-        self.prepare = Prepare(kind, features, *statistics)
-        self.train_tensors = {"x": torch.from_numpy(train.x), "y": torch.from_numpy(train.y)}
-        self.test = Examples({"x": torch.from_numpy(test.x), "y": torch.from_numpy(test.y)}, prepare=self.prepare)
+        statistics: tuple[Tensor | None, Tensor | None] = (None, None)
+        if input_range == "standard":
+            statistics = _channel_statistics(data.train.x, data.kind, features)
+        self.prepare = Prepare(data.kind, features, *statistics)
+        self.train_tensors, test_tensors = data.train.tensors(), data.test.tensors()
+        self.test = Examples(test_tensors, prepare=self.prepare)
         self.input_shape = tuple(self.test.gather(torch.tensor([0]))["x"].shape[1:])
-        if num_clients is None and not partition.by_owner:
-            num_clients = default_clients
-        self.parts = partition.split(train.y, owners, num_clients, generator(seed, "partition"))
+        self._own(data, partition, default_clients if num_clients is None and not partition.by_owner else num_clients)
+
+    @abstractmethod
+    def read(self) -> DataSet:
+        """Returns the data; called once, when what the constructor was told is known.
+
+        Raises:
+            DataError: if they are not there or broken.
+        """
+
+    def _own(self, data: DataSet, partition: Partition, num_clients: int | None) -> None:
+        """Divides the examples among the clients, and with them those of their owners in the test split."""
+        train, test = data.train, data.test
+        self._owners = {"train client": train.owners, "test client": test.owners}
+        self.parts = partition.split(train.y, train.owners, num_clients, generator(self.seed, "partition"))
         self.num_clients = len(self.parts)
         self._test_rows: list[np.ndarray | None] = [None] * self.num_clients
-        if partition.by_owner and owners is not None and test_owners is not None:
-            theirs_of = _rows_of_owners(test_owners, [owners[rows] for rows in self.parts])
+        if partition.by_owner and train.owners is not None and test.owners is not None:
+            theirs_of = _rows_of_owners(test.owners, [train.owners[rows] for rows in self.parts])
             kept = (
                 rows[partition.keeps_held_out(train.y[part], test.y[rows])]
                 for part, rows in zip(self.parts, theirs_of, strict=True)
@@ -171,7 +208,7 @@ class ArrayWorkload(ClassificationWorkload):
             self._test_rows = [rows if len(rows) else None for rows in kept]
 
     def fingerprint(self) -> Fingerprint:
-        """Hashes of examples, labels and owners of both parts, as they are used; see `fedsim.workloads.fingerprint`."""
+        """Returns hashes of examples, labels and owners of both parts; see `fedsim.workloads.fingerprint`."""
         if self._fingerprint is None:
             arrays = {"train y": self.train_tensors["y"], "train x": self.train_tensors["x"]}
             arrays |= {"test y": self.test.tensors["y"], "test x": self.test.tensors["x"]}
@@ -181,7 +218,7 @@ class ArrayWorkload(ClassificationWorkload):
         return self._fingerprint
 
     def build_model(self) -> nn.Module:
-        """A fresh model: the same weights for the same seed.
+        """Returns a fresh model: the same weights for the same seed.
 
         Raises:
             ConfigError: if the model does not take what this workload feeds (numbers or token ids).
@@ -196,7 +233,7 @@ class ArrayWorkload(ClassificationWorkload):
         return model
 
     def client_data(self, client_id: int) -> ClientData:
-        """The examples of one client; time and memory grow with their number only.
+        """Returns the examples of one client; time and memory grow with their number only.
 
         Raises:
             IndexError: if there is no such client.
@@ -213,14 +250,8 @@ class ArrayWorkload(ClassificationWorkload):
         return Examples(self.train_tensors, torch.from_numpy(rows), self.prepare)
 
 
-def check_fraction(client_test_fraction: float) -> None:
-    """Raises ConfigError unless the share of held-out examples is in [0, 1)."""
-    if not isinstance(client_test_fraction, int | float) or not 0 <= client_test_fraction < 1:
-        raise ConfigError(f"workload.client_test_fraction must be in [0, 1), got {client_test_fraction!r}")
-
-
 def held_out(examples: int, fraction: float) -> int:
-    """How many of a client's examples are kept for its own test: the rounded share, but one always trains."""
+    """Returns how many of a client's examples it holds out: the rounded share, but one always trains."""
     return min(int(examples * fraction + 0.5), examples - 1)
 
 
@@ -295,7 +326,7 @@ def _describe(array: np.ndarray) -> str:
 
 
 def _channel_statistics(x: np.ndarray, kind: Kind, features: Features | None) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the prepared examples, shaped to broadcast against one of them, float64.
+    """Returns mean and standard deviation of the prepared examples, shaped to broadcast against one of them, float64.
 
     No number in it has a unit: a channel counts as constant, with deviation 1, where all its values are equal, and
     deviations are summed from each piece's own mean and joined as in Chan, Golub and LeVeque, "Updating Formulae and a
@@ -328,7 +359,7 @@ def _features_of(x: np.ndarray, kind: Kind, features: Features) -> Iterable[np.n
 
 
 def _alike(ours: np.ndarray | None, theirs: np.ndarray | None, source: str) -> tuple[np.ndarray | None, ...]:
-    """The owners of both parts as one type: text, int64 or uint64. Mixed integers would be compared as floats.
+    """Returns the owners of both parts as one type: text, int64 or uint64; mixed integers would compare as floats.
 
     Raises:
         DataError: for text and integers, or integers that no 64-bit type holds together.
@@ -349,7 +380,7 @@ def _alike(ours: np.ndarray | None, theirs: np.ndarray | None, source: str) -> t
 
 
 def _rows_of_owners(test_owners: np.ndarray, owners_of_clients: list[np.ndarray]) -> list[np.ndarray]:
-    """For each client, the rows of the test split that its owner made, in order."""
+    """Returns, for each client, the rows of the test split that its owner made, in order."""
     order = np.argsort(test_owners, kind="stable")
     ordered = test_owners[order]
     result: list[np.ndarray] = []

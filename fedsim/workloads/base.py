@@ -60,13 +60,13 @@ class Examples(Dataset[Tensors]):
         return {name: t[0] for name, t in self.gather(torch.tensor([index])).items()}
 
     def gather(self, index: Tensor) -> Tensors:
-        """The examples at `index` [b] int64 as one batch, ready for the network."""
+        """Returns the examples at `index` [b] int64 as one batch, ready for the network."""
         rows = self.rows[index] if self.rows is not None else index
         batch = {name: _rows(t, rows) for name, t in self.tensors.items()}
         return self.prepare(batch) if self.prepare else batch
 
     def gather_batches(self, index: Tensor, batch: int) -> Iterator[Tensors]:
-        """The examples at `index` [b] int64 in batches; the last may be smaller.
+        """Yields the examples at `index` [b] int64 in batches; the last may be smaller.
 
         Several small batches are gathered at once and handed out as views: half the time of one by one.
         """
@@ -79,7 +79,7 @@ class Examples(Dataset[Tensors]):
                 yield {name: part[number] for name, part in parts.items()}
 
     def materialise(self, device: torch.device | str = "cpu", memory_format: str = "contiguous") -> Examples:
-        """The same examples with their own prepared tensors on `device`, so that `gather` is one copy per tensor.
+        """Returns the examples with prepared tensors of their own on `device`: `gather` is one copy per tensor then.
 
         Args:
             device: where they will be used.
@@ -91,18 +91,18 @@ class Examples(Dataset[Tensors]):
 
     @property
     def labels(self) -> Tensor:
-        """Labels without touching the inputs, [m] or [m, steps] int64."""
+        """Returns the labels without touching the inputs, [m] or [m, steps] int64."""
         y = self.tensors["y"]
         return y[self.rows] if self.rows is not None else y
 
 
 def in_format(tensor: Tensor, memory_format: str) -> Tensor:
-    """A batch of images or convolution weights ([n, c, h, w]) in this memory format; others as they are."""
+    """Returns images or convolution weights ([n, c, h, w]) in this memory format, any other tensor as it is."""
     return tensor.contiguous(memory_format=MEMORY_FORMATS[memory_format]) if tensor.dim() == 4 else tensor
 
 
 def _rows(t: Tensor, index: Tensor) -> Tensor:
-    """`t[index]` in the memory format of `t`, in a third of the time: whole examples are copied at once."""
+    """Returns `t[index]` in the memory format of `t`, in a third of the time: whole examples are copied at once."""
     index = index.to(t.device)
     if t.is_contiguous():
         return t.index_select(0, index)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from annotated_types import Ge, Gt, MinLen
 
 from fedsim.errors import ConfigError
 from fedsim.seeding import generator
-from fedsim.workloads.arrays import check_fraction, held_out
+from fedsim.workloads.arrays import TestFraction, held_out
 from fedsim.workloads.base import ClientData, Examples, ModelFactory
 from fedsim.workloads.classification import ClassificationWorkload
 from fedsim.workloads.host_memory import check_fits
@@ -49,34 +50,20 @@ class Blobs(ClassificationWorkload):
         seed: int,
         partition: Partition | None = None,
         name: str = "blobs",
-        num_classes: int = 10,
-        input_shape: Sequence[int] = (16,),
-        examples_per_client: int = 32,
-        test_examples: int = 1000,
-        separation: float = 4.0,
-        alpha: float | None = None,
-        client_test_fraction: float = 0.1,
-        default_clients: int = 100,
+        num_classes: Annotated[int, Ge(1)] = 10,
+        input_shape: Annotated[Sequence[Annotated[int, Ge(1)]], MinLen(1)] = (16,),
+        examples_per_client: Annotated[int, Ge(1)] = 32,
+        test_examples: Annotated[int, Ge(1)] = 1000,
+        separation: Annotated[float, Ge(0)] = 4.0,
+        alpha: Annotated[float, Gt(0)] | None = None,
+        client_test_fraction: TestFraction = 0.1,
+        default_clients: Annotated[int, Ge(1)] = 100,
     ):
         super().__init__(model, seed)
         num_clients = default_clients if num_clients is None else num_clients
-        if not isinstance(input_shape, Sequence) or isinstance(input_shape, str) or not input_shape:
-            raise ConfigError(f"workload.input_shape must be a list of sizes, e.g. [1, 28, 28], got {input_shape!r}")
-        counts = {
-            "num_clients": num_clients,
-            "workload.num_classes": num_classes,
-            "workload.examples_per_client": examples_per_client,
-            "workload.test_examples": test_examples,
-            **{f"workload.input_shape[{i}]": size for i, size in enumerate(input_shape)},
-        }
-        for key, value in counts.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{key} must be a whole number of at least 1 for workload blobs, got {value!r}")
-        if not isinstance(separation, int | float) or not 0 <= separation < math.inf:
-            raise ConfigError(f"workload.separation must be a finite number of at least 0, got {separation!r}")
-        if alpha is not None and (not isinstance(alpha, int | float) or not 0 < alpha < math.inf):
-            raise ConfigError(f"workload.alpha must be null or a finite number above 0, got {alpha!r}")
-        check_fraction(client_test_fraction)
+        if isinstance(num_clients, bool) or not isinstance(num_clients, int) or num_clients < 1:
+            wanted = "a whole number of at least 1 for workload blobs"
+            raise ConfigError(f"num_clients must be {wanted}, got {num_clients!r}")
         _check_memory(math.prod(input_shape), num_classes, examples_per_client, test_examples)
         self.name, self.num_clients, self.num_classes = name, num_clients, num_classes
         self.input_shape = tuple(input_shape)
@@ -90,7 +77,7 @@ class Blobs(ClassificationWorkload):
         self.test = self._draw(rng.integers(num_classes, size=test_examples), rng)
 
     def client_data(self, client_id: int) -> ClientData:
-        """The examples of one client, drawn anew and equal at every call.
+        """Returns the examples of one client, drawn anew and equal at every call.
 
         Raises:
             IndexError: if there is no such client.
@@ -105,7 +92,7 @@ class Blobs(ClassificationWorkload):
         )
 
     def _directions(self, rng: np.random.Generator) -> np.ndarray:
-        """Where each class lies from the origin, [classes, features]; for images in patches that convolutions see."""
+        """Draws the direction of each class, [classes, features]; images get patches that convolutions see."""
         if self.kind != "image":
             return rng.standard_normal((self.num_classes, math.prod(self.input_shape)))
         channels, height, width = self.input_shape
@@ -120,7 +107,7 @@ class Blobs(ClassificationWorkload):
 
     @staticmethod
     def locate(settings: Mapping[str, Any]) -> tuple[str, bool, str]:
-        """Kind, whether the data are here, and where or how to get them."""
+        """Returns the kind, whether the data are here, and where or how to get them."""
         return "tabular", True, "made on demand"
 
 

@@ -10,14 +10,12 @@ import os
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from devices.errors import FileError
 from devices.reading import read_json, read_npz
 from fedsim.errors import DataError
-from fedsim.workloads.arrays import LAYOUT, Arrays, ArrayWorkload, Features, Kind
-from fedsim.workloads.base import ModelFactory
-from fedsim.workloads.partition import Partition
+from fedsim.workloads.arrays import LAYOUT, Arrays, ArrayWorkload, DataSet, Features, Kind
 
 FILES = ("train.npz", "test.npz", "meta.json")
 
@@ -28,50 +26,26 @@ class Bundle(ArrayWorkload):
     Args:
         path: the folder, or the bare name of one in $FEDSIM_DATA or ./data.
         name: of the workload.
-        model, partition, num_clients, seed, input_range, client_test_fraction, default_clients, features: see
-            `ArrayWorkload`.
+        arrays: arguments of ArrayWorkload.
 
     Raises:
         DataError: if the bundle is not there or cannot be used.
     """
 
-    def __init__(
-        self,
-        path: str,
-        model: ModelFactory,
-        partition: Partition,
-        num_clients: int | None,
-        seed: int,
-        name: str = "bundle",
-        input_range: Literal["unit", "standard"] = "unit",
-        client_test_fraction: float = 0.1,
-        default_clients: int = 100,
-        features: Features | None = None,
-    ):
-        folder = find_bundle(path)
-        train, test, classes, kind = read_bundle(folder)
-        if features is not None:
-            _check_rate(folder, features)
-        super().__init__(
-            name,
-            train,
-            test,
-            classes,
-            kind,
-            model=model,
-            partition=partition,
-            num_clients=num_clients,
-            seed=seed,
-            input_range=input_range,
-            client_test_fraction=client_test_fraction,
-            default_clients=default_clients,
-            source=f"bundle {folder}",
-            features=features,
-        )
+    def __init__(self, path: str, name: str = "bundle", **arrays: Any):
+        self.path = path
+        super().__init__(name=name, **arrays)
+
+    def read(self) -> DataSet:
+        folder = find_bundle(self.path)
+        data = read_bundle(folder)
+        if self.features is not None:
+            _check_rate(folder, self.features)
+        return data
 
     @staticmethod
     def locate(settings: Mapping[str, Any]) -> tuple[str, bool, str]:
-        """Kind, whether the data are here, and where or how to get them."""
+        """Returns the kind, whether the data are here, and where or how to get them."""
         path = str(settings.get("path", "???"))
         if path == "???":
             here = ", ".join(bundle_names()) or "none"
@@ -84,19 +58,19 @@ class Bundle(ArrayWorkload):
 
 
 def data_roots() -> list[Path]:
-    """Where bare names and official files are looked up: $FEDSIM_DATA, then ./data."""
+    """Returns where bare names and official files are looked up: $FEDSIM_DATA, then ./data."""
     given = os.environ.get("FEDSIM_DATA")
     return ([Path(given).expanduser()] if given else []) + [Path("data")]
 
 
 def bundle_names() -> list[str]:
-    """Names of the bundles in the data roots."""
+    """Returns the names of the bundles in the data roots."""
     found = {meta.parent.name for root in data_roots() for meta in root.glob("*/meta.json")}
     return sorted(name for name in found if not name.startswith("."))  # a dot: still being unpacked
 
 
 def find_bundle(path: str) -> Path:
-    """The folder that `path` (a folder, or a bare name) stands for.
+    """Returns the folder that `path` (a folder, or a bare name) stands for.
 
     Raises:
         DataError: if there is none; says where it was looked for and what is there.
@@ -123,8 +97,8 @@ def find_bundle(path: str) -> Path:
     )
 
 
-def read_bundle(folder: Path) -> tuple[Arrays, Arrays, list[str], Kind]:
-    """Train part, test part, class names and kind of the bundle in `folder`.
+def read_bundle(folder: Path) -> DataSet:
+    """Returns what the bundle in `folder` holds.
 
     Raises:
         DataError: if a file is missing, broken or lacks an entry; values are checked by `ArrayWorkload`.
@@ -133,7 +107,8 @@ def read_bundle(folder: Path) -> tuple[Arrays, Arrays, list[str], Kind]:
         if not (folder / file).is_file():
             raise DataError(f"bundle {folder} has no {file}; a bundle is a folder with {', '.join(FILES)}")
     classes, kind = _read_meta(folder)
-    return _read_part(folder / "train.npz"), _read_part(folder / "test.npz"), classes, kind
+    train, test = (_read_part(folder / f"{part}.npz") for part in ("train", "test"))
+    return DataSet(train, test, classes, kind, f"bundle {folder}")
 
 
 def _read_part(path: Path) -> Arrays:

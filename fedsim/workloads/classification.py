@@ -19,10 +19,14 @@ class ClassificationWorkload(Workload):
     Attributes:
         num_classes: size of the output.
         classes: their names; none where they go by their numbers.
+        client_test_fraction: share of its own examples that a client holds out; 0 where nobody knows it.
+        own_outputs: each task of a stream is told apart among its own classes.
     """
 
     num_classes: int
     classes: Sequence[str] = ()
+    own_outputs = False
+    client_test_fraction = 0.0
     primary = ACCURACY
 
     @property
@@ -52,6 +56,13 @@ class ClassificationWorkload(Workload):
         """Returns the mean cross-entropy of `batch["y"]` under the logits; every step of a sequence counts alike."""
         logits = self.logits(model, batch)
         return F.cross_entropy(logits.flatten(0, -2), batch["y"].flatten())
+
+    def masks_before(self, client_id: int, phase: int) -> list[Tensor]:
+        """Returns, for each task of a client before a phase, what is added to logits so that its own outputs stay.
+
+        Each is [classes]; there are none where tasks share their outputs, as in ordinary workloads.
+        """
+        return []
 
     def losses(self, model: nn.Module, batch: Tensors) -> Tensor:
         """Returns the cross-entropy of each example by itself, [batch]."""

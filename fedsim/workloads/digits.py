@@ -9,59 +9,41 @@ import gzip
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import Ge
 
 from fedsim.errors import DataError
 from fedsim.seeding import generator
-from fedsim.workloads.arrays import Arrays, ArrayWorkload
-from fedsim.workloads.base import ModelFactory
-from fedsim.workloads.partition import Partition
+from fedsim.workloads.arrays import Arrays, ArrayWorkload, DataSet
 
 
 class Digits(ArrayWorkload):
     """Ten digits, [1, 8, 8] in [0, 1]; a fixed fifth of each class is the test split, whatever the seed of the run.
 
+    Args:
+        name, default_clients, arrays: arguments of ArrayWorkload.
     Source: Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI 1998 (its test part).
     """
 
-    def __init__(
-        self,
-        model: ModelFactory,
-        partition: Partition,
-        num_clients: int | None,
-        seed: int,
-        name: str = "digits",
-        input_range: Literal["unit", "standard"] = "unit",
-        client_test_fraction: float = 0.1,
-        default_clients: int = 20,
-    ):
+    def __init__(self, name: str = "digits", default_clients: Annotated[int, Ge(1)] = 20, **arrays: Any):
+        super().__init__(name=name, default_clients=default_clients, **arrays)
+
+    def read(self) -> DataSet:
         x, y = _read()
         tested = _fifth_of_each_class(y)
-        super().__init__(
-            name,
-            train=Arrays(x[~tested], y[~tested]),
-            test=Arrays(x[tested], y[tested]),
-            classes=[str(digit) for digit in range(10)],
-            kind="image",
-            model=model,
-            partition=partition,
-            num_clients=num_clients,
-            seed=seed,
-            input_range=input_range,
-            client_test_fraction=client_test_fraction,
-            default_clients=default_clients,
-        )
+        train, test = (Arrays(x[rows], y[rows]) for rows in (~tested, tested))
+        return DataSet(train, test, [str(digit) for digit in range(10)], "image", self.name)
 
     @staticmethod
     def locate(settings: Mapping[str, Any]) -> tuple[str, bool, str]:
-        """Kind, whether the data are here, and where or how to get them."""
+        """Returns the kind, whether the data are here, and where or how to get them."""
         return "image", True, "ships with scikit-learn"
 
 
 def _read() -> tuple[np.ndarray, np.ndarray]:
-    """Images [1797, 8, 8, 1] float32 in [0, 1] and labels [1797] int64."""
+    """Returns the images [1797, 8, 8, 1] float32 in [0, 1] and labels [1797] int64."""
     spec = find_spec("sklearn")
     if spec is None or spec.origin is None:
         raise DataError("workload digits reads the images that ship with scikit-learn: pip install scikit-learn")
@@ -78,7 +60,7 @@ def _read() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _fifth_of_each_class(y: np.ndarray) -> np.ndarray:
-    """Which examples are the test split, [n] bool."""
+    """Returns which examples are the test split, [n] bool."""
     rng, tested = generator(0, "digits", "test"), np.zeros(len(y), bool)
     for label in np.unique(y):
         rows = rng.permutation(np.flatnonzero(y == label))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
+from annotated_types import Ge, Gt
 from torch import Tensor
 
 from devices.bounds import Checked
@@ -28,28 +31,22 @@ class LogMel(Checked, group="workload.features", error=ConfigError):
 
     def __init__(
         self,
-        sample_rate_hz: int = 16000,
-        fft: int = 512,
-        window: int = 480,
-        hop: int = 160,
-        mels: int = 40,
-        floor: float = 1e-6,
+        sample_rate_hz: Annotated[int, Ge(1)] = 16000,
+        fft: Annotated[int, Ge(1)] = 512,
+        window: Annotated[int, Ge(1)] = 480,
+        hop: Annotated[int, Ge(1)] = 160,
+        mels: Annotated[int, Ge(1)] = 40,
+        floor: Annotated[float, Gt(0)] = 1e-6,
     ):
-        sizes = {"sample_rate_hz": sample_rate_hz, "fft": fft, "window": window, "hop": hop, "mels": mels}
-        for key, value in sizes.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"workload.features.{key} must be a whole number of at least 1, got {value!r}")
         if fft < window:
             raise ConfigError(f"workload.features.fft must be at least workload.features.window={window}, got {fft}")
-        if not isinstance(floor, int | float) or not floor > 0:
-            raise ConfigError(f"workload.features.floor must be above 0, got {floor!r}")
         from torchaudio.transforms import MelSpectrogram
 
         self.sample_rate_hz, self.floor = sample_rate_hz, floor
         self.mel = MelSpectrogram(sample_rate_hz, n_fft=fft, win_length=window, hop_length=hop, n_mels=mels)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Spectrograms [n, 1, mels, 1 + samples // hop] of sound [n, samples] in [-1, 1).
+        """Returns spectrograms [n, 1, mels, 1 + samples // hop] of sound [n, samples] in [-1, 1).
 
         Clip by clip: the numbers of one do not depend on what else is asked for with it.
         """

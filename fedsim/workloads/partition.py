@@ -6,9 +6,10 @@ A partition is a value: the same labels, owners and generator give the same clie
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
+from annotated_types import Ge, Gt
 
 from devices.bounds import Checked
 from fedsim.errors import ConfigError, DataError
@@ -27,7 +28,7 @@ class Partition(Checked, ABC, group="partition", error=ConfigError):
     def split(
         self, labels: np.ndarray, owners: np.ndarray | None, num_clients: int | None, rng: np.random.Generator
     ) -> list[np.ndarray]:
-        """The examples of every client.
+        """Deals the examples over the clients.
 
         Args:
             labels: [n] int64, or [n, steps] for sequences.
@@ -45,7 +46,7 @@ class Partition(Checked, ABC, group="partition", error=ConfigError):
         """
 
     def keeps_held_out(self, trained: np.ndarray, held_out: np.ndarray) -> np.ndarray:
-        """Which examples of a client's owner in the test split judge its model, [m] bool; here all of them.
+        """Returns which examples of a client's owner in the test split judge its model, [m] bool; here all of them.
 
         Args:
             trained: labels that the client trains on, [n] int64.
@@ -72,10 +73,8 @@ class Quantity(Partition):
         min_examples: what even the smallest client owns.
     """
 
-    def __init__(self, sigma: float, min_examples: int = 1):
-        if not isinstance(sigma, int | float) or not 0 <= sigma < np.inf:
-            raise ConfigError(f"partition.sigma must be a finite number of at least 0, got {sigma!r}")
-        self.sigma, self.min_examples = sigma, _at_least_one("min_examples", min_examples)
+    def __init__(self, sigma: Annotated[float, Ge(0)], min_examples: Annotated[int, Ge(1)] = 1):
+        self.sigma, self.min_examples = sigma, min_examples
 
     def split(
         self, labels: np.ndarray, owners: np.ndarray | None, num_clients: int | None, rng: np.random.Generator
@@ -102,10 +101,8 @@ class Dirichlet(Partition):
         (Hsu et al. 2019 draw the classes of each client instead, with equal sizes.)
     """
 
-    def __init__(self, alpha: float, min_examples: int = 1):
-        if not isinstance(alpha, int | float) or not 0 < alpha < np.inf:
-            raise ConfigError(f"partition.alpha must be a finite number above 0, got {alpha!r}")
-        self.alpha, self.min_examples = alpha, _at_least_one("min_examples", min_examples)
+    def __init__(self, alpha: Annotated[float, Gt(0)], min_examples: Annotated[int, Ge(1)] = 1):
+        self.alpha, self.min_examples = alpha, min_examples
 
     def split(
         self, labels: np.ndarray, owners: np.ndarray | None, num_clients: int | None, rng: np.random.Generator
@@ -151,8 +148,8 @@ class Shards(Partition):
         draw one label twice; here neither happens.
     """
 
-    def __init__(self, classes_per_client: int):
-        self.classes_per_client = _at_least_one("classes_per_client", classes_per_client)
+    def __init__(self, classes_per_client: Annotated[int, Ge(1)]):
+        self.classes_per_client = classes_per_client
 
     def split(
         self, labels: np.ndarray, owners: np.ndarray | None, num_clients: int | None, rng: np.random.Generator
@@ -197,12 +194,13 @@ class Natural(Partition):
 
     by_owner = True
 
-    def __init__(self, min_examples: int = 1, max_clients: int | None = None, classes_per_client: int | None = None):
-        self.min_examples = _at_least_one("min_examples", min_examples)
-        self.max_clients = None if max_clients is None else _at_least_one("max_clients", max_clients)
-        self.classes_per_client = (
-            None if classes_per_client is None else _at_least_one("classes_per_client", classes_per_client)
-        )
+    def __init__(
+        self,
+        min_examples: Annotated[int, Ge(1)] = 1,
+        max_clients: Annotated[int, Ge(1)] | None = None,
+        classes_per_client: Annotated[int, Ge(1)] | None = None,
+    ):
+        self.min_examples, self.max_clients, self.classes_per_client = min_examples, max_clients, classes_per_client
 
     def split(
         self, labels: np.ndarray, owners: np.ndarray | None, num_clients: int | None, rng: np.random.Generator
@@ -250,15 +248,9 @@ class Natural(Partition):
         return np.isin(held_out, trained)
 
     def _keeps(self, labels: np.ndarray, own: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Which examples of a client stay, [n] bool: those of some of the classes of its `own` [n] bool."""
+        """Draws which examples of a client stay, [n] bool: all of some of the classes among its `own` [n] bool."""
         assert self.classes_per_client is not None
         return np.isin(labels, rng.permutation(np.unique(labels[own]))[: self.classes_per_client])
-
-
-def _at_least_one(key: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise ConfigError(f"partition.{key} must be a whole number of at least 1, got {value!r}")
-    return int(value)
 
 
 def _enough(examples: int, num_clients: int | None, each: int) -> int:
@@ -285,7 +277,7 @@ def _one_label_each(labels: np.ndarray, name: str, instead: str = "partition=nat
 
 
 def _apportion(total: int, weights: np.ndarray) -> np.ndarray:
-    """Whole numbers in proportion to the weights that sum to `total` (largest remainders), [len(weights)] int64."""
+    """Returns whole numbers in proportion to the weights that sum to `total` (largest remainders), as many as those."""
     exact = total * (weights / weights.sum())
     whole = np.floor(exact).astype(np.int64)
     order = np.argsort(whole - exact, kind="stable")
@@ -300,7 +292,7 @@ def _group(client_of: np.ndarray, clients: int) -> list[np.ndarray]:
 
 
 def _holders(sizes: np.ndarray, most: np.ndarray, slots: int) -> np.ndarray:
-    """How many clients hold each class, [classes]: at least one, `slots` in all, shards as equal as can be.
+    """Returns how many clients hold each class, [classes]: at least one, `slots` in all, shards as equal as can be.
 
     Highest averages (D'Hondt): the next holder goes to the class whose shards would still be the largest.
     """
@@ -313,7 +305,7 @@ def _holders(sizes: np.ndarray, most: np.ndarray, slots: int) -> np.ndarray:
 
 
 def _deal_classes(left: np.ndarray, clients: int, each: int, rng: np.random.Generator) -> np.ndarray:
-    """Which client holds which class, [clients, classes] bool, `each` per client and `left` [classes] per class.
+    """Draws which client holds which class, [clients, classes] bool, `each` per client and `left` per class.
 
     Each client takes the classes with most holders left, ties at random; this never gets stuck (Gale and Ryser).
     """

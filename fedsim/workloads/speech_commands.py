@@ -9,12 +9,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fedsim.errors import ConfigError, DataError
+from fedsim.errors import DataError
 from fedsim.seeding import generator
-from fedsim.workloads.arrays import Arrays, ArrayWorkload, Features
-from fedsim.workloads.base import ModelFactory
+from fedsim.workloads.arrays import Arrays, ArrayWorkload, DataSet
 from fedsim.workloads.official import Official
-from fedsim.workloads.partition import Partition
 
 FOLDER, NOISE = Path("SpeechCommands", "speech_commands_v0.02"), "_background_noise_"
 OFFICIAL = Official("speech_commands", str(FOLDER), "kws", "workload=kws")
@@ -43,8 +41,8 @@ class SpeechCommands(ArrayWorkload):
         classes: 12, or 35 for every word.
         root: folder with the official files; None looks in $FEDSIM_DATA, then ./data.
         download: fetch the files (2.3 GB) when they are not there.
-        name, model, partition, num_clients, seed, input_range, client_test_fraction, default_clients, features: see
-            `ArrayWorkload`.
+        name: of the workload.
+        arrays: arguments of ArrayWorkload.
     Source: Warden, "Speech Commands: A Dataset for Limited-Vocabulary Speech Recognition", 2018, section 7. Its test
         archive for 12 classes has other draws of unknown words and silence.
 
@@ -55,44 +53,26 @@ class SpeechCommands(ArrayWorkload):
 
     def __init__(
         self,
-        model: ModelFactory,
-        partition: Partition,
-        num_clients: int | None,
-        seed: int,
-        classes: int = 12,
+        classes: Literal[12, 35] = 12,
         name: str = "speech_commands",
         root: str | None = None,
         download: bool = False,
-        input_range: Literal["unit", "standard"] = "unit",
-        client_test_fraction: float = 0.1,
-        default_clients: int = 100,
-        features: Features | None = None,
+        **arrays: Any,
     ):
-        if classes not in (12, 35):
-            raise ConfigError(f"workload.classes of workload speech_commands must be 12 or 35, got {classes!r}")
-        where = OFFICIAL.root(root)
-        train, test = (_list(where, subset, download) for subset in ("training", "testing"))
-        words = [*KEYWORDS, UNKNOWN, SILENCE] if classes == 12 else sorted({clip.word for clip in train})
-        noise = _noise(where / FOLDER / NOISE) if classes == 12 else []
-        super().__init__(
-            name,
-            _read(train, words, noise, "training"),
-            _read(test, words, noise, "testing"),
-            words,
-            "audio",
-            model=model,
-            partition=partition,
-            num_clients=num_clients,
-            seed=seed,
-            input_range=input_range,
-            client_test_fraction=client_test_fraction,
-            default_clients=default_clients,
-            features=features,
-        )
+        self.words, self.root, self.download = classes, root, download
+        super().__init__(name=name, **arrays)
+
+    def read(self) -> DataSet:
+        where = OFFICIAL.root(self.root)
+        train, test = (_list(where, subset, self.download) for subset in ("training", "testing"))
+        words = [*KEYWORDS, UNKNOWN, SILENCE] if self.words == 12 else sorted({clip.word for clip in train})
+        noise = _noise(where / FOLDER / NOISE) if self.words == 12 else []
+        parts = [_read(clips, words, noise, subset) for clips, subset in ((train, "training"), (test, "testing"))]
+        return DataSet(parts[0], parts[1], words, "audio", self.name)
 
     @staticmethod
     def locate(settings: Mapping[str, Any]) -> tuple[str, bool, str]:
-        """Kind, whether the data are here, and where or how to get them."""
+        """Returns the kind, whether the data are here, and where or how to get them."""
         here, where = OFFICIAL.found(settings.get("root"))
         return "audio", here, where
 
@@ -111,7 +91,7 @@ def _list(root: Path, subset: str, download: bool) -> list[Clip]:
 
 
 def _read(clips: Sequence[Clip], words: Sequence[str], noise: Sequence[Sound], subset: str) -> Arrays:
-    """The clips of these words as int16 [n, 16000]; with "unknown" and "silence" among them, a draw of these."""
+    """Reads the clips of these words as int16 [n, 16000]; with "unknown" and "silence" among them, a draw of these."""
     from rich.progress import track
 
     draw = generator(0, "speech-commands", subset)

@@ -6,16 +6,14 @@ torchvision checks the files against their published MD5 before it unpickles CIF
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from devices.errors import unknown
 from fedsim.errors import ConfigError
-from fedsim.workloads.arrays import Arrays, ArrayWorkload
-from fedsim.workloads.base import ModelFactory
+from fedsim.workloads.arrays import Arrays, ArrayWorkload, DataSet
 from fedsim.workloads.official import Official
-from fedsim.workloads.partition import Partition
 
 CLASSES = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "mnist": "MNIST"}  # as torchvision calls them
 FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python", "mnist": "MNIST/raw"}
@@ -28,49 +26,27 @@ class Torchvision(ArrayWorkload):
         dataset: cifar10, cifar100 or mnist.
         root: folder with the official files; None looks in $FEDSIM_DATA, then ./data.
         download: fetch the files when they are not there.
-        name, model, partition, num_clients, seed, input_range, client_test_fraction, default_clients: see
-            `ArrayWorkload`.
+        name: of the workload; that of the data set when empty.
+        arrays: arguments of ArrayWorkload.
 
     Raises:
         ConfigError: if the data set is not known.
         DataError: if the files are not there or broken.
     """
 
-    def __init__(
-        self,
-        dataset: str,
-        model: ModelFactory,
-        partition: Partition,
-        num_clients: int | None,
-        seed: int,
-        name: str = "",
-        root: str | None = None,
-        download: bool = False,
-        input_range: Literal["unit", "standard"] = "unit",
-        client_test_fraction: float = 0.1,
-        default_clients: int = 100,
-    ):
+    def __init__(self, dataset: str, name: str = "", root: str | None = None, download: bool = False, **arrays: Any):
         if dataset not in CLASSES:
             raise ConfigError(unknown("workload.dataset", dataset, CLASSES))
-        train, test, classes = _read(dataset, root, download)
-        super().__init__(
-            name or dataset,
-            train,
-            test,
-            classes,
-            "image",
-            model=model,
-            partition=partition,
-            num_clients=num_clients,
-            seed=seed,
-            input_range=input_range,
-            client_test_fraction=client_test_fraction,
-            default_clients=default_clients,
-        )
+        self.dataset, self.root, self.download = dataset, root, download
+        super().__init__(name=name or dataset, **arrays)
+
+    def read(self) -> DataSet:
+        train, test, classes = _read(self.dataset, self.root, self.download)
+        return DataSet(train, test, classes, "image", self.name)
 
     @staticmethod
     def locate(settings: Mapping[str, Any]) -> tuple[str, bool, str]:
-        """Kind, whether the data are here, and where or how to get them."""
+        """Returns the kind, whether the data are here, and where or how to get them."""
         here, where = _official(str(settings["dataset"])).found(settings.get("root"))
         return "image", here, where
 

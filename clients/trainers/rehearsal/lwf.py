@@ -20,7 +20,6 @@ from devices.compression.distil import divergence
 from fedsim.messages.records import Broadcast, ClientUpdate
 from fedsim.workloads.base import Tensors
 from fedsim.workloads.classification import classification
-from fedsim.workloads.streams.base import Stream
 
 PHASE, TEACHER = "phase", "teacher."
 
@@ -116,7 +115,5 @@ class LwFTrainer(SGDTrainer):
 
     def views(self, client: ClientContext) -> list[Tensor]:
         """Returns masks of the outputs of the client's earlier tasks; none where tasks share their outputs."""
-        workload = client.workload
-        if not isinstance(workload, Stream) or workload.incremental != "task":
-            return []
-        return [workload.masks[task] for task in workload.order_of(client.client_id)[: workload.phase(client.round)]]
+        workload = classification(client.workload)
+        return workload.masks_before(client.client_id, workload.phase(client.round))

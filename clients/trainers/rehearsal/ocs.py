@@ -29,7 +29,7 @@ from fedsim.errors import ConfigError
 from fedsim.exchanges.ocs import REFERENCE
 from fedsim.messages.records import ClientUpdate
 from fedsim.workloads.base import Tensors, Workload
-from fedsim.workloads.streams.base import Stream
+from fedsim.workloads.classification import classification
 
 FLOOR = 1e-6  # of products of norms, relative to the largest: a perfectly fitted example scores 0
 SEEN = "ocs_batches"  # stream batches of the phase so far, for the warm start
@@ -268,12 +268,7 @@ class OCSTrainer(ReplayTrainer):
         Raises:
             ConfigError: where the affinity could only be 0.
         """
-        if (
-            self.grad_mode == "last_layer"
-            and self.tau
-            and isinstance(workload, Stream)
-            and workload.incremental == "task"
-        ):
+        if self.grad_mode == "last_layer" and self.tau and classification(workload).own_outputs:
             raise ConfigError(
                 "trainer.grad_mode=last_layer cannot compare tasks that have their own outputs: with "
                 "stream.incremental=task their gradients are orthogonal; take features or full, or trainer.tau=0"

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
+from annotated_types import Ge, Interval
 from torch import Tensor, nn
 
-from devices.errors import unknown
 from fedsim.errors import ConfigError, DataError
 from fedsim.seeding import generator
 from fedsim.workloads.base import ClientData, Examples, Tensors, Workload
@@ -33,11 +34,43 @@ Order = Literal["same", "shuffled"]
 Arrival = Literal["task", "chunk"]
 TASK, SEEN = "task", "seen"  # of each example: the task it belongs to; how many tasks a judge counts as seen
 MASKED = -1e4  # added to logits of classes that do not stand for choice; small enough to keep gradients finite
-LOOKED_AT = 2000  # clients whose tasks are checked before the run
+MAX_INSPECTED = 2000  # clients whose tasks are checked before the run
+
+
+@dataclass(frozen=True)
+class Imbalance:
+    """The share of each class's training examples that stays; the arguments of `Stream` with these names."""
+
+    full_classes: Sequence[int] | None
+    rest_share: float
+    long_tail: float
+    max_per_class: int | None
+
+    def shares(self, num_classes: int, seed: int) -> list[float]:
+        """Returns the share of its training examples that each class keeps.
+
+        Raises:
+            ConfigError: for a class that there is not.
+        """
+        classes, full = range(num_classes), self.full_classes
+        if wrong := [c for c in full or () if c not in classes]:
+            raise ConfigError(f"stream.full_classes must be in 0..{classes[-1]}, got {wrong[0]}")
+        shares = [1.0 if full is None or c in full else self.rest_share for c in classes]
+        for place, c in enumerate(generator(seed, "stream", "tail").permutation(num_classes)):
+            shares[c] *= self.long_tail ** (place / max(1, num_classes - 1))
+        return shares
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Gaussian noise on training inputs: the share that it replaces, and its deviation where it falls anew."""
+
+    share: float
+    fresh: float
 
 
 def unchanged(workload: Workload, rounds: int, evaluate_every: int, seed: int) -> Workload:
-    """No stream: every client has all its examples in every round."""
+    """Returns the workload without a stream: every client has all its examples in every round."""
     return workload
 
 
@@ -75,11 +108,11 @@ class Arrivals(Examples):
         assert self.rows is not None
         rows, tasks = self.rows[index], self.tasks[index]
         batch = {**self.own.gather(rows), TASK: tasks}
-        if self.client is not None and self.stream.noise_share:
-            batch["x"] = self.stream.blot(batch["x"], self.client, len(self.own), rows, tasks)
+        if self.client is not None and self.stream.noise.share:
+            batch["x"] = self.stream.replace_with_noise(batch["x"], self.client, len(self.own), rows, tasks)
         batch = self.stream.change(batch)
-        if self.part is not None and self.client is not None and self.stream.fresh_noise:
-            batch["x"] = self.stream.freshened(batch["x"], self.client, self.part, rows, tasks)
+        if self.part is not None and self.client is not None and self.stream.noise.fresh:
+            batch["x"] = self.stream.with_fresh_noise(batch["x"], self.client, self.part, rows, tasks)
         if self.seen is not None:
             batch[SEEN] = torch.full_like(tasks, self.seen)
         return batch
@@ -135,38 +168,23 @@ class Stream(ClassificationWorkload, group="stream"):
         rounds: int,
         evaluate_every: int,
         seed: int,
-        tasks: int = 5,
+        tasks: Annotated[int, Ge(2)] = 5,
         incremental: Incremental = "domain",
         order: Order = "same",
         arrival: Arrival = "task",
-        blur: float = 0.0,
+        blur: Annotated[float, Interval(ge=0, lt=1)] = 0.0,
         full_classes: Sequence[int] | None = None,
-        rest_share: float = 1.0,
-        long_tail: float = 1.0,
-        noise_share: float = 0.0,
-        fresh_noise: float = 0.0,
-        max_per_class: int | None = None,
-        test_per_class: int | None = None,
+        rest_share: Annotated[float, Interval(gt=0, le=1)] = 1.0,
+        long_tail: Annotated[float, Interval(gt=0, le=1)] = 1.0,
+        noise_share: Annotated[float, Interval(ge=0, le=1)] = 0.0,
+        fresh_noise: Annotated[float, Ge(0)] = 0.0,
+        max_per_class: Annotated[int, Ge(1)] | None = None,
+        test_per_class: Annotated[int, Ge(1)] | None = None,
         forward_transfer: bool = True,
     ):
         super().__init__(workload.model_factory, seed)
         if not isinstance(workload, ClassificationWorkload):
             raise ConfigError(f"a stream deals examples by their classes, and {workload.name} has none: stream=none")
-        for key, value, allowed in (
-            ("incremental", incremental, get_args(Incremental)),
-            ("order", order, get_args(Order)),
-            ("arrival", arrival, get_args(Arrival)),
-        ):
-            if value not in allowed:
-                raise ConfigError(unknown(f"value for stream.{key}", value, allowed))
-        _require("tasks", tasks, tasks >= 2, "at least 2")
-        _require("blur", blur, 0 <= blur < 1, "in [0, 1)")
-        _require("rest_share", rest_share, 0 < rest_share <= 1, "in (0, 1]")
-        _require("long_tail", long_tail, 0 < long_tail <= 1, "in (0, 1]")
-        _require("noise_share", noise_share, 0 <= noise_share <= 1, "in [0, 1]")
-        _require("fresh_noise", fresh_noise, fresh_noise >= 0, "at least 0")
-        _require("max_per_class", max_per_class, max_per_class is None or max_per_class >= 1, "null or at least 1")
-        _require("test_per_class", test_per_class, test_per_class is None or test_per_class >= 1, "null or at least 1")
         if rounds % tasks:
             near = max(1, round(rounds / tasks)) * tasks
             raise ConfigError(f"rounds must be a multiple of stream.tasks={tasks}, got {rounds}; try rounds={near}")
@@ -178,19 +196,14 @@ class Stream(ClassificationWorkload, group="stream"):
             )
         if workload.test.labels.dim() != 1:
             raise ConfigError(f"a stream needs one label per example, and {workload.name} is a sequence: stream=none")
-        classes = range(workload.num_classes)
-        wrong = [c for c in full_classes or () if c not in classes]
-        if wrong:
-            raise ConfigError(f"stream.full_classes must be in 0..{classes[-1]}, got {wrong[0]}")
         self.inner, self.name, self.num_clients = workload, workload.name, workload.num_clients
         self.input_shape, self.num_classes = workload.input_shape, workload.num_classes
         self.tasks, self.incremental, self.order, self.arrival = tasks, incremental, order, arrival
-        self.blur, self.noise_share, self.max_per_class = blur, noise_share, max_per_class
-        self.test_per_class, self.forward_transfer = test_per_class, forward_transfer
-        self.fresh_noise, self.endless = fresh_noise, fresh_noise > 0
-        self.shares = [1.0 if full_classes is None or c in full_classes else rest_share for c in classes]
-        for place, c in enumerate(generator(seed, "stream", "tail").permutation(len(classes))):
-            self.shares[c] *= long_tail ** (place / max(1, len(classes) - 1))
+        self.blur, self.test_per_class, self.forward_transfer = blur, test_per_class, forward_transfer
+        self.noise = Noise(noise_share, fresh_noise)
+        self.endless = self.noise.fresh > 0
+        self.imbalance = Imbalance(full_classes, rest_share, long_tail, max_per_class)
+        self.shares = self.imbalance.shares(workload.num_classes, seed)
         self._own = lru_cache(maxsize=8)(workload.client_data)
         self.set_up()
         for task in range(tasks):
@@ -201,7 +214,7 @@ class Stream(ClassificationWorkload, group="stream"):
                 )
         self.test = self.held_out(0)
         self.masks, self.seen_masks = self._masks()
-        for client in range(min(self.num_clients, LOOKED_AT)):
+        for client in range(min(self.num_clients, MAX_INSPECTED)):
             for phase in range(tasks):
                 self._check(client, phase, len(self._phase(client, phase)[0]))
 
@@ -212,52 +225,52 @@ class Stream(ClassificationWorkload, group="stream"):
 
     @abstractmethod
     def belongs(self, task: int, labels: Tensor) -> Tensor:
-        """Which examples, by their labels [n] int64, are in a task, [n] bool."""
+        """Returns which examples, by their labels [n] int64, are in a task, [n] bool."""
 
     def change(self, batch: Tensors) -> Tensors:
-        """A prepared batch as its examples' tasks (`batch["task"]` [b] int64) want it; here it stays."""
+        """Changes a prepared batch as the tasks of its examples (`batch["task"]` [b] int64) ask; here it stays."""
         return batch
 
     def relabel(self, labels: Tensor) -> Tensor:
-        """The labels that are learned, from those of the data set; here they stay."""
+        """Returns the labels that are learned, from those of the data set; here they stay."""
         return labels
 
     def classes_of(self, task: int) -> list[int]:
-        """The classes among which examples of a task are told apart, as learned; here all."""
+        """Returns the classes among which examples of a task are told apart, as learned; here all."""
         return list(range(self.num_classes))
 
     # --- what arrives when -------------------------------------------------------------------------------------
 
     def phase(self, round: int) -> int:
-        """Which of the phases a round is in, from 0; round 0 counts to the first."""
+        """Returns which of the phases a round is in, from 0; round 0 counts to the first."""
         return min(max(round - 1, 0) // self.rounds_per_task, self.tasks - 1)
 
     def part(self, round: int) -> int:
-        """The phase or, where a task comes in chunks, the round."""
+        """Returns the phase or, where a task comes in chunks, the round."""
         if self.arrival == "task":
             return self.phase(round)
         return min(max(round - 1, 0), self.tasks * self.rounds_per_task - 1)
 
     def phase_of_part(self, part: int) -> int:
-        """The phase that a part is in."""
+        """Returns the phase that a part is in."""
         return part if self.arrival == "task" else part // self.rounds_per_task
 
     def order_of(self, client_id: int) -> list[int]:
-        """The tasks of a client in the order in which they come."""
+        """Returns the tasks of a client in the order in which they come."""
         if self.order == "same":
             return list(range(self.tasks))
         return [int(t) for t in generator(self.seed, "stream", "order", client_id).permutation(self.tasks)]
 
     def fingerprint(self) -> Fingerprint:
-        """That of the wrapped workload: what becomes of its examples is a matter of settings."""
+        """Returns that of the wrapped workload: what becomes of its examples is a matter of settings."""
         return self.inner.fingerprint()
 
     def client_data(self, client_id: int) -> ClientData:
-        """All that a client ever has, as the wrapped workload gives it."""
+        """Returns all that a client ever has, as the wrapped workload gives it."""
         return self.inner.client_data(client_id)
 
     def client_part(self, client_id: int, part: int) -> ClientData:
-        """A part of a client's training examples, and its held-out examples of all tasks up to that part.
+        """Returns a part of a client's training examples, and its held-out examples of all tasks up to that part.
 
         Raises:
             DataError: if there is nothing to train on.
@@ -272,19 +285,19 @@ class Stream(ClassificationWorkload, group="stream"):
         return ClientData(Arrivals(own.train, rows, tasks, self, client_id, part=part), test)
 
     def arrivals(self, client_id: int, part: int) -> Tensor:
-        """Task * examples + row for each training example of the part."""
+        """Returns task * examples + row for each training example of the part."""
         rows, tasks = self._of_part(client_id, part)
         return tasks * len(self._own(client_id).train) + rows
 
     def recall(self, client_id: int, names: Tensor) -> Tensors:
-        """See Workload.
+        """Returns training examples by their names.
 
         Raises:
             DataError: of an endless stream, which does not make the same example twice.
         """
         if self.endless:
             raise DataError(
-                f"stream.fresh_noise={self.fresh_noise} makes examples anew: they cannot be recalled by name"
+                f"stream.fresh_noise={self.noise.fresh} makes examples anew: they cannot be recalled by name"
             )
         own = self._own(client_id).train
         kept = Arrivals(own, names % len(own), names // len(own), self, client_id)
@@ -310,7 +323,7 @@ class Stream(ClassificationWorkload, group="stream"):
             )
 
     def _phase(self, client_id: int, phase: int) -> tuple[Tensor, Tensor]:
-        """Rows among the client's training examples and their tasks, as they come in a phase, both [m] int64."""
+        """Returns rows of the client's training examples and their tasks, as they come in a phase, both [m] int64."""
         order, pieces = self.order_of(client_id), []
         for other in (phase - 1, phase, phase + 1):
             if not 0 <= other < self.tasks:
@@ -325,37 +338,38 @@ class Stream(ClassificationWorkload, group="stream"):
         return rows, tasks
 
     def _rows(self, client_id: int, task: int) -> Tensor:
-        """The rows of a client's training examples in a task, in a drawn order, without those that imbalance drops."""
+        """Draws the order of a client's training examples in a task, without those that imbalance drops."""
         labels = self._own(client_id).train.labels
         draw = generator(self.seed, "stream", "rows", client_id, task)
         rows = torch.from_numpy(draw.permutation(torch.nonzero(self.belongs(task, labels)).flatten().numpy()))
-        if self.max_per_class is None and min(self.shares) == 1.0:
+        most = self.imbalance.max_per_class
+        if most is None and min(self.shares) == 1.0:
             return rows
         keep = torch.zeros(len(rows), dtype=torch.bool)
         for c in labels[rows].unique().tolist():
             places = torch.nonzero(labels[rows] == c).flatten()
-            most = len(places) if self.max_per_class is None else min(len(places), self.max_per_class)
-            keep[places[: int(most * self.shares[c] + 0.5)]] = True
+            count = len(places) if most is None else min(len(places), most)
+            keep[places[: int(count * self.shares[c] + 0.5)]] = True
         return rows[keep]
 
-    def blot(self, x: Tensor, client: int, examples: int, rows: Tensor, tasks: Tensor) -> Tensor:
+    def replace_with_noise(self, x: Tensor, client: int, examples: int, rows: Tensor, tasks: Tensor) -> Tensor:
         """Replaces some inputs [b, ...] by noise: the same ones and the same noise at every call."""
         x = x.clone()
         for task in tasks.unique().tolist():
-            noisy = generator(self.seed, "stream", "noisy", client, task).random(examples) < self.noise_share
+            noisy = generator(self.seed, "stream", "noisy", client, task).random(examples) < self.noise.share
             here = torch.nonzero((tasks == task) & torch.from_numpy(noisy)[rows]).flatten().tolist()
             for place in here:
                 draw = generator(self.seed, "stream", "noise", client, task, int(rows[place]))
                 x[place] = torch.from_numpy(draw.standard_normal(tuple(x.shape[1:]), dtype=np.float32))
         return x
 
-    def freshened(self, x: Tensor, client: int, part: int, rows: Tensor, tasks: Tensor) -> Tensor:
-        """Inputs [b, ...] with the noise of the part in which they arrive."""
+    def with_fresh_noise(self, x: Tensor, client: int, part: int, rows: Tensor, tasks: Tensor) -> Tensor:
+        """Returns inputs [b, ...] with the noise of the part in which they arrive."""
         noise = torch.empty(x.shape)
         for place, (row, task) in enumerate(zip(rows.tolist(), tasks.tolist(), strict=True)):
             draw = generator(self.seed, "stream", "fresh", client, part, task, row)
             noise[place] = torch.from_numpy(draw.standard_normal(tuple(x.shape[1:]), dtype=np.float32))
-        return x + self.fresh_noise * noise.to(x.device)
+        return x + self.noise.fresh * noise.to(x.device)
 
     # --- model, objective and judgement ---------------------------------------------------------------------------
 
@@ -363,7 +377,7 @@ class Stream(ClassificationWorkload, group="stream"):
         return self.inner.build_model() if self.num_classes == self.inner.num_classes else super().build_model()
 
     def _masks(self) -> tuple[Tensor, Tensor]:
-        """What is added to the logits: for the classes of a task, and of the first n phases, [tasks (+ 1), classes]."""
+        """Returns the masks of logits, for each task and for the first n phases, [tasks (+ 1), classes]."""
         own = torch.full((self.tasks, self.num_classes), MASKED)
         for task in range(self.tasks):
             own[task, self.classes_of(task)] = 0.0
@@ -371,7 +385,7 @@ class Stream(ClassificationWorkload, group="stream"):
         return own, torch.stack(seen)
 
     def logits(self, model: nn.Module, batch: Tensors) -> Tensor:
-        """The model's logits with the mask of each example, [batch, classes]."""
+        """Returns the model's logits with the mask of each example, [batch, classes]."""
         logits = super().logits(model, batch)
         if self.incremental == "task":
             return logits + self.masks.to(logits.device)[batch[TASK]]
@@ -379,8 +393,17 @@ class Stream(ClassificationWorkload, group="stream"):
             return logits + self.seen_masks.to(logits.device)[batch[SEEN]]
         return logits
 
+    @property
+    def own_outputs(self) -> bool:  # type: ignore[override]
+        """Returns whether each task is told apart among its own classes."""
+        return self.incremental == "task"
+
+    def masks_before(self, client_id: int, phase: int) -> list[Tensor]:
+        """Returns the masks of the client's tasks before a phase; none where tasks share their outputs."""
+        return [self.masks[task] for task in self.order_of(client_id)[:phase]] if self.own_outputs else []
+
     def held_out(self, task: int, seen: int | None = None) -> Arrivals:
-        """The test examples of a task; with `test_per_class`, the same draw for all tasks that share examples."""
+        """Returns a task's test examples; with `test_per_class`, the same draw for all tasks that share examples."""
         labels = self.inner.test.labels
         rows = torch.nonzero(self.belongs(task, labels)).flatten()
         if self.test_per_class is not None:
@@ -391,7 +414,7 @@ class Stream(ClassificationWorkload, group="stream"):
         return Arrivals(self.inner.test, rows, torch.full_like(rows, task), self, seen=seen)
 
     def judge(self, model: nn.Module, round: int) -> dict[str, float]:
-        """Accuracy on the test examples of each task; `accuracy` and `loss` are means over the tasks seen so far."""
+        """Returns the test accuracy of each task; `accuracy` and `loss` are means over the tasks seen so far."""
         phase = self.phase(round)
         known = self.tasks if self.order == "shuffled" else phase + 1
         judged = known
@@ -402,16 +425,16 @@ class Stream(ClassificationWorkload, group="stream"):
         return {**means, **{continual.key_of(s): r["accuracy"] for s, r in enumerate(results)}}
 
     def figures(self, reports: Sequence[RoundReport]) -> dict[str, Any]:
-        """Accuracy matrix and what follows from it: for the global model, and as the mean over clients' own orders."""
+        """Returns the accuracy matrix and its figures: of the global model, and as means over clients' own orders."""
         first, matrix = continual.accuracy_matrix(reports, self.tasks, self.rounds_per_task)
         figures = continual.summary(first, matrix)
         if self.order == "shuffled":
-            orders = [self.order_of(client) for client in range(min(self.num_clients, LOOKED_AT))]
+            orders = [self.order_of(client) for client in range(min(self.num_clients, MAX_INSPECTED))]
             figures["clients"] = continual.mean_over_orders(first, matrix, orders)
         return {"continual": figures}
 
     def pictures(self, reports: Sequence[RoundReport]) -> dict[str, Figure]:
-        """The accuracy matrix as a heat map, and the accuracy of each task over the rounds."""
+        """Draws the accuracy matrix as a heat map, and the accuracy of each task over the rounds."""
         from fedsim.workloads.streams.picture import heat_map, task_curves
 
         _, matrix = continual.accuracy_matrix(reports, self.tasks, self.rounds_per_task)
@@ -419,8 +442,3 @@ class Stream(ClassificationWorkload, group="stream"):
             "accuracy-matrix": heat_map(matrix, self.name),
             "accuracy-per-task": task_curves(reports, self.tasks, self.rounds_per_task, self.order == "same"),
         }
-
-
-def _require(key: str, value: object, holds: bool, allowed: str) -> None:
-    if not holds:
-        raise ConfigError(f"stream.{key} must be {allowed}, got {value!r}")

@@ -107,8 +107,6 @@ class Rotated(Reused):
     """
 
     def __init__(self, degrees: float = 9.0, interpolation: Literal["nearest", "bilinear"] = "nearest", **reused: Any):
-        if interpolation not in ("nearest", "bilinear"):
-            raise ConfigError(unknown("value for stream.interpolation", interpolation, ("nearest", "bilinear")))
         self.degrees, self.interpolation = degrees, interpolation
         super().__init__(**reused)
 
@@ -134,7 +132,7 @@ class Rotated(Reused):
 
 
 class Permuted(Reused):
-    """The numbers of every example in another fixed order in each task; the first task is as it was."""
+    """Each task orders the numbers of every example in another fixed way; the first task is as it was."""
 
     def set_up(self) -> None:
         size = int(torch.tensor(self.input_shape).prod())
@@ -207,9 +205,15 @@ class _Union(ClassificationWorkload):
         self.first, self.name, self.num_clients = first, first.name, first.num_clients
         self.input_shape = first.input_shape
         tests, counts, self.others = [first.test], [first.num_classes], []
-        held_out = getattr(first, "client_test_fraction", 0.0)  # of a user's own workload, nobody knows it
         for path in bundles:
-            other = Bundle(path, first.model_factory, Iid(), first.num_clients, seed, client_test_fraction=held_out)
+            other = Bundle(
+                path,
+                model=first.model_factory,
+                partition=Iid(),
+                num_clients=first.num_clients,
+                seed=seed,
+                client_test_fraction=first.client_test_fraction,
+            )
             if len(other.input_shape) != 3:
                 raise ConfigError(f"stream.bundles must hold images, and {path} has none")
             self.others.append(other)
@@ -220,7 +224,7 @@ class _Union(ClassificationWorkload):
         self.test = Joined(tests, self.starts, self.input_shape)
 
     def fingerprint(self) -> Fingerprint:
-        """Those of all data sets, numbered behind the first."""
+        """Returns those of all data sets, numbered behind the first."""
         found = dict(self.first.fingerprint())
         for number, other in enumerate(self.others, start=1):
             found |= {f"bundle {number} {key}": value for key, value in other.fingerprint().items()}
