@@ -24,7 +24,7 @@ from fedsim.engines.local import LocalEngine
 from fedsim.messages.cohort import ClientTask, CohortAnswer, CohortTask
 from fedsim.messages.records import NUM_EXAMPLES, STATE, Broadcast, Instructions, record_of, tensors_of
 from fedsim.messages.uplink import decompressed
-from fedsim.runs import federation as federations
+from fedsim.runs import writer
 from fedsim.runs.federation import Federation
 from fedsim.settings.build import build_world
 from fedsim.settings.compose import compose
@@ -131,7 +131,7 @@ def run(settings, tmp_path):
     """Runs a tiny experiment from top to bottom into `out` and returns its summary."""
 
     def make(*overrides: str, out: Path = tmp_path) -> dict[str, Any]:
-        return federations.run(settings(*overrides), LocalEngine(serve), out)
+        return writer.run(settings(*overrides), LocalEngine(serve), out)
 
     return make
 

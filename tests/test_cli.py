@@ -21,7 +21,7 @@ from devices.profile import SHIPPED
 from fedsim.cli import main as cli
 from fedsim.report.place import WRITTEN
 from fedsim.report.rounds import read_rounds
-from fedsim.runs.federation import fleet_name
+from fedsim.runs.summary import fleet_name
 from fedsim.settings.compose import compose
 from fedsim.settings.groups import options
 from fedsim.settings.run_settings import RunSettings
@@ -449,7 +449,7 @@ def test_doctor_says_when_something_is_wrong(fedsim: Callable[..., Ended], monke
     def broken(*_: Any) -> None:
         raise RuntimeError("it broke")
 
-    monkeypatch.setattr("fedsim.runs.federation.run", broken)
+    monkeypatch.setattr("fedsim.runs.writer.run", broken)
     ended = fedsim("doctor")
     assert ended.code == 1
     assert "not installed" in ended.out

@@ -22,7 +22,7 @@ import yaml
 
 from clients.app import serve
 from fedsim.engines.local import LocalEngine
-from fedsim.runs import federation as federations
+from fedsim.runs import writer
 from fedsim.settings.compose import compose
 from fedsim.settings.groups import GROUPS, config_dir
 
@@ -178,6 +178,6 @@ def test_the_start_commands_make_a_cluster_that_trains_on_both_nodes(cluster: st
     assert run.returncode == 0, run.communicate()[1]
     run.communicate()
     assert len(raylets & {p.pid for p in cluster_processes(cluster)}) == 2
-    local = federations.run(compose(overrides), LocalEngine(serve), tmp_path / "local")
+    local = writer.run(compose(overrides), LocalEngine(serve), tmp_path / "local")
     summary = json.loads((tmp_path / "cluster" / "summary.json").read_text())
     assert summary["weights_sha256"] == local["weights_sha256"]

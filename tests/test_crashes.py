@@ -17,7 +17,7 @@ from devices.errors import UserError
 from fedsim.engines.local import LocalEngine
 from fedsim.messages.records import record_of
 from fedsim.report.checksums import Beginning, Checksums
-from fedsim.runs import federation as federations
+from fedsim.runs import writer
 from fedsim.runs.checkpoint import ASIDE, Checkpoints, Saved, load
 from fedsim.runs.recorded import settings_of_run
 from fedsim.settings.compose import compose
@@ -114,9 +114,9 @@ FLIPPED = {
 def flips(method: str, count: int, place: Path) -> list[str]:
     """Resumes a run with one bit flipped, so many times; what came out wrong without a word."""
     chosen = compose([*SMALL, *FLIPPED[method]])
-    federations.run(chosen, LocalEngine(serve), place / "whole")
+    writer.run(chosen, LocalEngine(serve), place / "whole")
     with pytest.raises(EndError):
-        federations.run(chosen, LocalEngine(serve), place / "cut", ends_after(chosen["rounds"] - 1))
+        writer.run(chosen, LocalEngine(serve), place / "cut", ends_after(chosen["rounds"] - 1))
     whole, wrong, rng = comparable(place / "whole"), [], random.Random(method)
     files = sorted(path.relative_to(place / "cut") for path in (place / "cut").rglob("*") if path.is_file())
     for _ in range(count):
@@ -128,7 +128,7 @@ def flips(method: str, count: int, place: Path) -> list[str]:
         data[place_of_bit // 8] ^= 1 << place_of_bit % 8
         (again / file).write_bytes(data)
         try:
-            federations.run(settings_of_run(again), LocalEngine(serve), again, resume=True)
+            writer.run(settings_of_run(again), LocalEngine(serve), again, resume=True)
         except UserError as error:
             if type(error).__module__ not in ("fedsim.errors", "devices.errors"):
                 wrong.append(f"{file}, bit {place_of_bit}: {error!r}")
@@ -153,18 +153,18 @@ def test_flipped_bits_are_never_silently_wrong(method: str, tmp_path: Path):
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before_with_a_word(tmp_path: Path):
     chosen = compose([*SMALL, "rounds=5"])
-    federations.run(chosen, LocalEngine(serve), tmp_path / "whole")
+    writer.run(chosen, LocalEngine(serve), tmp_path / "whole")
     with pytest.raises(EndError):
-        federations.run(chosen, LocalEngine(serve), tmp_path / "cut", ends_after(4))
+        writer.run(chosen, LocalEngine(serve), tmp_path / "cut", ends_after(4))
     weights = tmp_path / "cut" / "checkpoint" / "round-000003" / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     with pytest.warns(UserWarning, match=r"weights\.safetensors is damaged: .*; this run goes on from round 2, of the"):
-        federations.run(settings_of_run(tmp_path / "cut"), LocalEngine(serve), tmp_path / "cut", resume=True)
+        writer.run(settings_of_run(tmp_path / "cut"), LocalEngine(serve), tmp_path / "cut", resume=True)
     assert comparable(tmp_path / "cut") == comparable(tmp_path / "whole")
 
 
 def test_settings_that_were_changed_are_refused(tmp_path: Path, fedsim):
-    federations.run(compose(list(SMALL)), LocalEngine(serve), tmp_path / "run")
+    writer.run(compose(list(SMALL)), LocalEngine(serve), tmp_path / "run")
     config = tmp_path / "run" / "config.yaml"
     config.write_text(config.read_text().replace("seed: 1", "seed: 2"))
     ended: Ended = fedsim("resume", str(tmp_path / "run"))

@@ -14,10 +14,9 @@ from clients.app import serve
 from clients.worker import worker_for
 from devices import profile
 from fedsim.engines.local import LocalEngine
-from fedsim.errors import ConfigError, DataError
+from fedsim.errors import ClientError, ConfigError, DataError
 from fedsim.models.mlp import MLP
-from fedsim.runs import checkpoint
-from fedsim.runs import federation as federations
+from fedsim.runs import checkpoint, writer
 from fedsim.settings.build import build_workload, build_world
 from fedsim.settings.compose import compose
 from fedsim.settings.groups import options
@@ -171,7 +170,7 @@ def settings_on(path: Path, *overrides: str) -> dict[str, Any]:
 def run(settings: dict[str, Any], out: Path, **more: Any) -> dict[str, Any]:
     build_world.cache_clear()  # it would hold the data as they were
     worker_for.cache_clear()
-    return federations.run(settings, LocalEngine(serve), out, **more)
+    return writer.run(settings, LocalEngine(serve), out, **more)
 
 
 def held(folder: Path) -> dict[str, bytes]:
@@ -230,7 +229,7 @@ def test_the_commands_refuse_other_data_in_one_sentence(tmp_path: Path, fedsim):
 def test_a_client_that_stopped_a_run_is_not_replayed_with_other_data(tmp_path: Path, fedsim):
     path = bundle(tmp_path / "data")
     settings, out = settings_on(path, "trainer.lr=1e30", "checkpoint_s=null"), tmp_path / "run"
-    with pytest.raises(federations.ClientError):
+    with pytest.raises(ClientError):
         run(settings, out)
     sent = json.loads((out / "failed-client.json").read_text().splitlines()[0])
     arguments = ["replay", str(out), "--round", str(sent["round"]), "--client", str(sent["client"])]

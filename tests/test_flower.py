@@ -30,8 +30,8 @@ from fedsim.engines.local import LocalEngine
 from fedsim.errors import ConfigError, RunError
 from fedsim.report.rounds import HOST_FIELDS, read_rounds
 from fedsim.runs import flower_launch as flower_run
-from fedsim.runs.federation import run
 from fedsim.runs.flower_launch import anchored, failure
+from fedsim.runs.writer import run
 from fedsim.settings.compose import compose, from_run_config
 
 PROJECT = Path(__file__).parent.parent

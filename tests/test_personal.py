@@ -24,7 +24,8 @@ from fedsim.messages.weights import JOINED, bytes_of
 from fedsim.models.mlp import MLP
 from fedsim.models.roles import private_names
 from fedsim.report.rounds import weights_sha256
-from fedsim.runs.federation import Federation, method_name
+from fedsim.runs.federation import Federation
+from fedsim.runs.summary import method_name
 from fedsim.settings.build import build_world
 from fedsim.settings.compose import compose
 from fedsim.settings.run_settings import RunSettings

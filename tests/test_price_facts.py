@@ -12,7 +12,7 @@ from devices.profile import load_profile
 from fedsim.engines.local import LocalEngine
 from fedsim.report.page import write_page
 from fedsim.report.text import closing_lines
-from fedsim.runs import checkpoint, federation
+from fedsim.runs import checkpoint, federation, writer
 from fedsim.runs.price_facts import facts_of
 
 NOTHING = (0.0, 0.0, 0.0, 0.0)
@@ -91,5 +91,5 @@ def test_resumed_run_says_the_same(run, settings, tmp_path, monkeypatch):
         run(*given, out=tmp_path / "part")
     monkeypatch.undo()
     assert checkpoint.load(tmp_path / "part").round == 3
-    again = federation.run(settings(*given), LocalEngine(serve), tmp_path / "part", resume=True)
+    again = writer.run(settings(*given), LocalEngine(serve), tmp_path / "part", resume=True)
     assert again["prices"] == whole["prices"]

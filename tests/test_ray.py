@@ -38,7 +38,8 @@ from fedsim.errors import ClientError, ConfigError, RunError
 from fedsim.messages.cohort import ClientTask, CohortAnswer, CohortTask
 from fedsim.messages.records import Broadcast
 from fedsim.report.rounds import HOST_FIELDS
-from fedsim.runs import federation as federations
+from fedsim.runs import writer
+from fedsim.runs.federation import Federation
 from fedsim.settings.build import build_world
 from fedsim.settings.compose import compose
 from fedsim.workloads.base import Tensors
@@ -149,7 +150,7 @@ def result(tmp_path: Path) -> Callable[..., tuple[str, list[dict]]]:
 
     def make(engine: Any, *overrides: str, **hooks: Any) -> tuple[str, list[dict]]:
         out = tmp_path / f"{type(engine).__name__}-{time.monotonic_ns()}"
-        summary = federations.run(compose([*TINY, "cohort=6", *overrides]), engine, out, **hooks)
+        summary = writer.run(compose([*TINY, "cohort=6", *overrides]), engine, out, **hooks)
         return summary["weights_sha256"], lines(out)
 
     return make
@@ -283,7 +284,7 @@ def test_client_that_always_kills_its_worker_is_named_and_nobody_is_blamed_in_it
     """One chance: the message is split at once, the client fails, those that waited behind it are served."""
     pair.retries = 1
     settings = compose([*TINY, "cohort=6", *unlucky("die", [3], tmp_path, times=9), "on_client_error=drop", "rounds=1"])
-    _, (_, reports), *_ = federations.Federation(build_world(json.dumps(settings)), pair).rounds()
+    _, (_, reports), *_ = Federation(build_world(json.dumps(settings)), pair).rounds()
     reason = "its worker process died once while training it (killed, or out of memory)"
     assert [(r.outcome, r.reason) for r in reports if r.client == 3] == [("failed", reason)]
     assert {r.outcome for r in reports if r.client != 3} == {"completed"}
@@ -536,7 +537,7 @@ def run_in_a_changing_cluster(out: str) -> None:
             if len(answers) == 40:
                 os.kill(node.all_processes["raylet"][0].process.pid, signal.SIGKILL)
 
-        federations.run(compose([*TINY, *CHANGING]), grid, Path(out), observe=observe)
+        writer.run(compose([*TINY, *CHANGING]), grid, Path(out), observe=observe)
         print(json.dumps(sizes))
         grid.close()
         cluster.shutdown()

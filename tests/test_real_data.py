@@ -10,7 +10,7 @@ import pytest
 
 from clients.app import serve
 from fedsim.engines.local import LocalEngine
-from fedsim.runs.federation import run
+from fedsim.runs.writer import run
 from fedsim.settings.build import build_world
 from fedsim.settings.compose import compose
 

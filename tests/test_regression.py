@@ -26,7 +26,7 @@ from fedsim.report.plots.study import draw_study, shown
 from fedsim.report.rounds import read_rounds
 from fedsim.report.split import kept_split, primary_of
 from fedsim.report.text import closing_lines, closing_table, sweep_table
-from fedsim.runs import federation as federations
+from fedsim.runs import writer
 from fedsim.runs.api import load
 from fedsim.settings.build import build_world
 from fedsim.settings.compose import compose
@@ -50,7 +50,7 @@ NEED_CLASSES = {
 
 
 def run_sine(out: Path, *overrides: str) -> dict[str, Any]:
-    return federations.run(compose([*LONG, *overrides]), LocalGrid(app), out)
+    return writer.run(compose([*LONG, *overrides]), LocalGrid(app), out)
 
 
 @pytest.mark.parametrize("method", options("method"))
@@ -148,7 +148,7 @@ def test_a_study_ranks_the_lowest_first(tmp_path: Path, monkeypatch: pytest.Monk
     study = read_study(str(tmp_path / "sines.yaml"), ["rounds=3"])
     runs = plan(study, tmp_path / "out")
     for planned in runs:
-        federations.run(planned.settings, LocalGrid(app), planned.folder)
+        writer.run(planned.settings, LocalGrid(app), planned.folder)
     result = collect(study, runs)
     means = {row.label: row.mean for row in result.rows}
     assert result.metric == MSE

@@ -29,7 +29,7 @@ from fedsim.report.client_rows import client_schema, client_table
 from fedsim.report.place import new_run_folder
 from fedsim.report.rounds import RoundReport, read_rounds, weights_sha256
 from fedsim.report.text import closing_lines, closing_table
-from fedsim.runs import federation as federations
+from fedsim.runs import writer
 from fedsim.settings.compose import from_run_config
 
 KEYS = {
@@ -59,7 +59,7 @@ def test_round_survives_its_line():
 
 def test_rounds_are_read_back_as_they_were_watched(settings, tmp_path):
     watched: list[RoundReport] = []
-    federations.run(settings("fleet=mixed", "over_selection=1.5"), LocalEngine(serve), tmp_path, watch=watched.append)
+    writer.run(settings("fleet=mixed", "over_selection=1.5"), LocalEngine(serve), tmp_path, watch=watched.append)
     assert read_rounds(tmp_path) == watched
     assert [report.round for report in watched] == [0, 1, 2]
 
@@ -195,7 +195,7 @@ def test_summary_counts_who_never_took_part_also_when_the_run_was_resumed(settin
     assert summary["clients"] == {"population": 12, "took_part": done, "never": 12 - done}
     assert summary["warnings"] == []
     (tmp_path / "summary.json").unlink()
-    again = federations.run(settings(*given), LocalEngine(serve), tmp_path, resume=True)
+    again = writer.run(settings(*given), LocalEngine(serve), tmp_path, resume=True)
     assert again["clients"] == summary["clients"]
     assert f"clients that never took part: {12 - done} of 12" in closing_lines(again, tmp_path)
 
@@ -241,7 +241,7 @@ def test_config_of_a_run_repeats_it(run, tmp_path):
     config = yaml.safe_load((tmp_path / "first" / "config.yaml").read_text())
     settings = from_run_config({"config-json": json.dumps(config)})
     assert settings["out"] is None
-    second = federations.run(settings, LocalEngine(serve), tmp_path / "second")
+    second = writer.run(settings, LocalEngine(serve), tmp_path / "second")
     assert second["weights_sha256"] == first["weights_sha256"]
     assert {**second, "host_s": 0} == {**first, "host_s": 0}
     assert (tmp_path / "second" / "config.yaml").read_text() == (tmp_path / "first" / "config.yaml").read_text()
@@ -274,7 +274,7 @@ def test_interrupted_run_leaves_everything_so_far(settings, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        federations.run(settings(), LocalEngine(serve), tmp_path, watch=interrupt)
+        writer.run(settings(), LocalEngine(serve), tmp_path, watch=interrupt)
     assert json.loads((tmp_path / "failure.json").read_text()) == {"error": "KeyboardInterrupt", "reason": ""}
     assert len(read_rounds(tmp_path)) == 2
     assert len(pd.read_parquet(tmp_path / "clients")) == 3

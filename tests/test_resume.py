@@ -23,7 +23,7 @@ from fedsim.errors import ConfigError
 from fedsim.messages.records import record_of, tensors_of
 from fedsim.report.checksums import Beginning, Checksums
 from fedsim.report.rounds import read_rounds, weights_sha256
-from fedsim.runs import checkpoint
+from fedsim.runs import checkpoint, writer
 from fedsim.runs import federation as federations
 from fedsim.runs.checkpoint import NotKeptError, Saved, decode, encode, load
 from fedsim.runs.federation import Federation
@@ -73,7 +73,7 @@ def go(settings, tmp_path: Path):
 
         chosen = settings_of_run(tmp_path / name) if resume else settings("checkpoint_s=0", *overrides)
         try:
-            federations.run(chosen, LocalEngine(serve), tmp_path / name, watch, resume=resume, **more)
+            writer.run(chosen, LocalEngine(serve), tmp_path / name, watch, resume=resume, **more)
         except EndError:
             assert until is not None
         return rounds
@@ -183,10 +183,10 @@ def test_a_checkpoint_from_before_there_was_an_interval_is_read(federation):
 
 
 def test_other_libraries_than_before_are_named(go, monkeypatch):
-    now = federations.versions()
-    monkeypatch.setattr(federations, "versions", lambda: {**now, "torch": "1.0"})
+    now = writer.versions()
+    monkeypatch.setattr(writer, "versions", lambda: {**now, "torch": "1.0"})
     go("cut", until=2)
-    monkeypatch.setattr(federations, "versions", lambda: now)
+    monkeypatch.setattr(writer, "versions", lambda: now)
     with pytest.warns(UserWarning, match=f"this run began with torch 1.0, now {torch.__version__}".split("+")[0]):
         go("cut", resume=True)
 
@@ -305,7 +305,7 @@ def test_the_rest_may_run_on_another_engine(go, tmp_path: Path, given: tuple[str
     go("cut", *given, until=2)
     chosen = on_engine(settings_of_run(tmp_path / "cut"), ["engine=ray", "engine.workers=2"])
     with RayEngine(serve, workers=2) as engine:
-        federations.run(chosen, engine, tmp_path / "cut", resume=True)
+        writer.run(chosen, engine, tmp_path / "cut", resume=True)
     assert comparable(tmp_path / "cut") == comparable(tmp_path / "whole")
 
 

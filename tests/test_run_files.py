@@ -13,8 +13,9 @@ from conftest import TINY, Ended
 
 from clients.app import serve
 from fedsim.engines.local import LocalEngine
+from fedsim.errors import RunError
 from fedsim.report.page import write_page
-from fedsim.runs import federation as federations
+from fedsim.runs import writer
 from fedsim.settings.compose import compose
 
 SETTINGS = (*TINY, "model.hidden=[8]", "rounds=3", "checkpoint_s=0")
@@ -38,9 +39,9 @@ def runs(tmp_path_factory) -> dict[str, Path]:
         broken = ["trainer._target_=test_report.FailsLater"] if name == "failed" else []
         settings = compose([*SETTINGS, *broken])
         try:
-            federations.run(settings, LocalEngine(serve), place / name, watch)
+            writer.run(settings, LocalEngine(serve), place / name, watch)
             write_page(place / name)
-        except (CutError, federations.RunError):
+        except (CutError, RunError):
             pass
     return {path.name: path for path in place.iterdir()}
 

@@ -18,7 +18,7 @@ from fedsim.errors import ConfigError
 from fedsim.report import folder as folders
 from fedsim.report import place as run_place
 from fedsim.report.place import check_free, new_folder, new_run_folder, remove_unfinished
-from fedsim.runs import federation as federations
+from fedsim.runs import writer
 from fedsim.settings.compose import compose
 
 FEDSIM = str(Path(sys.executable).parent / "fedsim")
@@ -56,7 +56,7 @@ def test_what_was_made_for_a_run_that_is_refused_goes_again(tmp_path: Path, monk
 def test_any_character_may_be_in_a_name(out: str, tmp_path: Path, monkeypatch, fedsim: Callable[..., Ended]):
     monkeypatch.chdir(tmp_path)
     chosen = compose(list(SMALL))
-    federations.run(chosen, LocalEngine(serve), Path(out))
+    writer.run(chosen, LocalEngine(serve), Path(out))
     assert fedsim("report", out).code == 0
     assert fedsim("paired", out).code == 0
     assert comparable(tmp_path / out)[2]["rounds"] == 2
@@ -79,13 +79,13 @@ def test_what_a_run_leaves_in_its_first_instant_is_free_again(tmp_path: Path):
     (tmp_path / "clients").mkdir()
     for name in ("rounds.jsonl", ".reserved", ".config.yaml.123.part", ".config.yaml.part"):
         (tmp_path / name).touch()
-    federations.run(compose(list(SMALL)), LocalEngine(serve), tmp_path)
+    writer.run(compose(list(SMALL)), LocalEngine(serve), tmp_path)
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
 
 
 def test_files_of_the_user_stay_when_a_run_goes_on(tmp_path: Path):
     chosen = compose([*SMALL, "checkpoint_s=0"])
-    federations.run(chosen, LocalEngine(serve), tmp_path)
+    writer.run(chosen, LocalEngine(serve), tmp_path)
     (tmp_path / "summary.json").unlink()
     mine = ["clients/notes.txt", "clients/notes.parquet", "checkpoint/mine/a", "pictures/own.part", "x.part"]
     for name in mine:
@@ -95,7 +95,7 @@ def test_files_of_the_user_stay_when_a_run_goes_on(tmp_path: Path):
     ours = (".summary.json.99999999.part", "clients/.rounds-000001-000002.parquet.99999999.part", "report.html")
     for name in ours[:2]:
         (tmp_path / name).touch()
-    federations.run(chosen, LocalEngine(serve), tmp_path, resume=True)
+    writer.run(chosen, LocalEngine(serve), tmp_path, resume=True)
     assert [(tmp_path / name).read_text() for name in mine] == ["mine"] * len(mine)
     assert (tmp_path / "clients" / "old").is_dir()
     assert not any((tmp_path / name).exists() for name in ours)
@@ -112,7 +112,7 @@ def test_what_another_process_is_writing_stays(tmp_path: Path):
     "name", ["rounds.jsonl", "clients", "checkpoint", "config.yaml", "tensorboard", "failure.json"]
 )
 def test_a_run_goes_on_through_no_link_to_elsewhere(name: str, tmp_path: Path, fedsim: Callable[..., Ended]):
-    federations.run(compose([*SMALL, "checkpoint_s=0"]), LocalEngine(serve), tmp_path / "run")
+    writer.run(compose([*SMALL, "checkpoint_s=0"]), LocalEngine(serve), tmp_path / "run")
     (tmp_path / "run" / "summary.json").unlink()
     if not (tmp_path / "run" / name).exists():
         (tmp_path / "run" / name).write_text("{}")
@@ -129,7 +129,7 @@ def test_a_run_goes_on_through_no_link_to_elsewhere(name: str, tmp_path: Path, f
 
 def test_a_run_that_was_killed_before_its_page_gets_it(tmp_path: Path, fedsim: Callable[..., Ended]):
     chosen = compose(list(SMALL))
-    federations.run(chosen, LocalEngine(serve), tmp_path)
+    writer.run(chosen, LocalEngine(serve), tmp_path)
     (tmp_path / "report.html").write_text("of the run when it was not finished")
     assert "only its page was missing" in fedsim("resume", str(tmp_path)).out
     page = (tmp_path / "report.html").read_text()
@@ -138,7 +138,7 @@ def test_a_run_that_was_killed_before_its_page_gets_it(tmp_path: Path, fedsim: C
 
 
 def test_a_picture_that_is_a_link_to_elsewhere_is_not_shown(tmp_path: Path, fedsim: Callable[..., Ended]):
-    federations.run(compose(list(SMALL)), LocalEngine(serve), tmp_path / "run")
+    writer.run(compose(list(SMALL)), LocalEngine(serve), tmp_path / "run")
     (tmp_path / "run" / "pictures").mkdir()
     (tmp_path / "secret").write_bytes(b"\x89PNG\r\n\x1a\nSECRET")
     (tmp_path / "run" / "pictures" / "a.png").symlink_to(tmp_path / "secret")

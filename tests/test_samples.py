@@ -12,7 +12,8 @@ from clients.trainers.rehearsal.memory import CANDIDATES, NAMES, NONE
 from fedsim.engines.local import LocalEngine
 from fedsim.errors import ConfigError, DataError
 from fedsim.messages.records import record_bytes
-from fedsim.runs.federation import Federation, run
+from fedsim.runs.federation import Federation
+from fedsim.runs.writer import run
 from fedsim.settings.build import build_world
 from fedsim.settings.compose import compose
 from fedsim.workloads.streams.base import Stream

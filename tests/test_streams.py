@@ -14,7 +14,8 @@ from clients.app import serve
 from fedsim.engines.local import LocalEngine
 from fedsim.errors import ConfigError, DataError
 from fedsim.report.rounds import HOST_FIELDS
-from fedsim.runs.federation import Federation, run
+from fedsim.runs.federation import Federation
+from fedsim.runs.writer import run
 from fedsim.settings.build import build_world
 from fedsim.settings.compose import compose
 from fedsim.settings.groups import options

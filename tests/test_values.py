@@ -23,8 +23,7 @@ from devices.availability import Trace
 from devices.errors import DeviceError, UserError
 from fedsim.cli.main import app
 from fedsim.errors import ConfigError
-from fedsim.runs.federation import build_strategy
-from fedsim.settings.build import build_world
+from fedsim.settings.build import build_strategy, build_world
 from fedsim.settings.check import check
 from fedsim.settings.compose import compose
 from fedsim.settings.groups import GROUPS, Settings, options

@@ -20,7 +20,7 @@ from devices.latency.help.weights import write_arrays
 from devices.writing import open_lock, write_atomic
 from fedsim.engines.local import LocalEngine
 from fedsim.errors import RunError
-from fedsim.runs import federation
+from fedsim.runs import writer
 
 SPLIT = ("data", "describe", *TINY, "--picture")
 AVERAGES = ("data", "averages", "workload=digits", "cohort=3", "--sizes", "5", "--picture")
@@ -185,6 +185,6 @@ def test_an_engine_that_cannot_be_started_leaves_no_folder(settings, tmp_path: P
             raise RunError("nobody answers")
 
     with pytest.raises(RunError, match="nobody answers"):
-        federation.run(settings(), Broken(serve), tmp_path / "run")
+        writer.run(settings(), Broken(serve), tmp_path / "run")
     assert os.listdir(tmp_path) == []
-    federation.run(settings(), LocalEngine(serve), tmp_path / "run")
+    writer.run(settings(), LocalEngine(serve), tmp_path / "run")

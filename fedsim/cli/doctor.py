@@ -86,7 +86,7 @@ def _writable(folder: Path) -> tuple[bool, str]:
 
 
 def _short_run() -> tuple[bool, str]:
-    from fedsim.runs.federation import run
+    from fedsim.runs.writer import run
     from fedsim.settings.compose import compose
     from fedsim.workloads.metrics import Metric
 

@@ -79,8 +79,7 @@ def _try_out(settings: dict[str, Any]) -> None:
     import json
     import logging
 
-    from fedsim.runs.federation import build_strategy
-    from fedsim.settings.build import build_world
+    from fedsim.settings.build import build_strategy, build_world
 
     logging.getLogger("flwr").setLevel(logging.ERROR)
     world = build_world(json.dumps(settings))

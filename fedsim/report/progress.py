@@ -27,7 +27,7 @@ def progress_bar(console: Console, rounds: int, folder: Path) -> Iterator[Any]:
         folder: of the run, which says what its models are judged by.
 
     Yields:
-        `watch` and `observe` for `fedsim.runs.federation.run`.
+        `watch` and `observe` for `fedsim.runs.writer.run`.
     """
     columns = [
         TextColumn("round"),

@@ -33,7 +33,7 @@ def run_experiment(
     from fedsim.report.page import write_page
     from fedsim.report.place import new_run_folder
     from fedsim.report.progress import progress_bar
-    from fedsim.runs.federation import run
+    from fedsim.runs.writer import run
 
     forget_worlds()
     with new_run_folder(settings) if unfinished is None else nullcontext(unfinished) as folder:

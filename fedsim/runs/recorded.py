@@ -1,4 +1,4 @@
-"""The settings of a run as its folder holds them."""
+"""What a run folder says of its run: the settings, and which data it was made with."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ from pathlib import Path
 
 from devices.errors import FileError
 from fedsim.errors import ConfigError
-from fedsim.report.files import read_config
+from fedsim.report.files import read_config, read_summary
+from fedsim.runs import checkpoint
 from fedsim.settings.check import check, check_choices
 from fedsim.settings.compose import completed
 from fedsim.settings.groups import Settings
+from fedsim.workloads.fingerprint import DATA, Fingerprint
 
 
 def settings_of_run(folder: Path) -> Settings:
-    """The settings of an earlier run; what its version did not know yet is as it was then.
+    """Returns the settings of an earlier run; what its version did not know yet is as it was then.
 
     Raises:
         ConfigError: if the folder holds no run or its settings are wrong.
@@ -24,3 +26,23 @@ def settings_of_run(folder: Path) -> Settings:
         raise ConfigError(str(error)) from error
     check_choices(settings["choices"], f"{folder / 'config.yaml'}: ")
     return settings
+
+
+def data_of_run(folder: Path) -> Fingerprint | None:
+    """Returns the fingerprint of the data, from the summary or else the checkpoint; None where neither tells it."""
+    if found := data_of_summary(folder):
+        return found
+    try:
+        saved = checkpoint.load(folder)
+    except (ConfigError, FileError):  # damaged: whoever needs it says so
+        return None
+    return saved.state.get(DATA) if saved is not None else None
+
+
+def data_of_summary(folder: Path) -> Fingerprint | None:
+    """Returns the fingerprint in `summary.json`; None where it has none, as in version 0.1, or cannot be read."""
+    try:
+        found = read_summary(folder).get(DATA)
+    except (ConfigError, FileError):
+        return None
+    return found if isinstance(found, dict) else None

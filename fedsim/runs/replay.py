@@ -19,8 +19,7 @@ from fedsim.messages.cohort import ClientTask, CohortTask
 from fedsim.messages.records import NUM_EXAMPLES, STATE, Instruction, Instructions, record_of, tensors_of
 from fedsim.report.instructions import kept_instruction
 from fedsim.runs.federation import Federation
-from fedsim.runs.recorded import settings_of_run
-from fedsim.runs.recorded_data import recorded
+from fedsim.runs.recorded import data_of_run, settings_of_run
 from fedsim.settings.build import build_world
 from fedsim.settings.compose import on_engine
 from fedsim.settings.groups import Settings
@@ -64,7 +63,7 @@ def instruction_of(
         DataError: if the data are others than those of the run.
     """
     kept, world = kept_instruction(folder), build_world(json.dumps(settings))
-    check_same((kept.data if kept is not None else None) or recorded(folder), settings, world.workload, folder)
+    check_same((kept.data if kept is not None else None) or data_of_run(folder), settings, world.workload, folder)
     if kept is not None and (kept.round, kept.client) == (round, client):
         return kept
     if not 1 <= round <= settings["rounds"]:

@@ -106,18 +106,18 @@ class ServerSide:
         self._call("closed", f"in round {number}", lambda: self.half.closed(exchange))
 
     def handed(self, shared: ArrayRecord) -> ArrayRecord:
-        """The part of the shared weights that the strategy sees."""
+        """Returns the part of the shared weights that the strategy sees."""
         return _without(shared, self.beside)
 
     def whole(self, part: ArrayRecord, shared: ArrayRecord) -> ArrayRecord:
-        """The strategy's part, with what stands beside it taken from `shared`; in the model's order."""
+        """Returns the strategy's part with the other tensors of `shared` beside it, in the model's order."""
         if not self.beside:
             return part
         arrays = {name: part.get(name, array) for name, array in shared.items() if name in part or name in self.beside}
         return array_record(arrays | {name: array for name, array in part.items() if name not in arrays})
 
     def sent(self, messages: Iterable[Message], handed: ArrayRecord, shared: ArrayRecord) -> list[Message]:
-        """The strategy's messages, each with whole weights; those that shared a record or a content still do."""
+        """Puts whole weights into the strategy's messages; those that shared a record or a content still do."""
         every = list(messages)
         if not self.beside:
             return every
@@ -135,7 +135,7 @@ class ServerSide:
         return every
 
     def ask(self, hook: str, number: int, *given: Any) -> Any:
-        """What a hook of the strategy returns; messages as a list.
+        """Asks a hook of the strategy and returns its answer; messages as a list.
 
         Args:
             hook: name of a method of the strategy.
@@ -143,9 +143,9 @@ class ServerSide:
             given: its other arguments.
 
         Raises:
-            RunError: where it raises what is no sentence of ours, or returns what the round cannot go on with; names
-                the strategy, the hook and the round.
-            AppExitException: of `aggregate_train`, where Flower's strategies refuse what the clients sent.
+            RunError: naming strategy, hook and round, if it raises an error that is none of ours, or returns what the
+                round cannot go on with.
+            AppExitException: from `aggregate_train`, where Flower's strategies refuse what the clients sent.
         """
 
         def listed() -> Any:
@@ -198,19 +198,19 @@ class ServerSide:
     def aggregate(
         self, number: int, replies: Sequence[Message], shared: ArrayRecord
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """New shared weights of a round and its metrics, from the accepted replies in client order.
+        """Makes new shared weights and metrics from the accepted replies of a round, in client order.
 
         Returns:
-            None for the weights where the strategy makes none: then nothing else changes either.
+            The weights, or None where the strategy makes none (then nothing else changes either), and the metrics.
         """
         replies = in_float64(replies) if self.widens else replies
         beside = self._mean_beside(replies, shared) if self.beside else shared
-        with np.errstate(all="ignore"):  # whoever takes the weights looks whether they are finite
+        with np.errstate(all="ignore"):  # `Federation.take` looks whether they are finite
             arrays, metrics = self.ask("aggregate_train", number, replies)
         return (None if arrays is None else self.whole(arrays, beside)), metrics
 
     def _mean_beside(self, replies: Sequence[Message], shared: ArrayRecord) -> ArrayRecord:
-        """Takes what the strategy shall not see out of the replies; the shared weights with its mean by examples."""
+        """Takes out of the replies what the strategy is not to see; returns the shared weights with its mean."""
         total = WeightedSum()
         for reply in replies:
             content = reply.content

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from fedsim.settings.trust import check_group
 from fedsim.workloads.host_memory import check_fits, model_bytes
 
 if TYPE_CHECKING:
+    from flwr.serverapp.strategy import Strategy
     from torch import Tensor, nn
 
     from devices.cost import LatencyModel
@@ -248,6 +249,30 @@ def memory_format(groups: Mapping[str, Settings]) -> str:
     if name not in FORMATS:
         raise ConfigError(unknown(f"value for model.{FORMAT}", name, FORMATS))
     return str(name)
+
+
+def build_strategy(settings: RunSettings, num_clients: int) -> Strategy:
+    """Builds the strategy and tells it how many clients to sample, by FedAvg's arguments, which all strategies take."""
+    train, judge = min(settings.num_asked, num_clients), settings.evaluate_clients
+    strategy: Strategy = instantiate(
+        settings.groups,
+        "strategy",
+        fraction_train=train / num_clients,
+        min_train_nodes=train,
+        fraction_evaluate=judge / num_clients,
+        min_evaluate_nodes=judge,
+        min_available_nodes=train,
+    )
+    stock_rule("check_cohort")(strategy, min(settings.cohort, num_clients))
+    return strategy
+
+
+def stock_rule(name: str) -> Callable[..., Any]:
+    """Returns a function of `strategies.stock`, which knows what Flower's own strategies need."""
+    from hydra.utils import get_method
+
+    found: Callable[..., Any] = get_method(f"strategies.stock.{name}")
+    return found
 
 
 def pick_device(name: str) -> Any:

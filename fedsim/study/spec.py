@@ -21,7 +21,7 @@ from devices.texts import as_yaml, file_name, storable
 from fedsim.errors import ConfigError, DataError
 from fedsim.report.files import read_config
 from fedsim.report.plots.style import AXES
-from fedsim.runs.recorded_data import of_summary
+from fedsim.runs.recorded import data_of_summary
 from fedsim.settings.build import build_workload
 from fedsim.settings.check import try_out
 from fedsim.settings.compose import check_address, completed, compose
@@ -376,7 +376,7 @@ def _seeded(arm: Arm, settings: Settings, seed: int) -> Settings:
 
 def _try_out(tree: Settings) -> None:
     """As `try_out`, with the strategy; how many clients there are is known only to the data."""
-    from fedsim.runs.federation import build_strategy
+    from fedsim.settings.build import build_strategy
 
     try_out(tree)
     settings = RunSettings.of(tree)
@@ -411,7 +411,7 @@ def is_finished(run: Planned) -> bool:
 
 def _other_data(run: Planned) -> str:
     """In what the data of a finished run differ from those here; empty where nothing does, or nobody can tell."""
-    before = of_summary(run.folder)
+    before = data_of_summary(run.folder)
     now = _data_here(run.settings, SEED in before) if before else None
     return difference(before, {**now, **files_of(run.settings)}) if before and now else ""
 

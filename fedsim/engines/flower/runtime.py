@@ -45,7 +45,7 @@ dependencies = []
 publisher = "fedsim"
 
 [tool.flwr.app.components]
-serverapp = "fedsim.runs.federation:app"
+serverapp = "fedsim.runs.flower_app:app"
 clientapp = "clients.app:app"
 
 [tool.flwr.app.config]

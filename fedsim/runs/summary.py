@@ -1,0 +1,96 @@
+"""The figures of a finished run: what `summary.json` holds of its rounds."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from devices.fleet import Fleet
+from fedsim import __version__
+from fedsim.messages.cohort import OUTCOMES
+from fedsim.report.rounds import RoundReport, Totals, weights_sha256
+from fedsim.settings.groups import devices_of_fleet, preset, preset_private
+from fedsim.settings.run_settings import RunSettings
+from fedsim.workloads import metrics as figures
+from fedsim.workloads.metrics import Metric
+
+if TYPE_CHECKING:
+    from fedsim.runs.federation import Federation
+
+
+def summarise(federation: Federation, reports: list[RoundReport], totals: Totals, host_s: float) -> dict[str, Any]:
+    """Returns the figures of a finished run; equal runs differ only in `host_s` (and `versions` between machines)."""
+    settings, primary = federation.settings, federation.primary
+    choices = settings.choices
+    max_client = max(totals.client_joules.values(), default=0.0)
+    return {
+        "method": method_name(settings),
+        "workload": choices["workload"],
+        "fleet": fleet_name(settings),
+        "seed": settings.seed,
+        "rounds": reports[-1].round,
+        **primary.as_entry(),
+        "final": figures.final(reports, primary),
+        "best": figures.best(reports, primary),
+        "simulated_s": reports[-1].now_s,
+        "energy_j": {"total": totals.joules, "max_client": max_client, "waiting": totals.wait_joules},
+        "down_bytes": totals.down_bytes,
+        "up_bytes": totals.up_bytes,
+        "peak_memory_bytes": totals.peak_memory_bytes,
+        "storage_bytes": totals.storage_bytes,
+        "outcomes": {outcome: totals.outcomes[outcome] for outcome in OUTCOMES},
+        "not_finite_rounds": len(figures.not_finite(reports)),
+        "to_target": figures.to_target(reports, federation.target, primary),
+        "host_s": host_s,
+        "weights_sha256": weights_sha256(federation.arrays),
+        "versions": versions(),
+    }
+
+
+def participation(reports: list[RoundReport], fleet: Fleet, primary: Metric, needed: int = 1) -> dict[str, Any]:
+    """Counts the clients that took part in the training; warns of some that could not, and of too few at a time."""
+    count, seconds, rhythm_s = len(figures.took_part(reports)), reports[-1].now_s, fleet.availability.rhythm_s
+    warned = []
+    if lost := figures.not_finite(reports):
+        many = f"{len(lost)} rounds, the first {lost[0]}" if len(lost) > 1 else f"round {lost[0]}"
+        warned.append(f"the global model's output was NaN or infinite after {many}: it has no {primary.title} there")
+    if rhythm_s is not None and seconds < rhythm_s:
+        short = f"clients of this fleet are online at hours of their own, and the run took {seconds:.4g} simulated s"
+        warned.append(f"{short}: who slept then never took part; round_every_s=600 starts six rounds an hour")
+    replies = [len(report.outcomes.get("completed", ())) for report in reports if report.cohort]
+    if few := sum(0 < count < needed for count in replies):
+        warned.append(
+            f"in {few} of {len(replies)} rounds fewer than {needed} clients completed, and the strategy's guarantee "
+            "needs so many"
+        )
+    return {
+        "clients": {"population": len(fleet), "took_part": count, "never": len(fleet) - count},
+        "warnings": warned,
+    }
+
+
+def method_name(settings: RunSettings) -> str:
+    """Names the method preset and what was exchanged in it; without a preset, strategy and trainer."""
+    choices = settings.choices
+    usual = preset_private(choices["method"]) if choices.get("method") else []
+    private = [f"private=[{','.join(settings.private)}]"] if list(settings.private) != usual else []
+    if choices.get("method"):
+        own = preset(choices["method"])
+        changed = [f"{group}={choices.get(group)}" for group, name in own.items() if choices.get(group) != name]
+        return " ".join([str(choices["method"]), *changed, *private])
+    strategy, trainer = choices["strategy"], choices["trainer"]
+    return " ".join([str(strategy) if trainer in ("sgd", strategy) else f"{strategy}+{trainer}", *private])
+
+
+def fleet_name(settings: RunSettings) -> str:
+    """Names the fleet that was chosen; says so where its devices are not those of that option."""
+    name = str(settings.choices["fleet"])
+    usual = devices_of_fleet(name)
+    return name if usual in (None, settings.groups["fleet"].get("devices")) else f"{name}, own devices"
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions that the figures may depend on."""
+    libraries = {name: version(name) for name in ("torch", "flwr", "numpy")}
+    return {"python": platform.python_version(), "fedsim": __version__, **libraries}
