@@ -112,9 +112,7 @@ def test_a_run_does_not_depend_on_its_parts_but_on_the_groups():
 
 
 class OfTheClient(WorkloadLoss):
-    """A loss that looks at the client."""
-
-    is_pure = False
+    """A loss that looks at the client; it does not say that it is pure, as the one it comes from does."""
 
     def __call__(self, run, batch):
         return super().__call__(run, batch) * (1 + run.client.client_id)
