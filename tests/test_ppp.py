@@ -236,9 +236,9 @@ def test_the_budget_is_zero_with_zero_gradient_where_every_mean_gate_is_the_rati
 def test_the_loss_is_both_paths_and_the_budget(federation):
     _, worker, _, client, task = start(federation, *PPP, "model=lenet5", *IMAGES, "trainer.beta=3")
     trainer, batch = worker.trainer, client.data.train.gather(torch.arange(4))
-    narrowed = trainer.narrowed(client, trainer.kept(task), task.weights)
+    narrowed = trainer.narrowed(client, trainer.channels_sent(task), task.weights)
     gates = trainer.gates(task)
-    gated = trainer.gated(narrowed, gates, trainer.kept(task))
+    gated = trainer.gated(narrowed, gates, trainer.channels_sent(task))
     value = trainer.objective(trainer.start(gated, task), batch)
     alone, user = PerSample(gates, 0.5), PerUser(gates, 0.5)
     expected = sum(F.cross_entropy(gated.model.through(s)(batch["x"]), batch["y"]) for s in (alone, user))
@@ -252,7 +252,9 @@ def test_the_diversity_term_is_one_for_the_mask_of_all(federation):
     for gamma in (0.0, 0.5):
         _, worker, _, client, task = start(federation, *PPP, "model=lenet5", *IMAGES, f"trainer.diversity={gamma}")
         trainer, gates = worker.trainer, worker.trainer.gates(task)
-        gated = trainer.gated(trainer.narrowed(client, trainer.kept(task), task.weights), gates, trainer.kept(task))
+        gated = trainer.gated(
+            trainer.narrowed(client, trainer.channels_sent(task), task.weights), gates, trainer.channels_sent(task)
+        )
         batch, user = client.data.train.gather(torch.arange(4)), PerUser(gates, 0.5)
         gated.model.through(user)(batch["x"])
         share = {n: p[0].detach() for n, p in user.prototypes.items()}
@@ -623,8 +625,8 @@ def test_levels_are_drawn_for_conditioned_gates(federation):
     _, worker, _part, client, task = start(federation, *own, "trainer.local_epochs=8")
     update = worker.trainer.fit(client, task)
     assert math.isfinite(update.metrics["train_loss"])
-    narrowed = worker.trainer.narrowed(client, worker.trainer.kept(task), task.weights)
-    gated = worker.trainer.gated(narrowed, worker.trainer.gates(task), worker.trainer.kept(task))
+    narrowed = worker.trainer.narrowed(client, worker.trainer.channels_sent(task), task.weights)
+    gated = worker.trainer.gated(narrowed, worker.trainer.gates(task), worker.trainer.channels_sent(task))
     drawn = [round(float(b["keep-ratio"]), 1) for b in worker.trainer.batches(gated, task)]
     assert set(drawn) == {0.3, 1.0}
 

@@ -204,7 +204,7 @@ def test_scaler_acts_in_training_only(federation):
     _, worker, first, part = start(federation, "method=heterofl", *HALF, "trainer.mask_labels=false")
     client = worker.context(task_of(part, first, 1))
     task = Instructions().broadcast(part, 1)
-    narrow = worker.trainer.narrowed(client, worker.trainer.kept(task), task.weights).model
+    narrow = worker.trainer.narrowed(client, worker.trainer.channels_sent(task), task.weights).model
     x = client.data.train.gather(torch.arange(4))["x"]
     hidden = F.linear(x.flatten(1), task.weights["body.1.weight"], task.weights["body.1.bias"])
     head = task.weights["head.weight"], task.weights["head.bias"]
@@ -230,7 +230,7 @@ def test_a_narrow_step_is_a_step_of_the_narrow_network(federation):
     _, worker, first, part = start(federation, "method=fjord", "trainer.distil=0", "model=lenet5", *IMAGES)
     trainer, client = worker.trainer, worker.context(task_of(part, first, 1))
     task = Instructions().broadcast(part, 1)
-    kept = trainer.kept(task)
+    kept = trainer.channels_sent(task)
     widths = trainer.widths(kept)
     assert [len(w["body.7"]) for w in widths] == [24, 48, 72, 96, 120]
     run = trainer.start(client, task)
@@ -257,7 +257,7 @@ def test_each_step_trains_the_widest_network_and_the_narrow_one_from_it(federati
         worker.context(task_of(part, first, 1)),
         Instructions().broadcast(part, 1),
     )
-    kept = trainer.kept(task)
+    kept = trainer.channels_sent(task)
     choice = trainer.widths(kept)[0]
     run = trainer.start(client, task)
     wide, batch = run.client, client.data.train.gather(torch.arange(4))

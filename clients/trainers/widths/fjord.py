@@ -48,11 +48,11 @@ class Nested(Objective):
     def __call__(self, run: FjORDRun, batch: Tensors) -> Tensor:
         client, slices, size = run.client, run.trainer.slices, run.client.workload.batch_size_of(batch)
         workload, choice = client.workload, run.widths[int(batch[WIDTH])]
-        if choice is run.kept:
+        if choice is run.channels:
             client.log.add(client.step_cost, size, forwards=1, backwards=1)
             return workload.loss(client.model, batch)
         client.log.add(slices.cost(choice), size, forwards=1, backwards=1)
-        tensors = slices.groups.within(dict(client.model.named_parameters()), choice, run.kept)
+        tensors = slices.groups.within(dict(client.model.named_parameters()), choice, run.channels)
         network = slices.network(choice).train()
         narrow = Remembering(lambda x: functional_call(network, tensors, (x,)))
         if not self.alpha:
@@ -78,7 +78,7 @@ class FjORDRun(SubnetRun):
 
     def __init__(self, trainer: FjORDTrainer, client: ClientContext, broadcast: Broadcast):
         super().__init__(trainer, client, broadcast)
-        self.widths = trainer.widths(self.kept)
+        self.widths = trainer.widths(self.channels)
 
     def batches(self) -> Iterator[Tensors]:
         """Yields the batches of plain SGD, each with the number of a width."""

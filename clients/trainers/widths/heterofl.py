@@ -101,7 +101,7 @@ class HeteroFLTrainer(SubnetTrainer):
         """
         if question != QUESTION:
             return super().answer(client, question, broadcast)
-        narrowed = self.narrowed(client, self.kept(broadcast), broadcast.weights)
+        narrowed = self.narrowed(client, self.channels_sent(broadcast), broadcast.weights)
         norms, examples = _batch_norms(narrowed.model), len(client.data.train)
         client.log.reserve(inference_memory_bytes(narrowed.step_cost, min(examples, max(2, self.batch_size))))
         if examples > 1:

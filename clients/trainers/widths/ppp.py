@@ -91,7 +91,7 @@ class PPPRun(SGDRun):
     def fit(self) -> ClientUpdate:
         trainer, sent, groups = self.trainer, self.broadcast, self.trainer.slices.groups
         trainer.check_settings(sent)
-        ratio, held, masked = trainer.ratio(sent), trainer.kept(sent), bool(sent.settings.get(MASKED, False))
+        ratio, held, masked = trainer.ratio(sent), trainer.channels_sent(sent), bool(sent.settings.get(MASKED, False))
         weights = trainer.fitting(sent.weights, held)
         own = wanted = held
         extras: dict[str, Tensors] = {}

@@ -28,17 +28,17 @@ class SubnetRun(SGDRun):
     """The local loop on the part; returns its tensors.
 
     Attributes:
-        kept: the channels that the server sent.
+        channels: that the server sent.
     """
 
     trainer: SubnetTrainer
 
     def __init__(self, trainer: SubnetTrainer, client: ClientContext, broadcast: Broadcast):
-        self.kept = trainer.kept(broadcast)
-        super().__init__(trainer, trainer.narrowed(client, self.kept, broadcast.weights), broadcast)
+        self.channels = trainer.channels_sent(broadcast)
+        super().__init__(trainer, trainer.narrowed(client, self.channels, broadcast.weights), broadcast)
 
     def update(self, train_loss: float) -> ClientUpdate:
-        update, ratio = super().update(train_loss), self.trainer.slices.groups.keep_ratio(self.kept)
+        update, ratio = super().update(train_loss), self.trainer.slices.groups.keep_ratio(self.channels)
         return replace(update, metrics={**update.metrics, "keep_ratio": ratio})
 
 
@@ -70,7 +70,7 @@ class SubnetTrainer(SGDTrainer):
 
     def judge(self, client: ClientContext, broadcast: Broadcast) -> dict[str, float]:
         """Returns metrics of the part that this device would run, and of other widths where those are asked for."""
-        groups, sent = self.slices.groups, self.kept(broadcast)
+        groups, sent = self.slices.groups, self.channels_sent(broadcast)
         own = groups.first(float(broadcast.settings[RATIO])) if RATIO in broadcast.settings else sent
         metrics = super().judge(self.part(client, broadcast, own, sent), broadcast)
         for ratio in self.judged_at if len(client.data.test) else ():
@@ -87,7 +87,7 @@ class SubnetTrainer(SGDTrainer):
         metrics[f"{primary}_{name}"] = client.workload.evaluate(client.model, client.data.test)[primary]
         client.log.judged[name] = client.step_cost
 
-    def kept(self, broadcast: Broadcast) -> Kept:
+    def channels_sent(self, broadcast: Broadcast) -> Kept:
         """Returns the channels that the server sent.
 
         Raises:
