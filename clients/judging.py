@@ -9,7 +9,7 @@ from clients.trainers.base import ClientContext, LocalTrainer
 from devices.compression.plan import CompressionPlan, Pruned, Recipe
 from devices.cost import ModelCost
 from devices.profile import DeviceProfile
-from fedsim.exchanges.slices import price
+from fedsim.exchanges.slices import model_cost
 from fedsim.messages.records import Broadcast
 from fedsim.runs.deployment import CALIBRATION, calibration
 from fedsim.settings.build import World
@@ -42,7 +42,7 @@ class Judge:
         pruned = self._pruned_by(recipe, client, task)
         deployed = self.compression.finish(pruned, recipe, calibration(self.world.workload, client.data.train))
         if recipe not in self._networks:
-            self._networks[recipe] = price(self.world.workload, deployed.shape, "compressed", client.device)
+            self._networks[recipe] = model_cost(self.world.workload, deployed.shape, "compressed", client.device)
         network = self._networks[recipe]
         if recipe.bits < 32:
             batches, size = CALIBRATION

@@ -27,7 +27,7 @@ from devices.cost import Work
 from devices.errors import one_line
 from fedsim.engines.memory import keep_freed_memory
 from fedsim.errors import ConfigError, in_words, no_exit
-from fedsim.exchanges.slices import price
+from fedsim.exchanges.slices import model_cost
 from fedsim.grid.round_sum import BlockSums
 from fedsim.messages.cohort import ClientAnswer, ClientTask, CohortAnswer, CohortTask, Outcome
 from fedsim.messages.records import Broadcast, ClientUpdate, check_extra_names
@@ -75,7 +75,7 @@ class Worker:
         self.roles = TensorRoles.of(self.model, settings.private)
         if settings.engine.batch_clients > 1:
             self._check_together()
-        self.network = price(self.workload, self.model, "dense", self.device)
+        self.network = model_cost(self.workload, self.model, "dense", self.device)
         self.refusal_of_one = check_batches(settings, self.workload, self.model, self.trainer, self.device)
         self.trainer.private = self.roles.private
         self.initial = {n: t.detach().clone() for n, t in self.live.weights.items() if n in self.trainer.private}

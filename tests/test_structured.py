@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from devices.errors import DeviceError
-from devices.latency.structured import StructuredPredictor, choose_references, price, prior_of
+from devices.latency.structured import StructuredPredictor, choose_references, predict_ms, prior_of
 from devices.nas.tables import fbnet_features, nb201_connected, nb201_features, network_features, network_macs
 from devices.trace import FEATURES, KINDS, trace
 
@@ -77,7 +77,7 @@ def test_unusable_measurements_are_refused():
     with pytest.raises(DeviceError, match="constant 1"):
         StructuredPredictor.fit(phi[:, :-1], np.ones(5))
     with pytest.raises(DeviceError, match="same number of features"):
-        price(np.ones((2, 3)), phi)
+        predict_ms(np.ones((2, 3)), phi)
 
 
 def test_predictor_survives_json():
@@ -95,7 +95,7 @@ def test_a_thousand_devices_are_priced_at_once():
     coefficients = np.random.default_rng(0).random((1000, FEATURES))
     network = trace(nn.Linear(3, 2), torch.zeros(1, 3)).features(8)[None]
     start = time.perf_counter()
-    ms = price(coefficients, network)
+    ms = predict_ms(coefficients, network)
     assert time.perf_counter() - start < 0.05
     assert ms[:, 0] == pytest.approx(coefficients @ network[0])
 

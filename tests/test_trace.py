@@ -17,7 +17,7 @@ from torch.nn.utils import prune
 from torchs_counter import counter
 
 from devices.errors import DeviceError
-from devices.latency.structured import price
+from devices.latency.structured import predict_ms
 from devices.trace import FEATURES, KINDS, LayerTable, trace
 from fedsim.settings.build import model_factory
 from fedsim.settings.groups import model_settings
@@ -255,9 +255,9 @@ def test_wider_deeper_and_larger_batches_never_cost_less():
         return trace(nn.Sequential(nn.Conv2d(3, width, 1), *layers), torch.zeros(1, 3, 8, 8))
 
     coefficients = torch.rand(50, FEATURES, generator=torch.Generator().manual_seed(0)).numpy()
-    small = price(coefficients, net(4, 2).features(1)[None])
+    small = predict_ms(coefficients, net(4, 2).features(1)[None])
     for larger in (net(8, 2).features(1), net(4, 3).features(1), net(4, 2).features(2)):
-        assert (price(coefficients, larger[None]) > small).all()
+        assert (predict_ms(coefficients, larger[None]) > small).all()
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml")))

@@ -14,7 +14,7 @@ from devices.errors import DeviceError, unknown
 from devices.figures import new_figure, save_figure
 from devices.latency.columns import TABLE_KINDS, TABLE_KINDS_0_1
 from devices.latency.spaces import SPLITS, Space
-from devices.latency.structured import StructuredPredictor, choose_references, price, prior_of
+from devices.latency.structured import StructuredPredictor, choose_references, predict_ms, prior_of
 from devices.nas.tables import connected, network_features, network_macs
 from devices.texts import NAME_LETTERS, visible
 
@@ -184,7 +184,7 @@ class _Trial:
         """The non-negative sum of source devices with the least relative errors on the measured networks, [f]."""
         if self.source is None:
             return None
-        relative = price(self.source, self.features[measured]) / self.space.latency(device)[measured]
+        relative = predict_ms(self.source, self.features[measured]) / self.space.latency(device)[measured]
         return nnls(relative.T, np.ones(len(measured)))[0] @ self.source
 
     def _fit(self, device: str, measured: np.ndarray, prior: np.ndarray | None = None) -> StructuredPredictor:

@@ -89,7 +89,7 @@ class StructuredPredictor:
 
     def predict(self, features: np.ndarray) -> np.ndarray:
         """Milliseconds of networks with features [n, f] for the batch that is run, [n]."""
-        return price(self.coefficients[None], features)[0]
+        return predict_ms(self.coefficients[None], features)[0]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` is the inverse."""
@@ -118,7 +118,7 @@ class StructuredPredictor:
         return cls(coefficients, sigma, measurements)
 
 
-def price(coefficients: np.ndarray, features: np.ndarray) -> np.ndarray:
+def predict_ms(coefficients: np.ndarray, features: np.ndarray) -> np.ndarray:
     """Milliseconds of every network on every device at once.
 
     Args:

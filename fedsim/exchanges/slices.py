@@ -53,7 +53,7 @@ class Traceable(Protocol):
         """Returns of a batch what a network is fed with."""
 
 
-def price(workload: Traceable, model: nn.Module, name: str, device: torch.device | str = "cpu") -> ModelCost:
+def model_cost(workload: Traceable, model: nn.Module, name: str, device: torch.device | str = "cpu") -> ModelCost:
     """Returns what one example costs in a network: FLOPs and memory of a step, and layers that can be traced."""
     four = workload.sample_on(device, 4)
     cost = measure(model, workload.loss, four, name)
@@ -115,7 +115,7 @@ class Slices:
             network = self.groups.build(self.model, kept)
             share = self.groups.keep_ratio(kept)
             name = "dense" if share == 1 else f"{share:.3g} of its channels"
-            self._costs[sizes] = price(self.workload, network, name)
+            self._costs[sizes] = model_cost(self.workload, network, name)
         return self._costs[sizes]
 
     def step_ms(self, kept: Kept, batch: int, latency: LatencyModel, profile: DeviceProfile) -> float:

@@ -13,7 +13,7 @@ from devices.errors import DeviceError
 from devices.fleet import Fleet
 from devices.latency.models import int8_ms
 from fedsim.errors import NotFiniteError
-from fedsim.exchanges.slices import price
+from fedsim.exchanges.slices import model_cost
 from fedsim.settings.build import World, instantiate
 from fedsim.workloads.base import Examples, Workload
 from fedsim.workloads.metrics import LOSS
@@ -49,7 +49,7 @@ def deployments(world: World, model: nn.Module) -> list[dict[str, Any]]:
     for recipe, devices in _by_recipe(plan, world.fleet).items():
         batches = calibration(workload, workload.client_data(0).train)
         compressed = plan.apply(model, example, recipe, batches)
-        cost = price(workload, compressed.shape, "compressed")
+        cost = model_cost(workload, compressed.shape, "compressed")
         predicted, integers = {}, {}
         for profile in world.fleet.profiles:
             if profile.name in devices:

@@ -35,7 +35,7 @@ from devices.errors import DeviceError
 from devices.meter import inference_memory_bytes
 from fedsim.errors import ConfigError
 from fedsim.exchanges.ppp import GATES, MASK, MASKED, SHARE
-from fedsim.exchanges.slices import BITS, KEPT, RATIO, price
+from fedsim.exchanges.slices import BITS, KEPT, RATIO, model_cost
 from fedsim.messages.records import Broadcast, ClientUpdate
 from fedsim.seeding import torch_generator
 from fedsim.workloads.base import Tensors, Workload
@@ -297,7 +297,9 @@ class PPPTrainer(SubnetTrainer):
         if sizes not in self.on_demand.costs:
             network = GatedNetwork(self.slices.groups.build(self.slices.model, kept), gates, kept)
             network.switch = PerSample(network.gates, 0.5)
-            self.on_demand.costs[sizes] = price(self.slices.workload, network, f"{self.slices.cost(kept).name}, gated")
+            self.on_demand.costs[sizes] = model_cost(
+                self.slices.workload, network, f"{self.slices.cost(kept).name}, gated"
+            )
         return self.on_demand.costs[sizes]
 
     def fitting(self, weights: Tensors, held: Kept) -> Tensors:
