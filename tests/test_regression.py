@@ -15,9 +15,9 @@ from conftest import Ended
 from sine import SINE
 from test_methods import TINY, federate
 
-from clients.app import app
+from clients.app import serve
 from devices.errors import FileError
-from fedsim.engines.local import LocalGrid
+from fedsim.engines.local import LocalEngine
 from fedsim.errors import ConfigError
 from fedsim.report.files import read_summary
 from fedsim.report.page import write_page
@@ -50,7 +50,7 @@ NEED_CLASSES = {
 
 
 def run_sine(out: Path, *overrides: str) -> dict[str, Any]:
-    return writer.run(compose([*LONG, *overrides]), LocalGrid(app), out)
+    return writer.run(compose([*LONG, *overrides]), LocalEngine(serve), out)
 
 
 @pytest.mark.parametrize("method", options("method"))
@@ -148,7 +148,7 @@ def test_a_study_ranks_the_lowest_first(tmp_path: Path, monkeypatch: pytest.Monk
     study = read_study(str(tmp_path / "sines.yaml"), ["rounds=3"])
     runs = plan(study, tmp_path / "out")
     for planned in runs:
-        writer.run(planned.settings, LocalGrid(app), planned.folder)
+        writer.run(planned.settings, LocalEngine(serve), planned.folder)
     result = collect(study, runs)
     means = {row.label: row.mean for row in result.rows}
     assert result.metric == MSE
