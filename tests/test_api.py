@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import logging
+import random
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from conftest import TINY
 
 import fedsim
@@ -54,7 +59,10 @@ def test_a_run_can_be_looked_into_and_loaded_again(tmp_path: Path, monkeypatch):
     assert fedsim.load("two").summary == two.summary
     assert two.settings["choices"]["method"] == "ditto"
     assert one.plot() is not None
-    assert str(one.folder) in one._repr_html_()
+    page = one._repr_html_()
+    assert str(one.folder) in page
+    assert page.count("<tr") == 1 + 3
+    assert page.count("data:image/svg+xml") == 2
     with pytest.raises(ConfigError, match="holds no run"):
         fedsim.load(tmp_path)
 
@@ -66,3 +74,37 @@ def test_it_gives_the_bytes_of_the_command(tmp_path: Path, monkeypatch, fedsim):
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
     hashes = {json.loads(Path(name, "summary.json").read_text())["weights_sha256"] for name in ("command", "python")}
     assert len(hashes) == 1
+
+
+def test_a_process_stays_as_it_was(tmp_path: Path, monkeypatch):
+    """Run twice within a config of the caller's own: a notebook goes on with its own torch, Hydra and logs."""
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    def facts() -> tuple[object, ...]:
+        root = logging.getLogger()
+        state = (torch.get_rng_state().tolist(), torch.get_num_threads(), random.getstate(), np.random.get_state()[2])
+        return (*state, GlobalHydra.instance().hydra, sys.argv, list(root.handlers), root.level, gc.get_freeze_count())
+
+    monkeypatch.chdir(tmp_path)
+    gc.unfreeze()
+    with initialize_config_dir(str(tmp_path), version_base="1.3"):
+        before = facts()
+        hashes = {fedsim.run(*TINY, progress=False, rounds=1).summary["weights_sha256"] for _ in range(2)}
+        assert facts() == before
+    assert len(hashes) == 1
+
+
+def test_a_run_that_is_not_finished_can_be_looked_into(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = fedsim.run(*TINY, progress=False)
+    for name in ("summary.json", *(str(path.relative_to(run.folder)) for path in run.folder.glob("clients/*"))):
+        (run.folder / name).unlink()
+    begun = fedsim.load(run.folder)
+    assert (begun.summary, len(begun.clients), len(begun.rounds)) == ({}, 0, 3)
+    assert "is not finished" in begun._repr_html_()
+    (run.folder / "rounds.jsonl").write_text("")
+    empty = fedsim.load(run.folder)
+    assert len(empty.rounds) == 0
+    assert empty.plot() is None
+    assert "is not finished" in empty._repr_html_()

@@ -7,10 +7,12 @@ Example:
 
 from __future__ import annotations
 
+import gc
 import html
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,9 +65,10 @@ class Run:
         """One row per round, with a column for each metric; seconds, joules and bytes of that round."""
         import pandas as pd
 
-        from fedsim.report.rounds import read_rounds
+        from fedsim.report.rounds import RoundReport, read_rounds
 
-        rounds = pd.DataFrame([vars(report) for report in read_rounds(self.folder)])
+        columns = [field.name for field in fields(RoundReport)]  # also of a run that has no round yet
+        rounds = pd.DataFrame([vars(report) for report in read_rounds(self.folder)], columns=columns)
         return _unpacked(rounds, "metrics", list(rounds["metrics"]))
 
     @cached_property
@@ -93,13 +96,22 @@ class Run:
         return f"Run({str(self.folder)!r})"
 
     def _repr_html_(self) -> str:
-        """A notebook's view: what the command prints below its table, and the last rounds."""
+        """Returns a notebook's view: the closing lines of the command, the last rounds, and pictures."""
+        from fedsim.report.plots.run import as_svg, outcomes
+        from fedsim.report.rounds import read_rounds
         from fedsim.report.text import closing_lines
 
         lines = closing_lines(self.summary, self.folder) if self.summary else [f"{self.folder} is not finished"]
         names = dict.fromkeys(("round", self.primary.name, *SHOWN))
         shown = self.rounds[[name for name in names if name in self.rounds]].tail(10)
-        return "".join(f"<p>{html.escape(line)}</p>" for line in lines) + str(shown.to_html(index=False))
+        pictures = [picture for picture in (self.plot(), outcomes(read_rounds(self.folder))) if picture is not None]
+        return "".join(
+            [
+                *(f"<p>{html.escape(line)}</p>" for line in lines),
+                shown.to_html(index=False, float_format="{:.4g}".format),
+                *(f'<p><img src="{as_svg(picture)}" style="max-width: 100%"></p>' for picture in pictures),
+            ]
+        )
 
 
 def compose(*overrides: str, **settings: Any) -> Settings:
@@ -121,9 +133,11 @@ def compose(*overrides: str, **settings: Any) -> Settings:
 def run(*overrides: str, progress: bool = True, **settings: Any) -> Run:
     """Runs one experiment and returns its folder to look into.
 
+    The process stays as it was: torch keeps its threads and random state.
+
     Args:
         overrides: as those of `compose`.
-        progress: whether a terminal shows a bar over the rounds.
+        progress: whether a terminal shows a bar over the rounds; a notebook shows none.
         settings: as those of `compose`.
 
     Raises:
@@ -135,7 +149,9 @@ def run(*overrides: str, progress: bool = True, **settings: Any) -> Run:
 
     shown = console()
     shown.quiet = not progress
-    folder, _ = run_experiment(compose(*overrides, **settings), shown)
+    composed = compose(*overrides, **settings)
+    with _process_as_before():
+        folder, _ = run_experiment(composed, shown)
     return Run(folder)
 
 
@@ -149,6 +165,20 @@ def load(folder: str | Path) -> Run:
 
     check_run(Path(folder))
     return Run(Path(folder))
+
+
+@contextmanager
+def _process_as_before() -> Iterator[None]:
+    """Gives back what a worker in this process takes: torch's threads, its random state, objects hidden from gc."""
+    import torch
+
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_rng_state(state)
+        gc.unfreeze()
 
 
 def _overrides(key: str, value: Any) -> list[str]:
