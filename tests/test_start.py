@@ -15,18 +15,7 @@ finally:
     open("modules", "w").write(" ".join(sys.modules))
 """
 HEAVY = {  # each takes as long as a tenth of torch, or more
-    *(
-        "pandas",
-        "scipy",
-        "sklearn",
-        "torchvision",
-        "torchaudio",
-        "torch_pruning",
-        "triton",
-        "sympy",
-        "ray",
-        "soundfile",
-    ),
+    *("pandas", "scipy", "sklearn", "torchvision", "torchaudio", "torch_pruning", "triton", "ray", "soundfile"),
     *("torch._dynamo", "torch._inductor", "torch.utils.flop_counter", "torch.distributed.fsdp", "matplotlib.pyplot"),
     *("pyarrow.dataset", "pyarrow.compute", "tensorflow", "IPython"),
 }
