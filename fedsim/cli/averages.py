@@ -40,9 +40,10 @@ def averages(
     check_picture(picture)
     groups = [None if text.strip() == "all" else whole("--sizes", text) for text in sizes.split(",")]
     settings = {**compose(ctx.args), "cohort": 1, "evaluate_clients": 0}
-    workload = classification(build_world(json.dumps(settings)).workload)
-    found = exposures(workload, groups, looked_at, settings["seed"])
-    averages_picture(workload, picture, groups, clients, settings["seed"])
+    world = build_world(json.dumps(settings))
+    workload, seed = classification(world.workload), world.settings.seed
+    found = exposures(workload, groups, looked_at, seed)
+    averages_picture(workload, picture, groups, clients, seed)
     title = f"{workload.name}, {min(looked_at, workload.num_clients)} clients"
     rows = table("group size", "averages", "bytes", "nearest", "classes in one", title=title)
     for e in found:

@@ -50,9 +50,9 @@ class PlainLoop:
         if FORMAT in settings["model"]:
             settings = {**settings, "model": {**settings["model"], FORMAT: self.memory_format}}
         world = build_world(json.dumps(settings))
-        self.workload, self.cohort = world.workload, settings["cohort"]
+        self.workload, self.cohort = world.workload, world.settings.cohort
         self.lr, self.batch_size = settings["trainer"]["lr"], settings["trainer"]["batch_size"]
-        torch.set_num_threads(settings["engine"]["threads"])
+        torch.set_num_threads(world.settings.engine.threads)
         self.model = self.workload.build_model()
         self.weights = {name: t.clone() for name, t in self.model.state_dict().items()}
         clients = range(self.workload.num_clients)

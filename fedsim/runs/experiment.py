@@ -34,13 +34,14 @@ def run_experiment(
     from fedsim.report.place import new_run_folder
     from fedsim.report.progress import progress_bar
     from fedsim.runs.writer import run
+    from fedsim.settings.run_settings import RunSettings
 
     forget_worlds()
     with new_run_folder(settings) if unfinished is None else nullcontext(unfinished) as folder:
         began(folder)
         with (
             closing(build_engine(settings)) as engine,
-            progress_bar(shown, settings["rounds"], folder) as (watch, observe),
+            progress_bar(shown, RunSettings.of(settings).rounds, folder) as (watch, observe),
         ):
             resumed, announce = unfinished is not None, partial(shown.print, highlight=False, soft_wrap=True)
             summary = run(settings, engine, folder, watch, observe, resumed, announce)

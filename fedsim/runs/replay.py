@@ -66,8 +66,8 @@ def instruction_of(
     check_same((kept.data if kept is not None else None) or data_of_run(folder), settings, world.workload, folder)
     if kept is not None and (kept.round, kept.client) == (round, client):
         return kept
-    if not 1 <= round <= settings["rounds"]:
-        raise ConfigError(f"--round must be in 1..{settings['rounds']}, got {round}")
+    if not 1 <= round <= world.settings.rounds:
+        raise ConfigError(f"--round must be in 1..{world.settings.rounds}, got {round}")
     federation = Federation(world, engine)
     for report, _ in federation.rounds():
         watch(report.round)

@@ -79,19 +79,22 @@ def build_world(config_json: str) -> World:
     return World(config_json, settings, workload, fleet, instantiate(tree, "latency"))
 
 
-def build_workload(settings: Settings) -> Workload:
+def build_workload(tree: Settings) -> Workload:
     """Builds the data alone, as the stream brings them.
+
+    Args:
+        tree: the whole configuration.
 
     Raises:
         ConfigError, DataError: if they are not there or do not fit the settings.
     """
-    parts = {"model": model_factory(settings), "partition": instantiate(settings, "partition")}
-    seed = settings["seed"]
-    workload = instantiate(settings, "workload", **parts, num_clients=settings["num_clients"], seed=seed)
+    settings = RunSettings.of(tree)
+    parts = {"model": model_factory(tree), "partition": instantiate(tree, "partition")}
+    workload = instantiate(tree, "workload", **parts, num_clients=settings.num_clients, seed=settings.seed)
     workload.sample(1)  # a workload without examples to judge a model on says so
-    stream = instantiate(settings, "stream")  # a partial: Hydra would copy the data
+    stream = instantiate(tree, "stream")  # a partial: Hydra would copy the data
     streamed: Workload = stream(
-        workload=workload, rounds=settings["rounds"], evaluate_every=settings["evaluate_every"], seed=seed
+        workload=workload, rounds=settings.rounds, evaluate_every=settings.evaluate_every, seed=settings.seed
     )
     return streamed
 
