@@ -189,6 +189,7 @@ class Mafl(WrappingStrategy):
 
     def closed(self, exchange: Exchange) -> None:
         """Notes what accepted clients now hold, and who has new data."""
+        super().closed(exchange)
         self.held.update({client: self.sent[client] for client in exchange.accepted})
         for report in exchange.reports:
             if VERSION in report.metrics and report.metrics[VERSION] != self.version.get(report.client):

@@ -12,6 +12,7 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 from devices.bounds import Checked
 from fedsim.errors import ConfigError
 from fedsim.grid.edge import EdgeGrid
+from fedsim.grid.exchange import Exchange
 from fedsim.grid.server_half import ServerContext, ServerHalf, server_half
 
 
@@ -36,6 +37,10 @@ class WrappingStrategy(Checked, ServerHalf, FedAvg, group="strategy", error=Conf
         """Tells the other strategy too."""
         super().begin(context)
         server_half(self.server).begin(context)
+
+    def closed(self, exchange: Exchange) -> None:
+        """Hands the other strategy what a training exchange brought."""
+        server_half(self.server).closed(exchange)
 
     def complete(self, number: int, arrays: ArrayRecord, grid: EdgeGrid) -> ArrayRecord:
         """Returns what the other strategy makes of weights that are to be judged."""

@@ -178,6 +178,14 @@ def test_a_strategy_is_told_of_its_run_before_the_first_round(federation):
     assert made.strategy.server.context is context
 
 
+def test_a_wrapping_strategy_hands_on_what_an_exchange_brought(federation, monkeypatch):
+    brought: list[tuple[int, ...]] = []
+    monkeypatch.setattr(EdgeStrategy, "closed", lambda self, exchange: brought.append(exchange.accepted))
+    made = federation("strategy=mafl", "strategy@strategy.server=edge_mean", "cohort=6", "rounds=2")
+    list(made.rounds())
+    assert brought == [tuple(range(6))] * 2
+
+
 def test_only_who_is_awake_can_be_reached(federation, monkeypatch):
     made = federation()
     monkeypatch.setattr(made.grid.fleet, "online", lambda client, now_s: client % 2 == 1)
