@@ -21,35 +21,27 @@ from fedsim.cli.bench_sides import EngineRounds, FastLoop
 from fedsim.runs.experiment import build_engine
 from fedsim.settings.compose import compose
 
-SETTINGS = ["workload=blobs", "workload.examples_per_client=16", "workload.test_examples=64", "num_clients=1000"]
-SETTINGS += [
-    "cohort=1000",
-    "trainer.epochs=1",
-    "model=mlp",
-    "fleet=mixed",
-    "trainer.batch_size=8",
-    "engine.device=cpu",
-    "checkpoint_s=0",
-]
+SETTINGS = ["workload=blobs", "workload.examples_per_client=16", "workload.test_examples=64", "model=mlp"]
+SETTINGS += ["num_clients=1000", "cohort=1000", "trainer.batch_size=8", "trainer.local_epochs=1", "fleet=mixed"]
+SETTINGS += ["engine.device=cpu", "checkpoint_s=0"]
 ROUNDS = 9
-# The first name that is there counts: parts move, and an older checkout should be measured by the same script.
-PARTS = {
-    "data": ["clients.app:Worker._client_data"],
-    "context": ["clients.app:Worker.context"],
-    "random numbers": ["fedsim.seeding:derive"],
-    "weights in": ["clients.app:Worker._load"],
-    "training": ["clients.trainers.sgd:SGDTrainer.train", "clients.trainers.sgd:SGDRun.train"],
-    "start of a trainer": ["clients.trainers.sgd:SGDTrainer.fit", "clients.trainers.base:LocalTrainer.fit"],
-    "answers": ["clients.app:Worker._fit", "clients.app:Worker._one"],
-    "block sums": ["fedsim.engines.blocks:BlockSum.add"],
-    "records": ["fedsim.messages.records:pack_cohort", "fedsim.messages.cohort:pack"],
-    "pricing": ["devices.cost:LatencyModel.costs"],
-    "pricing, one by one": ["devices.cost:LatencyModel.cost"],
-    "jitter": ["devices.fleet:Fleet.jitter"],
-    "exchange": ["fedsim.grid.edge:EdgeGrid.send_and_receive"],
-    "round report": ["fedsim.runs.federation:Federation.report"],
-    "events and rows": ["fedsim.report.folder:RunFolder.add"],
-    "parquet": ["fedsim.report.folder:RunFolder.flush"],
+PARTS = {  # where each part begins
+    "data": "clients.data_cache:DataCache.of",
+    "context": "clients.worker:Worker.context",
+    "weights in": "clients.live_model:LiveModel.load",
+    "weights out": "clients.live_model:LiveModel.sent",
+    "random numbers": "fedsim.seeding:derive",
+    "training": "clients.trainers.sgd:SGDRun.train",
+    "start of a trainer": "clients.trainers.sgd:SGDTrainer.start",
+    "update": "clients.trainers.sgd:SGDRun.fit",
+    "worker": "clients.worker:Worker.serve_one",
+    "block sums": "fedsim.engines.blocks:BlockSum.add",
+    "pricing": "devices.latency.models:StructuredLatency.seconds",
+    "pricing, one by one": "devices.cost:LatencyModel.cost",
+    "jitter": "devices.fleet:Fleet.jitter",
+    "round report": "fedsim.runs.federation:Federation.report",
+    "events and rows": "fedsim.report.folder:RunFolder.add",
+    "parquet": "fedsim.report.folder:RunFolder.flush",
 }
 
 
@@ -77,33 +69,27 @@ class Watch:
 
         return timed
 
-    def put_on(self, names: list[str], part: str) -> None:
-        """Times the first of the names that is there, wherever modules of ours took it in."""
-        for name in names:
-            module_name, _, path = name.partition(":")
-            try:
-                owner: Any = import_module(module_name)
-                *outer, last = path.split(".")
-                for each in outer:
-                    owner = vars(owner)[each]
-                found = vars(owner)[last]
-            except (ImportError, KeyError):
-                continue
-            timed = self.over(part, found)
-            setattr(owner, last, timed)
-            for module in [m for n, m in sys.modules.items() if n.split(".")[0] in ("fedsim", "clients", "devices")]:
-                for key in [key for key, value in vars(module).items() if value is found]:
-                    setattr(module, key, timed)
-            return
-        print(f"(no {part} here: none of {', '.join(names)})")
+    def put_on(self, name: str, part: str) -> None:
+        """Times a function `module:path`, wherever modules of ours took it in."""
+        module_name, _, path = name.partition(":")
+        owner: Any = import_module(module_name)
+        *outer, last = path.split(".")
+        for each in outer:
+            owner = vars(owner)[each]
+        found = vars(owner)[last]
+        timed = self.over(part, found)
+        setattr(owner, last, timed)
+        for module in [m for n, m in sys.modules.items() if n.split(".")[0] in ("fedsim", "clients", "devices")]:
+            for key in [key for key, value in vars(module).items() if value is found]:
+                setattr(module, key, timed)
 
 
 def main(overrides: list[str]) -> None:
     """Prints a line per part."""
     settings = compose([*SETTINGS, *overrides])
     watch, clients = Watch(), settings["cohort"]
-    for part, names in PARTS.items():
-        watch.put_on(names, part)
+    for part, name in PARTS.items():
+        watch.put_on(name, part)
     with tempfile.TemporaryDirectory() as folder:
         bare, rounds = FastLoop(settings), EngineRounds(settings, build_engine, Path(folder) / "run")
         rounds.round(0)
