@@ -179,6 +179,11 @@ class ClientContext:
     log: WorkLog = field(repr=False)
     data: ClientData = field(repr=False)
 
+    @property
+    def num_examples(self) -> int:
+        """Returns how many examples the client counts for in a mean of updates."""
+        return self.workload.num_examples(self.data.train)
+
     def stream(self, *names: str | int) -> torch.Generator:
         """Returns random numbers for one purpose of this client and round; no other purpose or client shifts them."""
         return torch_generator(self.seed, *names, self.round, self.client_id)

@@ -127,7 +127,7 @@ class SGDRun(LocalRun):
     def update(self, train_loss: float) -> ClientUpdate:
         """Returns what is answered."""
         client = self.client
-        return ClientUpdate(client.client_id, len(client.data.train), client.weights, {"train_loss": train_loss})
+        return ClientUpdate(client.client_id, client.num_examples, client.weights, {"train_loss": train_loss})
 
     def log_step(self, batch: int) -> None:
         """Reports what one step ran; override together with an objective that costs more."""

@@ -63,7 +63,7 @@ class TwoPathRun(SGDRun):
         if self.broadcast.round > trainer.prune_rounds:
             state.store(MASKS, self.masks)
         metrics = {"train_loss": train_loss, "sparsity": sparsity_of(self.masks)}
-        return ClientUpdate(client.client_id, len(client.data.train), client.weights, metrics)
+        return ClientUpdate(client.client_id, client.num_examples, client.weights, metrics)
 
     def batches(self) -> Iterator[Tensors]:
         """Yields the batches of plain SGD; masks are made anew between them."""

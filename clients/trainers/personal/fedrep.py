@@ -41,7 +41,7 @@ class FedRepRun(SGDRun):
                 metrics["head_loss"] = self.phase(private=True).train(batches)
         with trainer.only(client.model, private=False):
             metrics["train_loss"] = self.phase(private=False).train(self.batches())
-        return ClientUpdate(client.client_id, len(client.data.train), client.weights, metrics)
+        return ClientUpdate(client.client_id, client.num_examples, client.weights, metrics)
 
     def phase(self, private: bool) -> SGDRun:
         """Returns the training of the parameters that are not frozen just now, at the cost of their phase."""

@@ -55,7 +55,7 @@ class SubFedAvgRun(SGDRun):
         whole.state.store(MASK, self.masks)
         record = packed({name: mask for name, mask in self.masks.items() if name not in trainer.private})
         metrics = {"train_loss": train_loss, "sparsity": 1 - alive(self.masks)}
-        return ClientUpdate(whole.client_id, len(self.client.data.train), whole.weights, metrics, {MASK: record})
+        return ClientUpdate(whole.client_id, self.client.num_examples, whole.weights, metrics, {MASK: record})
 
     def batches(self) -> Iterator[Tensors]:
         """Yields the batches of plain SGD; notes after the first epoch which weights would stay."""

@@ -118,7 +118,7 @@ class PPPRun(SGDRun):
             extras[MASK] = {BITS: groups.pack(wanted)}
         metrics = {"train_loss": train_loss, "keep_ratio": trainer.plan.keep_ratio(wanted)}
         update = trainer.returned(self.client.weights, own, sent.weights)
-        return ClientUpdate(self.client.client_id, len(self.client.data.train), update, metrics, extras)
+        return ClientUpdate(self.client.client_id, self.client.num_examples, update, metrics, extras)
 
     def log_step(self, batch: int) -> None:
         """Reports both paths, where gates are at work."""
