@@ -19,7 +19,7 @@ RUN_ID, NODE_ID, TASK_ID = 1, 0, 1
 def assume_task_identity() -> None:
     """Lets Messages be made outside Flower's runtime, which would set these numbers itself.
 
-    This and `fedsim.runs.federation` are the only places that touch Flower's internal task identity.
+    No other place touches Flower's internal task identity.
     """
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN_ID, NODE_ID, TASK_ID
 
