@@ -10,7 +10,7 @@ from devices.compression.plan import CompressionPlan, Pruned, Recipe
 from devices.cost import ModelCost
 from devices.profile import DeviceProfile
 from fedsim.exchanges.slices import model_cost
-from fedsim.messages.records import Broadcast
+from fedsim.messages.updates import Broadcast
 from fedsim.runs.deployment import CALIBRATION, calibration
 from fedsim.settings.build import World
 

@@ -30,7 +30,8 @@ from fedsim.errors import ConfigError, in_words, no_exit
 from fedsim.exchanges.slices import model_cost
 from fedsim.grid.round_sum import BlockSums
 from fedsim.messages.cohort import ClientAnswer, ClientTask, CohortAnswer, CohortTask, Outcome
-from fedsim.messages.records import Broadcast, ClientUpdate, check_extra_names
+from fedsim.messages.records import check_extra_names
+from fedsim.messages.updates import Broadcast, ClientUpdate
 from fedsim.messages.uplink import compressed
 from fedsim.messages.weights import SentWeights, bytes_of, own_copies
 from fedsim.models.roles import TensorRoles

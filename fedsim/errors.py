@@ -42,7 +42,7 @@ class ClientError(RunError):
     Args:
         text: one sentence.
         traceback: where it happened, as text from the worker.
-        instruction: what the client was sent (a `fedsim.messages.records.Instruction`), to run it again alone.
+        instruction: what the client was sent (a `fedsim.messages.updates.Instruction`), to run it again alone.
     """
 
     def __init__(self, text: str, traceback: str = "", instruction: object = None):

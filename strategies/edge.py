@@ -14,7 +14,8 @@ from devices.bounds import Checked
 from fedsim.errors import ConfigError
 from fedsim.grid.edge import EdgeGrid, Enrolled
 from fedsim.grid.server_half import ServerHalf
-from fedsim.messages.records import NUM_EXAMPLES, Broadcast, ClientUpdate, content_of, record_of, tensors_of, update_of
+from fedsim.messages.records import NUM_EXAMPLES, content_of, record_of, tensors_of, update_of
+from fedsim.messages.updates import Broadcast, ClientUpdate
 from fedsim.workloads.base import Tensors
 
 

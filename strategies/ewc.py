@@ -14,7 +14,8 @@ from flwr.app import ArrayRecord, Message
 from fedsim.errors import ConfigError
 from fedsim.exchanges.ewc import FISHER, PENALTY, QUESTION
 from fedsim.grid.edge import Enrolled
-from fedsim.messages.records import Broadcast, tensors_of
+from fedsim.messages.records import tensors_of
+from fedsim.messages.updates import Broadcast
 from fedsim.workloads.base import Tensors
 from strategies.tasks import TaskStrategy
 

@@ -19,7 +19,8 @@ from devices.compression.channel_graph import BATCH_NORMS
 from fedsim.exchanges.heterofl import CLASSES, EXAMPLES, MOMENTS, QUESTION, STATISTICS
 from fedsim.exchanges.slices import BITS
 from fedsim.grid.edge import EdgeGrid
-from fedsim.messages.records import ClientUpdate, content_of, record_of, tensors_of
+from fedsim.messages.records import content_of, record_of, tensors_of
+from fedsim.messages.updates import ClientUpdate
 from fedsim.models.roles import head
 from fedsim.workloads.base import Tensors
 from strategies.coordinates import Entries, Part, mean_by_coordinate

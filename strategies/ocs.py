@@ -12,7 +12,7 @@ import torch
 
 from fedsim.exchanges.ocs import QUESTION, REFERENCE
 from fedsim.grid.edge import Enrolled
-from fedsim.messages.records import Broadcast, ClientUpdate
+from fedsim.messages.updates import Broadcast, ClientUpdate
 from fedsim.workloads.base import Tensors
 from strategies.tasks import TaskStrategy
 

@@ -24,7 +24,7 @@ from fedsim.exchanges.ppp import GATES, MASK, MASKED, SHARE
 from fedsim.exchanges.slices import BITS, KEPT, RATIO
 from fedsim.grid.edge import Enrolled
 from fedsim.grid.server_half import ServerContext
-from fedsim.messages.records import Broadcast, ClientUpdate
+from fedsim.messages.updates import Broadcast, ClientUpdate
 from fedsim.seeding import derive
 from fedsim.workloads.base import Tensors
 from strategies.edge import EdgeStrategy

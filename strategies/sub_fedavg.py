@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from fedsim.exchanges.sub_fedavg import MASK, unpacked
 from fedsim.grid.edge import Enrolled
-from fedsim.messages.records import Broadcast, ClientUpdate
+from fedsim.messages.updates import Broadcast, ClientUpdate
 from fedsim.workloads.base import Tensors
 from strategies.coordinates import Mask, Part, mean_by_coordinate
 from strategies.edge import EdgeStrategy

@@ -18,7 +18,8 @@ from devices.compression.channels import Kept
 from fedsim.exchanges.slices import BITS, KEPT, Slices
 from fedsim.grid.edge import EdgeGrid, Enrolled
 from fedsim.grid.server_half import ServerContext
-from fedsim.messages.records import Broadcast, ClientUpdate, tensors_of
+from fedsim.messages.records import tensors_of
+from fedsim.messages.updates import Broadcast, ClientUpdate
 from fedsim.workloads.base import Tensors
 from strategies.coordinates import Entries, Part, mean_by_coordinate
 from strategies.edge import EdgeStrategy, edge_grid

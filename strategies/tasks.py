@@ -8,7 +8,8 @@ from annotated_types import Ge
 from flwr.app import ArrayRecord, Message
 
 from fedsim.grid.edge import EdgeGrid
-from fedsim.messages.records import Broadcast, ClientUpdate, array_record, content_of
+from fedsim.messages.records import array_record, content_of
+from fedsim.messages.updates import Broadcast, ClientUpdate
 from fedsim.workloads.base import Tensors
 from strategies.edge import EdgeStrategy
 

@@ -20,7 +20,7 @@ from devices.profile import kind_named
 from fedsim.errors import ConfigError
 from fedsim.exchanges.slices import RATIO
 from fedsim.grid.edge import Enrolled
-from fedsim.messages.records import Broadcast, ClientUpdate
+from fedsim.messages.updates import Broadcast, ClientUpdate
 from fedsim.seeding import generator
 from fedsim.workloads.base import Tensors
 from strategies.subnet import SubnetStrategy

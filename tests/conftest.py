@@ -22,7 +22,8 @@ from fedsim.engines.base import assume_task_identity
 from fedsim.engines.cutting import cut
 from fedsim.engines.local import LocalEngine
 from fedsim.messages.cohort import ClientTask, CohortAnswer, CohortTask
-from fedsim.messages.records import NUM_EXAMPLES, STATE, Broadcast, Instructions, record_of, tensors_of
+from fedsim.messages.records import NUM_EXAMPLES, STATE, Instructions, record_of, tensors_of
+from fedsim.messages.updates import Broadcast
 from fedsim.messages.uplink import decompressed
 from fedsim.runs import writer
 from fedsim.runs.federation import Federation

@@ -13,7 +13,8 @@ from clients.trainers.sgd import SGDTrainer, WorkloadLoss
 from clients.worker import Worker
 from fedsim.errors import ConfigError
 from fedsim.messages.cohort import ClientTask
-from fedsim.messages.records import Broadcast, from_array
+from fedsim.messages.records import from_array
+from fedsim.messages.updates import Broadcast
 from fedsim.models.mlp import MLP
 from fedsim.settings.build import build_world, instantiate
 from fedsim.settings.compose import compose

@@ -22,7 +22,8 @@ from clients.worker import Worker
 from fedsim.engines.local import LocalEngine
 from fedsim.errors import ConfigError
 from fedsim.messages.cohort import ClientTask
-from fedsim.messages.records import Broadcast, ClientUpdate, record_bytes, record_of, tensors_of
+from fedsim.messages.records import record_bytes, record_of, tensors_of
+from fedsim.messages.updates import Broadcast, ClientUpdate
 from fedsim.report.rounds import weights_sha256
 from fedsim.runs.federation import Federation
 from fedsim.settings.build import build_world

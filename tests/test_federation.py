@@ -20,7 +20,8 @@ from clients.trainers.sgd import SGDTrainer, WorkloadLoss
 from clients.worker import Worker
 from fedsim.errors import RunError
 from fedsim.messages.cohort import ClientTask
-from fedsim.messages.records import Broadcast, ClientUpdate, from_array, tensors_of
+from fedsim.messages.records import from_array, tensors_of
+from fedsim.messages.updates import Broadcast, ClientUpdate
 from fedsim.report.rounds import weights_sha256
 from strategies.edge import EdgeStrategy
 

@@ -284,7 +284,7 @@ def test_penalty_is_added_once_to_the_mixed_loss(settings):
     trainer, batch = worker.trainer, worker.workload.sample(4)
     from flwr.app import RecordDict
 
-    from fedsim.messages.records import Broadcast
+    from fedsim.messages.updates import Broadcast
 
     client = worker.context(task_of(RecordDict(), 0, 1))
     sent = {name: p.detach() + 0.1 for name, p in worker.model.named_parameters()}

@@ -13,8 +13,6 @@ from devices.cost import ModelCost, Passes, Work
 from fedsim.messages.cohort import BlockAnswer, ClientAnswer, ClientTask, Close, CohortAnswer, CohortTask
 from fedsim.messages.packing import pack_answer, pack_task, unpack_answer, unpack_task
 from fedsim.messages.records import (
-    Broadcast,
-    ClientUpdate,
     Instructions,
     check_extra_names,
     content_of,
@@ -26,6 +24,7 @@ from fedsim.messages.records import (
     to_array,
     update_of,
 )
+from fedsim.messages.updates import Broadcast, ClientUpdate
 from fedsim.messages.weights import JOINED, SentWeights, is_channels_last, join_storage, joined, joined_like, named
 
 VALUES = {

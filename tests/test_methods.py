@@ -37,7 +37,8 @@ from fedsim.errors import ConfigError, DataError
 from fedsim.grid.exchange import ClientReport
 from fedsim.messages.cohort import OUTCOMES, ClientTask, CohortAnswer, CohortTask
 from fedsim.messages.packing import pack_answer, pack_task, unpack_answer, unpack_task
-from fedsim.messages.records import ARRAYS, CONFIG, Broadcast, arrays_in, record_of
+from fedsim.messages.records import ARRAYS, CONFIG, arrays_in, record_of
+from fedsim.messages.updates import Broadcast
 from fedsim.report.rounds import HOST_FIELDS, RoundReport, weights_sha256
 from fedsim.runs.federation import Federation
 from fedsim.settings.build import build_world, instantiate

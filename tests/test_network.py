@@ -30,7 +30,8 @@ from fedsim.grid.edge import EMPTY_ROUND_S, EdgeGrid
 from fedsim.grid.exchange import ClientReport
 from fedsim.grid.pricing import Prices, RadioTails
 from fedsim.messages.cohort import ClientAnswer, ClientTask, CohortAnswer, CohortTask
-from fedsim.messages.records import Broadcast, from_array, to_array
+from fedsim.messages.records import from_array, to_array
+from fedsim.messages.updates import Broadcast
 from fedsim.messages.weights import named
 from fedsim.workloads.blobs import Blobs
 

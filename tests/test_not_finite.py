@@ -18,7 +18,8 @@ from torch import nn
 from clients.trainers.sgd import SGDTrainer
 from fedsim.errors import ClientError, ConfigError, NotFiniteError, RunError
 from fedsim.grid.edge import Enrolled
-from fedsim.messages.records import Broadcast, all_finite, array_record, from_array, record_of, to_array
+from fedsim.messages.records import all_finite, array_record, from_array, record_of, to_array
+from fedsim.messages.updates import Broadcast
 from fedsim.report import strict_json
 from fedsim.report.rounds import RoundReport, read_rounds
 from fedsim.report.text import closing_table, final_score

@@ -19,7 +19,8 @@ from fedsim.engines.local import LocalEngine
 from fedsim.errors import ConfigError
 from fedsim.grid.exchange import Exchange
 from fedsim.messages.cohort import ClientTask
-from fedsim.messages.records import Broadcast, payload_bytes, record_bytes, tensors_of
+from fedsim.messages.records import payload_bytes, record_bytes, tensors_of
+from fedsim.messages.updates import Broadcast
 from fedsim.report.rounds import weights_sha256
 from fedsim.runs.federation import Federation
 from fedsim.settings.build import build_world

@@ -36,7 +36,7 @@ from fedsim.engines.ray.session import RaySession
 from fedsim.engines.ray.wire import Shared, in_common, send_tensors_as_arrays, whole, without
 from fedsim.errors import ClientError, ConfigError, RunError
 from fedsim.messages.cohort import ClientTask, CohortAnswer, CohortTask
-from fedsim.messages.records import Broadcast
+from fedsim.messages.updates import Broadcast
 from fedsim.report.rounds import HOST_FIELDS
 from fedsim.runs import writer
 from fedsim.runs.federation import Federation

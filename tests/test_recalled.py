@@ -19,7 +19,7 @@ from clients.worker import Worker
 from fedsim.engines.local import LocalEngine
 from fedsim.errors import ConfigError
 from fedsim.messages.cohort import ClientTask
-from fedsim.messages.records import Broadcast
+from fedsim.messages.updates import Broadcast
 from fedsim.runs.federation import Federation
 from fedsim.settings.build import build_world
 from fedsim.settings.compose import compose

@@ -24,7 +24,8 @@ from clients.worker import Worker
 from fedsim.engines.local import LocalEngine
 from fedsim.exchanges.slices import Slices
 from fedsim.messages.cohort import ClientTask
-from fedsim.messages.records import STATE, Broadcast, from_array
+from fedsim.messages.records import STATE, from_array
+from fedsim.messages.updates import Broadcast
 from fedsim.runs.federation import Federation
 from fedsim.settings.build import build_world
 from fedsim.settings.compose import compose

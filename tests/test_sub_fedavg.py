@@ -12,7 +12,8 @@ from clients.trainers.personal.sub_fedavg import SubFedAvgTrainer, alive
 from clients.worker import Worker
 from devices.compression.bits import pack_bits, unpack_bits
 from fedsim.errors import ConfigError
-from fedsim.messages.records import ARRAYS, ClientUpdate, record_bytes, tensors_of
+from fedsim.messages.records import ARRAYS, record_bytes, tensors_of
+from fedsim.messages.updates import ClientUpdate
 from fedsim.settings.build import build_world
 from strategies.sub_fedavg import SubFedAvg
 

@@ -15,7 +15,8 @@ from devices.profile import load_profile
 from fedsim.errors import ConfigError
 from fedsim.exchanges.slices import BITS, KEPT
 from fedsim.grid.edge import Enrolled
-from fedsim.messages.records import ARRAYS, ClientUpdate, Instructions, payload_bytes, record_of, tensors_of
+from fedsim.messages.records import ARRAYS, Instructions, payload_bytes, record_of, tensors_of
+from fedsim.messages.updates import ClientUpdate
 from fedsim.report.rounds import weights_sha256
 from fedsim.settings.build import build_world
 from strategies.coordinates import Entries, Mask, Part, mean_by_coordinate

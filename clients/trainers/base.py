@@ -15,7 +15,7 @@ from devices.cost import ModelCost, Passes, Work
 from devices.meter import inference_memory_bytes
 from devices.profile import DeviceProfile
 from fedsim.errors import ConfigError
-from fedsim.messages.records import Broadcast, ClientUpdate
+from fedsim.messages.updates import Broadcast, ClientUpdate
 from fedsim.seeding import torch_generator
 from fedsim.workloads.base import JUDGED_AT_ONCE, ClientData, Tensors, Workload
 

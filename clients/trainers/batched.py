@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import grad_and_value, vmap
 from torch.nn.utils.stateless import _reparametrize_module
 
-from fedsim.messages.records import ClientUpdate
+from fedsim.messages.updates import ClientUpdate
 from fedsim.workloads.base import Tensors
 
 if TYPE_CHECKING:

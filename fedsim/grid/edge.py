@@ -34,13 +34,13 @@ from fedsim.messages.records import (
     METRICS,
     NUM_EXAMPLES,
     STATE,
-    Instruction,
     Instructions,
     all_finite,
     arrays_in,
     payload_bytes,
     record_of,
 )
+from fedsim.messages.updates import Instruction
 from fedsim.workloads import metrics as figures
 
 NOT_THERE, TOO_LATE = "offline when the round began", "the round closed before its reply arrived"

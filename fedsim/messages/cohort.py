@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Literal
 
 from devices.cost import Work
-from fedsim.messages.records import Broadcast
+from fedsim.messages.updates import Broadcast
 from fedsim.messages.weights import SentWeights
 from fedsim.workloads.base import Tensors
 

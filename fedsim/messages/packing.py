@@ -15,7 +15,8 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
 from devices.cost import pack_works, unpack_works
 from fedsim.messages.cohort import BlockAnswer, ClientAnswer, ClientTask, Close, CohortAnswer, CohortTask
-from fedsim.messages.records import STATE, Broadcast, record_of, tensors_of
+from fedsim.messages.records import STATE, record_of, tensors_of
+from fedsim.messages.updates import Broadcast
 from fedsim.messages.weights import SentWeights
 from fedsim.workloads.base import Tensors
 

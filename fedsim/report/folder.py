@@ -24,7 +24,7 @@ from fedsim.engines.locks import hold
 from fedsim.errors import ClientError, ConfigError
 from fedsim.grid.exchange import ClientReport
 from fedsim.messages.cohort import OUTCOMES
-from fedsim.messages.records import Instruction
+from fedsim.messages.updates import Instruction
 from fedsim.report import strict_json
 from fedsim.report.checksums import Beginning, Checksums, inside, of_bytes, of_file, signed
 from fedsim.report.client_rows import client_table

@@ -13,7 +13,8 @@ from devices.errors import FileError, one_line
 from devices.reading import read_bytes
 from devices.writing import write_atomic
 from fedsim.errors import ConfigError
-from fedsim.messages.records import Instruction, arrays_in, from_array, record_of
+from fedsim.messages.records import arrays_in, from_array, record_of
+from fedsim.messages.updates import Instruction
 from fedsim.report.checksums import inside, of_bytes, read_signed_json, signed_json
 from fedsim.report.place import FAILED_CLIENT, ITS_ARRAYS
 from fedsim.settings.forms import MAP, TEXT, WHOLE, Forms, check_tree, maps_of, optional

@@ -16,7 +16,8 @@ from flwr.app import ArrayRecord, RecordDict
 from fedsim.engines.base import Engine
 from fedsim.errors import ConfigError
 from fedsim.messages.cohort import ClientTask, CohortTask
-from fedsim.messages.records import NUM_EXAMPLES, STATE, Instruction, Instructions, record_of, tensors_of
+from fedsim.messages.records import NUM_EXAMPLES, STATE, Instructions, record_of, tensors_of
+from fedsim.messages.updates import Instruction
 from fedsim.report.instructions import kept_instruction
 from fedsim.runs.federation import Federation
 from fedsim.runs.recorded import data_of_run, settings_of_run

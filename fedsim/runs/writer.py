@@ -15,7 +15,7 @@ from devices.errors import DeviceError, one_line
 from fedsim.engines.base import Engine
 from fedsim.errors import ClientError, ConfigError, as_error, no_exit
 from fedsim.grid.exchange import ClientReport
-from fedsim.messages.records import Instruction
+from fedsim.messages.updates import Instruction
 from fedsim.report.folder import RunFolder
 from fedsim.report.place import check_free
 from fedsim.report.rounds import RoundReport, Totals

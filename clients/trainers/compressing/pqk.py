@@ -16,7 +16,7 @@ from clients.trainers.compressing.two_paths import TwoPathRun, TwoPathTrainer
 from clients.trainers.sgd import Objective
 from devices.compression.distil import divergence
 from devices.compression.masks import prunable
-from fedsim.messages.records import Broadcast
+from fedsim.messages.updates import Broadcast
 from fedsim.workloads.base import Tensors
 
 

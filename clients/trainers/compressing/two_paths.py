@@ -25,7 +25,7 @@ from devices.compression.sizes import dense_bytes, nonzero_bytes, wire_bytes
 from devices.compression.two_paths import TwoPaths
 from devices.cost import ModelCost
 from fedsim.errors import ConfigError
-from fedsim.messages.records import Broadcast, ClientUpdate
+from fedsim.messages.updates import Broadcast, ClientUpdate
 from fedsim.workloads.base import Tensors, Workload
 
 TEACHER, MASKS = "teacher", "masks"  # groups of a client's state: the teacher's norms; masks that are final

@@ -24,7 +24,7 @@ from clients.trainers.sgd import Objective, SGDRun, SGDTrainer
 from devices.cost import ModelCost
 from devices.meter import measure
 from fedsim.errors import ConfigError
-from fedsim.messages.records import Broadcast, ClientUpdate
+from fedsim.messages.updates import Broadcast, ClientUpdate
 from fedsim.workloads.base import Tensors, Workload
 
 OWN, PARTNER = "own_loss", "partner_loss"

@@ -31,7 +31,8 @@ from fedsim.exchanges.mafl import (
     SIZE,
     VERSION,
 )
-from fedsim.messages.records import OF_REPLY, Broadcast, ClientUpdate
+from fedsim.messages.records import OF_REPLY
+from fedsim.messages.updates import Broadcast, ClientUpdate
 from fedsim.workloads.base import Tensors, Workload
 from fedsim.workloads.classification import classification
 

@@ -18,7 +18,7 @@ from clients.trainers.base import ClientContext
 from clients.trainers.fedprox import FedProxTrainer, Pulled
 from clients.trainers.sgd import SGDRun, WorkloadLoss
 from devices.cost import ModelCost
-from fedsim.messages.records import Broadcast, ClientUpdate
+from fedsim.messages.updates import Broadcast, ClientUpdate
 from fedsim.workloads.base import Tensors, Workload
 
 PERSONAL = "personal"  # group of a client's state: a whole model

@@ -19,7 +19,7 @@ from clients.trainers.sgd import SGDRun, SGDTrainer
 from devices.cost import ModelCost
 from devices.meter import measure
 from fedsim.errors import ConfigError
-from fedsim.messages.records import ClientUpdate
+from fedsim.messages.updates import ClientUpdate
 from fedsim.workloads.base import Workload
 
 

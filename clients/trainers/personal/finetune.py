@@ -11,7 +11,7 @@ from annotated_types import Ge, Le
 
 from clients.trainers.base import ClientContext
 from clients.trainers.sgd import SGDTrainer
-from fedsim.messages.records import Broadcast
+from fedsim.messages.updates import Broadcast
 
 
 class FineTuneTrainer(SGDTrainer):

@@ -21,7 +21,7 @@ from clients.trainers.base import ClientContext, Gradients
 from clients.trainers.sgd import SGDRun, SGDTrainer
 from devices.cost import ModelCost
 from fedsim.exchanges.sub_fedavg import MASK, packed
-from fedsim.messages.records import Broadcast, ClientUpdate
+from fedsim.messages.updates import Broadcast, ClientUpdate
 from fedsim.seeding import torch_generator
 from fedsim.workloads.base import ClientData, Examples, Tensors, Workload
 

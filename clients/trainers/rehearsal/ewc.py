@@ -18,7 +18,7 @@ from clients.trainers.rehearsal.gradients import per_sample, require_single_exam
 from clients.trainers.sgd import Objective, SGDRun, SGDTrainer
 from devices.cost import ModelCost
 from fedsim.exchanges.ewc import FISHER, PENALTY, QUESTION
-from fedsim.messages.records import Broadcast
+from fedsim.messages.updates import Broadcast
 from fedsim.workloads.base import Tensors, Workload
 
 

@@ -11,7 +11,7 @@ import torch
 
 from clients.trainers.base import ClientContext
 from clients.trainers.sgd import SGDTrainer
-from fedsim.messages.records import Broadcast
+from fedsim.messages.updates import Broadcast
 from fedsim.workloads.base import Tensors
 
 EVER = 10**9  # a round after all others

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from clients.trainers.base import ClientContext
 from clients.trainers.sgd import Objective, SGDRun, SGDTrainer
 from devices.compression.distil import divergence
-from fedsim.messages.records import Broadcast, ClientUpdate
+from fedsim.messages.updates import Broadcast, ClientUpdate
 from fedsim.workloads.base import Tensors
 from fedsim.workloads.classification import classification
 

@@ -27,7 +27,7 @@ from devices.cost import ModelCost
 from devices.meter import inference_memory_bytes
 from fedsim.errors import ConfigError
 from fedsim.exchanges.ocs import REFERENCE
-from fedsim.messages.records import ClientUpdate
+from fedsim.messages.updates import ClientUpdate
 from fedsim.workloads.base import Tensors, Workload
 from fedsim.workloads.classification import classification
 

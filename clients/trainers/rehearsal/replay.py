@@ -26,7 +26,7 @@ from devices.cost import ModelCost
 from devices.errors import unknown
 from fedsim.errors import ConfigError
 from fedsim.exchanges.ocs import QUESTION as END_OF_TASK
-from fedsim.messages.records import Broadcast, ClientUpdate
+from fedsim.messages.updates import Broadcast, ClientUpdate
 from fedsim.seeding import generator
 from fedsim.workloads.base import Tensors, Workload
 

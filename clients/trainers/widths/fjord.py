@@ -25,7 +25,7 @@ from devices.compression.channels import Kept
 from devices.compression.distil import Remembering, divergence
 from devices.cost import ModelCost
 from fedsim.errors import ConfigError
-from fedsim.messages.records import Broadcast
+from fedsim.messages.updates import Broadcast
 from fedsim.workloads.base import Tensors, Workload
 
 BOTH_COPIES = 1.0  # as large as the weights: the gradients of one network, while those of the other are made

@@ -23,7 +23,7 @@ from devices.compression.channels import Kept
 from devices.meter import inference_memory_bytes
 from fedsim.exchanges.heterofl import CLASSES, EXAMPLES, MOMENTS, QUESTION, STATISTICS
 from fedsim.exchanges.slices import BITS
-from fedsim.messages.records import Broadcast, ClientUpdate
+from fedsim.messages.updates import Broadcast, ClientUpdate
 from fedsim.workloads.base import Tensors
 from fedsim.workloads.classification import classification
 

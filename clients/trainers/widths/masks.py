@@ -16,7 +16,7 @@ from devices.compression.gates import GatedNetwork, Gates, personal_masks
 from devices.compression.prune import channel_scores
 from fedsim.errors import ConfigError
 from fedsim.exchanges.ppp import GATES
-from fedsim.messages.records import Broadcast
+from fedsim.messages.updates import Broadcast
 from fedsim.seeding import torch_generator
 from fedsim.workloads.base import Tensors
 

@@ -36,7 +36,7 @@ from devices.meter import inference_memory_bytes
 from fedsim.errors import ConfigError
 from fedsim.exchanges.ppp import GATES, MASK, MASKED, SHARE
 from fedsim.exchanges.slices import BITS, KEPT, RATIO, model_cost
-from fedsim.messages.records import Broadcast, ClientUpdate
+from fedsim.messages.updates import Broadcast, ClientUpdate
 from fedsim.seeding import torch_generator
 from fedsim.workloads.base import Tensors, Workload
 

@@ -20,7 +20,7 @@ from devices.compression.channels import Kept
 from devices.cost import ModelCost
 from fedsim.errors import ConfigError
 from fedsim.exchanges.slices import BITS, KEPT, RATIO, Slices
-from fedsim.messages.records import Broadcast, ClientUpdate
+from fedsim.messages.updates import Broadcast, ClientUpdate
 from fedsim.workloads.base import Tensors, Workload
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from fedsim.messages.cohort import CohortTask
-from fedsim.messages.records import Broadcast
+from fedsim.messages.updates import Broadcast
 from fedsim.workloads.base import Tensors
 
 Swap = Callable[[Tensors], Tensors]
