@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 ANNOUNCED_S = 60.0  # shorter runs are simply waited for
 STEP_S, CLIENT_S, FLOPS_PER_S = 3e-4, 1e-3, 1.5e10  # a step's calls, a client's messages, one core at small batches
 FORWARD, STEP = 2, 6  # FLOPs of a multiply-add: judged, and trained forward and backward
-LOOKED_AT = 8  # clients whose data are counted
+MAX_INSPECTED = 8  # clients whose data are counted
 
 
 def host_seconds(federation: Federation, after: int = 0) -> float:
@@ -30,8 +30,8 @@ def host_seconds(federation: Federation, after: int = 0) -> float:
     settings, workload = federation.settings, federation.world.workload
     trainer, rounds = settings.groups["trainer"], settings.rounds - after
     cohort = min(settings.cohort, workload.num_clients)
-    ids = range(0, workload.num_clients, max(1, workload.num_clients // LOOKED_AT))
-    sizes = [_examples(workload, i, after + 1) for i in islice(ids, LOOKED_AT)]
+    ids = range(0, workload.num_clients, max(1, workload.num_clients // MAX_INSPECTED))
+    sizes = [_examples(workload, i, after + 1) for i in islice(ids, MAX_INSPECTED)]
     size = sum(sizes) / len(sizes)
     batch = max(1, min(_number(trainer, "batch_size", 1), size))
     epochs = _number(trainer, "local_epochs", 1)

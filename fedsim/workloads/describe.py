@@ -9,7 +9,7 @@ import numpy as np
 from fedsim.workloads.base import Workload
 from fedsim.workloads.classification import ClassificationWorkload
 
-LOOKED_AT = 2000  # clients that summaries and histograms look at; evenly spaced when there are more
+MAX_INSPECTED = 2000  # clients that summaries and histograms look at; evenly spaced when there are more
 
 
 class ClientRow(NamedTuple):
@@ -38,7 +38,7 @@ class Split(NamedTuple):
         num_clients: in all.
         class_names: of every class; empty where there are none.
         rows: of the first clients.
-        sizes: training examples of all clients, or of LOOKED_AT evenly spaced ones.
+        sizes: training examples of all clients, or of MAX_INSPECTED evenly spaced ones.
     """
 
     name: str
@@ -96,7 +96,7 @@ def _rows(workload: Workload, clients: range | list[int]) -> list[ClientRow]:
 
 def _spread(workload: Workload) -> list[int]:
     """Returns all clients, or evenly spaced ones when there are too many to look at."""
-    return np.linspace(0, workload.num_clients - 1, min(workload.num_clients, LOOKED_AT)).astype(int).tolist()
+    return np.linspace(0, workload.num_clients - 1, min(workload.num_clients, MAX_INSPECTED)).astype(int).tolist()
 
 
 def _spread_of(values: list[int]) -> str:
