@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from clients.worker import worker_for
+from clients.worker import worker_for as worker_for
 from fedsim.errors import no_exit
 from fedsim.messages.cohort import CohortAnswer, CohortTask
 from fedsim.messages.packing import pack_answer, unpack_task

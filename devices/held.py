@@ -29,7 +29,7 @@ class LiveBytes(UncompiledMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.moments: list[int] = []
         self._live: dict[int, int] = {}
         self._held = 0
@@ -161,7 +161,7 @@ def _run_lstm(
         outs = []
         for chain in range(number * ways, (number + 1) * ways):
             own = weights[chain * each : (chain + 1) * each]
-            out, *ends = _LSTMKernel.apply(x, state[0][chain], state[1][chain], torch.is_grad_enabled(), *own)
+            out, *ends = _LSTMKernel.apply(x, state[0][chain], state[1][chain], torch.is_grad_enabled(), *own)  # type: ignore[no-untyped-call]
             outs.append(out)
             last.append(tuple(ends))
         x = torch.cat(outs, -1) if ways == 2 else outs[0]

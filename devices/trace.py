@@ -210,7 +210,7 @@ class _Recorder(UncompiledMode):
     """Adds every operation to `sums` [kinds, 4 columns], for the whole batch."""
 
     def __init__(self, constants: list[Tensor]):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.sums = np.zeros((len(KINDS), len(COLUMNS)))
         self.paused = False
         # By storage, so that views of a parameter are parameters too; held, so that no address comes twice.

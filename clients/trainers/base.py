@@ -191,7 +191,7 @@ class ClientContext:
     def oracle(self) -> Workload:
         """Returns the workload with everybody's data, which no federation sees: results get the metric `oracle`."""
         self.log.saw_everything = True
-        return self.workload.whole if type(self.workload) is ClientWorkload else self.workload
+        return self.workload.whole if type(self.workload) is ClientWorkload else self.workload  # type: ignore[comparison-overlap]
 
 
 class LocalRun:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -219,7 +219,9 @@ class GatedNetwork(nn.Module):
             for handle in handles:
                 handle.remove()
 
-    def _at(self, site: _Site, place: Tensor | None, values: dict[str, Tensor], _: nn.Module, given: tuple) -> tuple:
+    def _at(
+        self, site: _Site, place: Tensor | None, values: dict[str, Tensor], _: nn.Module, given: tuple[Any, ...]
+    ) -> tuple[Any, ...]:
         """At the input of a layer: closes the gates of what it reads, then asks for the gates of what it makes."""
         x = given[0]
         if site.reads:
@@ -387,7 +389,7 @@ def layer_flops(model: nn.Module, x: Tensor, layers: Iterable[str]) -> dict[str,
     """Forward FLOPs of convolutions and linear layers for one example, by name; a multiply-add is two."""
     found: dict[str, float] = {}
 
-    def count(name: str, layer: nn.Module, _: tuple, out: Tensor) -> None:
+    def count(name: str, layer: nn.Module, _: tuple[Any, ...], out: Tensor) -> None:
         channels = out.shape[-1] if isinstance(layer, nn.Linear) else out.shape[1]
         found[name] = 2.0 * layer.weight.numel() * out[0].numel() / channels  # type: ignore[operator]
 

@@ -88,7 +88,7 @@ def masked(weight: Tensor, mask: Tensor, rule: str = "masked") -> Tensor:
     mask = mask.to(weight)
     if rule == "masked":
         return weight * mask
-    product: Tensor = _StraightThrough.apply(weight, mask)
+    product: Tensor = _StraightThrough.apply(weight, mask)  # type: ignore[no-untyped-call]
     return product
 
 

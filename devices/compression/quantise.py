@@ -201,7 +201,7 @@ def fake_quantise(weight: Tensor, step: Tensor, low: int, high: int) -> Tensor:
     Source: Esser et al., "Learned Step Size Quantization", ICLR 2020, equations 1 to 3 and section 2.2; the weight's
         gradient from Bengio et al., 2013.
     """
-    product: Tensor = _FakeQuantise.apply(weight, step, low, high)
+    product: Tensor = _FakeQuantise.apply(weight, step, low, high)  # type: ignore[no-untyped-call]
     return product
 
 

@@ -15,13 +15,13 @@ import numpy as np
 from devices.cost import LatencyModel, ModelCost, Passes, Work
 from devices.errors import DeviceError
 from devices.latency.calibrate import at_least, datasheet_prices
-from devices.latency.columns import MAC_ROWS, TABLE_KINDS, WINOGRAD_GAIN, Phase, Physics, from_0_1
+from devices.latency.columns import MAC_KINDS, MAC_ROWS, TABLE_KINDS, WINOGRAD_GAIN, Phase, Physics, from_0_1
 from devices.latency.limits import least_ms, least_work_s, physics_of
 from devices.latency.prices import MEASURED, Prices
 from devices.latency.prior import Facts, shipped_prior
 from devices.profile import DeviceProfile, LatencyFacts, Units
 from devices.reading import read_yaml
-from devices.trace import COLUMNS, KINDS, MAC_KINDS, LayerTable, trace
+from devices.trace import COLUMNS, KINDS, LayerTable, trace
 
 USUAL_RATIO = 3.0  # a training step over a forward pass, where nothing is known of a device (FedScale's rule)
 MOST_FILLED = 0.5  # share of a reference's time that kinds may take that the references do not tell apart

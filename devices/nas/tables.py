@@ -12,7 +12,8 @@ import itertools
 import numpy as np
 
 from devices.errors import DeviceError, unknown
-from devices.trace import COLUMNS, KINDS, MAC_KINDS
+from devices.latency.columns import MAC_KINDS
+from devices.trace import COLUMNS, KINDS
 
 FEATURE_SETS = ("counts", "layers")
 

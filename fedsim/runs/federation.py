@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
-from flwr.serverapp.exception import AppExitException
+from flwr.app.exception import AppExitException
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 
 from fedsim.engines.base import Engine

@@ -374,7 +374,8 @@ def _tree(
     device: str, name: str, profile: DeviceProfile, threads: int, fitted: Sequence[_Section], rows: Path
 ) -> dict[str, Any]:
     """The device's profile with the sections that were fitted."""
-    from devices.profile import PRICED, SHIPPED, as_variant, read_yaml
+    from devices.profile import PRICED, SHIPPED, as_variant
+    from devices.profile_file import read_yaml
 
     path = Path(device)
     if path.suffix.lower() not in (".yaml", ".yml"):
