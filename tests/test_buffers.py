@@ -77,7 +77,7 @@ BATCH = (*TINY, "model.norm=batch", "trainer.local_epochs=2", "partition=quantit
 def after_a_round(*overrides: str) -> Federation:
     settings = compose([*BATCH, *overrides])
     federation = Federation(build_world(json.dumps(settings)), LocalEngine(serve))
-    list(federation.rounds())
+    *_, (federation.last, _) = federation.rounds()
     return federation
 
 
@@ -102,7 +102,7 @@ def test_the_roles_of_a_model_are_read_off_it():
 def test_plain_fedavg_averages_counters_by_examples_and_rounds_them(averaged: Federation):
     """Of 2 epochs each, by n, to the nearest: n / 4 batches, and a last smaller one unless it is a single example."""
     workload = averaged.world.workload
-    sizes = [len(workload.client_data(c).train) for c in averaged.grid.accepted]
+    sizes = [len(workload.client_data(c).train) for c in averaged.last.outcomes["completed"]]
     steps = [2 * (n // 4 + (n % 4 > 1)) for n in sizes]
     mean = sum(n * s for n, s in zip(sizes, steps, strict=True)) / sum(sizes)
     (counter,) = averaged.roles.names(COUNTER)

@@ -128,11 +128,11 @@ MISTAKES = {
     "numbers for words": ("model=char_lstm", "model char_lstm needs sequences of token ids"),
     "empty layer": ("model.hidden=[0]", "model.hidden[0] of model mlp must be a whole number of at least 1, got 0"),
     "learning rate zero": ("trainer.lr=0", "trainer.lr must be greater than 0, got 0"),
-    "learning rate in words": ("trainer.lr=fast", "trainer.lr must be a finite number, got 'fast'"),
-    "no learning rate": ("trainer.lr=null", "trainer.lr must be a finite number, got null"),
-    "learning rate nan": ("trainer.lr=nan", "trainer.lr must be a finite number, got nan"),
+    "learning rate in words": ("trainer.lr=fast", "trainer.lr must be a finite number greater than 0, got 'fast'"),
+    "no learning rate": ("trainer.lr=null", "trainer.lr must be a finite number greater than 0, got null"),
+    "learning rate nan": ("trainer.lr=nan", "trainer.lr must be a finite number greater than 0, got nan"),
     "momentum one": ("trainer.momentum=1", "trainer.momentum must be in [0, 1), got 1"),
-    "half an epoch": ("trainer.local_epochs=1.5", "trainer.local_epochs must be a whole number, got 1.5"),
+    "half an epoch": ("trainer.local_epochs=1.5", "trainer.local_epochs must be a whole number of at least 1, got 1.5"),
     "strategy in words": ("strategy=fedavgm strategy.server_momentum=x", "strategy.server_momentum must be a finite"),
     "refused by Flower": ("strategy=fedtrimmedavg strategy.beta=0.7", "strategy.beta must be in [0, 0.5), got 0.7"),
     "unknown torch device": ("engine.device=tpu", "engine.device", "'tpu'", "auto, cpu, cuda"),
@@ -586,7 +586,7 @@ def test_a_failing_client_ends_with_code_1_and_shows_where_when_asked(
     assert "lower trainer.lr" in ended.err
     assert json.loads(Path("a/failure.json").read_text())["error"] == "ClientError"
     monkeypatch.setenv("FEDSIM_TRACEBACK", "1")
-    assert "clients/app.py" in fedsim("run", *overrides, "out=b").err
+    assert "clients/worker.py" in fedsim("run", *overrides, "out=b").err
 
 
 # --- real processes -------------------------------------------------------------------------------------------------
