@@ -282,9 +282,9 @@ class EdgeGrid(Grid):
             )
         _price(online, prices)  # together: one by one is slow
         for contact in online:  # in client order, whatever the order of the answers
-            contact.priced = replace(
-                contact.priced, cost=self.tails.contact(contact.client, self.clock.now_s, contact.cost)
-            )
+            cost = self.tails.contact(contact.client, self.clock.now_s, contact.cost)
+            if cost is not contact.cost:
+                contact.priced = replace(contact.priced, cost=cost)
 
     def _task(self, online: Sequence[Contact], phase: str, close: Close | None) -> CohortTask:
         """The tasks of all clients that are online; those that train at once in their groups."""

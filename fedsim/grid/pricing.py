@@ -51,6 +51,8 @@ class RadioTails:
             return cost
         overlap_s = max(0.0, self.awake_until_s.get(client, start_s) - start_s)
         self.awake_until_s[client] = start_s + cost.total_s + cost.up_tail_s
+        if overlap_s == 0:
+            return cost
         up_s = max(0.0, cost.up_tail_s - overlap_s)
         left_s = overlap_s - (cost.up_tail_s - up_s)
         return replace(cost, up_tail_s=up_s, compute_tail_s=max(0.0, cost.compute_tail_s - left_s))
