@@ -191,7 +191,7 @@ def test_a_checkpoint_keeps_nan_and_infinity_in_json():
 
 
 # What goes to our own processes, never into a file.
-INSIDE = {"settings", "header", "layout", "name", "named", "facts", "kept_out"}
+INSIDE = {"settings", "name", "named", "facts", "folders"}
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGES / "fedsim").rglob("*.py")), ids=lambda path: path.stem)
