@@ -33,6 +33,7 @@ from fedsim.study import runner as study_run
 from fedsim.study.paired import interval, rows
 from fedsim.study.results import collect
 from fedsim.study.spec import plan, read_study, studies
+from fedsim.workloads.metrics import Metric
 
 BASE = ["workload=blobs", "fleet=uniform", "latency=flops", "num_clients=6", "cohort=3", "rounds=2"]
 FILE: dict[str, Any] = {
@@ -495,10 +496,10 @@ def test_arms_are_judged_by_the_metric_that_the_study_names(tmp_path):
         RoundReport.of(n, float(n), 1.0, [], {"accuracy": 0.5, "client_accuracy": value}, 0.0)
         for n, value in ((1, 0.2), (2, 0.6), (3, 0.8))
     ]
-    (row,) = rows({"Plain": {1: rounds}}, 2, "Plain", "client_accuracy")
+    (row,) = rows({"Plain": {1: rounds}}, 2, "Plain", Metric("client_accuracy"))
     assert row.mean == pytest.approx(0.7)
     with pytest.raises(ConfigError, match=r"metric of the runs 'client_acuracy'.*client_accuracy"):
-        rows({"Plain": {1: rounds}}, 2, "Plain", "client_acuracy")
+        rows({"Plain": {1: rounds}}, 2, "Plain", Metric("client_acuracy"))
 
 
 ENDLESS = "0x" + "f" * 700  # of so many digits that Python writes it; longer ones are refused by the reader
