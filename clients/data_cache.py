@@ -6,6 +6,7 @@ from collections import OrderedDict
 
 import torch
 
+from fedsim.messages.weights import bytes_of
 from fedsim.workloads.base import ClientData, Workload
 
 CACHE_BYTES = 512 * 2**20  # of a process
@@ -41,4 +42,4 @@ class DataCache:
 
 
 def _bytes_of(data: ClientData) -> int:
-    return sum(t.element_size() * t.numel() for part in (data.train, data.test) for t in part.tensors.values())
+    return bytes_of(data.train.tensors) + bytes_of(data.test.tensors)

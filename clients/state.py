@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fedsim.messages.weights import bytes_of
 from fedsim.workloads.base import Tensors
 
 
@@ -30,7 +31,7 @@ class ClientState(Tensors):
     @property
     def storage_bytes(self) -> int:
         """Counts its bytes on the device."""
-        return sum(t.element_size() * t.numel() for t in self.values())
+        return bytes_of(self)
 
     def restored(self, group: str, initial: Mapping[str, Tensor]) -> Tensors:
         """Returns what `store` has put under `group`, on the devices of `initial`; `initial` where nothing is yet."""

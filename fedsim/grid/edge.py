@@ -268,7 +268,7 @@ class EdgeGrid(Grid):
         prices = Prices(self.fleet, self.latency, self.round, self.clock.now_s)
         by_client, answered = {contact.client: contact for contact in online}, set()  # type: dict[int, Contact], set[int]
         for answer in self.engine.run(self._task(online, phase, close)):
-            self._take(answer, by_client, phase)
+            self._take(answer, by_client)
             answered.update(one.client for one in answer.clients)
             if early is not None and answer.sums:
                 early.add_sums(answer.sums)
@@ -306,23 +306,28 @@ class EdgeGrid(Grid):
             for place, one in enumerate(unit):
                 yield replace(one, group=unit[place - place % self.batch_clients].client)
 
-    def _take(self, answer: CohortAnswer, online: dict[int, Contact], phase: str) -> None:
+    def _take(self, answer: CohortAnswer, online: dict[int, Contact]) -> None:
         """Takes what clients answered."""
         for one in answer.clients:
             contact = online[one.client]
             if one.outcome == "failed" and self.on_client_error == "stop":
-                raise self._failure(contact, phase, one.reason, one.traceback)
+                raise self._failure(contact, one.reason, one.traceback)
             contact.answer = one
             if self.observe:
                 self.observe(one.client)
 
-    def _failure(self, contact: Contact, phase: str, reason: str, trace: str) -> ClientError:
-        """Names the client and holds what it was sent, so that it can be replayed."""
-        content, state = contact.message.content, self.store.get(contact.client)
+    def instruction(self, message: Message) -> Instruction:
+        """All that a client is sent with a message of this round: its records, and what the client keeps."""
+        content, metadata = message.content, message.metadata
+        state = self.store.get(metadata.dst_node_id)
         whole = RecordDict({**content, STATE: record_of(state)}) if state else content
+        return Instruction(self.round, metadata.dst_node_id, metadata.message_type, whole)
+
+    def _failure(self, contact: Contact, reason: str, trace: str) -> ClientError:
+        """Names the client and holds what it was sent, so that it can be replayed."""
         who = f"client {contact.client} ({self.fleet.device_name(contact.client)})"
         where = f"failed in round {self.round} (seed {self.seed})"
-        return ClientError(f"{who} {where}: {reason}", trace, Instruction(self.round, contact.client, phase, whole))
+        return ClientError(f"{who} {where}: {reason}", trace, self.instruction(contact.message))
 
     def _close(self, contacts: Sequence[Contact], limit_s: float | None, keep: int | None) -> float:
         """Decides who is late and lets the round's time pass; its seconds."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from flwr.app import Message
 
@@ -48,11 +48,3 @@ class Exchange:
     replies: list[Message]
     accepted: tuple[int, ...] = ()
     reports: tuple[ClientReport, ...] = ()
-
-
-@runtime_checkable
-class TakesExchanges(Protocol):
-    """A strategy that looks at a training exchange before it aggregates: one mean may stand for all replies."""
-
-    def closed(self, exchange: Exchange) -> None:
-        """Takes the exchange of this round."""

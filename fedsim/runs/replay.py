@@ -11,12 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from flwr.app import ArrayRecord, RecordDict
+from flwr.app import ArrayRecord
 
 from fedsim.engines.base import Engine
 from fedsim.errors import ConfigError
 from fedsim.messages.cohort import ClientTask, CohortTask
-from fedsim.messages.records import NUM_EXAMPLES, STATE, Instructions, record_of, tensors_of
+from fedsim.messages.records import NUM_EXAMPLES, STATE, Instructions, tensors_of
 from fedsim.messages.updates import Instruction
 from fedsim.report.instructions import kept_instruction
 from fedsim.runs.federation import Federation
@@ -79,10 +79,7 @@ def instruction_of(
     asked = {message.metadata.dst_node_id: message for message in federation.instructions(round)}
     if client not in asked:
         raise ConfigError(f"client {client} was not asked in round {round}; asked were {sorted(asked)}")
-    message = asked[client]
-    content, state = message.content, federation.grid.store.get(client)
-    whole = RecordDict({**content, STATE: record_of(state)}) if state else content
-    return Instruction(round, client, message.metadata.message_type, whole)
+    return federation.grid.instruction(asked[client])
 
 
 def replay(settings: Settings, engine: Engine, instruction: Instruction) -> Replayed:
