@@ -15,7 +15,7 @@ import numpy as np
 import yaml
 
 from devices.errors import DeviceError
-from devices.latency.calibrate import Calibration, calibrate, prices_by_kind, prices_of
+from devices.latency.calibrate import Backend, Calibration, calibrate, prices_by_kind, prices_of
 from devices.latency.columns import FOLDABLE, IS_MAC, MAC_ROWS, TABLE_KINDS, Physics, counts
 from devices.latency.energy import card_energy
 from devices.latency.learn_priors import PRIOR_NETWORKS, Watch, learn_priors, start_of
@@ -174,10 +174,8 @@ class Builder:
         return max(found, key=lambda s: (s.threads, len(s.sample))) if found else None
 
     def _section(self, setting: Setting) -> dict[str, Any]:
-        made, found = prices_of(
-            setting.sample, self.priors[setting.family], setting.sample.physics, setting.sample.facts, setting.phase,
-            setting.runtime, RUNTIMES[setting.runtime].fused, self._ran_in(setting), setting.batches,
-        )  # fmt: skip
+        backend = Backend(setting.runtime, RUNTIMES[setting.runtime].fused, self._ran_in(setting))
+        made, found = prices_of(setting.sample, self.priors[setting.family], backend, setting.batches)
         when = f", {setting.date}" if setting.date else ""
         source = f"{setting.source}{when}: {made.rows} rows; {_errors(found)}"
         return {**made.to_dict(), **_sourced("derived", source)}
@@ -220,9 +218,7 @@ class Builder:
                 name, tuple(f"{s}:{w}" for s, w, *_ in rows),
                 np.stack([counts(t, b) for t, b in zip(tables, batches, strict=True)]), ms, physics, known,
             )  # fmt: skip
-            made, found = prices_of(
-                sample, self.priors["gpu_forward"], physics, known, "forward", "help", False, batches=batches
-            )
+            made, found = prices_of(sample, self.priors["gpu_forward"], Backend("help", fused=False), batches)
             source = f"HELP's tables: {len(rows)} rows; median error on them {found.own_error:.1%}"
             return {**made.to_dict(), **_sourced("derived", source)}
         family, fused = ("cpu_forward", False) if kind == "server_cpu" else ("mobile", True)
@@ -342,7 +338,7 @@ class Builder:
             timed.ms.to_numpy(float), physics, known,
         )  # fmt: skip
         prior = start_of("mcu")[0]
-        made, found = prices_of(sample, prior, physics, known, "forward", "mlperf_tiny", True, "int8")
+        made, found = prices_of(sample, prior, Backend("mlperf_tiny", fused=True, precision="int8"))
         origin = f"MLPerf Tiny, {facts['system']}, {frame.date.iloc[0]}"
         source = f"{origin}: {found.networks} networks; {_errors(found)}"
         rate = float(np.median(sample.counts[:, IS_MAC].sum(1) / sample.milliseconds / 1e6))

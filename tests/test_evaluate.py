@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from devices.errors import DeviceError
-from devices.latency.evaluate import FEATURES, compare, comparison_picture, evaluate
+from devices.latency.evaluate import FEATURES, Trial, compare, comparison_picture, evaluate, trials_of
 from devices.latency.help.training import HelpSettings, first_weights
 from devices.latency.spaces import DEVICE_SETS, SPLITS, Space, device_split, load_space
 from devices.nas.tables import connected, network_features
@@ -40,7 +40,7 @@ def table():
 
 
 def test_sum_of_operations_is_learned_from_ten_networks(space: Space):
-    result = evaluate(space, "structured", 10, "chosen", 2, devices=["near", "far"])
+    result = evaluate(space, Trial("structured", 10, "chosen", 2), devices=["near", "far"])
     assert list(result["devices"]) == ["near", "far"]
     assert all(scores["spearman"] > 0.99 and scores["mape"] < 0.03 for scores in result["devices"].values())
     for metric in ("spearman", "kendall", "mape"):
@@ -49,13 +49,13 @@ def test_sum_of_operations_is_learned_from_ten_networks(space: Space):
 
 
 def test_macs_alone_miss_a_device_where_pools_are_slow(space: Space):
-    scores = evaluate(space, "macs", 10, "random", 1, devices=["near", "far"])["devices"]
+    scores = evaluate(space, Trial("macs", 10, "random"), devices=["near", "far"])["devices"]
     assert scores["near"]["spearman"] > 0.8 > scores["far"]["spearman"]
-    assert evaluate(space, "flops", 10, "random", 1, devices=["near", "far"])["devices"] == scores
+    assert evaluate(space, Trial("flops", 10, "random"), devices=["near", "far"])["devices"] == scores
 
 
 def test_same_seeds_give_the_same_result(space: Space):
-    results = [evaluate(space, "structured", 6, "random", 2, devices=["near"]) for _ in range(2)]
+    results = [evaluate(space, Trial("structured", 6, "random", 2), devices=["near"]) for _ in range(2)]
     assert results[0] == results[1]
 
 
@@ -64,8 +64,9 @@ def test_prior_is_the_mixture_of_source_devices_that_explains_the_measurements(s
     blend = 2 * space.latency("near") + 3 * space.latency("far")
     devices, latency = ("blend", *space.devices), np.vstack([blend, space.latency_ms])
     blended = replace(space, devices=devices, latency_ms=latency)
-    alone = evaluate(blended, "structured", 5, "random", 4, devices=["blend"])["mean"]
-    helped = evaluate(blended, "structured", 5, "random", 4, devices=["blend"], source=list(PRICES))["mean"]
+    trial = Trial("structured", 5, "random", seeds=4)
+    alone = evaluate(blended, trial, devices=["blend"])["mean"]
+    helped = evaluate(blended, replace(trial, source=list(PRICES)), devices=["blend"])["mean"]
     assert helped["spearman"] > 0.98 > alone["spearman"]
     assert helped["mape"] < 0.5 * alone["mape"]
 
@@ -81,24 +82,25 @@ def test_help_measures_its_references_and_adapts_to_them_too(space: Space):
         return table.latency(device)[table.judged(device)]
 
     for way in ("chosen", "random"):
-        result = evaluate(space, "help", 20, way, 2, ["near"], weights="w", help_predictions=perfect)
+        result = evaluate(space, Trial("help", 20, way, 2, weights="w"), ["near"], perfect)
         assert result["mean"] == {"spearman": 1.0, "kendall": 1.0, "mape": 0.0}
-    evaluate(space, "help", 10, "random", 1, ["near"], weights="w", help_predictions=perfect)
+    evaluate(space, Trial("help", 10, "random", weights="w"), ["near"], perfect)
     assert seen == [("near", 20, 0, "w"), ("near", 20, 1, "w")] * 2 + [("near", 10, 0, "w")]
     with pytest.raises(DeviceError, match="help needs 10 measurements"):
-        evaluate(space, "help", 9, "random", 1, ["near"], help_predictions=perfect)
+        Trial("help", 9, "random")
 
 
 def test_help_is_not_judged_on_a_device_that_its_weights_know(space: Space):
     """Weights say what they were trained with; those that do not, the authors', know the usual source devices."""
     weights = first_weights("nb201", HelpSettings())
+    trial = Trial("help", 20, "random", weights=weights)
     with pytest.raises(DeviceError, match="trained with device 'near', which is to be judged"):
-        evaluate(space, "help", 20, "random", 1, ["near"], weights=replace(weights, devices=("near", "gpu")))
+        evaluate(space, replace(trial, weights=replace(weights, devices=("near", "gpu"))), ["near"])
     renamed = replace(space, devices=("near", "gold_6240", "gpu"))
     with pytest.raises(DeviceError, match="trained with device 'gold_6240'"):
-        evaluate(renamed, "help", 20, "random", 1, ["near", "gold_6240"], weights=weights)
+        evaluate(renamed, trial, ["near", "gold_6240"])
     with pytest.raises(DeviceError, match="weights"):
-        evaluate(space, "help", 20, "random", 1, ["near"])
+        evaluate(space, replace(trial, weights=None), ["near"])
 
 
 def test_prediction_without_order_scores_zero_and_nan_is_refused(space: Space):
@@ -108,9 +110,10 @@ def test_prediction_without_order_scores_zero_and_nan_is_refused(space: Space):
     def broken(*_: object) -> np.ndarray:
         return np.full(800, np.nan)
 
-    assert evaluate(space, "help", 20, "random", 1, ["near"], help_predictions=constant)["mean"]["spearman"] == 0
+    trial = Trial("help", 20, "random")
+    assert evaluate(space, trial, ["near"], constant)["mean"]["spearman"] == 0
     with pytest.raises(DeviceError, match="800 finite latencies"):
-        evaluate(space, "help", 20, "random", 1, ["near"], help_predictions=broken)
+        evaluate(space, trial, ["near"], broken)
 
 
 def test_chosen_references_look_at_no_latency_and_are_connected(space: Space):
@@ -123,7 +126,7 @@ def test_chosen_references_look_at_no_latency_and_are_connected(space: Space):
 
     noise = np.random.default_rng(1).uniform(1, 2, space.latency_ms.shape)
     for table in (space, Space("nb201", space.devices, noise, space.ops, space.references, space.split)):
-        evaluate(table, "help", 20, "chosen", 1, ["near", "far"], help_predictions=spy)
+        evaluate(table, Trial("help", 20, "chosen"), ["near", "far"], spy)
     assert measured[0] == measured[1] == measured[2] == measured[3]
     assert connected("nb201", space.ops[measured[0][10:]]).all()  # behind HELP's own ten
 
@@ -137,17 +140,18 @@ def test_wrong_arguments_are_refused(space: Space):
         (("macs", 201, "chosen", 1), "cannot choose 201 references"),
     ):
         with pytest.raises(DeviceError, match=text):
-            evaluate(space, *arguments, devices=["near"])
+            evaluate(space, Trial(*arguments), devices=["near"])
     with pytest.raises(DeviceError, match="'near' cannot be both source and judged"):
-        evaluate(space, "structured", 5, "random", 1, devices=["near"], source=["near"])
+        evaluate(space, Trial("structured", 5, "random", source=["near"]), devices=["near"])
     with pytest.raises(DeviceError, match="unknown device"):
-        evaluate(space, "structured", 5, "random", 1)
+        evaluate(space, Trial("structured", 5, "random"))
 
 
 def test_comparison_is_a_table_and_a_picture(space: Space, tmp_path: Path):
     lines: list[str] = []
     ways, budgets = ("chosen", "random"), (5, 10)
-    rows = compare(space, ["structured", "macs"], budgets, ways, 1, devices=["near", "far"], progress=lines.append)
+    trials = trials_of(["structured", "macs"], budgets, ways)
+    rows = compare(space, trials, devices=["near", "far"], progress=lines.append)
     assert len(rows) == 2 * 2 * 2 * 3
     assert len(lines) == 2 * 2 * 2 * 2
     assert lines[0].startswith("nb201 structured 5 chosen near: Spearman ")
@@ -157,6 +161,11 @@ def test_comparison_is_a_table_and_a_picture(space: Space, tmp_path: Path):
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
     with pytest.raises(DeviceError, match="nothing to draw"):
         comparison_picture([], tmp_path / "none.png")
+
+
+def test_help_is_tried_with_as_many_measurements_as_it_needs():
+    tried = [(trial.predictor, trial.measurements) for trial in trials_of(["macs", "help"], [5, 10], ["random"])]
+    assert tried == [("macs", 5), ("macs", 10), ("help", 10)]
 
 
 def test_device_sets_never_judge_what_they_learn_from():
@@ -184,7 +193,7 @@ def test_random_references_give_the_figures_of_the_sheet(
     table, name: str, measurements: int, robust: bool, seeds: int, spearman: float
 ):
     space = table(name)
-    result = evaluate(space, "structured", measurements, "random", seeds, features="layers", robust=robust)
+    result = evaluate(space, Trial("structured", measurements, "random", seeds, features="layers", robust=robust))
     assert result["mean"]["spearman"] == pytest.approx(spearman, abs=0.01)
 
 
@@ -194,7 +203,7 @@ def test_random_references_give_the_figures_of_the_sheet(
     [("nb201", 5, 0.945), ("nb201", 10, 0.950), ("nb201", 20, 0.952), ("fbnet", 10, 0.958), ("fbnet", 20, 0.968)],
 )
 def test_chosen_references_beat_what_help_published(table, name: str, measurements: int, least: float):
-    result = evaluate(table(name), "structured", measurements, "chosen", 10)
+    result = evaluate(table(name), Trial("structured", measurements, "chosen", 10))
     assert result["mean"]["spearman"] >= least
     for device, published in SPLITS[name].published.items():
         assert result["devices"][device]["spearman"] >= published

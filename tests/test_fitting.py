@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from devices.errors import DeviceError
-from devices.latency.calibrate import basis_of, calibrate, prices_of
+from devices.latency.calibrate import Backend, basis_of, calibrate, prices_of
 from devices.latency.columns import COLUMNS, IS_CALL, NUM_COLUMNS, TABLE_KINDS, Physics, as_matrix, counts, from_0_1
 from devices.latency.fitting import Problems, predict, solve
 from devices.latency.learn_priors import start_of
@@ -137,7 +137,7 @@ def test_without_rows_there_is_the_prior_and_with_one_a_scale():
     own = sample(2 * typical(), 20)
     assert calibrate(None, shared, PHYSICS, Facts(), "forward").networks == 0
     one = replace(own, networks=own.networks[:1], counts=own.counts[:1], milliseconds=own.milliseconds[:1])
-    prices, _ = prices_of(one, shared, PHYSICS, Facts(), "forward", "ncnn", True)
+    prices, _ = prices_of(one, shared, Backend("ncnn", fused=True))
     fitted = calibrate(one, shared, PHYSICS, Facts(), "forward").prices
     ratio = predict(own.counts, fitted) / own.milliseconds
     assert np.abs(ratio - 1).max() < 0.1

@@ -13,7 +13,7 @@ from scipy.stats import spearmanr
 from torch.nn import functional as F
 
 from devices.errors import DeviceError
-from devices.latency.evaluate import evaluate
+from devices.latency.evaluate import Trial, evaluate
 from devices.latency.help.encodings import encode, graph_adjacency
 from devices.latency.help.predictor import (
     HelpPredictor,
@@ -436,7 +436,7 @@ def tables() -> Path:
 def test_authors_weights_rank_unseen_devices(tables: Path, name: str, least: float):
     """Found with 16 seeds: 0.940 and 0.911."""
     space, weights = load_space(name, tables / f"help_{name}.npz"), tables / f"help_checkpoint_{name}.npz"
-    assert evaluate(space, "help", 20, "chosen", 3, weights=weights)["mean"]["spearman"] > least
+    assert evaluate(space, Trial("help", 20, "chosen", 3, weights=weights))["mean"]["spearman"] > least
 
 
 @pytest.mark.data

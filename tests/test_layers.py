@@ -100,9 +100,6 @@ finally:
 # What is longer or takes more than a reader holds at once, and may for now; the list only gets shorter.
 TOO_WIDE = {
     "devices.held._run_lstm",  # torch.lstm's own
-    "devices.latency.calibrate.prices_of",
-    "devices.latency.evaluate.evaluate",
-    "devices.latency.limits._least_ms",  # what a cache can look up
 }
 
 

@@ -25,7 +25,7 @@ from devices.compression.kernels import int8_network
 from devices.enrol.host import OF_PEAK, HostFigures, measure_host
 from devices.enrol.zoo import HELD_OUT, ZOO
 from devices.errors import DeviceError
-from devices.latency.calibrate import Calibration, at_least, prices_of
+from devices.latency.calibrate import Backend, Calibration, at_least, prices_of
 from devices.latency.columns import Phase, Physics, counts
 from devices.latency.limits import NEWEST
 from devices.latency.models import MOST_THREADS
@@ -243,8 +243,8 @@ def _fit(
         phase,
     )
     batches = [batch for _, batch in keys]
-    precision = "int8" if section == "int8" else "fp32"
-    made, found = prices_of(sample, _prior(section), physics, facts, phase, "pytorch", fused, precision, batches)
+    backend = Backend("pytorch", fused, "int8" if section == "int8" else "fp32")
+    made, found = prices_of(sample, _prior(section), backend, batches)
     made = replace(made, threads=result.host.threads)
     return made if forward is None else at_least(made, forward), found
 

@@ -70,46 +70,83 @@ def basis_of(networks: int) -> str:
     return "datasheet" if networks == 0 else "one row" if networks == 1 else "few rows" if networks < MANY else "rows"
 
 
+@dataclass(frozen=True)
+class Backend:
+    """The software that runs networks on a device.
+
+    Attributes:
+        runtime: its name, e.g. "ncnn".
+        fused: whether it folds norms and rectifiers into the layers before them.
+        precision: of its arithmetic: fp32, tf32, fp16, bf16 or int8.
+    """
+
+    runtime: str
+    fused: bool
+    precision: str = "fp32"
+
+
 def prices_of(
-    sample: Sample | None,
-    prior: Prior,
-    physics: Physics,
-    facts: Facts,
-    phase: Phase,
-    runtime: str,
-    fused: bool,
-    precision: str = "fp32",
-    batches: Sequence[int] | np.ndarray = (1,),
-    unmeasured: str = "datasheet",
+    sample: Sample, prior: Prior, backend: Backend, batches: Sequence[int] | np.ndarray = (1,)
 ) -> tuple[Prices, Calibration]:
-    """`calibrate`, as a set of prices for a profile; `unmeasured` is its basis where there are no rows."""
-    if sample is not None and phase == "train_step" and len(set(np.asarray(batches).tolist())) == 1:
+    """Fits prices to measured rows, as a set for a profile.
+
+    Args:
+        sample: the rows, one or more.
+        prior: of the family of runtimes.
+        backend: what the rows were measured with.
+        batches: examples per pass of each row, [rows], or one number for all.
+
+    Returns:
+        The prices with where they come from, and what the fit reaches on the rows.
+    """
+    if sample.phase == "train_step" and len(set(np.asarray(batches).tolist())) == 1:
         sample = replace(sample, physics=replace(sample.physics, weights_told=False))
-    found = calibrate(sample, prior, physics, facts, phase)
-    expected = found.left_out_error
-    if found.own_error is not None and expected is None and prior.errors and unmeasured == "datasheet":
+    found = calibrate(sample, prior, sample.physics, sample.facts, sample.phase)
+    error = found.left_out_error
+    if error is None and prior.errors:
         # A row that its own prices do not meet says that the prior is off by at least so much here.
-        expected = max(found.own_error, prior.errors.get(1) or 0.0)
-    elif expected is None and prior.errors and unmeasured == "datasheet":
-        expected = prior.errors.get(min(found.networks, 1))
-    rows = 0 if sample is None else len(sample)
-    made = Prices.of_columns(
-        found.prices,
-        fused,
-        runtime=runtime,
-        threads=facts.threads,
-        precision=precision,
-        basis=basis_of(found.networks) if found.networks else unmeasured,
-        error=expected,
-        rows=rows,
+        error = max(found.own_error or 0.0, prior.errors.get(1) or 0.0)
+    made = replace(
+        _as_prices(found, prior, sample.facts, sample.phase, backend),
+        basis=basis_of(found.networks),
+        error=error,
+        rows=len(sample),
         networks=found.networks,
         batches=(int(min(batches)), int(max(batches))),
-        largest_macs=float("inf") if sample is None else _largest_macs(sample, batches),
-        overlap=prior.overlap,
-        extra_calls=prior.step_calls if phase == "train_step" else 0.0,
-        kinds=TABLE_KINDS if sample is None else _kinds(sample),
+        largest_macs=_largest_macs(sample, batches),
+        kinds=_kinds(sample),
     )
     return made, found
+
+
+def datasheet_prices(
+    prior: Prior, physics: Physics, facts: Facts, phase: Phase, backend: Backend, basis: str = "datasheet"
+) -> Prices:
+    """Returns the prices of a device without a measurement: the prior's mean inside the bounds.
+
+    Args:
+        prior: of the family of runtimes.
+        physics: of the device.
+        facts: of the device.
+        phase: that is priced.
+        backend: that the device would run.
+        basis: how the prices came about, e.g. "carried"; only those of a datasheet have an error to expect.
+    """
+    found = calibrate(None, prior, physics, facts, phase)
+    error = prior.errors.get(0) if prior.errors and basis == "datasheet" else None
+    return replace(_as_prices(found, prior, facts, phase, backend), basis=basis, error=error)
+
+
+def _as_prices(found: Calibration, prior: Prior, facts: Facts, phase: Phase, backend: Backend) -> Prices:
+    return Prices.of_columns(
+        found.prices,
+        backend.fused,
+        runtime=backend.runtime,
+        threads=facts.threads,
+        precision=backend.precision,
+        overlap=prior.overlap,
+        extra_calls=prior.step_calls if phase == "train_step" else 0.0,
+    )
 
 
 def _largest_macs(sample: Sample, batches: Sequence[int] | np.ndarray) -> float:
@@ -178,19 +215,6 @@ def prices_by_kind(
     factors = dict(zip(names, fitted.factors[0].tolist(), strict=True))
     ms = counts @ fitted.prices[0] * (marks @ fitted.factors[0])
     return cells, factors, float(np.median(np.abs(ms / milliseconds - 1)))
-
-
-def datasheet_prices(
-    prior: Prior,
-    physics: Physics,
-    facts: Facts,
-    phase: Phase,
-    runtime: str,
-    fused: bool,
-    basis: str,
-) -> Prices:
-    """Prices of a device without a measurement."""
-    return prices_of(None, prior, physics, facts, phase, runtime, fused, unmeasured=basis)[0]
 
 
 def at_least(prices: Prices, floor: Prices) -> Prices:

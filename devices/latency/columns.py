@@ -34,7 +34,6 @@ IS_CALL = np.array([column.startswith("us_per_call") for column in COLUMNS])
 IS_MAC = np.array([column.startswith("ps_per_mac") for column in COLUMNS])
 
 Phase = Literal["forward", "train_step"]
-Isa = Literal["arm", "x86", "gpu", "mcu", "none"]
 
 # Which cost column pays for each cell of a layer table [10 kinds, 4 columns]; -1: nothing does (the element operations
 # of pools and elementwise layers, whose time is that of the elements they read and write).

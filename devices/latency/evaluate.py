@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,18 +37,70 @@ Predictions = Callable[[Space, str, np.ndarray, int, Any], np.ndarray]
 Progress = Callable[[str], None]
 
 
+@dataclass(frozen=True)
+class Trial:
+    """A predictor, what it may measure on each device, and what it knows beforehand.
+
+    Attributes:
+        predictor: "structured"; "macs" or "flops" (the same thing: multiply-adds times a fitted scale); "help".
+        measurements: networks measured on each device. HELP's fixed references are ten of them; as they are measured,
+            it adapts to them as well as to the rest. The authors adapt to the rest only.
+        references: "chosen" or "random".
+        seeds: how many, from 0; results are means over them.
+        source: devices that the structured predictor takes a prior from: the mixture of them that explains the measured
+            latencies best; none for no prior.
+        weights: of HELP, or their file.
+        features: "counts" or "layers"; None for that of `FEATURES`.
+        robust: whether the structured fit reweights outliers.
+
+    Raises:
+        DeviceError: for unknown names, or too few measurements or seeds.
+    """
+
+    predictor: str
+    measurements: int
+    references: str = "chosen"
+    seeds: int = 1
+    source: Sequence[str] = ()
+    weights: HelpWeights | str | Path | None = None
+    features: str | None = None
+    robust: bool = True
+
+    def __post_init__(self) -> None:
+        for what, options in (("predictor", PREDICTORS), ("references", REFERENCES)):
+            name = vars(self)[what]
+            if name not in options:
+                raise DeviceError(unknown(what, name, options))
+        least = HELP_REFERENCES if self.predictor == "help" else 1
+        if self.measurements < least or self.seeds < 1:
+            needs = f"{self.predictor} needs {least} measurements and 1 seed or more"
+            raise DeviceError(f"{needs}, got {self.measurements} and {self.seeds}")
+
+
+def trials_of(
+    predictors: Iterable[str], measurements: Iterable[int], references: Iterable[str], **same: Any
+) -> list[Trial]:
+    """Returns a trial for every combination; HELP is left out below its ten measurements.
+
+    Args:
+        predictors: each is tried with each of the following.
+        measurements: numbers of networks measured on each device.
+        references: "chosen", "random", or both.
+        same: further fields of every `Trial`.
+    """
+    combinations = itertools.product(predictors, measurements, references)
+    return [
+        Trial(predictor, count, way, **same)
+        for predictor, count, way in combinations
+        if predictor != "help" or count >= HELP_REFERENCES
+    ]
+
+
 def evaluate(
     space: Space,
-    predictor: str,
-    measurements: int,
-    references: str,
-    seeds: int,
+    trial: Trial,
     devices: Sequence[str] | None = None,
-    source: Sequence[str] | None = None,
-    weights: Any = None,
     help_predictions: Predictions | None = None,
-    features: str | None = None,
-    robust: bool = True,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measures a few networks of each device, predicts the networks it is judged on, and compares.
@@ -57,56 +111,42 @@ def evaluate(
 
     Args:
         space: table of measured latencies.
-        predictor: "structured"; "macs" or "flops" (the same thing: multiply-adds times a fitted scale); "help".
-        measurements: networks measured on each device. HELP's fixed references are ten of them; as they are measured,
-            it adapts to them as well as to the rest. The authors adapt to the rest only.
-        references: "chosen" or "random".
-        seeds: how many, from 0; results are means over them.
-        devices: to judge; none for the unseen devices of the space's split.
-        source: devices that the structured predictor takes a prior from: the mixture of them that explains the measured
-            latencies best; none for no prior.
-        weights: of HELP, or their file.
-        help_predictions: (space, device, measured, seed, weights) to milliseconds of the judged networks; none for that
+        trial: the predictor and what it may measure.
+        devices: to judge; None for the unseen devices of the space's split.
+        help_predictions: (space, device, measured, seed, weights) to milliseconds of the judged networks; None for that
             of `devices.latency.help.predictor`.
-        features: "counts" or "layers"; none for that of `FEATURES`.
-        robust: whether the structured fit reweights outliers.
         progress: called with a line of text after each device.
 
     Returns:
         {"devices": {name: {"spearman", "kendall", "mape"}}, "mean": {the same over devices}}; mape is a ratio.
 
     Raises:
-        DeviceError: for unknown names, a device that is both learned from and judged, too few or many measurements,
-            or HELP without weights.
+        DeviceError: for an unknown device, a device that is both learned from and judged, too many measurements, or
+            HELP without weights.
     """
-    for what, name, options in (("predictor", predictor, PREDICTORS), ("references", references, REFERENCES)):
-        if name not in options:
-            raise DeviceError(unknown(what, name, options))
-    least = HELP_REFERENCES if predictor == "help" else 1
-    if measurements < least or seeds < 1:
-        raise DeviceError(f"{predictor} needs {least} measurements and 1 seed or more, got {measurements} and {seeds}")
     devices = space.split.unseen if devices is None else devices
-    if leaked := sorted(set(devices) & set(source or ())):
+    if leaked := sorted(set(devices) & set(trial.source)):
         raise DeviceError(f"device {leaked[0]!r} cannot be both source and judged")
-    if predictor == "help" and help_predictions is None:
+    if trial.predictor == "help" and help_predictions is None:
         from devices.latency.help.predictor import help_predictions
 
-        weights = _weights(weights, space, devices)
-    trial = _Trial(space, predictor, measurements, references, features or FEATURES[space.name], source or (), robust)
+        trial = replace(trial, weights=_weights(trial.weights, space, devices))
+    judge = _Judge(space, trial)
     results = {}
     for device in devices:
         rows = []
-        for seed in range(seeds):
-            measured = trial.references_of(device, seed)
-            if predictor == "help":
+        for seed in range(trial.seeds):
+            measured = judge.references_of(device, seed)
+            if trial.predictor == "help":
                 assert help_predictions is not None
-                predicted = help_predictions(space, device, measured, seed, weights)
+                predicted = help_predictions(space, device, measured, seed, trial.weights)
             else:
-                predicted = trial.predictions(device, measured)
+                predicted = judge.predictions(device, measured)
             rows.append(_scores(predicted, space.latency(device)[space.judged(device)]))
         results[device] = dict(zip(METRICS, np.mean(rows, axis=0).tolist(), strict=True))
         if progress:
-            progress(f"{space.name} {predictor} {measurements} {references} {device}: {_text(results[device])}")
+            tried = f"{trial.predictor} {trial.measurements} {trial.references}"
+            progress(f"{space.name} {tried} {device}: {_text(results[device])}")
     mean = {metric: float(np.mean([result[metric] for result in results.values()])) for metric in METRICS}
     return {"devices": results, "mean": mean}
 
@@ -126,40 +166,30 @@ def _weights(weights: HelpWeights | str | Path | None, space: Space, devices: Se
     return weights
 
 
-class _Trial:
-    """What stays the same over devices and seeds of one evaluation."""
+class _Judge:
+    """The networks of a space as features, for all devices and seeds of one trial."""
 
-    def __init__(
-        self,
-        space: Space,
-        predictor: str,
-        measurements: int,
-        references: str,
-        features: str,
-        source: Sequence[str],
-        robust: bool,
-    ):
-        self.space, self.predictor, self.measurements, self.references = space, predictor, measurements, references
-        self.features, self.macs = (
-            _as_published(network_features(space.name, space.ops, features), features),
-            network_macs(space.name, space.ops),
-        )
-        self.robust, self.zoo = robust, self.features[: space.split.pool]
+    def __init__(self, space: Space, trial: Trial):
+        self.space, self.trial = space, trial
+        features = trial.features or FEATURES[space.name]
+        self.features = _as_published(network_features(space.name, space.ops, features), features)
+        self.macs = network_macs(space.name, space.ops)
+        self.zoo = self.features[: space.split.pool]
         self.connected = connected(space.name, space.ops)
-        self.source = None  # coefficients of the source devices per mean latency, [devices, f]
-        if source and predictor == "structured":
-            self.source = np.stack([self._typical(device) for device in source])
+        self.source: np.ndarray | None = None  # coefficients of the source devices per mean latency, [devices, f]
+        if trial.source and trial.predictor == "structured":
+            self.source = np.stack([self._typical(device) for device in trial.source])
 
     def references_of(self, device: str, seed: int) -> np.ndarray:
-        """The networks to measure, [measurements]; for HELP its own ten and then the others."""
+        """Returns the networks to measure, [measurements]; for HELP its own ten and then the others."""
         space, rng = self.space, np.random.default_rng(seed)
-        taken = space.references if self.predictor == "help" else np.array([], dtype=int)
-        count = self.measurements - len(taken)
+        taken = space.references if self.trial.predictor == "help" else np.array([], dtype=int)
+        count = self.trial.measurements - len(taken)
         return np.concatenate([taken, self._drawn(device, rng, count, taken)]) if count else taken
 
     def _drawn(self, device: str, rng: np.random.Generator, count: int, taken: np.ndarray) -> np.ndarray:
         space = self.space
-        if self.references == "random":
+        if self.trial.references == "random":
             pool = np.setdiff1d(space.pool(device), taken)
             if count > len(pool):
                 raise DeviceError(f"{count} networks cannot be measured, the pool of {device} has {len(pool)}")
@@ -170,11 +200,12 @@ class _Trial:
         return choose_references(self.features, candidates, count)
 
     def predictions(self, device: str, measured: np.ndarray) -> np.ndarray:
-        """Milliseconds of the judged networks from those of the measured ones."""
+        """Returns milliseconds of the judged networks from those of the measured ones."""
         judged = self.space.judged(device)
-        if self.predictor == "structured":
+        if self.trial.predictor == "structured":
             return self._fit(device, measured, self._prior(device, measured)).predict(self.features[judged])
-        return self.macs[judged] * np.median(self.space.latency(device)[measured] / self.macs[measured])
+        scale = np.median(self.space.latency(device)[measured] / self.macs[measured])
+        return np.asarray(self.macs[judged] * scale)
 
     def _typical(self, device: str) -> np.ndarray:
         pool = self.space.pool(device)
@@ -185,11 +216,11 @@ class _Trial:
         if self.source is None:
             return None
         relative = predict_ms(self.source, self.features[measured]) / self.space.latency(device)[measured]
-        return nnls(relative.T, np.ones(len(measured)))[0] @ self.source
+        return np.asarray(nnls(relative.T, np.ones(len(measured)))[0] @ self.source)
 
     def _fit(self, device: str, measured: np.ndarray, prior: np.ndarray | None = None) -> StructuredPredictor:
         latency = self.space.latency(device)[measured]
-        return StructuredPredictor.fit(self.features[measured], latency, prior, self.zoo, self.robust)
+        return StructuredPredictor.fit(self.features[measured], latency, prior, self.zoo, self.trial.robust)
 
 
 def _as_published(found: np.ndarray, features: str) -> np.ndarray:
@@ -218,43 +249,29 @@ def _text(scores: dict[str, float]) -> str:
 
 
 def compare(
-    space: Space,
-    predictors: Iterable[str],
-    measurements: Iterable[int],
-    references: Iterable[str],
-    seeds: int,
-    devices: Sequence[str] | None = None,
-    **options: Any,
+    space: Space, trials: Iterable[Trial], devices: Sequence[str] | None = None, progress: Progress | None = None
 ) -> list[dict[str, Any]]:
-    """`evaluate` for every combination, as rows for a table.
+    """Evaluates some trials and returns their scores as rows for a table.
 
     Args:
         space: table of measured latencies.
-        predictors: each is evaluated with each of the following; HELP is left out below ten measurements.
-        measurements: numbers of networks measured on each device.
-        references: "chosen", "random", or both.
-        seeds: as for `evaluate`.
+        trials: to evaluate, e.g. from `trials_of`.
         devices: as for `evaluate`.
-        options: further arguments of `evaluate`.
+        progress: as for `evaluate`.
 
     Returns:
         Rows {"space", "predictor", "measurements", "references", "device", "spearman", "kendall", "mape", "published"}
         per device, then one for the device "mean"; published is HELP's Spearman, or None.
     """
     rows = []
-    budgets, ways = list(measurements), list(references)
-    for predictor in predictors:
-        for count in budgets:
-            if predictor == "help" and count < HELP_REFERENCES:
-                continue
-            for way in ways:
-                result = evaluate(space, predictor, count, way, seeds, devices, **options)
-                published = {device: space.split.published.get(device) for device in result["devices"]}
-                known = [value for value in published.values() if value is not None]
-                whole = float(np.mean(known)) if len(known) == len(published) else None
-                facts = {"space": space.name, "predictor": predictor, "measurements": count, "references": way}
-                for device, scores in {**result["devices"], "mean": result["mean"]}.items():
-                    rows.append({**facts, "device": device, **scores, "published": published.get(device, whole)})
+    for trial in trials:
+        result = evaluate(space, trial, devices, progress=progress)
+        published = {device: space.split.published.get(device) for device in result["devices"]}
+        known = [value for value in published.values() if value is not None]
+        whole = float(np.mean(known)) if len(known) == len(published) else None
+        facts = {"space": space.name, **{key: vars(trial)[key] for key in ("predictor", "measurements", "references")}}
+        for device, scores in {**result["devices"], "mean": result["mean"]}.items():
+            rows.append({**facts, "device": device, **scores, "published": published.get(device, whole)})
     return rows
 
 

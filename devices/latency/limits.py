@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from devices.cost import Work
-from devices.latency.columns import FOLDABLE, Isa, Phase, Physics, counts
+from devices.latency.columns import FOLDABLE, Phase, Physics, counts
 from devices.latency.prices import Prices
 from devices.latency.prior import IN_ORDER, Facts, recalled
 from devices.profile import DeviceProfile
@@ -70,22 +70,12 @@ def least_ms(
     winograd = what == "inference" or known[0].isa == "gpu"
     element = {"fp16": 2, "bf16": 2, "int8": 1}.get(prices.precision, 4)
     phase: Phase = "train_step" if what == "step" else "forward"
-    return _least_ms(layers, batch, peak, known[0].bytes_per_s, known[0].isa, element, winograd, phase, folded)
+    physics = Physics(peak, known[0].bytes_per_s, known[0].isa, element_bytes=element, winograd=winograd)
+    return _least_ms(layers, batch, physics, phase, folded)
 
 
 @lru_cache(maxsize=4096)
-def _least_ms(
-    layers: tuple[tuple[float, ...], ...],
-    batch: int,
-    macs_per_s: float,
-    bytes_per_s: float,
-    isa: Isa,
-    element_bytes: int,
-    winograd: bool,
-    phase: Phase,
-    folded: bool,
-) -> float:
-    physics = Physics(macs_per_s, bytes_per_s, isa, element_bytes=element_bytes, winograd=winograd)
+def _least_ms(layers: tuple[tuple[float, ...], ...], batch: int, physics: Physics, phase: Phase, folded: bool) -> float:
     return float(physics.least_ms(counts(layers, batch, folded), phase))
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from devices.cost import LatencyModel, ModelCost, Passes, Work
 from devices.errors import DeviceError
-from devices.latency.calibrate import at_least, datasheet_prices
+from devices.latency.calibrate import Backend, at_least, datasheet_prices
 from devices.latency.columns import MAC_KINDS, MAC_ROWS, TABLE_KINDS, WINOGRAD_GAIN, Phase, Physics, from_0_1
 from devices.latency.limits import least_ms, least_work_s, physics_of
 from devices.latency.prices import MEASURED, Prices
@@ -257,14 +257,14 @@ def from_datasheet(what: str, physical: tuple[Physics, Facts]) -> Prices:
     physics, facts = physical
     card = physics.isa == "gpu"
     if what == "inference" and not card:
-        return datasheet_prices(shipped_prior("mobile"), physics, facts, "forward", "ncnn", True, "datasheet")
+        return datasheet_prices(shipped_prior("mobile"), physics, facts, "forward", Backend("ncnn", fused=True))
     family = f"{'gpu' if card else 'cpu'}_{'train_step' if what == 'train_step' else 'forward'}"
-    runtime = "pytorch_cuda" if card else "pytorch"
+    backend = Backend("pytorch_cuda" if card else "pytorch", fused=False)
     own = replace(physics, winograd=card)
     single = replace(facts, half_precision=False, threads=min(facts.threads, MOST_THREADS))
     phase: Phase = "train_step" if what == "train_step" else "forward"
     basis = "datasheet" if card else "carried"
-    return datasheet_prices(shipped_prior(family), own, single, phase, runtime, False, basis)
+    return datasheet_prices(shipped_prior(family), own, single, phase, backend, basis)
 
 
 # --- profiles of fedsim 0.1, estimators, and devices that only HELP's tables know -------------------------------------

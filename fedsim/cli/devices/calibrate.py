@@ -285,7 +285,7 @@ def _fit(
     """Prices for each phase that was measured."""
     import numpy as np
 
-    from devices.latency.calibrate import prices_of
+    from devices.latency.calibrate import Backend, prices_of
     from devices.latency.columns import counts
     from devices.latency.limits import OF_CARDS
     from devices.latency.models import MOST_THREADS
@@ -324,10 +324,8 @@ def _fit(
             "train_step" if step else "forward",
         )
         _check_possible(own_rows, sample)
-        prices, reached = prices_of(
-            sample, prior, here, known, sample.phase, name, kind.fused, computed,
-            [row.batch for row in own_rows],
-        )  # fmt: skip
+        backend = Backend(name, kind.fused, computed)
+        prices, reached = prices_of(sample, prior, backend, [row.batch for row in own_rows])
         deployed = name != training or own is None or own.runtime in (name, "help")
         passes = (("inference",) if deployed else ()) + (("forward",) if name == training else ())
         prices = replace(prices, threads=facts.threads)

@@ -161,14 +161,15 @@ def evaluate(
 
         evaluate_profiles(load_space(space, data), as_json)
         return
+    from devices.latency.evaluate import Trial
     from devices.latency.evaluate import evaluate as judge
     from devices.latency.spaces import load_space
     from fedsim.report.terminal import console, table
 
     loaded = load_space(space, data, devices)
     with console().status("judging"):
-        source = loaded.split.source if prior else None
-        result = judge(loaded, predictor, measurements, references, seeds, source=source, weights=weights)
+        source = loaded.split.source if prior else ()
+        result = judge(loaded, Trial(predictor, measurements, references, seeds, source, weights))
     if as_json:
         print(strict_json.dumps(result))
         return
@@ -202,7 +203,7 @@ def compare(
     Example: fedsim devices compare --space nb201 --data help_nb201.npz --predictors structured,macs
     """
     from devices.latency.evaluate import compare as judge
-    from devices.latency.evaluate import comparison_picture
+    from devices.latency.evaluate import comparison_picture, trials_of
     from devices.latency.spaces import load_space
     from fedsim.report.terminal import console, table
 
@@ -210,10 +211,8 @@ def compare(
     budgets = [whole("--measurements", text) for text in measurements.split(",")]
     loaded = load_space(space, data, devices)
     with console().status("comparing"):
-        names, ways = predictors.split(","), references.split(",")
-        found = judge(
-            loaded, names, budgets, ways, seeds, source=loaded.split.source if prior else None, weights=weights
-        )
+        names, ways, source = predictors.split(","), references.split(","), loaded.split.source if prior else ()
+        found = judge(loaded, trials_of(names, budgets, ways, seeds=seeds, source=source, weights=weights))
     columns = {f"{r['predictor']}\n{r['measurements']} {r['references']}": None for r in found}
     title = f"Spearman on {space}{f' {devices}' if devices else ''}"
     rows = table("device", *columns, "HELP,\npublished", left=("device",), title=title)
