@@ -1,0 +1,131 @@
+"""The figures of a study: its table, arms that are read from other arms' runs, and the picture."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from fake_study import started
+
+from fedsim.errors import ConfigError
+from fedsim.report.plots.study import MOST_LINES, curve, families, shown
+from fedsim.report.rounds import RoundReport
+from fedsim.study.paired import interval, rows
+from fedsim.study.results import collect
+from fedsim.study.spec import plan, read_study
+from fedsim.workloads.metrics import Metric
+
+
+def test_figures_are_those_worked_out_by_hand(file, fedsim):
+    """Scores 0.51, 0.52 and 0.1 more: mean 0.515, deviation 0.01 / sqrt 2; both differences 0.1, their interval 0."""
+    code, out, err = fedsim("study", file(columns=["final.accuracy", "metrics.accuracy"]), "--jobs", "3")
+    assert (code, err) == (0, "")
+    tree = json.loads(Path("runs/mine/study.json").read_text())
+    plain, low, high = tree["arms"]
+    assert (plain["mean"], plain["std"]) == (pytest.approx(0.515), pytest.approx(0.01 / math.sqrt(2)))
+    assert (low["difference"], high["difference"]) == (pytest.approx(0.1), pytest.approx(0.2))
+    assert (low["low"], low["high"]) == (pytest.approx(0.1), pytest.approx(0.1))
+    assert (plain["simulated_s"], plain["joules"], plain["traffic_bytes"], plain["rounds"]) == (10, 2, 100, 1)
+    assert plain["final.accuracy"] == plain["metrics.accuracy"] == pytest.approx(0.515)
+    assert low["scores"] == {"1": pytest.approx(0.61), "2": pytest.approx(0.62)}
+    table = pd.read_csv("runs/mine/study.csv")
+    assert list(table["arm"]) == ["Plain", "Local 0.1", "Local 0.2"]
+    assert table["score_seed_2"].tolist() == pytest.approx([0.52, 0.62, 0.72])
+    assert Path("runs/mine/study.png").read_bytes().startswith(b"\x89PNG")
+    assert "51.50 ± 0.71" in out
+    assert "+10.00" in out
+
+
+def test_without_the_arm_that_is_compared_with_there_are_no_differences(file, fedsim):
+    code, out, _ = fedsim("study", file(), "--only", "Local", "--seeds", "7")
+    assert code == 0
+    assert "difference " not in out
+    assert [arm["difference"] for arm in json.loads(Path("runs/mine/study.json").read_text())["arms"]] == [None, None]
+
+
+def test_a_column_that_no_run_has_is_named_and_nothing_is_lost(file, fedsim):
+    code, out, err = fedsim("study", file(columns=["final.acuracy"]), "--seeds", "1")
+    assert code == 2
+    assert "did you mean 'final.accuracy'?" in err
+    assert "51.00" in out
+
+
+def test_one_seed_has_no_interval():
+    assert interval([0.1]) == math.inf
+
+
+def test_arms_are_judged_by_the_metric_that_the_study_names(tmp_path):
+    rounds = [
+        RoundReport.of(n, float(n), 1.0, [], {"accuracy": 0.5, "client_accuracy": value}, 0.0)
+        for n, value in ((1, 0.2), (2, 0.6), (3, 0.8))
+    ]
+    (row,) = rows({"Plain": {1: rounds}}, 2, "Plain", Metric("client_accuracy"))
+    assert row.mean == pytest.approx(0.7)
+    with pytest.raises(ConfigError, match=r"metric of the runs 'client_acuracy'.*client_accuracy"):
+        rows({"Plain": {1: rounds}}, 2, "Plain", Metric("client_acuracy"))
+
+
+# --- arms that are read from other arms' runs ------------------------------------------------------------------------
+
+
+READ = {
+    "Plain": ["method=fedavg"],
+    "Cut {ratio}": {"of": "Plain", "suffix": "_at_{ratio}", "grid": {"ratio": [0.3, 0.7]}},
+    "Local 0.2": ["method=local_mixup", "trainer.mix_ratio=0.2"],
+}
+
+
+def test_one_run_serves_every_arm_that_is_read_from_it(file, fedsim):
+    """Two arms have runs; the others see the metrics that end with their suffix, and lack those that do not."""
+    columns = ["metrics.ms", "peak_memory_bytes"]
+    assert fedsim("study", file(arms=READ, seeds=[1, 2], columns=columns))[0] == 0
+    assert len(started()) == 4
+    plain, low, high, _ = json.loads(Path("runs/mine/study.json").read_text())["arms"]
+    assert (low["arm"], low["of"], low["suffix"], low["overrides"]) == ("Cut 0.3", "Plain", "_at_0.3", [])
+    assert (low["mean"], high["mean"]) == (pytest.approx(0.3), pytest.approx(0.7))
+    assert low["difference"] == pytest.approx(0.3 - plain["mean"])
+    assert (plain["metrics.ms"], low["metrics.ms"], high["metrics.ms"]) == (None, 3.0, None)
+    assert low["peak_memory_bytes"] == plain["peak_memory_bytes"] == 15
+
+
+def test_an_arm_that_is_read_brings_the_runs_of_its_source_with_it(file, fedsim):
+    assert fedsim("study", file(arms=READ, seeds=[1]), "--only", "Cut 0.7")[0] == 0
+    assert started() == ["out=runs/mine/plain/seed-1"]
+    assert [arm["arm"] for arm in json.loads(Path("runs/mine/study.json").read_text())["arms"]] == ["Cut 0.7"]
+
+
+# --- picture ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_curve_is_the_mean_over_seeds_at_each_evaluation(file, fedsim):
+    fedsim("study", file())
+    study = read_study("mine.yaml")
+    result = collect(study, plan(study, Path("runs/mine")))
+    x, mean, spread = curve(result.runs["Plain"], "traffic_bytes", "accuracy")
+    assert x.tolist() == [0, 100]
+    assert mean.tolist() == pytest.approx([0, 0.515])
+    assert spread.tolist() == pytest.approx([0, 0.01 / math.sqrt(2)])
+
+
+def test_with_many_arms_the_best_are_drawn_and_the_compared_one(file, fedsim):
+    ratios = [round(0.05 * n, 2) for n in range(1, MOST_LINES + 3)]  # two more than are drawn
+    grid = {"overrides": ["method=local_mixup"], "grid": {"trainer.mix_ratio": ratios}}
+    arms = {"Plain": ["method=fedavg"], "R {mix_ratio}": grid}
+    assert fedsim("study", file(arms=arms, seeds=[1], x=["joules", "peak_memory_bytes"]), "--jobs", "8")[0] == 0
+    study = read_study("mine.yaml")
+    result = collect(study, plan(study, Path("runs/mine")))
+    assert set(result.columns["peak_memory_bytes"]) == {10.0}
+    drawn = shown(result)
+    assert drawn == ["Plain", *(f"R {ratio}" for ratio in ratios[3:])]
+
+
+def test_points_of_one_family_are_joined(file, fedsim):
+    """A family is a label without its grid values or the number at its end."""
+    arms = {**READ, "Local 0.4": ["method=local_mixup", "trainer.mix_ratio=0.4"]}
+    assert fedsim("study", file(arms=arms, seeds=[1, 2], x=["peak_memory_bytes"]))[0] == 0
+    study = read_study("mine.yaml")
+    found = families(collect(study, plan(study, Path("runs/mine"))))
+    assert found == {"Plain": ["Plain"], "Cut": ["Cut 0.3", "Cut 0.7"], "Local": ["Local 0.2", "Local 0.4"]}
