@@ -31,11 +31,8 @@ class LiveModel:
         if not weights:
             return {}
         if self._received[0] is not weights:
-            own = {name: t.to(self.device, copy=True) for name, t in weights.items()}
+            own, self._joined = self._laid_out(weights)
             self._received = (weights, own)
-            fits = self._buffer is not None and list(own) == list(self.weights)
-            fits = fits and all(own[n].dtype == t.dtype and own[n].shape == t.shape for n, t in self.weights.items())
-            self._joined = self._lay_out(own) if fits else None
         return self._received[1]
 
     @torch.no_grad()
@@ -68,15 +65,17 @@ class LiveModel:
             return joined(self._buffer, self._channels_last)
         return joined_like(weights, broadcast, self._channels_last)
 
-    def _lay_out(self, weights: Tensors) -> Tensor:
-        """The weights in the order and memory format of the model's own buffer; they become views of it."""
+    def _laid_out(self, weights: Tensors) -> tuple[Tensors, Tensor | None]:
+        """A copy of the weights; where they fit the model's buffer, in one like it, which comes beside them."""
+        fits = self._buffer is not None and list(weights) == list(self.weights)
+        if not fits or any(weights[n].dtype != t.dtype or weights[n].shape != t.shape for n, t in self.weights.items()):
+            return {name: t.to(self.device, copy=True) for name, t in weights.items()}, None
         assert self._buffer is not None
-        buffer, start = torch.empty_like(self._buffer), 0
+        buffer, views, start = torch.empty_like(self._buffer), {}, 0
         for name, slot in self.weights.items():
-            view = buffer.as_strided(slot.shape, slot.stride(), start)
-            weights[name] = view.copy_(weights[name])
+            views[name] = buffer.as_strided(slot.shape, slot.stride(), start).copy_(weights[name])
             start += slot.numel()
-        return buffer
+        return views, buffer
 
 
 def _join(model: nn.Module) -> Tensor | None:

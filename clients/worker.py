@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import lru_cache
 from itertools import groupby
 from typing import cast
@@ -238,15 +237,18 @@ class Worker:
 
     def broadcast(self, client: ClientContext, task: ClientTask) -> Broadcast:
         """What the client is sent, on this worker's device; its private tensors stand beside the weights that came."""
-        weights = self.live.received(task.broadcast.weights)
+        came = task.broadcast
+        weights = self.live.received(came.weights)
         if self.initial and weights:
             weights = {**weights, **client.state.restored(PRIVATE, self.initial)}
-        return replace(task.broadcast, weights=weights)
+        return Broadcast(came.round, weights, came.extras, came.settings)
 
     # --- what it sends back -------------------------------------------------------------------------------------
 
     def _reserve_upload(self, client: ClientContext, broadcast: Broadcast) -> None:
         """Declares what making the update takes: the received weights, and the copies of what stays or is packed."""
+        if not self.initial and not self.uplink.active:
+            return
         weights = bytes_of(broadcast.weights)
         if self.initial:  # kept, and looked through for NaN
             client.log.reserve(weights + 2 * bytes_of(self.initial))
@@ -290,8 +292,7 @@ class Worker:
         )
 
     def _work(self, client: ClientContext, task: ClientTask, up_bytes: int = 0) -> Work:
-        work = client.log.work(client.state.storage_bytes)
-        return replace(work, down_bytes=task.down_bytes, up_bytes=up_bytes)
+        return client.log.work(client.state.storage_bytes, task.down_bytes, up_bytes)
 
 
 def _groups(unit: Sequence[ClientTask]) -> Iterator[list[ClientTask]]:

@@ -92,10 +92,16 @@ class WorkLog:
             self.reserve(inference_memory_bytes(cost, batch))
             self.add_examples(cost, count, JUDGED_AT_ONCE)
 
-    def work(self, storage_bytes: int = 0) -> Work:
-        """Returns all that was counted, in the order in which it first came."""
+    def work(self, storage_bytes: int = 0, down_bytes: int = 0, up_bytes: int = 0) -> Work:
+        """Returns all that was counted, in the order in which it first came, and the bytes of the client's transfers.
+
+        Args:
+            storage_bytes: of the client's state.
+            down_bytes: what it downloaded.
+            up_bytes: what it will upload.
+        """
         passes = tuple(Passes(cost, batch, *counts) for (_, batch), (cost, counts) in self._passes.items())
-        return Work(passes, self.peak_memory_bytes, storage_bytes + self.stored_bytes)
+        return Work(passes, self.peak_memory_bytes, storage_bytes + self.stored_bytes, down_bytes, up_bytes)
 
 
 class ClientWorkload:

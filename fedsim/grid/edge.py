@@ -347,8 +347,8 @@ class EdgeGrid(Grid):
         """Stores what the client has for later rounds, and says what became of it."""
         answer, priced = contact.answer, contact.priced
         wait_s = max(0.0, round_s - contact.cost.total_s) if contact.is_accepted else 0.0
-        if phase == "train" and answer.work.flops:
-            self._flops[contact.client] = answer.work.flops
+        if phase == "train" and (flops := answer.work.flops):
+            self._flops[contact.client] = flops
         if priced.work_ended and answer.state:
             self.store.commit(contact.client, answer.state, contact.is_accepted)
         return ClientReport(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from itertools import groupby
 
 import numpy as np
@@ -74,7 +73,7 @@ class BlockSums:
                 block.add(weights.arrays, float(answer.num_examples))
                 clients.append(task.client)
                 self._forms[task.block] = weights.form
-            self._answers.append(answer if answer.weights is None else replace(answer, weights=None))
+            self._answers.append(answer.without_weights())
         self._waiting, self._waiting_bytes = [], 0
 
     def _total(self, number: int, block: BlockSum) -> SentWeights:

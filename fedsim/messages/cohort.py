@@ -118,6 +118,22 @@ class ClientAnswer:
     extras: dict[str, Tensors] = field(default_factory=dict)
     state: Tensors = field(default_factory=dict)
 
+    def without_weights(self) -> ClientAnswer:
+        """The same, where the weights have gone into a sum."""
+        # Written out: `dataclasses.replace` looks through the fields again for every client.
+        return ClientAnswer(
+            self.client,
+            self.outcome,
+            self.reason,
+            self.traceback,
+            self.work,
+            self.num_examples,
+            self.metrics,
+            None,
+            self.extras,
+            self.state,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class BlockAnswer:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import cmath
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import isfinite, prod
+from math import prod
 from typing import Literal
 
 import numpy as np
@@ -15,6 +16,7 @@ from fedsim.workloads.base import Tensors
 
 # "joined last": as "joined", but every tensor of four dimensions lies as [n, h, w, c].
 Form = Literal["named", "joined", "joined last", "compressed"]
+HALVES = (torch.float16, torch.bfloat16)  # float16 overflows at 65504: sums of both are taken in float32
 JOINED = "joined"  # name of the one tensor of joined weights
 
 
@@ -57,7 +59,7 @@ class SentWeights:
 
     def is_finite(self) -> bool:
         """Whether there is no NaN and no infinity."""
-        return are_finite(self.arrays.values())
+        return are_finite(self.tensors.values())
 
 
 def named(tensors: Mapping[str, Tensor]) -> SentWeights:
@@ -105,12 +107,9 @@ def bytes_of(tensors: Mapping[str, Tensor]) -> int:
     return sum(t.element_size() * t.numel() for t in tensors.values())
 
 
-def are_finite(arrays: Iterable[np.ndarray]) -> bool:
-    """Whether there is no NaN and no infinity: one sum over everything finds them without a test per element."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        # float16 overflows at 65504
-        total = sum(complex(a.sum(dtype=np.promote_types(a.dtype, np.float32))) for a in arrays)
-    return isfinite(total.real) and isfinite(total.imag)
+def are_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether there is no NaN and no infinity: a sum over each tensor finds them without a test per element."""
+    return all(cmath.isfinite(t.sum(dtype=torch.float32 if t.dtype in HALVES else None).item()) for t in tensors)
 
 
 def join_storage(tensors: Iterable[Tensor]) -> Tensor | None:

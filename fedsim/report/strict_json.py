@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 
@@ -17,6 +18,9 @@ def finite(tree: Any) -> Any:
     return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
+_ENCODE = json.JSONEncoder(allow_nan=False).encode
+
+
 def dumps(tree: Any, **how: Any) -> str:
     """The tree as JSON text, with null for NaN and infinity.
 
@@ -24,4 +28,7 @@ def dumps(tree: Any, **how: Any) -> str:
         tree: of dicts, lists, texts and numbers.
         how: arguments of `json.dumps`.
     """
+    if not how:
+        with suppress(ValueError, TypeError):  # most trees hold nothing that must be looked for
+            return _ENCODE(tree)
     return json.dumps(finite(tree), allow_nan=False, **how)
