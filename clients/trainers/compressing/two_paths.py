@@ -81,7 +81,8 @@ class TwoPathRun(SGDRun):
 
         def pruned(x: Tensor) -> Tensor:
             with trainer.integer_inputs(model):
-                return functional_call(model, student, (x,))
+                output: Tensor = functional_call(model, student, (x,))
+                return output
 
         return Remembering(pruned), Remembering(lambda x: functional_call(model, teacher, (x,)))
 

@@ -59,17 +59,21 @@ class Entrance:
         """Returns what is mixed: numbers stay; tokens [n, steps] or their means [n, steps, vocabulary] are embedded."""
         if self.embedding is None:
             return x
-        return x @ self.embedding.weight if x.is_floating_point() else self.embedding(x)
+        embedded: Tensor = x @ self.embedding.weight if x.is_floating_point() else self.embedding(x)
+        return embedded
 
     def logits(self, mixed: Tensor) -> Tensor:
         """Returns the model's output for mixed examples [batch, ...]."""
+        output: Tensor
         if self.embedding is None:
-            return self.model(mixed)
+            output = self.model(mixed)
+            return output
         self.embedding.forward = lambda _: mixed  # type: ignore[method-assign, assignment]
         try:
-            return self.model(self.x)
+            output = self.model(self.x)
         finally:
             del self.embedding.forward
+        return output
 
 
 def embedding_of(model: nn.Module) -> nn.Embedding:

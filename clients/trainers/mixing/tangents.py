@@ -139,7 +139,7 @@ def _max_pool2d(both: Tensor, kernel_size: Any, *args: Any, **kwargs: Any) -> Te
     if both.dim() != 4:
         return None
     halves = both.view(2, -1, *both.shape[1:])
-    best = F.max_pool2d(halves[0].detach(), kernel_size, *args, **kwargs, return_indices=True)[1]
+    best: Tensor = F.max_pool2d(halves[0].detach(), kernel_size, *args, **kwargs, return_indices=True)[1]
     rows = best.flatten(2).expand(2, *best.shape[:2], -1)
     return halves.flatten(-2).gather(-1, rows).unflatten(-1, best.shape[2:]).flatten(0, 1)
 

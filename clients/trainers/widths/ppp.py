@@ -38,7 +38,7 @@ from fedsim.exchanges.ppp import GATES, MASK, MASKED, SHARE
 from fedsim.exchanges.slices import BITS, KEPT, RATIO, model_cost
 from fedsim.messages.updates import Broadcast, ClientUpdate
 from fedsim.seeding import torch_generator
-from fedsim.workloads.base import Tensors, Workload
+from fedsim.workloads.base import Examples, Tensors, Workload
 
 Mask = Literal["personal", "other", "global", "random", "magnitude"]
 Control = Literal["other", "global", "random", "magnitude", "gates", "dense"]
@@ -256,7 +256,7 @@ class PPPTrainer(SubnetTrainer):
         client.log.add(cost, len(x), forwards=1)
         return personal_masks(GatedNetwork(client.model, gates, held), x.to(client.device), ratio, self.mask_mode)
 
-    def supported(self, data: Any, seed: int, client_id: int) -> Tensor:
+    def supported(self, data: Examples, seed: int, client_id: int) -> Tensor:
         """Returns the inputs of the client's support, the same in every round, [m, ...]; fewer where it has fewer."""
         order = torch.randperm(len(data), generator=torch_generator(seed, "support", client_id))
         return data.gather(order[: self.support])["x"]
