@@ -242,15 +242,15 @@ class Costs:
 
     @property
     def total_s(self) -> np.ndarray:
-        return self.down_s + self.compute_s + self.up_s
+        return np.asarray(self.down_s + self.compute_s + self.up_s)
 
     @property
     def tail_joules(self) -> np.ndarray:
-        return (self.compute_tail_s + self.up_tail_s) * self.tail_watts
+        return np.asarray((self.compute_tail_s + self.up_tail_s) * self.tail_watts)
 
     @property
     def joules(self) -> np.ndarray:
-        return self.down_joules + self.compute_joules + self.up_joules + self.tail_joules
+        return np.asarray(self.down_joules + self.compute_joules + self.up_joules + self.tail_joules)
 
     def until(self, elapsed_s: np.ndarray) -> Costs:
         """The part of each cost that is spent when its client stops after so many seconds, inf for never, [clients]."""
@@ -389,4 +389,4 @@ class FlopsLatency(LatencyModel):
         return np.maximum(flops / (units.column(lambda d: d.flops_per_s) * units.speed), least_s), least_s
 
     def joules(self, works: Sequence[Work], units: Units, compute_s: np.ndarray) -> np.ndarray:
-        return compute_s * units.column(lambda d: d.compute_watts)
+        return np.asarray(compute_s * units.column(lambda d: d.compute_watts))

@@ -137,7 +137,7 @@ class Fleet(Checked, group="fleet"):
         return index(client_id)
 
     def _profile(self, client_id: int) -> DeviceProfile:
-        return self.profiles[self.device[self._checked(client_id)]]
+        return self.profiles[int(self.device[self._checked(client_id)])]
 
 
 def _drawable(name: str, devices: Mapping[str, float]) -> tuple[tuple[DeviceProfile, ...], np.ndarray]:

@@ -77,7 +77,7 @@ def _reflections(share: float) -> Macs:
     def macs(args: Any, out: Tensor) -> float:
         m, n = args[0].shape[-2:]
         k = min(m, n)
-        return share * args[0].numel() / max(1, m * n) * (m * n * k - k**3 / 3)
+        return float(share * args[0].numel() / max(1, m * n) * (m * n * k - k**3 / 3))
 
     return macs
 
@@ -85,7 +85,7 @@ def _reflections(share: float) -> Macs:
 def _singular(args: Any, out: Tensor) -> float:
     """4 m^2 n + 8 m n^2 + 9 n^3 FLOPs, m the larger side (Golub and Van Loan, section 8.6)."""
     m, n = sorted(args[0].shape[-2:], reverse=True)
-    return args[0].numel() / max(1, m * n) * (4 * m * m * n + 8 * m * n * n + 9 * n**3) / 2
+    return float(args[0].numel() / max(1, m * n) * (4 * m * m * n + 8 * m * n * n + 9 * n**3) / 2)
 
 
 def _fourier(real: bool) -> Macs:
@@ -94,7 +94,7 @@ def _fourier(real: bool) -> Macs:
     def macs(args: Any, out: Tensor) -> float:
         larger = max(args[0], out, key=lambda x: x.numel())
         points = math.prod(larger.shape[dim] for dim in args[1])
-        return larger.numel() * math.log2(max(1, points)) * (1.25 if real else 2.5)
+        return float(larger.numel() * math.log2(max(1, points)) * (1.25 if real else 2.5))
 
     return macs
 
@@ -257,7 +257,8 @@ def macs_of(func: Any, args: Any, kwargs: Any, out: Any) -> float | None:
     from torch.utils.flop_counter import flop_registry  # late: it imports triton
 
     if func._overloadpacket in flop_registry:
-        return flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out) * _parts(func, args) / 2
+        flops = float(flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out))
+        return flops * _parts(func, args) / 2
     raise DeviceError(
         f"operator {func._schema.name} cannot be priced: no formula says how much it multiplies; "
         "register one with torch.utils.flop_counter.register_flop_formula"

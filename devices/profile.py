@@ -199,12 +199,13 @@ class Units:
         return len(self.model)
 
     def __getitem__(self, number: int) -> DeviceProfile:
-        own = self.models[self.model[number]]
+        own = self.models[int(self.model[number])]
         return own.unit(float(self.speed[number]), float(self.bandwidth[number]))
 
     def column(self, figure: Callable[[DeviceProfile], float]) -> np.ndarray:
         """A figure of each client's model, [clients]; own factors are not in it."""
-        return np.array([figure(profile) for profile in self.models])[self.model]
+        figures = np.array([figure(profile) for profile in self.models])
+        return np.asarray(figures[self.model])
 
 
 _POSITIVE: Rule = ("a finite number above 0", lambda value: value > 0)

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from devices.compression.channel_graph import CONVOLUTIONS, TRANSPOSED, ChannelGroup
+from devices.compression.channel_graph import CONVOLUTIONS, TRANSPOSED, ChannelGroup, Coupling
 from devices.compression.channels import ChannelGroups, Kept
 from devices.errors import DeviceError, unknown
 
@@ -214,7 +214,8 @@ class GatedNetwork(nn.Module):
             for key, site in self.gates.sites.items()
         ]
         try:
-            return self.network(x)
+            outputs: Tensor = self.network(x)
+            return outputs
         finally:
             for handle in handles:
                 handle.remove()
@@ -409,8 +410,8 @@ def _key(name: str) -> str:
     return name.replace(".", "-")
 
 
-def _is(coupling: object, layer: str, side: str) -> bool:
-    return coupling.layer == layer and coupling.side == side  # type: ignore[attr-defined]
+def _is(coupling: Coupling, layer: str, side: str) -> bool:
+    return coupling.layer == layer and coupling.side == side
 
 
 def _made_by_one(model: nn.Module, group: ChannelGroup) -> bool:

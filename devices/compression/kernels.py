@@ -36,7 +36,7 @@ def int8_network(model: nn.Module, example: Tensor, tokens: bool = False) -> nn.
         warnings.simplefilter("ignore")  # torch announces a move of these functions to another package
         try:
             if tokens:
-                network = quantize_dynamic(model, {nn.LSTM, nn.Linear}, dtype=torch.qint8)
+                network: nn.Module = quantize_dynamic(model, {nn.LSTM, nn.Linear}, dtype=torch.qint8)
             else:
                 prepared = prepare_fx(_affine(model), get_default_qconfig_mapping(engine()), (example,))
                 prepared(example)

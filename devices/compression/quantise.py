@@ -87,18 +87,23 @@ class ActivationRange:
         self.batches += 1
 
     @property
+    def largest(self) -> int:
+        """The largest integer, 2^b - 1."""
+        return (1 << self.bits) - 1
+
+    @property
     def scale(self) -> float:
         """Width of a step."""
-        return (self.high - self.low) / (2**self.bits - 1) or 1.0
+        return (self.high - self.low) / self.largest or 1.0
 
     @property
     def zero(self) -> int:
         """The integer that stands for 0."""
-        return min(max(round(-self.low / self.scale), 0), 2**self.bits - 1)
+        return min(max(round(-self.low / self.scale), 0), self.largest)
 
     def fake(self, x: Tensor) -> Tensor:
         """What is left of x after integers: scale (q - zero)."""
-        q = (x / self.scale).round().add(self.zero).clamp(0, 2**self.bits - 1)
+        q = (x / self.scale).round().add(self.zero).clamp(0, self.largest)
         return (q - self.zero) * self.scale
 
 

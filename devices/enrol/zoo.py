@@ -72,7 +72,8 @@ class _Sequence(nn.Module):
         self.head = nn.Linear(hidden, TOKENS)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.lstm(self.embed(x))[0])
+        logits: Tensor = self.head(self.lstm(self.embed(x))[0])
+        return logits
 
 
 def _head(channels: int) -> list[nn.Module]:

@@ -60,7 +60,7 @@ class Problems:
     @property
     def usual(self) -> np.ndarray:
         """Logarithms of the prices that the prior says, inside the bounds, [problems, k]."""
-        return np.clip(self.mean, np.log(self.low), np.log(self.high))
+        return np.asarray(np.clip(self.mean, np.log(self.low), np.log(self.high)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -114,7 +114,7 @@ class StructuredLatency(LatencyModel):
 
     def joules(self, works: Sequence[Work], units: Units, compute_s: np.ndarray) -> np.ndarray:
         """As `compute_joules`, which does not ask for the speed of a unit."""
-        found = compute_s * units.column(lambda device: device.compute_watts)
+        found: np.ndarray = compute_s * units.column(lambda device: device.compute_watts)
         for number in np.flatnonzero(units.column(lambda device: device.base_watts is not None)).tolist():
             own = units.models[units.model[number]]
             found[number] = self.compute_joules(works[number], own, float(compute_s[number]))

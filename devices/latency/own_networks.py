@@ -28,7 +28,8 @@ class _CharLSTM(nn.Module):
         self.head = nn.Linear(256, 80)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.lstm(self.embed(x))[0])
+        logits: Tensor = self.head(self.lstm(self.embed(x))[0])
+        return logits
 
 
 def _lenet5() -> nn.Module:

@@ -129,7 +129,8 @@ class Space:
         """
         if device not in self.devices:
             raise DeviceError(unknown("device", device, self.devices))
-        return self.latency_ms[self.devices.index(device)]
+        own: np.ndarray = self.latency_ms[self.devices.index(device)]
+        return own
 
     def pool(self, device: str) -> np.ndarray:
         """The networks to adapt or train with, trimmed for this device; indices in rising order."""

@@ -89,7 +89,7 @@ class StructuredPredictor:
 
     def predict(self, features: np.ndarray) -> np.ndarray:
         """Milliseconds of networks with features [n, f] for the batch that is run, [n]."""
-        return predict_ms(self.coefficients[None], features)[0]
+        return np.asarray(predict_ms(self.coefficients[None], features)[0])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` is the inverse."""
@@ -135,7 +135,7 @@ def predict_ms(coefficients: np.ndarray, features: np.ndarray) -> np.ndarray:
     if features.ndim != 2 or coefficients.ndim != 2 or features.shape[1] != coefficients.shape[1]:
         shapes = f"features {list(features.shape)} and coefficients {list(coefficients.shape)}"
         raise DeviceError(f"networks and devices must have the same number of features, got {shapes}")
-    return coefficients @ features.T
+    return np.asarray(coefficients @ features.T)
 
 
 def prior_of(sources: Sequence[StructuredPredictor], mean_ms: Sequence[float]) -> np.ndarray:
@@ -144,7 +144,7 @@ def prior_of(sources: Sequence[StructuredPredictor], mean_ms: Sequence[float]) -
         raise DeviceError(
             f"a prior needs a mean latency for each of its sources, got {len(mean_ms)} for {len(sources)}"
         )
-    return np.mean([p.coefficients / ms for p, ms in zip(sources, mean_ms, strict=True)], axis=0)
+    return np.asarray(np.mean([p.coefficients / ms for p, ms in zip(sources, mean_ms, strict=True)], axis=0))
 
 
 def choose_references(features: np.ndarray, candidates: np.ndarray, count: int) -> np.ndarray:
@@ -191,7 +191,7 @@ def _fit(phi: np.ndarray, ms: np.ndarray, prior: np.ndarray, penalty: float, rou
     rows, doubt = phi / ms[:, None], np.ones(len(ms))
     for _ in range(rounds + 1):
         left = np.vstack([doubt[:, None] * rows, np.diag(pull)])
-        weights = nnls(left, np.concatenate([doubt, pull * scale * prior]))[0]
+        weights: np.ndarray = nnls(left, np.concatenate([doubt, pull * scale * prior]))[0]
         residual = rows @ weights - 1
         spread = max(1.4826 * float(np.median(np.abs(residual))), LEAST_SPREAD)
         doubt = (1 + (residual / (2 * spread)) ** 2) ** -0.5
@@ -216,7 +216,7 @@ def _left_out_errors(phi: np.ndarray, ms: np.ndarray, prior: np.ndarray, penalty
 def _shares(errors: np.ndarray) -> np.ndarray:
     best = max(float(errors.min()), 1e-12)
     weights = np.exp(-(errors - errors.min()) / (SHARPNESS * best))
-    return weights / weights.sum()
+    return np.asarray(weights / weights.sum())
 
 
 def _matrix(what: str, values: np.ndarray, width: int | None = None) -> np.ndarray:

@@ -93,7 +93,8 @@ class FBNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [batch, classes] of x [batch, channels, height, width]."""
-        return self.head(self.features(x))
+        logits: Tensor = self.head(self.features(x))
+        return logits
 
 
 def layer(op: int, before: int, after: int, stride: int, norm: Norm) -> nn.Module:
@@ -120,5 +121,5 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, after, ceil(height / stride), ceil(width / stride)] from x [batch, before, height, width]."""
-        y = self.project(self.depthwise(self.shuffle(self.expand(x))))
+        y: Tensor = self.project(self.depthwise(self.shuffle(self.expand(x))))
         return x + y if self.residual else y

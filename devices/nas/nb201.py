@@ -83,7 +83,8 @@ class NB201Network(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [batch, classes] of x [batch, channels, height, width]."""
-        return self.head(self.features(x))
+        logits: Tensor = self.head(self.features(x))
+        return logits
 
 
 class Cell(nn.Module):
@@ -131,7 +132,8 @@ class Reduction(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, after, ceil(height / 2), ceil(width / 2)] from x [batch, before, height, width]."""
-        return self.body(x) + self.shortcut(x)
+        reduced: Tensor = self.body(x) + self.shortcut(x)
+        return reduced
 
 
 def operation(op: int, channels: int, norm: Norm) -> nn.Module:

@@ -105,11 +105,13 @@ class OFANetwork(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """What the head sees: [batch, 1280] from x [batch, channels, height, width]."""
-        return self.mix(F.adaptive_avg_pool2d(self.last(self.blocks(self.stem(x))), 1)).flatten(1)
+        mixed: Tensor = self.mix(F.adaptive_avg_pool2d(self.last(self.blocks(self.stem(x))), 1))
+        return mixed.flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [batch, classes] of x [batch, channels, height, width]."""
-        return self.head(self.features(x))
+        logits: Tensor = self.head(self.features(x))
+        return logits
 
 
 class Bottleneck(nn.Module):
@@ -137,7 +139,7 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, after, ceil(height / stride), ceil(width / stride)] from x [batch, before, height, width]."""
-        y = self.body(x)
+        y: Tensor = self.body(x)
         return x + y if self.residual else y
 
 
@@ -161,7 +163,8 @@ class SqueezeExcite(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, channels, height, width], as x."""
-        return x * self.gate(x)
+        gate: Tensor = self.gate(x)
+        return x * gate
 
 
 def divisible(channels: int) -> int:

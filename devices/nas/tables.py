@@ -12,7 +12,7 @@ import itertools
 import numpy as np
 
 from devices.errors import DeviceError, unknown
-from devices.latency.columns import MAC_KINDS
+from devices.latency.columns import MAC_ROWS
 from devices.trace import COLUMNS, KINDS
 
 FEATURE_SETS = ("counts", "layers")
@@ -96,7 +96,7 @@ def network_features(space: str, ops: np.ndarray, features: str = "layers") -> n
 def network_macs(space: str, ops: np.ndarray) -> np.ndarray:
     """Multiply-adds of each network for one example, [n]: of convolutions and the classifier, not of pools and adds."""
     rows = network_features(space, ops)[:, :-1].reshape(len(ops), len(KINDS), len(COLUMNS))
-    return rows[:, [i for i, kind in enumerate(KINDS) if kind in MAC_KINDS], 0].sum(axis=1)
+    return np.asarray(rows[:, MAC_ROWS, 0].sum(axis=1))
 
 
 def connected(space: str, ops: np.ndarray) -> np.ndarray:
@@ -150,7 +150,7 @@ def _nb201_operations() -> np.ndarray:
 
 def _nb201_skeleton() -> np.ndarray:
     """Stem, the two reductions and the classifier, [40]."""
-    table = _convolution(3, 16, 3, 32) + _row("fc", 640, 64 + 10, 640)
+    table: np.ndarray = _convolution(3, 16, 3, 32) + _row("fc", 640, 64 + 10, 640)
     for (inputs, side), (outputs, half) in itertools.pairwise(NB201_STAGES):
         table = table + _convolution(inputs, outputs, 3, side, 2) + _convolution(outputs, outputs, 3, half)
         table = table + _row("pool", 4 * inputs * half**2, inputs * (side**2 + half**2))
@@ -177,8 +177,9 @@ def _fbnet_layer(name: str, inputs: int, outputs: int, side: int, stride: int) -
         elements = inputs * side**2
         return _row("elementwise", elements, 2 * elements) if same else _convolution(inputs, outputs, 1, side, stride)
     groups, expanded, out_side = 2 if name.endswith("g2") else 1, inputs * int(name[4]), side // stride
-    table = _convolution(inputs, expanded, 1, side, groups=groups)
+    table: np.ndarray = _convolution(inputs, expanded, 1, side, groups=groups)
     table = table + _convolution(expanded, expanded, int(name[1]), side, stride, expanded)
     table = table + _convolution(expanded, outputs, 1, out_side, groups=groups)
-    elements = outputs * out_side**2
-    return table + _row("elementwise", elements, 3 * elements) if same else table
+    if same:
+        table = table + _row("elementwise", outputs * out_side**2, 3 * outputs * out_side**2)
+    return table

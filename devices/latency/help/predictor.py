@@ -257,7 +257,8 @@ def source_labels(space: Space, devices: Sequence[str] | None = None) -> np.ndar
         space: table of measured latencies.
         devices: none for the source devices of its split.
     """
-    return np.mean([_pool_labels(space, device) for device in devices or space.split.source], axis=0)
+    found = [_pool_labels(space, device) for device in devices or space.split.source]
+    return np.asarray(np.mean(found, axis=0))
 
 
 def _pool_labels(space: Space, device: str) -> np.ndarray:
