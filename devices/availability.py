@@ -37,17 +37,17 @@ class Availability(Checked, ABC, group="fleet.availability"):
         self.num_clients, self.seed = num_clients, seed
 
     def online(self, client_id: int, now_s: float) -> bool:
-        """Whether the client can be reached at `now_s`."""
+        """Returns whether the client can be reached at `now_s`."""
         return self._end_s(client_id, now_s) is not None
 
     def online_until(self, client_id: int, now_s: float) -> float:
-        """The simulated time at which the client goes offline: inf if never, `now_s` if it is offline already."""
+        """Returns the simulated time at which the client goes offline: inf if never, `now_s` if it is offline now."""
         end_s = self._end_s(client_id, now_s)
         return now_s if end_s is None else end_s
 
     @abstractmethod
     def _end_s(self, client_id: int, now_s: float) -> float | None:
-        """When the online spell around `now_s` ends, or None when the client is offline then."""
+        """Returns when the online spell around `now_s` ends, or None when the client is offline then."""
 
 
 class Always(Availability):
@@ -173,7 +173,7 @@ class Trace(Availability):
 
 
 def _number(key: str, value: Any, low: float, high: float) -> float:
-    """The value as a float, or a DeviceError that names the key and the allowed interval."""
+    """Returns the value as a float; raises DeviceError with the key and the allowed interval for any other value."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not low <= value <= high:
         raise DeviceError(f"{key} must be a number in [{low:g}, {high:g}], got {value!r}")
@@ -193,7 +193,7 @@ def _read_trace(path: Path) -> dict[str, Any]:
 
 
 def _spells(where: str, entry: Any) -> tuple[np.ndarray, np.ndarray, float]:
-    """Starts and ends of the online spells of one entry, [spells] each, and the length of the trace, in seconds."""
+    """Returns starts and ends of the online spells of one entry, [spells] each, and the trace's length in seconds."""
     allowed = ("duration", "inactive", "finish_time", "active", "model")
     if not isinstance(entry, dict):
         raise DeviceError(f"{where} must be a map with active, inactive and finish_time, got {str(entry)[:80]!r}")

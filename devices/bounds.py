@@ -120,7 +120,7 @@ def hints_of(make: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _states_bounds(hint: Any) -> bool:
-    """Whether an annotation says more than a type."""
+    """Returns whether an annotation says more than a type."""
     noted = typing.get_origin(hint) is Literal or any(
         isinstance(note, BaseMetadata | Interval) for note in _notes(hint)
     )
@@ -188,7 +188,7 @@ def options_of(hint: Any) -> tuple[Any, ...]:
 
 
 def _bare(hint: Any) -> Any:
-    """A type without what is noted beside it."""
+    """Returns a type without the notes of its `Annotated`."""
     return typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
 
 
@@ -197,12 +197,12 @@ def _notes(hint: Any) -> tuple[Any, ...]:
 
 
 def _members(hint: Any) -> tuple[Any, ...]:
-    """What a `Literal` allows."""
+    """Returns the values that a `Literal` allows."""
     return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
 
 
 def _element(options: Sequence[Any], place: int) -> Any:
-    """The type of what a list (0) or a map (1) holds."""
+    """Returns the type of the elements of a list (0) or of the values of a map (1)."""
     for option in map(_bare, options):
         kinds = (Mapping, dict) if place else (Sequence, list, tuple)
         if typing.get_origin(option) in kinds and len(typing.get_args(option)) > place:
@@ -211,7 +211,7 @@ def _element(options: Sequence[Any], place: int) -> Any:
 
 
 def _name(hint: Any) -> str:
-    """How a sentence says the type; empty for what cannot be judged here."""
+    """Returns the words for a type in a sentence; empty for a type that cannot be checked here."""
     bare = _bare(hint)
     origin = typing.get_origin(bare) or bare
     if origin in PLAIN:
@@ -221,7 +221,7 @@ def _name(hint: Any) -> str:
 
 
 def _full_name(hint: Any) -> str:
-    """As `_name`, with the interval of a number, or its lower bound: upper ones are often far away."""
+    """Returns `_name` with the interval of a number, or its lower bound: upper bounds are often far away."""
     notes = (note for note in _notes(hint) if isinstance(note, Interval | Gt | Ge))
     words = (_in_words(note, _bare(hint) is int) for note in notes)
     return " ".join([_name(hint), *(f"of {text}" if text.startswith("at ") else text for text in words)])
@@ -232,7 +232,7 @@ def _is_list(value: Any) -> bool:
 
 
 def _is_kind(value: Any, hint: Any) -> bool:
-    """Whether a value is of a type, whatever its bounds; true for a type that cannot be judged here."""
+    """Returns whether a value is of a type, whatever its bounds; True for a type that cannot be checked here."""
     if typing.get_origin(hint) is Literal:
         return any(value == member and isinstance(value, bool) == isinstance(member, bool) for member in _members(hint))
     bare = _bare(hint)
@@ -257,7 +257,7 @@ def _is_kind(value: Any, hint: Any) -> bool:
 
 
 def _limits(option: Any, value: Real) -> list[Any]:
-    """The bounds that an annotation notes, with the usual ones where a side has none."""
+    """Returns the bounds that an annotation notes, with the usual ones where a side has none."""
     noted = [note for note in _notes(option) if isinstance(note, Gt | Ge | Lt | Le | Interval)]
     low, high = WHOLE if isinstance(value, Integral) and _bare(option) is not float else NUMBER
     kinds = {type(side) for note in noted for side in _sides(note)}
@@ -289,7 +289,7 @@ def _in_words(limit: Any, whole: bool) -> str:
 
 
 def _digits(side: Any) -> str:
-    """A bound in digits, or, where that is long, with an exponent."""
+    """Returns a bound in digits, with an exponent where they would be many."""
     bound = _bound(side)
     return str(bound) if isinstance(bound, int) else f"{bound:g}"
 

@@ -52,7 +52,7 @@ class Builder:
         self.energy = card_energy(self.tables, self.settings)
 
     def trees(self) -> dict[str, dict[str, Any]]:
-        """Every profile of the catalogue, by name, and the control device."""
+        """Returns the profile of every device in the catalogue, by name."""
         made = {}
         for name, entry in self.catalogue["devices"].items():
             self.watch(f"building {name}")
@@ -60,7 +60,7 @@ class Builder:
         return made
 
     def tree(self, name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
-        """One profile, as YAML will hold it."""
+        """Returns one profile as YAML will hold it."""
         facts = {**self.catalogue["defaults"].get(entry["kind"], {}), **entry}
         key, kind = str(facts.get("key", name)), str(facts["kind"])
         if kind == "mcu":
@@ -116,7 +116,7 @@ class Builder:
         return [s for s in found if s.num_networks >= least and s.sample.physics.isa in ("arm", "x86", "gpu", "none")]
 
     def _inference(self, key: str) -> Setting | None:
-        """All big cores, float, the newest run; where that has too few networks, the setting with most."""
+        """Returns the newest float run on all big cores; where it has too few networks, the setting with most."""
         many = min(self._big(key), USUAL_THREADS)
         full = [s for s in self._candidates(key, FEWEST) if s.threads >= many or s.family == "gpu_forward"]
         if full:
@@ -129,7 +129,7 @@ class Builder:
         return max(found, key=_newest, default=None)
 
     def _threads(self, key: str) -> int:
-        """All big cores, or the most that training rows used."""
+        """Returns the number of big cores, or the most threads of any training row."""
         trained = [s.threads for s in self.settings if s.device == key and s.phase == "train_step" and s.threads > 1]
         if trained:
             return max(trained)
@@ -168,7 +168,7 @@ class Builder:
         return made
 
     def _training(self, key: str, phase: str, kind: str) -> Setting | None:
-        """Rows of the training runtime: PyTorch, in fp32, with most threads."""
+        """Returns the setting of the training runtime: PyTorch in fp32 with most threads; None without rows."""
         found = [s for s in self.settings if s.device == key and s.phase == phase and s.runtime.startswith("pytorch")]
         found = [s for s in found if s.precision == "fp32" and s.num_networks >= FEWEST]
         return max(found, key=lambda s: (s.threads, len(s.sample))) if found else None
@@ -181,12 +181,12 @@ class Builder:
         return {**made.to_dict(), **_sourced("derived", source)}
 
     def _ran_in(self, setting: Setting) -> str:
-        """What a setting computed in: rows that the tables call fp32 are TF32 where torch rounds by default."""
+        """Returns a setting's precision: rows that the tables call fp32 are TF32 where torch rounds by default."""
         by_default = recalled()["cards"].get(setting.device, {}).get("tf32_by_default", False)
         return "tf32" if by_default and setting.precision == "fp32" else setting.precision
 
     def _on_more(self, setting: Setting, own: Mapping[str, Any], threads: int) -> dict[str, Any]:
-        """Prices of all big cores from rows with fewer: what the prior says that threads change, on what was fitted."""
+        """Carries prices from fewer threads to all big cores, by what the prior says that threads change."""
         prior = self.priors[setting.family]
         few, phase = setting.sample, setting.phase
         known = self.tables.physics(setting.device, setting.runtime, threads, "big", setting.precision, few.facts.year)
@@ -203,7 +203,7 @@ class Builder:
         return {**made.to_dict(), **_sourced("derived", source)}
 
     def _help_section(self, name: str, kind: str, physics: Physics, known: Facts) -> dict[str, Any]:
-        """Prices by kind from HELP's rows: its runtime and threads are not stated."""
+        """Fits prices by kind to HELP's rows, whose runtime and threads are not stated."""
         rows = [
             (at.partition("@")[0], word, int(at.partition("@")[2]), float(ms))
             for at, networks in self.help_rows[name]["references"].items()
@@ -321,7 +321,7 @@ class Builder:
         return ""
 
     def _microcontroller(self, name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Int8 inference from MLPerf Tiny's newest results of the board; watts are joules over seconds."""
+        """Builds a board from MLPerf Tiny's newest int8 results; watts are joules over seconds."""
         chip = recalled()["microcontrollers"][name]
         frame = self.tables._csv("mlperf_tiny.csv", "device", "network", "input", "ms", "energy_mj", "backend", "date")
         frame = frame[frame.device == facts["system"]]
@@ -373,7 +373,7 @@ class Builder:
 
 
 def reference_tree() -> dict[str, Any]:
-    """The control device of the `uniform` fleet: round numbers, no jitter, no real device."""
+    """Builds the control device of the `uniform` fleet: round numbers, no jitter, no real device."""
     why = "round number of the control device"
     figures: Mapping[str, Mapping[str, float]] = {
         "compute": {
@@ -417,7 +417,7 @@ def write_all(builder: Builder, out: Path) -> list[Path]:
 
 
 def _usual_rate(profile: Any) -> float:
-    """1e9 multiply-adds per second on the ten networks of NAS-Bench-201 that profiles are measured with, median."""
+    """Returns the median rate in 1e9 multiply-adds per s on ten networks of NAS-Bench-201."""
     from devices.latency.models import device_prices
 
     prices = device_prices(profile).inference
@@ -452,7 +452,7 @@ def _round(value: float) -> float:
 
 
 def _newest(setting: Setting) -> tuple[bool, str, bool, int]:
-    """Many networks before few, new runs before old, fp16 before fp32 of one day."""
+    """Returns a sort key: many networks before few, new runs before old, fp16 before fp32 of the same day."""
     sample = setting.sample
     return setting.num_networks >= PRIOR_NETWORKS, setting.date, setting.precision == "fp16", len(sample)
 

@@ -44,14 +44,14 @@ class ModelCost:
 
     @classmethod
     def from_dict(cls, facts: dict[str, Any]) -> ModelCost:
-        """From plain JSON types."""
+        """Reads plain JSON types."""
         rows = {key: facts[key] for key in ("layers", "step_bytes", "inference_bytes") if facts.get(key) is not None}
         if len(rows.get("layers", ())) == len(TABLE_KINDS_0_1):
             rows["layers"] = from_0_1(rows["layers"])
         return cls(**{**facts, **{key: tuple(map(tuple, value)) for key, value in rows.items()}})
 
     def twice(self) -> ModelCost:
-        """A step on two passes: activations of both wait for the backward pass, and one's gradients for the other's."""
+        """Returns the cost of a step on two passes: activations and gradients of one wait for the other."""
         more = self.activation_bytes
         moments = tuple((fixed + self.parameter_bytes, each + more) for fixed, each in self.step_bytes)
         return replace(self, activation_bytes=2 * more, step_bytes=moments)
@@ -90,7 +90,7 @@ class Work:
         return sum(p.flops for p in self.passes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; `from_dict` is the inverse."""
+        """Returns plain JSON types; `from_dict` is the inverse."""
         return {**vars(self), "passes": [{**vars(p), "network": vars(p.network)} for p in self.passes]}
 
     @classmethod
@@ -100,7 +100,7 @@ class Work:
 
 
 def pack_works(works: Sequence[Work]) -> dict[str, Any]:
-    """Plain JSON types for many clients' work; a network that they share stands there once."""
+    """Packs many clients' work as plain JSON types; a network that they share stands there once."""
     numbers: dict[int, int] = {}
     networks: list[dict[str, Any]] = []
     packed = []
@@ -116,7 +116,7 @@ def pack_works(works: Sequence[Work]) -> dict[str, Any]:
 
 
 def unpack_works(facts: dict[str, Any]) -> list[Work]:
-    """The inverse of `pack_works`."""
+    """Returns the inverse of `pack_works`."""
     networks = [ModelCost.from_dict(network) for network in facts["networks"]]
     return [
         Work(**{**work, "passes": tuple(Passes(networks[number], *counts) for number, *counts in work["passes"])})
@@ -178,7 +178,7 @@ class Cost:
         return self.down_joules + self.compute_joules + self.up_joules + self.tail_joules
 
     def until(self, elapsed_s: float) -> Cost:
-        """The part of this cost that is spent when the client stops after `elapsed_s` seconds.
+        """Returns the part of this cost that is spent when the client stops after `elapsed_s` seconds.
 
         An upload that was cut short has no tail after it.
         """
@@ -237,7 +237,7 @@ class Costs:
         return Cost(*(column[number].item() for column in vars(self).values()))
 
     def all(self) -> list[Cost]:
-        """The cost of each client."""
+        """Returns the cost of each client."""
         return [Cost(*figures) for figures in zip(*(column.tolist() for column in vars(self).values()), strict=True)]
 
     @property
@@ -253,7 +253,11 @@ class Costs:
         return np.asarray(self.down_joules + self.compute_joules + self.up_joules + self.tail_joules)
 
     def until(self, elapsed_s: np.ndarray) -> Costs:
-        """The part of each cost that is spent when its client stops after so many seconds, inf for never, [clients]."""
+        """Returns the part of each cost that is spent when its client stops after `elapsed_s`.
+
+        Args:
+            elapsed_s: seconds until each client stops, inf for never, [clients].
+        """
         left, spent, shares = np.maximum(0.0, elapsed_s), [], []
         for seconds in (self.down_s, self.compute_s, self.up_s):
             spent.append(np.minimum(seconds, left))
@@ -295,21 +299,21 @@ class LatencyModel(Checked, ABC, group="latency"):
 
     @abstractmethod
     def compute_s(self, work: Work, device: DeviceProfile) -> float:
-        """Seconds that the passes of `work` take on `device`, without jitter."""
+        """Returns the seconds that the passes of `work` take on `device`, without jitter."""
 
     def least_s(self, work: Work, device: DeviceProfile) -> float:
-        """Seconds below which no unit of `device` computes the passes, in any round; 0 where no peak is known.
+        """Returns the seconds below which no unit of `device` computes the passes; 0 where no peak is known.
 
         A multiply-add is two FLOPs.
         """
         return work.flops / 2 / device.peak_macs_per_s if device.peak_macs_per_s else 0.0
 
     def inference_ms(self, network: ModelCost, device: DeviceProfile) -> float:
-        """Milliseconds that one forward pass of one example takes on `device`, without jitter."""
+        """Returns the milliseconds that one forward pass of one example takes on `device`, without jitter."""
         return 1e3 * self.compute_s(Work((Passes(network, 1, 1),)), device)
 
     def compute_joules(self, work: Work, device: DeviceProfile, compute_s: float) -> float:
-        """Joules that the passes of `work` take on `device` when they last `compute_s` seconds, jitter included."""
+        """Returns the joules of the passes of `work` when they last `compute_s` seconds, jitter included."""
         return compute_s * device.compute_watts
 
     def cost(self, work: Work, device: DeviceProfile, jitter: Jitter = Jitter()) -> Cost:
@@ -366,13 +370,13 @@ class LatencyModel(Checked, ABC, group="latency"):
         )
 
     def seconds(self, works: Sequence[Work], units: Units) -> tuple[np.ndarray, np.ndarray]:
-        """`compute_s` and `least_s` of each client, [clients] each; a model that knows a shorter way takes it."""
+        """Returns `compute_s` and `least_s` of each client, [clients] each; a model may have a shorter way."""
         devices = [units[number] for number in range(len(units))]
         pairs = list(zip(works, devices, strict=True))
         return np.array([self.compute_s(*pair) for pair in pairs]), np.array([self.least_s(*pair) for pair in pairs])
 
     def joules(self, works: Sequence[Work], units: Units, compute_s: np.ndarray) -> np.ndarray:
-        """`compute_joules` of each client, [clients]; a model that knows a shorter way takes it."""
+        """Returns `compute_joules` of each client, [clients]; a model may have a shorter way."""
         each = enumerate(zip(works, compute_s.tolist(), strict=True))
         return np.array([self.compute_joules(work, units[number], seconds) for number, (work, seconds) in each])
 

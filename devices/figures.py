@@ -21,7 +21,7 @@ LINE_LETTERS, LINES = 120, 8  # of a text in a picture, so that room is left for
 
 
 def new_figure(width: float, height: float, dpi: float | None = None) -> Figure:
-    """An empty figure of so many inches that no window and no other figure knows of."""
+    """Makes an empty figure of so many inches that no window and no other figure knows of."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -76,7 +76,7 @@ def box_missing_letters() -> Iterator[None]:
 
 
 def legend_label(name: object) -> str:
-    """A name for a legend, shortened; matplotlib leaves out those that begin with an underscore."""
+    """Returns a name for a legend, shortened; with a space in front where matplotlib would leave it out."""
     shown = visible(name, NAME_LETTERS)
     return shown if shown[:1] not in ("", "_") else f" {shown}"
 
@@ -94,7 +94,7 @@ def take_literally(figure: Figure) -> None:
 
 
 def _numbers(figure: Figure) -> Iterator[Text]:
-    """Texts that an axis makes of numbers, such as powers of ten."""
+    """Yields the texts that an axis makes of numbers, such as powers of ten."""
     from matplotlib.ticker import LogFormatter, ScalarFormatter
 
     for axes in figure.axes:

@@ -43,7 +43,7 @@ class StepMemory:
         return self.weights + self.gradients + self.optimizer + self.activations
 
     def to_dict(self) -> dict[str, int]:
-        """Plain JSON types."""
+        """Returns plain JSON types."""
         return {**vars(self), "total": self.total}
 
 
@@ -64,7 +64,7 @@ class Row:
     fits: bool
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """Returns plain JSON types."""
         passes = {key: value for key, value in self.prediction.to_dict().items() if key in ("forward", "step")}
         memory = self.memory.to_dict() if self.memory else None
         return {
@@ -109,7 +109,7 @@ class Fit:
     integers: Integers | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """Returns plain JSON types."""
         return {
             "device": self.device.name,
             "kind": self.device.kind,
@@ -157,7 +157,7 @@ def fit(
 
 
 def step_memory(network: ModelCost, batch: int, momentum: float) -> StepMemory:
-    """The parts of what a run of plain SGD reserves for a step; their total is the same to the byte.
+    """Returns the parts of what a run of plain SGD reserves for a step; their total is the same to the byte.
 
     Args:
         network: see `fit`.
@@ -174,7 +174,7 @@ def step_memory(network: ModelCost, batch: int, momentum: float) -> StepMemory:
 
 
 def largest_batch(network: ModelCost, momentum: float, memory_bytes: int) -> int:
-    """The largest batch whose step fits into so much memory; 0 if none does."""
+    """Returns the largest batch whose step fits into so much memory; 0 if none does."""
     left = memory_bytes - round(momentum * network.parameter_bytes)
     if round((2 + momentum) * network.parameter_bytes) > memory_bytes:
         return 0
@@ -183,12 +183,12 @@ def largest_batch(network: ModelCost, momentum: float, memory_bytes: int) -> int
 
 
 def powers_of_two(largest: int) -> list[int]:
-    """1, 2, 4 and so on up to `largest`."""
+    """Returns 1, 2, 4 and so on up to `largest`."""
     return [2**n for n in range(max(0, largest).bit_length())]
 
 
 def width_that_fits(network: ModelCost, momentum: float, memory_bytes: int) -> float:
-    """Roughly how wide every layer may be so that a step with one example fits, as a factor below 1.
+    """Estimates how wide every layer may be so that a step with one example fits, as a factor below 1.
 
     Weights grow with the square of the width, activations with the width itself: fixed x w^2 + each x w = memory.
     """
@@ -202,10 +202,10 @@ def width_that_fits(network: ModelCost, momentum: float, memory_bytes: int) -> f
 
 
 def integer_bytes(network: ModelCost) -> tuple[int, int]:
-    """Weights, and the most activations at a time, of one example in int8: a byte for each element.
+    """Returns the bytes of the weights, and of the most activations at a time, of one example in int8.
 
-    Activations are those that torch holds, which runs one operation after the other: a runtime that works in place
-    needs less.
+    Each element takes a byte. Activations are those that torch holds, which runs one operation after the other: a
+    runtime that works in place needs less.
     """
     weights = network.parameter_bytes // FLOAT_BYTES
     held = inference_memory_bytes(network, 1) - network.parameter_bytes
@@ -213,7 +213,7 @@ def integer_bytes(network: ModelCost) -> tuple[int, int]:
 
 
 def _without_training(network: ModelCost, device: DeviceProfile) -> Fit:
-    """A microcontroller: one example at a time, in integers."""
+    """Answers for a microcontroller: one example at a time, in integers."""
     weights, activations = integer_bytes(network)
     integers = Integers(weights, activations, device.memory_bytes, FLASH_BYTES.get(device.soc))
     row = Row(1, predict(network, 1, device), None, activations, integers.fits)
@@ -263,7 +263,7 @@ def _two_digits(factor: float) -> str:
 
 
 def megabytes(count: float) -> str:
-    """Bytes of memory in a unit that reads well; a MB of memory is 2**20 bytes, as RAM is sold."""
+    """Writes bytes of memory in a unit that reads well; a MB of memory is 2**20 bytes, as RAM is sold."""
     for unit, size in (("GB", 2**30), ("MB", 2**20), ("kB", 2**10)):
         if count >= size:
             return f"{count / size:.3g} {unit}" if count < 1000 * size else f"{count / size:.0f} {unit}"

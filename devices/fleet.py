@@ -90,28 +90,28 @@ class Fleet(Checked, group="fleet"):
         return self._seen[client_id]
 
     def units(self, client_ids: Sequence[int]) -> Units:
-        """The devices of some clients as columns."""
+        """Returns the devices of some clients as columns."""
         ids = np.array([self._checked(client_id) for client_id in client_ids], dtype=np.int64)
         return Units(self.profiles, self.device[ids], self.speed[ids].astype(float), self.bandwidth[ids].astype(float))
 
     def device_name(self, client_id: int) -> str:
-        """Name of the client's device, e.g. "pixel3"."""
+        """Returns the name of the client's device, e.g. "pixel3"."""
         return self._profile(client_id).name
 
     def kind(self, client_id: int) -> str:
-        """Kind of the client's device, e.g. "phone"."""
+        """Returns the kind of the client's device, e.g. "phone"."""
         return self._profile(client_id).kind
 
     def online(self, client_id: int, now_s: float) -> bool:
-        """Whether the client can be reached at the simulated time `now_s`."""
+        """Returns whether the client can be reached at the simulated time `now_s`."""
         return self.availability.online(self._checked(client_id), now_s)
 
     def online_until(self, client_id: int, now_s: float) -> float:
-        """The simulated time at which the client goes offline: inf if never, `now_s` if it is offline already."""
+        """Returns the simulated time at which the client goes offline: inf if never, `now_s` if it is offline now."""
         return self.availability.online_until(self._checked(client_id), now_s)
 
     def jitter(self, client_id: int, round: int) -> Jitter:
-        """The lognormal factors on the client's seconds in one round: computing, receiving, sending."""
+        """Draws the lognormal factors on the client's seconds in one round: computing, receiving, sending."""
         profile = self._profile(client_id)
         if profile.compute_jitter_sigma == profile.jitter_sigma == 0:
             return Jitter()
@@ -120,14 +120,14 @@ class Fleet(Checked, group="fleet"):
         return Jitter(math.exp(sigma * z[0]), math.exp(transfer_sigma * z[1]), math.exp(transfer_sigma * z[2]))
 
     def crash_s(self, client_id: int, round: int) -> float:
-        """Seconds of work in one round after which the device crashes: exponential, inf if it never does."""
+        """Draws the seconds of work in one round after which the device crashes: exponential, inf if it never does."""
         failures_per_min = self._profile(client_id).failures_per_min
         if failures_per_min == 0:
             return math.inf
         return -math.log(uniforms(1, self.seed, "crash", client_id, round)[0]) * 60 / failures_per_min
 
     def summary(self) -> list[tuple[str, int, float]]:
-        """Rows of (device, clients that own it, their share of the fleet), in the order of the configuration."""
+        """Returns rows of (device, clients that own it, their share of the fleet), in the configuration's order."""
         clients = np.bincount(self.device, minlength=len(self.profiles)).tolist()
         return [(p.name, count, count / self.num_clients) for p, count in zip(self.profiles, clients, strict=True)]
 
@@ -141,7 +141,7 @@ class Fleet(Checked, group="fleet"):
 
 
 def _drawable(name: str, devices: Mapping[str, float]) -> tuple[tuple[DeviceProfile, ...], np.ndarray]:
-    """The profiles and the right edges of their shares within [0, 1), [devices - 1]."""
+    """Returns the profiles and the right edges of their shares within [0, 1), [devices - 1]."""
     profiles = tuple(load_profile(device) for device in devices)
     names = [profile.name for profile in profiles]
     for device, profile in zip(devices, profiles, strict=True):
@@ -152,7 +152,7 @@ def _drawable(name: str, devices: Mapping[str, float]) -> tuple[tuple[DeviceProf
 
 
 def _linked(name: str, profiles: tuple[DeviceProfile, ...], link: str) -> tuple[DeviceProfile, ...]:
-    """The profiles, with the phones on another link."""
+    """Returns the profiles, with the phones on another link."""
     if not any(profile.kind == "phone" for profile in profiles):
         raise DeviceError(f"fleet {name!r}: link is for phones and there are none; leave out link={link!r}")
     chosen = load_link(link)
@@ -160,5 +160,5 @@ def _linked(name: str, profiles: tuple[DeviceProfile, ...], link: str) -> tuple[
 
 
 def _factors(seed: int, purpose: str, sigma: float | np.ndarray, num_clients: int) -> np.ndarray:
-    """Lognormal factors with median 1, [num_clients] float32; sigma is one for all, or [num_clients]."""
+    """Draws lognormal factors with median 1, [num_clients] float32; sigma is one for all, or [num_clients]."""
     return np.exp(sigma * stream(seed, purpose).standard_normal(num_clients)).astype(np.float32)

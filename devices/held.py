@@ -57,7 +57,7 @@ def _storages(nest: Any) -> Iterator[Any]:
 
 
 def fullest_moments(run: Callable[[int], object], small: int, large: int) -> Moments:
-    """The moments at which a run holds most, each for some number of examples.
+    """Returns the moments at which a run holds most, each for some number of examples.
 
     A step holds most at the turn from forward to backward when the batch is large, and at its end, when all gradients
     are there, when it is small: one figure per example would not say both.
@@ -99,7 +99,7 @@ def _no_collection() -> Iterator[None]:
 
 
 def _envelope(lines: set[tuple[int, int]]) -> Moments:
-    """The lines that are highest somewhere from batch 1 on, flat to steep."""
+    """Returns the lines that are highest somewhere from batch 1 on, flat to steep."""
     batch, found = 1.0, []
     while lines:
         own = max(lines, key=lambda line: (line[0] + batch * line[1], line[1]))
@@ -143,7 +143,7 @@ class _LSTMKernel(torch.autograd.Function):
 
 
 def is_kernel(args: Any) -> bool:
-    """Whether oneDNN runs a call of `torch.lstm`: not of packed sequences and not with projections."""
+    """Returns whether oneDNN runs a call of `torch.lstm`: not of packed sequences and not with projections."""
     if isinstance(args[3], list | tuple):  # (data, batch sizes, state, weights, ...)
         return False
     _, (h, c), *_ = args

@@ -66,26 +66,26 @@ class Link:
         return 1e6 * (self.tx_base_watts / self.up_bytes_per_s + self.tx_joules_per_byte)
 
     def fields(self, idle_watts: float) -> dict[str, Any]:
-        """The fields of a device with this link and these idle watts."""
+        """Returns the fields of a device with this link and these idle watts."""
         given = dict(vars(self))
         rest = {key: given.pop(key) for key in ("name", "about", "rx_base_watts", "tx_base_watts", "assumed")}
         watts = {f"{way}_watts": idle_watts + rest[f"{way}_base_watts"] for way in ("rx", "tx")}
         return {"link": self.name, **given, **watts}
 
     def of(self, device: DeviceProfile) -> DeviceProfile:
-        """The device with this link in place of its own network and radio."""
+        """Returns the device with this link in place of its own network and radio."""
         replaced = {f"network.{key}" for key in NETWORK} | {f"power.{key}" for key in POWER_KEYS.values()}
         assumed = tuple(key for key in device.assumed if key not in replaced)
         return replace(device, **self.fields(device.idle_watts), assumed=assumed + self.assumed)
 
 
 def link_names() -> tuple[str, ...]:
-    """The links there are, in the order of their file."""
+    """Returns the names of all links, in the order of their file."""
     return tuple(_links())
 
 
 def load_link(name: str) -> Link:
-    """A link by its name.
+    """Returns a link by its name.
 
     Raises:
         DeviceError: with the nearest name and those that there are.
@@ -104,7 +104,7 @@ def _links() -> dict[str, Link]:
 
 
 def _link(reader: Reader, name: str, entry: Mapping[str, Any]) -> Link:
-    """A link of the file; without a radio its power is nothing."""
+    """Reads a link of the file; without a radio its power is 0."""
     before = len(reader.assumed)
     network = reader.section(name, entry, NETWORK, besides=("about", "radio"))
     radio = reader.section(f"{name}.radio", entry["radio"], {**BASES, **RADIO}) if "radio" in entry else {}

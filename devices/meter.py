@@ -22,13 +22,13 @@ Loss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
 
 
 def _lstm_forward(x: Tensor, w_ih: Tensor, w_hh: Tensor, *_: Any, **__: Any) -> int:
-    """One layer and direction: 2 * 4H(I + H) per step and example; x [steps, batch, I], w_ih [4H, I], w_hh [4H, H]."""
+    """Counts 2 * 4H(I + H) a step and example of one layer and way; x [steps, batch, I], w_ih [4H, I], w_hh [4H, H]."""
     rows = x.numel() // x.shape[-1]
     return 2 * rows * (w_ih.numel() + w_hh.numel())
 
 
 def _lstm_backward(x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Any, b_hh: Any, h: Tensor, *_: Any, **__: Any) -> int:
-    """The products that the gradients asked for need; h [batch, H] is the first state.
+    """Counts the products that the gradients asked for need; h [batch, H] is the first state.
 
     The kernel has no output mask and may compute more. Counted is what the same layer costs as plain matrix products
     (as a GRU runs on the CPU, and an LSTM without oneDNN): nothing for an input or first state without a gradient.
@@ -138,7 +138,7 @@ def measure(model: nn.Module, loss: Loss, batch: dict[str, Tensor], name: str) -
 
 
 def inference_bytes(model: nn.Module, loss: Loss, batch: dict[str, Tensor]) -> Moments:
-    """What judging a batch holds: as `ModelCost.step_bytes`, in evaluation mode and without gradients.
+    """Measures what judging a batch holds: as `ModelCost.step_bytes`, in evaluation mode and without gradients.
 
     Args:
         model: stays as it is; a copy runs.
@@ -156,7 +156,7 @@ def _copied(model: nn.Module, batch: dict[str, Tensor]) -> tuple[nn.Module, dict
 
 
 def _moments(network: nn.Module, run: Callable[[dict[str, Tensor]], object], batch: dict[str, Tensor]) -> Moments:
-    """The fullest moments of `run` on a part of the batch and on all of it; weights and batch are always there."""
+    """Finds the fullest moments of `run` on half the batch and on all of it; weights and batch are always there."""
     size = len(next(iter(batch.values())))
     if size < 4:  # a batch of one would not do for batch norm
         batch, size = {key: torch.cat([tensor, tensor]) for key, tensor in batch.items()}, 2 * size
@@ -168,7 +168,7 @@ def _moments(network: nn.Module, run: Callable[[dict[str, Tensor]], object], bat
 
 
 def _kept_bytes(network: nn.Module, loss: Loss, batch: dict[str, Tensor]) -> int:
-    """Bytes that autograd keeps between the forward and the backward pass."""
+    """Returns the bytes that autograd keeps between the forward and the backward pass."""
     own = [*network.parameters(), *network.buffers(), *batch.values()]
     excluded = {tensor.untyped_storage().data_ptr() for tensor in own}
     kept: dict[int, int] = {}  # storage -> bytes; autograd holds the storages, so no address comes twice
@@ -199,7 +199,7 @@ def _without_onednn() -> Iterator[None]:
 
 
 def peak_memory_bytes(cost: ModelCost, batch: int, optimiser_bytes_per_parameter_byte: float) -> int:
-    """Most memory that a training step holds: weights, gradients, optimiser state, the batch and its activations.
+    """Returns the most memory of a step, in bytes: weights, gradients, optimizer state, the batch, its activations.
 
     Args:
         cost: of the network, from `measure`; without `step_bytes`, twice the weights and the activations are taken.
@@ -213,10 +213,10 @@ def peak_memory_bytes(cost: ModelCost, batch: int, optimiser_bytes_per_parameter
 
 
 def inference_memory_bytes(cost: ModelCost, batch: int) -> int:
-    """Most memory that judging a batch holds; the weights alone where `inference_bytes` were not measured."""
+    """Returns the most memory of judging a batch; the weights alone where `inference_bytes` were not measured."""
     return most_bytes(cost.inference_bytes or ((cost.parameter_bytes, 0),), batch)
 
 
 def most_bytes(moments: Moments, batch: int) -> int:
-    """The fullest of the moments with so many examples."""
+    """Returns the bytes of the fullest moment with so many examples."""
     return max(fixed + batch * each for fixed, each in moments)

@@ -22,12 +22,12 @@ Macs = Callable[[Any, Tensor], float]  # of the positional arguments and the (fi
 
 
 def _inner(position: int) -> Macs:
-    """Of a matrix product: each output sums over the last dimension of its left matrix."""
+    """Counts a matrix product: each output sums over the last dimension of its left matrix."""
     return lambda args, out: out.numel() * args[position].shape[-1]
 
 
 def _trilinear(args: Any, out: Tensor) -> float:
-    """Of `_trilinear(a, b, c, expand_a, expand_b, expand_c, ...)`: one for each cell of all three, broadcast."""
+    """Counts `_trilinear(a, b, c, expand_a, expand_b, expand_c, ...)`: one for each cell of all three, broadcast."""
     dims = args[0].dim() + len(args[3])
     sizes = [1] * dims
     for tensor, expanded in zip(args[:3], args[3:6], strict=True):
@@ -38,19 +38,19 @@ def _trilinear(args: Any, out: Tensor) -> float:
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, scores: int, values: int) -> float:
-    """So many products as large as query times key, and as scores times value."""
+    """Counts so many products as large as query times key, and as scores times value."""
     pairs = query.numel() // query.shape[-1] * key.shape[-2]
     return pairs * (scores * query.shape[-1] + values * value.shape[-1])
 
 
 def _convolution(args: Any, out: Tensor) -> int:
-    """Every weight meets every position of the side that it is slid over: the output, or the input when transposed."""
+    """Counts a weight at every position of the side that it is slid over: the output, or a transposed one's input."""
     x, weight, transposed = args[0], args[1], args[6]
     return int(weight.numel() * _positions(x if transposed else out))
 
 
 def _convolution_backward(args: Any, out: Tensor) -> int:
-    """As many products for the gradient of the input; for the weights' as torch counts them, as if all in one group."""
+    """Counts as many for the input's gradient; for the weights' as torch does, as if all were in one group."""
     grad, x, weight, transposed, (of_input, of_weight, _) = args[0], args[1], args[2], args[7], args[10]
     slid, other = (x, grad) if transposed else (grad, x)
     macs = of_input * weight.numel() * _positions(slid)
@@ -62,17 +62,17 @@ def _positions(x: Tensor) -> int:
 
 
 def _cubes(share: float) -> Macs:
-    """A share of n^3 for each square matrix of the first argument, [..., n, n]."""
+    """Counts a share of n^3 for each square matrix of the first argument, [..., n, n]."""
     return lambda args, out: share * args[0].numel() * args[0].shape[-1]
 
 
 def _substitutions(share: float, matrix: int, right: int) -> Macs:
-    """A share of n^2 for each column that is solved for, with a factor [..., n, n]."""
+    """Counts a share of n^2 for each column that is solved for, with a factor [..., n, n]."""
     return lambda args, out: share * max(out.numel(), args[right].numel()) * args[matrix].shape[-1]
 
 
 def _reflections(share: float) -> Macs:
-    """Of a QR decomposition [..., m, n] by Householder: a share of m k^2 - k^3 / 3, where k is the smaller side."""
+    """Counts a QR decomposition [..., m, n] by Householder: a share of m k^2 - k^3 / 3, k the smaller side."""
 
     def macs(args: Any, out: Tensor) -> float:
         m, n = args[0].shape[-2:]
@@ -83,13 +83,13 @@ def _reflections(share: float) -> Macs:
 
 
 def _singular(args: Any, out: Tensor) -> float:
-    """4 m^2 n + 8 m n^2 + 9 n^3 FLOPs, m the larger side (Golub and Van Loan, section 8.6)."""
+    """Counts 4 m^2 n + 8 m n^2 + 9 n^3 FLOPs, m the larger side (Golub and Van Loan, section 8.6)."""
     m, n = sorted(args[0].shape[-2:], reverse=True)
     return float(args[0].numel() / max(1, m * n) * (4 * m * m * n + 8 * m * n * n + 9 * n**3) / 2)
 
 
 def _fourier(real: bool) -> Macs:
-    """5 n log2 n FLOPs for n complex numbers, half of it for real ones."""
+    """Counts 5 n log2 n FLOPs for n complex numbers, half of it for real ones."""
 
     def macs(args: Any, out: Tensor) -> float:
         larger = max(args[0], out, key=lambda x: x.numel())
@@ -225,7 +225,7 @@ def name_of(func: Any) -> str:
 
 @lru_cache(maxsize=4096)
 def is_plain(func: Any) -> bool:
-    """Whether an operator takes a few operations per element, so that its multiply-adds are not worth counting."""
+    """Returns whether an operator takes so few operations per element that its multiply-adds are not counted."""
     space, _, name = name_of(func).partition("::")
     if space == "torchvision":
         return name.strip("_").removesuffix("_backward") in DETECTION
@@ -243,7 +243,7 @@ def is_plain(func: Any) -> bool:
 
 
 def macs_of(func: Any, args: Any, kwargs: Any, out: Any) -> float | None:
-    """Multiply-adds of the products of one call; None for a plain operator. A complex product is four real ones.
+    """Counts the multiply-adds of one call; None for a plain operator. A complex product is four real ones.
 
     Raises:
         DeviceError: for an operator that may multiply and that no formula knows.
@@ -266,12 +266,12 @@ def macs_of(func: Any, args: Any, kwargs: Any, out: Any) -> float | None:
 
 
 def _positional(func: Any, args: Any, kwargs: Any) -> list[Any]:
-    """All arguments in the order of the schema, with defaults."""
+    """Returns all arguments in the order of the schema, with defaults."""
     left = func._schema.arguments[len(args) :]
     return [*args, *((kwargs or {}).get(each.name, each.default_value) for each in left)]
 
 
 def _parts(func: Any, args: Any) -> int:
-    """Real products in one: 4 of complex numbers; the formulas of Fourier transforms have them already."""
+    """Returns the real products in one: 4 of complex numbers, which formulas of Fourier transforms have already."""
     is_complex = any(isinstance(x, Tensor) and x.is_complex() for x in tree_leaves(args))
     return 4 if is_complex and "_fft_" not in func._schema.name else 1

@@ -92,15 +92,15 @@ class Population:
         return self.covered / self.listed
 
     def of_tier(self, tier: str) -> float:
-        """The part of the fleet in a tier."""
+        """Returns the part of the fleet in a tier."""
         return sum(s.phones for s in self.devices.values() if s.tier == tier) / self.phones()
 
     def phones(self, provenance: str | None = None) -> float:
-        """Phones that all devices stand for, or those with one provenance."""
+        """Returns the phones that all devices stand for, or those with one provenance."""
         return sum(s.phones for s in self.devices.values() if provenance in (None, s.provenance))
 
     def as_yaml(self) -> str:
-        """The text of `devices/population.yaml`."""
+        """Returns the text of `devices/population.yaml`."""
         lines = [HEAD.format(first=YEARS[0], last=YEARS[1]) + f"listed: {self.listed}", f"covered: {self.covered}"]
         lines += [f"covered_by_third: [{', '.join(f'{part:g}' for part in self.covered_by_third)}]", "devices:"]
         for name, s in self.devices.items():
@@ -110,7 +110,7 @@ class Population:
         return "\n".join(lines) + "\n"
 
     def as_fleet(self) -> str:
-        """The `devices` of a fleet with these shares, tier by tier, as lines of its configuration."""
+        """Returns the `devices` of a fleet with these shares, tier by tier, as lines of its configuration."""
         lines = ["devices:"]
         for tier in TIERS:
             lines.append(f"  # {tier}: {self.of_tier(tier):.0%} of the fleet")
@@ -123,26 +123,26 @@ class Population:
 
 @cache
 def population() -> Population:
-    """The shipped population."""
+    """Reads the shipped population."""
     tree = read_yaml(FILE)
     devices = {name: Share(**share) for name, share in tree["devices"].items()}
     return Population(tree["listed"], tree["covered"], tree["covered_by_third"], devices)
 
 
 def tier_of(device: str) -> str | None:
-    """The tier of a phone of the population, low, mid or high; None for any other device."""
+    """Returns the tier of a phone of the population, low, mid or high; None for any other device."""
     share = population().devices.get(device.partition("@")[0])
     return share.tier if share else None
 
 
 def groups_of(device: DeviceProfile) -> tuple[str, ...]:
-    """The words that settings by tier may call a device, the narrowest first: its name, its tier, its kind."""
+    """Returns the words for a device in settings by tier, the narrowest first: its name, its tier, its kind."""
     tier = tier_of(device.name)
     return (device.name, device.kind) if tier is None else (device.name, tier, device.kind)
 
 
 def group_names() -> tuple[str, ...]:
-    """All words that settings by tier may use."""
+    """Returns all words that settings by tier may use."""
     return (*KINDS, *TIERS, *profile_names())
 
 
@@ -177,7 +177,7 @@ def from_list(phones: Sequence[Phone], devices: Mapping[str, str]) -> Population
 
 
 def read_list(data: Path) -> list[Phone]:
-    """The phones of the years in the list of a folder: one per model and SoC, whatever the times it was measured.
+    """Reads the phones of the years in a folder's list: one per model and SoC, however often it was measured.
 
     Raises:
         DeviceError: for a folder without the list.
@@ -199,7 +199,7 @@ def read_list(data: Path) -> list[Phone]:
 
 
 def soc_named(text: str) -> str:
-    """The name that our profiles give to a SoC of the list."""
+    """Returns the name that our profiles give to a SoC of the list."""
     for word in MAKERS:
         text = text.removeprefix(word)
     for word in CORES:
@@ -209,11 +209,11 @@ def soc_named(text: str) -> str:
 
 
 def shipped_socs() -> dict[str, str]:
-    """The SoC of each shipped phone; of one that may have either of two, the first."""
+    """Returns the SoC of each shipped phone; of one that may have either of two, the first."""
     trees: dict[str, Any] = {name: yaml.safe_load((SHIPPED / f"{name}.yaml").read_text()) for name in profile_names()}
     return {name: tree["soc"].split(" or ")[0] for name, tree in trees.items() if tree["kind"] == "phone"}
 
 
 def _thirds(phones: Sequence[Phone]) -> np.ndarray:
-    """The two scores that part the phones into thirds."""
+    """Returns the two scores that part the phones into thirds."""
     return np.quantile([phone.score for phone in phones], [1 / 3, 2 / 3])

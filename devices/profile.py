@@ -71,7 +71,7 @@ class LatencyFacts:
     train_ratio: tuple[tuple[str, float], ...] = ()
 
     def scaled(self, factor: float | Sequence[float]) -> LatencyFacts:
-        """The facts of a device that is slower, none of which was measured there.
+        """Returns the facts of a slower device, on which nothing was measured.
 
         Args:
             factor: one for all, or [4] for multiply-adds, activations, weights and calls; milliseconds of whole
@@ -169,7 +169,7 @@ class DeviceProfile:
     assumed: tuple[str, ...] = ()
 
     def unit(self, speed: float, bandwidth: float) -> DeviceProfile:
-        """One unit of this model, faster than usual by a factor and with another one on its bandwidth."""
+        """Returns one unit of this model, with factors on its speed and on its bandwidth."""
         return replace(
             self,
             flops_per_s=self.flops_per_s * speed,
@@ -203,7 +203,7 @@ class Units:
         return own.unit(float(self.speed[number]), float(self.bandwidth[number]))
 
     def column(self, figure: Callable[[DeviceProfile], float]) -> np.ndarray:
-        """A figure of each client's model, [clients]; own factors are not in it."""
+        """Returns a figure of each client's model, [clients]; own factors are not in it."""
         figures = np.array([figure(profile) for profile in self.models])
         return np.asarray(figures[self.model])
 
@@ -216,7 +216,7 @@ COEFFICIENTS = 29  # of a predictor of fedsim 0.1: four sums for each of seven l
 
 
 def profile_names() -> tuple[str, ...]:
-    """The shipped devices, in alphabetical order."""
+    """Returns the shipped devices, in alphabetical order."""
     return tuple(sorted(path.stem for path in SHIPPED.glob("*.yaml")))
 
 
@@ -238,7 +238,7 @@ def load_profile(path_or_name: str | Path) -> DeviceProfile:
 
 
 def as_variant(tree: Any, variant: str, name: str) -> Any:
-    """The tree of a device run in another way ("raspberry_pi_4@1t"): its own keys, overlaid with the variant's.
+    """Overlays the tree of a device with one of its variants, e.g. the "1t" of "raspberry_pi_4@1t".
 
     Raises:
         DeviceError: for a variant that the device does not have.
@@ -259,7 +259,7 @@ def as_variant(tree: Any, variant: str, name: str) -> Any:
 
 
 def kind_named(word: str) -> str:
-    """The kind that a word stands for; kinds of fedsim 0.1 have new names."""
+    """Returns the kind that a word stands for; kinds of fedsim 0.1 have new names."""
     return OLD_KINDS.get(word, word)
 
 
@@ -305,7 +305,7 @@ def parse_profile(tree: Any, file: str) -> DeviceProfile:
 
 
 def _link(reader: Reader, network: Any) -> tuple[Link | None, tuple[str, ...]]:
-    """The link that a network section names, and the keys that may be missing beside it."""
+    """Returns the link that a network section names, and the keys that may be missing beside it."""
     if not isinstance(network, dict) or "link" not in network:
         return None, ()
     free = ("down_mbps", "up_mbps", "rtt_ms", "jitter_sigma", "rx_w", "tx_w")
@@ -319,7 +319,7 @@ def _link(reader: Reader, network: Any) -> tuple[Link | None, tuple[str, ...]]:
 def _fields(
     given: Mapping[str, Mapping[str, float]], assumed: Iterable[str], link: Link | None
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Fields of a DeviceProfile from the figures of a file, its link, and the defaults; keys of the assumed ones."""
+    """Returns the fields of a DeviceProfile from a file's figures, its link and the defaults, and the assumed keys."""
     power = given["power"]
     fields: dict[str, Any] = link.fields(power["idle_w"]) if link else {}
     for way in ("rx", "tx"):
@@ -343,7 +343,7 @@ def _fields(
 
 
 def _memory_bytes(reader: Reader, memory: Mapping[str, float]) -> int:
-    """What is left for training, noted as a problem if that is nothing; 0 where a figure is missing or wrong."""
+    """Returns the bytes left for training, 0 where a figure is missing; notes a problem if nothing is left."""
     if len(memory) < len(FIGURES["memory"]) or any(value != value for value in memory.values()):
         return 0
     left = int((memory["ram_mb"] * memory["usable_fraction"] - memory["runtime_mb"]) * BYTES_PER_MB)
@@ -375,7 +375,7 @@ _BEING_READ: ContextVar[tuple[str, ...]] = ContextVar("being read", default=())
 
 
 def _other(file: str, device: Any) -> DeviceProfile:
-    """The device whose latencies another file scales; files may do so one after the other, but not in a ring."""
+    """Reads the device whose latencies another file scales; files may form a chain, but no ring."""
     chain = (*_BEING_READ.get(), str(Path(file).resolve()))
     if str(Path(str(device)).resolve()) in chain:
         raise DeviceError(f"{file}: latency.scaled.device {str(device)!r} leads back to itself")
@@ -387,7 +387,7 @@ def _other(file: str, device: Any) -> DeviceProfile:
 
 
 def _slower(fields: Mapping[str, Any], other: DeviceProfile) -> tuple[float, float, float, float]:
-    """How much slower a device does multiply-adds, moves activations and weights, and makes calls than another one.
+    """Returns how much slower than another device multiply-adds, activations, weights and calls are.
 
     Multiply-adds follow the peak, bytes the bandwidth of the memory, calls the clock; where one of the two files does
     not say it, all follow the rate.
@@ -403,7 +403,7 @@ def _slower(fields: Mapping[str, Any], other: DeviceProfile) -> tuple[float, flo
 
 
 def _latency_of(reader: Reader, tree: Any) -> LatencyFacts | DeviceProfile | None:
-    """The latency section; its first problem joins those of the rest."""
+    """Reads the latency section; its first problem joins those of the rest."""
     try:
         return _latency(reader.file, tree)
     except DeviceError as error:
@@ -412,7 +412,7 @@ def _latency_of(reader: Reader, tree: Any) -> LatencyFacts | DeviceProfile | Non
 
 
 def _latency(file: str, tree: Any) -> LatencyFacts | DeviceProfile:
-    """The latency section: prices, measured references, or those of another device times a factor.
+    """Reads the latency section: prices, measured references, or those of another device times a factor.
 
     Without a factor it is that other device itself: what its latencies are scaled by are figures of both.
     """
@@ -450,7 +450,7 @@ def _latency(file: str, tree: Any) -> LatencyFacts | DeviceProfile:
 
 
 def _prices(file: str, key: str, tree: Any) -> Prices:
-    """One section of prices, checked."""
+    """Checks and reads one section of prices."""
     needed = ("runtime", "prices")
     facts = ("threads", "precision", "basis", "error", "rows", "networks", "batches", "largest_mmacs", "kinds")
     known = (*needed, *facts, "overlap", "extra_calls", "constant_ms", "provenance", "source")
@@ -485,7 +485,7 @@ def _prices(file: str, key: str, tree: Any) -> Prices:
 
 
 def _references(file: str, tree: Any) -> tuple[tuple[str, str, int, float], ...]:
-    """Milliseconds of known networks; keys are "space@batch", e.g. "nb201@1"."""
+    """Reads milliseconds of known networks; keys are "space@batch", e.g. "nb201@1"."""
     given = tuple(tree) if isinstance(tree, dict) else ()
     spaces = [key for key in given if key not in ("provenance", "source")]
     _sourced(file, "latency.references", tree, tuple(map(str, spaces)))
@@ -508,7 +508,7 @@ def _references(file: str, tree: Any) -> tuple[tuple[str, str, int, float], ...]
 
 
 def _sourced(file: str, key: str, tree: Any, names: tuple[str, ...]) -> Mapping[str, Any]:
-    """A map of figures that share one provenance and source."""
+    """Checks a map of figures that share one provenance and source."""
     _check_keys(file, f"{key}.", tree, (*names, "provenance", "source"), (*names, "provenance", "source"))
     if tree["provenance"] not in PROVENANCES:
         raise DeviceError(f"{file}: {key}: {unknown('provenance', tree['provenance'], PROVENANCES)}")

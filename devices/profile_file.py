@@ -56,7 +56,7 @@ class Figure:
         return sentence, lambda x: self.low <= x <= self.high and not (self.whole and x != int(x))
 
     def in_si(self, value: float) -> float:
-        """The number in the unit of its field."""
+        """Converts the number to the unit of its field."""
         return int(value) if self.whole else value * self.scale
 
 
@@ -163,7 +163,7 @@ class Reader:
         return True
 
     def number(self, key: str, entry: Any, rule: Rule) -> float:
-        """A plain number or {value, provenance, source}; not a number if that is wrong."""
+        """Reads a plain number or {value, provenance, source}; nan if that is wrong."""
         sentence, holds = rule
         provenance: Any = "assumed"
         value = entry
@@ -195,7 +195,7 @@ class Reader:
     def section(
         self, key: str, tree: Any, figures: Mapping[str, Figure], free: Iterable[str] = (), besides: Iterable[str] = ()
     ) -> dict[str, float]:
-        """The numbers of a map of figures that are there, by key.
+        """Reads the numbers that a map of figures holds, by key.
 
         Args:
             key: of the map.
@@ -210,7 +210,7 @@ class Reader:
         return {k: self.number(f"{key}.{k}", tree[k], figure.rule) for k, figure in figures.items() if k in tree}
 
     def text(self, tree: Mapping[str, Any], key: str) -> str:
-        """A text; empty where there is none."""
+        """Reads a text; empty where there is none."""
         text = tree.get(key, "")
         if key in tree and (not isinstance(text, str) or not text.strip()):
             self.problems.append(f"key {key!r} must be text, got {quoted(text)}")
@@ -228,7 +228,7 @@ class Reader:
         default: str = "",
         also: Mapping[str, str] | None = None,
     ) -> str:
-        """One of some words; `also` has older words for them."""
+        """Reads one of some words; `also` has older words for them."""
         options, word = list(options), tree.get(key, default)
         if isinstance(word, str) and also and word in also:
             return also[word]
@@ -250,7 +250,7 @@ class Reader:
 
 
 def read_yaml(path: Path) -> Any:
-    """What a YAML file of devices holds.
+    """Reads a YAML file of devices.
 
     Raises:
         DeviceError: if there is none, or it cannot be read.
@@ -264,12 +264,12 @@ def read_yaml(path: Path) -> Any:
 
 
 def _plain(value: float) -> str:
-    """A bound as one writes it in YAML, without an exponent."""
+    """Writes a bound as one does in YAML, without an exponent."""
     return f"{value:.6f}".rstrip("0").rstrip(".")
 
 
 def _notation(value: object) -> str:
-    """YAML 1.1 reads 1e9 as text, which looks like a number to everyone else."""
+    """Returns a hint for a text such as 1e9, which YAML 1.1 does not read as a number."""
     try:
         return f" (YAML reads this as text; write {float(value):f})" if isinstance(value, str) else ""
     except ValueError:

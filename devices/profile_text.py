@@ -8,7 +8,7 @@ from typing import Any
 
 
 def as_yaml(tree: Mapping[str, Any], about: str) -> str:
-    """A profile's text: a figure a line, prices a kind a line."""
+    """Writes a profile's text: a figure a line, prices a kind a line."""
     lines = [f"# {about}. Made by `fedsim devices build`; change devices/catalogue.yaml or the tables instead."]
     _write(tree, lines, 0)
     return "\n".join(lines) + "\n"

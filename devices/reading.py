@@ -50,7 +50,7 @@ def open_file(path: Path) -> Any:
 
 
 def read_bytes(path: Path, at_most: int = MAX_JSON) -> bytes:
-    """The bytes of a file.
+    """Reads the bytes of a file.
 
     Raises:
         FileError: as `open_file`, or if it is larger than `at_most` bytes.
@@ -67,7 +67,7 @@ def read_bytes(path: Path, at_most: int = MAX_JSON) -> bytes:
 
 
 def read_text(path: Path, at_most: int = MAX_JSON) -> str:
-    """The text of a file in UTF-8.
+    """Reads the text of a file in UTF-8.
 
     Raises:
         FileError: as `read_bytes`, or if it is no text.
@@ -82,7 +82,7 @@ def read_text(path: Path, at_most: int = MAX_JSON) -> str:
 
 
 def read_json(path: Path, at_most: int = MAX_JSON) -> Any:
-    """What a JSON file holds.
+    """Reads a JSON file.
 
     Raises:
         FileError: if it cannot be read, is no JSON, or nests more than MAX_DEPTH maps and lists.
@@ -91,7 +91,7 @@ def read_json(path: Path, at_most: int = MAX_JSON) -> Any:
 
 
 def read_json_lines(path: Path) -> list[Any]:
-    """What each line of a file holds; a last line without its end, cut short by a crash, is left out.
+    """Reads each line of a file as JSON; a last line without its end, cut short by a crash, is left out.
 
     Raises:
         FileError: as `read_json`, naming the line.
@@ -101,7 +101,7 @@ def read_json_lines(path: Path) -> list[Any]:
 
 
 def parse_json(text: str, where: str) -> Any:
-    """What a JSON text holds; `where` names it in the sentence.
+    """Parses a JSON text; `where` names it in the sentence.
 
     Raises:
         FileError: if it is no JSON or nests too deeply.
@@ -137,7 +137,7 @@ class UniqueKeys(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore
     """Refuses a key that stands twice in one map; YAML itself would silently take the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """The map of a node, with its keys checked."""
+        """Makes the map of a node, with its keys checked."""
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         seen = set()
         for key in keys:
@@ -149,7 +149,7 @@ class UniqueKeys(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore
 
 
 def read_yaml(path: Path, at_most: int = MAX_YAML, max_nodes: int = MAX_NODES) -> Any:
-    """What a YAML file holds: maps, lists, texts, numbers, dates.
+    """Reads a YAML file: maps, lists, texts, numbers, dates.
 
     Args:
         path: of the file.
@@ -163,7 +163,7 @@ def read_yaml(path: Path, at_most: int = MAX_YAML, max_nodes: int = MAX_NODES) -
 
 
 def parse_yaml(text: str, where: str, max_nodes: int = MAX_NODES) -> Any:
-    """What a YAML text holds; `where` names it in the sentence.
+    """Parses a YAML text; `where` names it in the sentence.
 
     Raises:
         FileError: as `read_yaml`.
@@ -223,7 +223,7 @@ def _measure(root: yaml.Node, where: str, max_nodes: int) -> None:
 def read_npz(
     path: Path, needed: Collection[str] = (), optional: Collection[str] | None = None
 ) -> dict[str, np.ndarray]:
-    """Arrays of a NumPy archive, never unpickled.
+    """Reads arrays of a NumPy archive, never unpickled.
 
     Args:
         path: of the file.
@@ -277,7 +277,7 @@ def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path, name: 
 
 
 def read_parquet(path: Path, columns: Sequence[str] | None = None) -> Any:
-    """A Parquet file as a pyarrow Table, also where its name looks like an address.
+    """Reads a Parquet file as a pyarrow Table, also where its name looks like an address.
 
     Args:
         path: of the file.
@@ -307,7 +307,7 @@ def read_parquet(path: Path, columns: Sequence[str] | None = None) -> Any:
 
 
 def _short(error: BaseException) -> str:
-    """Why, in some words: Python's errors of a file say its name and number too."""
+    """Returns the reason in a few words: Python's errors of a file say its name and number too."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if isinstance(error, MemoryError):

@@ -27,7 +27,7 @@ class _NumbersNeededError(Exception):
 
 
 def with_memory(cost: ModelCost, network: nn.Module, loss: Loss, batch: dict[str, Tensor]) -> ModelCost:
-    """The cost with what a step and an inference hold: the same as `devices.meter` measures, and so as runs reserve.
+    """Adds what a step and an inference hold to a cost: the same as `devices.meter` measures and runs reserve.
 
     Attention kernels of a CPU hold less than their parts do, most recurrent layers fall into other parts there, and
     some networks look at numbers: these run for real.

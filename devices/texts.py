@@ -22,7 +22,7 @@ _UNSAFE = re.compile(r"[^\w.@+-]+")
 
 
 def visible(text: object, most: int | None = None) -> str:
-    """The text on one line, with what cannot be seen written as escapes, and shortened.
+    """Returns the text on one line, shortened, with what cannot be seen written as escapes.
 
     Control characters, lone surrogates and marks that turn the direction of writing become e.g. `\\x1b`; line breaks
     and tabs become spaces.
@@ -39,7 +39,7 @@ def visible(text: object, most: int | None = None) -> str:
 
 
 def visible_lines(text: object, most: int | None = None) -> str:
-    """As `visible`, line by line: for texts that may have several."""
+    """Returns a text of several lines, each as `visible` makes it."""
     return "\n".join(visible(line, most) for line in str(text).split("\n"))
 
 
@@ -55,7 +55,7 @@ def _visible(letter: str) -> str:
 
 
 def file_name(text: str, default: str = "unnamed") -> str:
-    """A name for one file or folder: no separators, no `..`, not empty, not reserved, not too long.
+    """Makes a name for one file or folder: no separators, no `..`, not empty, not reserved, not too long.
 
     Names that are fit already stay as they are. A name that had to be cut gets some digits of its hash, so that two
     long names stay two.
@@ -71,7 +71,7 @@ def file_name(text: str, default: str = "unnamed") -> str:
 
 
 def quoted(value: object) -> str:
-    """A value as a sentence shows what came: its `repr`, shortened."""
+    """Writes a value as a sentence shows it: its `repr`, shortened."""
     try:
         return visible(repr(value), VALUE_LETTERS)
     except ValueError:  # Python writes no whole number of more than 4300 digits
@@ -85,5 +85,5 @@ def as_yaml(value: object) -> str:
 
 
 def storable(text: str) -> bool:
-    """Whether files and tables can hold the text: it has no lone surrogates and no control characters."""
+    """Returns whether files and tables can hold the text: it has no lone surrogates and no control characters."""
     return not any(unicodedata.category(letter) in ("Cc", "Cs") for letter in text)

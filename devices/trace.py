@@ -69,7 +69,7 @@ class LayerTable:
         return sum(self.rows[KINDS.index(kind)][0] for kind in MAC_KINDS)
 
     def features(self, batch: int) -> np.ndarray:
-        """The table as a vector for one pass of `batch` examples: kind by kind its columns, then 1; [41] float64.
+        """Returns the table as a vector for one pass of `batch` examples: columns kind by kind, then 1; [41] float64.
 
         Raises:
             DeviceError: if the batch is below 1.
@@ -83,7 +83,7 @@ class LayerTable:
         return _table(np.array(self.rows) + np.array(other.rows))
 
     def to_dict(self) -> dict[str, list[float]]:
-        """Plain JSON types, by kind; `from_dict` is the inverse."""
+        """Returns plain JSON types, by kind; `from_dict` is the inverse."""
         return {kind: list(row) for kind, row in zip(KINDS, self.rows, strict=True)}
 
     @classmethod
@@ -157,18 +157,18 @@ def _shape_of(tensor: Tensor) -> Tensor:
 
 
 def _values_of(tensor: Tensor) -> Tensor:
-    """In torch's own order of dimensions, as shapes alone come: another needs copies between some layers."""
+    """Clones into torch's own order of dimensions, as shapes alone come: another needs copies between some layers."""
     return tensor.clone(memory_format=torch.contiguous_format) if tensor.layout == torch.strided else tensor.clone()
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:
-    """Parameters, buffers and plain attributes, as pruning and normalised weights leave them."""
+    """Returns parameters, buffers and plain attributes, as pruning and normalised weights leave them."""
     attributes = tree_flatten([dict(vars(module)) for module in model.modules()])[0]
     return [x for x in attributes if isinstance(x, Tensor)]
 
 
 def _copy(model: nn.Module, replace: Callable[[Tensor], Tensor]) -> nn.Module:
-    """The model with every tensor replaced; a tensor that stands in two places stays one."""
+    """Copies the model with every tensor replaced; a tensor that stands in two places stays one."""
     memo: dict[int, Any] = {}
     for tensor in _tensors(model):
         new = replace(tensor.detach())
@@ -182,7 +182,7 @@ def _untouched_random_state() -> AbstractContextManager[None]:
 
 @contextmanager
 def _no_fast_path() -> Iterator[None]:
-    """Attention as its parts, on every processor: fused kernels hide their products."""
+    """Runs attention as its parts, on every processor: fused kernels hide their products."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -294,7 +294,7 @@ CONVOLUTIONS = {"aten::conv_tbc", "torchvision::deform_conv2d"}  # whose kernels
 def _kind(
     func: Any, name: str, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor]
 ) -> tuple[str, float]:
-    """The kind of an operation and its multiply-adds, or the element operations of pools and elementwise ones."""
+    """Returns an operation's kind and multiply-adds, or the element operations of pools and elementwise ones."""
     written = sum(x.numel() for x in outputs)
     if name in ("convolution", "_convolution", "convolution_overrideable", "mkldnn_convolution", "cudnn_convolution"):
         return _convolution(args, inputs[0], inputs[1], outputs[0])
@@ -353,9 +353,10 @@ class _Functions(TorchFunctionMode):
 
 
 def _count_recurrent(recorder: _Recorder, args: Any, kwargs: Any, out: Any) -> None:
-    """`torch.lstm`, `gru`, `rnn_*`: (x, state, weights, bias?, layers, dropout, training, both ways, batch first).
+    """Counts a call of `torch.lstm`, `gru` or `rnn_*`.
 
-    A packed sequence comes as (data [rows, inputs], batch sizes [steps], state, weights, ...), all else one later.
+    The call is (x, state, weights, has biases, layers, dropout, training, both ways, batch first). A packed sequence
+    comes as (data [rows, inputs], batch sizes [steps], state, weights, ...), all else one later.
     """
     x, packed = args[0], isinstance(args[3], list | tuple)
     weights, layers, both_ways = args[2 + packed], args[4 + packed], args[7 + packed]
@@ -371,7 +372,7 @@ def _count_recurrent(recorder: _Recorder, args: Any, kwargs: Any, out: Any) -> N
 
 
 def _count_cell(recorder: _Recorder, args: Any, kwargs: Any, out: Any) -> None:
-    """`torch.lstm_cell` and the like: (x [batch, inputs], state, w_ih, w_hh, b_ih, b_hh), one step."""
+    """Counts `torch.lstm_cell` and the like: (x [batch, inputs], state, w_ih, w_hh, b_ih, b_hh), one step."""
     x, weights = args[0], [w for w in args[2:] if isinstance(w, Tensor)]
     rows = x.numel() // x.shape[-1]
     new = out[0] if isinstance(out, tuple) else out

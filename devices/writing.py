@@ -34,7 +34,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def part_of(path: Path) -> Path:
-    """Where this process writes what becomes the file."""
+    """Returns the path at which this process writes what becomes the file."""
     return path.with_name(f".{path.name}.{os.getpid()}{PART}")
 
 

@@ -58,7 +58,7 @@ class ChannelGroup:
 
 
 def find_groups(model: nn.Module, example: Tensor, network: str) -> dict[str, ChannelGroup]:
-    """The groups of Torch-Pruning's dependency graph as plain values."""
+    """Finds the groups of Torch-Pruning's dependency graph and returns them as plain values."""
     import torch_pruning as tp
 
     for name, module in model.named_modules():
@@ -125,7 +125,7 @@ def _group(model: nn.Module, channels: int, couplings: list[Coupling], order: Ma
 
 
 def _sides(name: str, layer: Any, side: str) -> tuple[str, tuple[tuple[str, int], ...], int]:
-    """The layer's tensors with a dimension on this side, and its size."""
+    """Returns the layer's name, its tensors with a dimension on this side, and the size of that dimension."""
     transposed = isinstance(layer, TRANSPOSED)
     weight_dim = int((side == "in") != transposed) if side != "both" else 0
     tensors = {own: t for own, t in {**layer._parameters, **layer._buffers}.items() if t is not None}

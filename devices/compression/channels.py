@@ -67,11 +67,11 @@ class ChannelGroups:
     # --- which channels stay --------------------------------------------------------------------------------------
 
     def all(self) -> Kept:
-        """Every channel: the dense network."""
+        """Returns every channel of every group: the dense network."""
         return {name: torch.arange(group.channels) for name, group in self.groups.items()}
 
     def first(self, ratio: float, round_to: int = 1) -> Kept:
-        """The first channels of every group: as in ordered dropout, smaller networks are parts of larger ones.
+        """Returns the first channels of every group; as in ordered dropout, smaller networks are parts of larger ones.
 
         Args:
             ratio: share that stays, in (0, 1]; rounded up to whole units.
@@ -80,7 +80,7 @@ class ChannelGroups:
         return {name: torch.arange(self.count(name, ratio, round_to)) for name in self.groups}
 
     def count(self, name: str, ratio: float, round_to: int = 1) -> int:
-        """How many channels of a group stay at a ratio: whole units, at least one."""
+        """Returns how many channels of a group stay at a ratio: whole units, at least one."""
         if not 0 < ratio <= 1:
             raise DeviceError(f"a keep ratio must be in (0, 1], got {ratio!r}")
         group = self.groups[name]
@@ -89,7 +89,7 @@ class ChannelGroups:
         return min(group.channels, -(-least // step) * step)
 
     def mask_of(self, kept: Kept) -> dict[str, Tensor]:
-        """By group, True where a channel stays, [channels] bool."""
+        """Returns a mask for each group that is True where a channel stays, [channels] bool."""
         self.check(kept)
         return {
             name: torch.zeros(group.channels, dtype=torch.bool).index_fill_(0, kept[name], True)
@@ -97,17 +97,17 @@ class ChannelGroups:
         }
 
     def kept_of(self, masks: Mapping[str, Tensor]) -> Kept:
-        """The inverse of `mask_of`."""
+        """Returns the inverse of `mask_of`."""
         kept = {name: mask.nonzero().flatten() for name, mask in masks.items()}
         self.check(kept)
         return kept
 
     def pack(self, kept: Kept) -> Tensor:
-        """One bit per channel of all groups, first bit highest, [ceil(channels / 8)] uint8: what a message carries."""
+        """Packs one bit per channel of all groups, first bit highest, [ceil(channels / 8)] uint8, for a message."""
         return pack_bits(torch.cat(list(self.mask_of(kept).values())))
 
     def unpack(self, packed: Tensor) -> Kept:
-        """The inverse of `pack`."""
+        """Returns the inverse of `pack`."""
         sizes = [group.channels for group in self.groups.values()]
         if -(-sum(sizes) // 8) != len(packed):
             raise DeviceError(f"a mask of {sum(sizes)} channels takes {-(-sum(sizes) // 8)} bytes, got {len(packed)}")
@@ -148,7 +148,7 @@ class ChannelGroups:
     # --- cutting and mending ----------------------------------------------------------------------------------------
 
     def indices(self, kept: Kept) -> dict[str, dict[int, Tensor]]:
-        """What stays of each tensor: by state-dict key and dimension the entries, ascending, [k] int64."""
+        """Returns the entries of each tensor that stay, by state-dict key and dimension, ascending, [k] int64."""
         self.check(kept)
         stay: dict[int, Tensor] = {}  # by coupling: a layer's weight and bias share one list
         found: dict[str, dict[int, Tensor]] = {}
@@ -162,7 +162,7 @@ class ChannelGroups:
         return found
 
     def slice(self, state: Mapping[str, Tensor], kept: Kept) -> Tensors:
-        """The tensors of the smaller network; those that no group touches are the given ones."""
+        """Returns the tensors of the smaller network; those that no group touches are the given ones."""
         indices = self.indices(kept)
         small = {}
         for key, tensor in state.items():
@@ -173,7 +173,7 @@ class ChannelGroups:
         return small
 
     def within(self, state: Mapping[str, Tensor], inner: Kept, outer: Kept) -> Tensors:
-        """The tensors of a network that is narrower still, cut from those of a narrowed one; gradients go through.
+        """Cuts the tensors of a still narrower network from those of a narrowed one; gradients go through.
 
         Args:
             state: tensors of the network that keeps `outer`.
@@ -231,7 +231,7 @@ class ChannelGroups:
 
     @torch.no_grad()
     def build(self, model: nn.Module, kept: Kept) -> nn.Module:
-        """A static network of the sizes that remain, with the model's own values in it; the model stays as it is."""
+        """Builds the static network of the sizes that remain, with the model's values; the model stays as it is."""
         small = deepcopy(model)
         sizes = self._sizes(kept)
         tensors = self.slice(model.state_dict(), kept)
@@ -246,7 +246,7 @@ class ChannelGroups:
         return small
 
     def _sizes(self, kept: Kept) -> dict[str, dict[str, int]]:
-        """New channel counts by layer and side."""
+        """Returns the new channel counts by layer and side."""
         sides: dict[tuple[str, str], list[tuple[str, Coupling]]] = {}
         for name, group in self.groups.items():
             for coupling in group.couplings:
@@ -310,7 +310,7 @@ def _remaining(cuts: list[tuple[str, Coupling]], kept: Kept) -> Tensor:
 
 
 def _laid_out_as(tensor: Tensor, model: Tensor) -> Tensor:
-    """In the memory format of `model`, also where one channel makes both the same: kernels choose by the strides."""
+    """Copies a tensor into the memory format of `model`, as kernels choose by strides, even of a single channel."""
     last = torch.channels_last
     if tensor.dim() != 4 or model.stride() != torch.empty(model.shape, device="meta", memory_format=last).stride():
         return tensor

@@ -11,7 +11,7 @@ from devices.errors import DeviceError
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """T^2 KL(softmax(teacher / T) || softmax(student / T)), summed over classes and averaged over examples (and steps).
+    """Returns T^2 KL(softmax(teacher / T) || softmax(student / T)), summed over classes, averaged over examples.
 
     Args:
         student: logits, [..., classes].

@@ -28,7 +28,7 @@ Switch = Callable[[str, Tensor], Tensor]  # a group and its pooled inputs [batch
 
 
 def hard(soft: Tensor) -> Tensor:
-    """1 where a soft gate is above one half, else 0, with the gradient of the soft gate (straight through)."""
+    """Returns 1 where a soft gate is above one half, else 0, with the soft gate's gradient (straight through)."""
     return (soft > THRESHOLD).to(soft.dtype) + (soft - soft.detach())  # the bracket is exactly 0
 
 
@@ -92,16 +92,16 @@ class Gates(nn.Module):
         return gates
 
     def units(self, name: str) -> int:
-        """How many gates a group has."""
+        """Returns how many gates a group has."""
         group = self.groups.groups[name]
         return group.channels // group.unit
 
     def site(self, layer: str) -> _Site:
-        """The input of a layer."""
+        """Returns the input of a layer."""
         return self.sites[_key(layer)]  # type: ignore[return-value]
 
     def soft(self, name: str, pooled: Tensor, ratio: float, noise: torch.Generator | None = None) -> Tensor:
-        """e(x) = sigmoid(a(x)) of a group, [batch, units].
+        """Returns e(x) = sigmoid(a(x)) of a group, [batch, units].
 
         Args:
             name: of the group.
@@ -119,7 +119,7 @@ class Gates(nn.Module):
         return torch.sigmoid(logits)
 
     def choose(self, name: str, prototype: Tensor, ratio: float, mode: str, held: Tensor | None = None) -> Tensor:
-        """The mask of a group, [units] bool.
+        """Chooses the mask of a group, [units] bool.
 
         Args:
             name: of the group.
@@ -142,7 +142,7 @@ class Gates(nn.Module):
         return mask
 
     def kept(self, masks: Mapping[str, Tensor]) -> Kept:
-        """The channels that masks of units leave; those of groups without gates all stay."""
+        """Returns the channels that masks of units leave; those of groups without gates all stay."""
         kept = self.groups.all()
         for name, mask in masks.items():
             kept[name] = mask.cpu().repeat_interleave(self.groups.groups[name].unit).nonzero().flatten()
@@ -150,18 +150,18 @@ class Gates(nn.Module):
         return kept
 
     def masks(self, kept: Kept) -> dict[str, Tensor]:
-        """The inverse of `kept`: by gated group, [units] bool."""
+        """Returns the inverse of `kept`: by gated group, [units] bool."""
         whole = self.groups.mask_of(kept)
         return {name: whole[name][:: self.groups.groups[name].unit] for name in self.names}
 
     def at_ratio(self, ratio: float) -> Kept:
-        """The first channels of the gated groups at a ratio, all of the others: the sizes of every "topk" mask."""
+        """Returns the first channels of gated groups at a ratio, and all others: the sizes of every "topk" mask."""
         kept = self.groups.all()
         kept.update({name: torch.arange(self.groups.count(name, ratio)) for name in self.names})
         return kept
 
     def keep_ratio(self, kept: Kept) -> float:
-        """Gated channels that stay over all gated channels."""
+        """Returns gated channels that stay over all gated channels."""
         every = sum(self.groups.groups[name].channels for name in self.names)
         return sum(len(kept[name]) for name in self.names) / every
 
@@ -200,12 +200,12 @@ class GatedNetwork(nn.Module):
         self.switch = PerSample(gates, 1.0)
 
     def through(self, switch: Switch) -> GatedNetwork:
-        """The same network under other gates."""
+        """Sets other gates and returns the network."""
         self.switch = switch
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the network gives for x under its gates; gates are read in the order in which layers run."""
+        """Returns what the network gives for x under its gates, which are read in the order in which layers run."""
         values: dict[str, Tensor] = {}
         handles = [
             self.network.get_submodule(site.layer).register_forward_pre_hook(  # type: ignore[arg-type]
@@ -223,7 +223,7 @@ class GatedNetwork(nn.Module):
     def _at(
         self, site: _Site, place: Tensor | None, values: dict[str, Tensor], _: nn.Module, given: tuple[Any, ...]
     ) -> tuple[Any, ...]:
-        """At the input of a layer: closes the gates of what it reads, then asks for the gates of what it makes."""
+        """Closes the gates of what a layer reads, then asks for the gates of what it makes."""
         x = given[0]
         if site.reads:
             read = [values[name] for name in site.reads]
@@ -277,7 +277,7 @@ class _Site(nn.Module):
         return gates.view(len(gates), *middle, -1) if self.linear else gates.view(len(gates), -1, *middle)
 
     def pooled(self, x: Tensor, place: Tensor | None) -> Tensor:
-        """The mean of each input over space or time, [batch, inputs]; inputs that were removed count as 0."""
+        """Returns the mean of each input over space or time, [batch, inputs]; removed inputs count as 0."""
         if x.dim() > 2:
             x = x.mean(tuple(range(1, x.dim() - 1)) if self.linear else tuple(range(2, x.dim())))
         if self.inputs == self.size and place is None:
@@ -364,7 +364,7 @@ class Personal:
 
 @torch.no_grad()
 def personal_masks(network: GatedNetwork, x: Tensor, ratio: float, mode: str) -> Personal:
-    """The prototype and masks of the user who owns the inputs x [m, ...]; labels are not needed.
+    """Computes the prototype and masks of the user who owns the inputs x [m, ...]; labels are not needed.
 
     Runs in evaluation mode. With ratio 1 use all channels instead: the gates are open then.
     """
@@ -376,7 +376,7 @@ def personal_masks(network: GatedNetwork, x: Tensor, ratio: float, mode: str) ->
 
 
 def mean_jaccard_distance(masks: Tensor) -> float:
-    """The mean of 1 - |both| / |either| over all pairs of masks [users, units] bool; 0 where all are equal."""
+    """Returns the mean of 1 - |both| / |either| over all pairs of masks [users, units] bool; 0 if all are equal."""
     held = masks.double()
     both = held @ held.T
     either = held.sum(1)[:, None] + held.sum(1)[None] - both
@@ -387,7 +387,7 @@ def mean_jaccard_distance(masks: Tensor) -> float:
 
 @torch.no_grad()
 def layer_flops(model: nn.Module, x: Tensor, layers: Iterable[str]) -> dict[str, float]:
-    """Forward FLOPs of convolutions and linear layers for one example, by name; a multiply-add is two."""
+    """Counts forward FLOPs of convolutions and linear layers for one example, by name; a multiply-add is two."""
     found: dict[str, float] = {}
 
     def count(name: str, layer: nn.Module, _: tuple[Any, ...], out: Tensor) -> None:
@@ -406,7 +406,7 @@ def layer_flops(model: nn.Module, x: Tensor, layers: Iterable[str]) -> dict[str,
 
 
 def _key(name: str) -> str:
-    """A layer's name as one word of a state dict."""
+    """Returns a layer's name as one word of a state dict."""
     return name.replace(".", "-")
 
 

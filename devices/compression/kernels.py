@@ -18,7 +18,7 @@ INTEGER_MODULES = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
 
 
 def int8_network(model: nn.Module, example: Tensor, tokens: bool = False) -> nn.Module:
-    """A copy whose layers run on int8 kernels: static for convolutions and linear layers, dynamic for LSTMs.
+    """Copies a network onto int8 kernels: static for convolutions and linear layers, dynamic for LSTMs.
 
     Args:
         model: in evaluation mode; stays as it is.
@@ -53,7 +53,7 @@ def int8_network(model: nn.Module, example: Tensor, tokens: bool = False) -> nn.
 
 
 def _affine(model: nn.Module) -> nn.Module:
-    """A copy in which every batch norm has a scale and an offset: torch's workflow takes no others."""
+    """Copies a network and gives every batch norm a scale and an offset: torch's workflow takes no others."""
     copy = deepcopy(model)
     for norm in copy.modules():
         if isinstance(norm, nn.modules.batchnorm._BatchNorm) and not norm.affine and norm.running_var is not None:
@@ -63,7 +63,7 @@ def _affine(model: nn.Module) -> nn.Module:
 
 
 def integer_operators(network: nn.Module) -> list[str]:
-    """Names of the modules and functions of a network that run in integers."""
+    """Returns the names of a network's modules and functions that run in integers."""
     found = [name for name, module in network.named_modules() if type(module).__module__.startswith(INTEGER_MODULES)]
     graph = getattr(network, "graph", None)
     for node in graph.nodes if graph is not None else ():
@@ -73,7 +73,7 @@ def integer_operators(network: nn.Module) -> list[str]:
 
 
 def engine() -> str:
-    """The quantised engine of this host."""
+    """Returns the quantised engine of this host."""
     supported = torch.backends.quantized.supported_engines
     if "fbgemm" in supported:
         return "fbgemm"

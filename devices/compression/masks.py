@@ -24,7 +24,7 @@ RULES = ("masked", "ste")
 
 
 def prunable(model: nn.Module) -> list[str]:
-    """State-dict keys of the weights of convolutions and linear layers; norms and biases are never masked."""
+    """Returns state-dict keys of the weights of convolutions and linear layers; norms and biases are never masked."""
     return [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, PRUNABLE)]
 
 
@@ -70,12 +70,12 @@ def sparsity_of(masks: Mapping[str, Tensor]) -> float:
 
 
 def apply_masks(state: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state with zeros where masks say so; other tensors are the given ones."""
+    """Returns the state with zeros where masks say so; other tensors are the given ones."""
     return {name: t * masks[name].to(t) if name in masks else t for name, t in state.items()}
 
 
 def masked(weight: Tensor, mask: Tensor, rule: str = "masked") -> Tensor:
-    """The product of weight and mask, with one of two gradients for the weight.
+    """Returns the product of weight and mask, with one of two gradients for the weight.
 
     Args:
         weight: of a layer.
@@ -129,7 +129,7 @@ class SparsitySchedule:
             )
 
     def at(self, step: float) -> float:
-        """Sparsity after `step` steps."""
+        """Returns the sparsity after `step` steps."""
         if step >= self.end:
             return self.final
         left = 1 - max(0.0, step - self.start) / (self.end - self.start)

@@ -60,7 +60,7 @@ class Compressed:
     wire_bytes: int
 
     def facts(self) -> dict[str, float]:
-        """The sizes, as metrics of a report."""
+        """Returns the sizes, as metrics of a report."""
         names = ("keep_ratio", "dense_bytes", "nonzero_bytes", "wire_bytes")
         return {name: float(getattr(self, name)) for name in names}
 
@@ -123,7 +123,7 @@ class CompressionPlan(Checked, group="compression"):
         return any(recipe != Recipe() for recipe in (self.usual, *self.tiers.values()))
 
     def recipe(self, profile: DeviceProfile) -> Recipe:
-        """What a device follows."""
+        """Returns the recipe that a device follows."""
         return next((self.tiers[name] for name in groups_of(profile) if name in self.tiers), self.usual)
 
     @torch.no_grad()
@@ -143,7 +143,7 @@ class CompressionPlan(Checked, group="compression"):
 
     @torch.no_grad()
     def prune(self, model: nn.Module, example: Tensor, recipe: Recipe) -> Pruned:
-        """The first half of `apply`, which depends on no device's data."""
+        """Removes channels and weights: the first half of `apply`, which depends on no device's data."""
         network, keep_ratio = model, 1.0
         if recipe.keep < 1:
             groups = ChannelGroups.find(model, example)
@@ -160,7 +160,7 @@ class CompressionPlan(Checked, group="compression"):
 
     @torch.no_grad()
     def finish(self, pruned: Pruned, recipe: Recipe, batches: Iterable[Tensor] = ()) -> Compressed:
-        """The second half of `apply`: integers, from the inputs of one device."""
+        """Quantises with the inputs of one device: the second half of `apply`."""
         network, state, bits = pruned.network, dict(pruned.network.state_dict()), {}
         dense = dense_bytes(state)
         if recipe.bits < 32:

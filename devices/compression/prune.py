@@ -17,7 +17,7 @@ ROUND_TO = 8  # int8 depthwise kernels took 30 times as long at channel counts t
 
 
 def channel_scores(groups: ChannelGroups, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """How much each channel weighs: the mean of |w| over its filter, averaged over the layers that make it.
+    """Returns how much each channel weighs: the mean of |w| over its filter, averaged over layers that make it.
 
     Args:
         groups: of the network.
@@ -40,7 +40,7 @@ def channel_scores(groups: ChannelGroups, state: Mapping[str, Tensor]) -> dict[s
 
 
 def strongest(groups: ChannelGroups, scores: Mapping[str, Tensor], ratio: float, round_to: int = ROUND_TO) -> Kept:
-    """The channels with the highest scores; of equal ones the first.
+    """Returns the channels with the highest scores; of equal ones the first.
 
     Args:
         groups: of the network.
@@ -61,7 +61,7 @@ def strongest(groups: ChannelGroups, scores: Mapping[str, Tensor], ratio: float,
 
 
 def largest_ratio(latency_ms: Callable[[float], float], limit_ms: float, ratios: list[float]) -> float:
-    """The largest of some keep ratios whose network is fast enough, or the smallest where none is.
+    """Returns the largest of some keep ratios whose network is fast enough, or the smallest where none is.
 
     Args:
         latency_ms: of the network at a ratio.

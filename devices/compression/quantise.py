@@ -20,7 +20,7 @@ AVERAGING = 0.01  # how far a batch moves the range of an activation
 
 
 def limits(bits: int, signed: bool = True, symmetric: bool = False) -> tuple[int, int]:
-    """Smallest and largest integer of a width: (-2^(b-1), 2^(b-1) - 1), or (0, 2^b - 1) unsigned.
+    """Returns the least and largest integer of a width: (-2^(b-1), 2^(b-1) - 1), or (0, 2^b - 1) unsigned.
 
     Args:
         bits: from 2 to 8.
@@ -37,7 +37,7 @@ def limits(bits: int, signed: bool = True, symmetric: bool = False) -> tuple[int
 
 
 def quantise_weight(weight: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
-    """Symmetric integers with a scale for each output channel: scale = max |w| / Q, q = clip(round(w / scale), -Q, Q).
+    """Rounds to symmetric integers, a scale per output channel: scale = max |w| / Q, q = clip(round(w / scale), -Q, Q).
 
     Args:
         weight: [out, ...].
@@ -54,7 +54,7 @@ def quantise_weight(weight: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
 
 
 def dequantise(integers: Tensor, scales: Tensor) -> Tensor:
-    """The floats that integers [out, ...] with scales [out] stand for."""
+    """Returns the floats that integers [out, ...] with scales [out] stand for."""
     return integers.to(scales.dtype) * _beside(scales, integers)
 
 
@@ -102,7 +102,7 @@ class ActivationRange:
         return min(max(round(-self.low / self.scale), 0), self.largest)
 
     def fake(self, x: Tensor) -> Tensor:
-        """What is left of x after integers: scale (q - zero)."""
+        """Returns x rounded to integers and back: scale (q - zero)."""
         q = (x / self.scale).round().add(self.zero).clamp(0, self.largest)
         return (q - self.zero) * self.scale
 
@@ -154,7 +154,7 @@ def quantise(
 
 
 def fold_batch_norms(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode with w' = w gamma / sqrt(v + eps) and b' = beta + (b - mean) gamma / sqrt(v + eps).
+    """Folds norms into a copy: w' = w gamma / sqrt(v + eps), b' = beta + (b - mean) gamma / sqrt(v + eps).
 
     Networks without batch norms are copied only, and so are those that torch.fx cannot follow.
     """
@@ -193,7 +193,7 @@ def _watch(
 
 
 def fake_quantise(weight: Tensor, step: Tensor, low: int, high: int) -> Tensor:
-    """The product of step and clip(round(weight / step), low, high), with gradients for both.
+    """Returns the product of step and clip(round(weight / step), low, high), with gradients for both.
 
     For the weight: 1 inside the range, 0 outside (straight-through). For the step: round(v) - v inside, v = weight /
     step, low below and high above, times 1 / sqrt(weights per step x high).
@@ -228,5 +228,5 @@ class _FakeQuantise(torch.autograd.Function):
 
 
 def above_zero(widths: Tensor) -> Tensor:
-    """Widths of steps, none of them 0: where a channel is silent, a trillionth of the widest."""
+    """Returns widths of steps, none of them 0: where a channel is silent, a trillionth of the widest."""
     return widths.maximum(1e-12 * widths.amax()).clamp(min=torch.finfo(widths.dtype).tiny)

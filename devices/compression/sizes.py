@@ -22,12 +22,12 @@ INDEX_BYTES = 4
 
 
 def dense_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """Bytes of all values as they lie in memory."""
+    """Returns the bytes of all values as they lie in memory."""
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def nonzero_bytes(tensors: Mapping[str, Tensor], bits: Mapping[str, int] | None = None) -> float:
-    """Bytes of the values that are not zero, without any cost for where they are.
+    """Returns the bytes of the values that are not zero, without any cost for where they are.
 
     Args:
         tensors: by name.
@@ -39,12 +39,12 @@ def nonzero_bytes(tensors: Mapping[str, Tensor], bits: Mapping[str, int] | None 
 
 
 def wire_bytes(tensors: Mapping[str, Tensor], bits: Mapping[str, int] | None = None) -> int:
-    """Length of `pack(tensors, bits)`: it is made, not estimated."""
+    """Returns the length of `pack(tensors, bits)`: it is made, not estimated."""
     return len(pack(tensors, bits))
 
 
 def pack(tensors: Mapping[str, Tensor], bits: Mapping[str, int] | None = None) -> bytes:
-    """The smallest of three forms for each tensor: all values; a bit per value and those not zero; or their places.
+    """Packs each tensor in its smallest form: all values, a bit per value and those not zero, or their places.
 
     Integers of fewer than eight bits lie in a row without gaps. A header in JSON holds names, types and shapes.
 
@@ -68,7 +68,7 @@ def pack(tensors: Mapping[str, Tensor], bits: Mapping[str, int] | None = None) -
 
 
 def unpack(data: bytes) -> dict[str, Tensor]:
-    """The inverse of `pack`.
+    """Returns the inverse of `pack`.
 
     Raises:
         DeviceError: if the bytes are not of that form.

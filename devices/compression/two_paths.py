@@ -18,26 +18,26 @@ from devices.compression.quantise import above_zero, fake_quantise, limits
 
 
 def norm_tensors(model: nn.Module) -> list[str]:
-    """State-dict keys of weights and statistics of normalisation layers, of which each network has its own."""
+    """Returns state-dict keys of weights and statistics of norms, of which each network has its own."""
     layers = [name for name, module in model.named_modules() if isinstance(module, NORMS)]
     return [key for key in model.state_dict() if key.rpartition(".")[0] in layers]
 
 
 def prunable_first(model: nn.Module) -> list[str]:
-    """Weights of convolutions; of a network without any those of its linear layers, but the last if there are more."""
+    """Returns the weights of convolutions; without any, those of linear layers, but the last if there are more."""
     layers = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, PRUNABLE)}
     convolutions = [name for name, module in layers.items() if not isinstance(module, nn.Linear)]
     return convolutions or list(layers)[:-1] or list(layers)
 
 
 def unimportant(weight: Tensor, mask: Tensor) -> Tensor:
-    """The weight as it is, with a gradient only where the mask is 0: how the teacher sees it."""
+    """Returns the weight as it is, with a gradient only where the mask is 0: how the teacher sees it."""
     mask = mask.to(weight)
     return weight * (1 - mask) + (weight * mask).detach()
 
 
 def step_of(weight: Tensor, mask: Tensor, bits: int) -> Tensor:
-    """Width of a step of each output channel: 2 mean |w| / sqrt(Q) over the weights that stay, [out, 1, ...]."""
+    """Returns a step's width for each output channel: 2 mean |w| / sqrt(Q) over weights that stay, [out, 1, ...]."""
     _, high = limits(bits)
     weight, mask = weight.detach().flatten(1), mask.to(weight).flatten(1)
     mean = (weight.abs() * mask).sum(1) / mask.sum(1).clamp(min=1)
@@ -61,12 +61,12 @@ class TwoPaths:
         self.norms = norm_tensors(model)
 
     def weights(self) -> dict[str, Tensor]:
-        """The weights that are pruned, as they are now."""
+        """Returns the weights that are pruned, as they are now."""
         parameters = dict(self.model.named_parameters())
         return {name: parameters[name] for name in self.names}
 
     def student(self, masks: Masks, rule: str = "masked") -> dict[str, Tensor]:
-        """What differs in the pruned network from the model itself, whose norms are the student's.
+        """Returns the tensors in which the pruned network differs from the model itself, whose norms are the student's.
 
         Args:
             masks: of the weights that are pruned.
@@ -76,11 +76,11 @@ class TwoPaths:
         return {name: self.quantised(weight, masks[name]) for name, weight in pruned.items()}
 
     def teacher(self, masks: Masks, norms: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What differs in the whole network: who learns from it, and its own norms."""
+        """Returns the tensors in which the whole network differs: weights with its gradients, and its own norms."""
         return {**{name: unimportant(w, masks[name]) for name, w in self.weights().items()}, **norms}
 
     def quantised(self, weight: Tensor, mask: Tensor) -> Tensor:
-        """A masked weight with fake integers; zeros stay zeros."""
+        """Rounds a masked weight by fake integers; zeros stay zeros."""
         if self.bits == 32:
             return weight
         step = step_of(weight, mask, self.bits)
@@ -88,7 +88,7 @@ class TwoPaths:
 
     @torch.no_grad()
     def exported(self, masks: Masks) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """What a device stores of the student: the model's tensors with pruned weights, and the bits of integer ones.
+        """Returns what a device stores of the student: tensors with pruned weights, and the bits of the integer ones.
 
         With bits below 32 a weight comes as integers int8 and `<layer>.scale` [out].
         """

@@ -77,7 +77,7 @@ class UpdateCompressor(Checked, group="uplink"):
         return self.select != "all" or self.bits != 32
 
     def working_bytes(self, coordinates: int) -> int:
-        """Memory that compressing an update takes at its fullest, beside the weights before and after training.
+        """Returns the most memory that compressing takes, in bytes, beside the weights before and after training.
 
         Of each coordinate: the change, in its tensor and in the flat update; with error feedback the residuals
         before and after; magnitudes (top) or places as int64, their flags and values (nonzero); owners as int64 and the
@@ -108,7 +108,7 @@ class UpdateCompressor(Checked, group="uplink"):
         return Packed(exact.round().clamp(-LARGEST, LARGEST).to(torch.int8), index, scale)
 
     def _places(self, update: Tensor, draw: torch.Generator) -> tuple[Tensor | None, Tensor]:
-        """The chosen coordinates, ascending (None for all), and how the message says them."""
+        """Returns the chosen coordinates, ascending (None for all), and how the message says them."""
         count = math.ceil(self.ratio * len(update) - 1e-9)
         nothing = torch.empty(0, dtype=torch.int32, device=update.device)
         if self.select == "nonzero":
@@ -129,7 +129,7 @@ class UpdateCompressor(Checked, group="uplink"):
 
 
 def restore(packed: Packed, sizes: Sequence[int]) -> Tensor:
-    """The flat update that a packed one stands for, [n] float32, zero where nothing travelled.
+    """Returns the flat update that a packed one stands for, [n] float32, zero where nothing travelled.
 
     Raises:
         DeviceError: if the arrays do not belong together.
@@ -162,6 +162,6 @@ def _drawn(seed: Tensor, count: int, total: int) -> Tensor:
 
 
 def _owners(sizes: Sequence[int], device: torch.device) -> Tensor:
-    """Number of the tensor that each coordinate lies in, [n] int64."""
+    """Returns the number of the tensor that each coordinate lies in, [n] int64."""
     counts = torch.tensor(list(sizes), dtype=torch.int64)  # of no tensor too
     return torch.repeat_interleave(torch.arange(len(sizes)), counts).to(device)

@@ -37,7 +37,7 @@ class HostFigures:
     isa: str
 
     def best(self, other: HostFigures) -> HostFigures:
-        """The better of two measurements of one host, figure by figure."""
+        """Returns the better of two measurements of one host, figure by figure."""
         rates = max(self.macs_per_s, other.macs_per_s), max(self.bytes_per_s, other.bytes_per_s)
         return HostFigures(self.threads, *rates, self.clock_ghz, self.isa)
 
@@ -60,7 +60,7 @@ def measure_host(threads: int = 1) -> HostFigures:
 
 
 def _best(run: Callable[[], object], clock: Callable[[], float]) -> float:
-    """Seconds of the fastest run."""
+    """Returns the seconds of the fastest run."""
     run()
     found = []
     for _ in range(TRIES):

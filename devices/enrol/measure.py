@@ -106,17 +106,17 @@ class Enrolment:
         return self.calibrations["forward"].left_out_error or 0.0
 
     def error(self, what: str = "fp32") -> float:
-        """Mean relative error on the held-out networks; 0 when there are none."""
+        """Returns the mean relative error on the held-out networks; 0 when there are none."""
         errors = [abs(p - m) / m for _, _, precision, p, m in self.held_out if precision == what]
         return statistics.fmean(errors) if errors else 0.0
 
     def savings_met(self, within: float = 0.2) -> tuple[int, int]:
-        """How many predicted savings have the sign of the measured one, and how many are so close to it, relatively."""
+        """Counts the savings predicted with the right sign, and those `within` this share of the measured one."""
         signs = sum(predicted * measured > 0 for *_, predicted, measured in self.savings)
         return signs, sum(abs(p - m) <= within * abs(m) for *_, p, m in self.savings)
 
     def rank(self, what: str = "fp32") -> float:
-        """Spearman correlation of predicted and measured over the held-out networks."""
+        """Returns the Spearman correlation of predicted and measured times over the held-out networks."""
         pairs = [(p, m) for _, _, precision, p, m in self.held_out if precision == what]
         return float(spearmanr(*zip(*pairs, strict=True)).statistic) if pairs else 0.0
 
@@ -176,17 +176,17 @@ def judged(result: Enrolment) -> Enrolment:
 
 
 def _dense(name: str) -> str:
-    """The network that a pruned one was; empty for others."""
+    """Returns the network that a pruned one was; empty for others."""
     return name.partition("-keep")[0] if ZOO[name].family == "pruned" else ""
 
 
 def _members(family: str) -> list[str]:
-    """The networks of a family, pruned ones with the family that they were of."""
+    """Returns the networks of a family, pruned ones with the family that they were of."""
     return [name for name in ZOO if family in (ZOO[name].family, ZOO[_dense(name) or name].family)]
 
 
 def _unseen(result: Enrolment, family: str) -> list[tuple[str, str, float]]:
-    """The errors on a family of prices that were fitted to the others."""
+    """Returns the errors on a family of prices that were fitted to the others."""
     members, found = _members(family), []
     own = [(name, batch) for name in members for batch in BATCHES if (name, batch) in result.forward]
     others = [key for key in REFERENCES if key[0] not in members]
@@ -209,7 +209,7 @@ def _tables() -> Mapping[str, LayerTable]:
 
 
 def _physics(result: Enrolment, section: str) -> tuple[Physics, Facts]:
-    """What is known of the host for a section of its profile."""
+    """Returns what is known of the host for a section of its profile."""
     host = result.host
     clock = host.clock_ghz or USUAL_CLOCK_GHZ
     isa = "x86" if host.isa == "none" else host.isa  # as `devices.latency.limits.physics_of` takes a host
@@ -228,7 +228,7 @@ def _prior(section: str) -> Prior:
 def _fit(
     result: Enrolment, section: str, keys: Sequence[Key], forward: Prices | None = None
 ) -> tuple[Prices, Calibration]:
-    """Prices of one section from the timings of some networks; those of a step are not below those of `forward`."""
+    """Fits prices of one section to the timings of some networks; a step never costs less than `forward`."""
     timings = {"forward": result.forward, "step": result.train, "int8": result.int8}[section]
     phase: Phase = "train_step" if section == "step" else "forward"
     fused = section == "int8"  # torch's workflow folds norms and rectifiers into the layers before them
@@ -323,7 +323,7 @@ def _step(name: str, batch: int) -> Callable[[], None]:
 
 
 def _quantised(name: str, batch: int) -> Callable[[], None] | None:
-    """The network on int8 kernels; None where torch cannot."""
+    """Returns a run of the network on int8 kernels; None where torch cannot."""
     network = ZOO[name]
     x = network.example(batch)
     try:
@@ -340,7 +340,7 @@ def _quantised(name: str, batch: int) -> Callable[[], None] | None:
 def profile_tree(
     name: str, result: Enrolment, date: str, network: Mapping[str, float], watts: Mapping[str, float]
 ) -> dict[str, Any]:
-    """The profile of the measured host as YAML will hold it; what was not measured is marked `assumed`.
+    """Returns the profile of the measured host as YAML will hold it, with `assumed` where nothing was measured.
 
     Args:
         name: of the device.

@@ -17,13 +17,13 @@ from devices.trace import trace
 
 
 def zoo_cost(name: str) -> ModelCost:
-    """What a network of the zoo costs, by tracing it."""
+    """Traces a network of the zoo and returns its cost."""
     network = ZOO[name]
     return traced_cost(name, network.build(), network.example(1))
 
 
 def traced_cost(name: str, model: nn.Module, example: Tensor) -> ModelCost:
-    """A network's cost from its layer table alone: enough to predict latency, not to train."""
+    """Traces a network and returns its cost from the layer table alone: enough to predict latency, not to train."""
     table = trace(model, example)
     return ModelCost(name, 2 * table.macs, 4 * table.macs, 0, 0, layers=table.rows)
 

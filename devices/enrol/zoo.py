@@ -31,7 +31,7 @@ class ZooNetwork:
     tokens: bool = False
 
     def example(self, batch: int) -> Tensor:
-        """An input of the right shape; its values do not matter."""
+        """Returns an input of the right shape; its values do not matter."""
         if self.tokens:
             return torch.arange(batch * SEQUENCE[0]).reshape(batch, *SEQUENCE) % TOKENS
         return torch.linspace(-1, 1, batch * 3072).reshape(batch, *IMAGE)

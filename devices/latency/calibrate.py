@@ -58,7 +58,7 @@ def calibrate(sample: Sample | None, prior: Prior, physics: Physics, facts: Fact
 
 
 def best_believed(sample: Sample, prior: Prior, sigmas: Sequence[float] = SIGMAS) -> tuple[Prior, np.ndarray]:
-    """The prior with the believed error of rows that predicts left-out networks best, and each row's error then."""
+    """Chooses the believed error of rows that predicts left-out networks best; returns the prior and rows' errors."""
     tried = [replace(prior, sigma=sigma) for sigma in sigmas]
     errors = [left_out([sample], p)[0] for p in tried]
     best = int(np.argmin([e.mean() for e in errors]))
@@ -66,7 +66,7 @@ def best_believed(sample: Sample, prior: Prior, sigmas: Sequence[float] = SIGMAS
 
 
 def basis_of(networks: int) -> str:
-    """How a set of prices came about, by the number of measured networks."""
+    """Returns the basis of a set of prices by the number of measured networks, e.g. "few rows"."""
     return "datasheet" if networks == 0 else "one row" if networks == 1 else "few rows" if networks < MANY else "rows"
 
 
@@ -175,7 +175,7 @@ def prices_by_kind(
     facts: Facts,
     sigma: float = 0.05,
 ) -> tuple[np.ndarray, dict[str, float], float]:
-    """Prices of every cell of a layer table [10, 4], for rows of search spaces, in which kinds can be told apart.
+    """Fits prices of every cell of a layer table [10, 4] to rows of search spaces, which tell kinds apart.
 
     Every cell's price is drawn to that of its column, the columns to a wide prior; each group (search space) has a
     factor of its own.
@@ -218,7 +218,7 @@ def prices_by_kind(
 
 
 def at_least(prices: Prices, floor: Prices) -> Prices:
-    """The dearer of two sets, cell by cell: a step is never cheaper than its own forward pass.
+    """Returns the dearer of two sets, cell by cell: a step is never cheaper than its own forward pass.
 
     Raises:
         DeviceError: for sets of other overlaps, whose cells do not compare.

@@ -74,7 +74,7 @@ STEP_WEIGHTS = 6.0  # reads and writes of a weight in a step: forward, backward,
 
 
 def counts(table: np.ndarray | Sequence[Sequence[float]], batch: int, fused: bool = False) -> np.ndarray:
-    """The cost columns' counts for one pass of `batch` examples through a layer table [10, 4], [17] float64.
+    """Counts what one pass of `batch` examples through a layer table [10, 4] needs of each column, [17] float64.
 
     Args:
         table: of the network.
@@ -98,7 +98,7 @@ def counts(table: np.ndarray | Sequence[Sequence[float]], batch: int, fused: boo
 
 
 def as_matrix(prices: np.ndarray, fused: bool = False) -> np.ndarray:
-    """Prices [17] as a price for each cell of a layer table, [10, 4]."""
+    """Lays prices [17] out as one for each cell of a layer table, [10, 4]."""
     matrix = np.where(_CELLS >= 0, np.asarray(prices, float)[_CELLS], 0.0)
     if fused:
         matrix[FOLDABLE] = 0.0
@@ -106,7 +106,7 @@ def as_matrix(prices: np.ndarray, fused: bool = False) -> np.ndarray:
 
 
 def from_0_1(rows: Sequence[Sequence[float]], as_prices: bool = False) -> tuple[tuple[float, ...], ...]:
-    """What 0.1 stored by its seven kinds, by ten: its `conv` and `depthwise` held what is told apart now.
+    """Converts rows of fedsim 0.1 from its seven kinds to ten: its `conv` and `depthwise` were not told apart.
 
     Args:
         rows: a layer table, or prices of its cells, [7, 4].
@@ -144,7 +144,7 @@ class Physics:
     weights_told: bool = True
 
     def units(self, phase: Phase) -> np.ndarray:
-        """Milliseconds of each column at the peak and at what its threads can stream, [17]; a call is 1 us at 2 GHz."""
+        """Returns milliseconds of each column at the peak and at what threads stream, [17]; a call is 1 us at 2 GHz."""
         streams = self.bytes_per_s
         if self.isa != "gpu":
             streams = min(streams, self.threads * BYTES_PER_CYCLE * 1e9 * self.clock_ghz)
@@ -160,7 +160,7 @@ class Physics:
         return np.array([mac] * len(MACS) + [activation] * len(ACTIVATIONS) + [weight, weight / 4] + [call] * 3)
 
     def least_ms(self, found: np.ndarray, phase: Phase) -> np.ndarray:
-        """Milliseconds below which no pass can be: its multiply-adds at the peak, or its bytes at the bandwidth.
+        """Returns the milliseconds below which no pass can be: multiply-adds at the peak, or bytes at the bandwidth.
 
         Args:
             found: counts of the cost columns, [..., 17].
@@ -171,7 +171,7 @@ class Physics:
         return least
 
     def bounds(self, phase: Phase) -> tuple[np.ndarray, np.ndarray]:
-        """Least and largest milliseconds of each column, [17] each."""
+        """Returns the least and the largest milliseconds of each column, [17] each."""
         step, units = phase == "train_step", self._at(self.bytes_per_s, phase)
         low, high = units.copy(), units.copy()
         high[IS_MAC] *= SLOWEST_MAC

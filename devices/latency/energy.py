@@ -22,7 +22,7 @@ class CardEnergy:
     joules_per_byte: float
 
     def of(self, card: Mapping[str, float], measured: Mapping[str, float]) -> CardEnergy:
-        """Another card's: the part above idle scales with the range from idle to limit, arithmetic with the peak."""
+        """Scales to another card: what is above idle by the range from idle to limit, arithmetic by the peak."""
         ranges = (card["limit_w"] - card["idle_w"]) / (measured["limit_w"] - measured["idle_w"])
         base_w = card["idle_w"] + (self.base_w - measured["idle_w"]) * ranges
         return CardEnergy(
@@ -33,7 +33,7 @@ class CardEnergy:
 
 
 def energy_columns(tables: Tables, setting: Setting, seconds: np.ndarray) -> np.ndarray:
-    """Seconds, multiply-adds and bytes of each row, [rows, 3]; a training step does three passes' work."""
+    """Returns seconds, multiply-adds and bytes of each row, [rows, 3]; a training step does three passes' work."""
     times = 3.0 if setting.phase == "train_step" else 1.0
     rows = []
     for name, batch, s in zip(setting.sample.networks, setting.batches, seconds, strict=True):
@@ -46,14 +46,14 @@ def energy_columns(tables: Tables, setting: Setting, seconds: np.ndarray) -> np.
 
 
 def fit_energy(columns: np.ndarray, joules: np.ndarray) -> np.ndarray:
-    """Watts, joules per multiply-add and per byte, non-negative, of the least relative error, [3]."""
+    """Fits watts, joules per multiply-add and joules per byte, non-negative, by least relative error, [3]."""
     scaled = columns / joules[:, None]
     units = scaled.max(axis=0)
     return np.asarray(nnls(scaled / units, np.ones(len(joules)))[0] / units)
 
 
 def card_energy(tables: Tables, settings: Sequence[Setting]) -> CardEnergy:
-    """Fitted to all rows with joules: fp32, forward passes and steps of the cards that were measured."""
+    """Fits the energy of cards to all rows with joules: fp32, forward passes and steps."""
     columns, joules = [], []
     for s in settings:
         known = np.isfinite(s.energy_mj)

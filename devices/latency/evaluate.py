@@ -212,7 +212,7 @@ class _Judge:
         return prior_of([self._fit(device, pool)], [self.space.latency(device)[pool].mean()])
 
     def _prior(self, device: str, measured: np.ndarray) -> np.ndarray | None:
-        """The non-negative sum of source devices with the least relative errors on the measured networks, [f]."""
+        """Mixes source devices, non-negatively, by least relative errors on the measured networks, [f]."""
         if self.source is None:
             return None
         relative = predict_ms(self.source, self.features[measured]) / self.space.latency(device)[measured]
@@ -224,7 +224,7 @@ class _Judge:
 
 
 def _as_published(found: np.ndarray, features: str) -> np.ndarray:
-    """Layer sums by the seven kinds that the published figures were made with: few measurements tell no more apart."""
+    """Sums layers by the seven kinds of the published figures: few measurements tell no more apart."""
     if features != "layers":
         return found
     tables = found[:, :-1].reshape(len(found), len(TABLE_KINDS), -1)

@@ -48,7 +48,7 @@ class Figure:
 
 
 def over_settings(what: str, errors: Sequence[np.ndarray]) -> Figure:
-    """Median over settings of the mean error of each."""
+    """Returns the median over settings of the mean error of each."""
     means = [float(e.mean()) for e in errors]
     low, middle, high = (float(x) for x in np.percentile(means, [25, 50, 75]))
     median = float(np.median([np.median(e) for e in errors]))
@@ -56,7 +56,7 @@ def over_settings(what: str, errors: Sequence[np.ndarray]) -> Figure:
 
 
 def of_rows(what: str, errors: np.ndarray) -> Figure:
-    """Mean and median of one setting's rows."""
+    """Returns the mean and median error of one setting's rows."""
     return Figure(what, 1, len(errors), float(errors.mean()), float(np.median(errors)))
 
 
@@ -129,7 +129,7 @@ def _with_batches(settings: Sequence[Setting], family: str, watch: Watch) -> lis
 
 
 def _joules(tables: Tables, settings: Sequence[Setting], watch: Watch) -> list[Figure]:
-    """Joules of left-out networks, with measured times and with predicted ones."""
+    """Judges joules of left-out networks, with measured times and with predicted ones."""
     found = []
     known = [s for s in settings if np.isfinite(s.energy_mj).any() and s.precision == "fp32"]
     known = [s for s in known if s.sample.physics.isa == "gpu"]
@@ -177,7 +177,7 @@ HELP_NAMES = {
 
 
 def evaluate_profiles(space: Space, seed: int = 0, judged: int = 800) -> list[tuple[str, float, float]]:
-    """Spearman of the shipped prices, and their mean error after one scale, on networks that no profile has.
+    """Judges the shipped prices, after one scale, on networks that no profile has.
 
     Judged are networks behind the training pool that compute something, the same for every device; nothing is trimmed
     and nothing measured. Batch 1.

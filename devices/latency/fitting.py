@@ -76,7 +76,7 @@ class Fitted:
 
 
 def predict(counts: np.ndarray, prices: np.ndarray, overlap: float | np.ndarray = 1.0) -> np.ndarray:
-    """Milliseconds of counts [..., k] at prices that broadcast to them."""
+    """Returns the milliseconds of counts [..., k] at prices that broadcast to them."""
     parts = counts * prices
     launches, work = parts[..., IS_CALL].sum(-1), parts[..., ~IS_CALL].sum(-1)
     p = np.asarray(overlap, float)
@@ -86,7 +86,7 @@ def predict(counts: np.ndarray, prices: np.ndarray, overlap: float | np.ndarray 
 
 
 def _together(launches: np.ndarray, work: np.ndarray, p: np.ndarray) -> np.ndarray:
-    """(launches^p + work^p)^(1/p), whatever their size."""
+    """Returns (launches^p + work^p)^(1/p) without overflow."""
     larger = np.maximum(np.maximum(launches, work), TINY)
     return np.asarray(larger * ((launches / larger) ** p + (work / larger) ** p) ** (1 / p))
 

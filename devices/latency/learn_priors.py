@@ -31,7 +31,7 @@ _START: Mapping[str, tuple[list[float], float, float, float, float, float]] = {
 
 
 def start_of(family: str) -> tuple[Prior, np.ndarray]:
-    """Where a family's prior starts, and the covariance that counts as some devices in learning it."""
+    """Returns where a family's prior starts, and the covariance that counts as some devices in learning it."""
     multipliers, sigma, overlap, calls, spread, shared = _START[family]
     effects = np.zeros((len(COVARIATES), NUM_COLUMNS))
     effects[0] = np.log(multipliers)
@@ -44,7 +44,7 @@ def start_of(family: str) -> tuple[Prior, np.ndarray]:
 
 
 def of_family(settings: Sequence[Setting], family: str) -> list[Setting]:
-    """The settings that a family's prior is learned from."""
+    """Returns the settings that a family's prior is learned from."""
     least = PRIOR_NETWORKS if family == "mobile" else 1
     wanted = [s for s in settings if s.family == family and s.num_networks >= least]
     return [s for s in wanted if family != "mobile" or s.runtime == "ncnn"]
@@ -57,7 +57,7 @@ def learn_prior(
     start: Prior | None = None,
     known: Mapping[int, np.ndarray] | None = None,
 ) -> Prior:
-    """The prior of a family from all devices, or from all but one.
+    """Learns the prior of a family from all devices, or from all but one.
 
     Args:
         family: of runtimes.
@@ -77,14 +77,14 @@ def learn_prior(
 
 
 def fits_by_id(settings: Sequence[Setting], family: str, prior: Prior) -> dict[int, np.ndarray]:
-    """Prices of a family's settings under its prior, by the id of their samples."""
+    """Fits a family's settings under its prior and returns their prices by the id of their samples."""
     samples = [s.sample for s in of_family(settings, family)]
     prices = solve(problems_of(samples, prior)).prices
     return {id(sample): own for sample, own in zip(samples, prices, strict=True)}
 
 
 def learn_priors(settings: Sequence[Setting], watch: Watch = lambda text: None) -> dict[str, Prior]:
-    """All priors, with the errors that devices outside of them have with 0, 1 and 3 measured networks."""
+    """Learns all priors, and the errors that devices outside of them have with 0, 1 and 3 measured networks."""
     priors = {}
     for family in ("mobile", "cpu_forward", "cpu_train_step", "gpu_forward", "gpu_train_step"):
         watch(f"learning the prior of {family}")
@@ -102,7 +102,7 @@ def learn_priors(settings: Sequence[Setting], watch: Watch = lambda text: None) 
 def unseen_errors(
     settings: Sequence[Setting], family: str, prior: Prior, numbers: Sequence[int], watch: Watch = lambda text: None
 ) -> dict[int, list[tuple[Setting, float]]]:
-    """Mean error of every setting under the prior of all other devices, by number of networks measured on it.
+    """Returns the error of every setting under the prior of all other devices, by number of networks measured.
 
     The networks are chosen by `choose_networks`, which sees no time.
     """

@@ -22,7 +22,7 @@ OF_CARDS = {"fp32": 1.0, "tf32": 8.0, "fp16": 16.0, "bf16": 16.0, "int8": 32.0}
 
 
 def physics_of(device: DeviceProfile) -> tuple[Physics, Facts] | None:
-    """What the datasheet part of a profile says; None without a peak."""
+    """Returns what the datasheet part of a profile says; None without a peak."""
     if device.peak_macs_per_s is None:
         return None
     isa = device.isa
@@ -38,7 +38,7 @@ def physics_of(device: DeviceProfile) -> tuple[Physics, Facts] | None:
 
 
 def peak_in(device: DeviceProfile, precision: str) -> float | None:
-    """Multiply-adds per second at the peak in a precision; None without a peak in fp32.
+    """Returns the multiply-adds per second at the peak in a precision; None without a peak in fp32.
 
     A precision that is not known here is taken as the fastest: nothing is held to a peak that it may not have.
     """
@@ -51,7 +51,7 @@ def peak_in(device: DeviceProfile, precision: str) -> float | None:
 def least_ms(
     layers: tuple[tuple[float, ...], ...], batch: int, device: DeviceProfile, what: str, prices: Prices
 ) -> float:
-    """Milliseconds below which no pass can be: its multiply-adds at the peak, or its bytes at the bandwidth.
+    """Returns the milliseconds below which no pass can be: multiply-adds at the peak, or bytes at the bandwidth.
 
     Args:
         layers: a layer table, [10, 4].
@@ -80,7 +80,7 @@ def _least_ms(layers: tuple[tuple[float, ...], ...], batch: int, physics: Physic
 
 
 def least_work_s(work: Work, device: DeviceProfile, forward: Prices, step: Prices | None) -> float:
-    """Seconds below which the passes of some work cannot be; those of networks that were not traced count nothing."""
+    """Returns the seconds below which the passes of some work cannot be; untraced networks count nothing."""
     total_ms = 0.0
     for p in work.passes:
         if p.network.layers is None:

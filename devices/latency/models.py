@@ -52,7 +52,7 @@ class StructuredLatency(LatencyModel):
     """
 
     def compute_s(self, work: Work, device: DeviceProfile) -> float:
-        """Seconds of the passes in the training runtime: a backward pass is the step's time less the forward's.
+        """Returns the seconds of the passes in the training runtime; a backward pass is the step less the forward pass.
 
         Raises:
             DeviceError: for a device without latencies or a peak, a network that was not traced, or training on a
@@ -68,16 +68,16 @@ class StructuredLatency(LatencyModel):
         return max(float(total_ms) / 1e3 / device.speed, least_work_s(work, device, prices.forward, prices.step))
 
     def least_s(self, work: Work, device: DeviceProfile) -> float:
-        """Seconds of the passes at the device's peak and bandwidth."""
+        """Returns the seconds of the passes at the device's peak and bandwidth."""
         prices = device_prices(device)
         return least_work_s(work, device, prices.forward, prices.step)
 
     def inference_ms(self, network: ModelCost, device: DeviceProfile) -> float:
-        """Milliseconds of one forward pass of one example in the device's inference runtime."""
+        """Returns the milliseconds of one forward pass of one example in the device's inference runtime."""
         return pass_ms(device_prices(device).inference, network, 1, device, "inference")
 
     def compute_joules(self, work: Work, device: DeviceProfile, compute_s: float) -> float:
-        """Watts times seconds; on a card with an energy model, base watts times seconds plus its work.
+        """Returns watts times seconds; on a card with an energy model, base watts times seconds plus its work.
 
         A board draws its limit at most. Where the work would take more, the seconds are the better known of the two:
         the joules of a multiply-add were carried from another card, or the unit is one that needs less for each.
@@ -93,7 +93,7 @@ class StructuredLatency(LatencyModel):
         return min(joules, limit)
 
     def seconds(self, works: Sequence[Work], units: Units) -> tuple[np.ndarray, np.ndarray]:
-        """As `compute_s` and `least_s`, with each pass of a network on a model of device priced once."""
+        """Returns `compute_s` and `least_s` of each client, with each pass of a network on a model priced once."""
         priced: dict[tuple[int, int, int, bool], tuple[float, float, float, float]] = {}
         sums_ms = []
         for work, model in zip(works, units.model.tolist(), strict=True):
@@ -113,7 +113,7 @@ class StructuredLatency(LatencyModel):
         return np.maximum(usual_s / (units.column(lambda device: device.speed) * units.speed), least_s), least_s
 
     def joules(self, works: Sequence[Work], units: Units, compute_s: np.ndarray) -> np.ndarray:
-        """As `compute_joules`, which does not ask for the speed of a unit."""
+        """Returns `compute_joules` of each client, which does not depend on the speed of a unit."""
         found: np.ndarray = compute_s * units.column(lambda device: device.compute_watts)
         for number in np.flatnonzero(units.column(lambda device: device.base_watts is not None)).tolist():
             own = units.models[units.model[number]]
@@ -122,7 +122,7 @@ class StructuredLatency(LatencyModel):
 
 
 def _pass_prices(p: Passes, device: DeviceProfile) -> tuple[float, float, float, float]:
-    """Milliseconds of a forward and a backward pass on the usual unit of a device, and those at least of each."""
+    """Returns milliseconds of a forward and a backward pass on a device's usual unit, and the least of each."""
     prices, layers = device_prices(device), _layers(p.network)
     forward_ms = prices.forward.ms(layers, p.batch)
     forward_floor_ms = least_ms(layers, p.batch, device, "forward", prices.forward)
@@ -135,7 +135,7 @@ def _pass_prices(p: Passes, device: DeviceProfile) -> tuple[float, float, float,
 
 
 def _backwards(passes: Passes) -> float:
-    """Backward passes, in those of the whole network: with frozen layers they take the share of its FLOPs they have."""
+    """Returns backward passes of the whole network: frozen layers take off their share of its FLOPs."""
     return passes.backwards * passes.network.backward_share
 
 
@@ -153,7 +153,7 @@ def _step(prices: DevicePrices, device: DeviceProfile) -> Prices:
 
 
 def step_ms(network: ModelCost, batch: int, device: DeviceProfile) -> tuple[float, float]:
-    """Milliseconds of a forward pass (inference runtime) and of a whole training step on a device.
+    """Returns the milliseconds of a forward pass (inference runtime) and of a whole training step on a device.
 
     Raises:
         DeviceError: as `StructuredLatency.compute_s`.
@@ -164,7 +164,7 @@ def step_ms(network: ModelCost, batch: int, device: DeviceProfile) -> tuple[floa
 
 
 def pass_ms(prices: Prices, network: ModelCost, batch: int, device: DeviceProfile, what: str) -> float:
-    """Milliseconds of one pass on this unit of a device: never below what its datasheet allows.
+    """Returns the milliseconds of one pass on this unit of a device: never below what its datasheet allows.
 
     Args:
         prices: of the pass.
@@ -178,7 +178,7 @@ def pass_ms(prices: Prices, network: ModelCost, batch: int, device: DeviceProfil
 
 
 def int8_ms(network: ModelCost, batch: int, device: DeviceProfile) -> float | None:
-    """Milliseconds of a forward pass on integer kernels; None for a device that was not measured with them."""
+    """Returns the milliseconds of a forward pass on integer kernels; None where the device was not measured so."""
     if device.latency is None or device.latency.int8 is None:
         return None
     return device.latency.int8.ms(_layers(network), batch) / device.speed
@@ -186,14 +186,14 @@ def int8_ms(network: ModelCost, batch: int, device: DeviceProfile) -> float | No
 
 @lru_cache(maxsize=4096)
 def macs_and_bytes(layers: tuple[tuple[float, ...], ...], batch: int) -> tuple[float, float]:
-    """Multiply-adds of one pass, and bytes of the activations and weights that it reads and writes, in fp32."""
+    """Returns a pass's multiply-adds, and the bytes of activations and weights that it reads and writes, in fp32."""
     table = np.array(layers)
     macs = batch * table[MAC_ROWS, 0].sum()
     return float(macs), float(4 * (batch * table[:, 1].sum() + table[:, 2].sum()))
 
 
 def device_prices(device: DeviceProfile) -> DevicePrices:
-    """What a device costs: its own prices where it has them, those of the prior at its peak where not.
+    """Returns what a device costs: its own prices where it has them, else those of the prior at its peak.
 
     Raises:
         DeviceError: for a device whose profile has neither latencies nor a peak.
@@ -231,7 +231,7 @@ def _device_prices(
 
 
 def _with_own(facts: LatencyFacts | None, made: DevicePrices) -> DevicePrices:
-    """The device's own prices of the training runtime before general ones, where a step holds its forward pass.
+    """Puts a device's own prices before general ones, so that a step never takes less than its forward pass.
 
     What nobody measured yields: a step that was not costs as much as the forward passes that were, and a forward pass
     that was not takes no longer than one that was on this device, or than a step, which holds one in any runtime.
@@ -253,7 +253,7 @@ def _with_own(facts: LatencyFacts | None, made: DevicePrices) -> DevicePrices:
 
 
 def from_datasheet(what: str, physical: tuple[Physics, Facts]) -> Prices:
-    """Prices of a device without rows; `what` is inference, forward (of the training runtime) or train_step."""
+    """Returns prices of a device without rows; `what` is inference, forward (of the training runtime) or train_step."""
     physics, facts = physical
     card = physics.isa == "gpu"
     if what == "inference" and not card:
@@ -271,7 +271,7 @@ def from_datasheet(what: str, physical: tuple[Physics, Facts]) -> Prices:
 
 
 def _of_0_1(facts: LatencyFacts) -> tuple[Prices, Prices]:
-    """Forward pass and step from coefficients of 0.1, or fitted to references of search spaces, without bounds."""
+    """Prices a pass and a step from coefficients of 0.1, or fitted to references of search spaces, without bounds."""
     if facts.coefficients_ms:
         rows = np.array(facts.coefficients_ms[:-1]).reshape(-1, 4)
         table = np.array(from_0_1(rows.tolist(), as_prices=True))
@@ -298,7 +298,7 @@ def _times(prices: Prices, ratio: float) -> Prices:
 
 
 def fit_references(facts: LatencyFacts) -> tuple[np.ndarray, float]:
-    """Prices [10, 4] in milliseconds and a constant, for a device without a datasheet: an estimator, a user's board.
+    """Fits prices [10, 4] in milliseconds and a constant for a device without a datasheet, e.g. a user's board.
 
     A column that is the same for all references of a space and batch would only tell the spaces apart, and is left
     out. Kinds that the references do not tell anything of are priced like the multiply-adds of the others, with
@@ -333,7 +333,7 @@ def fit_references(facts: LatencyFacts) -> tuple[np.ndarray, float]:
 
 
 def reference_features(facts: LatencyFacts) -> np.ndarray:
-    """The layer sums of a device's reference networks at the batch they were measured with, [references, 41]."""
+    """Returns layer sums of a device's references at the batch they were measured with, [references, 41]."""
     rows = []
     for space, network, batch, _ in facts.references:
         table = reference_table(space, network)
@@ -342,19 +342,19 @@ def reference_features(facts: LatencyFacts) -> np.ndarray:
 
 
 def reference_table(space: str, network: str) -> np.ndarray:
-    """The layer table of a reference network, [10, 4]."""
+    """Returns the layer table of a reference network, [10, 4]."""
     return np.array(_shipped_tables().get(space, {}).get(network) or traced_reference(space, network).rows)
 
 
 @lru_cache(maxsize=1)
 def _shipped_tables() -> dict[str, dict[str, list[list[float]]]]:
-    """Layer tables of the shipped profiles' networks: tracing all of them anew would take seconds at every start."""
+    """Reads the layer tables of the shipped profiles' networks: tracing them would take seconds at every start."""
     tables: dict[str, dict[str, list[list[float]]]] = read_yaml(Path(__file__).parent.parent / "references.yaml")
     return tables
 
 
 def traced_reference(space: str, network: str) -> LayerTable:
-    """The layer table of a reference network, by building and tracing it."""
+    """Builds and traces a reference network and returns its layer table."""
     import torch
 
     from devices.nas.fbnet import FBNet
@@ -384,7 +384,7 @@ class HelpLatency(LatencyModel):
         self._known: dict[tuple[LatencyFacts, str], float] = {}
 
     def compute_s(self, work: Work, device: DeviceProfile) -> float:
-        """Seconds of the passes.
+        """Returns the seconds of the passes.
 
         Raises:
             DeviceError: for a network outside the space, or a device without measurements of the space.
@@ -396,11 +396,11 @@ class HelpLatency(LatencyModel):
         return max(total_ms / 1e3 / device.speed, self.least_s(work, device))
 
     def least_s(self, work: Work, device: DeviceProfile) -> float:
-        """Seconds of the passes at the peak; HELP's tables do not say which of their runtimes saved by Winograd."""
+        """Returns seconds at the peak; HELP's tables do not say which of their runtimes saved by Winograd."""
         return super().least_s(work, device) / WINOGRAD_GAIN
 
     def forward_ms(self, network: ModelCost, device: DeviceProfile) -> float:
-        """Milliseconds of one forward pass on the device's model."""
+        """Returns the milliseconds of one forward pass on the device's model."""
         space, _, word = (network.encoding or "").partition(":")
         if space != self.space:
             what = f"network {network.name!r} is " + (f"of space {space}" if space else "of no search space")

@@ -46,7 +46,7 @@ class Pass:
     basis: str
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """Returns plain JSON types."""
         return {**vars(self), "remarks": list(self.remarks)}
 
 
@@ -60,13 +60,13 @@ class Prediction:
     step: Pass | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """Returns plain JSON types."""
         step = self.step.to_dict() if self.step else None
         return {"device": self.device.name, "kind": self.device.kind, "forward": self.forward.to_dict(), "step": step}
 
 
 def predict(network: ModelCost, batch: int, device: DeviceProfile) -> Prediction:
-    """The time and energy of a forward pass in the inference runtime, and of a training step in the training runtime.
+    """Predicts time and energy of a forward pass in the inference runtime and of a step in the training runtime.
 
     Raises:
         DeviceError: for a network that was not traced, or a device that nothing is known of.

@@ -60,12 +60,12 @@ class Prices:
 
     @classmethod
     def of_columns(cls, prices: np.ndarray, fused: bool, **facts: Any) -> Prices:
-        """From prices of the cost columns [17] in milliseconds."""
+        """Takes prices of the cost columns [17] in milliseconds."""
         return cls.of_cells(as_matrix(prices, fused), **facts)
 
     @classmethod
     def of_cells(cls, cells: np.ndarray, **facts: Any) -> Prices:
-        """From prices of each cell of a layer table, [10, 4] in milliseconds."""
+        """Takes prices of each cell of a layer table, [10, 4] in milliseconds."""
         return cls(tuple(tuple(map(float, row)) for row in np.asarray(cells)), **facts)  # type: ignore[misc]
 
     @cached_property
@@ -74,7 +74,7 @@ class Prices:
         return np.array(self.cells)
 
     def scaled(self, factor: float | Sequence[float]) -> Prices:
-        """Of a device that is `factor` times slower, or slower by a factor of its own in each column of the cells."""
+        """Returns prices of a device that is `factor` times slower, in all or in each column of the cells."""
         factors = np.broadcast_to(np.asarray(factor, float), 4)
         cells = tuple(tuple(map(float, row)) for row in self.matrix * factors)
         most = None if self.most is None else self.most.scaled(factor)
@@ -82,7 +82,7 @@ class Prices:
         return replace(self, cells=cells, constant_ms=constant_ms, most=most)  # type: ignore[arg-type]
 
     def parts_ms(self, layers: tuple[tuple[float, ...], ...], batch: int) -> tuple[float, float]:
-        """Milliseconds of calls and of all else in one pass, before launches hide behind work."""
+        """Returns the milliseconds of calls and of all else in one pass, before launches hide behind work."""
         table = _scaled_table(layers, batch)
         spent = table * self.matrix
         calls = float(spent[:, CALLS_COLUMN].sum())
@@ -94,7 +94,7 @@ class Prices:
         return calls, float(spent[:, :CALLS_COLUMN].sum())
 
     def ms(self, layers: tuple[tuple[float, ...], ...], batch: int) -> float:
-        """Milliseconds of one pass of `batch` examples through a layer table [10, 4]."""
+        """Returns the milliseconds of one pass of `batch` examples through a layer table [10, 4]."""
         own = self._own_ms(layers, batch)
         return own if self.most is None else min(own, self.most.ms(layers, batch))
 
@@ -110,13 +110,13 @@ class Prices:
         )
 
     def calls_share(self, layers: tuple[tuple[float, ...], ...], batch: int) -> float:
-        """Share of a pass that is overhead: calls against all, in [0, 1]."""
+        """Returns the share of a pass that is overhead: calls against all, in [0, 1]."""
         calls, _ = self.parts_ms(layers, batch)
         whole = self.ms(layers, batch)
         return min(1.0, calls / whole) if whole else 0.0
 
     def remarks(self, layers: tuple[tuple[float, ...], ...], batch: int) -> list[str]:
-        """Why a prediction for this network and batch is an extrapolation; empty where the references surround it."""
+        """Says why a prediction for this network and batch is an extrapolation; empty where references surround it."""
         found = ["measured with another number of threads"] if self.basis == "threads" else []
         table = _scaled_table(layers, batch)
         if self.basis in BASES[len(MEASURED) :]:
@@ -143,7 +143,7 @@ class Prices:
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """As it stands in a profile: picoseconds and, for calls, microseconds, by kind."""
+        """Returns what a profile holds: picoseconds and, for calls, microseconds, by kind."""
         facts: dict[str, Any] = {"runtime": self.runtime, "threads": self.threads, "precision": self.precision}
         facts |= {"basis": self.basis, "rows": self.rows, "networks": self.networks}
         if self.error is not None:

@@ -95,11 +95,11 @@ class Prior:
     devices: int = 0
 
     def mean(self, facts: Facts, units: np.ndarray) -> np.ndarray:
-        """Mean of the logarithms of a device's prices, [17]."""
+        """Returns the mean of the logarithms of a device's prices, [17]."""
         return np.asarray(np.log(units) + facts.vector @ self.effects)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain YAML types; `from_dict` is the inverse."""
+        """Returns plain YAML types; `from_dict` is the inverse."""
         return {
             "effects": np.round(self.effects, 4).tolist(),
             "covariance": np.round(self.covariance, 5).tolist(),
@@ -153,7 +153,7 @@ def step_counts(counts: np.ndarray, phase: Phase, prior: Prior) -> np.ndarray:
 
 
 def problems_of(samples: Sequence[Sample], prior: Prior, masks: Sequence[np.ndarray] | None = None) -> Problems:
-    """The fits of many samples as one batch; `masks` leaves rows out."""
+    """Gathers the fits of many samples as one batch; `masks` leaves rows out."""
     rows = max(len(s) for s in samples)
     size = len(samples)
     counts, log_ms, mask = np.zeros((size, rows, NUM_COLUMNS)), np.zeros((size, rows)), np.zeros((size, rows))
@@ -190,7 +190,7 @@ def learn(
     spread: np.ndarray | None = None,
     guess: np.ndarray | None = None,
 ) -> Prior:
-    """Empirical Bayes: the prior that explains these devices, starting from another.
+    """Learns by empirical Bayes the prior that explains these devices, starting from another.
 
     A device counts with the square root of its number of settings. Effects are ridge regressions of the devices' log
     multipliers; the covariance is that of what is left plus the mean posterior covariance, with the starting spread
@@ -229,13 +229,13 @@ def learn(
 
 
 def left_out(samples: Sequence[Sample], prior: Prior) -> list[np.ndarray]:
-    """Relative error of each row when its network is left out of the fit, for each sample."""
+    """Returns the relative error of each row when its network is left out of the fit, for each sample."""
     predicted = left_out_ms(samples, prior)
     return [np.abs(ms / s.milliseconds - 1) for ms, s in zip(predicted, samples, strict=True)]
 
 
 def left_out_ms(samples: Sequence[Sample], prior: Prior) -> list[np.ndarray]:
-    """Milliseconds of each row as predicted when its network is left out of the fit, for each sample."""
+    """Predicts the milliseconds of each row with its network left out of the fit, for each sample."""
     tasks, masks, rows = [], [], []
     for number, s in enumerate(samples):
         names = np.array(s.networks)
@@ -259,7 +259,7 @@ def left_out_ms(samples: Sequence[Sample], prior: Prior) -> list[np.ndarray]:
 
 
 def choose_networks(sample: Sample, prior: Prior, count: int) -> list[int]:
-    """Rows of networks to measure, from the prior alone: greedily those that leave the others least uncertain.
+    """Chooses networks to measure, from the prior alone: greedily those that leave the others least uncertain.
 
     The uncertainty is the mean standard deviation of the logarithms of all rows' predictions, linearised at the prior's
     mean; a measurement counts with twice the variance of a row.
@@ -285,7 +285,7 @@ def choose_networks(sample: Sample, prior: Prior, count: int) -> list[int]:
 
 
 def error_with(sample: Sample, prior: Prior, picks: Sequence[int]) -> float:
-    """Mean relative error on the networks of a sample that are not in `picks`, when only those are measured."""
+    """Returns the mean relative error on a sample's networks outside `picks`, when only those are measured."""
     mask = np.zeros(len(sample))
     mask[list(picks)] = 1.0
     problems = problems_of([sample], prior, [mask])
@@ -298,20 +298,20 @@ def error_with(sample: Sample, prior: Prior, picks: Sequence[int]) -> float:
 
 @lru_cache(maxsize=1)
 def recalled() -> Mapping[str, Any]:
-    """The recalled facts of `devices/peaks.yaml`: cores, cards, bandwidths, microcontrollers."""
+    """Reads the facts of `devices/peaks.yaml` that were written from memory: cores, cards, bandwidths, boards."""
     facts: Mapping[str, Any] = read_yaml(Path(__file__).parent.parent / "peaks.yaml")
     return facts
 
 
 @lru_cache(maxsize=1)
 def shipped_priors() -> Mapping[str, Prior]:
-    """The priors by family, as `fedsim devices build` learned them."""
+    """Reads the priors by family, as `fedsim devices build` learned them."""
     tree = read_yaml(Path(__file__).parent.parent / "priors.yaml")
     return {name: Prior.from_dict(prior) for name, prior in tree.items()}
 
 
 def shipped_prior(family: str) -> Prior:
-    """The prior of a family of runtimes: mobile, cpu_forward, cpu_train_step, gpu_forward, gpu_train_step, mcu.
+    """Returns a family's prior: mobile, cpu_forward, cpu_train_step, gpu_forward, gpu_train_step or mcu.
 
     Raises:
         DeviceError: for an unknown family.

@@ -122,7 +122,7 @@ class Space:
     split: SpaceSplit
 
     def latency(self, device: str) -> np.ndarray:
-        """Milliseconds of every network on one device, [networks].
+        """Returns the milliseconds of every network on one device, [networks].
 
         Raises:
             DeviceError: for a device that the table does not have.
@@ -133,16 +133,16 @@ class Space:
         return own
 
     def pool(self, device: str) -> np.ndarray:
-        """The networks to adapt or train with, trimmed for this device; indices in rising order."""
+        """Returns the networks to adapt or train with, trimmed for this device; indices in rising order."""
         return trimmed(self.latency(device), np.arange(self.split.pool))
 
     def judged(self, device: str) -> np.ndarray:
-        """The networks to judge on, trimmed for this device: 800 indices in rising order."""
+        """Returns the networks to judge on, trimmed for this device: 800 indices in rising order."""
         return trimmed(self.latency(device), np.arange(self.split.pool, self.split.pool + TEST_NETWORKS))
 
 
 def trimmed(latency_ms: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """`index` without the fastest and the slowest tenth, in rising order."""
+    """Returns `index` without the fastest and the slowest tenth, in rising order."""
     order = index[np.argsort(latency_ms[index], kind="stable")]
     cut = int(TRIM * len(index))
     return np.sort(order[cut : len(index) - cut])

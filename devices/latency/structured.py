@@ -88,11 +88,11 @@ class StructuredPredictor:
         return cls(coefficients, sigma, len(ms))
 
     def predict(self, features: np.ndarray) -> np.ndarray:
-        """Milliseconds of networks with features [n, f] for the batch that is run, [n]."""
+        """Predicts milliseconds of networks with features [n, f] for the batch that is run, [n]."""
         return np.asarray(predict_ms(self.coefficients[None], features)[0])
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; `from_dict` is the inverse."""
+        """Returns plain JSON types; `from_dict` is the inverse."""
         return {
             "coefficients": self.coefficients.tolist(),
             "sigma": self.sigma,
@@ -119,7 +119,7 @@ class StructuredPredictor:
 
 
 def predict_ms(coefficients: np.ndarray, features: np.ndarray) -> np.ndarray:
-    """Milliseconds of every network on every device at once.
+    """Predicts the milliseconds of every network on every device at once.
 
     Args:
         coefficients: one row per device, [devices, f].
@@ -139,7 +139,7 @@ def predict_ms(coefficients: np.ndarray, features: np.ndarray) -> np.ndarray:
 
 
 def prior_of(sources: Sequence[StructuredPredictor], mean_ms: Sequence[float]) -> np.ndarray:
-    """A typical device: the mean over source devices of coefficients / mean latency, [f]."""
+    """Returns a typical device: the mean over source devices of coefficients / mean latency, [f]."""
     if not sources or len(sources) != len(mean_ms):
         raise DeviceError(
             f"a prior needs a mean latency for each of its sources, got {len(mean_ms)} for {len(sources)}"
@@ -148,7 +148,7 @@ def prior_of(sources: Sequence[StructuredPredictor], mean_ms: Sequence[float]) -
 
 
 def choose_references(features: np.ndarray, candidates: np.ndarray, count: int) -> np.ndarray:
-    """Which networks to measure, from the networks alone: a greedy D-optimal design.
+    """Chooses networks to measure, from the networks alone: a greedy D-optimal design.
 
     Features are standardised over the candidates, with a constant; each pick is the network x with the largest gain
     x' M^-1 x, M being 0.001 I plus the sum of x x' over the picks so far. Leave out networks that a runtime would not
@@ -185,7 +185,7 @@ def choose_references(features: np.ndarray, candidates: np.ndarray, count: int) 
 
 
 def _fit(phi: np.ndarray, ms: np.ndarray, prior: np.ndarray, penalty: float, rounds: int) -> np.ndarray:
-    """Coefficients of scaled features phi [n, k]; the first solution and one per round of reweighting."""
+    """Fits coefficients of scaled features phi [n, k]: a first solution and one per round of reweighting."""
     scale = float(np.median(ms / np.maximum(phi @ prior, 1e-12))) if prior.any() else 0.0
     pull = np.sqrt(penalty) * phi.mean(axis=0) / ms.mean()
     rows, doubt = phi / ms[:, None], np.ones(len(ms))
@@ -199,7 +199,7 @@ def _fit(phi: np.ndarray, ms: np.ndarray, prior: np.ndarray, penalty: float, rou
 
 
 def _left_out_errors(phi: np.ndarray, ms: np.ndarray, prior: np.ndarray, penalty: float, rounds: int) -> np.ndarray:
-    """min(1, |log(predicted / measured)|) of each network when the others are fitted, [n]; 1 for a single network.
+    """Returns min(1, |log(predicted / measured)|) of each left-out network, [n]; 1 for a single network.
 
     More than `FOLDS` networks are left out in that many groups, every fiftieth together.
     """

@@ -65,7 +65,7 @@ RUNTIMES: Mapping[str, Runtime] = {
 
 
 def runtime_of(backend: str, gpu: bool) -> str | None:
-    """The runtime of a table's backend; None for what no processor or card of ours runs (NNAPI, phone GPUs)."""
+    """Returns the runtime of a table's backend; None for what no processor or card runs here (NNAPI, phone GPUs)."""
     if backend == "cpu":
         return "ncnn"
     if backend.startswith("pytorch"):
@@ -131,7 +131,7 @@ class Core:
 
 
 def parse_cores(text: str, macs_per_cycle: Mapping[str, float]) -> list[Core]:
-    """The cores of "1xA76@2.96 + 4xA55@1.8", one by one, in that order."""
+    """Reads the cores of "1xA76@2.96 + 4xA55@1.8", one by one, in that order."""
     found = []
     for count, name, ghz in re.findall(r"(\d+)x(\w+)@([\d.]+)", text):
         found += [Core(name, float(ghz), float(macs_per_cycle.get(name, 0.0)))] * int(count)
@@ -139,7 +139,7 @@ def parse_cores(text: str, macs_per_cycle: Mapping[str, float]) -> list[Core]:
 
 
 def cluster(cores: list[Core], which: str) -> list[Core]:
-    """The cores that a run uses, fastest first: the little ones, or the big ones (all, where all are alike)."""
+    """Returns the cores that a run uses, fastest first: the little ones, or the big ones (all, if all are alike)."""
     little = [core for core in cores if core.name in LITTLE]
     big = [core for core in cores if core.name not in LITTLE] or cores
     return sorted(little or cores if which == "little" else big, key=lambda core: -core.gmacs)
@@ -185,7 +185,7 @@ class Tables:
         return frame
 
     def cores(self, device: str) -> list[Core]:
-        """The device's cores with their multiply-adds per cycle; empty where they are not known."""
+        """Returns the device's cores with their multiply-adds per cycle; empty where they are not known."""
         own = recalled()["cores"].get(device)
         if device in self.devices.index:
             derivation = self.devices.loc[device].get("peak_derivation")
@@ -200,7 +200,7 @@ class Tables:
         return parse_cores(own["cores"], own["macs_per_cycle"]) if own else []
 
     def bandwidth_gbs(self, device: str) -> float:
-        """Theoretical memory bandwidth."""
+        """Returns the theoretical memory bandwidth in 1e9 bytes per s."""
         if device in self.devices.index:
             known: Any = self.devices.loc[device].get("mem_gbs_theory")
             if known == known and known is not None:
@@ -217,7 +217,7 @@ class Tables:
     def physics(
         self, device: str, runtime: str, threads: int, cores: str, precision: str, year: float
     ) -> tuple[Physics, Facts] | None:
-        """What the datasheet says of a device run in one way; None where its peak is not known."""
+        """Returns what the datasheet says of a device run in one way; None where its peak is not known."""
         kind = RUNTIMES[runtime]
         half = precision == "fp16"
         bandwidth = 1e9 * self.bandwidth_gbs(device)
@@ -241,7 +241,7 @@ class Tables:
         return physics, Facts(len(used), half, used[0].name in IN_ORDER, isa, year)
 
     def table(self, network: str, size: str, fused: bool, ncnn: bool = False) -> np.ndarray | None:
-        """The layer table of a network with an input "3x224x224", [10, 4]; None where nobody knows its layers.
+        """Returns the layer table of a network with an input "3x224x224", [10, 4]; None if its layers are not known.
 
         A fused table lacks norms and rectifiers, an unfused one counts them as elementwise: each is for one kind of
         runtime. Networks that the tables do not count are built and traced where a library or this package has them.
@@ -255,8 +255,7 @@ class Tables:
         return self._tables[key]
 
     def settings(self, *files: str) -> list[Setting]:
-        """What the measurement files hold, setting by setting, in the order of the files; all files that are there
-        when none is named.
+        """Reads the measurement files, setting by setting; all files that are there when none is named.
 
         Left out: phone GPUs and NPUs, int8, networks whose layers nobody knows, devices without a known peak, rows
         that name no input.
@@ -318,7 +317,7 @@ def _year(date: str, usual: float) -> float:
 
 
 def _table(row: Mapping[Any, Any]) -> np.ndarray:
-    """A row of network_features.csv in our kinds: `win` is part of its conv, `grp` part of its depthwise."""
+    """Returns a row of network_features.csv in our kinds: `win` is part of its conv, `grp` part of its depthwise."""
     table = np.zeros((len(TABLE_KINDS), 4))
     for j, column in enumerate(("macs", "activations", "weights", "calls")):
         short = {"activations": "acts"}.get(column, column)
@@ -332,7 +331,7 @@ def _table(row: Mapping[Any, Any]) -> np.ndarray:
 
 
 def _traced(network: str, size: str, constructor: str) -> np.ndarray | None:
-    """The layer table of a network that torchvision or `devices.latency.own_networks` can build; None for others."""
+    """Traces a network that torchvision or `devices.latency.own_networks` can build; None for others."""
     import torch
 
     from devices.latency.own_networks import OWN

@@ -19,7 +19,7 @@ MOST_GROUPS = 8  # of a GroupNorm
 
 
 def normaliser(norm: Norm, channels: int) -> nn.Module:
-    """The norm layer for `channels`; a GroupNorm has at most 8 groups, of two or more channels where there are two."""
+    """Makes the norm layer; a GroupNorm has at most 8 groups, of two or more channels where there are two."""
     if norm == "batch":
         return nn.BatchNorm2d(channels)
     # A group of one channel and one pixel is constant, which would stop all learning where the image has become 1x1.
@@ -36,7 +36,7 @@ def conv_norm(
     groups: int = 1,
     activation: nn.Module | None = None,
 ) -> nn.Sequential:
-    """Convolution without bias, norm and, if given, an activation; sizes are divided by the stride and rounded up."""
+    """Makes a convolution without bias, norm and, if given, activation; sizes are divided by the stride, rounded up."""
     conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
     after = [activation] if activation is not None else []
     return nn.Sequential(conv, normaliser(norm, outputs), *after)
@@ -63,7 +63,7 @@ def image_shape(network: str, input_shape: Sequence[int], smallest: int) -> tupl
 
 
 def choices(network: str, key: str, values: Iterable[int], count: int, allowed: Sequence[int]) -> tuple[int, ...]:
-    """`values` as plain integers.
+    """Checks integers against the allowed ones and returns them as plain integers.
 
     Raises:
         DeviceError: unless there are `count` of them and each is allowed.

@@ -88,7 +88,7 @@ class FBNet(nn.Module):
         self.head = nn.Linear(HEAD, num_classes)
 
     def features(self, x: Tensor) -> Tensor:
-        """What the head sees: [batch, 1504] from x [batch, channels, height, width]."""
+        """Returns what the head sees: [batch, 1504] from x [batch, channels, height, width]."""
         return F.adaptive_avg_pool2d(self.last(self.blocks(self.stem(x))), 1).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ class FBNet(nn.Module):
 
 
 def layer(op: int, before: int, after: int, stride: int, norm: Norm) -> nn.Module:
-    """The layer that an id stands for; a skip that changes the shape is a 1x1 convolution with norm and ReLU."""
+    """Makes the layer of an id; a skip that changes the shape is a 1x1 convolution with norm and ReLU."""
     kind = KINDS[op]
     if kind is not None:
         return Bottleneck(kind, before, after, stride, norm)
@@ -120,6 +120,6 @@ class Bottleneck(nn.Module):
         self.residual = stride == 1 and before == after
 
     def forward(self, x: Tensor) -> Tensor:
-        """[batch, after, ceil(height / stride), ceil(width / stride)] from x [batch, before, height, width]."""
+        """Returns [batch, after, ceil(height / stride), ceil(width / stride)] from x [batch, before, height, width]."""
         y: Tensor = self.project(self.depthwise(self.shuffle(self.expand(x))))
         return x + y if self.residual else y

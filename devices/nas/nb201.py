@@ -78,7 +78,7 @@ class NB201Network(nn.Module):
         self.head = nn.Linear(width, num_classes)
 
     def features(self, x: Tensor) -> Tensor:
-        """What the head sees: [batch, 4 * channels] from x [batch, channels, height, width]."""
+        """Returns what the head sees: [batch, 4 * channels] from x [batch, channels, height, width]."""
         return F.adaptive_avg_pool2d(self.last(self.blocks(self.stem(x))), 1).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ class Cell(nn.Module):
         self.loose = sorted({end for _, end in live} - self.read)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[batch, channels, height, width], as x."""
+        """Returns [batch, channels, height, width], the shape of x."""
         nodes = [x]
         for end in range(1, OUTPUT + 1):
             names = [f"{start}_{end}" for start in range(end)]
@@ -131,13 +131,13 @@ class Reduction(nn.Module):
         self.shortcut = nn.Sequential(pool, nn.Conv2d(before, after, 1, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[batch, after, ceil(height / 2), ceil(width / 2)] from x [batch, before, height, width]."""
+        """Returns [batch, after, ceil(height / 2), ceil(width / 2)] from x [batch, before, height, width]."""
         reduced: Tensor = self.body(x) + self.shortcut(x)
         return reduced
 
 
 def operation(op: int, channels: int, norm: Norm) -> nn.Module:
-    """What an edge does, for ids other than `none`; [batch, channels, height, width] in and out."""
+    """Makes what an edge does, for ids other than `none`; [batch, channels, height, width] in and out."""
     name = OPERATIONS[op]
     if name == "skip_connect":
         return nn.Identity()
@@ -147,7 +147,7 @@ def operation(op: int, channels: int, norm: Norm) -> nn.Module:
 
 
 def operation_ids(ops: Sequence[int]) -> tuple[int, ...]:
-    """Six plain integers in 0..4.
+    """Checks six operation ids in 0..4 and returns them as plain integers.
 
     Raises:
         DeviceError: for anything else.
@@ -156,7 +156,7 @@ def operation_ids(ops: Sequence[int]) -> tuple[int, ...]:
 
 
 def to_string(ops: Sequence[int]) -> str:
-    """The benchmark's string form: nodes joined by "+", in each "|operation~start|..." for every edge to it.
+    """Writes the benchmark's string: nodes joined by "+", in each "|operation~start|..." for every edge to it.
 
     Raises:
         DeviceError: unless these are six operation ids.
@@ -168,7 +168,7 @@ def to_string(ops: Sequence[int]) -> str:
 
 
 def from_string(text: str) -> tuple[int, ...]:
-    """Six operation ids in the order of `EDGES`; undoes `to_string`.
+    """Reads six operation ids in the order of `EDGES`; undoes `to_string`.
 
     Raises:
         DeviceError: for a string of another form or with an unknown operation.
@@ -190,7 +190,7 @@ def counts(
     channels: int = 16,
     cells: int = 5,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Parameters and multiply-adds without building anything, for whole tables of architectures.
+    """Counts parameters and multiply-adds without building anything, for whole tables of architectures.
 
     Args:
         ops: operation ids in the order of `EDGES`, [..., 6]; what leads nowhere counts too.

@@ -91,7 +91,7 @@ class OFANetwork(nn.Module):
 
     @classmethod
     def from_encoding(cls, numbers: Sequence[int], num_classes: int = 1000, norm: Norm = "batch") -> OFANetwork:
-        """A network for square images from a row of HELP's table: ks, e, d and the resolution side by side, 46 numbers.
+        """Builds a network for square images from a row of HELP's table: ks, e, d and resolution, 46 numbers.
 
         Raises:
             DeviceError: for a row that is not in the space.
@@ -104,7 +104,7 @@ class OFANetwork(nn.Module):
         return cls(ks, e, d, (3, int(numbers[-1]), int(numbers[-1])), num_classes, norm)
 
     def features(self, x: Tensor) -> Tensor:
-        """What the head sees: [batch, 1280] from x [batch, channels, height, width]."""
+        """Returns what the head sees: [batch, 1280] from x [batch, channels, height, width]."""
         mixed: Tensor = self.mix(F.adaptive_avg_pool2d(self.last(self.blocks(self.stem(x))), 1))
         return mixed.flatten(1)
 
@@ -138,7 +138,7 @@ class Bottleneck(nn.Module):
         self.residual = stride == 1 and before == after
 
     def forward(self, x: Tensor) -> Tensor:
-        """[batch, after, ceil(height / stride), ceil(width / stride)] from x [batch, before, height, width]."""
+        """Returns [batch, after, ceil(height / stride), ceil(width / stride)] from x [batch, before, height, width]."""
         y: Tensor = self.body(x)
         return x + y if self.residual else y
 
@@ -162,12 +162,12 @@ class SqueezeExcite(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """[batch, channels, height, width], as x."""
+        """Returns [batch, channels, height, width], the shape of x."""
         gate: Tensor = self.gate(x)
         return x * gate
 
 
 def divisible(channels: int) -> int:
-    """The nearest multiple of 8 that is at least 8 and nine tenths of `channels`."""
+    """Returns the nearest multiple of 8 that is at least 8 and nine tenths of `channels`."""
     near = max(DIVISOR, (channels + DIVISOR // 2) // DIVISOR * DIVISOR)
     return near + DIVISOR if near < 0.9 * channels else near

@@ -28,7 +28,7 @@ FBNET_SIDE = 32  # pixels; 100 classes, a last pointwise layer to 1504
 
 
 def nb201_features(ops: np.ndarray, features: str = "layers") -> np.ndarray:
-    """What the networks of NAS-Bench-201 cost on CIFAR: 3 x 32 x 32 inputs, ten classes, batch 1.
+    """Returns what the networks of NAS-Bench-201 cost on CIFAR: 3 x 32 x 32 inputs, ten classes, batch 1.
 
     Args:
         ops: ids of `NB201_OPS` on the edges of `NB201_EDGES`, [n, 6].
@@ -48,9 +48,10 @@ def nb201_features(ops: np.ndarray, features: str = "layers") -> np.ndarray:
 
 
 def nb201_connected(ops: np.ndarray) -> np.ndarray:
-    """Whether a path without `none` leads from the cell's input to its output, [n] bool; ops as in `nb201_features`.
+    """Returns whether a path without `none` leads from the cell's input to its output, [n] bool.
 
-    In the others the cells compute nothing, and runtimes that cut dead branches time them as empty.
+    Ids are those of `nb201_features`. In the other networks the cells compute nothing, and runtimes that cut dead
+    branches time them as empty.
     """
     ops = _checked("nb201", ops, len(NB201_EDGES), len(NB201_OPS), "counts")
     alive = np.zeros((len(ops), 4), dtype=bool)
@@ -61,7 +62,7 @@ def nb201_connected(ops: np.ndarray) -> np.ndarray:
 
 
 def fbnet_features(ops: np.ndarray, features: str = "layers") -> np.ndarray:
-    """What the networks of FBNet cost with 3 x 32 x 32 inputs and 100 classes, batch 1.
+    """Returns what the networks of FBNet cost with 3 x 32 x 32 inputs and 100 classes, batch 1.
 
     Args:
         ops: ids of `FBNET_OPS` in the 22 searchable layers, [n, 22].
@@ -82,7 +83,7 @@ def fbnet_features(ops: np.ndarray, features: str = "layers") -> np.ndarray:
 
 
 def network_features(space: str, ops: np.ndarray, features: str = "layers") -> np.ndarray:
-    """`nb201_features` or `fbnet_features`, by the name of the space.
+    """Returns `nb201_features` or `fbnet_features`, by the name of the space.
 
     Raises:
         DeviceError: also for an unknown space.
@@ -94,13 +95,13 @@ def network_features(space: str, ops: np.ndarray, features: str = "layers") -> n
 
 
 def network_macs(space: str, ops: np.ndarray) -> np.ndarray:
-    """Multiply-adds of each network for one example, [n]: of convolutions and the classifier, not of pools and adds."""
+    """Counts each network's multiply-adds for one example, [n]: convolutions and classifier, no pools and adds."""
     rows = network_features(space, ops)[:, :-1].reshape(len(ops), len(KINDS), len(COLUMNS))
     return np.asarray(rows[:, MAC_ROWS, 0].sum(axis=1))
 
 
 def connected(space: str, ops: np.ndarray) -> np.ndarray:
-    """Which networks compute something, [n] bool: in FBNet all of them, since its skips carry the input on."""
+    """Returns which networks compute something, [n] bool: in FBNet all, since skips carry the input on."""
     return nb201_connected(ops) if space == "nb201" else np.ones(len(ops), dtype=bool)
 
 
@@ -120,14 +121,14 @@ def _with_constant(rows: np.ndarray) -> np.ndarray:
 
 
 def _row(kind: str, macs: float, activations: float, weights: float = 0.0) -> np.ndarray:
-    """One call of one layer as a flat table, [40]."""
+    """Returns one call of one layer as a flat table, [40]."""
     table = np.zeros((len(KINDS), len(COLUMNS)))
     table[KINDS.index(kind)] = macs, activations, weights, 1
     return table.ravel()
 
 
 def _convolution(inputs: int, outputs: int, kernel: int, side: int, stride: int = 1, groups: int = 1) -> np.ndarray:
-    """A square convolution that keeps `side` pixels, or with stride 2 makes half of them."""
+    """Returns a square convolution that keeps `side` pixels, or with stride 2 half of them, as a flat table, [40]."""
     if groups > 1:
         kind = "depthwise" if groups == inputs else "grouped"
     else:
@@ -137,7 +138,7 @@ def _convolution(inputs: int, outputs: int, kernel: int, side: int, stride: int 
 
 
 def _nb201_operations() -> np.ndarray:
-    """All cells of one operation on one edge, [5 operations, 40]."""
+    """Sums all cells of one operation on one edge, [5 operations, 40]."""
     table = np.zeros((len(NB201_OPS), len(KINDS) * len(COLUMNS)))
     for channels, side in NB201_STAGES:
         elements = channels * side**2
@@ -149,7 +150,7 @@ def _nb201_operations() -> np.ndarray:
 
 
 def _nb201_skeleton() -> np.ndarray:
-    """Stem, the two reductions and the classifier, [40]."""
+    """Sums stem, the two reductions and the classifier, [40]."""
     table: np.ndarray = _convolution(3, 16, 3, 32) + _row("fc", 640, 64 + 10, 640)
     for (inputs, side), (outputs, half) in itertools.pairwise(NB201_STAGES):
         table = table + _convolution(inputs, outputs, 3, side, 2) + _convolution(outputs, outputs, 3, half)
@@ -159,7 +160,7 @@ def _nb201_skeleton() -> np.ndarray:
 
 
 def _fbnet_operations() -> tuple[np.ndarray, np.ndarray]:
-    """Each operation at each position, [22, 9, 40], and stem and head, [40]."""
+    """Returns each operation at each position, [22, 9, 40], and stem and head, [40]."""
     positions, inputs, side = [], 16, FBNET_SIDE
     for outputs, layers, first_stride in FBNET_STAGES:
         for layer in range(layers):
@@ -171,7 +172,7 @@ def _fbnet_operations() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _fbnet_layer(name: str, inputs: int, outputs: int, side: int, stride: int) -> np.ndarray:
-    """Pointwise, depthwise, pointwise, and an add where the shapes agree; `name` as in `FBNET_OPS`."""
+    """Sums pointwise, depthwise, pointwise, and an add where shapes agree, [40]; `name` as in `FBNET_OPS`."""
     same = inputs == outputs and stride == 1
     if name == "skip":
         elements = inputs * side**2

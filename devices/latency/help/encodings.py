@@ -44,7 +44,7 @@ ENCODINGS = {
 
 
 def encode(space: str, networks: np.ndarray) -> Tensor:
-    """Networks as HELP's predictor reads them.
+    """Encodes networks as HELP's predictor reads them.
 
     Args:
         space: "nb201", "fbnet" or "ofa".
@@ -68,7 +68,7 @@ def encode(space: str, networks: np.ndarray) -> Tensor:
 
 
 def graph_adjacency() -> Tensor:
-    """The cell of NAS-Bench-201 as HELP adds up its nodes: row i sums the nodes that feed node i, and i itself, [9, 9].
+    """Returns the cell of NAS-Bench-201 as HELP adds up its nodes: row i sums node i and what feeds it, [9, 9].
 
     The same for every network: a `none` operation keeps its arrows. The last row is the global node and sums all.
     """
@@ -87,7 +87,7 @@ def _encode_nb201(ops: Tensor) -> Tensor:
 
 
 def _encode_fbnet(ops: Tensor) -> Tensor:
-    """Six slots a layer: kernel 3, kernel 5, and four expansion variants; a skip (id 8) has none of them."""
+    """Encodes six slots a layer: kernel 3, kernel 5, and four expansion variants; a skip (id 8) has none of them."""
     _check("fbnet", ops, ops.ge(0) & ops.le(8), "operation")
     kernel, expansion = F.one_hot(ops // 4, 3)[..., :2], F.one_hot(ops % 4, 4)
     used = ops.lt(8).unsqueeze(-1)

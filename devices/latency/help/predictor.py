@@ -36,7 +36,7 @@ LABEL_LOW, LABEL_SPAN = 0.05, 0.9
 
 
 def hardware_embedding(reference_ms: np.ndarray) -> Tensor:
-    """A device in ten numbers from 0 (its fastest reference) to 1 (its slowest), [10] float32.
+    """Describes a device by ten numbers from 0 (its fastest reference) to 1 (its slowest), [10] float32.
 
     Raises:
         DeviceError: unless there are ten finite positive latencies, not all equal.
@@ -54,7 +54,7 @@ def labels(ms: np.ndarray, low_ms: float, high_ms: float) -> Tensor:
 
 
 def predict(params: Params, x: Tensor, h: Tensor) -> Tensor:
-    """Labels of the same number of networks on several devices at once, each with its own weights.
+    """Predicts labels of equally many networks on several devices at once, each with its own weights.
 
     Args:
         params: the predictor's, each with a leading axis [devices, ...].
@@ -80,7 +80,7 @@ def _vector_features(params: Params, x: Tensor) -> Tensor:
 
 
 def _graph_features(params: Params, x: Tensor) -> Tensor:
-    """Four graph convolutions relu(A X W + b), of which the global node's row remains, [devices, networks, 100].
+    """Applies four graph convolutions relu(A X W + b) and returns the global node's row, [devices, networks, 100].
 
     Nodes come before networks, so that the sum over neighbours is one product for all networks of a device.
     """
@@ -97,19 +97,19 @@ def _graph_features(params: Params, x: Tensor) -> Tensor:
 
 
 def gate_posterior(modulator: Params, h: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the gates for devices h [devices, 10]; each [devices, 603]."""
+    """Returns the mean and standard deviation of the gates for devices h [devices, 10]; each [devices, 603]."""
     hidden = F.relu(F.linear(h, modulator["z_encoder.0.weight"], modulator["z_encoder.0.bias"]))
     mean, spread = F.linear(hidden, modulator["z_encoder.2.weight"], modulator["z_encoder.2.bias"]).chunk(2, dim=-1)
     return mean, F.softplus(spread)
 
 
 def gate_divergence(mean: Tensor, deviation: Tensor) -> Tensor:
-    """KL divergence of the gates' normal distribution from N(0, 1), summed over the gates, [devices]."""
+    """Returns the KL divergence of the gates' normal distribution from N(0, 1), summed over gates, [devices]."""
     return (0.5 * (mean.square() + deviation.square() - 1) - deviation.log()).sum(-1)
 
 
 def modulate(model: Params, z: Tensor) -> Params:
-    """The predictor's weights under gates z [devices, 603]: a copy per device, with a leading axis [devices, ...].
+    """Applies gates z [devices, 603] to the predictor's weights: a copy per device, [devices, ...] each.
 
     An input feature of a head layer is scaled by 1 + 0.01 z, its bias shifted by 0.01 z; the other layers stay.
     """
@@ -125,7 +125,7 @@ def modulate(model: Params, z: Tensor) -> Params:
 def adapt(
     params: Params, rates: Params, x: Tensor, y: Tensor, h: Tensor, steps: int = STEPS, train: bool = False
 ) -> Params:
-    """The inner loop: gradient steps on the support of each device, with the learned rates (Meta-SGD).
+    """Takes gradient steps on the support of each device, with learned rates: the inner loop of Meta-SGD.
 
     Args:
         params: modulated weights, [devices, ...] each.
@@ -214,20 +214,20 @@ class HelpPredictor:
         return cls(weights.space, params, h, *line)
 
     def labels(self, networks: np.ndarray) -> np.ndarray:
-        """The predictor's own output, mean over the draws, [n]: right in order, without a unit."""
+        """Returns the predictor's own output, mean over the draws, [n]: right in order, without a unit."""
         x, draws = encode(self.space, networks), len(self.params["fc5.bias"])
         with torch.no_grad():
             return predict(self.params, _repeat(x, draws), self.embedding.expand(draws, -1)).mean(0).double().numpy()
 
     def predict(self, networks: np.ndarray) -> np.ndarray:
-        """Milliseconds of networks as `encode` takes them, [n]."""
+        """Predicts milliseconds of networks as `encode` takes them, [n]."""
         return self.offset_ms + self.slope_ms * self.labels(networks)
 
 
 def label_range(
     support_ms: np.ndarray, reference_ms: np.ndarray, known_labels: np.ndarray | None = None
 ) -> tuple[float, float]:
-    """Milliseconds that become the labels 0.05 and 0.95: the extremes of the pool, judged by measured networks only.
+    """Estimates the milliseconds that become labels 0.05 and 0.95: the pool's extremes, from measured networks only.
 
     When the networks' labels on the source devices are known, a least-squares line from milliseconds to label tells
     it: the less the device has in common with the sources, the flatter. Else their extremes do: of n numbers drawn
@@ -251,7 +251,7 @@ def label_range(
 
 
 def source_labels(space: Space, devices: Sequence[str] | None = None) -> np.ndarray:
-    """Labels of every network, mean over devices of a table, [networks]; beyond 0.05..0.95 outside the pool.
+    """Returns labels of every network, mean over devices of a table, [networks]; outside 0.05..0.95 beyond the pool.
 
     Args:
         space: table of measured latencies.
@@ -278,7 +278,7 @@ def _latencies(what: str, ms: np.ndarray) -> np.ndarray:
 
 
 def rising_line(x: np.ndarray, y: np.ndarray) -> tuple[float, float] | None:
-    """Slope and offset of the least-squares line from x to y; None if it does not rise."""
+    """Returns slope and offset of the least-squares line from x to y; None if it does not rise."""
     centred = x - x.mean()
     spread = float(centred @ centred)
     slope = float(centred @ (y - y.mean())) / spread if spread > 0 else 0.0

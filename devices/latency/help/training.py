@@ -118,7 +118,7 @@ class _Source:
 
 
 def first_weights(space: str, settings: HelpSettings) -> HelpWeights:
-    """Weights before training: graph weights within 0.05, the rest within 1/sqrt(inputs), as PyTorch's layers start."""
+    """Draws weights before training: graph weights within 0.05, others within 1/sqrt(inputs), as in PyTorch."""
     draw = stream(settings.seed, "help", "weights")
 
     def uniform(name: str, shapes: dict[str, tuple[int, ...]]) -> Tensor:
@@ -135,7 +135,7 @@ def first_weights(space: str, settings: HelpSettings) -> HelpWeights:
 
 
 def episode_loss(weights: HelpWeights, batch: tuple[Tensor, ...], z_noise: Tensor, settings: HelpSettings) -> Tensor:
-    """The outer loss: error of the adapted predictors on the query networks plus the gates' divergence.
+    """Returns the outer loss: error of the adapted predictors on the query networks plus the gates' divergence.
 
     Args:
         weights: requiring gradients.
@@ -208,7 +208,7 @@ class HelpTraining:
         return x, torch.stack(y), x_query, torch.stack(y_query), torch.stack(h)
 
     def step(self) -> float:
-        """One episode; its loss."""
+        """Runs one episode and returns its loss."""
         batch = self._batch()
         noise = torch.from_numpy(self.draw.standard_normal((self.settings.devices, GATES))).float()
         self.adam.zero_grad()
@@ -220,7 +220,7 @@ class HelpTraining:
         return self.losses[-1]
 
     def validate(self) -> float:
-        """Mean Spearman over the validation devices, adapted as at test, on the networks they are judged with.
+        """Returns the mean Spearman over the validation devices, adapted as at test, on their judged networks.
 
         A split without validation devices is validated on its source devices: no training sees the networks that they
         are judged with either.

@@ -75,12 +75,12 @@ _PREFIX = {"model": "model.meta_learner.", "modulator": "inference_network.", "r
 
 
 def flatten_weights(weights: HelpWeights) -> Params:
-    """All tensors under the names of the authors' checkpoints, as they stand in files."""
+    """Returns all tensors under the names of the authors' checkpoints, as they stand in files."""
     return {prefix + name: t for part, prefix in _PREFIX.items() for name, t in getattr(weights, part).items()}
 
 
 def map_weights(weights: HelpWeights, change: Callable[[Tensor], Tensor]) -> HelpWeights:
-    """The same weights with every tensor changed."""
+    """Returns the same weights with every tensor changed."""
     parts = (weights.model, weights.modulator, weights.rates)
     model, modulator, rates = ({name: change(tensor) for name, tensor in part.items()} for part in parts)
     return replace(weights, model=model, modulator=modulator, rates=rates)
@@ -113,7 +113,7 @@ def load_weights(path: str | Path, space: str) -> HelpWeights:
 def unflatten_weights(
     arrays: Mapping[str, Tensor], space: str, where: str, devices: tuple[str, ...] = ()
 ) -> HelpWeights:
-    """The inverse of `flatten_weights`; `where` names the source in errors.
+    """Reads what `flatten_weights` made; `where` names the source in errors.
 
     Raises:
         DeviceError: for a missing, unknown or non-finite array, or a wrong shape.
@@ -144,7 +144,7 @@ def save_weights(weights: HelpWeights, path: str | Path, facts: dict[str, Any] |
 
 
 def write_arrays(path: str | Path, tensors: Params, facts: dict[str, Any]) -> None:
-    """Whole or not at all: a reader never sees half a file.
+    """Writes tensors and facts whole or not at all: a reader never sees half a file.
 
     Raises:
         OSError: naming the file, if the disk does not take it.
@@ -155,7 +155,7 @@ def write_arrays(path: str | Path, tensors: Params, facts: dict[str, Any]) -> No
 
 
 def read_arrays(path: str | Path) -> tuple[Params, dict[str, Any]]:
-    """The inverse of `write_arrays`: tensors and facts.
+    """Reads the tensors and facts that `write_arrays` wrote.
 
     Raises:
         DeviceError: for a file that `write_arrays` did not write.
