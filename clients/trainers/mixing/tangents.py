@@ -139,9 +139,10 @@ def _max_pool2d(both: Tensor, kernel_size: Any, *args: Any, **kwargs: Any) -> Te
     if both.dim() != 4:
         return None
     halves = both.view(2, -1, *both.shape[1:])
-    best: Tensor = F.max_pool2d(halves[0].detach(), kernel_size, *args, **kwargs, return_indices=True)[1]
+    best = F.max_pool2d(halves[0].detach(), kernel_size, *args, **kwargs, return_indices=True)[1]
     rows = best.flatten(2).expand(2, *best.shape[:2], -1)
-    return halves.flatten(-2).gather(-1, rows).unflatten(-1, best.shape[2:]).flatten(0, 1)
+    pooled: Tensor = halves.flatten(-2).gather(-1, rows).unflatten(-1, best.shape[2:])
+    return pooled.flatten(0, 1)
 
 
 def _flatten(both: Tensor, start_dim: int = 0, end_dim: int = -1) -> Tensor | None:
