@@ -1,120 +1,26 @@
-"""The edge grid: seconds, joules and bytes of an exchange, who is accepted, and what is kept.
+"""The edge grid: seconds, joules and bytes of an exchange, and who is accepted.
 
-Most tests put a made-up engine behind the grid. On the reference device (1e10 FLOPs/s; 1e7 bytes/s down, 5e6 up, 0.02 s
-before each; 10 W computing, 2 W on the radio, 1 W idle) a client that gets and sends `WEIGHTS` (1e6 bytes) takes
-0.12 s down and 0.22 s up; client c computes (c + 1) * 3e9 FLOPs in 0.3 * (c + 1) s. So the replies of clients 0..3
-arrive after 0.64, 0.94, 1.24 and 1.54 s, and client 0 spends 0.24 + 3.0 + 0.44 = 3.68 J.
+The figures of clients 0..3 are derived in told_clients.py.
 """
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 import yaml
-from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app import Message, RecordDict
+from told_clients import WEIGHTS, computing, edge, exchange, rounds_kept, update, windows
 
-from clients.trainers.sgd import SGDTrainer
-from devices.availability import Always, Availability
-from devices.cost import Cost, FlopsLatency, ModelCost, Passes, Work
-from devices.fleet import Fleet
+from devices.cost import Cost, Work
 from devices.profile import SHIPPED
-from fedsim.engines.base import Engine, assume_task_identity
-from fedsim.errors import ClientError, RunError
-from fedsim.grid.edge import EMPTY_ROUND_S, EdgeGrid
-from fedsim.grid.exchange import ClientReport
+from fedsim.grid.edge import EMPTY_ROUND_S
 from fedsim.grid.pricing import Prices, RadioTails
-from fedsim.messages.cohort import ClientAnswer, ClientTask, CohortAnswer, CohortTask
-from fedsim.messages.records import from_array, to_array
+from fedsim.messages.cohort import ClientAnswer, ClientTask
 from fedsim.messages.updates import Broadcast
-from fedsim.messages.weights import named
-from fedsim.workloads.blobs import Blobs
 
-WEIGHTS = ArrayRecord({"w": to_array(np.zeros(250_000, np.float32))})
-NETWORK = ModelCost("net", 1e6, 2e6, 0, 0)
-
-Answer = Callable[[ClientTask], ClientAnswer]
-
-
-def computing(client: int) -> Work:
-    return Work((Passes(NETWORK, 10 * (client + 1), 100, 100),), peak_memory_bytes=1000 + client)
-
-
-def update(task: ClientTask) -> ClientAnswer:
-    """Sends the weights back with client + 1 examples, and counts its rounds in its state."""
-    return ClientAnswer(
-        task.client,
-        work=replace(computing(task.client), up_bytes=1_000_000),
-        num_examples=task.client + 1,
-        metrics={"train_loss": float(task.client)},
-        weights=named(task.broadcast.weights),
-        state={"rounds": task.state.get("rounds", torch.tensor(0)) + 1},
-    )
-
-
-class Told(Engine):
-    """Clients that answer as told, without a worker."""
-
-    def __init__(self, answer: Answer):
-        assume_task_identity()
-        self.answer, self.phases = answer, []
-
-    def run(self, task: CohortTask) -> Iterator[CohortAnswer]:
-        self.phases.append(task.phase)
-        for one in task.clients:
-            told = self.answer(one)
-            yield CohortAnswer((replace(told, work=replace(told.work, down_bytes=one.down_bytes)),))
-
-
-def edge(
-    clients: int = 4,
-    answer: Answer = update,
-    availability: Callable[..., Availability] = Always,
-    device: str = "reference",
-    **options,
-) -> EdgeGrid:
-    """An edge grid over `clients` equal devices whose clients answer as told."""
-    fleet = Fleet("toy", {device: 1}, clients, 1, availability, speed_sigma=0, network_sigma=0)
-    grid = EdgeGrid(Told(answer), fleet, FlopsLatency(), "{}", seed=1, **options)
-    grid.round = 1
-    return grid
-
-
-def exchange(grid: EdgeGrid, clients=range(4), phase: str = "train") -> tuple[list[int], dict[int, ClientReport]]:
-    """Sends the weights to `clients`: who was accepted, and the report of each."""
-    messages = [Message(RecordDict({"arrays": WEIGHTS}), client, phase) for client in clients]
-    replies = grid.send_and_receive(messages)
-    return [reply.metadata.src_node_id for reply in replies], {r.client: r for r in grid.take_reports()}
-
-
-def rounds_kept(grid: EdgeGrid) -> dict[int, int]:
-    """How many rounds each client remembers."""
-    states = {client: grid.store.get(client) for client in grid.get_node_ids()}
-    return {client: int(state["rounds"]) for client, state in states.items() if state}
-
-
-class Windows(Availability):
-    """Client c is online during the c-th of `spells`, always when there is none."""
-
-    def __init__(self, num_clients: int, seed: int, spells: dict[int, tuple[float, float]]):
-        super().__init__(num_clients, seed)
-        self.spells = spells
-
-    def _end_s(self, client_id: int, now_s: float) -> float | None:
-        opens_s, closes_s = self.spells.get(client_id, (0.0, math.inf))
-        return closes_s if opens_s <= now_s < closes_s else None
-
-
-def windows(spells: dict[int, tuple[float, float]]):
-    return lambda num_clients, seed: Windows(num_clients, seed, spells)
-
-
-# --- seconds, joules, bytes --------------------------------------------------------------------------------------
+# --- seconds, joules, bytes ------------------------------------------------------------------------------------------
 
 
 def test_round_of_one_client_in_seconds_joules_and_bytes():
@@ -146,26 +52,7 @@ def test_second_exchange_starts_when_the_first_ended():
     assert (reports[0].start_s, grid.clock.now_s) == pytest.approx((1.54, 2.18))
 
 
-def test_replies_come_in_client_order_whatever_order_they_were_asked_in():
-    accepted, reports = exchange(edge(), [2, 0, 3])
-    assert (accepted, list(reports)) == ([0, 2, 3], [0, 2, 3])
-
-
-def test_mean_of_a_round_comes_as_one_reply():
-    """Examples 1 + 2 + 3 + 4 = 10; loss (1 * 0 + 2 * 1 + 3 * 2 + 4 * 3) / 10 = 2; weights (0 + 2 + 6 + 12) / 10 = 2."""
-
-    def answer(task: ClientTask) -> ClientAnswer:
-        return replace(update(task), weights=named({"w": torch.full([250_000], float(task.client))}))
-
-    replies = edge(answer=answer, averages=True).send_and_receive(
-        [Message(RecordDict({"arrays": WEIGHTS}), client, "train") for client in range(4)]
-    )
-    assert len(replies) == 1
-    assert set(from_array(replies[0].content["arrays"]["w"]).tolist()) == {2.0}
-    assert dict(replies[0].content["metrics"]) == {"num-examples": 10, "train_loss": 2.0}
-
-
-# --- deadline and over-selection ---------------------------------------------------------------------------------
+# --- deadline and over-selection -------------------------------------------------------------------------------------
 
 
 def test_reply_after_the_deadline_is_withheld_but_paid_for():
@@ -224,7 +111,7 @@ def test_deadline_does_not_change_what_the_other_clients_draw():
     assert costs[:2] == costs[2:]
 
 
-# --- dropouts ----------------------------------------------------------------------------------------------------
+# --- dropouts --------------------------------------------------------------------------------------------------------
 
 
 def test_client_that_is_offline_at_the_start_gets_nothing_and_pays_nothing():
@@ -317,274 +204,7 @@ def test_exchange_with_nobody_takes_no_time():
     assert (grid.send_and_receive([]), grid.clock.now_s) == ([], 0.0)
 
 
-# --- failing clients ---------------------------------------------------------------------------------------------
-
-
-def one_fails(task: ClientTask) -> ClientAnswer:
-    if task.client == 2:
-        return ClientAnswer(2, "failed", "as told", "TRACE", computing(2))
-    return update(task)
-
-
-def test_failing_client_stops_the_exchange_and_is_named():
-    with pytest.raises(ClientError, match=r"^client 2 \(reference\) failed in round 1 \(seed 1\): as told$") as caught:
-        exchange(edge(answer=one_fails))
-    assert caught.value.traceback == "TRACE"
-
-
-def test_dropped_client_pays_for_what_it_computed():
-    """0.12 s down, 0.9 s computing, nothing up: 0.24 + 9 J."""
-    accepted, reports = exchange(edge(answer=one_fails, on_client_error="drop"))
-    assert (accepted, reports[2].outcome, reports[2].reason) == ([0, 1, 3], "failed", "as told")
-    assert (reports[2].joules, reports[2].cost.up_s, reports[2].work.up_bytes) == (pytest.approx(9.24), 0, 0)
-
-
-def test_engine_that_loses_a_client_is_an_error():
-    grid = edge()
-    run = grid.engine.run
-    grid.engine.run = lambda task: run(task.of(task.clients[:-1]))
-    with pytest.raises(ClientError, match=r"^the engine returned no reply for clients \[3\] in round 1 \(seed 1\)$"):
-        exchange(grid)
-
-
-class Picky(SGDTrainer):
-    """Client 2 fails, in the way that the class says."""
-
-    def fit(self, client, task):
-        if client.client_id == 2:
-            self.stumble(client)
-        return super().fit(client, task)
-
-    def stumble(self, client):
-        raise ValueError("cannot learn\nthis")
-
-
-class Diverging(Picky):
-    def stumble(self, client):
-        client.parameters[0].data[0] = math.nan
-
-
-class Infinite(Picky):
-    def stumble(self, client):
-        client.parameters[0].data[0, 0] = math.inf
-        client.parameters[0].data[0, 1] = -math.inf
-
-
-class Halving(SGDTrainer):
-    """Sends 1738 weights of 100 each in half precision, whose largest number is 65504."""
-
-    def fit(self, client, task):
-        update = super().fit(client, task)
-        return replace(update, weights={n: torch.full_like(w, 100).half() for n, w in update.weights.items()})
-
-
-class Hungry(Picky):
-    def stumble(self, client):
-        client.state["kept"] = torch.zeros(1)
-        client.log.reserve(2**32 + 1)
-
-
-NAN = "FloatingPointError: its update holds NaN or infinite weights; lower trainer.lr or set trainer.clip_norm"
-
-
-@pytest.mark.parametrize(
-    ("trainer", "reason"), [("Picky", "ValueError: cannot learn this"), ("Diverging", NAN), ("Infinite", NAN)]
-)
-def test_failing_trainer_stops_the_run_in_one_sentence(federation, trainer: str, reason: str):
-    rounds = federation(f"trainer._target_=test_network.{trainer}", "cohort=6").rounds()
-    with pytest.raises(ClientError) as caught:
-        list(rounds)
-    assert str(caught.value) == f"client 2 (reference) failed in round 1 (seed 1): {reason}"
-    assert caught.value.traceback.startswith("Traceback")
-
-
-@pytest.mark.parametrize("trainer", ["Picky", "Diverging", "Infinite"])
-def test_failing_trainer_is_counted_and_dropped(federation, trainer: str):
-    run = federation(f"trainer._target_=test_network.{trainer}", "cohort=6", "on_client_error=drop", "rounds=1")
-    _, (report, clients) = run.rounds()
-    assert report.outcomes == {"completed": (0, 1, 3, 4, 5), "failed": (2,)}
-    assert all(np.isfinite(from_array(array)).all() for array in run.arrays.values())
-    assert clients[2].work.up_bytes == 0
-
-
-def test_finite_half_precision_update_is_accepted(federation):
-    run = federation("trainer._target_=test_network.Halving", "rounds=1")
-    list(run.rounds())
-    assert {float(from_array(array).min()) for array in run.arrays.values()} == {100.0}
-
-
-def test_memory_that_a_trainer_cannot_reserve_is_an_outcome_not_an_error(federation):
-    run = federation("trainer._target_=test_network.Hungry", "cohort=6", "rounds=1")
-    _, (report, clients) = run.rounds()
-    assert report.outcomes == {"completed": (0, 1, 3, 4, 5), "out_of_memory": (2,)}
-    assert clients[2].reason == f"needs {2**32 + 1} bytes at its peak, the device has {2**32}"
-    assert (clients[2].cost.compute_s, clients[2].work.up_bytes, clients[2].cost.down_s > 0) == (0, 0, True)
-    assert report.peak_memory_bytes == 2**32 + 1
-    assert run.grid.store.get(2) == {}
-
-
-class Lost(Blobs):
-    """The data of client 2 cannot be read."""
-
-    def client_data(self, client_id: int):
-        if client_id == 2:
-            raise OSError("disk is gone")
-        return super().client_data(client_id)
-
-
-def test_client_whose_data_cannot_be_read_is_a_failing_client(federation):
-    lost = ("workload._target_=test_network.Lost", "cohort=6", "rounds=1")
-    with pytest.raises(
-        ClientError, match=r"^client 2 \(reference\) failed in round 1 \(seed 1\): OSError: disk is gone"
-    ):
-        list(federation(*lost).rounds())
-    _, (report, _) = federation(*lost, "on_client_error=drop").rounds()
-    assert report.outcomes["failed"] == (2,)
-
-
-# --- state -------------------------------------------------------------------------------------------------------
-
-
-def test_state_travels_with_the_reply_and_comes_back():
-    grid = edge()
-    exchange(grid, [0, 1])
-    exchange(grid, [1])
-    assert rounds_kept(grid) == {0: 1, 1: 2}
-
-
-def owing(task: ClientTask) -> ClientAnswer:
-    """Counts its rounds twice: for itself, and in what is of the reply."""
-    told, taken = update(task), task.state.get("reply.rounds", torch.tensor(0))
-    return replace(told, state={**told.state, "reply.rounds": taken + 1})
-
-
-def rounds_taken(grid: EdgeGrid) -> dict[int, int]:
-    """How many accepted replies each client remembers."""
-    taken = {client: state.get("reply.rounds") for client, state in grid.store.all().items()}
-    return {client: int(rounds) for client, rounds in taken.items() if rounds is not None}
-
-
-@pytest.mark.parametrize("averages", [False, True])
-@pytest.mark.parametrize("phase", ["train", "query.sums"])
-def test_late_client_keeps_its_own_and_what_is_of_the_reply_rolls_back(averages: bool, phase: str):
-    """Client 3 is late at 1.3 s, in time at 1.6 s."""
-    grid = edge(answer=owing, deadline_s=1.3, averages=averages)
-    exchange(grid, phase=phase)
-    assert rounds_taken(grid) == {0: 1, 1: 1, 2: 1}
-    grid.deadline_s = 1.6
-    exchange(grid, phase=phase)
-    grid.deadline_s = 1.3
-    exchange(grid, phase=phase)
-    assert rounds_kept(grid) == {0: 3, 1: 3, 2: 3, 3: 3}
-    assert rounds_taken(grid) == {0: 3, 1: 3, 2: 3, 3: 1}
-
-
-def test_client_that_was_not_among_the_first_keeps_its_own():
-    grid = edge(answer=owing, keep=2)
-    exchange(grid)
-    assert (rounds_kept(grid), rounds_taken(grid)) == ({0: 1, 1: 1, 2: 1, 3: 1}, {0: 1, 1: 1})
-
-
-@pytest.mark.parametrize(("gone_s", "kept"), [(0.11, {}), (0.41, {}), (0.43, {0: 1}), (0.63, {0: 1})])
-@pytest.mark.parametrize("outcome", ["offline", "failed"])
-def test_client_that_leaves_or_crashes_while_it_sends_has_learned(outcome, gone_s: float, kept, monkeypatch):
-    """Client 0 receives until 0.12 s, computes until 0.42 s, sends until 0.64 s."""
-    grid = edge(answer=owing, availability=windows({0: (0.0, gone_s)} if outcome == "offline" else {}))
-    if outcome == "failed":
-        monkeypatch.setattr(grid.fleet, "crash_s", lambda client, round: gone_s)
-    _, reports = exchange(grid, [0])
-    assert reports[0].outcome == outcome
-    assert (rounds_kept(grid), rounds_taken(grid)) == (kept, {})
-
-
-def test_failing_and_dropped_clients_store_nothing():
-    grid = edge(answer=one_fails, on_client_error="drop", deadline_s=1.0)
-    exchange(grid)
-    assert rounds_kept(grid) == {0: 1, 1: 1, 3: 1}
-
-
-def test_older_checkpoints_name_what_is_of_the_reply_otherwise():
-    names = {"uplink.residual": "reply.residual", "pool_x": "reply.pool_x", "private.pool_x": "private.pool_x"}
-    grid = edge()
-    grid.restore({"now_s": 3.0, "clients": {2: ArrayRecord({name: to_array(np.zeros(1)) for name in names})}})
-    assert list(grid.store.get(2)) == list(names.values())
-
-
-def test_state_is_not_traffic_and_not_shown_to_the_strategy():
-    grid = edge()
-    for _ in range(2):
-        replies = grid.send_and_receive([Message(RecordDict({"arrays": WEIGHTS}), 0, "train")])
-    assert sorted(replies[0].content) == ["arrays", "metrics"]
-    assert [(r.work.down_bytes, r.work.up_bytes) for r in grid.take_reports()] == [(1_000_000, 1_000_000)] * 2
-
-
-# --- the grid as Flower sees it ----------------------------------------------------------------------------------
-
-
-def test_nodes_are_the_clients_in_order():
-    grid = edge(5)
-    assert list(grid.get_node_ids()) == [0, 1, 2, 3, 4]
-    assert (grid.client(3).client_id, grid.client(3).profile.name) == (3, "reference")
-
-
-def test_two_messages_to_one_client_are_refused():
-    with pytest.raises(ValueError, match=r"^a strategy sent one client two messages in one exchange; send one"):
-        exchange(edge(), [0, 1, 0])
-
-
-@pytest.mark.parametrize("client", [-1, 4])
-def test_message_to_no_client_is_refused(client: int):
-    with pytest.raises(ValueError, match=re.escape(f"no client {client}: the fleet has clients 0..3")):
-        exchange(edge(), [0, client])
-
-
-def test_pushed_messages_are_pulled_once():
-    grid = edge()
-    tickets = grid.push_messages([Message(RecordDict({"arrays": WEIGHTS}), client, "train") for client in (1, 0)])
-    assert [m.metadata.src_node_id for m in grid.pull_messages(tickets)] == [0, 1]
-    assert list(grid.pull_messages(tickets)) == []
-
-
-def test_client_without_held_out_examples_judges_nothing():
-    """Client 0 has no examples to judge on: it took part and paid, but its reply is left out."""
-
-    def answer(task: ClientTask) -> ClientAnswer:
-        return ClientAnswer(task.client, work=computing(task.client), num_examples=task.client)
-
-    accepted, reports = exchange(edge(answer=answer), phase="evaluate")
-    assert accepted == [1, 2, 3]
-    assert (reports[0].outcome, reports[0].joules) == ("completed", pytest.approx(0.24 + 3.0 + 0.04))
-
-
-def test_question_of_a_method_reaches_the_client_under_its_name():
-
-    def answer(task: ClientTask) -> ClientAnswer:
-        work = replace(computing(task.client), up_bytes=1_000_000)
-        return ClientAnswer(task.client, work=work, extras={"mean": task.broadcast.weights})
-
-    grid = edge(answer=answer)
-    accepted, reports = exchange(grid, [0, 1], phase="query.mean")
-    assert (accepted, grid.engine.phases) == ([0, 1], ["query.mean"])
-    assert (reports[1].phase, reports[1].work.up_bytes) == ("query.mean", 1_000_000)
-
-
-def test_stock_mean_refuses_extras_that_it_would_drop():
-    def answer(task: ClientTask) -> ClientAnswer:
-        return replace(update(task), extras={"prototypes": {"m": torch.zeros(2)}})
-
-    with pytest.raises(RunError, match=r"^the clients sent \['prototypes'\] beside their weights"):
-        exchange(edge(answer=answer, averages=True))
-
-
-def test_stock_mean_refuses_metrics_that_only_some_clients_sent():
-    def answer(task: ClientTask) -> ClientAnswer:
-        told = update(task)
-        return replace(told, metrics={**told.metrics, "gap": 1.0}) if task.client == 1 else told
-
-    with pytest.raises(
-        RunError, match=r"^client 1 reported metrics \['gap', 'train_loss'\], client 0 \['train_loss'\]"
-    ):
-        exchange(edge(answer=answer, averages=True))
+# --- the radio's tail, and prices ------------------------------------------------------------------------------------
 
 
 def test_rounds_that_follow_each_other_keep_a_radio_awake_once():
