@@ -66,7 +66,7 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "floor": (0.1, {}),
     "temperature": (5.0, {}),
 }
-JUDGING = ("judged_at",)  # of evaluations: held to by tests/test_subnet.py and tests/test_ppp.py
+JUDGING = ("judged_at",)  # of evaluations: held to by tests/test_subnet.py and tests/test_ppp_deployment.py
 
 
 @cache
