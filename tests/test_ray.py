@@ -1,7 +1,6 @@
 """The engine of Ray workers: the same bytes as in this process, whatever happens to workers, nodes and clients.
 
-One private Ray serves the whole file, and one pair of workers most of the tests: each start costs seconds. What must
-have a process of its own (signals, what is left behind, a cluster) runs in a subprocess.
+One private Ray serves the whole file, and one pair of workers most of the tests. A cluster runs in a subprocess.
 """
 
 from __future__ import annotations
@@ -14,22 +13,16 @@ import stat
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 import torch
 from conftest import DAILY, TINY
+from ray_workers import TESTS, both_at_work, descendants, lines, unlucky, workers
 
 from clients.app import serve
-from clients.live_model import LiveModel
-from clients.trainers.sgd import SGDTrainer
-from clients.worker import worker_for
-from fedsim.engines.local import LocalEngine
-from fedsim.engines.ray import session as ray_session
 from fedsim.engines.ray.engine import RayEngine
 from fedsim.engines.ray.queue import Job, longest_first
 from fedsim.engines.ray.session import RaySession
@@ -37,181 +30,15 @@ from fedsim.engines.ray.wire import Shared, in_common, send_tensors_as_arrays, w
 from fedsim.errors import ClientError, ConfigError, RunError
 from fedsim.messages.cohort import ClientTask, CohortAnswer, CohortTask
 from fedsim.messages.updates import Broadcast
-from fedsim.report.rounds import HOST_FIELDS
 from fedsim.runs import writer
 from fedsim.runs.federation import Federation
 from fedsim.settings.build import build_world
 from fedsim.settings.compose import compose
-from fedsim.workloads.base import Tensors
 
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
-TESTS = Path(__file__).parent
-SPIES = "FEDSIM_TEST_SPIES"  # the folder where workers write down what they did
 
 
-# --- what runs in the workers ------------------------------------------------------------------------------------
-
-
-def spied_serve(task: CohortTask) -> Iterator[CohortAnswer]:
-    """The real worker; each process writes down the worlds it has built, and how often it took over weights."""
-    if not hasattr(LiveModel, "taken"):
-        LiveModel.taken, plain = [], LiveModel.received
-
-        def received(self: LiveModel, weights: Tensors) -> Tensors:
-            if weights and self._received[0] is not weights:
-                LiveModel.taken.append(id(weights))
-            return plain(self, weights)
-
-        LiveModel.received = received
-    yield from serve(task)
-    counts = {"worlds": worker_for.cache_info().misses, "unpacked": len(LiveModel.taken)}
-    (Path(os.environ[SPIES]) / str(os.getpid())).write_text(json.dumps(counts))
-
-
-class Unlucky(SGDTrainer):
-    """Something happens to some clients: the first `times` times they train, they die, hang, raise or diverge."""
-
-    def __init__(self, what: str, who: list[int], folder: str, times: int = 1, **sgd: Any):
-        super().__init__(**sgd)
-        self.what, self.who, self.folder, self.times = what, who, Path(folder), times
-
-    def fit(self, client, task):
-        mark = self.folder / f"{self.what}-{client.client_id}"
-        seen = len(mark.read_text()) if mark.exists() else 0
-        if client.client_id not in self.who or seen >= self.times:
-            return super().fit(client, task)
-        mark.write_text("x" * (seen + 1))
-        if self.what == "die":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if self.what == "hang":
-            time.sleep(1000)
-        if self.what == "raise":
-            raise ZeroDivisionError("as told")
-        if self.what == "misconfigured":
-            raise ConfigError("trainer.lr must be smaller")
-        for weights in client.weights.values():
-            weights.fill_(torch.nan)
-        return super().fit(client, task)
-
-
-# --- fixtures ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def spies(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("spies")
-
-
-def is_rays(process: psutil.Process) -> bool:
-    """Whether it is still running, and not the helper that Python starts for processes of other tests."""
-    try:
-        return "multiprocessing" not in " ".join(process.cmdline())
-    except psutil.Error:
-        return False
-
-
-@pytest.fixture(scope="module")
-def session(spies: Path) -> Iterator[RaySession]:
-    """A Ray whose workers find this module."""
-    others = set(descendants())  # of tests before in this process
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(TESTS))
-        patch.setenv(SPIES, str(spies))
-        session = RaySession(None, num_cpus=3)
-    yield session
-    started = [p for p in descendants() if p not in others and is_rays(p)]
-    session.close()
-    assert not [p for p in started if is_alive(p)]
-
-
-@pytest.fixture(scope="module")
-def shared(session: RaySession) -> Iterator[RayEngine]:
-    with RayEngine(spied_serve, workers=2) as grid:
-        yield grid
-
-
-@pytest.fixture
-def pair(shared: RayEngine, monkeypatch: pytest.MonkeyPatch) -> RayEngine:
-    """The two workers; what a test sets of their grid is undone."""
-    for name in ("retries", "client_timeout_s"):
-        monkeypatch.setattr(shared, name, getattr(shared, name))
-    return shared
-
-
-def lines(folder: Path) -> list[dict]:
-    """`rounds.jsonl` without what only the host knows."""
-    rounds = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in r.items() if key not in HOST_FIELDS} for r in rounds]
-
-
-@pytest.fixture
-def result(tmp_path: Path) -> Callable[..., tuple[str, list[dict]]]:
-    """Runs a tiny experiment on an engine: the hash of its weights, and its rounds."""
-
-    def make(engine: Any, *overrides: str, **hooks: Any) -> tuple[str, list[dict]]:
-        out = tmp_path / f"{type(engine).__name__}-{time.monotonic_ns()}"
-        summary = writer.run(compose([*TINY, "cohort=6", *overrides]), engine, out, **hooks)
-        return summary["weights_sha256"], lines(out)
-
-    return make
-
-
-@pytest.fixture
-def local(result) -> Callable[..., tuple[str, list[dict]]]:
-    """The same in this process, where nothing happens to anybody."""
-    return lambda *overrides: result(LocalEngine(serve), *overrides)
-
-
-def unlucky(what: str, who: list[int], folder: Path, times: int = 1) -> list[str]:
-    target = "trainer._target_=test_ray.Unlucky"
-    return [
-        target,
-        f"+trainer.what={what}",
-        f"+trainer.who={who}",
-        f"+trainer.folder={folder}",
-        f"+trainer.times={times}",
-    ]
-
-
-def descendants(pid: int | None = None) -> list[psutil.Process]:
-    return psutil.Process(pid).children(recursive=True)
-
-
-def is_alive(process: psutil.Process, name: str = "") -> bool:
-    """Whether it runs, and is called so."""
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE and name in " ".join(process.cmdline())
-    except psutil.Error:
-        return False
-
-
-def workers() -> list[psutil.Process]:
-    """The worker processes below this one."""
-    return [p for p in descendants() if is_alive(p, "ray::RayWorker")]
-
-
-def with_worker(pid: int) -> list[psutil.Process]:
-    """The processes below another one, seen at a moment when a worker, which may just be replaced, is among them."""
-    end = time.monotonic() + 30
-    while True:
-        below = descendants(pid)
-        if any(is_alive(p, "ray::RayWorker") for p in below):
-            return below
-        assert time.monotonic() < end, below
-        time.sleep(0.05)
-
-
-def both_at_work(run: Callable[[], object], spies: Path) -> list[psutil.Process]:
-    """Lets runs go by until both workers, which may just be starting, have had a part; they are the result."""
-    end = time.monotonic() + 60
-    while len(at_work := [p for p in workers() if (spies / str(p.pid)).exists()]) < 2:
-        assert time.monotonic() < end
-        run()
-        time.sleep(0.2)
-    return at_work
-
-
-# --- the same bytes ----------------------------------------------------------------------------------------------
+# --- the same bytes --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -260,7 +87,7 @@ def test_weights_are_put_once_and_unpacked_once_a_round_and_the_world_is_built_o
     assert max(a["unpacked"] - b["unpacked"] for a, b in zip(after, before, strict=True)) == 4
 
 
-# --- faults ------------------------------------------------------------------------------------------------------
+# --- faults ----------------------------------------------------------------------------------------------------------
 
 
 def test_worker_that_is_killed_while_it_trains_changes_nothing(pair, result, local, tmp_path):
@@ -326,7 +153,15 @@ def test_worker_that_fails_as_a_whole_is_named(session, result):
         result(grid)
 
 
-# --- what is started, and what is left ---------------------------------------------------------------------------
+# --- what is started -------------------------------------------------------------------------------------------------
+
+
+def test_ray_that_was_there_before_is_used_and_left_alone(session):
+    import ray
+
+    with RayEngine(serve) as grid:
+        assert grid.size() == 3
+    assert ray.is_initialized()
 
 
 def test_workers_get_as_much_of_a_busy_machine_as_this_process(pair, result):
@@ -381,140 +216,7 @@ def test_the_folder_of_a_session_is_the_users_alone(session: RaySession):
     assert {path: oct(path.stat().st_mode) for path in files if path.stat().st_mode & 0o077} == {}
 
 
-@pytest.mark.parametrize("kind", ["raylet", "gcs_server"])
-def test_a_ray_that_has_died_is_one_sentence(kind: str, monkeypatch):
-    """The real one is in the test below, marked slow."""
-    from types import SimpleNamespace
-
-    from ray._private import worker
-
-    ended = [SimpleNamespace(process=SimpleNamespace(poll=lambda: -9))]
-    monkeypatch.setattr(worker, "_global_node", SimpleNamespace(all_processes={kind: ended}))
-    own = object.__new__(RaySession)
-    own.private = True
-    with pytest.raises(RunError, match=rf"^Ray's {kind} has ended \(killed, or out of memory\)"):
-        own.check()
-    own.private = False  # a cluster's are not ours to watch
-    own.check()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["raylet", "gcs_server"])
-def test_a_run_whose_ray_dies_ends_in_one_sentence_and_leaves_nothing(tmp_path: Path, kind: str):
-    run = started_run(tmp_path / "a")
-    try:
-        until_lines(run, tmp_path / "a", 3)
-        started = with_worker(run.pid)
-        next(p for p in started if p.name() == kind).kill()
-        _, said = run.communicate(timeout=60)
-        assert (run.returncode, said.count("\n")) == (1, 1)
-        assert said.startswith(f"fedsim: Ray's {kind} has ended")
-        assert (tmp_path / "a" / "failure.json").exists()
-        assert not [p for p in started if is_alive(p)]
-    finally:
-        run.kill()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("delay_s", [0.0, 1.0, 3.0])
-def test_a_driver_that_is_killed_while_ray_starts_leaves_nothing(tmp_path: Path, delay_s: float):
-    before = set(Path("/tmp").glob("fedsim-ray-*"))
-    run = started_run(tmp_path / "a")
-    try:
-        end = time.monotonic() + 60
-        while not (own := set(Path("/tmp").glob("fedsim-ray-*")) - before):
-            assert time.monotonic() < end
-            time.sleep(0.01)
-        time.sleep(delay_s)
-        started = descendants(run.pid)
-    finally:
-        run.kill()
-        run.communicate()
-    end = time.monotonic() + 15
-    while (any(folder.exists() for folder in own) or any(map(is_alive, started))) and time.monotonic() < end:
-        time.sleep(0.1)
-    assert not [folder for folder in own if folder.exists()]
-    assert not [p for p in started if is_alive(p)]
-
-
-def until_lines(run: subprocess.Popen[str], folder: Path, count: int) -> None:
-    """Waits until a run has written so many rounds."""
-    end = time.monotonic() + 100
-    while not (folder / "rounds.jsonl").exists() or len(lines(folder)) < count:
-        assert run.poll() is None
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
-def started_run(out: Path) -> subprocess.Popen[str]:
-    """An endless run of the command, a session of its own."""
-    command = [str(Path(sys.executable).parent / "fedsim"), "run", "engine=ray", "engine.workers=1", *TINY]
-    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*command, "rounds=1000000", f"out={out}"], **silent, start_new_session=True)
-
-
-def test_ray_that_was_there_before_is_used_and_left_alone(session):
-    import ray
-
-    with RayEngine(serve) as grid:
-        assert grid.size() == 3
-    assert ray.is_initialized()
-
-
-def test_address_where_nobody_answers_is_one_sentence(monkeypatch):
-    monkeypatch.setattr(ray_session, "ANSWER_S", 0.5)
-    with pytest.raises(RunError, match=r"^no Ray cluster answers at engine\.address=127\.0\.0\.1:9; start one with"):
-        ray_session.answering("127.0.0.1:9")
-
-
-@pytest.mark.parametrize("error", [Exception, RuntimeError, TimeoutError, ValueError, LookupError, AssertionError])
-@pytest.mark.parametrize("address", [None, "127.0.0.1:9"])
-def test_whatever_ray_raises_while_it_starts_is_one_sentence(address: str | None, error: type[Exception], monkeypatch):
-    """A raylet that is killed while it starts gives a plain Exception: "The current node timed out"."""
-    import ray
-
-    def init(**settings: Any) -> None:
-        raise error("The current node timed out\nduring startup.")
-
-    monkeypatch.setattr(ray, "init", init)
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray_session, "answering", lambda address: address)
-    monkeypatch.setattr(ray_session, "_read_token_anew", lambda: None)  # other tests' Ray goes on
-    with pytest.raises(RunError, match=r"^(Ray could not|the Ray cluster at).*: The current node timed out during st"):
-        RaySession(address, num_cpus=1)
-
-
-def test_address_where_nobody_answers_leaves_no_folder_and_the_corrected_command_runs(tmp_path, monkeypatch, fedsim):
-    monkeypatch.setattr(ray_session, "ANSWER_S", 0.5)
-    monkeypatch.setattr("ray.is_initialized", lambda: False)  # another test's session would be used
-    given = ("run", *TINY, f"out={tmp_path / 'run'}")
-    ended = fedsim(*given, "engine=ray", "engine.address=127.0.0.1:9")
-    assert (ended.code, ended.err.count("\n")) == (1, 1)
-    assert ended.err.startswith("fedsim: no Ray cluster answers at engine.address=127.0.0.1:9; ")
-    assert not (tmp_path / "run").exists()
-    assert fedsim(*given).code == 0
-
-
-@pytest.mark.parametrize(
-    ("setting", "sentence"),
-    [
-        ({"workers": 0}, "engine.workers must be null or at least 1, got 0"),
-        ({"address": "ray://head:10001"}, "engine.address must be null, auto or HOST:PORT, got 'ray://head:10001'"),
-        ({"cpus_per_worker": 0}, "engine.cpus_per_worker must be greater than 0, got 0"),
-        ({"gpus_per_worker": 1.5}, "engine.gpus_per_worker must be a share in [0, 1] or a whole number, got 1.5"),
-        ({"client_timeout_s": 0.0}, "engine.client_timeout_s must be null or greater than 0, got 0.0"),
-        ({"retries": 0}, "engine.retries must be at least 1, got 0"),
-        ({"device": "cuda"}, "engine.device=cuda needs engine.gpus_per_worker above 0, e.g. 0.5 for two workers a GPU"),
-    ],
-    ids=str,
-)
-def test_wrong_setting_is_one_sentence(setting: dict, sentence: str):
-    with pytest.raises(ConfigError) as caught:
-        RayEngine(serve, **setting)
-    assert str(caught.value) == sentence
-
-
-# --- a cluster ---------------------------------------------------------------------------------------------------
+# --- a cluster -------------------------------------------------------------------------------------------------------
 
 
 def run_in_a_changing_cluster(out: str) -> None:
@@ -557,7 +259,7 @@ def test_node_that_joins_is_used_and_one_that_is_lost_changes_nothing(tmp_path, 
     assert (summary["weights_sha256"], lines(tmp_path / "cluster")) == local(*CHANGING)
 
 
-# --- the parts ---------------------------------------------------------------------------------------------------
+# --- the parts -------------------------------------------------------------------------------------------------------
 
 
 def of(broadcast: Broadcast, client: int = 1, flops: float = 1.0) -> CohortTask:
