@@ -49,6 +49,8 @@ TINY = (
     "rounds=2",
 )
 
+SHORT = ["rounds=1", "cohort=2", "trainer.local_epochs=1", "fleet=uniform"]  # one short round of the default workload
+
 
 class Given(ArrayWorkload):
     """A workload of arrays that a test has made."""
@@ -101,6 +103,30 @@ def fedsim(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
         return Ended(int(ended.value.code or 0), shown.out, shown.err)
 
     return call
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder, with bundles in a sibling."""
+    monkeypatch.setenv("FEDSIM_DATA", str(tmp_path / "bundles"))
+    monkeypatch.delenv("FEDSIM_TRACEBACK", raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    return tmp_path
+
+
+def assert_refused(ended: Ended, *words: str, cwd: Path | None = None) -> None:
+    """Exit code 2, one sentence on stderr that has the words, nothing on stdout and nothing written."""
+    assert ended.code == 2, ended
+    assert ended.err.startswith("fedsim: ")
+    assert ended.err.count("\n") == 1, ended.err
+    assert ended.err.endswith("\n")
+    assert "Traceback" not in ended.err
+    assert ended.out == ""
+    for word in words:
+        assert word in ended.err, f"{word!r} is not in {ended.err!r}"
+    assert list((cwd or Path()).iterdir()) == []
 
 
 @pytest.fixture

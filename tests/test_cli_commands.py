@@ -1,0 +1,120 @@
+"""`fedsim doctor` and `fedsim bench`, and the help of every command."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Ended, assert_refused
+
+from fedsim.cli import main as cli
+
+pytestmark = pytest.mark.usefixtures("place")
+
+
+def test_doctor_finds_this_installation_well_and_writes_nothing(fedsim: Callable[..., Ended]):
+    ended = fedsim("doctor")
+    assert (ended.code, ended.err) == (0, "")
+    assert "FAILED" not in ended.out
+    assert "3 rounds in" in ended.out
+    assert list(Path().iterdir()) == []
+
+
+def test_doctor_says_when_something_is_wrong(fedsim: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("fedsim.cli.doctor.PACKAGES", ("fedsim-edge", "no-such-package"))
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("it broke")
+
+    monkeypatch.setattr("fedsim.runs.writer.run", broken)
+    ended = fedsim("doctor")
+    assert ended.code == 1
+    assert "not installed" in ended.out
+    assert "it broke" in ended.out
+
+
+def test_bench_prints_what_a_script_needs(fedsim: Callable[..., Ended]):
+    sweep = ["--population", "20,30", "--cohort", "5"]
+    ended = fedsim("bench", "--model", "mlp", "--rounds", "2", "--engines", "local", *sweep, "--json")
+    assert (ended.code, ended.err) == (0, "")
+    result = json.loads(ended.out)
+    assert result["plain_updates_per_s"] > 0
+    assert result["plain_channels_last_updates_per_s"] > 0
+    local = result["engines"]["local"]
+    assert set(local) >= {"updates_per_s", "ratio", "start_s", "peak_rss_bytes", "cpu_ms_per_update"}
+    assert all(value > 0 for key, value in local.items() if not key.startswith("cpu"))  # it may tick too seldom
+    assert [(row["clients"], row["cohort"]) for row in result["sweep"]] == [(20, 5), (30, 5)]
+    assert all(row["round_s"] > 0 for row in result["sweep"])
+    assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--population", "1,x"], ["--population", "'x'"]),
+        (["--population", ","], ["--population", "''"]),
+        (["--population", "0"], ["--population", "at least 1", "'0'"]),
+        (["--population", "100,5"], ["--population takes numbers of at least 10", "got 5"]),
+        (["--rounds", "1"], ["'--rounds'", "2<=x"]),
+        (["--rounds", "x"], ["'--rounds'", "'x'"]),
+        (["--model", "nope"], ["unknown model 'nope'", "lenet5"]),
+        (["--model", "char_lstm"], ["model char_lstm needs sequences"]),
+        (["--engines", "lokal"], ["unknown engine 'lokal'", "'local'"]),
+        (["--engines", ","], ["unknown engine ','"]),
+        (["--cohort", "20", "--population", "10"], ["--population takes numbers of at least 20", "got 10"]),
+        (["--nope"], ["--nope"]),
+        (["extra"], ["extra"]),
+    ],
+)
+def test_bench_refuses_in_one_sentence(arguments: list[str], words: list[str], fedsim: Callable[..., Ended]):
+    assert_refused(fedsim("bench", *([] if "--engines" in arguments else ["--engines", "local"]), *arguments), *words)
+
+
+# --- help ------------------------------------------------------------------------------------------------------------
+
+
+DEVICES = ["list", "show", "predict", "fit", "new", "calibrate", "links", "population", "build"]
+DEVICES += ["enroll", "evaluate", "compare", "train-help"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["run"],
+        ["bench"],
+        ["replay"],
+        ["resume"],
+        ["report"],
+        ["study"],
+        ["doctor"],
+        ["data", "list"],
+        ["data", "averages"],
+        ["data", "describe"],
+        *[["devices", name] for name in DEVICES],
+    ],
+    ids=lambda c: " ".join(c),
+)
+def test_every_help_has_an_example(command: list[str], fedsim: Callable[..., Ended]):
+    ended = fedsim(*command, "--help")
+    assert (ended.code, ended.err) == (0, "")
+    lines = [line.strip(" │") for line in ended.out.splitlines()]
+    examples = [line for line in lines if f"fedsim {' '.join(command)}" in line and not line.startswith("Usage")]
+    assert examples
+
+
+def test_every_command_is_covered_by_the_help_test():
+    import typer
+
+    group = typer.main.get_command(cli.app)
+    commands = {"run", "flwr", "paired", "study", "bench", "replay", "resume", "report", "doctor", "data", "devices"}
+    assert set(group.commands) == commands  # type: ignore[attr-defined]
+    assert set(group.commands["data"].commands) == {"list", "describe", "averages"}  # type: ignore[attr-defined]
+    assert set(group.commands["devices"].commands) == set(DEVICES)  # type: ignore[attr-defined]
+
+
+def test_help_of_run_lists_every_group_and_option(fedsim: Callable[..., Ended]):
+    from fedsim.settings.groups import GROUPS, options
+
+    shown = fedsim("run", "--help").out
+    assert all(f"{group}=" in shown and name in shown for group in GROUPS for name in options(group))
