@@ -120,7 +120,7 @@ def test_columns_of_rows_are_what_the_rows_say(monkeypatch):
     facts = [(0, "é", {}), (1, "", {"loss": math.nan, "hits": 3}), (2, "late\n", {"loss": 0.1 + 0.2})]
     clients = [
         ClientReport(
-            1, "train", number, "pi", "completed", reason, 0.5, Cost(up_s=math.inf), 1.0, 2.0, work, 3, metrics
+            1, "train", number, "pi", "completed", reason, 0.5, Cost(up_s=math.inf), 1.0, 2.0, work, work, 3, metrics
         )
         for number, reason, metrics in facts
         for work in works

@@ -363,6 +363,7 @@ class EdgeGrid(Grid):
             wait_s=wait_s,
             wait_joules=wait_s * self.fleet[contact.client].idle_watts,
             work=contact.spent,
+            whole_work=answer.work,
             num_examples=answer.num_examples,
             metrics=answer.metrics,
         )

@@ -13,7 +13,12 @@ from fedsim.messages.cohort import Outcome
 
 @dataclass(frozen=True, slots=True)
 class ClientReport:
-    """What became of one client in one exchange; one row of `clients/*.parquet`."""
+    """What became of one client in one exchange; one row of `clients/*.parquet`.
+
+    Attributes:
+        work: what it did until its end, with the bytes that went before it stopped.
+        whole_work: the same as if nothing had stopped it: what it is priced by, here and on any other device.
+    """
 
     round: int
     phase: str
@@ -26,6 +31,7 @@ class ClientReport:
     wait_s: float
     wait_joules: float
     work: Work
+    whole_work: Work
     num_examples: int = 0
     metrics: dict[str, Any] = field(default_factory=dict)
 

@@ -15,6 +15,9 @@ from devices.fleet import Fleet
 from fedsim.messages.cohort import ClientAnswer, Outcome
 
 
+WENT_OFFLINE, CRASHED = "went offline during the round", "crashed during the round"
+
+
 @dataclass(frozen=True)
 class Priced:
     """What became of a client by itself, before the round closes.
@@ -112,7 +115,7 @@ class Prices:
         gone_s = min(leaves_s, crashes_s)
         if gone_s < cost.total_s:
             offline = leaves_s <= crashes_s
-            reason = "went offline during the round" if offline else "crashed during the round"
+            reason = WENT_OFFLINE if offline else CRASHED
             work_ended = gone_s >= cost.down_s + cost.compute_s  # a device stores its results before it sends them
             return Priced("offline" if offline else "failed", reason, cost.until(gone_s), work_ended)
         return Priced(answer.outcome, answer.reason, cost, work_ended=True)

@@ -58,7 +58,7 @@ def _row(c: ClientReport, networks: dict[int, str]) -> tuple[Any, ...]:
         *(c.start_s, cost.down_s, cost.compute_s, cost.up_s, c.wait_s, cost.total_s),
         *(cost.down_joules, cost.compute_joules, cost.up_joules, cost.tail_joules, c.joules, c.wait_joules),
         *(work.down_bytes, work.up_bytes, work.peak_memory_bytes, work.storage_bytes, work.flops, c.num_examples),
-        *(strict_json.dumps(c.metrics), work_text(work, networks)),
+        *(strict_json.dumps(c.metrics), work_text(c.whole_work, networks)),
     )
 
 

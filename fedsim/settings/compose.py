@@ -211,3 +211,42 @@ def check_address(settings: Settings, overrides: Sequence[str], source: str) -> 
             f"engine.address={address!r} comes from {source}, and whoever runs that cluster could run code here; if it "
             f"is yours, say it again on the command line: engine.address={address}, or else engine.address=null"
         )
+
+
+REPRICED = ("fleet", "latency")  # groups, and settings of the top, that say what work costs and when it is late
+LIMITS = ("deadline_s", "round_every_s", "max_simulated_s")
+
+
+def on_devices(settings: Settings, overrides: Sequence[str]) -> Settings:
+    """Returns the settings of the same run on other devices: another fleet, latency model or limit of time.
+
+    Raises:
+        ConfigError: for any other setting.
+    """
+    chosen = check_overrides(overrides)
+    now: Settings = {**settings, "choices": dict(settings["choices"])}
+    for text in overrides:
+        override = parsed(text)
+        key, (group, _, below) = override.key_or_group, override.key_or_group.partition(".")
+        if (group not in REPRICED and key not in (*LIMITS, "name", "out")) or not key == text.partition("=")[0].strip():
+            allowed = ", ".join(f"{name}=" for name in (*REPRICED, *LIMITS, "name", "out"))
+            raise ConfigError(f"{text} cannot be given: what clients learn is as it was, and only {allowed} may change")
+    groups = {group: parsed(text) for text in overrides if (group := parsed(text).key_or_group) in REPRICED}
+    base = [f"{group}={settings['choices'][group]}" for group in REPRICED if group not in groups]
+    composed = compose([*base, *chosen])
+    for text in overrides:
+        key = parsed(text).key_or_group
+        group = key.partition(".")[0]
+        if key in REPRICED:
+            now[group], now["choices"][group] = composed[group], composed["choices"][group]
+        elif group in groups or group not in REPRICED:
+            now[group] = composed[group]
+        else:
+            now[group] = _with(now[group], composed[group], key.split(".")[1:])
+    return check(now)
+
+
+def _with(tree: Settings, other: Settings, path: Sequence[str]) -> Settings:
+    """The tree with what another one has at a path."""
+    first, *rest = path
+    return {**tree, first: _with(tree[first], other[first], rest) if rest else other[first]}
