@@ -40,6 +40,8 @@ KINDS = ("phone", "sbc", "laptop", "desktop", "gpu", "server_cpu", "accelerator"
 OLD_KINDS = {"desktop_gpu": "gpu"}  # names of fedsim 0.1
 PRICED = ("inference", "forward", "step", "int8")  # sections of `latency` with prices
 ISAS = ("arm", "x86", "gpu", "mcu", "none")
+# What a method may decide by a client's device: keys of `device_reads` of strategies, trainers and compression plans.
+BY_NAME, BY_MEMORY, BY_LATENCY = "name", "memory_bytes", "latency"
 BYTES_PER_MB = 2**20  # of memory, as RAM is sold
 
 

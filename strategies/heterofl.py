@@ -9,7 +9,7 @@ data through the whole network. Records: see `fedsim.exchanges.heterofl`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from flwr.app import ArrayRecord, Message
@@ -34,6 +34,8 @@ class HeteroFL(WidthStrategy):
         static_norm: batch norms keep no statistics in training; without, or in a model that has none, nobody is asked.
         widths: arguments of WidthStrategy.
     """
+
+    asks_reachable: ClassVar[bool] = True
 
     def __init__(self, static_norm: bool = False, **widths: Any):
         super().__init__(**widths)

@@ -78,6 +78,7 @@ class Mafl(WrappingStrategy):
         ConfigError: for a setting that is not allowed.
     """
 
+    asks_reachable: ClassVar[bool] = True
     derived: ClassVar[frozenset[str]] = frozenset({"sent"})
 
     def __init__(

@@ -19,6 +19,7 @@ from devices.compression.channels import Kept
 from devices.compression.gates import Gates, mean_jaccard_distance
 from devices.compression.prune import largest_ratio
 from devices.errors import DeviceError
+from devices.profile import BY_LATENCY
 from fedsim.errors import ConfigError
 from fedsim.exchanges.ppp import GATES, MASK, MASKED, SHARE
 from fedsim.exchanges.slices import BITS, KEPT, RATIO
@@ -102,6 +103,20 @@ class PPPStrategy(WidthStrategy):
         """
         known = self.masks if self.masked and not self.judging else {}
         return known.get(client.client_id) or self.slices.groups.all()
+
+    @property
+    def device_reads(self) -> Mapping[str, str]:
+        """The keep ratio, unless it is fixed."""
+        if self.fixed is not None:
+            return {}
+        if self.latency_budget_ms is not None:
+            return {BY_LATENCY: "keep ratios meet strategy.latency_budget_ms"}
+        return super().device_reads
+
+    @property
+    def reads_rounds(self) -> str:
+        """The rounds in which keep ratios fall to their own."""
+        return "keep ratios fall in a share of the rounds (strategy.warmup)" if self.warmup else ""
 
     def ratio(self, client: Enrolled) -> float:
         """Finds the keep ratio that the client's device is given."""

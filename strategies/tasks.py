@@ -32,6 +32,7 @@ class TaskStrategy(EdgeStrategy):
         ConfigError: for a setting that is not allowed.
     """
 
+    asks_reachable: ClassVar[bool] = True
     question: ClassVar[str]
 
     def __init__(self, tasks: Annotated[int, Ge(1)] = 1, rounds: Annotated[int, Ge(1)] = 1, **sampling: Any):

@@ -16,7 +16,7 @@ from devices.compression.channels import Kept
 from devices.compression.prune import largest_ratio
 from devices.errors import unknown
 from devices.population import group_names, groups_of
-from devices.profile import kind_named
+from devices.profile import BY_LATENCY, BY_NAME, kind_named
 from fedsim.errors import ConfigError
 from fedsim.exchanges.slices import RATIO
 from fedsim.grid.edge import Enrolled
@@ -83,6 +83,12 @@ class WidthStrategy(SubnetStrategy):
         part = super().broadcast(number, client, weights)
         is_wider = self.judging and self.judged_at
         return replace(part, settings={RATIO: self.own_ratio(client)}) if is_wider else part
+
+    @property
+    def device_reads(self) -> Mapping[str, str]:
+        """The width of a client's network, unless it is drawn."""
+        by = {"tier": BY_NAME, "latency": BY_LATENCY}.get(self.assign)
+        return {by: f"widths are assigned by {self.assign} (strategy.assign)"} if by else {}
 
     def own_ratio(self, client: Enrolled) -> float:
         """Returns the keep ratio of a client, found once."""

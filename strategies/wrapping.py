@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -27,6 +27,16 @@ class WrappingStrategy(Checked, ServerHalf, FedAvg, group="strategy", error=Conf
     def __init__(self, server: Callable[..., Strategy], **sampling: Any):
         super().__init__(**sampling)
         self.server = server(**sampling)
+
+    @property
+    def device_reads(self) -> Mapping[str, str]:
+        """What the other strategy decides by a client's device."""
+        return server_half(self.server).device_reads
+
+    @property
+    def reads_rounds(self) -> str:
+        """What the other strategy decides by the number of rounds."""
+        return server_half(self.server).reads_rounds
 
     @property
     def wraps(self) -> Strategy:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -227,6 +227,16 @@ class LocalTrainer(Checked, group="trainer", error=ConfigError):
     private: frozenset[str] = frozenset()
     own_network = False
     needs_classes = False
+
+    @property
+    def device_reads(self) -> Mapping[str, str]:
+        """Returns what clients decide by their device, in words, by the figure that they read; see `ServerHalf`."""
+        return {}
+
+    @property
+    def reads_rounds(self) -> str:
+        """Returns what clients decide by the number of rounds, in words; empty where nothing."""
+        return ""
 
     def setup(self, workload: Workload, model: nn.Module, network: ModelCost) -> None:
         """Prepares, once per process and before any client, what depends on the model only, such as its cost."""

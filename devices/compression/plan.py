@@ -18,7 +18,7 @@ from devices.compression.quantise import quantise
 from devices.compression.sizes import dense_bytes, nonzero_bytes, wire_bytes
 from devices.errors import DeviceError, unknown
 from devices.population import group_names, groups_of
-from devices.profile import DeviceProfile, kind_named
+from devices.profile import BY_NAME, DeviceProfile, kind_named
 
 KeepRatio = Annotated[float, Interval(gt=0, le=1)]
 Sparsity = Annotated[float, Interval(ge=0, lt=1)]
@@ -121,6 +121,11 @@ class CompressionPlan(Checked, group="compression"):
     def active(self) -> bool:
         """Whether any device runs something else than the network itself."""
         return any(recipe != Recipe() for recipe in (self.usual, *self.tiers.values()))
+
+    @property
+    def device_reads(self) -> Mapping[str, str]:
+        """What clients decide by their device, in words: which recipe it follows, where there are several."""
+        return {BY_NAME: "recipes are given by tier (compression.tiers)"} if self.tiers else {}
 
     def recipe(self, profile: DeviceProfile) -> Recipe:
         """Returns the recipe that a device follows."""

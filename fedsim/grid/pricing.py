@@ -14,7 +14,6 @@ from devices.cost import Cost, LatencyModel
 from devices.fleet import Fleet
 from fedsim.messages.cohort import ClientAnswer, Outcome
 
-
 WENT_OFFLINE, CRASHED = "went offline during the round", "crashed during the round"
 
 

@@ -6,7 +6,7 @@ not see the trainer's settings, who will be online, or any client's data.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -76,6 +76,7 @@ class ServerHalf:
 
     Attributes:
         context: of the run; there once `begin` was called.
+        asks_reachable: it holds exchanges of its own, with clients that it can reach just then.
         derived: names of attributes that a checkpoint leaves out: they are made anew, or good for one round. All others
             hold numbers, texts, tensors and records, and lists, tuples, sets and dicts of them.
         takes_all_tensors: statistics and counters too are this strategy's to average; others are handed the trained
@@ -86,6 +87,7 @@ class ServerHalf:
     """
 
     context: ServerContext
+    asks_reachable: ClassVar[bool] = False
     derived: ClassVar[frozenset[str]] = frozenset()
     takes_all_tensors: ClassVar[bool] = False
     sums_in_float64: ClassVar[bool] = False
@@ -98,6 +100,22 @@ class ServerHalf:
             ConfigError: if the method does not fit it.
         """
         self.context = context
+
+    @property
+    def device_reads(self) -> Mapping[str, str]:
+        """What the method decides by a client's device, in words, by the figure it reads (`devices.profile.BY_...`).
+
+        Other devices would change what clients learn there: a finished run is re-priced only where these are the same.
+        """
+        return {}
+
+    @property
+    def reads_rounds(self) -> str:
+        """What the method decides by the number of rounds that the run has, in words; empty where nothing.
+
+        A finished run of such a method cannot be prolonged: a longer one would have begun in another way.
+        """
+        return ""
 
     @property
     def wraps(self) -> Strategy | None:

@@ -275,6 +275,10 @@ class Federation:
         self.model.load_state_dict(tensors_of(self.arrays))
         return deployments(self.world, self.model)
 
+    def facts(self) -> dict[str, Any]:
+        """Returns what else there is to say of this run in its summary; here nothing."""
+        return {}
+
     def ask_clients(self, number: int) -> dict[str, float]:
         """Lets clients judge their models on their own held-out parts and returns the means; the devices pay for it.
 

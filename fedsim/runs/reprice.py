@@ -8,28 +8,35 @@ would have taken part, or another reply would have been accepted.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+import shlex
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Message, RecordDict
+from flwr.app import ArrayRecord, Message, RecordDict
 
 from devices.availability import Always
 from devices.cost import ModelCost, Work
-from devices.fleet import Fleet
+from devices.profile import BY_LATENCY, BY_MEMORY, BY_NAME
 from fedsim.engines.base import Engine
 from fedsim.errors import ConfigError
 from fedsim.grid.edge import NOT_THERE
 from fedsim.grid.exchange import ClientReport
 from fedsim.grid.pricing import CRASHED
+from fedsim.grid.server_half import server_half
 from fedsim.messages.cohort import ClientAnswer, ClientTask, CohortAnswer, CohortTask
-from fedsim.report.files import read_rows, row_files
-from fedsim.report.rounds import RoundReport, read_rounds
+from fedsim.report.files import read_rows, read_summary, row_files
+from fedsim.report.rounds import RoundReport, Totals, read_rounds
+from fedsim.runs import checkpoint
 from fedsim.runs.federation import Federation
-from fedsim.settings.build import World
+from fedsim.runs.recorded import data_of_run, settings_of_run
+from fedsim.runs.writer import RunWriter
+from fedsim.settings.build import World, build_world, instantiate
+from fedsim.settings.groups import Settings
 from fedsim.workloads import metrics as figures
+from fedsim.workloads.fingerprint import check_same, of_run
 
 TRAIN, EVALUATE = "train", "evaluate"
 MS, FLOPS = "latency_ms", "flops"  # of an inference, among the metrics of a client that judges
@@ -82,9 +89,9 @@ def recorded_exchanges(folder: Path) -> dict[int, list[RecordedExchange]]:
     found: dict[int, list[RecordedExchange]] = {}
     for path in row_files(folder):
         rows = read_rows(path, COLUMNS).to_pylist()
-        for (round_number, phase, _), group in groupby(rows, key=lambda row: (row["round"], row["phase"], row["start_s"])):
+        for (number, phase, _), group in groupby(rows, lambda row: (row["round"], row["phase"], row["start_s"])):
             clients = {row["client"]: _recorded(row, works) for row in group}
-            found.setdefault(round_number, []).append(RecordedExchange(phase, clients))
+            found.setdefault(number, []).append(RecordedExchange(phase, clients))
     return found
 
 
@@ -141,8 +148,9 @@ class RecordedEngine(Engine):
         metrics = recorded.metrics
         if cohort.phase == EVALUATE:
             metrics = self._predicted(metrics, recorded.work, client)
-        outcome = "out_of_memory" if ended else "completed"
-        return ClientAnswer(client, outcome, recorded.reason if ended else "", "", recorded.work, recorded.num_examples, metrics)
+        if ended:
+            return ClientAnswer(client, "out_of_memory", recorded.reason, work=recorded.work)
+        return ClientAnswer(client, work=recorded.work, num_examples=recorded.num_examples, metrics=metrics)
 
     def _predicted(self, metrics: Mapping[str, float], work: Work, client: int) -> dict[str, float]:
         """Metrics of a judged model with the milliseconds of one inference as they are predicted here.
@@ -160,9 +168,10 @@ class RecordedEngine(Engine):
                 continue
             network = _network(work, metrics[FLOPS + name.removeprefix(MS)]) if name.startswith(MS) else None
             found[name] = value if network is None else latency.inference_ms(network, fleet[client])
-            if name.removeprefix(FLOPS) in ends and name.startswith(FLOPS):
-                network = _network(work, value)
-                found |= {f"{MS}_on_{p.name}{name.removeprefix(FLOPS)}": latency.inference_ms(network, p) for p in kinds}
+            end = name.removeprefix(FLOPS)
+            if name != end and end in ends:
+                judged = _network(work, value)
+                found |= {f"{MS}_on_{p.name}{end}": latency.inference_ms(judged, p) for p in kinds}
         return found
 
 
@@ -188,15 +197,54 @@ class RepricedFederation(Federation):
 
     Attributes:
         ended: why it ends before the run did; empty where it does not.
+        weights: the run's last ones; None where they were not kept.
     """
+
+    weights: ArrayRecord | None = None
 
     def __init__(self, world: World, before: World, folder: Path):
         self.recorder = RecordedEngine(before, world)
         super().__init__(world, self.recorder)
         self.grid.averages = False  # nobody sends weights
+        self.folder = folder
+        if (saved := checkpoint.load(folder)) is not None:
+            self.weights, self.arrays = saved.weights, saved.weights
         self.before = {report.round: report for report in read_rounds(folder)}
         self.exchanges = recorded_exchanges(folder)
         self.ended = ""
+        self._ahead: list[RecordedExchange] = []  # of the round that goes on
+
+    def check(self) -> None:
+        """Refuses devices on which the method itself would have gone another way.
+
+        Raises:
+            ConfigError: saying what it decides by them.
+        """
+        before, now = self.recorder.before, self.world
+        groups = ("fleet", "latency")
+        if all(before.settings.groups[group] == now.settings.groups[group] for group in groups):
+            return
+        half, clients = server_half(self.strategy), range(len(now.fleet))
+        trainer = instantiate(now.settings.groups, "trainer")
+        compression = instantiate(now.settings.groups, "compression")
+        changed = {
+            BY_NAME: lambda: any(before.fleet.device_name(c) != now.fleet.device_name(c) for c in clients),
+            BY_MEMORY: lambda: any(before.fleet[c].memory_bytes != now.fleet[c].memory_bytes for c in clients),
+            BY_LATENCY: lambda: True,
+        }
+        for part in (half, trainer, compression):
+            for figure, what in part.device_reads.items():
+                if changed[figure]():
+                    raise ConfigError(
+                        f"{self.folder} cannot be re-priced on these devices: {what}, so that its clients would have "
+                        "learned something else; run it there: fedsim run"
+                    )
+        always = all(isinstance(world.fleet.availability, Always) for world in (before, now))
+        if half.asks_reachable and not always:
+            raise ConfigError(
+                f"{self.folder} cannot be re-priced where clients sleep: {type(self.strategy).__name__} asks those "
+                "whom it can reach, and others would have answered; run it there: fedsim run"
+            )
 
     def rounds(self, after: RoundReport | None = None) -> Iterator[tuple[RoundReport, list[ClientReport]]]:
         """Yields the rounds as far as they are known."""
@@ -231,6 +279,20 @@ class RepricedFederation(Federation):
         """Returns nothing: what was judged is among the metrics of the round; of round 0, all."""
         return {} if number else dict(self.before[0].metrics)
 
+    def deploy(self) -> list[dict[str, Any]]:
+        """Returns what each kind of device runs of the model; empty where the weights are not known."""
+        return super().deploy() if self.is_whole else []
+
+    def facts(self) -> dict[str, Any]:
+        """Returns where the rounds are from, and the weights of the last one where they are known."""
+        facts: dict[str, Any] = {"repriced": {"run": str(self.folder), "rounds": max(self.before), "ended": self.ended}}
+        return facts if self.is_whole else {**facts, "weights_sha256": None}
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it goes as far as the run, whose last weights are here."""
+        return not self.ended and self.grid.round == max(self.before) and self.weights is not None
+
     def _messages(self, hook: str, draw: str, number: int) -> list[Message]:
         """Returns empty messages to the clients that were asked to evaluate."""
         self.recorder.exchange = self._ahead.pop(0) if self._ahead else RecordedExchange(EVALUATE, {})
@@ -260,3 +322,35 @@ class RepricedFederation(Federation):
 def _has_worked(report: ClientReport) -> bool:
     """Whether a client had done all its work when its part ended."""
     return report.outcome in ("completed", "late") or report.cost.up_s > 0
+
+
+def reprice(
+    folder: Path, settings: Settings, out: Path, watch: Callable[[RoundReport], None] | None = None
+) -> dict[str, Any]:
+    """Writes a finished run anew as it would have been on other devices; returns its summary.
+
+    Args:
+        folder: of the run.
+        settings: of the run, on the other devices.
+        out: the new run folder.
+        watch: called with each round.
+
+    Raises:
+        ConfigError, DataError: before anything is written: if the run is not finished, has other data than those here,
+            or would have gone another way there.
+    """
+    if not read_summary(folder):
+        raise ConfigError(f"{folder} is not finished; end it first: fedsim resume {shlex.quote(str(folder))}")
+    before, world = (build_world(json.dumps(tree)) for tree in (settings_of_run(folder), settings))
+    check_same(data_of_run(folder), settings_of_run(folder), before.workload, folder)
+    federation = RepricedFederation(world, before, folder)
+    federation.check()
+    writer = RunWriter(federation, out, settings, of_run(settings, world.workload), Totals(), False, None)
+    with writer:
+        for report, clients in federation.rounds():
+            writer.add(report, clients)
+            if watch:
+                watch(report)
+        if not federation.is_whole:
+            writer.checkpoints.every_s = None
+        return writer.finish()

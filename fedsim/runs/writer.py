@@ -149,6 +149,7 @@ class RunWriter:
         summary |= world.workload.figures(reports)
         if entries := federation.deploy():
             summary["compression"] = entries
+        summary |= federation.facts()
         self.folder.flush()
         summary |= price_facts(self.out, world.fleet, world.latency, summary["rounds"])
         self._keep(None)

@@ -227,8 +227,9 @@ def on_devices(settings: Settings, overrides: Sequence[str]) -> Settings:
     now: Settings = {**settings, "choices": dict(settings["choices"])}
     for text in overrides:
         override = parsed(text)
-        key, (group, _, below) = override.key_or_group, override.key_or_group.partition(".")
-        if (group not in REPRICED and key not in (*LIMITS, "name", "out")) or not key == text.partition("=")[0].strip():
+        key = override.key_or_group
+        plain = key == text.partition("=")[0].strip()
+        if not plain or (key.partition(".")[0] not in REPRICED and key not in (*LIMITS, "name", "out")):
             allowed = ", ".join(f"{name}=" for name in (*REPRICED, *LIMITS, "name", "out"))
             raise ConfigError(f"{text} cannot be given: what clients learn is as it was, and only {allowed} may change")
     groups = {group: parsed(text) for text in overrides if (group := parsed(text).key_or_group) in REPRICED}

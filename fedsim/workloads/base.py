@@ -147,6 +147,11 @@ class Workload(Checked, ABC, group="workload", error=ConfigError):
     def __init__(self, model: ModelFactory, seed: int):
         self.model_factory, self.seed = model, seed
 
+    @property
+    def reads_rounds(self) -> str:
+        """Says what of the data depends on the number of rounds that the run has; empty where nothing does."""
+        return ""
+
     # --- model -------------------------------------------------------------------------------------------------------
 
     def build_model(self) -> nn.Module:

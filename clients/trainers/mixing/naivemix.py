@@ -6,6 +6,7 @@ Source: Yoon et al., "FedMix", ICLR 2021, equation 1 (read in a third party's tr
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 from clients.trainers.base import ClientContext
 from clients.trainers.mixing.mixup import MixupRun, MixupTrainer, embedding_of
+from devices.profile import BY_MEMORY
 from fedsim.errors import ConfigError
 from fedsim.exchanges.averages import averages, from_uint8, to_uint8
 from fedsim.exchanges.mafl import (
@@ -89,6 +91,11 @@ class NaiveMixTrainer(MixupTrainer):
     ):
         super().__init__(mix_ratio, **mixup)
         self.average_clip, self.average_noise = average_clip, average_noise
+
+    @property
+    def device_reads(self) -> Mapping[str, str]:
+        """Returns the size of a client's pool."""
+        return {BY_MEMORY: "clients keep as many averages as their memory holds"}
 
     # --- sharing averages ---------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ ever sent.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
@@ -24,6 +24,7 @@ from clients.trainers.rehearsal.selection import MODEL_FREE, RULES, Pool, balanc
 from clients.trainers.sgd import Objective, SGDRun, SGDTrainer
 from devices.cost import ModelCost
 from devices.errors import unknown
+from devices.profile import BY_MEMORY
 from fedsim.errors import ConfigError
 from fedsim.exchanges.ocs import QUESTION as END_OF_TASK
 from fedsim.messages.updates import Broadcast, ClientUpdate
@@ -325,6 +326,12 @@ class ReplayTrainer(SGDTrainer):
     def stream_size_and_passes(self) -> tuple[int, int]:
         """Returns the size of the batches that come from the current task, and how many passes there are."""
         return self.batch_size, self.local_epochs
+
+    @property
+    def device_reads(self) -> Mapping[str, str]:
+        """Returns the size of the buffer, where that is a share of the device's memory."""
+        of_memory = {BY_MEMORY: "buffers are a share of the memory (trainer.budget_share)"}
+        return {} if self.budget_share is None else of_memory
 
     def capacity(self, client: ClientContext) -> int:
         """Returns J_k, how many examples fit into the budget of this client's device."""

@@ -239,6 +239,11 @@ class Stream(ClassificationWorkload, group="stream"):
         """Returns the classes among which examples of a task are told apart, as learned; here all."""
         return list(range(self.num_classes))
 
+    @property
+    def reads_rounds(self) -> str:
+        """Says that tasks share the rounds among themselves."""
+        return "the tasks of the stream divide the rounds (stream.tasks)"
+
     # --- what arrives when -------------------------------------------------------------------------------------
 
     def phase(self, round: int) -> int:
