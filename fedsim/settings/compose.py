@@ -10,6 +10,7 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 from devices.errors import UserError, one_line, unknown
@@ -27,6 +28,7 @@ from fedsim.settings.groups import (
 from fedsim.settings.moved import updated
 from fedsim.settings.overrides import check_overrides, is_of_hydra, parsed
 from fedsim.settings.plugins import plugin_folders
+from fedsim.settings.run_settings import TEXTS
 
 
 def compose(overrides: Sequence[str]) -> Settings:
@@ -223,31 +225,40 @@ def on_devices(settings: Settings, overrides: Sequence[str]) -> Settings:
     Raises:
         ConfigError: for any other setting.
     """
-    chosen = check_overrides(overrides)
-    now: Settings = {**settings, "choices": dict(settings["choices"])}
-    for text in overrides:
-        override = parsed(text)
-        key = override.key_or_group
-        plain = key == text.partition("=")[0].strip()
-        if not plain or (key.partition(".")[0] not in REPRICED and key not in (*LIMITS, "name", "out")):
-            allowed = ", ".join(f"{name}=" for name in (*REPRICED, *LIMITS, "name", "out"))
-            raise ConfigError(f"{text} cannot be given: what clients learn is as it was, and only {allowed} may change")
-    groups = {group: parsed(text) for text in overrides if (group := parsed(text).key_or_group) in REPRICED}
-    base = [f"{group}={settings['choices'][group]}" for group in REPRICED if group not in groups]
-    composed = compose([*base, *chosen])
-    for text in overrides:
-        key = parsed(text).key_or_group
-        group = key.partition(".")[0]
-        if key in REPRICED:
-            now[group], now["choices"][group] = composed[group], composed["choices"][group]
-        elif group in groups or group not in REPRICED:
-            now[group] = composed[group]
-        else:
-            now[group] = _with(now[group], composed[group], key.split(".")[1:])
+    allowed = (*REPRICED, *LIMITS, *TEXTS)
+    given = [parsed(text) for text in check_overrides(overrides)]
+    for text, override in zip(overrides, map(parsed, overrides), strict=True):
+        if override.key_or_group.partition(".")[0] not in allowed or override.is_sweep_override():
+            names = ", ".join(f"{name}=" for name in allowed)
+            raise ConfigError(f"{text} cannot be given: what clients learned stays, and only {names} may change")
+    groups = {override.key_or_group: override.value() for override in given if override.key_or_group in REPRICED}
+    composed = compose([f"{group}={name}" for group, name in groups.items()])
+    now: Settings = {**deepcopy(settings), "choices": {**settings["choices"], **groups}}
+    now |= {group: composed[group] for group in groups}
+    for override in given:
+        if override.key_or_group not in REPRICED:
+            _put(now, override.key_or_group.split("."), override)
     return check(now)
 
 
-def _with(tree: Settings, other: Settings, path: Sequence[str]) -> Settings:
-    """The tree with what another one has at a path."""
-    first, *rest = path
-    return {**tree, first: _with(tree[first], other[first], rest) if rest else other[first]}
+def _put(tree: Settings, path: Sequence[str], override: Any) -> None:
+    """Sets or deletes what an override names; with another `_target_` the settings of the one before go.
+
+    Raises:
+        ConfigError: if there is nothing to set it in, or to delete.
+    """
+    *above, last = path
+    for name in above:
+        tree = tree.get(name)  # type: ignore[assignment]
+        if not isinstance(tree, dict):
+            raise ConfigError(f"unknown setting {'.'.join(path)!r}")
+    if override.is_delete():
+        if last not in tree:
+            raise ConfigError(f"unknown setting {'.'.join(path)!r}")
+        del tree[last]
+        return
+    value = override.value()
+    if last == "_target_" and tree.get(last) != value:
+        for name in [name for name in tree if not name.startswith("_")]:
+            del tree[name]
+    tree[last] = value

@@ -1,0 +1,180 @@
+"""A finished run on other devices is, to the byte, the run that was made there, as far as its work is known."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pandas
+import pytest
+import yaml
+from conftest import DAILY, honest
+from test_methods import NEEDS
+from test_methods import TINY as BLOBS
+
+from clients.app import serve
+from clients.judging import Judge
+from clients.worker import Worker
+from devices.profile import BY_LATENCY, BY_MEMORY, BY_NAME, SHIPPED
+from devices.reading import read_yaml
+from fedsim.engines.local import LocalEngine
+from fedsim.errors import ConfigError
+from fedsim.grid.edge import EdgeGrid
+from fedsim.grid.server_half import ServerContext, server_half
+from fedsim.report.rounds import read_rounds
+from fedsim.runs import federation as federations
+from fedsim.runs import writer
+from fedsim.runs.federation import Federation
+from fedsim.runs.recorded import settings_of_run
+from fedsim.runs.reprice import reprice
+from fedsim.settings.build import build_world, instantiate
+from fedsim.settings.compose import compose, on_devices
+from fedsim.settings.groups import options
+
+PHONES = [*BLOBS, "fleet=phones", "cohort=4", "rounds=4"]
+NIGHTS = ["fleet.availability._target_=devices.availability.Bernoulli", "+fleet.availability.p=0.85"]
+
+
+def made(out: Path, *overrides: str) -> Path:
+    """A run folder."""
+    writer.run(compose([*overrides]), LocalEngine(serve), out)
+    return out
+
+
+def repriced(run: Path, out: Path, *overrides: str) -> tuple[dict, str]:
+    """What the summary says of the run on other devices; or why it cannot be had."""
+    settings = on_devices(settings_of_run(run), overrides)
+    try:
+        return reprice(run, settings, out), ""
+    except ConfigError as error:
+        return {}, str(error)
+
+
+def recorded(folder: Path, last: int) -> tuple:
+    """All that a run says of its rounds up to the last, but for host times."""
+    rounds = [{**json.loads(r.to_json()), "host_s": 0} for r in read_rounds(folder) if r.round <= last]
+    tables = [pandas.read_parquet(path) for path in sorted((folder / "clients").iterdir())]
+    rows = [table[table["round"] <= last].to_csv(index=False, header=False) for table in tables]
+    return rounds, "".join(rows)
+
+
+@pytest.mark.parametrize("method", [None, *options("method")])
+def test_every_method_costs_there_what_it_would_have_cost(tmp_path: Path, method: str | None):
+    """Or it says why it would have gone another way."""
+    chosen = [] if method is None else [f"method={method}", *NEEDS.get(f"method={method}", [])]
+    base = [*PHONES, "evaluate_clients=3", *chosen, *honest(chosen)]
+    run = made(tmp_path / "phones", *base)
+    there = ["fleet=mixed", "latency=flops", "round_every_s=50"]
+    fresh = made(tmp_path / "mixed", *base, *there)
+    summary, refusal = repriced(run, tmp_path / "repriced", *there)
+    if refusal:
+        assert "cannot be re-priced on these devices" in refusal
+        assert recorded(run, 4)[0][-1]["metrics"] != recorded(fresh, 4)[0][-1]["metrics"]
+        return
+    assert summary["repriced"]["ended"] == ""
+    assert recorded(tmp_path / "repriced", 4) == recorded(fresh, 4)
+    own = {key: value for key, value in summary.items() if key not in ("repriced", "host_s")}
+    assert own == {k: v for k, v in json.loads((fresh / "summary.json").read_text()).items() if k != "host_s"}
+
+
+CHANGES = {
+    "a deadline": ([], ["deadline_s=0.4"]),
+    "no deadline": (["deadline_s=0.4"], ["deadline_s=null"]),
+    "over-selection": (["over_selection=1.5"], ["fleet=sbc"]),
+    "sleep": ([], NIGHTS),
+    "no sleep": (NIGHTS, ["fleet.availability._target_=devices.availability.Always"]),
+    "other nights": ([*DAILY, "round_every_s=3600"], ["fleet.availability.hours=20"]),
+    "crashes": ([], ["fleet.devices={FRAIL: 1}"]),
+    "a slower link": ([], ["fleet.link=lte_us"]),
+    "a limit of time": (["max_simulated_s=1e4"], ["max_simulated_s=3"]),
+    "its own fleet again": (["deadline_s=0.5"], []),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("method", ["fedavg", "ditto", "fedmix", "fedbn"])
+def test_it_goes_as_far_as_the_work_is_known(tmp_path: Path, method: str, change: str):
+    """What there is, is what a run there says; and where it ends early, that one goes on otherwise."""
+    frail = tmp_path / "frail.yaml"
+    profile = read_yaml(SHIPPED / "pixel3.yaml")
+    frail.write_text(yaml.safe_dump({**profile, "name": "frail", "reliability": {"failures_per_min": 60}}))
+    before, there = ([text.replace("FRAIL", str(frail)) for text in texts] for texts in CHANGES[change])
+    base = [
+        *PHONES,
+        f"method={method}",
+        *NEEDS.get(f"method={method}", []),
+        "rounds=8",
+        "evaluate_every=2",
+        *honest([]),
+    ]
+    run = made(tmp_path / "before", *base, *before)
+    fresh = made(tmp_path / "there", *base, *([] if change == "no sleep" else [*before, *there]))
+    summary, refusal = repriced(run, tmp_path / "repriced", *there)
+    if refusal:
+        assert "cannot be re-priced" in refusal
+        return
+    last = summary["rounds"]
+    assert recorded(tmp_path / "repriced", last) == recorded(fresh, last)
+    ended = summary["repriced"]["ended"]
+    assert bool(ended) == (last < read_rounds(fresh)[-1].round)
+
+
+# --- what methods say of themselves ----------------------------------------------------------------------------------
+
+READS = {
+    **{f"method={method}": [f"method={method}"] for method in options("method")},
+    "a share of the memory": ["method=coreset", "trainer.memory_size=null", "+trainer.budget_share=0.1"],
+    "a latency budget": ["method=ppp", "strategy.ratio=null", "strategy.latency_budget_ms=0.01"],
+    "a step's milliseconds": ["method=fjord", "strategy.assign=latency", "strategy.step_ms=0.1"],
+    "tiers of recipes": ["compression=tiered", "evaluate_clients=2"],
+}
+BY = {"memory_bytes": BY_MEMORY, "name": BY_NAME, "kind": BY_NAME, "tiers": BY_NAME, "tier": BY_NAME, "soc": BY_NAME}
+
+
+class Watched:
+    """A device that notes which of its figures are read."""
+
+    def __init__(self, profile, read: set[str]):
+        self._watched = (profile, read)
+
+    def __getattr__(self, name: str):
+        profile, read = self._watched
+        read.add(BY.get(name, BY_LATENCY))
+        return getattr(profile, name)
+
+
+@pytest.mark.parametrize("case", READS)
+def test_what_a_method_reads_of_devices_and_rounds_it_declares(case: str, monkeypatch: pytest.MonkeyPatch):
+    """Without it a finished run would be re-priced or prolonged to what it never would have been."""
+    read, reached, rounds = set[str](), [], []
+    context, reachable, client = Worker.context, EdgeGrid.reachable, EdgeGrid.client
+
+    def watched(self, task):
+        made = context(self, task)
+        return replace(made, profile=Watched(made.profile, read))
+
+    def predicted(self, network, own, name=""):
+        return {}  # of the judge's, which a re-priced run predicts anew
+
+    class Context(ServerContext):
+        def __getattribute__(self, name: str):
+            if name == "rounds":
+                rounds.append(name)
+            return object.__getattribute__(self, name)
+
+    monkeypatch.setattr(Worker, "context", watched)
+    monkeypatch.setattr(Judge, "_predicted", predicted)
+    monkeypatch.setattr(EdgeGrid, "client", lambda g, c: replace(client(g, c), profile=Watched(g.fleet[c], read)))
+    monkeypatch.setattr(EdgeGrid, "reachable", lambda g, clients: reached.append(1) or reachable(g, clients))
+    monkeypatch.setattr(federations, "ServerContext", Context)
+    chosen = READS[case]
+    settings = compose([*PHONES, "evaluate_clients=2", *NEEDS.get(chosen[0], []), *chosen, *honest(chosen)])
+    federation = Federation(build_world(json.dumps(settings)), LocalEngine(serve))
+    list(federation.rounds())
+    half, trainer = server_half(federation.strategy), instantiate(settings, "trainer")
+    compression = instantiate(settings, "compression")
+    declared = {*half.device_reads, *trainer.device_reads, *compression.device_reads}
+    assert read <= declared or BY_LATENCY in declared  # which no other device leaves as it was
+    assert not reached or half.asks_reachable
+    assert not rounds or half.reads_rounds or federation.world.workload.reads_rounds
