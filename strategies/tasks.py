@@ -37,8 +37,13 @@ class TaskStrategy(EdgeStrategy):
 
     def __init__(self, tasks: Annotated[int, Ge(1)] = 1, rounds: Annotated[int, Ge(1)] = 1, **sampling: Any):
         super().__init__(**sampling)
-        self.rounds_per_task = max(1, rounds // tasks)
+        self.tasks, self.rounds_per_task = tasks, max(1, rounds // tasks)
         self.trained: set[int] = set()
+
+    @property
+    def reads_rounds(self) -> str:
+        """When a task ends, where there are several."""
+        return "tasks divide the rounds (strategy.tasks)" if self.tasks > 1 else ""
 
     def learn(self, arrays: ArrayRecord, replies: list[Message]) -> None:
         """Takes the answers that were accepted, in client order.

@@ -143,6 +143,24 @@ class Checkpoints:
         sync_folder(self.folder)
         sync_folder(self.folder.parent)
 
+    def belong_to(self, saved: Saved, sums: Checksums) -> None:
+        """Lets a checkpoint stand for a run folder with other checksums; it is kept beside as it was.
+
+        Args:
+            saved: the checkpoint, as it was read.
+            sums: of the run folder as it will be.
+        """
+        assert saved.point is not None
+        files = {name: (saved.point / name).read_bytes() for name in (WEIGHTS, TENSORS, STATE)}
+        self._place(f"round-{saved.round:06d}", {**files, SUMS: sums.to_text().encode()})
+
+    def keep_only(self, number: int) -> None:
+        """Removes all but the newest checkpoint of a round."""
+        kept = next((point for found, point in points(self.folder) if found == number), None)
+        for _, point in points(self.folder):
+            if point != kept:
+                shutil.rmtree(point, ignore_errors=True)
+
     def forget_after(self, saved: Saved) -> None:
         """Removes those that are newer than the one that a run goes on from: they are damaged."""
         for _, point in points(self.folder):
@@ -163,8 +181,12 @@ def points(folder: Path) -> list[tuple[int, Path]]:
     return [(number, path) for number, _, path in sorted(named, reverse=True)]
 
 
-def load(run: Path) -> Saved | None:
+def load(run: Path, going_on: bool = False) -> Saved | None:
     """The newest whole checkpoint of a run folder; None where there is none at all.
+
+    Args:
+        run: its folder.
+        going_on: leave out the end of a run, from which no round follows.
 
     Raises:
         ConfigError: if there are some, and none is whole, or what is there is none.
@@ -175,7 +197,9 @@ def load(run: Path) -> Saved | None:
     damaged: list[str] = []
     for number, point in points(folder):
         try:
-            return replace(_read(run, point, number), damaged=tuple(damaged))
+            saved = replace(_read(run, point, number), damaged=tuple(damaged))
+            if not going_on or "federation" in saved.state:
+                return saved
         except FileError as error:
             damaged.append(str(error))
     if not damaged:

@@ -27,6 +27,7 @@ from fedsim.runs.price_models import FROM_THE_START, price_models, repriced
 from fedsim.runs.summary import participation, summarise, versions
 from fedsim.settings.build import build_world, stock_rule
 from fedsim.settings.groups import Settings
+from fedsim.settings.run_settings import RunSettings
 from fedsim.workloads.fingerprint import DATA, Fingerprint, check_same, of_run
 
 Watch = Callable[[RoundReport], None]
@@ -134,8 +135,9 @@ class RunWriter:
         self.reports.append(report)
 
     def keep_if_due(self) -> None:
-        """Writes a checkpoint when it is time for one."""
-        if self.checkpoints.due:
+        """Writes a checkpoint when it is time for one, or when a longer run would go on from here."""
+        settings = self.federation.settings
+        if self.checkpoints.due or self.reports[-1].round == goes_on_from(settings) < settings.rounds:
             self._keep(self.federation.state())
 
     def finish(self) -> dict[str, Any]:
@@ -152,9 +154,10 @@ class RunWriter:
         summary |= federation.facts()
         self.folder.flush()
         summary |= price_facts(self.out, world.fleet, world.latency, summary["rounds"])
-        self._keep(None)
+        goes_on = summary["rounds"] == goes_on_from(federation.settings)
+        self._keep(federation.state() if goes_on else None)
         self.folder.finish(summary, world.workload.pictures(reports))
-        self.checkpoints.keep(1)
+        self.checkpoints.keep(kept_at_the_end(federation.settings))
         return summary
 
     def _keep(self, federation: dict[str, Any] | None) -> None:
@@ -185,6 +188,20 @@ class RunWriter:
             self.folder.fail(error)
         if error is not raised:
             raise error from raised
+
+
+def goes_on_from(settings: RunSettings) -> int:
+    """The last round of a run after which a longer one is in the same state.
+
+    It judges the model after the last round whatever `evaluate_every` says, which costs simulated time where clients
+    judge; a longer one would not have.
+    """
+    return settings.rounds if settings.rounds % settings.evaluate_every == 0 else settings.rounds - 1
+
+
+def kept_at_the_end(settings: RunSettings) -> int:
+    """How many checkpoints a finished run keeps: the last, and the one from which a longer run would go on."""
+    return 1 + settings.rounds - goes_on_from(settings)
 
 
 def _announce(

@@ -20,9 +20,11 @@ from fedsim.settings.check import check, check_choices, known_keys
 from fedsim.settings.groups import (
     AFFECTS_RESULTS,
     GROUPS,
+    NEEDED,
     PRIMARY,
     Settings,
     config_dir,
+    following,
     left_out_group,
 )
 from fedsim.settings.moved import updated
@@ -217,6 +219,19 @@ def check_address(settings: Settings, overrides: Sequence[str], source: str) -> 
 
 REPRICED = ("fleet", "latency")  # groups, and settings of the top, that say what work costs and when it is late
 LIMITS = ("deadline_s", "round_every_s", "max_simulated_s")
+
+
+def of_rounds(settings: Settings, rounds: Any) -> Settings:
+    """Returns the settings of the same run with another number of rounds, also where others follow it."""
+    now = deepcopy(settings)
+    for group in NEEDED:
+        for *above, last in following(group, settings["choices"].get(group), "rounds"):
+            node = now[group]
+            for name in above:
+                node = node.get(name, {})
+            if node.get(last) == settings["rounds"]:
+                node[last] = rounds
+    return check({**now, "rounds": rounds})
 
 
 def on_devices(settings: Settings, overrides: Sequence[str]) -> Settings:

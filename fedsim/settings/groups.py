@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,22 @@ def _option(group: str, name: str) -> Path:
     """Returns the file of an option."""
     files = [folder / group / f"{name}.yaml" for folder in config_folders()]
     return next((file for file in files if file.is_file()), files[0])
+
+
+def following(group: str, name: str | None, key: str) -> list[tuple[str, ...]]:
+    """Returns the paths of the settings of an option that are those of another key, as `${rounds}` is of rounds."""
+    file = _option(group, str(name))
+    tree = read_yaml(file) if file.is_file() else None
+    return [path for path, value in _leaves(tree) if value == f"${{{key}}}"]
+
+
+def _leaves(tree: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yields the values of a tree of maps with their paths."""
+    if not isinstance(tree, dict):
+        yield above, tree
+        return
+    for key, value in tree.items():
+        yield from _leaves(value, (*above, str(key)))
 
 
 def model_settings(name: str) -> Settings:
