@@ -33,6 +33,7 @@ class TaskStrategy(EdgeStrategy):
     """
 
     asks_reachable: ClassVar[bool] = True
+    derived: ClassVar[frozenset[str]] = frozenset({"tasks", "rounds_per_task"})
     question: ClassVar[str]
 
     def __init__(self, tasks: Annotated[int, Ge(1)] = 1, rounds: Annotated[int, Ge(1)] = 1, **sampling: Any):
