@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedsim.grid.edge import EdgeGrid
-    from fedsim.runs.api import Run, compose, load, run
+    from fedsim.runs.api import Run, compose, load, reprice, resume, run
     from fedsim.runs.federation import Federation
     from fedsim.workloads.base import Workload
 
 __version__ = "0.1.0"
-__all__ = ["EdgeGrid", "Federation", "Run", "Workload", "compose", "load", "run"]
+__all__ = ["EdgeGrid", "Federation", "Run", "Workload", "compose", "load", "reprice", "resume", "run"]
 
 _HOMES = {  # imported when asked for: torch takes seconds
-    **dict.fromkeys(("Run", "compose", "load", "run"), "fedsim.runs.api"),
+    **dict.fromkeys(("Run", "compose", "load", "reprice", "resume", "run"), "fedsim.runs.api"),
     "EdgeGrid": "fedsim.grid.edge",
     "Federation": "fedsim.runs.federation",
     "Workload": "fedsim.workloads.base",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import warnings
 from pathlib import Path
 
 import pytest
-from conftest import DAILY, honest
+from conftest import honest
 from test_methods import NEEDS
 from test_methods import TINY as BLOBS
 from test_resume import comparable
@@ -14,7 +14,9 @@ from test_resume import comparable
 from clients.app import serve
 from fedsim.engines.local import LocalEngine
 from fedsim.errors import ConfigError
+from fedsim.runs import prolong as prolong_module
 from fedsim.runs import writer
+from fedsim.runs.checkpoint import Checkpoints
 from fedsim.runs.prolong import prolong
 from fedsim.runs.recorded import settings_of_run
 from fedsim.settings.compose import compose, of_rounds
@@ -50,3 +52,56 @@ def test_a_prolonged_run_is_the_longer_one(tmp_path: Path, method: str | None, e
         assert "so that a longer run would have begun in another way" in refusal
         return
     assert comparable(run) == comparable(straight)
+
+
+STEPS = ("put_beside", "unlink", "write_atomic", "take_beside")
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("step", STEPS)
+def test_one_that_was_killed_on_the_way_is_a_run_to_go_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, every: int
+):
+    """Killed before a step, the folder is that of the run as it was, or of the longer one."""
+    base = [*PHONES, "method=ditto", f"evaluate_every={every}"]
+    run = made(tmp_path / "run", *base, "rounds=3")
+    straight = {rounds: made(tmp_path / str(rounds), *base, f"rounds={rounds}") for rounds in (3, 5)}
+    target = {"unlink": Path, "write_atomic": prolong_module}.get(step, Checkpoints)
+    with monkeypatch.context() as patched:
+        patched.setattr(target, step, killed)
+        with pytest.raises(KilledError):
+            longer(run, 5)
+    settings = settings_of_run(run)
+    if not (run / "summary.json").exists():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a checkpoint is not of these settings
+            writer.run(settings, LocalEngine(serve), run, resume=True)
+    assert comparable(run) == comparable(straight[settings["rounds"]])
+    if settings["rounds"] == 3:
+        assert comparable(longer(run, 5)) == comparable(straight[5])
+
+
+class KilledError(Exception):
+    """The process ends here."""
+
+
+def killed(*given, **named):
+    raise KilledError
+
+
+REFUSED = {
+    "rounds must be more than the 3": ([], 3),
+    "ended in round 1 by a target": (["target=0.01"], 5),
+    "keeps no checkpoints": (["checkpoint_s=null"], 5),
+    "the tasks of the stream divide the rounds": (["stream=permuted", "stream.tasks=3"], 6),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_cannot_be_prolonged_says_why_and_stays(tmp_path: Path, reason: str):
+    overrides, rounds = REFUSED[reason]
+    run = made(tmp_path / "run", *PHONES, "workload.examples_per_client=30", "rounds=3", *overrides)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match=reason):
+        longer(run, rounds)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before

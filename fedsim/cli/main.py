@@ -17,6 +17,7 @@ from fedsim.cli.paired import paired
 from fedsim.cli.process import run_app
 from fedsim.cli.replay import replay
 from fedsim.cli.report import report
+from fedsim.cli.reprice import reprice
 from fedsim.cli.resume import resume
 from fedsim.cli.run import RUN_EPILOG, RunCommand, run
 from fedsim.cli.study import study
@@ -42,6 +43,7 @@ app.command(context_settings=PASS_THROUGH)(study)
 app.command()(bench)
 app.command()(replay)
 app.command(context_settings=PASS_THROUGH)(resume)
+app.command(context_settings=PASS_THROUGH)(reprice)
 app.command()(report)
 app.command()(doctor)
 data_app.command("averages", context_settings=PASS_THROUGH)(averages)

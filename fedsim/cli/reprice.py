@@ -23,30 +23,17 @@ def reprice(
     Example: fedsim reprice runs/20261121-101500-fedavg-digits fleet=sbc deadline_s=20
     """
     from fedsim.report.files import read_summary
-    from fedsim.report.page import write_page
-    from fedsim.report.place import new_run_folder
-    from fedsim.report.progress import progress_bar
     from fedsim.report.rounds import read_rounds
     from fedsim.report.terminal import console
     from fedsim.report.text import closing_lines, closing_table
-    from fedsim.runs.experiment import quiet_flower
-    from fedsim.runs.recorded import settings_of_run
-    from fedsim.runs.reprice import reprice as again
-    from fedsim.settings.compose import on_devices
-    from fedsim.settings.permissions import keep_out
+    from fedsim.runs.experiment import reprice_experiment
     from fedsim.workloads.metrics import Metric
 
-    keep_out(run)
-    quiet_flower()
-    shown, settings = console(), on_devices(settings_of_run(run), ctx.args)
-    before = read_summary(run)
-    with new_run_folder({**settings, "name": settings["name"] or f"{run.resolve().name}-repriced"}) as folder:
-        with progress_bar(shown, settings["rounds"], folder) as (watch, _):
-            summary = again(run, settings, folder, watch)
-        write_page(folder)
+    shown = console()
+    folder, summary = reprice_experiment(run, ctx.args, shown)
     reports = read_rounds(folder)
     shown.print(closing_table(reports, Metric.named_in(summary)))
-    shown.print(_costs(before, summary))
+    shown.print(_costs(read_summary(run), summary))
     for line in closing_lines(summary, folder, reports):
         shown.say(line)
 

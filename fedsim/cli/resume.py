@@ -12,22 +12,21 @@ from fedsim.cli.experiment import run_one
 
 def resume(
     ctx: typer.Context,
-    run: Annotated[Path, typer.Argument(help="Folder of a run that was interrupted, killed or has failed.")],
+    run: Annotated[Path, typer.Argument(help="Folder of a run that was interrupted or has failed; or a finished one.")],
 ) -> None:
     """Go on with a run from its last checkpoint, to the same result as if it had never stopped.
 
-    Its engine may be another one; everything else is as it was, the data too. A run without a checkpoint starts anew.
+    A finished run goes on to more rounds with rounds=N. Its engine may be another one; everything else is as it was,
+    the data too. A run without a checkpoint starts anew.
 
     Example: fedsim resume runs/20261121-101500-fedavg-digits engine=ray engine.workers=2
+
+    Example: fedsim resume runs/20261121-101500-fedavg-digits rounds=200
     """
     from fedsim.report.terminal import console
-    from fedsim.runs.recorded import settings_of_run
-    from fedsim.settings.compose import check_address, on_engine
-    from fedsim.settings.permissions import keep_out
+    from fedsim.runs.experiment import resumed
 
-    keep_out(run)
-    settings = on_engine(settings_of_run(run), ctx.args)
-    check_address(settings, ctx.args, str(run / "config.yaml"))
+    settings = resumed(run, ctx.args)
     if (run / "summary.json").exists():
         console().say(f"{run} has finished: {_completed(run)}")
         return
@@ -40,11 +39,14 @@ def _completed(run: Path) -> str:
     from fedsim.report.page import page_is_whole, write_page
     from fedsim.report.place import RESERVE, remove_unfinished
     from fedsim.runs.checkpoint import Checkpoints
+    from fedsim.runs.recorded import settings_of_run
+    from fedsim.runs.writer import kept_at_the_end
+    from fedsim.settings.run_settings import RunSettings
 
     read_summary(run)
     remove_unfinished(run)
     (run / RESERVE).unlink(missing_ok=True)
-    Checkpoints(run, None).keep(1)
+    Checkpoints(run, None).keep(kept_at_the_end(RunSettings.of(settings_of_run(run))))
     if page_is_whole(run):
         return "nothing is left to do"
     return f"only its page was missing, {write_page(run)}"

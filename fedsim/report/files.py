@@ -59,11 +59,13 @@ FIGURES: Forms = {
     "warnings": optional(TEXTS),
     "prices": optional(MAP),
     "compression": optional(MAPS),
+    "repriced": optional(MAP),
 }
 ROUND = Form("a round or null", lambda value: value is None or WHOLE.fits(value))
 TARGET: Forms = {"round": WHOLE, "simulated_s": NUMBER, "energy_j": NUMBER}
 PRICES = {"line": TEXT, "calls_share": NUMBER}
 CLIENTS_SEEN = {"population": WHOLE}
+REPRICED = {"run": TEXT, "rounds": WHOLE, "ended": TEXT}
 NOTE = {"error": TEXT, "reason": TEXT}
 LATER_COLUMNS = {"down_joules", "compute_joules", "up_joules", "tail_joules"}  # fedsim 0.1 had their sum alone
 PNG, MAX_PICTURE = b"\x89PNG\r\n\x1a\n", 32 * 2**20
@@ -125,7 +127,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
     primary = Metric.named_in(summary).name
     check_tree(summary, {"final": {primary: FIGURE}, "best": {primary: FIGURE, "round": ROUND}}, str(path))
     target = {primary: NUMBER, **TARGET}
-    for key, forms in (("to_target", target), ("prices", PRICES), ("clients", CLIENTS_SEEN)):
+    for key, forms in (("to_target", target), ("prices", PRICES), ("clients", CLIENTS_SEEN), ("repriced", REPRICED)):
         if summary.get(key):
             check_tree(summary[key], forms, f"{path}: {key}")
     return dict(summary)

@@ -39,7 +39,7 @@ ROWS = re.compile(r"rounds-(\d{6,})-(\d{6,})\.parquet")
 # What is being written when a run is killed: a name of the run's own between a dot and the number of the process.
 UNFINISHED = re.compile(
     r"\.(?:config\.yaml|summary\.json|split\.json|failure\.json|report\.html|failed-client\.(?:json|safetensors)|[^/]+\.png"
-    r"|flower\.log|rounds-\d+-\d+\.parquet|round-\d+)(?:\.(\d+))?\.part|rounds-\d+-\d+\.part"
+    r"|flower\.log|rounds-\d+-\d+\.parquet|round-\d+(?:\.old)?)(?:\.(\d+))?\.part|rounds-\d+-\d+\.part"
 )
 
 

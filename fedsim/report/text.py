@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,7 @@ def closing_lines(summary: dict[str, Any], folder: Path, reports: Sequence[Round
         f"clients: {counts}; the busiest spent {energy(summary['energy_j']['max_client'])}",
         f"clients that never took part: {clients['never']} of {clients['population']}",
         *(f"warning: {text}" for text in summary["warnings"]),
+        *([repriced_line(summary)] if summary.get("repriced") else []),
         *([f"prices: {summary['prices']['line']}"] if "prices" in summary else []),
     ]
     target = summary["to_target"]
@@ -109,6 +110,16 @@ def closing_lines(summary: dict[str, Any], folder: Path, reports: Sequence[Round
             f"{energy(target['energy_j'])}, {size(target['down_bytes'] + target['up_bytes'])}"
         )
     return [*lines, f"run folder: {folder} ({summary['host_s']:.1f} s on this host)"]
+
+
+def repriced_line(summary: Mapping[str, Any]) -> str:
+    """Returns which run was re-priced, and how far."""
+    made = summary["repriced"]
+    if not made["ended"]:
+        return f"re-priced: all {made['rounds']} rounds of {made['run']}, which was trained on other devices"
+    return (
+        f"re-priced: the first {summary['rounds']} of {made['rounds']} rounds of {made['run']}; it ends {made['ended']}"
+    )
 
 
 def sweep_table(summaries: Sequence[tuple[list[str], dict[str, Any]]]) -> Table:

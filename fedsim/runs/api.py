@@ -127,7 +127,7 @@ def compose(*overrides: str, **settings: Any) -> Settings:
     """
     from fedsim.settings.compose import compose as composed
 
-    return composed([*overrides, *(text for key, value in settings.items() for text in _overrides(key, value))])
+    return composed([*overrides, *_all_overrides(settings)])
 
 
 def run(*overrides: str, progress: bool = True, **settings: Any) -> Run:
@@ -155,6 +155,53 @@ def run(*overrides: str, progress: bool = True, **settings: Any) -> Run:
     return Run(folder)
 
 
+def resume(folder: str | Path, *overrides: str, progress: bool = True, **settings: Any) -> Run:
+    """Goes on with a run that was interrupted, or with a finished one to more `rounds`; returns its folder.
+
+    Args:
+        folder: of the run.
+        overrides: as those of `compose`: `rounds`, and settings of the engine.
+        progress: whether a terminal shows a bar over the rounds.
+        settings: the same as keywords.
+
+    Raises:
+        ConfigError, DataError: before anything is written.
+        ClientError: when a client fails; what was written so far stays.
+    """
+    from fedsim.report.terminal import console
+    from fedsim.runs.experiment import resumed, run_experiment
+
+    shown = console()
+    shown.quiet = not progress
+    composed = resumed(Path(folder), [*overrides, *_all_overrides(settings)])
+    if not (Path(folder) / "summary.json").exists():
+        with _process_as_before():
+            run_experiment(composed, shown, Path(folder))
+    return Run(Path(folder))
+
+
+def reprice(folder: str | Path, *overrides: str, progress: bool = True, **settings: Any) -> Run:
+    """Writes a finished run anew as it would have been on other devices, without training; returns the new folder.
+
+    Args:
+        folder: of the run.
+        overrides: as those of `compose`: fleet, latency, deadline_s, round_every_s, max_simulated_s, name, out.
+        progress: whether a terminal shows a bar over the rounds.
+        settings: the same as keywords.
+
+    Raises:
+        ConfigError, DataError: before anything is written.
+    """
+    from fedsim.report.terminal import console
+    from fedsim.runs.experiment import reprice_experiment
+
+    shown = console()
+    shown.quiet = not progress
+    with _process_as_before():
+        again, _ = reprice_experiment(Path(folder), [*overrides, *_all_overrides(settings)], shown)
+    return Run(again)
+
+
 def load(folder: str | Path) -> Run:
     """Returns a run folder to look into.
 
@@ -179,6 +226,10 @@ def _process_as_before() -> Iterator[None]:
         torch.set_num_threads(threads)
         torch.set_rng_state(state)
         gc.unfreeze()
+
+
+def _all_overrides(settings: Mapping[str, Any]) -> list[str]:
+    return [text for key, value in settings.items() for text in _overrides(key, value)]
 
 
 def _overrides(key: str, value: Any) -> list[str]:

@@ -132,7 +132,9 @@ class Checkpoints:
             for file, data in files.items():
                 write_new(part / file, data)
             sync_folder(part)
-            if target.exists():  # the last round, with all that its run needed to go on
+            if target.name.endswith(ASIDE):
+                shutil.rmtree(target, ignore_errors=True)
+            elif target.exists():  # the last round, with all that its run needed to go on
                 aside = self.folder / f"{name}{ASIDE}"
                 shutil.rmtree(aside, ignore_errors=True)
                 os.rename(target, aside)
@@ -143,8 +145,8 @@ class Checkpoints:
         sync_folder(self.folder)
         sync_folder(self.folder.parent)
 
-    def belong_to(self, saved: Saved, sums: Checksums) -> None:
-        """Lets a checkpoint stand for a run folder with other checksums; it is kept beside as it was.
+    def put_beside(self, saved: Saved, sums: Checksums) -> None:
+        """Writes a checkpoint again, for a run folder with other checksums, beside the one that belongs to this folder.
 
         Args:
             saved: the checkpoint, as it was read.
@@ -152,14 +154,16 @@ class Checkpoints:
         """
         assert saved.point is not None
         files = {name: (saved.point / name).read_bytes() for name in (WEIGHTS, TENSORS, STATE)}
-        self._place(f"round-{saved.round:06d}", {**files, SUMS: sums.to_text().encode()})
+        self._place(f"round-{saved.round:06d}{ASIDE}", {**files, SUMS: sums.to_text().encode()})
 
-    def keep_only(self, number: int) -> None:
-        """Removes all but the newest checkpoint of a round."""
-        kept = next((point for found, point in points(self.folder) if found == number), None)
+    def take_beside(self, number: int) -> None:
+        """Removes all checkpoints but the one of this round that was put beside."""
+        beside = self.folder / f"round-{number:06d}{ASIDE}"
         for _, point in points(self.folder):
-            if point != kept:
+            if point != beside:
                 shutil.rmtree(point, ignore_errors=True)
+        os.rename(beside, self.folder / f"round-{number:06d}")
+        sync_folder(self.folder)
 
     def forget_after(self, saved: Saved) -> None:
         """Removes those that are newer than the one that a run goes on from: they are damaged."""
@@ -169,9 +173,14 @@ class Checkpoints:
             shutil.rmtree(point, ignore_errors=True)
 
     def keep(self, count: int) -> None:
-        """Removes all but the newest ones."""
-        for _, point in points(self.folder)[count:]:
-            shutil.rmtree(point, ignore_errors=True)
+        """Removes all but those of the newest rounds."""
+        newest: dict[int, Path] = {}
+        for number, point in points(self.folder):
+            newest.setdefault(number, point)
+        kept = list(newest.values())[:count]
+        for _, point in points(self.folder):
+            if point not in kept:
+                shutil.rmtree(point, ignore_errors=True)
 
 
 def points(folder: Path) -> list[tuple[int, Path]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
@@ -45,6 +46,70 @@ def run_experiment(
         ):
             resumed, announce = unfinished is not None, partial(shown.print, highlight=False, soft_wrap=True)
             summary = run(settings, engine, folder, watch, observe, resumed, announce)
+        write_page(folder)
+    return folder, summary
+
+
+def resumed(run: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """Returns the settings with which a run goes on; one that has finished and is given more `rounds` is prolonged.
+
+    Args:
+        run: its folder.
+        overrides: `rounds=`, and settings of the engine.
+
+    Raises:
+        ConfigError: for any other setting, or if the run cannot be prolonged.
+    """
+    from fedsim.errors import ConfigError
+    from fedsim.report.files import read_summary
+    from fedsim.runs.prolong import prolong
+    from fedsim.runs.recorded import settings_of_run
+    from fedsim.settings.compose import check_address, of_rounds, on_engine
+    from fedsim.settings.overrides import parsed
+    from fedsim.settings.permissions import keep_out
+
+    keep_out(run)
+    quiet_flower()
+    given = [(parsed(text), text) for text in overrides]
+    rounds = [one.value() for one, _ in given if one.key_or_group == "rounds"]
+    others = [text for one, text in given if one.key_or_group != "rounds"]
+    settings = on_engine(settings_of_run(run), others)
+    check_address(settings, others, str(run / "config.yaml"))
+    if rounds:
+        if not read_summary(run):
+            raise ConfigError(f"{run} is not finished; end it first: fedsim resume {shlex.quote(str(run))}")
+        settings = of_rounds(settings, rounds[-1])
+        prolong(run, settings)
+    return settings
+
+
+def reprice_experiment(run: Path, overrides: Sequence[str], shown: Console) -> tuple[Path, dict[str, Any]]:
+    """Writes a finished run anew as it would have been on other devices; returns the new folder and its summary.
+
+    Args:
+        run: its folder.
+        overrides: the settings that change.
+        shown: where a bar over the rounds goes.
+
+    Raises:
+        ConfigError, DataError: before anything is written.
+    """
+    from fedsim.report.page import write_page
+    from fedsim.report.place import new_run_folder
+    from fedsim.report.progress import progress_bar
+    from fedsim.runs.recorded import settings_of_run
+    from fedsim.runs.reprice import reprice
+    from fedsim.settings.compose import on_devices
+    from fedsim.settings.permissions import keep_out
+
+    keep_out(run)
+    forget_worlds()
+    quiet_flower()
+    settings = on_devices({**settings_of_run(run), "out": None}, overrides)
+    named = {**settings, "name": settings["name"] or f"{run.resolve().name}-repriced"}
+    with new_run_folder(named) as folder:
+        with progress_bar(shown, settings["rounds"], folder) as (watch, _):
+            summary = reprice(run, settings, folder, watch)
         write_page(folder)
     return folder, summary
 

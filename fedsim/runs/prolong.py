@@ -53,11 +53,11 @@ def prolong(folder: Path, settings: Settings) -> None:
             raise ConfigError(f"the run in {folder} is going on just now; wait for it, or end it") from None
         # At every instant one checkpoint belongs to the settings that are there: before the run's own end, or after.
         sums = {**saved.sums.files, CONFIG: of_bytes(text.encode())}
-        checkpoints.belong_to(saved, replace(saved.sums, files=sums))
+        checkpoints.put_beside(saved, replace(saved.sums, files=sums))
         for name in (SUMMARY, PAGE):
             (folder / name).unlink(missing_ok=True)
         write_atomic(folder / CONFIG, text)
-        checkpoints.keep_only(saved.round)
+        checkpoints.take_beside(saved.round)
 
 
 def _check_method(folder: Path, settings: Settings) -> None:

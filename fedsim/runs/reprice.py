@@ -20,7 +20,7 @@ from flwr.app import ArrayRecord, Message, RecordDict
 from devices.availability import Always
 from devices.cost import ModelCost, Work
 from devices.profile import BY_LATENCY, BY_MEMORY, BY_NAME
-from fedsim.engines.base import Engine
+from fedsim.engines.base import Engine, assume_task_identity
 from fedsim.errors import ConfigError
 from fedsim.grid.edge import NOT_THERE
 from fedsim.grid.exchange import ClientReport
@@ -119,6 +119,7 @@ class RecordedEngine(Engine):
     """
 
     def __init__(self, before: World, now: World):
+        assume_task_identity()
         self.before, self.now = before, now
         self.exchange = RecordedExchange("", {})
 
@@ -351,6 +352,8 @@ def reprice(
             writer.add(report, clients)
             if watch:
                 watch(report)
+        if federation.ended and not report.round:
+            raise ConfigError(f"{folder} cannot be re-priced so: {federation.ended}; run it there: fedsim run")
         if not federation.is_whole:
             writer.checkpoints.every_s = None
         return writer.finish()
