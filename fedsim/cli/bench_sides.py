@@ -51,7 +51,8 @@ class PlainLoop:
             settings = {**settings, "model": {**settings["model"], FORMAT: self.memory_format}}
         world = build_world(json.dumps(settings))
         self.workload, self.cohort = world.workload, world.settings.cohort
-        self.lr, self.batch_size = settings["trainer"]["lr"], settings["trainer"]["batch_size"]
+        trainer = world.settings.groups["trainer"]
+        self.lr, self.batch_size = trainer["lr"], trainer["batch_size"]
         torch.set_num_threads(world.settings.engine.threads)
         self.model = self.workload.build_model()
         self.weights = {name: t.clone() for name, t in self.model.state_dict().items()}

@@ -9,11 +9,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from devices.writing import make_folders, remove_empty, try_place
 from fedsim.engines.locks import is_held
 from fedsim.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedsim.settings.run_settings import RunSettings
 
 MOST_NAMED = 6  # of the things in a folder that is taken
 CONFIG, SUMMARY, FAILURE, PAGE = "config.yaml", "summary.json", "failure.json", "report.html"
@@ -44,7 +47,7 @@ UNFINISHED = re.compile(
 
 
 @contextmanager
-def new_run_folder(settings: dict[str, Any]) -> Iterator[Path]:
+def new_run_folder(settings: RunSettings) -> Iterator[Path]:
     """Makes the folder of a run: `out`, or `runs/<date>-<time>-<name>` with a number behind it when that is taken.
 
     What was made is taken away in the end if nothing came into it.
@@ -54,14 +57,14 @@ def new_run_folder(settings: dict[str, Any]) -> Iterator[Path]:
     """
     made: list[Path] = []
     try:
-        if settings["out"] is not None:
-            folder = Path(str(settings["out"]))
+        if settings.out is not None:
+            folder = Path(settings.out)
             check_free(folder)
             made += _made(folder)
         else:
-            choices = settings["choices"]
-            label = settings["name"] or f"{choices.get('method') or choices['strategy']}-{choices['workload']}"
-            folder = new_folder(Path("runs"), str(label), made)
+            choices = settings.choices
+            label = settings.name or f"{choices.get('method') or choices['strategy']}-{choices['workload']}"
+            folder = new_folder(Path("runs"), label, made)
         yield folder
     finally:
         remove_empty(made)

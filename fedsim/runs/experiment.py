@@ -37,11 +37,12 @@ def run_experiment(
     from fedsim.settings.run_settings import RunSettings
 
     forget_worlds()
-    with new_run_folder(settings) if unfinished is None else nullcontext(unfinished) as folder:
+    typed = RunSettings.of(settings)
+    with new_run_folder(typed) if unfinished is None else nullcontext(unfinished) as folder:
         began(folder)
         with (
             closing(build_engine(settings)) as engine,
-            progress_bar(shown, RunSettings.of(settings).rounds, folder) as (watch, observe),
+            progress_bar(shown, typed.rounds, folder) as (watch, observe),
         ):
             resumed, announce = unfinished is not None, partial(shown.print, highlight=False, soft_wrap=True)
             summary = run(settings, engine, folder, watch, observe, resumed, announce)

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from devices.errors import DeviceError
+from devices.errors import UserError
 from devices.writing import write_atomic
 from fedsim.engines.flower.runtime import FlowerRuntime, Place, end_of
-from fedsim.errors import ConfigError, DataError, RunError
+from fedsim.errors import RunError
 from fedsim.report import strict_json
 from fedsim.report.files import read_failure, read_summary
 from fedsim.report.place import check_free
@@ -23,7 +23,6 @@ from fedsim.report.rounds import RoundReport
 from fedsim.workloads.bundle import data_roots
 
 POLL_S, STATUS_S = 0.1, 10.0  # a status costs most of a CPU second: asked for seldom, or when the folder says "over"
-WRONG_SETTINGS = {error.__name__: error for error in (ConfigError, DataError, DeviceError)}
 PATH_KEYS = ("path", "root", "weights")  # their texts may name files even without a separator in them
 
 
@@ -78,14 +77,20 @@ def failure(out: Path, status: str, log: str) -> Exception:
     else:
         raised = re.findall(r"^(?:fedsim|devices)\.errors\.(\w+): (.+)$", log, re.MULTILINE)
         name, reason = raised[-1] if raised else ("", "")
-    if name in WRONG_SETTINGS:
-        error: Exception = WRONG_SETTINGS[name](reason)
+    if kind := _user_errors(UserError).get(name):
+        error: Exception = kind(reason)
     elif name:
         error = RunError(reason if name.endswith(("ClientError", "RunError")) else f"{name}: {reason}")
     else:
         error = RunError(f"Flower's run ended as {status} without a reason; {end_of(log)}")
     error.traceback = log  # type: ignore[attr-defined]  # printed with FEDSIM_TRACEBACK=1
     return error
+
+
+def _user_errors(kind: type[UserError]) -> dict[str, type[UserError]]:
+    """Returns an error class and those derived from it, by name."""
+    derived = (_user_errors(below) for below in kind.__subclasses__())
+    return {kind.__name__: kind} | {name: found for errors in derived for name, found in errors.items()}
 
 
 def anchored(settings: dict[str, Any], here: Path) -> dict[str, Any]:

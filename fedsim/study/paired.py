@@ -92,7 +92,7 @@ def compare(folders: Iterable[Path], last: int, against: str | None = None) -> l
     if not folders:
         raise ConfigError("there are no runs to compare; give the folder of a sweep, or several of runs")
     metric = common_metric(folders)
-    runs = [_read(folder, metric) for folder in folders]
+    runs = [_read(folder, metric) for folder in folders]  # trees as they stand: earlier versions had fewer settings
     groups: dict[str, dict[int, list[RoundReport]]] = {}
     for label, (settings, rounds) in zip(_labels([s for s, _ in runs]), runs, strict=True):
         group = groups.setdefault(label, {})

@@ -92,7 +92,7 @@ def run_study(runs: Sequence[Planned], jobs: int, lock: int, watch: Watch) -> Pr
     waiting = [run for run in runs if not is_finished(run)]
     for run in waiting:
         _refuse_links(run.folder)
-    progress = Progress(len(runs), len(runs) - len(waiting), sum(run.settings["rounds"] for run in waiting))
+    progress = Progress(len(runs), len(runs) - len(waiting), sum(run.typed.rounds for run in waiting))
     running: list[_Running] = []
     ended_rounds = 0
     try:
@@ -103,7 +103,7 @@ def run_study(runs: Sequence[Planned], jobs: int, lock: int, watch: Watch) -> Pr
             for one in [r for r in running if r.process.poll() is not None]:
                 running.remove(one)
                 _untie(one)
-                ended_rounds += one.run.settings["rounds"]
+                ended_rounds += one.run.typed.rounds
                 progress.done += 1
                 if reason := _reason(one):
                     progress.failed[one.run.name] = reason
@@ -118,7 +118,7 @@ def run_study(runs: Sequence[Planned], jobs: int, lock: int, watch: Watch) -> Pr
 def _start(run: Planned, lock: int) -> _Running:
     """A process in a session of its own: Ctrl-C reaches the study alone, which ends its runs, as its own end does."""
     if can_go_on(run):
-        address = run.settings["engine"].get("address")  # which the study was told on its command line
+        address = run.typed.cluster_address  # which the study was told on its command line
         command = ["resume", str(run.folder), *([f"engine.address={address}"] if address else [])]
     else:
         command = run.command

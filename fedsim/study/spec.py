@@ -138,7 +138,13 @@ class Planned:
 
     @property
     def name(self) -> str:
+        """Returns what messages call the run."""
         return f"{self.arm.label}, seed {self.seed}"
+
+    @property
+    def typed(self) -> RunSettings:
+        """Returns the settings by attribute."""
+        return RunSettings.of(self.settings)
 
     @property
     def command(self) -> list[str]:
