@@ -183,7 +183,7 @@ class SideProcess:
         try:
             if not self._pipe.poll(timeout_s):
                 raise RunError(f"a side of the bench did not start within {timeout_s:g} s")
-            answer = self._pipe.recv()
+            answer: tuple[float, ...] | BaseException = self._pipe.recv()
         except (EOFError, ConnectionError) as error:
             raise RunError("a side of the bench ended without a word; was it out of memory?") from error
         if isinstance(answer, BaseException):
