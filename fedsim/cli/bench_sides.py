@@ -27,9 +27,11 @@ START_TIMEOUT_S = 300.0
 class Side(Protocol):
     """Something that can train one round after the other."""
 
-    def round(self, number: int) -> None: ...
+    def round(self, number: int) -> None:
+        """Trains one round."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Ends what the side has started."""
 
 
 class PlainLoop:
@@ -76,7 +78,7 @@ class PlainLoop:
         self.weights = sums
 
     def train(self, data: Any, shuffle: Any) -> None:
-        """One epoch."""
+        """Trains the model for one epoch."""
         import torch
 
         optimiser = torch.optim.SGD(self.model.parameters(), self.lr)
@@ -86,7 +88,7 @@ class PlainLoop:
             optimiser.step()
 
     def close(self) -> None:
-        """Nothing to stop."""
+        """Does nothing: a loop has no process and no file."""
 
 
 class FastLoop(PlainLoop):
@@ -95,7 +97,7 @@ class FastLoop(PlainLoop):
     memory_format = "channels_last"
 
     def train(self, data: Any, shuffle: Any) -> None:
-        """One epoch."""
+        """Trains the model for one epoch."""
         import torch
 
         parameters: list[Any] = list(self.model.parameters())
@@ -125,7 +127,7 @@ class EngineRounds:
         self.engine.start()
 
     def round(self, number: int) -> None:
-        """One training round, written down; round 0 lets clients judge, so that their data are drawn and cached."""
+        """Runs and writes a training round; in round 0 clients only judge, so that their data are drawn and cached."""
         if number == 0:
             for _ in range(3):  # with two workers, seven of eight data sets are then where they are needed
                 self.federation.ask_clients(0)
@@ -160,7 +162,7 @@ class SideProcess:
         self.start_s, self.idle_bytes = self._answer(START_TIMEOUT_S)
 
     def round(self, number: int) -> tuple[float, float]:
-        """One round: host seconds, and CPU seconds of the process and all its children."""
+        """Runs a round; returns host seconds, and CPU seconds of the process and all its children."""
         self._pipe.send(number)
         seconds, cpu_s = self._answer()
         return seconds, cpu_s
@@ -227,7 +229,7 @@ def _serve(pipe: Connection, make: Callable[..., Side], arguments: tuple[Any, ..
 
 
 def _cpu_s(processes: list[Any]) -> float:
-    """CPU seconds of these processes so far."""
+    """Returns the CPU seconds of these processes so far."""
     import psutil
 
     total = 0.0

@@ -114,7 +114,7 @@ def _list() -> None:
 
 
 def _runs_table(study: Study, runs: Sequence[Planned]) -> Table:
-    """What would be run, and as which command."""
+    """Returns a table of what would be run, and as which command."""
     import shlex
 
     from fedsim.report.terminal import table
@@ -128,7 +128,7 @@ def _runs_table(study: Study, runs: Sequence[Planned]) -> Table:
 
 
 def _run(runs: Sequence[Planned], jobs: int | None, folder: Path, shown: PlainConsole) -> dict[str, str]:
-    """Runs what is missing; the sentences of the runs that failed, by their names."""
+    """Runs what is missing; returns the sentences of the runs that failed, by their names."""
     from fedsim.engines.host import usable_cores
     from fedsim.study.runner import run_study, study_folder
 
@@ -138,7 +138,7 @@ def _run(runs: Sequence[Planned], jobs: int | None, folder: Path, shown: PlainCo
 
 @contextmanager
 def _bar(shown: PlainConsole) -> Iterator[Watch]:
-    """A bar over the rounds of all runs; where there is no terminal, a line for each run that has ended."""
+    """Shows a bar over the rounds of all runs; where there is no terminal, a line for each run that has ended."""
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
@@ -159,7 +159,7 @@ def _bar(shown: PlainConsole) -> Iterator[Watch]:
 
 
 def _show(result: Result, failed: dict[str, str], folder: Path, shown: PlainConsole) -> None:
-    """The table, in two where the terminal is too narrow for one."""
+    """Prints the table, in two where the terminal is too narrow for one."""
     scores, costs = _scores(result), _costs(result)
     whole = _table(result, {**scores, **costs})
     if shown.measure(whole).maximum <= shown.width:
@@ -192,7 +192,7 @@ def _table(result: Result, columns: dict[str, list[str]]) -> Table:
 
 
 def _scores(result: Result) -> dict[str, list[str]]:
-    """Cells by column: the metric, and what it differs by."""
+    """Returns cells by column: the metric, and what it differs by."""
     from fedsim.study.page import score
 
     metric = result.metric
@@ -207,7 +207,7 @@ def _scores(result: Result) -> dict[str, list[str]]:
 
 
 def _costs(result: Result) -> dict[str, list[str]]:
-    """Cells by column: what a run of each arm took, and the study's own columns."""
+    """Returns cells by column: what a run of each arm took, and the study's own columns."""
     from fedsim.report.text import energy, simulated, size
     from fedsim.study.page import figure
 
@@ -222,7 +222,7 @@ def _costs(result: Result) -> dict[str, list[str]]:
 
 
 def _heading(path: str) -> str:
-    """A value's path as a narrow heading of several lines."""
+    """Returns a value's path as a narrow heading of several lines."""
     from textwrap import wrap
 
     from fedsim.report.plots.style import METRICS

@@ -81,7 +81,7 @@ def check_run(folder: Path) -> None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The settings of a run; classes that an earlier version had elsewhere go by their present names.
+    """Reads the settings of a run; classes that an earlier version had elsewhere go by their present names.
 
     Raises:
         ConfigError: if there are none.
@@ -99,7 +99,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def config_text(folder: Path) -> str:
-    """`config.yaml` as it stands.
+    """Reads `config.yaml` as it stands.
 
     Raises:
         FileError: if it cannot be read, or is not what the run wrote.
@@ -111,7 +111,7 @@ def config_text(folder: Path) -> str:
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """The summary of a finished run; empty where there is none.
+    """Reads the summary of a finished run; empty where there is none.
 
     Raises:
         FileError: if it cannot be read, or is none.
@@ -132,7 +132,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 
 def read_failure(folder: Path) -> dict[str, Any]:
-    """The note of a run that failed; empty where there is none.
+    """Reads the note of a run that failed; empty where there is none.
 
     Raises:
         FileError: if it cannot be read, or is none.
@@ -146,7 +146,7 @@ def read_failure(folder: Path) -> dict[str, Any]:
 
 
 def row_files(folder: Path) -> list[Path]:
-    """The files of client rows, in order.
+    """Lists the files of client rows, in order.
 
     Raises:
         FileError: if `clients` is no folder, or leads elsewhere.
@@ -158,7 +158,7 @@ def row_files(folder: Path) -> list[Path]:
 
 
 def read_rows(path: Path, columns: list[str] | None = None) -> Any:
-    """Client rows of one file, as a pyarrow Table.
+    """Reads the client rows of one file, as a pyarrow Table.
 
     Raises:
         FileError: if it cannot be read, or lacks a column or has one of another type.
@@ -177,7 +177,7 @@ def read_rows(path: Path, columns: list[str] | None = None) -> Any:
 
 
 def read_all_rows(folder: Path) -> pd.DataFrame | None:
-    """All client rows of a run; None where there are none.
+    """Reads all client rows of a run; None where there are none.
 
     Raises:
         FileError: as `read_rows`.
@@ -189,7 +189,7 @@ def read_all_rows(folder: Path) -> pd.DataFrame | None:
 
 
 def read_columns(folder: Path) -> Rows:
-    """All client rows of a run as columns by name, but for its JSON texts; empty where there are none.
+    """Reads all client rows of a run as columns by name, but for its JSON texts; empty where there are none.
 
     Raises:
         FileError: as `read_rows`.
@@ -204,7 +204,7 @@ def read_columns(folder: Path) -> Rows:
 
 
 def as_array(column: Any) -> np.ndarray:
-    """A column of a pyarrow Table, NaN for null, as its `to_numpy`, which would import pandas."""
+    """Returns a column of a pyarrow Table, NaN for null, as its `to_numpy`, which would import pandas."""
     import pyarrow as pa
 
     if pa.types.is_string(column.type):
@@ -215,12 +215,12 @@ def as_array(column: Any) -> np.ndarray:
 
 
 def only(rows: Rows, where: np.ndarray) -> Rows:
-    """The rows that a mask or indices choose."""
+    """Returns the rows that a mask or indices choose."""
     return {name: column[where] for name, column in rows.items()}
 
 
 def read_pictures(folder: Path) -> list[bytes]:
-    """The pictures that a run drew, in order of their names; links to elsewhere and what is no PNG are left out."""
+    """Reads the pictures that a run drew, in order of their names, but for links to elsewhere and what is no PNG."""
     found = []
     for path in sorted((folder / PICTURES).glob("*.png")):
         try:

@@ -122,11 +122,11 @@ class RunFolder:
         self._flushed_at = time.monotonic()
 
     def _tables(self) -> list[str]:
-        """Names of the files of client rows, in order."""
+        """Returns the names of the files of client rows, in order."""
         return sorted(name for name in os.listdir(self.path / CLIENTS) if ROWS.fullmatch(name))
 
     def _cut_back(self, last: int, sums: Checksums | None) -> list[RoundReport]:
-        """Takes away what was written after round `last`; the rounds that stay.
+        """Takes away what was written after round `last`; returns the rounds that stay.
 
         Raises:
             ConfigError: if some of those are missing.
@@ -242,7 +242,7 @@ class RunFolder:
                 file.close()
 
     def _add_events(self, report: RoundReport) -> None:
-        """TensorBoard gets the simulated time as wall time: its "relative" axis is the devices' time."""
+        """Writes a round for TensorBoard with simulated time as wall time: its "relative" axis is the devices' time."""
         outcomes = {f"outcome/{o}": len(report.outcomes.get(o, ())) for o in OUTCOMES} if report.cohort else {}
         scalars = {
             **{f"metric/{key}": value for key, value in report.metrics.items()},

@@ -1,4 +1,4 @@
-"""What a client that stopped a run was sent, kept beside the run's reports for `fedsim replay`."""
+"""Writes and reads the instruction of a client that stopped a run, for `fedsim replay`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def keep_instruction(folder: Path, sent: Instruction) -> None:
 
 
 def kept_instruction(folder: Path) -> Instruction | None:
-    """What the client was sent that stopped the run, if one did.
+    """Reads what the client was sent that stopped the run; None if no client did.
 
     Raises:
         ConfigError: if its files cannot be read, or are not what the run wrote.

@@ -107,7 +107,7 @@ def write_page(folder: Path) -> Path:
 
 
 def page_is_whole(folder: Path) -> bool:
-    """Whether a finished run has its page, made after its summary."""
+    """Returns whether a finished run has its page, made after its summary."""
     try:
         return _of(folder) in read_text(inside(folder, folder / PAGE))
     except FileError:
@@ -115,7 +115,7 @@ def page_is_whole(folder: Path) -> bool:
 
 
 def _of(folder: Path) -> str:
-    """Which summary a page is of."""
+    """Says which summary a page is of."""
     path = folder / SUMMARY
     return f"of summary {of_file(path)}" if path.exists() else "of a run that is not finished"
 
@@ -126,7 +126,7 @@ def _title(choices: dict[str, Any], summary: dict[str, Any]) -> str:
 
 
 def _figures(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """What one wants to know first: name, figure, what it is of."""
+    """Returns what one wants to know first: name, figure, what it is of."""
     outcomes, joules = summary["outcomes"], summary["energy_j"]
     primary = Metric.named_in(summary)
     final, best = (_value(primary, summary[key][primary.name]) for key in ("final", "best"))
@@ -150,7 +150,7 @@ def _figures(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _never(rounds: list[RoundReport], summary: dict[str, Any], split: Split | None) -> tuple[str, str, str]:
-    """Clients that took part in no round; where nobody says how many there are, those that did."""
+    """Counts the clients that took part in no round; where nobody says how many there are, those that did."""
     count = len(took_part(rounds))
     population = summary.get("clients", {}).get("population") or (split.num_clients if split else None)
     so_far = "" if summary else ", so far"
@@ -198,7 +198,7 @@ def _png(data: bytes) -> str:
 
 
 def _devices(rows: Rows) -> Table:
-    """A line per device: who was asked, what became of them, and what a completed exchange took."""
+    """Returns a line per device: who was asked, what became of them, and what a completed exchange took."""
     seen = [outcome for outcome in OUTCOMES if (rows["outcome"] == outcome).any()]
     parts = [part for part in JOULES if f"{part}_joules" in rows]
     header = ["device", "clients", "asked", *(o.replace("_", " ") for o in seen), "median s", "95 % s", "mean J"]
@@ -217,7 +217,7 @@ def _devices(rows: Rows) -> Table:
 
 
 def _stragglers(rows: Rows) -> Table | None:
-    """The clients that closed most rounds."""
+    """Returns the clients that closed most rounds; None where no client did."""
     done = only(rows, (rows["phase"] == "train") & (rows["outcome"] == "completed"))
     if not len(done["client"]):
         return None
@@ -245,7 +245,7 @@ def _deployed(entries: Sequence[dict[str, Any]]) -> Table:
 
 
 def _mean(values: np.ndarray) -> str:
-    """The mean of the numbers that are there: some columns are not in the older files of a resumed run."""
+    """Returns the mean of the numbers that are there: some columns are not in the older files of a resumed run."""
     there = values[~np.isnan(values)]
     return _short(there.mean()) if len(there) else ""
 

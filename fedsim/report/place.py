@@ -1,4 +1,4 @@
-"""Where a run goes: its folder is made where its name is chosen, and taken only where nothing else is in it."""
+"""Chooses and makes the folder of a run, which must hold nothing else."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def check_free(folder: Path) -> None:
 
 
 def refuse_taken(folder: Path) -> None:
-    """As `check_free`, for the run that has begun to write there.
+    """Refuses a folder that holds anything of another run, for the run that has begun to write there.
 
     Raises:
         ConfigError: naming the folder and what is in it.
@@ -174,7 +174,7 @@ def _some(names: list[str]) -> str:
 
 
 def _of_a_first_instant(path: Path) -> bool:
-    """Whether a run leaves this before its `config.yaml`: empty, or half written."""
+    """Returns whether a run leaves this before its `config.yaml`: empty, or half written."""
     if path.is_symlink():
         return False
     if path.name == CLIENTS:
@@ -210,7 +210,7 @@ def remove(path: Path) -> None:
 
 
 def _lives(pid: int) -> bool:
-    """Whether another process by this number is there: it may be writing just now."""
+    """Returns whether another process by this number is there: it may be writing just now."""
     if pid == os.getpid():
         return False
     try:

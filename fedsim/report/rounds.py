@@ -1,4 +1,4 @@
-"""What a run says of its rounds: one line for each, sums over all, and the fingerprint of its weights."""
+"""Reports of a run's rounds: one line for each, sums over all, and the fingerprint of the weights."""
 
 from __future__ import annotations
 
@@ -91,12 +91,12 @@ class RoundReport:
         )
 
     def to_json(self) -> str:
-        """One line; equal runs give equal lines but for HOST_FIELDS."""
+        """Returns one line; equal runs give equal lines but for HOST_FIELDS."""
         return strict_json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, line: str) -> RoundReport:
-        """The inverse of `to_json`.
+        """Reads a line of `to_json`.
 
         Raises:
             FileError: if it is no such line.
@@ -105,7 +105,7 @@ class RoundReport:
 
     @classmethod
     def from_tree(cls, tree: Any, where: str) -> RoundReport:
-        """A report from what JSON holds; `where` names it in the sentence.
+        """Reads a report from what JSON holds; `where` names it in the sentence.
 
         A judgement that was not finite has no accuracy, in files of fedsim 0.1 too.
 
@@ -121,7 +121,7 @@ class RoundReport:
 
 
 def read_rounds(folder: Path) -> list[RoundReport]:
-    """The rounds of a run folder, finished or not; a last line cut short by a crash is left out.
+    """Reads the rounds of a run folder, finished or not; a last line cut short by a crash is left out.
 
     Raises:
         FileError: if they cannot be read, naming the file and the line.
@@ -132,7 +132,7 @@ def read_rounds(folder: Path) -> list[RoundReport]:
 
 
 def weights_sha256(arrays: ArrayRecord) -> str:
-    """Fingerprint of the weights: names, dtypes, shapes and bytes, in the model's order."""
+    """Returns the SHA-256 of the weights: names, dtypes, shapes and bytes, in the model's order."""
     digest = sha256()
     for name, array in arrays.items():
         digest.update(f"{name} {array.dtype} {tuple(array.shape)}\n".encode())
@@ -167,7 +167,7 @@ class Totals:
 
 
 def spent(rounds: list[RoundReport]) -> dict[str, list[float]]:
-    """What a run has cost up to the end of each round: simulated seconds, joules, bytes down and up, rounds."""
+    """Returns what a run has cost up to the end of each round: simulated seconds, joules, bytes down and up, rounds."""
     return {
         "simulated_s": [r.now_s for r in rounds],
         "joules": np.cumsum([r.joules for r in rounds]).tolist(),

@@ -1,4 +1,4 @@
-"""What reports need of a run's workload, kept in its folder so that they need no data: split and primary metric."""
+"""Writes split and primary metric of a run's workload into its folder, so that reports need no data."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def primary_of(folder: Path) -> Metric:
 
 
 def kept_split(folder: Path) -> Split | None:
-    """The split that a run has kept; None where it has not.
+    """Reads the split from a run folder; None where there is none.
 
     Raises:
         FileError: if it cannot be read, or is not what the run wrote.

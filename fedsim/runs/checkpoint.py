@@ -51,7 +51,7 @@ class NotKeptError(Exception):
 
 @dataclass(frozen=True)
 class Saved:
-    """What a checkpoint holds.
+    """The contents of a checkpoint.
 
     Attributes:
         round: the last one that is in it.
@@ -89,7 +89,7 @@ class Checkpoints:
 
     @property
     def due(self) -> bool:
-        """Whether it is time for one."""
+        """Returns whether it is time for a checkpoint."""
         return self.every_s is not None and time.monotonic() >= self._next
 
     def write(self, saved: Saved, run_sums: Callable[[], Checksums]) -> None:
@@ -157,14 +157,14 @@ class Checkpoints:
 
 
 def points(folder: Path) -> list[tuple[int, Path]]:
-    """The checkpoints below a folder with their rounds, the newest first."""
+    """Lists the checkpoints below a folder with their rounds, the newest first."""
     found = [(NAME.fullmatch(path.name), path) for path in folder.glob("round-*") if path.is_dir()]
     named = [(int(match[1]), not match[2], path) for match, path in found if match]
     return [(number, path) for number, _, path in sorted(named, reverse=True)]
 
 
 def load(run: Path) -> Saved | None:
-    """The newest whole checkpoint of a run folder; None where there is none at all.
+    """Reads the newest whole checkpoint of a run folder; None where there is none at all.
 
     Raises:
         ConfigError: if there are some, and none is whole, or what is there is none.
@@ -215,7 +215,7 @@ def _read(run: Path, point: Path, number: int) -> Saved:
 
 
 def strategy_state(strategy: Strategy) -> dict[str, Any]:
-    """What a strategy keeps between rounds: its attributes, but for functions and those that it names as `derived`.
+    """Returns what a strategy keeps between rounds: its attributes, but for functions and those named in `derived`.
 
     Flower's strategies have no other state than that; a strategy inside another one is taken with it. What it was told
     of the run it is told again.
@@ -243,7 +243,7 @@ def restore_strategy(strategy: Strategy, state: dict[str, Any]) -> None:
 
 
 def encode(value: Any, arrays: Arrays, where: str) -> Any:
-    """The tree as what JSON can hold; its arrays go into `arrays`, under the numbers by which the tree names them.
+    """Returns the tree as what JSON can hold; its arrays go into `arrays`, under the numbers by which it names them.
 
     Raises:
         NotKeptError: naming the place and type of something else.
@@ -272,7 +272,7 @@ def encode(value: Any, arrays: Arrays, where: str) -> Any:
 
 
 def decode(coded: Any, arrays: Arrays) -> Any:
-    """The inverse of `encode`; mappings become dicts.
+    """Returns the tree that `encode` was given; mappings become dicts.
 
     Raises:
         KeyError, TypeError, ValueError: for what `encode` has not made.
@@ -309,7 +309,7 @@ _KINDS: tuple[tuple[str, Callable[[Any], Any], Callable[[Any], Any]], ...] = (
 
 
 def _contiguous(array: np.ndarray) -> np.ndarray:
-    """The array as safetensors wants it; numpy alone would make a vector of a single number."""
+    """Returns the array as safetensors wants it; numpy alone would make a vector of a single number."""
     return np.ascontiguousarray(array).reshape(array.shape)
 
 

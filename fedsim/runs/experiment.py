@@ -51,7 +51,7 @@ def run_experiment(
 
 
 def build_engine(settings: dict[str, Any]) -> Any:
-    """The engine that the settings name, with the worker of `clients.app`; the caller closes it."""
+    """Builds the engine that the settings name, with the worker of `clients.app`; the caller closes it."""
     from clients.app import serve
     from fedsim.settings.build import instantiate
 
@@ -60,7 +60,7 @@ def build_engine(settings: dict[str, Any]) -> Any:
 
 
 def forget_worlds() -> None:
-    """A sweep's earlier runs would keep their data and models in memory."""
+    """Forgets data and models of earlier runs, which a sweep would keep in memory."""
     import clients.app
     from fedsim.settings.build import build_world
 
@@ -69,7 +69,7 @@ def forget_worlds() -> None:
 
 
 def quiet_flower() -> None:
-    """Flower logs every round; the progress bar says it better. Warnings of ours come through `fedsim` itself."""
+    """Silences Flower, which logs every round: the progress bar says it better, and `fedsim` itself prints warnings."""
     import logging
 
     logger = logging.getLogger("flwr")

@@ -70,7 +70,7 @@ def run(
 
 
 def failure(out: Path, status: str, log: str) -> Exception:
-    """The error that a failed run left behind: in its folder, else in the log, else as the log's last lines."""
+    """Returns the error that a failed run left behind: in its folder, else in the log, else the log's last lines."""
     note = read_failure(out)
     if note:
         name, reason = note["error"], note["reason"]
@@ -94,7 +94,7 @@ def _user_errors(kind: type[UserError]) -> dict[str, type[UserError]]:
 
 
 def anchored(settings: dict[str, Any], here: Path) -> dict[str, Any]:
-    """The settings with relative files made absolute: Flower's processes work in another folder."""
+    """Returns the settings with relative files made absolute: Flower's processes work in another folder."""
     moved = {key: value if key == "choices" else _anchored(value, here) for key, value in settings.items()}
     devices = moved["fleet"].get("devices")
     if isinstance(devices, dict):  # profiles by name or by path
@@ -132,7 +132,7 @@ def _follow(flower: FlowerRuntime, run_id: str, out: Path, watch: Callable[[Roun
 
 
 def _new_lines(path: Path) -> Iterator[list[str]]:
-    """Whenever it is asked: the complete lines written since it was asked last."""
+    """Yields, whenever it is asked, the complete lines written since it was asked last."""
     read = 0
     while True:
         lines: list[str] = []
@@ -145,7 +145,7 @@ def _new_lines(path: Path) -> Iterator[list[str]]:
 
 
 def _note(out: Path, error: str) -> None:
-    """What a run in this process would have left; Flower's processes are ended without a last word."""
+    """Writes the note that a run in this process would have left: Flower's processes are ended without a last word."""
     if (out / "config.yaml").exists() and not any((out / n).exists() for n in ("summary.json", "failure.json")):
         write_atomic(
             out / "failure.json", strict_json.dumps({"error": error, "reason": "interrupted"}, indent=1) + "\n"

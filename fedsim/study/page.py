@@ -72,7 +72,7 @@ def score(row: Row) -> str:
 
 
 def _difference(row: Row, against: str) -> str:
-    """The difference with its interval; bold where it stands."""
+    """Returns the difference with its interval; bold where it is significant."""
     if row.label == against or math.isnan(row.difference):
         return ""
     interval = f" ({row.interval_text})" if math.isfinite(row.half_width) else ""
@@ -106,11 +106,11 @@ def figure(value: float) -> str:
 
 
 def _table(columns: Mapping[str, Sequence[str]]) -> str:
-    """A Markdown table, its first column to the left and all others to the right."""
+    """Returns a Markdown table, its first column to the left and all others to the right."""
     rows = [list(columns), ["---", *["---:"] * (len(columns) - 1)], *zip(*columns.values(), strict=True)]
     return "\n".join(f"| {' | '.join(_plain(cell) for cell in row)} |" for row in rows)
 
 
 def _plain(text: str) -> str:
-    """Text that stays within its line and cell."""
+    """Returns text that stays within its line and cell."""
     return " ".join(text.split()).replace("|", "\\|")

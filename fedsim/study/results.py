@@ -1,4 +1,4 @@
-"""What a study found: a row per arm with differences to one of them, as a table's figures, JSON and CSV."""
+"""The results of a study: a row per arm with differences to one of them, as a table's figures, JSON and CSV."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def collect(study: Study, runs: Sequence[Planned]) -> Result:
 
 
 def _read_as(arm: Arm, finished: Finished) -> Finished:
-    """A run as an arm sees it: one that has none of its own sees the metrics with its suffix, by their usual names."""
+    """Returns a run as its arm reads it: an arm without runs has the metrics with its suffix, by their usual names."""
     if not arm.of:
         return finished
     rounds = [
@@ -106,13 +106,13 @@ def check_columns(result: Result) -> None:
 
 
 def mean_of(path: str, finished: Sequence[Finished]) -> float:
-    """Mean over runs of a figure by its dotted path; nan where none has it."""
+    """Returns the mean over runs of a figure by its dotted path; nan where none has it."""
     values = [figures(f)[path] for f in finished if path in figures(f)]
     return float(np.mean(values)) if values else math.nan
 
 
 def figures(finished: Finished) -> dict[str, float]:
-    """Every number of a run by dotted path: those of its summary, and the last value of each metric of its rounds."""
+    """Returns the numbers of a run by dotted path: its summary's, and the last value of each metric of its rounds."""
     last = {f"{METRICS}{name}": value for report in finished.rounds for name, value in report.metrics.items()}
     return dict(_numbers(finished.summary)) | last
 

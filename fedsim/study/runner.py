@@ -29,7 +29,7 @@ ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_
 
 @dataclass
 class Progress:
-    """How far a study is.
+    """The progress of a study.
 
     Attributes:
         total, done: runs; those finished before count as done.
@@ -46,6 +46,8 @@ class Progress:
 
 @dataclass
 class _Running:
+    """A run whose process is going on, and the file of its output."""
+
     run: Planned
     process: subprocess.Popen[bytes]
     log: Path
@@ -79,7 +81,7 @@ def study_folder(out: Path) -> Iterator[int]:
 
 
 def run_study(runs: Sequence[Planned], jobs: int, lock: int, watch: Watch) -> Progress:
-    """Runs those that are not finished, `jobs` at a time, in their order; a failing one does not stop the others.
+    """Runs what is not finished, `jobs` at a time, in the given order; a run that fails does not stop the others.
 
     One that was cut short goes on from its checkpoint.
 
@@ -116,7 +118,7 @@ def run_study(runs: Sequence[Planned], jobs: int, lock: int, watch: Watch) -> Pr
 
 
 def _start(run: Planned, lock: int) -> _Running:
-    """A process in a session of its own: Ctrl-C reaches the study alone, which ends its runs, as its own end does."""
+    """Starts a run in a session of its own: Ctrl-C reaches the study alone, which ends its runs."""
     if can_go_on(run):
         address = run.typed.cluster_address  # which the study was told on its command line
         command = ["resume", str(run.folder), *([f"engine.address={address}"] if address else [])]
@@ -160,7 +162,7 @@ def _set_aside(folder: Path) -> None:
 
 
 def _rounds(folder: Path) -> int:
-    """Training rounds that a run has written."""
+    """Returns how many training rounds a run has written."""
     try:
         return max(0, read_bytes(inside(folder, folder / "rounds.jsonl")).count(b"\n") - 1)
     except FileError:
@@ -168,7 +170,7 @@ def _rounds(folder: Path) -> int:
 
 
 def _reason(one: _Running) -> str:
-    """Why a run that has ended is not finished, as it said itself; empty, and its log gone, if it is."""
+    """Says why a run that has ended is not finished, in its own words; empty, with its log removed, if it is."""
     code = one.process.returncode
     if code == 0 and (one.run.folder / "summary.json").is_file():
         one.log.unlink()

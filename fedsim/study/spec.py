@@ -1,7 +1,6 @@
 """A study: a named list of arms that are run with the same seeds and compared, read from one YAML file.
 
-Methods have different settings, so a comparison is no product of settings: each arm has overrides of its own. May
-import: devices.errors, devices.reading, fedsim's settings.
+Methods have different settings, so a comparison is no product of settings: each arm has overrides of its own.
 """
 
 from __future__ import annotations
@@ -62,13 +61,13 @@ class Arm:
 
     @property
     def slug(self) -> str:
-        """The label as a folder's name."""
+        """Returns the label as a folder's name."""
         return file_name(re.sub(r"[^a-z0-9.]+", "-", self.label.lower()).strip("-.") or "arm")
 
 
 @dataclass(frozen=True)
 class Study:
-    """What is compared.
+    """The arms of a study, the seeds that they are run with, and what its table and picture show.
 
     Attributes:
         name: of the file.
@@ -101,7 +100,7 @@ class Study:
     reading: str = ""
 
     def only(self, labels: Sequence[str]) -> Study:
-        """The same study with some arms: those with a label, or whose label begins with it; all when none is given.
+        """Returns the study with some arms: those with a label, or whose label begins with it; all when none is given.
 
         Raises:
             ConfigError: for a label that no arm has.
@@ -118,7 +117,7 @@ class Study:
 
     @property
     def trained(self) -> tuple[Arm, ...]:
-        """The arms that have runs: those of the table, and those that only others are read from."""
+        """Returns the arms that have runs: those of the table, and those that only others are read from."""
         return tuple(arm for arm in (*self.arms, *self.sources) if not arm.of)
 
 
@@ -148,7 +147,7 @@ class Planned:
 
     @property
     def command(self) -> list[str]:
-        """The arguments of `fedsim` that make this run."""
+        """Returns the arguments of `fedsim` that make this run."""
         return ["run", *self.arm.overrides, f"seed={self.seed}", f"out={quoted(str(self.folder))}"]
 
 
@@ -156,12 +155,12 @@ class Planned:
 
 
 def studies() -> dict[str, str]:
-    """Title of every study that comes with fedsim, by name."""
+    """Returns the title of every study that comes with fedsim, by name."""
     return {path.stem: str(_tree(path)["title"]) for path in sorted((config_dir() / "study").glob("*.yaml"))}
 
 
 def read_study(name: str, overrides: Sequence[str] = (), seeds: Sequence[int] = ()) -> Study:
-    """A study by the name of a shipped one or the path of a file.
+    """Reads a study by the name of a shipped one or the path of a file.
 
     Args:
         name: a path where it has a suffix or a folder in it.
@@ -274,7 +273,7 @@ def _checked(path: Path, study: Study) -> Study:
 
 
 def _expanded(path: Path, label: str, entry: Any) -> Iterator[Arm]:
-    """The arms of an entry: one, or one for each point of its grid."""
+    """Yields the arms of an entry: one, or one for each point of its grid."""
     family = re.sub(r",?\s*(\{[^}]*\}|[0-9.]+$)", "", label).strip() or label
     if not isinstance(entry, dict):
         yield Arm(label, _texts(path, f"arms.{label}", entry), family)
@@ -306,13 +305,13 @@ def _expanded(path: Path, label: str, entry: Any) -> Iterator[Arm]:
 
 
 def _labelled(label: str, values: Mapping[str, str]) -> str:
-    """The label with the values in the place of {key} (or the key's last word), others behind it."""
+    """Returns the label with the values in the place of {key} (or the key's last word), others behind it."""
     label, others = _placed(label, values)
     return " ".join([label, *(f"{key.rpartition('.')[2]}={value}" for key, value in others.items())])
 
 
 def _placed(text: str, values: Mapping[str, str]) -> tuple[str, dict[str, str]]:
-    """The text with the values in their places, and those that have none."""
+    """Returns the text with the values in their places, and the values that have no place in it."""
     others = {}
     for key, value in values.items():
         places = [p for p in (f"{{{key}}}", f"{{{key.rpartition('.')[2]}}}") if p in text]
@@ -346,7 +345,7 @@ def _seeds(path: Path, value: Any) -> tuple[int, ...]:
 
 
 def plan(study: Study, out: Path, building: bool = True) -> list[Planned]:
-    """Every run of a study, seed by seed, so that a study that is cut short has compared whole seeds.
+    """Lists the runs of a study, seed by seed, so that a study that is cut short has compared whole seeds.
 
     Args:
         study: its arms and seeds.
@@ -374,14 +373,14 @@ def plan(study: Study, out: Path, building: bool = True) -> list[Planned]:
 
 
 def _seeded(arm: Arm, settings: Settings, seed: int) -> Settings:
-    """The arm's settings with another seed; composed anew only where one may depend on it."""
+    """Returns the arm's settings with another seed; composed anew only where one may depend on it."""
     if any("${" in override for override in arm.overrides):
         return compose([*arm.overrides, f"seed={seed}"])
     return {**settings, "seed": seed}
 
 
 def _try_out(tree: Settings) -> None:
-    """As `try_out`, with the strategy; how many clients there are is known only to the data."""
+    """Builds what costs nothing, the strategy too; how many clients there are is known only to the data."""
     from fedsim.settings.build import build_strategy
 
     try_out(tree)
@@ -390,7 +389,7 @@ def _try_out(tree: Settings) -> None:
 
 
 def is_finished(run: Planned) -> bool:
-    """Whether the run's folder holds it, finished.
+    """Returns whether the run's folder holds it, finished.
 
     Raises:
         ConfigError: if the folder holds a finished run with other settings or other data.
@@ -416,14 +415,14 @@ def is_finished(run: Planned) -> bool:
 
 
 def _other_data(run: Planned) -> str:
-    """In what the data of a finished run differ from those here; empty where nothing does, or nobody can tell."""
+    """Says in what the data of a finished run differ from those here; empty where nothing does, or nobody can tell."""
     before = data_of_summary(run.folder)
     now = _data_here(run.settings, SEED in before) if before else None
     return difference(before, {**now, **files_of(run.settings)}) if before and now else ""
 
 
 def _data_here(settings: Settings, drawn: bool) -> Fingerprint | None:
-    """The fingerprint of the data that these settings name here; None where they are not here.
+    """Returns the fingerprint of the data that these settings name here; None where they are not here.
 
     Args:
         settings: of a run.
@@ -440,7 +439,7 @@ def _data_here(settings: Settings, drawn: bool) -> Fingerprint | None:
 
 
 def can_go_on(run: Planned) -> bool:
-    """Whether the run's folder holds its beginning, with a checkpoint."""
+    """Returns whether the run's folder holds its beginning, with a checkpoint."""
     try:
         return (run.folder / "checkpoint").exists() and _changed(run) is None
     except (FileError, ConfigError):
@@ -448,12 +447,12 @@ def can_go_on(run: Planned) -> bool:
 
 
 def _changed(run: Planned) -> tuple[str, Any, Any] | None:
-    """The first setting in which what the folder holds differs from what the study asks for."""
+    """Returns the first setting in which what the folder holds differs from what the study asks for."""
     return _difference(completed(read_config(run.folder)), {**run.settings, "out": None})
 
 
 def _difference(there: Any, asked: Any, prefix: str = "") -> tuple[str, Any, Any] | None:
-    """The first setting in which two trees differ: its key and both values."""
+    """Returns the first setting in which two trees differ: its key and both values."""
     if not isinstance(there, dict) or not isinstance(asked, dict):
         return None if there == asked else (prefix.rstrip("."), there, asked)
     pairs: Iterable[str] = {**asked, **there}

@@ -1,4 +1,4 @@
-"""What a split of the data looks like, as rows and lines."""
+"""Describes a split of the data in rows and lines."""
 
 from __future__ import annotations
 

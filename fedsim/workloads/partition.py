@@ -1,4 +1,4 @@
-"""Who owns which training example: iid, label skew, few classes per client, unequal sizes, or the data's own users.
+"""Deals the training examples out to clients: iid, label skew, few classes each, unequal sizes, the data's own users.
 
 A partition is a value: the same labels, owners and generator give the same clients.
 """

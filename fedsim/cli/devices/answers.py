@@ -159,7 +159,7 @@ def predict(
 
 
 def of_kind(names: Sequence[str] | None, kind: str | None) -> list[DeviceProfile]:
-    """The devices of these names, or all shipped ones, as far as they are of a kind; by kind, then by name.
+    """Returns the devices of these names, or all shipped ones, as far as they are of a kind; by kind, then by name.
 
     Raises:
         ConfigError, DeviceError: for a kind or a device that is not there, or if none is left.
@@ -178,14 +178,14 @@ def of_kind(names: Sequence[str] | None, kind: str | None) -> list[DeviceProfile
 
 
 def shape_of(text: str | None) -> tuple[int, ...] | None:
-    """What --input-shape says."""
+    """Returns the shape that --input-shape says; None where it is left out."""
     from fedsim.cli.options import whole
 
     return tuple(whole("--input-shape", n) for n in text.split(",")) if text else None
 
 
 def notes(found: Sequence[Prediction]) -> list[str]:
-    """One line for each reason to doubt the figures, with the devices that it holds for."""
+    """Returns a line for each reason to doubt the figures, with the devices that it holds for."""
     from devices.latency.predictions import MOSTLY_CALLS
 
     lines, of = [], len({p.device.name for p in found})
@@ -228,12 +228,12 @@ def _named(names: Sequence[str], of: int) -> str:
 
 
 def short(value: float) -> str:
-    """Three digits, without an exponent from 1000 up."""
+    """Returns a number in three digits, without an exponent from 1000 up."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def percent(error: float | None) -> str:
-    """A relative error as "± 10 %"."""
+    """Returns a relative error as "± 10%"."""
     return f"±{UNKNOWN:>3} " if error is None else f"±{100 * error:3.0f}%"
 
 
@@ -249,7 +249,7 @@ def _runtime(made: Pass) -> str:
 
 
 def _as_json(p: Prediction, flops: float) -> dict[str, Any]:
-    """One device of `predict --json`; the first keys are those of fedsim 0.1."""
+    """Returns a device of `predict --json`; the first keys are those of fedsim 0.1."""
     return {
         "device": p.device.name,
         "kind": p.device.kind,
@@ -262,7 +262,7 @@ def _as_json(p: Prediction, flops: float) -> dict[str, Any]:
 
 
 def _by_kind(rows: Any, profiles: Iterable[DeviceProfile]) -> Iterator[list[DeviceProfile]]:
-    """Devices by kind, each kind under a line of the table that names it, where there are many."""
+    """Yields devices by kind, each kind under a line of the table that names it, where there are many."""
     from rich.text import Text
 
     groups = [(kind, list(group)) for kind, group in groupby(profiles, key=lambda p: p.kind)]
@@ -328,7 +328,7 @@ def _facts(p: DeviceProfile) -> dict[str, Any]:
 
 
 def figures_of(profile: DeviceProfile, name: str) -> dict[str, dict[str, tuple[str, str]]]:
-    """Every number of a profile by section and key, as (value, where it is from), in the units of its file."""
+    """Returns the numbers of a profile by section and key, as (value, where it is from), in the units of its file."""
     from devices.profile_file import FIGURES
 
     tree, found = _tree(name), dict[str, dict[str, tuple[str, str]]]()
@@ -353,7 +353,7 @@ def figures_of(profile: DeviceProfile, name: str) -> dict[str, dict[str, tuple[s
 
 
 def _priced(profile: DeviceProfile, name: str) -> Iterator[tuple[str, Prices, str]]:
-    """The prices of a device by kind of pass, and where they are from."""
+    """Returns the prices of a device by kind of pass, and where they are from."""
     from devices.latency.models import device_prices
     from devices.latency.predictions import IN_WORDS
 

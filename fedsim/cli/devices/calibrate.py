@@ -1,4 +1,4 @@
-"""`fedsim devices calibrate`: prices of a device from rows that one measured on it oneself, be it a single one."""
+"""`fedsim devices calibrate`: prices of a device from measurements of one's own, be it a single one."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ LEAVE_OUT = 3  # networks from which on leaving one out says something
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the file: a pass that was measured."""
+    """A line of the file: a pass that was measured."""
 
     network: str
     input: str
@@ -49,6 +49,7 @@ class Row:
 
     @property
     def layers(self) -> tuple[tuple[float, ...], ...]:
+        """Returns the layer table of the network."""
         assert self.cost.layers is not None
         return self.cost.layers
 
@@ -122,7 +123,7 @@ def _report(
 
 
 def _contradictions(rows: Sequence[Row]) -> list[tuple[str, float, float]]:
-    """Passes that rows time more than `CONTRADICTION` apart, with their least and largest milliseconds."""
+    """Returns passes that rows time more than `CONTRADICTION` apart, with their least and largest milliseconds."""
     timed: dict[str, list[float]] = {}
     for row in rows:
         timed.setdefault(f"{row.phase} of {row.network} ({row.input}, batch {row.batch})", []).append(row.ms)
@@ -137,7 +138,7 @@ def _with_error(predicted: float, measured: float) -> str:
 
 
 def read_rows(path: Path, num_classes: int, threads: int) -> list[Row]:
-    """The rows of a file, with their networks traced.
+    """Returns the rows of a file, with their networks traced.
 
     Args:
         path: of the CSV.
@@ -252,7 +253,7 @@ class _Section:
     calibration: Calibration
 
     def of(self, profile: DeviceProfile) -> Prices | None:
-        """What a profile takes for these passes."""
+        """Returns the prices that a profile has for these passes."""
         from devices.latency.models import device_prices
 
         prices = device_prices(profile)
@@ -282,7 +283,7 @@ def _fit(
     runtime: str | None,
     precision: str | None,
 ) -> list[_Section]:
-    """Prices for each phase that was measured."""
+    """Fits prices for each phase that was measured."""
     import numpy as np
 
     from devices.latency.calibrate import Backend, prices_of
@@ -334,7 +335,7 @@ def _fit(
 
 
 def _choices(profile: DeviceProfile, card: bool, runtime: str | None, precision: str | None) -> tuple[str, str, str]:
-    """The runtime of steps, and the runtime and precision of forward passes, as given or else usual on the device."""
+    """Returns the runtime of steps, and runtime and precision of forward passes: as given, else usual on the device."""
     from devices.errors import DeviceError, unknown
     from devices.latency.tables import RUNTIMES
 
@@ -371,7 +372,7 @@ def _check_possible(rows: Sequence[Row], sample: Sample) -> None:
 def _tree(
     device: str, name: str, profile: DeviceProfile, threads: int, fitted: Sequence[_Section], rows: Path
 ) -> dict[str, Any]:
-    """The device's profile with the sections that were fitted."""
+    """Returns the device's profile with the sections that were fitted."""
     from devices.profile import PRICED, SHIPPED, as_variant
     from devices.profile_file import read_yaml
 

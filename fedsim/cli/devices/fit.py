@@ -85,7 +85,7 @@ def fit(
 
 
 def _memory_table(found: list[Fit], momentum: bool) -> Table:
-    """The memory of a step by its parts, which is the same on every device, for every batch that one is asked for."""
+    """Returns the memory of a step by its parts, for every batch that a device is judged at; it is the same on all."""
     from devices.fit import megabytes
     from fedsim.report.terminal import table
 
@@ -101,7 +101,7 @@ def _memory_table(found: list[Fit], momentum: bool) -> Table:
 
 
 def _times(result: Fit) -> Table:
-    """Milliseconds and joules of both passes by batch."""
+    """Returns milliseconds and joules of both passes by batch."""
     from devices.fit import megabytes
     from fedsim.report.terminal import table
 
@@ -120,7 +120,7 @@ def _times(result: Fit) -> Table:
 
 
 def _verdict(result: Fit, network: ModelCost) -> list[str]:
-    """The largest batch, or what stands in the way and what would help."""
+    """Returns lines with the largest batch, or with what stands in the way and what would help."""
     from devices.fit import megabytes
 
     name, parts = result.device.name, result.integers
@@ -139,5 +139,5 @@ def _verdict(result: Fit, network: ModelCost) -> list[str]:
 
 
 def joules(value: float) -> str:
-    """Energy of a pass, which may be far below a joule."""
+    """Returns the energy of a pass, which may be far below a joule, with its unit."""
     return f"{short(value)} J" if value >= 1 else f"{short(1e3 * value)} mJ"

@@ -59,7 +59,7 @@ class NamedModel:
     tokens: bool = False
 
     def examples(self, count: int) -> Tensor:
-        """Inputs, [count, *shape]; their values do not matter."""
+        """Returns inputs [count, *shape] of zeros: their values do not matter."""
         import torch
 
         return torch.zeros(count, *self.shape, dtype=torch.long if self.tokens else torch.float32)
@@ -120,7 +120,7 @@ def named_model(
 
 
 def traced(model: NamedModel) -> ModelCost:
-    """What it costs, by its layer table: enough to predict latency.
+    """Returns what a network costs, by its layer table: enough to predict latency.
 
     Raises:
         ConfigError: if it does not run on such an example.
@@ -135,7 +135,7 @@ def traced(model: NamedModel) -> ModelCost:
 
 
 def measured(model: NamedModel) -> ModelCost:
-    """What it costs, and what a step and an inference of it hold.
+    """Returns what a network costs, and the memory that a step and an inference of it hold.
 
     Raises:
         ConfigError: if it cannot be trained as a classifier on such examples.
@@ -159,7 +159,7 @@ def measured(model: NamedModel) -> ModelCost:
 
 
 def loss(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Cross-entropy of what the network says, and of its auxiliary outputs where it has some in training."""
+    """Returns the cross-entropy of the output, plus that of auxiliary outputs, which some networks have in training."""
     import torch
 
     values = [_cross_entropy(output, batch["y"]) for output in outputs(module(batch["x"]), labels_of=batch["y"])]
@@ -167,7 +167,7 @@ def loss(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def outputs(result: Any, labels_of: Tensor | None = None) -> list[Tensor]:
-    """The tensors of a result, which may be one, or a tuple or map of some: the main output, then auxiliary ones.
+    """Returns the tensors of a result (one, or a tuple or map of some): the main output, then auxiliary ones.
 
     Args:
         result: of a call of the network; of a map, what is called logits or out comes first.
@@ -188,7 +188,7 @@ def outputs(result: Any, labels_of: Tensor | None = None) -> list[Tensor]:
 
 
 def labels(result: Any) -> Tensor:
-    """Labels that fit an output: [batch] for [batch, classes], [batch, steps] for sequences, [batch, h, w] for maps."""
+    """Returns labels for an output: [batch], of sequences [batch, steps], of maps [batch, height, width], int64."""
     import torch
 
     output = outputs(result)[0]
@@ -289,7 +289,7 @@ def _is_maker(value: Any, module: ModuleType) -> bool:
 
 
 def _run_file(path: Path) -> ModuleType:
-    """Runs a file as a module of its own; its folder can be imported from, as when it is started itself."""
+    """Runs a file as a module of its own, which may import from its folder, as a script may."""
     if not path.is_file():
         if os.path.lexists(path):
             open_file(path)  # says what it is instead
@@ -315,7 +315,7 @@ def _run_file(path: Path) -> ModuleType:
 
 
 def _called(maker: Callable[..., Any], name: str, offered: Mapping[str, Any]) -> Any:
-    """What a class or function makes with no arguments but those that it has of `OFFERED`."""
+    """Calls a class or function with those arguments of `OFFERED` that it has, and returns what it makes."""
     if not callable(maker):
         raise ConfigError(f"{name} must be a class or a function that makes a network, got {type(maker).__name__}")
     try:

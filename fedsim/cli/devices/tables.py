@@ -78,7 +78,7 @@ def evaluate_profiles(space: Any, as_json: bool) -> None:
 
 @contextmanager
 def _watched(what: str) -> Iterator[Any]:
-    """A spinner that says what is being done; nothing when piped."""
+    """Shows a spinner that says what is being done; nothing when piped."""
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     from fedsim.report.terminal import console

@@ -65,7 +65,7 @@ def curves(rounds: Sequence[RoundReport], primary: Metric = ACCURACY) -> Figure 
 
 
 def time_by_device(rows: Rows) -> Figure | None:
-    """Mean seconds of a client's round by device, in its phases; None where no client answered."""
+    """Draws the mean seconds of a client's round by device, in its phases; None where no client answered."""
     answered = only(rows, np.isin(rows["outcome"].astype(str), ("completed", "late")))
     devices, device = np.unique(answered["device"], return_inverse=True)
     if not len(devices):
@@ -87,7 +87,7 @@ def time_by_device(rows: Rows) -> Figure | None:
 
 
 def outcomes(rounds: Sequence[RoundReport]) -> Figure | None:
-    """What became of the clients that were asked, by round; None where none was."""
+    """Draws what became of the clients that were asked, by round; None where none was."""
     asked = [r for r in rounds if r.cohort]
     if not asked:
         return None
@@ -109,7 +109,7 @@ def outcomes(rounds: Sequence[RoundReport]) -> Figure | None:
 
 
 def as_svg(figure: Figure) -> str:
-    """The figure as the address of a picture within the page; equal figures give equal text."""
+    """Returns the figure as the address of a picture within the page; equal figures give equal text."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 

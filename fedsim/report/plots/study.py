@@ -71,7 +71,7 @@ def draw_study(result: Result, path: Path) -> None:
 
 
 def shown(result: Result) -> list[str]:
-    """The labels of the lines, in the table's order: all, or the best MOST_LINES, the compared one always."""
+    """Returns the labels of the lines, in the table's order: all, or the best MAX_LINES, the compared one always."""
     best = sorted(result.rows, key=lambda row: (row.label != result.study.against, -result.metric.gain(row.mean)))[
         :MOST_LINES
     ]
@@ -79,7 +79,7 @@ def shown(result: Result) -> list[str]:
 
 
 def families(result: Result) -> dict[str, list[str]]:
-    """Labels of the points by family, in the table's order: all, or the MOST_FAMILIES with the best points.
+    """Returns labels of the points by family, in the table's order: all, or the MAX_FAMILIES with the best points.
 
     The family of the arm that others are compared with is among them.
     """
@@ -97,7 +97,7 @@ def families(result: Result) -> dict[str, list[str]]:
 
 
 def curve(runs: Sequence[Finished], axis: str, metric: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Means over the seeds at each evaluation that all of them have: what it took, the metric, its deviation, [n]."""
+    """Returns means over seeds at each evaluation that all have: what it took, the metric, its deviation, [n] each."""
     judged: list[dict[int, tuple[float, float]]] = []
     for one in runs:
         took = spent(one.rounds)[axis]
@@ -137,7 +137,7 @@ def _draw_lines(result: Result, panel: Axes, axis: str, labels: Sequence[str], s
 def _draw_points(
     result: Result, panel: Axes, axis: str, chosen: dict[str, list[str]], styles: dict[str, dict[str, Any]]
 ) -> None:
-    """A figure of a run has no course: one point per arm, its score with the deviation over the seeds."""
+    """Draws a point per arm, its score with the deviation over the seeds: a figure of a run has no course."""
     scale = result.metric.scale
     rows = {row.label: (x, row) for row, x in zip(result.rows, result.columns[axis], strict=True)}
     for family, labels in chosen.items():

@@ -1,4 +1,4 @@
-"""How a data set becomes a sequence of tasks: its classes in groups, all of it rotated or permuted, or several."""
+"""Makes a sequence of tasks of a data set: its classes in groups, all of it rotated or permuted, or several sets."""
 
 from __future__ import annotations
 
