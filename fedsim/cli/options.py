@@ -7,24 +7,25 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-MOST = 10**6  # of what is counted: examples of a batch, clients, rounds, repetitions
+MAX_COUNT = 10**6  # of what is counted: examples of a batch, clients, rounds, repetitions
 BUILDING = ("run", "resume", "replay", "study", "flwr", "data", "devices")  # commands that make what a file names
 OWN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
-def whole(option: str, text: str) -> int:
+def parse_whole(option: str, text: str) -> int:
     """Reads a number of a list of whole numbers.
 
     Raises:
-        ConfigError: if it is none, or out of 1..MOST.
+        ConfigError: if it is none, or out of 1..MAX_COUNT.
     """
     from devices.texts import as_yaml
     from fedsim.errors import ConfigError
 
     digits = text.strip()
-    if not (digits.isascii() and digits.isdigit()) or not 1 <= len(digits.lstrip("0")) <= 7 or int(digits) > MOST:
+    if not (digits.isascii() and digits.isdigit()) or not 1 <= len(digits.lstrip("0")) <= 7 or int(digits) > MAX_COUNT:
         raise ConfigError(
-            f"{option} takes whole numbers of at least 1 and at most {MOST}, separated by commas, got {as_yaml(text)}"
+            f"{option} takes whole numbers of at least 1 and at most {MAX_COUNT}, separated by commas, got "
+            f"{as_yaml(text)}"
         )
     return int(digits)
 

@@ -78,7 +78,7 @@ def _end(error: BaseException, typed: list[str]) -> NoReturn:
     if isinstance(error, RunError):
         _give_up(str(error), 1, error)
     if isinstance(error, OSError):
-        _give_up(*_of_system(error, typed), error)
+        _give_up(*_system_error(error, typed), error)
     if isinstance(error, exceptions.Abort | KeyboardInterrupt):
         _give_up(f"interrupted; {_what_stays()}", INTERRUPTED)
     if isinstance(error, Terminated):
@@ -89,7 +89,7 @@ def _end(error: BaseException, typed: list[str]) -> NoReturn:
     _give_up(str(ended), 1, error)
 
 
-def _of_system(error: OSError, typed: list[str]) -> tuple[str, int]:
+def _system_error(error: OSError, typed: list[str]) -> tuple[str, int]:
     """Returns the sentence and the exit code for what the system refused."""
     if error.filename == OUTPUT:
         return f"{OUTPUT} cannot be written: {error.strerror}; {_what_stays()}", 1

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fedsim.report.terminal import PlainConsole
     from fedsim.study.results import Result
     from fedsim.study.runner import Progress, Watch
-    from fedsim.study.spec import Planned, Study
+    from fedsim.study.spec import PlannedRun, Study
 
 PRINTED = 150  # columns of what is not printed to a terminal
 SEED_DIGITS = 19  # of 2**63 - 1
@@ -113,7 +113,7 @@ def _list() -> None:
     console(PRINTED).print(shown)
 
 
-def _runs_table(study: Study, runs: Sequence[Planned]) -> Table:
+def _runs_table(study: Study, runs: Sequence[PlannedRun]) -> Table:
     """Returns a table of what would be run, and as which command."""
     import shlex
 
@@ -127,7 +127,7 @@ def _runs_table(study: Study, runs: Sequence[Planned]) -> Table:
     return shown
 
 
-def _run(runs: Sequence[Planned], jobs: int | None, folder: Path, shown: PlainConsole) -> dict[str, str]:
+def _run(runs: Sequence[PlannedRun], jobs: int | None, folder: Path, shown: PlainConsole) -> dict[str, str]:
     """Runs what is missing; returns the sentences of the runs that failed, by their names."""
     from fedsim.engines.host import usable_cores
     from fedsim.study.runner import run_study, study_folder
@@ -147,7 +147,7 @@ def _bar(shown: PlainConsole) -> Iterator[Watch]:
     with Bar(*columns, console=shown, transient=True, disable=not shown.is_terminal) as bar:
         task = bar.add_task("study", total=None, state="")
 
-        def watch(progress: Progress, ended: Planned | None) -> None:
+        def watch(progress: Progress, ended: PlannedRun | None) -> None:
             lost = f", {len(progress.failed)} failed" if progress.failed else ""
             state = f"runs {progress.done}/{progress.total}{lost}"
             bar.update(task, total=progress.rounds_total, completed=progress.rounds_done, state=state)
@@ -201,7 +201,8 @@ def _scores(result: Result) -> dict[str, list[str]]:
     for row in result.rows:
         compared = row.label != result.study.against and not math.isnan(row.difference)
         cells[heading].append(score(row))
-        cells["difference"].append(f"{metric.change(row.difference)}{' *' if row.stands else ''}" if compared else "")
+        star = " *" if row.is_significant else ""
+        cells["difference"].append(f"{metric.change(row.difference)}{star}" if compared else "")
         cells["95 % interval"].append(row.interval_text if compared and math.isfinite(row.half_width) else "")
     return {name: column for name, column in cells.items() if any(column)}
 

@@ -70,19 +70,19 @@ class Checksums:
         """
         named = {point / name: expected for name, expected in self.own.items()}
         for path, expected in (named | {folder / name: expected for name, expected in self.files.items()}).items():
-            if of_file(inside(folder, path)) != expected:
+            if sha256_of_file(check_inside(folder, path)) != expected:
                 raise FileError(f"{path} is damaged: it is not what the run wrote")
-        inside(folder, folder / ROUNDS)
-        if of_file(folder / ROUNDS, self.rounds.bytes) != self.rounds.sha256:
+        check_inside(folder, folder / ROUNDS)
+        if sha256_of_file(folder / ROUNDS, self.rounds.bytes) != self.rounds.sha256:
             raise FileError(f"{folder / ROUNDS} is damaged: its beginning is not what the run wrote")
 
 
-def of_bytes(data: bytes) -> str:
+def sha256_of(data: bytes) -> str:
     """Returns the SHA-256 in hexadecimal digits."""
     return sha256(data).hexdigest()
 
 
-def of_file(path: Path, size: int | None = None) -> str:
+def sha256_of_file(path: Path, size: int | None = None) -> str:
     """Returns the SHA-256 of a file, or of its first `size` bytes.
 
     Raises:
@@ -99,7 +99,7 @@ def of_file(path: Path, size: int | None = None) -> str:
     return digest.hexdigest()
 
 
-def inside(folder: Path, path: Path) -> Path:
+def check_inside(folder: Path, path: Path) -> Path:
     """Returns the path, if what it stands for lies in the folder.
 
     Raises:
@@ -117,7 +117,7 @@ def inside(folder: Path, path: Path) -> Path:
 def signed(text: str) -> str:
     """Returns a text with its checksum as a last line, and a first one that says so: comments in YAML."""
     text = FIRST_LINE + text
-    return f"{text}{LAST_LINE}{of_bytes(text.encode())}\n"
+    return f"{text}{LAST_LINE}{sha256_of(text.encode())}\n"
 
 
 def check_signed(text: str, path: Path) -> bool:
@@ -127,7 +127,7 @@ def check_signed(text: str, path: Path) -> bool:
         FileError: if it is not what was written.
     """
     body, mark, own = text.rpartition(LAST_LINE)
-    if (mark or text.startswith(FIRST_LINE)) and own != f"{of_bytes(body.encode())}\n":
+    if (mark or text.startswith(FIRST_LINE)) and own != f"{sha256_of(body.encode())}\n":
         raise FileError(f"{path} is damaged or was changed: it is not what the run wrote")
     return bool(mark)
 
@@ -135,7 +135,7 @@ def check_signed(text: str, path: Path) -> bool:
 def signed_json(tree: dict[str, Any]) -> str:
     """Returns a line of JSON with a checksum of all else in it as its last entry."""
     line = strict_json.dumps(tree, default=str)
-    return strict_json.dumps({**json.loads(line), CHECKSUM: of_bytes(line.encode())}) + "\n"
+    return strict_json.dumps({**json.loads(line), CHECKSUM: sha256_of(line.encode())}) + "\n"
 
 
 def read_signed_json(path: Path, needed: bool = False) -> dict[str, Any]:
@@ -148,6 +148,6 @@ def read_signed_json(path: Path, needed: bool = False) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise FileError(f"{path} must be a map")
     own = tree.pop(CHECKSUM, None)
-    if (own is not None or needed) and own != of_bytes(strict_json.dumps(tree).encode()):
+    if (own is not None or needed) and own != sha256_of(strict_json.dumps(tree).encode()):
         raise FileError(f"{path} is damaged: it is not what the run wrote")
     return tree

@@ -14,7 +14,7 @@ import numpy as np
 from devices.errors import FileError
 from devices.reading import parse_yaml, read_bytes, read_json, read_parquet, read_text
 from fedsim.errors import ConfigError
-from fedsim.report.checksums import check_signed, inside
+from fedsim.report.checksums import check_inside, check_signed
 from fedsim.report.client_rows import client_schema
 from fedsim.report.place import CLIENTS, CONFIG, FAILURE, PICTURES, ROUNDS, ROWS, SUMMARY
 from fedsim.settings.forms import (
@@ -104,7 +104,7 @@ def config_text(folder: Path) -> str:
     Raises:
         FileError: if it cannot be read, or is not what the run wrote.
     """
-    path = inside(folder, folder / CONFIG)
+    path = check_inside(folder, folder / CONFIG)
     text = read_text(path)
     check_signed(text, path)
     return text
@@ -119,7 +119,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
     path = folder / SUMMARY
     if not path.exists() and not path.is_symlink():
         return {}
-    summary = read_json(inside(folder, path))
+    summary = read_json(check_inside(folder, path))
     check_tree(summary, FIGURES, str(path))
     check_tree(summary, METRIC if PRIMARY in summary else {}, str(path))
     primary = Metric.named_in(summary).name
@@ -140,7 +140,7 @@ def read_failure(folder: Path) -> dict[str, Any]:
     path = folder / FAILURE
     if not path.exists() and not path.is_symlink():
         return {}
-    note = read_json(inside(folder, path))
+    note = read_json(check_inside(folder, path))
     check_tree(note, NOTE, str(path))
     return dict(note)
 
@@ -151,10 +151,10 @@ def row_files(folder: Path) -> list[Path]:
     Raises:
         FileError: if `clients` is no folder, or leads elsewhere.
     """
-    place = inside(folder, folder / CLIENTS)
+    place = check_inside(folder, folder / CLIENTS)
     if place.exists() and not place.is_dir():
         raise FileError(f"{place} is a file, and must be a folder of client rows")
-    return [inside(folder, path) for path in sorted(place.glob("*.parquet")) if ROWS.fullmatch(path.name)]
+    return [check_inside(folder, path) for path in sorted(place.glob("*.parquet")) if ROWS.fullmatch(path.name)]
 
 
 def read_rows(path: Path, columns: list[str] | None = None) -> Any:
@@ -214,7 +214,7 @@ def as_array(column: Any) -> np.ndarray:
     return np.concatenate([np.from_dlpack(chunk) for chunk in column.chunks])
 
 
-def only(rows: Rows, where: np.ndarray) -> Rows:
+def select_rows(rows: Rows, where: np.ndarray) -> Rows:
     """Returns the rows that a mask or indices choose."""
     return {name: column[where] for name, column in rows.items()}
 
@@ -224,7 +224,7 @@ def read_pictures(folder: Path) -> list[bytes]:
     found = []
     for path in sorted((folder / PICTURES).glob("*.png")):
         try:
-            data = read_bytes(inside(folder, path), MAX_PICTURE)
+            data = read_bytes(check_inside(folder, path), MAX_PICTURE)
         except FileError:
             continue
         if data.startswith(PNG):

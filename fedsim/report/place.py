@@ -18,11 +18,11 @@ from fedsim.errors import ConfigError
 if TYPE_CHECKING:
     from fedsim.settings.run_settings import RunSettings
 
-MOST_NAMED = 6  # of the things in a folder that is taken
+MAX_NAMED = 6  # of the things in a folder that is taken
 CONFIG, SUMMARY, FAILURE, PAGE = "config.yaml", "summary.json", "failure.json", "report.html"
 ROUNDS, CLIENTS, EVENTS, CHECKPOINT, PICTURES = "rounds.jsonl", "clients", "tensorboard", "checkpoint", "pictures"
 SPLIT, SWEEP = "split.json", "multirun.yaml"
-FAILED_CLIENT, ITS_ARRAYS = "failed-client.json", "failed-client.safetensors"  # what a client that failed was sent
+FAILED_CLIENT, FAILED_CLIENT_ARRAYS = "failed-client.json", "failed-client.safetensors"  # its instruction
 RESERVE = ".reserved"  # room on the disk for the note of a failure
 WRITTEN = (
     CONFIG,
@@ -36,7 +36,7 @@ WRITTEN = (
     SPLIT,
     PAGE,
     FAILED_CLIENT,
-    ITS_ARRAYS,
+    FAILED_CLIENT_ARRAYS,
 )
 ROWS = re.compile(r"rounds-(\d{6,})-(\d{6,})\.parquet")
 # What is being written when a run is killed: a name of the run's own between a dot and the number of the process.
@@ -60,7 +60,7 @@ def new_run_folder(settings: RunSettings) -> Iterator[Path]:
         if settings.out is not None:
             folder = Path(settings.out)
             check_free(folder)
-            made += _made(folder)
+            made += _make(folder)
         else:
             choices = settings.choices
             label = settings.name or f"{choices.get('method') or choices['strategy']}-{choices['workload']}"
@@ -82,7 +82,7 @@ def new_folder(parent: Path, label: str, made: list[Path]) -> Path:
         ConfigError: if it cannot be made.
     """
     first = parent / f"{time.strftime('%Y%m%d-%H%M%S')}-{label}"
-    made += _made(parent)
+    made += _make(parent)
     for folder in (first, *(first.with_name(f"{first.name}-{number}") for number in range(2, 1000))):
         try:
             folder.mkdir()
@@ -105,7 +105,7 @@ def make_sweep_folder(folder: Path, made: list[Path]) -> None:
     Raises:
         ConfigError: if it cannot be made or written into.
     """
-    made += _made(folder)
+    made += _make(folder)
     note = folder / SWEEP
     if os.path.lexists(note) and (note.is_symlink() or not note.is_file()):
         raise ConfigError(f"out={folder} holds {SWEEP}, which is no file; name another folder, or remove that")
@@ -115,7 +115,7 @@ def make_sweep_folder(folder: Path, made: list[Path]) -> None:
         raise ConfigError(f"out={folder} cannot be written: {error.strerror}; name another folder") from error
 
 
-def _made(folder: Path) -> list[Path]:
+def _make(folder: Path) -> list[Path]:
     try:
         return make_folders(folder)
     except (OSError, ValueError) as error:
@@ -160,20 +160,20 @@ def refuse_taken(folder: Path) -> None:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"out={folder} cannot be read: {reason}; name another folder") from error
-    taken = [name for name in there if not _of_a_first_instant(folder / name)]
+    taken = [name for name in there if not _precedes_config(folder / name)]
     if not taken:
         return
     run = [name for name in WRITTEN if name in taken]
-    what = f"another run ({', '.join(run)})" if run else f"something else ({_some(taken)})"
+    what = f"another run ({', '.join(run)})" if run else f"something else ({_listed(taken)})"
     raise ConfigError(f"out={folder} holds {what}; name a new folder{' or remove it' if run else ''}")
 
 
-def _some(names: list[str]) -> str:
-    left = len(names) - MOST_NAMED
-    return ", ".join(names[:MOST_NAMED]) + (f" and {left} more" if left > 0 else "")
+def _listed(names: list[str]) -> str:
+    left = len(names) - MAX_NAMED
+    return ", ".join(names[:MAX_NAMED]) + (f" and {left} more" if left > 0 else "")
 
 
-def _of_a_first_instant(path: Path) -> bool:
+def _precedes_config(path: Path) -> bool:
     """Returns whether a run leaves this before its `config.yaml`: empty, or half written."""
     if path.is_symlink():
         return False
@@ -197,7 +197,7 @@ def remove_unfinished(folder: Path) -> None:
             continue
         for path in place.iterdir():
             found = UNFINISHED.fullmatch(path.name)
-            if found and not (found[1] and _lives(int(found[1]))):
+            if found and not (found[1] and _is_alive(int(found[1]))):
                 remove(path)
 
 
@@ -209,7 +209,7 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _lives(pid: int) -> bool:
+def _is_alive(pid: int) -> bool:
     """Returns whether another process by this number is there: it may be writing just now."""
     if pid == os.getpid():
         return False

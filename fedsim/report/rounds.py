@@ -18,7 +18,7 @@ from fedsim.grid.exchange import ClientReport
 from fedsim.messages.cohort import OUTCOMES
 from fedsim.messages.records import from_array
 from fedsim.report import strict_json
-from fedsim.report.checksums import inside
+from fedsim.report.checksums import check_inside
 from fedsim.settings.forms import INTEGERS, NUMBER, NUMBERS, WHOLE, check_tree, maps_of, optional
 from fedsim.workloads import metrics as figures
 
@@ -126,7 +126,7 @@ def read_rounds(folder: Path) -> list[RoundReport]:
     Raises:
         FileError: if they cannot be read, naming the file and the line.
     """
-    path = inside(folder, folder / "rounds.jsonl")
+    path = check_inside(folder, folder / "rounds.jsonl")
     trees = read_json_lines(path)
     return [RoundReport.from_tree(tree, f"{path}, line {number}") for number, tree in enumerate(trees, 1)]
 
@@ -166,7 +166,7 @@ class Totals:
             self.client_joules[c.client] += c.joules  # type: ignore[assignment]
 
 
-def spent(rounds: list[RoundReport]) -> dict[str, list[float]]:
+def running_costs(rounds: list[RoundReport]) -> dict[str, list[float]]:
     """Returns what a run has cost up to the end of each round: simulated seconds, joules, bytes down and up, rounds."""
     return {
         "simulated_s": [r.now_s for r in rounds],

@@ -32,7 +32,7 @@ from fedsim.errors import ConfigError
 from fedsim.grid.server_half import ServerContext, server_half
 from fedsim.messages.records import array_record, from_array, to_array
 from fedsim.report import checksums
-from fedsim.report.checksums import Checksums, inside, of_bytes
+from fedsim.report.checksums import Checksums, check_inside, sha256_of
 from fedsim.runs.price_models import FROM_THE_START, History
 
 FOLDER, WEIGHTS, TENSORS, STATE = "checkpoint", "weights.safetensors", "tensors.safetensors", "state.json"
@@ -117,7 +117,7 @@ class Checkpoints:
             TENSORS: save({name: _contiguous(a) for name, a in arrays.items()}),
             STATE: text.encode(),
         }
-        sums = replace(run_sums(), own={name: of_bytes(data) for name, data in files.items()})
+        sums = replace(run_sums(), own={name: sha256_of(data) for name, data in files.items()})
         self._place(f"round-{saved.round:06d}", {**files, SUMS: sums.to_text().encode()})
         self.keep(2)
         now = time.monotonic()
@@ -189,17 +189,17 @@ def _read(run: Path, point: Path, number: int) -> Saved:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    sums = Checksums.read(inside(run, point / SUMS)) if os.path.lexists(point / SUMS) else None
+    sums = Checksums.read(check_inside(run, point / SUMS)) if os.path.lexists(point / SUMS) else None
     if sums is not None:
         sums.check(run, point)
-    facts = read_json(inside(run, point / STATE))
+    facts = read_json(check_inside(run, point / STATE))
     try:
         if facts["format"] not in FORMATS:
             raise ValueError(f"it has format {facts['format']}, this version reads {FORMAT}")
         if (facts["format"] == FIRST_FORMAT) != (sums is None) or facts["round"] != number:
             raise ValueError(f"{SUMS if sums is None else STATE} does not belong to it")
         for file in (WEIGHTS, TENSORS):
-            open_file(inside(run, point / file)).close()
+            open_file(check_inside(run, point / file)).close()
         weights, tensors = load_file(point / WEIGHTS), load_file(point / TENSORS)
         record = array_record({name: to_array(weights[name]) for name in facts["weights"]})
         priced = [(int(since), model) for since, model in facts.get("priced", [(0, None)])]

@@ -25,7 +25,7 @@ from devices.profile import DeviceProfile
 from fedsim.report.files import as_array, read_rows, row_files
 
 CLIENTS_READ = 256  # of a round, in the order of its rows
-NAMED_AT_MOST = 2  # devices that the line names; more are counted
+MAX_NAMED = 2  # devices that the line names; more are counted
 ORDER = tuple(IN_WORDS)
 
 
@@ -148,8 +148,8 @@ def _by_basis(devices: Mapping[str, Mapping[str, Any]]) -> str:
     parts = []
     for basis, beyond in sorted(groups, key=lambda key: (-ORDER.index(key[0]), not key[1])):
         names = groups[basis, beyond]
-        where = ", ".join(names) if len(names) <= NAMED_AT_MOST else f"{len(names)} of {len(devices)} devices"
-        where = "all devices" if len(names) == len(devices) > NAMED_AT_MOST else where
+        where = ", ".join(names) if len(names) <= MAX_NAMED else f"{len(names)} of {len(devices)} devices"
+        where = "all devices" if len(names) == len(devices) > MAX_NAMED else where
         errors = sorted({devices[n]["error"] for n in names} - {None})
         known = f"{_span(errors)} %" if errors else "error unknown"
         parts.append(f"{IN_WORDS[basis]} on {where} ({known}{', extrapolated' if beyond else ''})")

@@ -18,7 +18,7 @@ from fedsim.errors import ConfigError
 from fedsim.messages.cohort import ClientTask, CohortTask
 from fedsim.messages.records import NUM_EXAMPLES, STATE, Instructions, tensors_of
 from fedsim.messages.updates import Instruction
-from fedsim.report.instructions import kept_instruction
+from fedsim.report.instructions import read_instruction
 from fedsim.runs.federation import Federation
 from fedsim.runs.recorded import data_of_run, settings_of_run
 from fedsim.settings.build import build_world
@@ -63,7 +63,7 @@ def instruction_of(
         ConfigError: if the run has no such round, or the client was not asked in it.
         DataError: if the data are others than those of the run.
     """
-    kept, world = kept_instruction(folder), build_world(json.dumps(settings))
+    kept, world = read_instruction(folder), build_world(json.dumps(settings))
     check_same((kept.data if kept is not None else None) or data_of_run(folder), settings, world.workload, folder)
     if kept is not None and (kept.round, kept.client) == (round, client):
         return kept

@@ -15,7 +15,7 @@ from fedsim.study.paired import Row, correction
 from fedsim.study.results import Result
 
 PAGE = "study.md"
-MOST_COLUMNS = 8
+MAX_COLUMNS = 8
 
 
 def write_page(result: Result, failed: Mapping[str, str], out: Path) -> None:
@@ -55,7 +55,7 @@ def _columns(result: Result) -> dict[str, list[str]]:
     }
     own = {_heading(path): [figure(value) for value in values] for path, values in result.columns.items()}
     for name, cells in [*own.items(), ("rounds", [f"{row.rounds:g}" for row in compared])]:
-        if len(columns) < MOST_COLUMNS:
+        if len(columns) < MAX_COLUMNS:
             columns[name] = cells
     return columns
 
@@ -77,7 +77,7 @@ def _difference(row: Row, against: str) -> str:
         return ""
     interval = f" ({row.interval_text})" if math.isfinite(row.half_width) else ""
     text = f"{row.metric.change(row.difference)}{interval}"
-    return f"**{text}**" if row.stands else text
+    return f"**{text}**" if row.is_significant else text
 
 
 def _notes(result: Result) -> list[str]:

@@ -14,7 +14,7 @@ import numpy as np
 from devices.errors import FileError, unknown
 from fedsim.errors import ConfigError
 from fedsim.report.files import read_config
-from fedsim.report.rounds import RoundReport, read_rounds, spent
+from fedsim.report.rounds import RoundReport, read_rounds, running_costs
 from fedsim.report.split import primary_of
 from fedsim.settings.forms import MAP, WHOLE, check_tree
 from fedsim.workloads.metrics import ACCURACY, NOT_FINITE, Metric, judged
@@ -51,7 +51,7 @@ class Row:
     metric: Metric = ACCURACY
 
     @property
-    def stands(self) -> bool:
+    def is_significant(self) -> bool:
         """Returns whether p is below 0.05 when all comparisons of the table are counted."""
         return self.p_holm < SIGNIFICANT
 
@@ -102,7 +102,7 @@ def compare(folders: Iterable[Path], last: int, against: str | None = None) -> l
     first = next((name for name in groups if name.startswith(against or "")), None)
     if first is None:
         raise ConfigError(f"no row is called {against!r}; there are: {', '.join(groups)}")
-    return rows({first: groups[first], **groups}, last, first, metric)
+    return compare_rows({first: groups[first], **groups}, last, first, metric)
 
 
 def common_metric(folders: Sequence[Path]) -> Metric:
@@ -125,7 +125,7 @@ def common_metric(folders: Sequence[Path]) -> Metric:
     return next(iter(found), ACCURACY)
 
 
-def rows(
+def compare_rows(
     groups: Mapping[str, Mapping[int, list[RoundReport]]], last: int, against: str, metric: Metric = ACCURACY
 ) -> list[Row]:
     """Returns a row per label, in their order.
@@ -193,7 +193,7 @@ def score(rounds: list[RoundReport], last: int, metric: str = ACCURACY.name) -> 
     return float(np.mean(values[-last:]))
 
 
-def interval(differences: list[float]) -> float:
+def half_width_of(differences: list[float]) -> float:
     """Returns half the width of the 95 % interval of the mean difference; infinite for less than two."""
     from scipy.stats import t
 
@@ -217,10 +217,10 @@ def p_value(differences: Sequence[float]) -> float:
 def _row(label: str, group: Mapping[int, list[RoundReport]], base: dict[int, float], last: int, metric: Metric) -> Row:
     scores = {seed: score(rounds, last, metric.name) for seed, rounds in group.items()}
     differences = [scores[seed] - base[seed] for seed in scores if seed in base]
-    ends = [[costs[-1] for costs in spent(rounds).values()] for rounds in group.values()]
+    ends = [[costs[-1] for costs in running_costs(rounds).values()] for rounds in group.values()]
     seconds, joules, traffic, rounds = (float(np.mean(column)) for column in zip(*ends, strict=True))
     mean = float(np.mean(differences)) if differences else math.nan
-    half, p = interval(differences), p_value(differences)
+    half, p = half_width_of(differences), p_value(differences)
     return Row(label, scores, mean, half, seconds, joules, traffic, rounds, p, metric=metric)
 
 

@@ -18,9 +18,9 @@ from devices.writing import open_lock, open_new
 from fedsim.engines.leash import TIED
 from fedsim.engines.locks import hold
 from fedsim.errors import ConfigError
-from fedsim.report.checksums import inside
+from fedsim.report.checksums import check_inside
 from fedsim.settings.permissions import environment, flags
-from fedsim.study.spec import Planned, can_go_on, is_finished
+from fedsim.study.spec import PlannedRun, can_be_resumed, is_finished
 
 POLL_S, END_S = 0.2, 10.0  # between looks at the runs; that they have to close their folders
 COMMAND = (sys.executable, "-P", "-m", "fedsim")  # -P: no file of the working folder stands in for a library
@@ -48,12 +48,12 @@ class Progress:
 class _Running:
     """A run whose process is going on, and the file of its output."""
 
-    run: Planned
+    run: PlannedRun
     process: subprocess.Popen[bytes]
     log: Path
 
 
-Watch = Callable[[Progress, Planned | None], None]  # called often with None, and with each run that has just ended
+Watch = Callable[[Progress, PlannedRun | None], None]  # called often with None, and with each run that has just ended
 
 
 @contextmanager
@@ -80,7 +80,7 @@ def study_folder(out: Path) -> Iterator[int]:
         yield lock.fileno()
 
 
-def run_study(runs: Sequence[Planned], jobs: int, lock: int, watch: Watch) -> Progress:
+def run_study(runs: Sequence[PlannedRun], jobs: int, lock: int, watch: Watch) -> Progress:
     """Runs what is not finished, `jobs` at a time, in the given order; a run that fails does not stop the others.
 
     One that was cut short goes on from its checkpoint.
@@ -117,9 +117,9 @@ def run_study(runs: Sequence[Planned], jobs: int, lock: int, watch: Watch) -> Pr
     return progress
 
 
-def _start(run: Planned, lock: int) -> _Running:
+def _start(run: PlannedRun, lock: int) -> _Running:
     """Starts a run in a session of its own: Ctrl-C reaches the study alone, which ends its runs."""
-    if can_go_on(run):
+    if can_be_resumed(run):
         address = run.typed.cluster_address  # which the study was told on its command line
         command = ["resume", str(run.folder), *([f"engine.address={address}"] if address else [])]
     else:
@@ -147,7 +147,7 @@ def _refuse_links(folder: Path) -> None:
         ConfigError: naming it.
     """
     try:
-        inside(folder.parent.parent, folder)
+        check_inside(folder.parent.parent, folder)
     except FileError as error:
         raise ConfigError(f"{error}; remove it, or name another --out") from error
     if folder.parent.exists() and not folder.parent.is_dir():
@@ -164,7 +164,7 @@ def _set_aside(folder: Path) -> None:
 def _rounds(folder: Path) -> int:
     """Returns how many training rounds a run has written."""
     try:
-        return max(0, read_bytes(inside(folder, folder / "rounds.jsonl")).count(b"\n") - 1)
+        return max(0, read_bytes(check_inside(folder, folder / "rounds.jsonl")).count(b"\n") - 1)
     except FileError:
         return 0
 

@@ -32,13 +32,13 @@ from fedsim.workloads.fingerprint import SEED, Fingerprint, difference, files_of
 
 KEYS = ("title", "question", "base", "seeds", "arms", "against", "metric", "x", "last", "columns", "reading")
 ARM_KEYS = ("overrides", "grid", "of", "suffix")
-MOST_ARMS = 1000
+MAX_ARMS = 1000
 LARGEST = 2**63 - 1  # of whole numbers, as of a seed
 # Of `summary.json`, known before a run.
-WHOLE = ("down_bytes", "up_bytes", "peak_memory_bytes", "storage_bytes", "host_s")
-OWN = {"seed": "--seeds, or seeds in the file", "out": "--out"}  # settings that a study gives its runs
-DRAWN_BY = ("seed", "num_clients", "partition")  # what data that are made for a run hang on, beside their settings
-_HERE: dict[str, Fingerprint | None] = {}  # of this process, by what names the data
+WHOLE_FIGURES = ("down_bytes", "up_bytes", "peak_memory_bytes", "storage_bytes", "host_s")
+SET_BY_STUDY = {"seed": "--seeds, or seeds in the file", "out": "--out"}  # settings that a study gives its runs
+DRAWN_BY = ("seed", "num_clients", "partition")  # settings on which data depend that are made for a run
+_FINGERPRINTS: dict[str, Fingerprint | None] = {}  # of this process, by what names the data
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ class Study:
         against: label of the arm that the others are compared with.
         metric: of the rounds, that the arms are judged by, with the unit and direction of the workload's primary one;
             empty: that one itself.
-        x: axes of the picture: some of AXES, along which the metric is a line, or a value of `summary.json` (WHOLE, or
-            by its dotted path), against which an arm's score is a point.
+        x: axes of the picture: some of AXES, along which the metric is a line, or a value of `summary.json`
+            (WHOLE_FIGURES, or by its dotted path), against which an arm's score is a point.
         last: evaluations that make a score.
         columns: further values of `summary.json` by dotted path, or `metrics.NAME` of a metric of the rounds.
         question: what the study asks, for its page; Markdown.
@@ -122,7 +122,7 @@ class Study:
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedRun:
     """One run of a study: an arm with a seed.
 
     Attributes:
@@ -182,9 +182,9 @@ def read_study(name: str, overrides: Sequence[str] = (), seeds: Sequence[int] = 
     tree = _tree(path)
     arms: list[Arm] = []
     for label, entry in tree["arms"].items():
-        arms += itertools.islice(_expanded(path, str(label), entry), MOST_ARMS + 1 - len(arms))
-    if len(arms) > MOST_ARMS:
-        raise ConfigError(f"{path}: arms with their grids are more than {MOST_ARMS}; take fewer values, or two studies")
+        arms += itertools.islice(_expanded(path, str(label), entry), MAX_ARMS + 1 - len(arms))
+    if len(arms) > MAX_ARMS:
+        raise ConfigError(f"{path}: arms with their grids are more than {MAX_ARMS}; take fewer values, or two studies")
     base = _texts(path, "base", tree.get("base", []))
     study = Study(
         name=path.stem,
@@ -249,9 +249,9 @@ def _checked(path: Path, study: Study) -> Study:
     if not study.x:
         raise ConfigError(f"{path}: x must name an axis at least: {', '.join(AXES)}, or a value of summary.json")
     for axis in study.x:
-        if axis not in (*AXES, *WHOLE) and "." not in axis:
+        if axis not in (*AXES, *WHOLE_FIGURES) and "." not in axis:
             raise ConfigError(
-                f"{path}: {unknown('axis in x', axis, (*AXES, *WHOLE))}, or a dotted path in summary.json"
+                f"{path}: {unknown('axis in x', axis, (*AXES, *WHOLE_FIGURES))}, or a dotted path in summary.json"
             )
     folders: dict[str, str] = {}
     trained = [arm.label for arm in study.trained]
@@ -265,8 +265,8 @@ def _checked(path: Path, study: Study) -> Study:
         folders[arm.slug] = arm.label
         for override in arm.overrides:
             key = override.lstrip("+~").partition("=")[0]
-            if key in OWN:
-                raise ConfigError(f"{arm.label}: {key}= belongs to the study; use {OWN[key]}")
+            if key in SET_BY_STUDY:
+                raise ConfigError(f"{arm.label}: {key}= belongs to the study; use {SET_BY_STUDY[key]}")
     if len(set(study.seeds)) < len(study.seeds):
         raise ConfigError(f"{path}: a seed is there twice in {list(study.seeds)}")
     return study
@@ -297,20 +297,20 @@ def _expanded(path: Path, label: str, entry: Any) -> Iterator[Arm]:
         )
     for point in itertools.product(*grid.values()):
         values = dict(zip(grid, (as_hydra(v, str) for v in point), strict=True))
-        name = _labelled(label, values)
+        name = _label_of(label, values)
         if of:
-            yield Arm(name, (), family, _placed(of, values)[0], _placed(suffix, values)[0])
+            yield Arm(name, (), family, _filled_in(of, values)[0], _filled_in(suffix, values)[0])
         else:
             yield Arm(name, (*overrides, *(f"{key}={value}" for key, value in values.items())), family)
 
 
-def _labelled(label: str, values: Mapping[str, str]) -> str:
+def _label_of(label: str, values: Mapping[str, str]) -> str:
     """Returns the label with the values in the place of {key} (or the key's last word), others behind it."""
-    label, others = _placed(label, values)
+    label, others = _filled_in(label, values)
     return " ".join([label, *(f"{key.rpartition('.')[2]}={value}" for key, value in others.items())])
 
 
-def _placed(text: str, values: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+def _filled_in(text: str, values: Mapping[str, str]) -> tuple[str, dict[str, str]]:
     """Returns the text with the values in their places, and the values that have no place in it."""
     others = {}
     for key, value in values.items():
@@ -344,7 +344,7 @@ def _seeds(path: Path, value: Any) -> tuple[int, ...]:
 # --- planning --------------------------------------------------------------------------------------------------------
 
 
-def plan(study: Study, out: Path, building: bool = True) -> list[Planned]:
+def plan(study: Study, out: Path, building: bool = True) -> list[PlannedRun]:
     """Lists the runs of a study, seed by seed, so that a study that is cut short has compared whole seeds.
 
     Args:
@@ -366,13 +366,13 @@ def plan(study: Study, out: Path, building: bool = True) -> list[Planned]:
             error.add_note(f"in arm {arm.label!r} of study {study.name}")
             raise
     return [
-        Planned(arm, seed, _seeded(arm, composed[arm], seed), out / arm.slug / f"seed-{seed}")
+        PlannedRun(arm, seed, _with_seed(arm, composed[arm], seed), out / arm.slug / f"seed-{seed}")
         for seed in study.seeds
         for arm in study.trained
     ]
 
 
-def _seeded(arm: Arm, settings: Settings, seed: int) -> Settings:
+def _with_seed(arm: Arm, settings: Settings, seed: int) -> Settings:
     """Returns the arm's settings with another seed; composed anew only where one may depend on it."""
     if any("${" in override for override in arm.overrides):
         return compose([*arm.overrides, f"seed={seed}"])
@@ -388,7 +388,7 @@ def _try_out(tree: Settings) -> None:
     build_strategy(settings, settings.num_clients or max(settings.num_asked, settings.evaluate_clients))
 
 
-def is_finished(run: Planned) -> bool:
+def is_finished(run: PlannedRun) -> bool:
     """Returns whether the run's folder holds it, finished.
 
     Raises:
@@ -414,7 +414,7 @@ def is_finished(run: Planned) -> bool:
     return True
 
 
-def _other_data(run: Planned) -> str:
+def _other_data(run: PlannedRun) -> str:
     """Says in what the data of a finished run differ from those here; empty where nothing does, or nobody can tell."""
     before = data_of_summary(run.folder)
     now = _data_here(run.settings, SEED in before) if before else None
@@ -430,15 +430,15 @@ def _data_here(settings: Settings, drawn: bool) -> Fingerprint | None:
     """
     named = {key: settings[key] for key in ("workload", "stream", *(DRAWN_BY if drawn else ()))}
     key = json.dumps(named, sort_keys=True)
-    if key not in _HERE:
+    if key not in _FINGERPRINTS:
         try:
-            _HERE[key] = build_workload(settings).fingerprint()
+            _FINGERPRINTS[key] = build_workload(settings).fingerprint()
         except DataError:
-            _HERE[key] = None
-    return _HERE[key]
+            _FINGERPRINTS[key] = None
+    return _FINGERPRINTS[key]
 
 
-def can_go_on(run: Planned) -> bool:
+def can_be_resumed(run: PlannedRun) -> bool:
     """Returns whether the run's folder holds its beginning, with a checkpoint."""
     try:
         return (run.folder / "checkpoint").exists() and _changed(run) is None
@@ -446,7 +446,7 @@ def can_go_on(run: Planned) -> bool:
         return False
 
 
-def _changed(run: Planned) -> tuple[str, Any, Any] | None:
+def _changed(run: PlannedRun) -> tuple[str, Any, Any] | None:
     """Returns the first setting in which what the folder holds differs from what the study asks for."""
     return _difference(completed(read_config(run.folder)), {**run.settings, "out": None})
 

@@ -12,10 +12,10 @@ from fedsim.cli.devices.answers import (
     InputShape,
     Model,
     Tokens,
+    devices_of_kind,
     notes,
-    of_kind,
+    parse_shape,
     percent,
-    shape_of,
     short,
 )
 from fedsim.report import strict_json
@@ -52,16 +52,16 @@ def fit(
     """
     from devices.fit import fit as judge
     from devices.profile import load_profile, profile_names
-    from fedsim.cli.devices.own_model import measured, named_model
-    from fedsim.cli.options import whole
+    from fedsim.cli.devices.own_model import measure_cost, named_model
+    from fedsim.cli.options import parse_whole
     from fedsim.report.terminal import console
 
-    profiles = of_kind(device, None)
-    batches = [whole("--batch", text) for text in batch.split(",")] if batch else []
+    profiles = devices_of_kind(device, None)
+    batches = [parse_whole("--batch", text) for text in batch.split(",")] if batch else []
     shown = console()
-    named = named_model(model, shape_of(input_shape), num_classes, tokens)
+    named = named_model(model, parse_shape(input_shape), num_classes, tokens)
     with shown.status("counting"):
-        network = measured(named)
+        network = measure_cost(named)
         others = [load_profile(name) for name in profile_names()]
         found = [judge(network, profile, batches, momentum, others) for profile in profiles]
     parameters, macs = network.parameter_bytes // 4, network.forward_flops / 2
