@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -150,32 +150,43 @@ def is_kernel(args: Any) -> bool:
     return bool(h.shape[-1] == c.shape[-1])
 
 
-def _run_lstm(
-    x: Tensor, state: Any, weights: Any, has_biases: bool, layers: int, dropout: float, training: bool,
-    both_ways: bool, batch_first: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    x = x.transpose(0, 1).contiguous() if batch_first else x
-    ways, each = 2 if both_ways else 1, 4 if has_biases else 2
-    last: list[tuple[Tensor, Tensor]] = []
-    for number in range(layers):
-        outs = []
-        for chain in range(number * ways, (number + 1) * ways):
-            own = weights[chain * each : (chain + 1) * each]
-            out, *ends = _LSTMKernel.apply(x, state[0][chain], state[1][chain], torch.is_grad_enabled(), *own)  # type: ignore[no-untyped-call]
-            outs.append(out)
-            last.append(tuple(ends))
-        x = torch.cat(outs, -1) if ways == 2 else outs[0]
-        if dropout and training and number < layers - 1:
-            x = nn.functional.dropout(x, dropout)
-    h, c = (torch.stack(ends) for ends in zip(*last, strict=True))
-    return (x.transpose(0, 1) if batch_first else x), h, c
+class _LSTMCall(NamedTuple):
+    """Holds the arguments of a call of `torch.lstm`, by its names and in its order."""
+
+    input: Tensor
+    hx: tuple[Tensor, Tensor]
+    params: Sequence[Tensor]
+    has_biases: bool
+    num_layers: int
+    dropout: float
+    train: bool
+    bidirectional: bool
+    batch_first: bool
+
+    def run(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Runs the stand-in of the kernel layer by layer; returns what `torch.lstm` does, in zeros."""
+        x = self.input.transpose(0, 1).contiguous() if self.batch_first else self.input
+        ways, each = 2 if self.bidirectional else 1, 4 if self.has_biases else 2
+        last: list[tuple[Tensor, Tensor]] = []
+        for number in range(self.num_layers):
+            outs = []
+            for chain in range(number * ways, (number + 1) * ways):
+                state, own = [part[chain] for part in self.hx], self.params[chain * each : (chain + 1) * each]
+                out, *ends = _LSTMKernel.apply(x, *state, torch.is_grad_enabled(), *own)  # type: ignore[no-untyped-call]
+                outs.append(out)
+                last.append(tuple(ends))
+            x = torch.cat(outs, -1) if ways == 2 else outs[0]
+            if self.dropout and self.train and number < self.num_layers - 1:
+                x = nn.functional.dropout(x, self.dropout)
+        h, c = (torch.stack(ends) for ends in zip(*last, strict=True))
+        return (x.transpose(0, 1) if self.batch_first else x), h, c
 
 
 class _Kernels(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Calls `func`, or what stands for the kernel of an LSTM."""
         if getattr(func, "__name__", "") == "lstm" and is_kernel(args):
-            return _run_lstm(*args, **(kwargs or {}))
+            return _LSTMCall(*args, **(kwargs or {})).run()
         return func(*args, **(kwargs or {}))
 
 

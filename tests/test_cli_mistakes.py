@@ -68,7 +68,7 @@ MISTAKES = {
     "hours in words": (f"{DAILY}=x", "fleet.availability.hours must be a finite number in (0, 24], got 'x'"),
     "images too small": ("model=lenet5", "model lenet5 needs images", "12x12", "try model=mlp"),
     "numbers for words": ("model=char_lstm", "model char_lstm needs sequences of token ids"),
-    "empty layer": ("model.hidden=[0]", "model.hidden[0] of model mlp must be a whole number of at least 1, got 0"),
+    "empty layer": ("model.hidden=[0]", "model.hidden[0] must be at least 1, got 0"),
     "learning rate zero": ("trainer.lr=0", "trainer.lr must be greater than 0, got 0"),
     "learning rate in words": ("trainer.lr=fast", "trainer.lr must be a finite number greater than 0, got 'fast'"),
     "no learning rate": ("trainer.lr=null", "trainer.lr must be a finite number greater than 0, got null"),

@@ -315,7 +315,7 @@ def test_absent_official_files_say_how_to_get_them(tmp_path):
         DataError, match=r"cifar10 is not here or broken: set workload.download=true or put the official"
     ):
         Torchvision("cifar10", model=MLP, partition=Iid(), num_clients=10, seed=0, root=str(tmp_path))
-    with pytest.raises(ConfigError, match=r"unknown workload.dataset 'cifar'; did you mean 'cifar10'"):
+    with pytest.raises(ConfigError, match=r"unknown value for workload.dataset 'cifar'; did you mean 'cifar10'"):
         Torchvision("cifar", model=MLP, partition=Iid(), num_clients=10, seed=0)
 
 

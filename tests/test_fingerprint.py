@@ -264,7 +264,7 @@ def test_a_run_that_is_taken_up_elsewhere_gets_advice_that_it_can_follow(tmp_pat
 # Studies
 
 
-def planned(tmp_path: Path, path: Path) -> list[study.Planned]:
+def planned(tmp_path: Path, path: Path) -> list[study.PlannedRun]:
     tree = {
         "title": "t",
         "seeds": [1, 2],
@@ -272,7 +272,7 @@ def planned(tmp_path: Path, path: Path) -> list[study.Planned]:
         "arms": {"Plain": ["method=fedavg"], "Prox": ["method=fedprox"]},
     }
     (tmp_path / "s.yaml").write_text(yaml.safe_dump(tree))
-    study._HERE.clear()  # as another process would
+    study._FINGERPRINTS.clear()  # as another process would
     return plan(read_study(str(tmp_path / "s.yaml")), tmp_path / "out")
 
 

@@ -25,7 +25,7 @@ from devices.latency.predictions import predict
 from devices.meter import inference_bytes, measure
 from devices.profile import load_profile
 from devices.reserved import with_memory
-from fedsim.cli.devices.own_model import measured, named_model
+from fedsim.cli.devices.own_model import measure_cost, named_model
 
 # 1000 bytes of weights. At the turn 1000 + 100 are there whatever the batch and 50 an example; at the end of the step
 # all gradients, 2000, and 10 an example.
@@ -43,7 +43,7 @@ def test_parts_are_those_of_the_fullest_moment():
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("batch", [1, 20])
 def test_total_is_what_a_run_reserves(name: str, momentum: float, batch: int):
-    network = measured(named_model(name, (1, 28, 28)))
+    network = measure_cost(named_model(name, (1, 28, 28)))
     trainer = SGDTrainer(0.1, 20, momentum=momentum)
     assert step_memory(network, batch, float(momentum > 0)).total == trainer.step_bytes(network, batch)
 
@@ -94,7 +94,7 @@ def test_integers_take_a_byte_for_each_element():
 
 @pytest.fixture
 def network() -> ModelCost:
-    return measured(named_model("lenet5", (1, 28, 28)))
+    return measure_cost(named_model("lenet5", (1, 28, 28)))
 
 
 def test_batches_are_powers_of_two_up_to_the_largest(network: ModelCost):

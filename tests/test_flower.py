@@ -23,6 +23,7 @@ import pytest
 from conftest import DAILY
 
 from clients.app import serve
+from devices.errors import FileError
 from fedsim.cli import flower as cli_flower
 from fedsim.engines.flower import runtime as flower_runtime
 from fedsim.engines.flower.runtime import FlowerRuntime, Place, environment
@@ -273,8 +274,7 @@ def test_a_wrong_setting_is_refused_before_flower_starts(refused, arguments: lis
     assert words in refused(*arguments)
 
 
-def test_another_engine_is_refused(monkeypatch):
-    monkeypatch.setattr("fedsim.settings.compose.compose", lambda _: {"choices": {"engine": "ray"}})
+def test_another_engine_is_refused():
     with pytest.raises(ConfigError, match="leave out engine=ray"):
         cli_flower._composed(["engine=ray"])
 
@@ -349,6 +349,8 @@ def test_a_failure_is_told_by_the_folder_then_by_the_log(tmp_path: Path):
     assert (type(told := failure(tmp_path, "finished:failed", raised)), str(told)) == (RunError, "client 3 failed")
     (tmp_path / "failure.json").write_text(json.dumps({"error": "OSError", "reason": "no space"}))
     assert str(failure(tmp_path, "finished:failed", "")) == "OSError: no space"
+    (tmp_path / "failure.json").write_text(json.dumps({"error": "FileError", "reason": "mine.yaml is no map"}))
+    assert type(failure(tmp_path, "finished:failed", "")) is FileError  # as every error that a user can mend
 
 
 def test_only_complete_lines_are_followed(tmp_path: Path):

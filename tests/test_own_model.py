@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from devices.errors import FileError
-from fedsim.cli.devices.own_model import labels, loss, measured, named_model, outputs, traced
+from fedsim.cli.devices.own_model import labels, loss, measure_cost, named_model, outputs, trace_cost
 from fedsim.errors import ConfigError
 from fedsim.settings.build import model_factory
 
@@ -82,7 +82,7 @@ def file(tmp_path: Path) -> Path:
 def test_class_of_a_file_gets_the_arguments_that_it_has(file: Path):
     """16 inputs x 10 outputs are 160 multiply-adds; 170 parameters of 4 bytes are 680."""
     model = named_model(f"{file}:Net", (1, 4, 4), 10)
-    cost = measured(model)
+    cost = measure_cost(model)
     assert (cost.forward_flops, cost.parameter_bytes) == (320, 680)
     assert cost.step_bytes
 
@@ -94,20 +94,20 @@ def test_function_of_a_file_is_called_without_arguments(file: Path):
 def test_auxiliary_output_counts_in_training_only(file: Path):
     """Both heads have 16 x 4 weights, and gradients for both are there: 2 x 2 x 68 x 4 bytes and what a batch takes."""
     model = named_model(f"{file}:TwoHeads", (1, 4, 4))
-    cost = measured(model)
+    cost = measure_cost(model)
     assert cost.forward_flops == 2 * 64
     assert max(fixed for fixed, _ in cost.step_bytes) >= 2 * 2 * 68 * 4
 
 
 def test_model_of_token_ids_is_fed_them(file: Path):
-    assert measured(named_model(f"{file}:Words", tokens=12)).forward_flops == 2 * 8 * 5
+    assert measure_cost(named_model(f"{file}:Words", tokens=12)).forward_flops == 2 * 8 * 5
     assert named_model("char_lstm", tokens=20).examples(2).dtype == torch.long
     assert named_model("lstm-32").shape == (40,)
 
 
 def test_torchvision_is_built_without_weights_and_auxiliary_heads():
     """A MobileNetV3 small has 2.54 million parameters and 56.5 million multiply-adds (torchvision's own figures)."""
-    cost = traced(named_model("torchvision.models.mobilenet_v3_small"))
+    cost = trace_cost(named_model("torchvision.models.mobilenet_v3_small"))
     assert cost.forward_flops / 2 == pytest.approx(56.5e6, rel=0.02)
     assert isinstance(
         named_model("torchvision.models.googlenet", (3, 64, 64), 5).module(torch.zeros(1, 3, 64, 64)), torch.Tensor
@@ -148,7 +148,7 @@ def test_file_that_fails_and_wrong_shape_say_so(file: Path):
     with pytest.raises(ConfigError, match=r"bad\.py cannot be run: ModuleNotFoundError"):
         named_model(f"{file.with_name('bad.py')}:Net")
     with pytest.raises(ConfigError, match=r"--input-shape 1,5,5 right"):
-        measured(named_model(f"{file}:make", (1, 5, 5)))
+        measure_cost(named_model(f"{file}:make", (1, 5, 5)))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from fedsim.cli.paired import paired
 from fedsim.errors import ConfigError
 from fedsim.report.rounds import RoundReport
-from fedsim.study.paired import compare, correction, holm, interval, p_value, run_folders
+from fedsim.study.paired import compare, correction, half_width_of, holm, p_value, run_folders
 
 
 def made(folder: Path, method: str, seed: int, *accuracies: float, **trainer: float) -> Path:
@@ -45,7 +45,7 @@ def test_difference_is_the_mean_over_seeds_of_the_last_evaluations(tmp_path):
 
 
 def test_one_seed_has_no_interval():
-    assert interval([0.3]) == math.inf
+    assert half_width_of([0.3]) == math.inf
 
 
 def test_p_values_are_those_of_the_paired_t_test():
@@ -72,13 +72,13 @@ def test_comparisons_are_corrected_for_their_number(tmp_path):
     runs += [made(tmp_path / f"b{s}", "b", s, 0.523 + noise[s - 1]) for s in seeds]
     alone = compare(runs, last=1)
     assert 0.025 < alone[1].p == alone[1].p_holm < 0.05
-    assert alone[1].stands
+    assert alone[1].is_significant
     assert correction(alone) == ""
     runs += [made(tmp_path / f"c{s}", "c", s, 0.523 - noise[s - 1]) for s in seeds]
     base, *both = compare(runs, last=1)
     assert math.isnan(base.p)
     assert [row.p_holm for row in both] == pytest.approx([2 * alone[1].p] * 2)
-    assert not any(row.stands for row in both)
+    assert not any(row.is_significant for row in both)
     assert correction([base, *both]) == "intervals: of one difference each; *: p < 0.05 after Holm's correction for 2"
 
 

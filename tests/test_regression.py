@@ -22,9 +22,9 @@ from fedsim.errors import ConfigError
 from fedsim.report.files import read_summary
 from fedsim.report.page import write_page
 from fedsim.report.plots.split import draw_split
-from fedsim.report.plots.study import draw_study, shown
+from fedsim.report.plots.study import draw_study, drawn_labels
 from fedsim.report.rounds import read_rounds
-from fedsim.report.split import kept_split, primary_of
+from fedsim.report.split import primary_of, read_split
 from fedsim.report.text import closing_lines, closing_table, sweep_table
 from fedsim.runs import writer
 from fedsim.runs.api import load
@@ -156,8 +156,8 @@ def test_a_study_ranks_the_lowest_first(tmp_path: Path, monkeypatch: pytest.Monk
     page = text_of(result, {})
     assert "| mse, m² |" in page
     assert f"| {means['slow']:.4g} ± " in page
-    monkeypatch.setattr("fedsim.report.plots.study.MOST_LINES", 2)
-    assert "slow" not in shown(result)
+    monkeypatch.setattr("fedsim.report.plots.study.MAX_LINES", 2)
+    assert "slow" not in drawn_labels(result)
     draw_study(result, tmp_path / "study.png")
     write_result(result, {}, tmp_path)
     assert json.loads((tmp_path / "study.json").read_text())["metric"] == "mse"
@@ -167,7 +167,7 @@ def test_a_split_without_classes_shows_sizes(tmp_path: Path):
     workload = build_world(json.dumps(compose(list(LONG)))).workload
     assert "input             1" in summary_lines(workload)
     run_sine(tmp_path, "rounds=1")
-    split = kept_split(tmp_path)
+    split = read_split(tmp_path)
     assert split is not None
     assert (split.class_names, split.rows[1].train, split.rows[0].test) == ((), 12, 3)
     assert draw_split(split).axes[0].get_ylabel() == "examples"

@@ -14,7 +14,7 @@ from clients.trainers.sgd import SGDTrainer
 from fedsim.cli import main as cli
 from fedsim.engines.local import LocalEngine
 from fedsim.errors import ClientError, ConfigError
-from fedsim.report.instructions import kept_instruction
+from fedsim.report.instructions import read_instruction
 from fedsim.runs.replay import instruction_of, replay, settings_of
 
 
@@ -66,7 +66,7 @@ def test_a_failed_client_replays_at_once_with_its_traceback(run, tmp_path: Path,
 def test_what_was_sent_survives_the_folder(run, tmp_path: Path):
     with pytest.raises(ClientError) as caught:
         run("trainer._target_=test_replay.Remembering", "cohort=6", "rounds=3")
-    sent, kept = caught.value.instruction, kept_instruction(tmp_path)
+    sent, kept = caught.value.instruction, read_instruction(tmp_path)
     assert (kept.round, kept.client, kept.phase) == (sent.round, sent.client, sent.phase)
     assert kept.content == sent.content
     assert set(kept.content) == {"arrays", "config", "state"}

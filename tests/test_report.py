@@ -31,6 +31,7 @@ from fedsim.report.rounds import RoundReport, read_rounds, weights_sha256
 from fedsim.report.text import closing_lines, closing_table
 from fedsim.runs import writer
 from fedsim.settings.compose import from_run_config
+from fedsim.settings.run_settings import RunSettings
 
 KEYS = {
     "price_models",
@@ -313,7 +314,7 @@ def test_folder_of_the_same_second_gets_a_number(settings, tmp_path, monkeypatch
     monkeypatch.setattr(run_place.time, "strftime", lambda form: "20250102-030405")
     names = []
     for _ in range(3):
-        with new_run_folder(settings("method=fedprox")) as folder:
+        with new_run_folder(RunSettings.of(settings("method=fedprox"))) as folder:
             (folder / "config.yaml").touch()
         names.append(str(folder))
     assert names == [f"runs/20250102-030405-fedprox-blobs{end}" for end in ("", "-2", "-3")]

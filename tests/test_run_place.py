@@ -20,6 +20,7 @@ from fedsim.report import place as run_place
 from fedsim.report.place import check_free, new_folder, new_run_folder, remove_unfinished
 from fedsim.runs import writer
 from fedsim.settings.compose import compose
+from fedsim.settings.run_settings import RunSettings
 
 FEDSIM = str(Path(sys.executable).parent / "fedsim")
 SMALL = (*TINY, "model.hidden=[8]")
@@ -218,7 +219,7 @@ def test_a_closed_pipe_is_a_sentence_and_the_run_stays(tmp_path: Path):
 
 def test_a_name_is_given_back_when_nothing_came_into_its_folder(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(KeyError), new_run_folder(compose(list(SMALL))):
+    with pytest.raises(KeyError), new_run_folder(RunSettings.of(compose(list(SMALL)))):
         raise KeyError
     assert os.listdir(tmp_path) == []
 

@@ -171,11 +171,11 @@ def test_a_fifth_of_the_weights_in_int8_takes_a_twentieth_of_the_bytes():
         (partial(BCResNet, (1, 24, 101), 12, bands=3), "needs 5 rows behind its stages, and 24 frequencies leave 3"),
         (
             partial(BCResNet, SHAPE, 12, tau=1.3),
-            "model.tau of model bcresnet must be a positive multiple of 1/8, got 1.3",
+            "model.tau must be a multiple of 1/8, got 1.3",
         ),
-        (partial(BCResNet, SHAPE, 12, dropout=1), r"model.dropout of model bcresnet must be in \[0, 1\)"),
+        (partial(BCResNet, SHAPE, 12, dropout=1), r"model.dropout must be in \[0, 1\)"),
         (partial(BCResNet, (16000,), 12), "model bcresnet needs images"),
-        (partial(SpeechResNet, SHAPE, 12, depth=9), "model.depth of model speech_resnet must be 8, 15 or 26, got 9"),
+        (partial(SpeechResNet, SHAPE, 12, depth=9), "model.depth must be 8, 15 or 26, got 9"),
     ],
 )
 def test_what_does_not_fit_is_named(make, sentence: str):

@@ -11,9 +11,9 @@ import pytest
 from fake_study import started
 
 from fedsim.errors import ConfigError
-from fedsim.report.plots.study import MOST_LINES, curve, families, shown
+from fedsim.report.plots.study import MAX_LINES, curve, drawn_labels, families
 from fedsim.report.rounds import RoundReport
-from fedsim.study.paired import interval, rows
+from fedsim.study.paired import compare_rows, half_width_of
 from fedsim.study.results import collect
 from fedsim.study.spec import plan, read_study
 from fedsim.workloads.metrics import Metric
@@ -54,7 +54,7 @@ def test_a_column_that_no_run_has_is_named_and_nothing_is_lost(file, fedsim):
 
 
 def test_one_seed_has_no_interval():
-    assert interval([0.1]) == math.inf
+    assert half_width_of([0.1]) == math.inf
 
 
 def test_arms_are_judged_by_the_metric_that_the_study_names(tmp_path):
@@ -62,10 +62,10 @@ def test_arms_are_judged_by_the_metric_that_the_study_names(tmp_path):
         RoundReport.of(n, float(n), 1.0, [], {"accuracy": 0.5, "client_accuracy": value}, 0.0)
         for n, value in ((1, 0.2), (2, 0.6), (3, 0.8))
     ]
-    (row,) = rows({"Plain": {1: rounds}}, 2, "Plain", Metric("client_accuracy"))
+    (row,) = compare_rows({"Plain": {1: rounds}}, 2, "Plain", Metric("client_accuracy"))
     assert row.mean == pytest.approx(0.7)
     with pytest.raises(ConfigError, match=r"metric of the runs 'client_acuracy'.*client_accuracy"):
-        rows({"Plain": {1: rounds}}, 2, "Plain", Metric("client_acuracy"))
+        compare_rows({"Plain": {1: rounds}}, 2, "Plain", Metric("client_acuracy"))
 
 
 # --- arms that are read from other arms' runs ------------------------------------------------------------------------
@@ -111,14 +111,14 @@ def test_a_curve_is_the_mean_over_seeds_at_each_evaluation(file, fedsim):
 
 
 def test_with_many_arms_the_best_are_drawn_and_the_compared_one(file, fedsim):
-    ratios = [round(0.05 * n, 2) for n in range(1, MOST_LINES + 3)]  # two more than are drawn
+    ratios = [round(0.05 * n, 2) for n in range(1, MAX_LINES + 3)]  # two more than are drawn
     grid = {"overrides": ["method=local_mixup"], "grid": {"trainer.mix_ratio": ratios}}
     arms = {"Plain": ["method=fedavg"], "R {mix_ratio}": grid}
     assert fedsim("study", file(arms=arms, seeds=[1], x=["joules", "peak_memory_bytes"]), "--jobs", "8")[0] == 0
     study = read_study("mine.yaml")
     result = collect(study, plan(study, Path("runs/mine")))
     assert set(result.columns["peak_memory_bytes"]) == {10.0}
-    drawn = shown(result)
+    drawn = drawn_labels(result)
     assert drawn == ["Plain", *(f"R {ratio}" for ratio in ratios[3:])]
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fedsim.cli.options import MOST, check_picture
+from fedsim.cli.options import MAX_COUNT, check_picture
 
 
 def averages(
@@ -17,7 +17,7 @@ def averages(
     ),
     picture: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("averages.png"),
     clients: Annotated[int, typer.Option(help="Clients in the picture.", min=1, max=100)] = 5,
-    looked_at: Annotated[int, typer.Option(help="Clients in the figures.", min=1, max=MOST)] = 50,
+    looked_at: Annotated[int, typer.Option(help="Clients in the figures.", min=1, max=MAX_COUNT)] = 50,
 ) -> None:
     """Show what a server would see of clients that share averages, as a table and a picture; takes overrides.
 
@@ -28,7 +28,7 @@ def averages(
     """
     import json
 
-    from fedsim.cli.options import whole
+    from fedsim.cli.options import parse_whole
     from fedsim.exchanges.averages import exposures
     from fedsim.report.plots.averages import averages_picture
     from fedsim.report.terminal import console, table
@@ -38,7 +38,7 @@ def averages(
     from fedsim.workloads.classification import classification
 
     check_picture(picture)
-    groups = [None if text.strip() == "all" else whole("--sizes", text) for text in sizes.split(",")]
+    groups = [None if text.strip() == "all" else parse_whole("--sizes", text) for text in sizes.split(",")]
     settings = {**compose(ctx.args), "cohort": 1, "evaluate_clients": 0}
     world = build_world(json.dumps(settings))
     workload, seed = classification(world.workload), world.settings.seed

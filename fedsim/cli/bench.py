@@ -6,14 +6,14 @@ from typing import Annotated
 
 import typer
 
-from fedsim.cli.options import MOST, whole
+from fedsim.cli.options import MAX_COUNT, parse_whole
 from fedsim.report import strict_json
 from fedsim.runs.experiment import build_engine
 
 
 def bench(
     model: Annotated[str, typer.Option(help="Model config to train.")] = "lenet5",
-    rounds: Annotated[int, typer.Option(help="Rounds per side; the sides take turns.", min=2, max=MOST)] = 30,
+    rounds: Annotated[int, typer.Option(help="Rounds per side; the sides take turns.", min=2, max=MAX_COUNT)] = 30,
     engines: Annotated[str, typer.Option(help="Engines to measure.")] = "local,ray",
     workers: Annotated[int, typer.Option(help="Workers of ray; 0: one per core.", min=0, max=4096)] = 0,
     population: Annotated[str, typer.Option(help="Also time rounds with these numbers of clients.")] = "",
@@ -35,7 +35,7 @@ def bench(
         if name not in options("engine"):
             raise ConfigError(unknown("engine", name, options("engine")))
     populations, cohorts = (
-        [whole(flag, text) for text in given.split(",")] if given else []
+        [parse_whole(flag, text) for text in given.split(",")] if given else []
         for flag, given in (("--population", population), ("--cohort", cohort))
     )
     result = measure(build_engine, model, rounds, names, workers or None, populations, cohorts)

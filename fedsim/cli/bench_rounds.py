@@ -1,4 +1,4 @@
-"""How much the engines cost above the bare PyTorch loop, side by side on this host.
+"""Measures what the engines cost above the bare PyTorch loop, side by side on this host.
 
 Every side runs in its own process and they take turns, round by round; medians are compared, because absolute times on
 a shared machine are noise and their ratios are not. Engines come from the caller.
@@ -105,7 +105,7 @@ def measure(
 
 
 class _Measured:
-    """What one side took, round by round."""
+    """Holds the seconds that one side took, round by round."""
 
     def __init__(self, side: SideProcess):
         self.start_s, self.idle_bytes, self.peak_bytes = side.start_s, int(side.idle_bytes), 0
@@ -114,13 +114,15 @@ class _Measured:
 
     @property
     def round_s(self) -> float:
+        """Returns the median of a round's host seconds."""
         return statistics.median(self.seconds)
 
     def cpu_ms(self, cohort: int) -> float:
+        """Returns CPU milliseconds per update, the mean over rounds."""
         return 1e3 * statistics.mean(self.cpu_seconds) / cohort  # the clock of processes ticks in hundredths
 
     def over(self, other: _Measured) -> float:
-        """How many times as fast the other side is."""
+        """Returns how many times as fast the other side is."""
         return statistics.median(a / b for a, b in zip(self.seconds, other.seconds, strict=True))
 
 
@@ -164,7 +166,7 @@ def _sweep_row(key: str, measured: _Measured) -> dict[str, Any]:
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """The result for people."""
+    """Returns the result as tables for people."""
     title = f"{result['model']}, {EXAMPLES} examples a client, batch {BATCH}, cohort {COHORT} of {CLIENTS}"
     columns = ("side", "updates/s", "of the bare loop", "CPU ms/update", "start s", "peak MB")
     shown = table(*columns, left=("side",), title=title)

@@ -27,9 +27,11 @@ START_TIMEOUT_S = 300.0
 class Side(Protocol):
     """Something that can train one round after the other."""
 
-    def round(self, number: int) -> None: ...
+    def round(self, number: int) -> None:
+        """Trains one round."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Ends what the side has started."""
 
 
 class PlainLoop:
@@ -51,7 +53,8 @@ class PlainLoop:
             settings = {**settings, "model": {**settings["model"], FORMAT: self.memory_format}}
         world = build_world(json.dumps(settings))
         self.workload, self.cohort = world.workload, world.settings.cohort
-        self.lr, self.batch_size = settings["trainer"]["lr"], settings["trainer"]["batch_size"]
+        trainer = world.settings.groups["trainer"]
+        self.lr, self.batch_size = trainer["lr"], trainer["batch_size"]
         torch.set_num_threads(world.settings.engine.threads)
         self.model = self.workload.build_model()
         self.weights = {name: t.clone() for name, t in self.model.state_dict().items()}
@@ -75,7 +78,7 @@ class PlainLoop:
         self.weights = sums
 
     def train(self, data: Any, shuffle: Any) -> None:
-        """One epoch."""
+        """Trains the model for one epoch."""
         import torch
 
         optimiser = torch.optim.SGD(self.model.parameters(), self.lr)
@@ -85,7 +88,7 @@ class PlainLoop:
             optimiser.step()
 
     def close(self) -> None:
-        """Nothing to stop."""
+        """Does nothing: a loop has no process and no file."""
 
 
 class FastLoop(PlainLoop):
@@ -94,7 +97,7 @@ class FastLoop(PlainLoop):
     memory_format = "channels_last"
 
     def train(self, data: Any, shuffle: Any) -> None:
-        """One epoch."""
+        """Trains the model for one epoch."""
         import torch
 
         parameters: list[Any] = list(self.model.parameters())
@@ -124,7 +127,7 @@ class EngineRounds:
         self.engine.start()
 
     def round(self, number: int) -> None:
-        """One training round, written down; round 0 lets clients judge, so that their data are drawn and cached."""
+        """Runs and writes a training round; in round 0 clients only judge, so that their data are drawn and cached."""
         if number == 0:
             for _ in range(3):  # with two workers, seven of eight data sets are then where they are needed
                 self.federation.ask_clients(0)
@@ -159,7 +162,7 @@ class SideProcess:
         self.start_s, self.idle_bytes = self._answer(START_TIMEOUT_S)
 
     def round(self, number: int) -> tuple[float, float]:
-        """One round: host seconds, and CPU seconds of the process and all its children."""
+        """Runs a round; returns host seconds, and CPU seconds of the process and all its children."""
         self._pipe.send(number)
         seconds, cpu_s = self._answer()
         return seconds, cpu_s
@@ -182,7 +185,7 @@ class SideProcess:
         try:
             if not self._pipe.poll(timeout_s):
                 raise RunError(f"a side of the bench did not start within {timeout_s:g} s")
-            answer = self._pipe.recv()
+            answer: tuple[float, ...] | BaseException = self._pipe.recv()
         except (EOFError, ConnectionError) as error:
             raise RunError("a side of the bench ended without a word; was it out of memory?") from error
         if isinstance(answer, BaseException):
@@ -226,7 +229,7 @@ def _serve(pipe: Connection, make: Callable[..., Side], arguments: tuple[Any, ..
 
 
 def _cpu_s(processes: list[Any]) -> float:
-    """CPU seconds of these processes so far."""
+    """Returns the CPU seconds of these processes so far."""
     import psutil
 
     total = 0.0

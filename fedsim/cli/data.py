@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fedsim.cli.options import MOST, check_picture
+from fedsim.cli.options import MAX_COUNT, check_picture
 
 
 def list_data() -> None:
@@ -25,7 +25,7 @@ def list_data() -> None:
 def describe(
     ctx: typer.Context,
     picture: Annotated[Path, typer.Option(help="Where the picture of the split goes.")] = Path("split.png"),
-    limit: Annotated[int, typer.Option(help="Clients in the table.", min=1, max=MOST)] = 20,
+    limit: Annotated[int, typer.Option(help="Clients in the table.", min=1, max=MAX_COUNT)] = 20,
 ) -> None:
     """Show how the examples are split over clients, as a table and a picture; takes the overrides of `fedsim run`.
 

@@ -1,4 +1,4 @@
-"""One experiment with what a person sees of it, for the commands that run one in this process."""
+"""Runs one experiment with a bar and a closing table, for the commands that run one in this process."""
 
 from __future__ import annotations
 

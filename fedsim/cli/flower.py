@@ -35,25 +35,28 @@ def flwr(
         raise _wrong("--ray-address needs --workers=N: how many CPUs of the cluster are to train clients")
 
     from fedsim.engines.flower.runtime import Place
+    from fedsim.engines.host import usable_cores
     from fedsim.report.place import new_run_folder
     from fedsim.report.progress import progress_bar
     from fedsim.report.rounds import read_rounds
     from fedsim.report.terminal import console
     from fedsim.report.text import closing_lines, closing_table
     from fedsim.runs.flower_launch import run
+    from fedsim.settings.run_settings import RunSettings
     from fedsim.workloads.metrics import Metric
 
+    typed = RunSettings.of(settings)
     place = Place(
-        workers=workers or _default_workers(settings),
-        gpus=_gpus(settings),
-        threads=settings["engine"]["threads"],
+        workers=workers or min(usable_cores(), typed.num_asked),
+        gpus=_gpus(typed.engine.device),
+        threads=typed.engine.threads,
         port=superlink_port,
         ray_address=ray_address,
     )
     shown = console()
-    with new_run_folder(settings) as folder:
+    with new_run_folder(typed) as folder:
         _try_out(settings)
-        with progress_bar(shown, settings["rounds"], folder) as (watch, _):
+        with progress_bar(shown, typed.rounds, folder) as (watch, _):
             summary = run(settings, folder, place, app, watch)
     reports = read_rounds(folder)
     shown.print(closing_table(reports, Metric.named_in(summary)))
@@ -63,12 +66,13 @@ def flwr(
 
 def _composed(arguments: list[str]) -> dict[str, Any]:
     from fedsim.settings.compose import compose
+    from fedsim.settings.run_settings import RunSettings
 
     flags = [argument for argument in arguments if argument.startswith("-")]
     if flags:
         raise _wrong(f"fedsim flwr does not know {flags[0]}; it takes KEY=VALUE settings (sweeps: fedsim run -m)")
     settings = compose(arguments)
-    engine = settings["choices"]["engine"]
+    engine = RunSettings.of(settings).choices["engine"]
     if engine != "local":
         raise _wrong(f"fedsim flwr runs on Flower's own engine: leave out engine={engine} (--workers=N sets its size)")
     return settings
@@ -87,19 +91,13 @@ def _try_out(settings: dict[str, Any]) -> None:
     build_world.cache_clear()  # the data are needed in Flower's processes only
 
 
-def _default_workers(settings: dict[str, Any]) -> int:
-    from fedsim.engines.host import usable_cores
-    from fedsim.settings.run_settings import RunSettings
-
-    return min(usable_cores(), RunSettings.of(settings).num_asked)
-
-
-def _gpus(settings: dict[str, Any]) -> int:
+def _gpus(device: str) -> int:
+    """Returns how many GPUs the engine's setting `device` takes on this host."""
     import torch
 
     from fedsim.settings.build import pick_device
 
-    return torch.cuda.device_count() if pick_device(settings["engine"]["device"]).type == "cuda" else 0
+    return torch.cuda.device_count() if pick_device(device).type == "cuda" else 0
 
 
 def _wrong(text: str) -> Exception:

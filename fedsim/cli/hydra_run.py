@@ -72,7 +72,7 @@ def run_with_hydra(arguments: list[str]) -> None:
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Hydra's own flags, and the overrides, which may stand between them.
+    """Returns Hydra's own flags, and the overrides, which may stand between them.
 
     Raises:
         ConfigError: for a flag that Hydra does not have, or flags that exclude each other.
@@ -123,7 +123,7 @@ def _check_sweep(flags: list[str], overrides: list[str]) -> None:
 
 
 def _hydra_settings(overrides: list[str], sweeping: bool, made: list[Path]) -> list[str]:
-    """Hydra writes no folder and no log of its own; a sweep's runs go below `out` or a dated folder, which is made."""
+    """Keeps Hydra from folders and logs of its own, and makes the folder of a sweep: `out` or a dated one."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     from fedsim.report.place import make_sweep_folder, new_folder

@@ -1,4 +1,4 @@
-"""What several commands read from their options."""
+"""Reads and checks options that several commands have."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-MOST = 10**6  # of what is counted: examples of a batch, clients, rounds, repetitions
+MAX_COUNT = 10**6  # of what is counted: examples of a batch, clients, rounds, repetitions
 BUILDING = ("run", "resume", "replay", "study", "flwr", "data", "devices")  # commands that make what a file names
 OWN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
-def whole(option: str, text: str) -> int:
-    """A number in a list of whole numbers.
+def parse_whole(option: str, text: str) -> int:
+    """Reads a number of a list of whole numbers.
 
     Raises:
-        ConfigError: if it is none, or out of 1..MOST.
+        ConfigError: if it is none, or out of 1..MAX_COUNT.
     """
     from devices.texts import as_yaml
     from fedsim.errors import ConfigError
 
     digits = text.strip()
-    if not (digits.isascii() and digits.isdigit()) or not 1 <= len(digits.lstrip("0")) <= 7 or int(digits) > MOST:
+    if not (digits.isascii() and digits.isdigit()) or not 1 <= len(digits.lstrip("0")) <= 7 or int(digits) > MAX_COUNT:
         raise ConfigError(
-            f"{option} takes whole numbers of at least 1 and at most {MOST}, separated by commas, got {as_yaml(text)}"
+            f"{option} takes whole numbers of at least 1 and at most {MAX_COUNT}, separated by commas, got "
+            f"{as_yaml(text)}"
         )
     return int(digits)
 
@@ -63,7 +64,7 @@ def check_place(option: str, path: Path, endings: Sequence[str] = ()) -> None:
 
 
 def check_folder_place(option: str, folder: Path, names: Sequence[str] = ()) -> None:
-    """As `check_place`, for a folder that is there or is made, and for those that are made in it.
+    """Refuses a folder that cannot be made or written into, and those that are to be made in it, before the work.
 
     Raises:
         ConfigError: if there can be no such folder, or nothing can be written into it.
@@ -88,7 +89,7 @@ def check_folder_place(option: str, folder: Path, names: Sequence[str] = ()) -> 
 
 
 def check_picture(path: Path, option: str = "--picture") -> None:
-    """As `check_place`, for a picture; one without an ending becomes a PNG."""
+    """Refuses a place for a picture, as `check_place` does; one without an ending becomes a PNG."""
     from devices.figures import FORMATS
 
     check_place(option, path, (*FORMATS, ""))
@@ -134,7 +135,7 @@ def check_figures(section: str, options: Mapping[str, float], keys: Mapping[str,
 
 
 def without_trust(arguments: list[str]) -> list[str]:
-    """The arguments without `--allow-target NAME`, which may stand anywhere behind the commands of BUILDING."""
+    """Takes `--allow-target NAME`, which may stand anywhere behind the commands of BUILDING, out of the arguments."""
     from fedsim.errors import ConfigError
     from fedsim.settings.permissions import FLAG, reset
 

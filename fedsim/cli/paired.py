@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from fedsim.cli.options import MOST
+from fedsim.cli.options import MAX_COUNT
 
 
 def paired(
     folders: Annotated[list[Path], typer.Argument(help="Folder of a sweep, or folders of runs.")],
-    last: Annotated[int, typer.Option(help="Evaluations whose mean is a run's score.", min=1, max=MOST)] = 4,
+    last: Annotated[int, typer.Option(help="Evaluations whose mean is a run's score.", min=1, max=MAX_COUNT)] = 4,
     against: Annotated[str | None, typer.Option(help="Row to compare with; the first if left out.")] = None,
 ) -> None:
     """Compare the runs of a sweep: paired differences over the seeds with 95 % intervals, and what each row cost.
@@ -29,7 +29,7 @@ def paired(
     title = f"mean of the last {last} evaluations; differences to {rows[0].label}"
     compared_rows = table("overrides", *columns, left=("overrides",), title=title)
     for number, row in enumerate(rows):
-        star = " *" if row.stands else ""
+        star = " *" if row.is_significant else ""
         matched = number and rows[0].scores.keys() & row.scores.keys()
         compared = [f"{metric.change(row.difference)}{star}", row.interval_text] if matched else ["", ""]
         costs = [simulated(row.simulated_s), energy(row.joules), size(row.traffic_bytes)]

@@ -78,7 +78,7 @@ def _end(error: BaseException, typed: list[str]) -> NoReturn:
     if isinstance(error, RunError):
         _give_up(str(error), 1, error)
     if isinstance(error, OSError):
-        _give_up(*_of_system(error, typed), error)
+        _give_up(*_system_error(error, typed), error)
     if isinstance(error, exceptions.Abort | KeyboardInterrupt):
         _give_up(f"interrupted; {_what_stays()}", INTERRUPTED)
     if isinstance(error, Terminated):
@@ -89,8 +89,8 @@ def _end(error: BaseException, typed: list[str]) -> NoReturn:
     _give_up(str(ended), 1, error)
 
 
-def _of_system(error: OSError, typed: list[str]) -> tuple[str, int]:
-    """The sentence and the exit code for what the system refused."""
+def _system_error(error: OSError, typed: list[str]) -> tuple[str, int]:
+    """Returns the sentence and the exit code for what the system refused."""
     if error.filename == OUTPUT:
         return f"{OUTPUT} cannot be written: {error.strerror}; {_what_stays()}", 1
     if error.errno in (errno.ENAMETOOLONG, errno.ELOOP) and (argument := argument_naming(str(error.filename), typed)):
@@ -101,7 +101,7 @@ def _of_system(error: OSError, typed: list[str]) -> tuple[str, int]:
 
 
 def _open_closed_streams() -> None:
-    """What was closed for this process (`>&-`) leads nowhere: else its number goes to the next file that is opened."""
+    """Opens what was closed for this process (`>&-`) to nowhere: else the next file that is opened gets its number."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
@@ -116,7 +116,7 @@ def _open_closed_streams() -> None:
 
 
 def _check_working_folder() -> None:
-    """Libraries end the process, or say less, where it has been removed."""
+    """Refuses a working folder that has been removed: libraries would end the process, or say less."""
     try:
         os.getcwd()
     except OSError as error:
@@ -132,14 +132,14 @@ def _terminate(number: int, _: object) -> NoReturn:
 def _warn(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
 ) -> None:
-    """A warning of ours is a sentence, too; those of libraries say where they come from."""
+    """Prints a warning of ours as a sentence, and one of a library with where it comes from."""
     text = str(message) if category is UserWarning else warnings.formatwarning(message, category, filename, lineno)
     with suppress(OSError):
         print(f"fedsim: warning: {' '.join(text.split())}", file=sys.stderr)
 
 
 def _piped_output() -> int | None:
-    """Another name of standard output where it is a pipe: the libraries that print may close theirs."""
+    """Returns a second descriptor of standard output where it is a pipe: libraries that print may close theirs."""
     with suppress(OSError, ValueError):
         descriptor = sys.stdout.fileno()
         return os.dup(descriptor) if stat.S_ISFIFO(os.fstat(descriptor).st_mode) else None

@@ -36,7 +36,7 @@ def resume(
 def _completed(run: Path) -> str:
     """Does the last steps of a run that was killed before them; says what it did."""
     from fedsim.report.files import read_summary
-    from fedsim.report.page import page_is_whole, write_page
+    from fedsim.report.page import has_page, write_page
     from fedsim.report.place import RESERVE, remove_unfinished
     from fedsim.runs.checkpoint import Checkpoints
     from fedsim.runs.recorded import settings_of_run
@@ -47,6 +47,6 @@ def _completed(run: Path) -> str:
     remove_unfinished(run)
     (run / RESERVE).unlink(missing_ok=True)
     Checkpoints(run, None).keep(kept_at_the_end(RunSettings.of(settings_of_run(run))))
-    if page_is_whole(run):
+    if has_page(run):
         return "nothing is left to do"
     return f"only its page was missing, {write_page(run)}"

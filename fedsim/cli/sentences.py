@@ -1,4 +1,4 @@
-"""What a command says of its arguments in an error."""
+"""Words for a command's arguments in an error."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from devices.texts import VALUE_LETTERS, visible
 
 
 def shortened(text: str, arguments: list[str]) -> str:
-    """A sentence of a parser's with what was typed at great length cut short, so that its end can be read."""
+    """Cuts short what was typed at great length, so that the end of a parser's sentence can be read."""
     for argument in arguments:
         for typed in (argument, argument.partition("=")[2], *argument.split("=")):
             if len(typed) > VALUE_LETTERS:
@@ -19,7 +19,7 @@ def shortened(text: str, arguments: list[str]) -> str:
 
 
 def argument_naming(path: str, arguments: list[str]) -> str:
-    """The argument that names a path, with its option, as a sentence shows it; empty where none does."""
+    """Returns the argument that names a path, with its option, as a sentence shows it; empty where none does."""
     before = ""
     for argument in arguments:
         option, _, value = argument.partition("=") if argument.startswith("-") else (before, "", argument)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fedsim.report.terminal import PlainConsole
     from fedsim.study.results import Result
     from fedsim.study.runner import Progress, Watch
-    from fedsim.study.spec import Planned, Study
+    from fedsim.study.spec import PlannedRun, Study
 
 PRINTED = 150  # columns of what is not printed to a terminal
 SEED_DIGITS = 19  # of 2**63 - 1
@@ -113,8 +113,8 @@ def _list() -> None:
     console(PRINTED).print(shown)
 
 
-def _runs_table(study: Study, runs: Sequence[Planned]) -> Table:
-    """What would be run, and as which command."""
+def _runs_table(study: Study, runs: Sequence[PlannedRun]) -> Table:
+    """Returns a table of what would be run, and as which command."""
     import shlex
 
     from fedsim.report.terminal import table
@@ -127,8 +127,8 @@ def _runs_table(study: Study, runs: Sequence[Planned]) -> Table:
     return shown
 
 
-def _run(runs: Sequence[Planned], jobs: int | None, folder: Path, shown: PlainConsole) -> dict[str, str]:
-    """Runs what is missing; the sentences of the runs that failed, by their names."""
+def _run(runs: Sequence[PlannedRun], jobs: int | None, folder: Path, shown: PlainConsole) -> dict[str, str]:
+    """Runs what is missing; returns the sentences of the runs that failed, by their names."""
     from fedsim.engines.host import usable_cores
     from fedsim.study.runner import run_study, study_folder
 
@@ -138,7 +138,7 @@ def _run(runs: Sequence[Planned], jobs: int | None, folder: Path, shown: PlainCo
 
 @contextmanager
 def _bar(shown: PlainConsole) -> Iterator[Watch]:
-    """A bar over the rounds of all runs; where there is no terminal, a line for each run that has ended."""
+    """Shows a bar over the rounds of all runs; where there is no terminal, a line for each run that has ended."""
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
@@ -147,7 +147,7 @@ def _bar(shown: PlainConsole) -> Iterator[Watch]:
     with Bar(*columns, console=shown, transient=True, disable=not shown.is_terminal) as bar:
         task = bar.add_task("study", total=None, state="")
 
-        def watch(progress: Progress, ended: Planned | None) -> None:
+        def watch(progress: Progress, ended: PlannedRun | None) -> None:
             lost = f", {len(progress.failed)} failed" if progress.failed else ""
             state = f"runs {progress.done}/{progress.total}{lost}"
             bar.update(task, total=progress.rounds_total, completed=progress.rounds_done, state=state)
@@ -159,7 +159,7 @@ def _bar(shown: PlainConsole) -> Iterator[Watch]:
 
 
 def _show(result: Result, failed: dict[str, str], folder: Path, shown: PlainConsole) -> None:
-    """The table, in two where the terminal is too narrow for one."""
+    """Prints the table, in two where the terminal is too narrow for one."""
     scores, costs = _scores(result), _costs(result)
     whole = _table(result, {**scores, **costs})
     if shown.measure(whole).maximum <= shown.width:
@@ -192,7 +192,7 @@ def _table(result: Result, columns: dict[str, list[str]]) -> Table:
 
 
 def _scores(result: Result) -> dict[str, list[str]]:
-    """Cells by column: the metric, and what it differs by."""
+    """Returns cells by column: the metric, and what it differs by."""
     from fedsim.study.page import score
 
     metric = result.metric
@@ -201,13 +201,14 @@ def _scores(result: Result) -> dict[str, list[str]]:
     for row in result.rows:
         compared = row.label != result.study.against and not math.isnan(row.difference)
         cells[heading].append(score(row))
-        cells["difference"].append(f"{metric.change(row.difference)}{' *' if row.stands else ''}" if compared else "")
+        star = " *" if row.is_significant else ""
+        cells["difference"].append(f"{metric.change(row.difference)}{star}" if compared else "")
         cells["95 % interval"].append(row.interval_text if compared and math.isfinite(row.half_width) else "")
     return {name: column for name, column in cells.items() if any(column)}
 
 
 def _costs(result: Result) -> dict[str, list[str]]:
-    """Cells by column: what a run of each arm took, and the study's own columns."""
+    """Returns cells by column: what a run of each arm took, and the study's own columns."""
     from fedsim.report.text import energy, simulated, size
     from fedsim.study.page import figure
 
@@ -222,7 +223,7 @@ def _costs(result: Result) -> dict[str, list[str]]:
 
 
 def _heading(path: str) -> str:
-    """A value's path as a narrow heading of several lines."""
+    """Returns a value's path as a narrow heading of several lines."""
     from textwrap import wrap
 
     from fedsim.report.plots.style import METRICS

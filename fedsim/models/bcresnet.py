@@ -1,24 +1,27 @@
 """BC-ResNet: keyword spotting with 9 thousand to 321 thousand parameters.
 
 Spectrograms are [batch, 1, frequencies, frames]; pairs of kernels and strides are (frequency, time). Its norms are over
-the batch, as published: clients' statistics are averaged with their weights (`method=fedbn` keeps them at home). May
-import: torch, `fedsim.models.shapes`, `fedsim.errors`.
+the batch, as published: clients' statistics are averaged with their weights (`method=fedbn` keeps them at home).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
+from annotated_types import Gt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from devices.bounds import checked
 from fedsim.errors import ConfigError
-from fedsim.models.shapes import dropout_rate, image_shape, positive
+from fedsim.models.shapes import DropoutRate, HeadedNetwork, Size, image_shape
 
 STAGES = ((2, 1, 1), (2, 2, 2), (4, 2, 4), (4, 1, 8))  # blocks, frequency stride of the first one, dilation in time
 
 
-class BCResNet(nn.Module):
+@checked("model", ConfigError)
+class BCResNet(HeadedNetwork):
     """A 5x5 convolution, twelve broadcasted residual blocks in four stages, a depthwise 5x5 one, average, linear head.
 
     Args:
@@ -31,17 +34,18 @@ class BCResNet(nn.Module):
         its official code. Differs: the last 1x1 convolution, behind the average, is written as a linear layer.
     """
 
-    takes_tokens = False
-
     def __init__(
-        self, input_shape: Sequence[int], num_classes: int, tau: float = 1.0, bands: int = 5, dropout: float = 0.1
+        self,
+        input_shape: Sequence[int],
+        num_classes: Size,
+        tau: Annotated[float, Gt(0)] = 1.0,
+        bands: Size = 5,
+        dropout: DropoutRate = 0.1,
     ):
         super().__init__()
         channels, height, _ = image_shape("bcresnet", input_shape, smallest=5)
-        positive("bcresnet", num_classes=num_classes, bands=bands)
-        dropout_rate("bcresnet", dropout)
-        if isinstance(tau, bool) or not isinstance(tau, int | float) or tau <= 0 or 8 * tau != int(8 * tau):
-            raise ConfigError(f"model.tau of model bcresnet must be a positive multiple of 1/8, got {tau!r}")
+        if 8 * tau != int(8 * tau):
+            raise ConfigError(f"model.tau must be a multiple of 1/8, got {tau!r}")
         left = height
         for _ in range(3):
             left = (left + 1) // 2
@@ -75,10 +79,6 @@ class BCResNet(nn.Module):
         """Returns what the head sees: [batch, 32 tau] from x [batch, 1, frequencies, frames]."""
         return F.adaptive_avg_pool2d(self.tail(self.blocks(self.stem(x))), 1).flatten(1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns logits [batch, classes] of x [batch, 1, frequencies, frames]."""
-        return self.head(self.features(x))
-
 
 class BroadcastedBlock(nn.Module):
     """y = relu(h + g + x): h of all frequencies, g of their mean and broadcast over them, x where the width stays.
@@ -105,7 +105,7 @@ class BroadcastedBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """[batch, width, frequencies / stride, frames] from x [batch, before, frequencies, frames]."""
+        """Returns [batch, width, frequencies / stride, frames] from x [batch, before, frequencies, frames]."""
         h = self.over_frequency(self.widen(x))
         y = h + self.over_time(h.mean(2, keepdim=True))
         return F.relu(y if self.transition else y + x)
@@ -124,4 +124,5 @@ class SubSpectralNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Keeps the shape of x [batch, channels, frequencies, frames]; `bands` must divide the frequencies."""
         # No number of channels is written down: pruning leaves fewer.
-        return self.norm(x.reshape(x.shape[0], -1, x.shape[2] // self.bands, x.shape[3])).reshape(x.shape)
+        normed: Tensor = self.norm(x.reshape(x.shape[0], -1, x.shape[2] // self.bands, x.shape[3]))
+        return normed.reshape(x.shape)

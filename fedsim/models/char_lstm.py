@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated
 
-from annotated_types import Le
+from annotated_types import Ge, Le
 from torch import Tensor, nn
 
+from devices.bounds import checked
 from fedsim.errors import ConfigError
-from fedsim.models.shapes import positive
+from fedsim.models.shapes import HeadedNetwork, Size
 
 
-class CharLSTM(nn.Module):
+@checked("model", ConfigError)
+class CharLSTM(HeadedNetwork):
     """Embedding, stacked LSTM, linear head; predicts the next character at every step.
 
     Args:
@@ -30,10 +32,10 @@ class CharLSTM(nn.Module):
     def __init__(
         self,
         input_shape: Sequence[int],
-        num_classes: int,
-        embedding: int = 8,
-        hidden: int = 256,
-        layers: Annotated[int, Le(100)] = 2,
+        num_classes: Size,
+        embedding: Size = 8,
+        hidden: Size = 256,
+        layers: Annotated[int, Ge(1), Le(100)] = 2,
     ):
         super().__init__()
         if len(input_shape) != 1:
@@ -41,15 +43,12 @@ class CharLSTM(nn.Module):
                 f"model char_lstm needs sequences of token ids [steps], got examples of shape {list(input_shape)}; "
                 "try model=mlp or, for images, lenet5"
             )
-        positive("char_lstm", num_classes=num_classes, embedding=embedding, hidden=hidden, layers=layers)
         self.embedding = nn.Embedding(num_classes, embedding)
         self.lstm = nn.LSTM(embedding, hidden, layers, batch_first=True)
         self.head = nn.Linear(hidden, num_classes)
 
     def features(self, x: Tensor) -> Tensor:
         """Returns what the head sees: [batch, steps, hidden] from token ids x [batch, steps] int64."""
-        return self.lstm(self.embedding(x))[0]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns logits [batch, steps, vocabulary] of token ids x [batch, steps] int64."""
-        return self.head(self.features(x))
+        states, _ = self.lstm(self.embedding(x))
+        found: Tensor = states
+        return found

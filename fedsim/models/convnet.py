@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
-from torch import Tensor, nn
+from annotated_types import Ge, MinLen
+from torch import nn
 
+from devices.bounds import checked
 from fedsim.errors import ConfigError
-from fedsim.models.shapes import image_shape, positive
+from fedsim.models.shapes import DropoutRate, HeadedNetwork, Size, image_shape
 
 
-class ConvNet(nn.Module):
+@checked("model", ConfigError)
+class ConvNet(HeadedNetwork):
     """3x3 convolutions (padding 1), each of stride 2 and with ReLU; a linear head on what is left of the image.
+
+    The head sees [batch, channels[-1] * height * width / 4^len(channels)]; with `pool`, [batch, channels[-1]].
 
     Args:
         input_shape: channels, height, width; at least 4x4.
@@ -24,33 +30,22 @@ class ConvNet(nn.Module):
             behind that one; slower, and better at small images.
     """
 
-    takes_tokens = False
-
     def __init__(
         self,
         input_shape: Sequence[int],
-        num_classes: int,
-        channels: Sequence[int] = (12, 24),
-        dropout: float = 0.0,
-        groups: int = 0,
+        num_classes: Size,
+        channels: Annotated[Sequence[Size], MinLen(1)] = (12, 24),
+        dropout: DropoutRate = 0.0,
+        groups: Annotated[int, Ge(0)] = 0,
         batch_norm: bool = False,
         pool: bool = False,
     ):
         super().__init__()
         before, height, width = image_shape("convnet", input_shape, smallest=4)
-        if not isinstance(channels, Sequence) or isinstance(channels, str) or not channels:
-            raise ConfigError(f"model.channels of model convnet must be a list, e.g. [12, 24], got {channels!r}")
-        positive("convnet", num_classes=num_classes, **{f"channels[{i}]": c for i, c in enumerate(channels)})
-        if not 0 <= dropout < 1:
-            raise ConfigError(f"model.dropout of model convnet must be in [0, 1), got {dropout}")
-        if groups:
-            positive("convnet", groups=groups)
-            if any(c % groups for c in channels):
-                raise ConfigError(
-                    f"model.groups of model convnet must divide model.channels={list(channels)}, got {groups}"
-                )
+        if groups and any(c % groups for c in channels):
+            raise ConfigError(f"model.groups must divide model.channels={list(channels)}, got {groups}")
         if groups and batch_norm:
-            raise ConfigError(f"model.batch_norm of model convnet takes the place of model.groups, got {groups} groups")
+            raise ConfigError(f"model.batch_norm takes the place of model.groups, got {groups} groups")
         layers: list[nn.Module] = []
         for number, after in enumerate(channels, 1):
             norm = [nn.GroupNorm(groups, after)] if groups else [nn.BatchNorm2d(after)] if batch_norm else []
@@ -63,11 +58,3 @@ class ConvNet(nn.Module):
             height = width = 1
         self.body = nn.Sequential(*layers, nn.Flatten(), *([nn.Dropout(dropout)] if dropout else []))
         self.head = nn.Linear(before * height * width, num_classes)
-
-    def features(self, x: Tensor) -> Tensor:
-        """Returns what the head sees: [batch, channels[-1] * height * width / 4^len(channels)], or channels[-1]."""
-        return self.body(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns logits [batch, classes] of x [batch, channels, height, width]."""
-        return self.head(self.features(x))

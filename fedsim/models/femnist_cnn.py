@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
-from fedsim.models.shapes import image_shape, positive
+from devices.bounds import checked
+from fedsim.errors import ConfigError
+from fedsim.models.shapes import HeadedNetwork, Size, image_shape
 
 
-class FemnistCNN(nn.Module):
+@checked("model", ConfigError)
+class FemnistCNN(HeadedNetwork):
     """conv5x5 32 - pool - conv5x5 64 - pool - hidden - classes; 1,663,370 parameters for MNIST with 512 hidden units.
 
     Args:
@@ -20,12 +23,9 @@ class FemnistCNN(nn.Module):
         section 3.
     """
 
-    takes_tokens = False
-
-    def __init__(self, input_shape: Sequence[int], num_classes: int, hidden: int = 512):
+    def __init__(self, input_shape: Sequence[int], num_classes: Size, hidden: Size = 512):
         super().__init__()
         channels, height, width = image_shape("femnist_cnn", input_shape, smallest=4)
-        positive("femnist_cnn", num_classes=num_classes, hidden=hidden)
         self.body = nn.Sequential(
             nn.Conv2d(channels, 32, 5, padding=2),
             nn.MaxPool2d(2),  # before the ReLU: the same numbers, gradients included, for a quarter of the work
@@ -38,11 +38,3 @@ class FemnistCNN(nn.Module):
             nn.ReLU(),
         )
         self.head = nn.Linear(hidden, num_classes)
-
-    def features(self, x: Tensor) -> Tensor:
-        """Returns what the head sees: [batch, hidden] from x [batch, channels, height, width]."""
-        return self.body(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns logits [batch, classes] of x [batch, channels, height, width]."""
-        return self.head(self.features(x))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
-from fedsim.models.shapes import image_shape, positive
+from devices.bounds import checked
+from fedsim.errors import ConfigError
+from fedsim.models.shapes import HeadedNetwork, Size, image_shape
 
 
-class LeNet5(nn.Module):
+@checked("model", ConfigError)
+class LeNet5(HeadedNetwork):
     """conv5x5 6 (padding 2) - pool - conv5x5 16 - pool - 120 - 84 - classes; 61,706 parameters for MNIST.
 
     Args:
@@ -19,12 +22,9 @@ class LeNet5(nn.Module):
         units and trained sub-sampling; here 28x28 is padded in the first layer.
     """
 
-    takes_tokens = False
-
-    def __init__(self, input_shape: Sequence[int], num_classes: int):
+    def __init__(self, input_shape: Sequence[int], num_classes: Size):
         super().__init__()
         channels, height, width = image_shape("lenet5", input_shape, smallest=12)
-        positive("lenet5", num_classes=num_classes)
         self.body = nn.Sequential(
             nn.Conv2d(channels, 6, 5, padding=2),
             nn.MaxPool2d(2),  # before the ReLU: the same numbers, gradients included, for a quarter of the work
@@ -39,11 +39,3 @@ class LeNet5(nn.Module):
             nn.ReLU(),
         )
         self.head = nn.Linear(84, num_classes)
-
-    def features(self, x: Tensor) -> Tensor:
-        """Returns what the head sees: [batch, 84] from x [batch, channels, height, width]."""
-        return self.body(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns logits [batch, classes] of x [batch, channels, height, width]."""
-        return self.head(self.features(x))

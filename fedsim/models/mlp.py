@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 
-from devices.errors import unknown
+from devices.bounds import checked
 from fedsim.errors import ConfigError
-from fedsim.models.shapes import positive
+from fedsim.models.shapes import DropoutRate, HeadedNetwork, Size
 
 NORMS = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
 
 
-class MLP(nn.Module):
+@checked("model", ConfigError)
+class MLP(HeadedNetwork):
     """Flattens its input; hidden layers with ReLU; a linear head.
 
     Args:
@@ -25,24 +27,15 @@ class MLP(nn.Module):
         dropout: probability of dropping a hidden unit; 0 adds no layer.
     """
 
-    takes_tokens = False
-
     def __init__(
         self,
         input_shape: Sequence[int],
-        num_classes: int,
-        hidden: Sequence[int] = (64,),
-        norm: str | None = None,
-        dropout: float = 0.0,
+        num_classes: Size,
+        hidden: Sequence[Size] = (64,),
+        norm: Literal["batch", "layer"] | None = None,
+        dropout: DropoutRate = 0.0,
     ):
         super().__init__()
-        if not isinstance(hidden, Sequence) or isinstance(hidden, str):
-            raise ConfigError(f"model.hidden of model mlp must be a list of widths, e.g. [64], got {hidden!r}")
-        if norm is not None and norm not in NORMS:
-            raise ConfigError(unknown("value for model.norm of model mlp", norm, [*NORMS, "null"]))
-        positive("mlp", num_classes=num_classes, **{f"hidden[{i}]": width for i, width in enumerate(hidden)})
-        if not 0 <= dropout < 1:
-            raise ConfigError(f"model.dropout of model mlp must be in [0, 1), got {dropout}")
         widths = [math.prod(input_shape), *hidden]
         layers: list[nn.Module] = [nn.Flatten()]
         for i in range(len(hidden)):
@@ -51,11 +44,3 @@ class MLP(nn.Module):
             layers += [nn.Dropout(dropout)] if dropout else []
         self.body = nn.Sequential(*layers)
         self.head = nn.Linear(widths[-1], num_classes)
-
-    def features(self, x: Tensor) -> Tensor:
-        """Returns what the head sees: [batch, hidden[-1]] from x [batch, *input_shape]."""
-        return self.body(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns logits [batch, classes] of x [batch, *input_shape]."""
-        return self.head(self.features(x))

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated
 
-from annotated_types import Le
+from annotated_types import Ge, Le
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from devices.bounds import checked
 from fedsim.errors import ConfigError
-from fedsim.models.shapes import image_shape, positive
+from fedsim.models.shapes import HeadedNetwork, Size, image_shape
 
 
-class ResNet(nn.Module):
+@checked("model", ConfigError)
+class ResNet(HeadedNetwork):
     """A 3x3 convolution, three stages of basic blocks (width, 2 and 4 times that), global average pool, linear head.
 
     Args:
@@ -27,23 +29,20 @@ class ResNet(nn.Module):
         shortcuts that change shape are 1x1 convolutions, not padded identities.
     """
 
-    takes_tokens = False
-
     def __init__(
         self,
         input_shape: Sequence[int],
-        num_classes: int,
-        depth: Annotated[int, Le(2000)] = 8,
-        width: int = 16,
-        groups: int = 8,
+        num_classes: Size,
+        depth: Annotated[int, Ge(8), Le(2000)] = 8,
+        width: Size = 16,
+        groups: Size = 8,
     ):
         super().__init__()
         channels, _, _ = image_shape("resnet", input_shape, smallest=4)
-        positive("resnet", num_classes=num_classes, depth=depth, width=width, groups=groups)
-        if depth < 8 or depth % 6 != 2:
-            raise ConfigError(f"model.depth of model resnet must be 8, 14, 20, ... (6n + 2), got {depth}")
+        if depth % 6 != 2:
+            raise ConfigError(f"model.depth must be 8, 14, 20, ... (6n + 2), got {depth}")
         if width % groups:
-            raise ConfigError(f"model.groups of model resnet must divide model.width={width}, got {groups}")
+            raise ConfigError(f"model.groups must divide model.width={width}, got {groups}")
         self.stem = nn.Conv2d(channels, width, 3, padding=1, bias=False)
         self.norm = nn.GroupNorm(groups, width)
         blocks, before = [], width
@@ -60,10 +59,6 @@ class ResNet(nn.Module):
         x = self.blocks(F.relu(self.norm(self.stem(x))))
         return F.adaptive_avg_pool2d(x, 1).flatten(1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns logits [batch, classes] of x [batch, channels, height, width]."""
-        return self.head(self.features(x))
-
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions around a shortcut."""
@@ -79,6 +74,6 @@ class BasicBlock(nn.Module):
             self.shortcut = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.GroupNorm(groups, after))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[batch, after, height / stride, width / stride] from x [batch, before, height, width]."""
+        """Returns [batch, after, height / stride, width / stride] from x [batch, before, height, width]."""
         y = F.relu(self.norm1(self.conv1(x)))
         return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))

@@ -1,17 +1,46 @@
-"""What every model of this package asks of the shape it is built for."""
+"""What the networks of this package have in common: bounds of their sizes, the shape of images, the linear head."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
+
+from annotated_types import Ge, Interval
+from torch import Tensor, nn
 
 from fedsim.errors import ConfigError
 
+Size = Annotated[int, Ge(1)]
+DropoutRate = Annotated[float, Interval(ge=0, lt=1)]
+
+
+class HeadedNetwork(nn.Module):
+    """A network that ends in a linear head; what comes before it is in `body`, or in a `features` of its own.
+
+    Attributes:
+        takes_tokens: it is fed with token ids, not with numbers.
+    """
+
+    takes_tokens = False
+    body: nn.Module
+    head: nn.Linear
+
+    def features(self, x: Tensor) -> Tensor:
+        """Returns what the head sees: [batch, features] of x [batch, *input_shape]."""
+        found: Tensor = self.body(x)
+        return found
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns logits [batch, classes] of x [batch, *input_shape]; of a sequence [batch, steps, classes]."""
+        logits: Tensor = self.head(self.features(x))
+        return logits
+
 
 def image_shape(model: str, input_shape: Sequence[int], smallest: int) -> tuple[int, int, int]:
-    """Returns channels, height and width.
+    """Returns channels, height and width of the images that a network is built for.
 
     Args:
-        model: what the error calls the model.
+        model: what the error calls the network.
         input_shape: of one example as the network is fed.
         smallest: least height and width that the network can take.
 
@@ -25,17 +54,3 @@ def image_shape(model: str, input_shape: Sequence[int], smallest: int) -> tuple[
         )
     channels, height, width = input_shape
     return channels, height, width
-
-
-def positive(model: str, **sizes: int) -> None:
-    """Raises ConfigError for the first size that is no whole number of at least 1."""
-    for key, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ConfigError(f"model.{key} of model {model} must be a whole number of at least 1, got {size!r}")
-
-
-def dropout_rate(model: str, dropout: float) -> float:
-    """Raises ConfigError unless the rate is in [0, 1)."""
-    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        raise ConfigError(f"model.dropout of model {model} must be in [0, 1), got {dropout!r}")
-    return dropout

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
-from fedsim.models.shapes import image_shape, positive
+from devices.bounds import checked
+from fedsim.errors import ConfigError
+from fedsim.models.shapes import HeadedNetwork, Size, image_shape
 
 
-class SmallCNN(nn.Module):
+@checked("model", ConfigError)
+class SmallCNN(HeadedNetwork):
     """conv3x3 width, stride 2 - pool - conv3x3 2 width - pool - hidden - classes, ReLU; 38,634 parameters for CIFAR-10.
 
     Our own, for runs by the hundred; no published figure belongs to it.
@@ -21,12 +24,9 @@ class SmallCNN(nn.Module):
         hidden: units of the hidden layer.
     """
 
-    takes_tokens = False
-
-    def __init__(self, input_shape: Sequence[int], num_classes: int, width: int = 16, hidden: int = 64):
+    def __init__(self, input_shape: Sequence[int], num_classes: Size, width: Size = 16, hidden: Size = 64):
         super().__init__()
         channels, height, width_px = image_shape("small_cnn", input_shape, smallest=8)
-        positive("small_cnn", num_classes=num_classes, width=width, hidden=hidden)
         pixels = ((height + 1) // 2 // 4) * ((width_px + 1) // 2 // 4)
         self.body = nn.Sequential(
             nn.Conv2d(channels, width, 3, stride=2, padding=1),
@@ -40,11 +40,3 @@ class SmallCNN(nn.Module):
             nn.ReLU(),
         )
         self.head = nn.Linear(hidden, num_classes)
-
-    def features(self, x: Tensor) -> Tensor:
-        """Returns what the head sees: [batch, hidden] from x [batch, channels, height, width]."""
-        return self.body(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns logits [batch, classes] of x [batch, channels, height, width]."""
-        return self.head(self.features(x))

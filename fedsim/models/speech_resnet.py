@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from devices.bounds import checked
 from fedsim.errors import ConfigError
-from fedsim.models.shapes import image_shape, positive
+from fedsim.models.shapes import HeadedNetwork, Size, image_shape
 
 
-class SpeechResNet(nn.Module):
+@checked("model", ConfigError)
+class SpeechResNet(HeadedNetwork):
     """A 3x3 convolution, pairs of them with a shortcut around each pair, average, linear head.
 
     Args:
@@ -23,16 +26,12 @@ class SpeechResNet(nn.Module):
         code. Differs: spectrograms come frequency first here, so that the kernels of the pooling are turned too.
     """
 
-    takes_tokens = False
     # convolutions behind the first, pooling behind it over (frequency, time), whether they are dilated
     depths = {8: (6, (3, 4), False), 15: (13, None, True), 26: (24, (2, 2), False)}
 
-    def __init__(self, input_shape: Sequence[int], num_classes: int, depth: int = 8, width: int = 45):
+    def __init__(self, input_shape: Sequence[int], num_classes: Size, depth: Literal[8, 15, 26] = 8, width: Size = 45):
         super().__init__()
         channels, _, _ = image_shape("speech_resnet", input_shape, smallest=4)
-        positive("speech_resnet", num_classes=num_classes, width=width)
-        if depth not in self.depths:
-            raise ConfigError(f"model.depth of model speech_resnet must be 8, 15 or 26, got {depth!r}")
         count, self.pool, dilated = self.depths[depth]
         self.stem = nn.Conv2d(channels, width, 3, padding=1, bias=False)
         spread = [2 ** (i // 3) if dilated else 1 for i in range(count)]
@@ -52,7 +51,3 @@ class SpeechResNet(nn.Module):
                 x = shortcut = x + shortcut
             x = norm(x)
         return F.adaptive_avg_pool2d(x, 1).flatten(1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns logits [batch, classes] of x [batch, 1, frequencies, frames]."""
-        return self.head(self.features(x))

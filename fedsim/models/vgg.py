@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
-from fedsim.models.shapes import dropout_rate, image_shape, positive
+from devices.bounds import checked
+from fedsim.errors import ConfigError
+from fedsim.models.shapes import DropoutRate, HeadedNetwork, Size, image_shape
 
 
-class VGG(nn.Module):
+@checked("model", ConfigError)
+class VGG(HeadedNetwork):
     """Three pairs of 3x3 convolutions, each followed by a pool, then two hidden layers.
 
     With width 32: 32 - 64 - pool - 128 - 128 - pool - drop - 256 - 256 - pool - drop - 512 - 512 - drop - classes.
@@ -25,41 +28,34 @@ class VGG(nn.Module):
         on CIFAR-10.
     """
 
-    takes_tokens = False
-
     def __init__(
-        self, input_shape: Sequence[int], num_classes: int, width: int = 32, hidden: int = 512, dropout: float = 0.0
+        self,
+        input_shape: Sequence[int],
+        num_classes: Size,
+        width: Size = 32,
+        hidden: Size = 512,
+        dropout: DropoutRate = 0.0,
     ):
         super().__init__()
         channels, height, wide = image_shape("vgg", input_shape, smallest=8)
-        positive("vgg", num_classes=num_classes, width=width, hidden=hidden)
-        rate = dropout_rate("vgg", dropout)
         self.body = nn.Sequential(
             *_pair(channels, width, 2 * width),
             *_pair(2 * width, 4 * width, 4 * width),
-            *_drop(rate),
+            *_drop(dropout),
             *_pair(4 * width, 8 * width, 8 * width),
-            *_drop(rate),
+            *_drop(dropout),
             nn.Flatten(),
             nn.Linear(8 * width * (height // 8) * (wide // 8), hidden),
             nn.ReLU(),
             nn.Linear(hidden, hidden),
             nn.ReLU(),
-            *_drop(rate),
+            *_drop(dropout),
         )
         self.head = nn.Linear(hidden, num_classes)
         for layer in self.modules():  # torch's own initialisation lets the signal die out in a net this deep
             if isinstance(layer, nn.Conv2d | nn.Linear) and layer.bias is not None:
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
                 nn.init.zeros_(layer.bias)
-
-    def features(self, x: Tensor) -> Tensor:
-        """Returns what the head sees: [batch, hidden] from x [batch, channels, height, width]."""
-        return self.body(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns logits [batch, classes] of x [batch, channels, height, width]."""
-        return self.head(self.features(x))
 
 
 def _pair(channels: int, first: int, second: int) -> list[nn.Module]:

@@ -1,7 +1,6 @@
 """Checksums of a run folder's files: what a run goes on from is compared with what was written.
 
-A checkpoint's `checksums.json` names every file that a resumed run builds on; `config.yaml` ends with its own. May
-import: devices.reading, fedsim's errors.
+A checkpoint's `checksums.json` names every file that a resumed run builds on; `config.yaml` ends with its own.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class Beginning:
 
 @dataclass
 class Checksums:
-    """What the files of a run held when a checkpoint was written.
+    """Fingerprints of the files of a run when a checkpoint was written.
 
     Attributes:
         rounds: of `rounds.jsonl`, as far as it went.
@@ -46,12 +45,12 @@ class Checksums:
     own: dict[str, str] = field(default_factory=dict)
 
     def to_text(self) -> str:
-        """JSON with its own checksum."""
+        """Returns JSON with its own checksum."""
         return signed_json({"rounds": vars(self.rounds), "files": self.files, "own": self.own})
 
     @classmethod
     def read(cls, path: Path) -> Checksums:
-        """The inverse of `to_text`.
+        """Reads what `to_text` made.
 
         Raises:
             FileError: if the file is missing or damaged.
@@ -71,20 +70,20 @@ class Checksums:
         """
         named = {point / name: expected for name, expected in self.own.items()}
         for path, expected in (named | {folder / name: expected for name, expected in self.files.items()}).items():
-            if of_file(inside(folder, path)) != expected:
+            if sha256_of_file(check_inside(folder, path)) != expected:
                 raise FileError(f"{path} is damaged: it is not what the run wrote")
-        inside(folder, folder / ROUNDS)
-        if of_file(folder / ROUNDS, self.rounds.bytes) != self.rounds.sha256:
+        check_inside(folder, folder / ROUNDS)
+        if sha256_of_file(folder / ROUNDS, self.rounds.bytes) != self.rounds.sha256:
             raise FileError(f"{folder / ROUNDS} is damaged: its beginning is not what the run wrote")
 
 
-def of_bytes(data: bytes) -> str:
-    """SHA-256 in hexadecimal digits."""
+def sha256_of(data: bytes) -> str:
+    """Returns the SHA-256 in hexadecimal digits."""
     return sha256(data).hexdigest()
 
 
-def of_file(path: Path, size: int | None = None) -> str:
-    """SHA-256 of a file, or of its first `size` bytes.
+def sha256_of_file(path: Path, size: int | None = None) -> str:
+    """Returns the SHA-256 of a file, or of its first `size` bytes.
 
     Raises:
         FileError: if it cannot be read.
@@ -100,8 +99,8 @@ def of_file(path: Path, size: int | None = None) -> str:
     return digest.hexdigest()
 
 
-def inside(folder: Path, path: Path) -> Path:
-    """The path, if what it stands for lies in the folder.
+def check_inside(folder: Path, path: Path) -> Path:
+    """Returns the path, if what it stands for lies in the folder.
 
     Raises:
         FileError: for a link that leads elsewhere: a run folder may come from somebody else.
@@ -116,31 +115,31 @@ def inside(folder: Path, path: Path) -> Path:
 
 
 def signed(text: str) -> str:
-    """A text with its checksum as a last line, and a first one that says so: comments in YAML."""
+    """Returns a text with its checksum as a last line, and a first one that says so: comments in YAML."""
     text = FIRST_LINE + text
-    return f"{text}{LAST_LINE}{of_bytes(text.encode())}\n"
+    return f"{text}{LAST_LINE}{sha256_of(text.encode())}\n"
 
 
 def check_signed(text: str, path: Path) -> bool:
-    """Whether a text of `signed` has its checksum; runs of fedsim 0.1 have none.
+    """Refuses a text of `signed` that has not its checksum; runs of fedsim 0.1 have none.
 
     Raises:
         FileError: if it is not what was written.
     """
     body, mark, own = text.rpartition(LAST_LINE)
-    if (mark or text.startswith(FIRST_LINE)) and own != f"{of_bytes(body.encode())}\n":
+    if (mark or text.startswith(FIRST_LINE)) and own != f"{sha256_of(body.encode())}\n":
         raise FileError(f"{path} is damaged or was changed: it is not what the run wrote")
     return bool(mark)
 
 
 def signed_json(tree: dict[str, Any]) -> str:
-    """A line of JSON with a checksum of all else in it as its last entry."""
+    """Returns a line of JSON with a checksum of all else in it as its last entry."""
     line = strict_json.dumps(tree, default=str)
-    return strict_json.dumps({**json.loads(line), CHECKSUM: of_bytes(line.encode())}) + "\n"
+    return strict_json.dumps({**json.loads(line), CHECKSUM: sha256_of(line.encode())}) + "\n"
 
 
 def read_signed_json(path: Path, needed: bool = False) -> dict[str, Any]:
-    """The inverse of `signed_json`; a file of fedsim 0.1 has no checksum, which is taken unless it is `needed`.
+    """Reads what `signed_json` made; a file of fedsim 0.1 has no checksum, and is taken unless one is `needed`.
 
     Raises:
         FileError: if it is missing or not what was written.
@@ -149,6 +148,6 @@ def read_signed_json(path: Path, needed: bool = False) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise FileError(f"{path} must be a map")
     own = tree.pop(CHECKSUM, None)
-    if (own is not None or needed) and own != of_bytes(strict_json.dumps(tree).encode()):
+    if (own is not None or needed) and own != sha256_of(strict_json.dumps(tree).encode()):
         raise FileError(f"{path} is damaged: it is not what the run wrote")
     return tree

@@ -17,7 +17,7 @@ AT_ONCE = 20_000  # rows of a chunk: its texts must stay below 2 GiB
 
 
 def client_schema() -> Any:
-    """Names and types of the columns."""
+    """Returns names and types of the columns, as a pyarrow Schema."""
     import pyarrow as pa
 
     texts = ("phase", "device", "outcome", "reason", "metrics", "work")
@@ -32,7 +32,7 @@ def client_schema() -> Any:
 
 
 def client_table(reports: Sequence[ClientReport]) -> Any:
-    """A pyarrow Table with a row for each; `metrics` and `work` are JSON texts, as methods differ in what they report.
+    """Returns a pyarrow Table with a row per report; `metrics` and `work` are JSON texts: methods differ in them.
 
     Raises:
         ValueError: if there are none.
@@ -51,7 +51,7 @@ def _table(reports: Sequence[ClientReport]) -> Any:
 
 
 def _row(c: ClientReport, networks: dict[int, str]) -> tuple[Any, ...]:
-    """The figures in the order of the schema."""
+    """Returns the figures in the order of the schema."""
     cost, work = c.cost, c.work
     return (
         *(c.round, c.phase, c.client, c.device, c.outcome, c.reason),
@@ -63,7 +63,7 @@ def _row(c: ClientReport, networks: dict[int, str]) -> tuple[Any, ...]:
 
 
 def work_text(work: Work, networks: dict[int, str]) -> str:
-    """The JSON text of `Work.to_dict`; `networks` holds the text of each network, which most clients share, by id."""
+    """Returns the JSON text of `Work.to_dict`; `networks` caches the text of each network by id."""
     passes = []
     for p in work.passes:
         if id(p.network) not in networks:
@@ -75,7 +75,7 @@ def work_text(work: Work, networks: dict[int, str]) -> str:
 
 
 def _array(values: Sequence[Any], kind: Any) -> Any:
-    """A column without nulls, from its buffers: `pyarrow.array` would import pandas, to know whether it gets some."""
+    """Makes a column without nulls from its buffers: `pyarrow.array` would import pandas to look for its types."""
     import pyarrow as pa
 
     if kind == pa.string():

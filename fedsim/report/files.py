@@ -14,7 +14,7 @@ import numpy as np
 from devices.errors import FileError
 from devices.reading import parse_yaml, read_bytes, read_json, read_parquet, read_text
 from fedsim.errors import ConfigError
-from fedsim.report.checksums import check_signed, inside
+from fedsim.report.checksums import check_inside, check_signed
 from fedsim.report.client_rows import client_schema
 from fedsim.report.place import CLIENTS, CONFIG, FAILURE, PICTURES, ROUNDS, ROWS, SUMMARY
 from fedsim.settings.forms import (
@@ -83,7 +83,7 @@ def check_run(folder: Path) -> None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The settings of a run; classes that an earlier version had elsewhere go by their present names.
+    """Reads the settings of a run; classes that an earlier version had elsewhere go by their present names.
 
     Raises:
         ConfigError: if there are none.
@@ -101,19 +101,19 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def config_text(folder: Path) -> str:
-    """`config.yaml` as it stands.
+    """Reads `config.yaml` as it stands.
 
     Raises:
         FileError: if it cannot be read, or is not what the run wrote.
     """
-    path = inside(folder, folder / CONFIG)
+    path = check_inside(folder, folder / CONFIG)
     text = read_text(path)
     check_signed(text, path)
     return text
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """The summary of a finished run; empty where there is none.
+    """Reads the summary of a finished run; empty where there is none.
 
     Raises:
         FileError: if it cannot be read, or is none.
@@ -121,7 +121,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
     path = folder / SUMMARY
     if not path.exists() and not path.is_symlink():
         return {}
-    summary = read_json(inside(folder, path))
+    summary = read_json(check_inside(folder, path))
     check_tree(summary, FIGURES, str(path))
     check_tree(summary, METRIC if PRIMARY in summary else {}, str(path))
     primary = Metric.named_in(summary).name
@@ -134,7 +134,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 
 def read_failure(folder: Path) -> dict[str, Any]:
-    """The note of a run that failed; empty where there is none.
+    """Reads the note of a run that failed; empty where there is none.
 
     Raises:
         FileError: if it cannot be read, or is none.
@@ -142,25 +142,25 @@ def read_failure(folder: Path) -> dict[str, Any]:
     path = folder / FAILURE
     if not path.exists() and not path.is_symlink():
         return {}
-    note = read_json(inside(folder, path))
+    note = read_json(check_inside(folder, path))
     check_tree(note, NOTE, str(path))
     return dict(note)
 
 
 def row_files(folder: Path) -> list[Path]:
-    """The files of client rows, in order.
+    """Lists the files of client rows, in order.
 
     Raises:
         FileError: if `clients` is no folder, or leads elsewhere.
     """
-    place = inside(folder, folder / CLIENTS)
+    place = check_inside(folder, folder / CLIENTS)
     if place.exists() and not place.is_dir():
         raise FileError(f"{place} is a file, and must be a folder of client rows")
-    return [inside(folder, path) for path in sorted(place.glob("*.parquet")) if ROWS.fullmatch(path.name)]
+    return [check_inside(folder, path) for path in sorted(place.glob("*.parquet")) if ROWS.fullmatch(path.name)]
 
 
 def read_rows(path: Path, columns: list[str] | None = None) -> Any:
-    """Client rows of one file, as a pyarrow Table.
+    """Reads the client rows of one file, as a pyarrow Table.
 
     Raises:
         FileError: if it cannot be read, or lacks a column or has one of another type.
@@ -179,7 +179,7 @@ def read_rows(path: Path, columns: list[str] | None = None) -> Any:
 
 
 def read_all_rows(folder: Path) -> pd.DataFrame | None:
-    """All client rows of a run; None where there are none.
+    """Reads all client rows of a run; None where there are none.
 
     Raises:
         FileError: as `read_rows`.
@@ -191,7 +191,7 @@ def read_all_rows(folder: Path) -> pd.DataFrame | None:
 
 
 def read_columns(folder: Path) -> Rows:
-    """All client rows of a run as columns by name, but for its JSON texts; empty where there are none.
+    """Reads all client rows of a run as columns by name, but for its JSON texts; empty where there are none.
 
     Raises:
         FileError: as `read_rows`.
@@ -206,7 +206,7 @@ def read_columns(folder: Path) -> Rows:
 
 
 def as_array(column: Any) -> np.ndarray:
-    """A column of a pyarrow Table, NaN for null, as its `to_numpy`, which would import pandas."""
+    """Returns a column of a pyarrow Table, NaN for null, as its `to_numpy`, which would import pandas."""
     import pyarrow as pa
 
     if pa.types.is_string(column.type):
@@ -216,17 +216,17 @@ def as_array(column: Any) -> np.ndarray:
     return np.concatenate([np.from_dlpack(chunk) for chunk in column.chunks])
 
 
-def only(rows: Rows, where: np.ndarray) -> Rows:
-    """The rows that a mask or indices choose."""
+def select_rows(rows: Rows, where: np.ndarray) -> Rows:
+    """Returns the rows that a mask or indices choose."""
     return {name: column[where] for name, column in rows.items()}
 
 
 def read_pictures(folder: Path) -> list[bytes]:
-    """The pictures that a run drew, in order of their names; links to elsewhere and what is no PNG are left out."""
+    """Reads the pictures that a run drew, in order of their names, but for links to elsewhere and what is no PNG."""
     found = []
     for path in sorted((folder / PICTURES).glob("*.png")):
         try:
-            data = read_bytes(inside(folder, path), MAX_PICTURE)
+            data = read_bytes(check_inside(folder, path), MAX_PICTURE)
         except FileError:
             continue
         if data.startswith(PNG):

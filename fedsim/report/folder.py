@@ -26,16 +26,16 @@ from fedsim.grid.exchange import ClientReport
 from fedsim.messages.cohort import OUTCOMES
 from fedsim.messages.updates import Instruction
 from fedsim.report import strict_json
-from fedsim.report.checksums import Beginning, Checksums, inside, of_bytes, of_file, signed
+from fedsim.report.checksums import Beginning, Checksums, check_inside, sha256_of, sha256_of_file, signed
 from fedsim.report.client_rows import client_table
-from fedsim.report.instructions import keep_instruction
+from fedsim.report.instructions import write_instruction
 from fedsim.report.place import (
     CLIENTS,
     CONFIG,
     EVENTS,
     FAILED_CLIENT,
+    FAILED_CLIENT_ARRAYS,
     FAILURE,
-    ITS_ARRAYS,
     PICTURES,
     RESERVE,
     ROUNDS,
@@ -112,8 +112,8 @@ class RunFolder:
             self.before = self._cut_back(last, sums)
             if not resume:
                 write_atomic(path / CONFIG, signed(yaml.safe_dump({**settings, "out": None}, sort_keys=False)))
-            self._files = {CONFIG: of_file(path / CONFIG)}
-            self._files |= {f"{CLIENTS}/{name}": of_file(path / CLIENTS / name) for name in self._tables()}
+            self._files = {CONFIG: sha256_of_file(path / CONFIG)}
+            self._files |= {f"{CLIENTS}/{name}": sha256_of_file(path / CLIENTS / name) for name in self._tables()}
             self._events = Events(path / EVENTS, purge_step=last + 1 if resume else None)
         except BaseException:
             self._rounds.close()
@@ -122,11 +122,11 @@ class RunFolder:
         self._flushed_at = time.monotonic()
 
     def _tables(self) -> list[str]:
-        """Names of the files of client rows, in order."""
+        """Returns the names of the files of client rows, in order."""
         return sorted(name for name in os.listdir(self.path / CLIENTS) if ROWS.fullmatch(name))
 
     def _cut_back(self, last: int, sums: Checksums | None) -> list[RoundReport]:
-        """Takes away what was written after round `last`; the rounds that stay.
+        """Takes away what was written after round `last`; returns the rounds that stay.
 
         Raises:
             ConfigError: if some of those are missing.
@@ -141,7 +141,7 @@ class RunFolder:
         for name in self._tables():
             if f"{CLIENTS}/{name}" not in sums.files if sums else int(name.split("-")[1]) > last:
                 (self.path / CLIENTS / name).unlink()
-        for name in (FAILURE, FAILED_CLIENT, ITS_ARRAYS):
+        for name in (FAILURE, FAILED_CLIENT, FAILED_CLIENT_ARRAYS):
             (self.path / name).unlink(missing_ok=True)
         return stay
 
@@ -171,7 +171,7 @@ class RunFolder:
         name, buffer = f"{CLIENTS}/rounds-{first:06d}-{last:06d}.parquet", io.BytesIO()
         parquet.write_table(client_table(self._clients), buffer)
         write_atomic(self.path / name, buffer.getvalue())
-        self._files[name] = of_bytes(buffer.getvalue())
+        self._files[name] = sha256_of(buffer.getvalue())
         self._clients = []
 
     def checksums(self) -> Checksums:
@@ -213,7 +213,7 @@ class RunFolder:
         self._try(error, FAILURE, lambda: write_atomic(self.path / FAILURE, text))
 
     def _keep(self, error: BaseException, sent: Instruction) -> None:
-        keep_instruction(self.path, sent)
+        write_instruction(self.path, sent)
         who = f"--round {sent.round} --client {sent.client}"
         error.add_note(f"replay it with: fedsim replay {shlex.quote(str(self.path))} {who}")
 
@@ -242,7 +242,7 @@ class RunFolder:
                 file.close()
 
     def _add_events(self, report: RoundReport) -> None:
-        """TensorBoard gets the simulated time as wall time: its "relative" axis is the devices' time."""
+        """Writes a round for TensorBoard with simulated time as wall time: its "relative" axis is the devices' time."""
         outcomes = {f"outcome/{o}": len(report.outcomes.get(o, ())) for o in OUTCOMES} if report.cohort else {}
         scalars = {
             **{f"metric/{key}": value for key, value in report.metrics.items()},
@@ -266,10 +266,10 @@ def _refuse_links(path: Path) -> None:
     """
     try:
         for name in (*WRITTEN, RESERVE):
-            inside(path, path / name)
+            check_inside(path, path / name)
         for name in (CLIENTS, "checkpoint"):
             for found in (path / name).glob("*"):
-                inside(path, found)
+                check_inside(path, found)
         files = (path / name for name in WRITTEN if "." in name)
         for file in (*files, *(table for table in (path / CLIENTS).glob("*") if ROWS.fullmatch(table.name))):
             if os.path.lexists(file):

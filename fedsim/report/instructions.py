@@ -1,4 +1,4 @@
-"""What a client that stopped a run was sent, kept beside the run's reports for `fedsim replay`."""
+"""Writes and reads the instruction of a client that stopped a run, for `fedsim replay`."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from devices.writing import write_atomic
 from fedsim.errors import ConfigError
 from fedsim.messages.records import arrays_in, from_array, record_of
 from fedsim.messages.updates import Instruction
-from fedsim.report.checksums import inside, of_bytes, read_signed_json, signed_json
-from fedsim.report.place import FAILED_CLIENT, ITS_ARRAYS
+from fedsim.report.checksums import check_inside, read_signed_json, sha256_of, signed_json
+from fedsim.report.place import FAILED_CLIENT, FAILED_CLIENT_ARRAYS
 from fedsim.settings.forms import MAP, TEXT, WHOLE, Forms, check_tree, maps_of, optional
 
 FACTS: Forms = {"round": WHOLE, "client": WHOLE, "phase": TEXT, "configs": maps_of(MAP), "sha256": optional(TEXT)}
 MAX_ARRAYS = 2**36  # bytes
 
 
-def keep_instruction(folder: Path, sent: Instruction) -> None:
+def write_instruction(folder: Path, sent: Instruction) -> None:
     """Writes what one client was sent: its settings as JSON, its arrays as safetensors.
 
     Raises:
@@ -41,12 +41,12 @@ def keep_instruction(folder: Path, sent: Instruction) -> None:
     configs = {name: dict(r) for name, r in sent.content.items() if isinstance(r, ConfigRecord)}
     facts = {"round": sent.round, "client": sent.client, "phase": sent.phase, "configs": configs}
     facts["data"] = dict(sent.data)
-    write_atomic(folder / ITS_ARRAYS, arrays)
-    write_atomic(folder / FAILED_CLIENT, signed_json({**facts, "sha256": of_bytes(arrays)}))
+    write_atomic(folder / FAILED_CLIENT_ARRAYS, arrays)
+    write_atomic(folder / FAILED_CLIENT, signed_json({**facts, "sha256": sha256_of(arrays)}))
 
 
-def kept_instruction(folder: Path) -> Instruction | None:
-    """What the client was sent that stopped the run, if one did.
+def read_instruction(folder: Path) -> Instruction | None:
+    """Reads what the client was sent that stopped the run; None if no client did.
 
     Raises:
         ConfigError: if its files cannot be read, or are not what the run wrote.
@@ -57,11 +57,11 @@ def kept_instruction(folder: Path) -> Instruction | None:
     if not os.path.lexists(folder / FAILED_CLIENT):
         return None
     try:
-        facts = read_signed_json(inside(folder, folder / FAILED_CLIENT))
+        facts = read_signed_json(check_inside(folder, folder / FAILED_CLIENT))
         check_tree(facts, FACTS, FAILED_CLIENT)
-        data = read_bytes(inside(folder, folder / ITS_ARRAYS), MAX_ARRAYS)
-        if facts.get("sha256", of_bytes(data)) != of_bytes(data):
-            raise FileError(f"{ITS_ARRAYS} is not what the run wrote")
+        data = read_bytes(check_inside(folder, folder / FAILED_CLIENT_ARRAYS), MAX_ARRAYS)
+        if facts.get("sha256", sha256_of(data)) != sha256_of(data):
+            raise FileError(f"{FAILED_CLIENT_ARRAYS} is not what the run wrote")
         arrays = load(data)
         content: dict[str, Any] = {name: ConfigRecord(values) for name, values in facts["configs"].items()}
         for name in dict.fromkeys(key.partition("/")[0] for key in arrays):

@@ -17,23 +17,23 @@ from devices.texts import visible, visible_lines
 from devices.writing import write_atomic
 from fedsim.messages.cohort import OUTCOMES
 from fedsim.report import strict_json
-from fedsim.report.checksums import inside, of_file
+from fedsim.report.checksums import check_inside, sha256_of_file
 from fedsim.report.files import (
     Rows,
     check_run,
     config_text,
-    only,
     read_columns,
     read_config,
     read_failure,
     read_pictures,
     read_summary,
+    select_rows,
 )
 from fedsim.report.page_template import HTML
 from fedsim.report.place import PAGE, SUMMARY
 from fedsim.report.plots.split import draw_split
 from fedsim.report.rounds import RoundReport, read_rounds
-from fedsim.report.split import kept_split, primary_of
+from fedsim.report.split import primary_of, read_split
 from fedsim.report.text import energy, simulated, size
 from fedsim.workloads.describe import Split
 from fedsim.workloads.metrics import Metric, took_part
@@ -87,14 +87,14 @@ def write_page(folder: Path) -> Path:
 
     check_run(folder)
     rounds, config, summary = read_rounds(folder), config_text(folder), read_summary(folder)
-    split = kept_split(folder)
+    split = read_split(folder)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["short"] = partial(visible, most=CELL_LETTERS)
     html = environment.from_string(HTML).render(
         title=_title(read_config(folder).get("choices", {}), summary),
-        of=_of(folder),
+        of=_mark_of(folder),
         folder=str(folder),
-        figures=[*(_figures(summary) if summary else []), _never(rounds, summary, split)],
+        figures=[*(_figures(summary) if summary else []), _never_took_part(rounds, summary, split)],
         warnings=summary.get("warnings", []),
         prices=summary.get("prices"),
         failure=read_failure(folder),
@@ -106,18 +106,18 @@ def write_page(folder: Path) -> Path:
     return folder / PAGE
 
 
-def page_is_whole(folder: Path) -> bool:
-    """Whether a finished run has its page, made after its summary."""
+def has_page(folder: Path) -> bool:
+    """Returns whether a finished run has its page, made after its summary."""
     try:
-        return _of(folder) in read_text(inside(folder, folder / PAGE))
+        return _mark_of(folder) in read_text(check_inside(folder, folder / PAGE))
     except FileError:
         return False
 
 
-def _of(folder: Path) -> str:
-    """Which summary a page is of."""
+def _mark_of(folder: Path) -> str:
+    """Says which summary a page is of."""
     path = folder / SUMMARY
-    return f"of summary {of_file(path)}" if path.exists() else "of a run that is not finished"
+    return f"of summary {sha256_of_file(path)}" if path.exists() else "of a run that is not finished"
 
 
 def _title(choices: dict[str, Any], summary: dict[str, Any]) -> str:
@@ -126,7 +126,7 @@ def _title(choices: dict[str, Any], summary: dict[str, Any]) -> str:
 
 
 def _figures(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """What one wants to know first: name, figure, what it is of."""
+    """Returns what one wants to know first: name, figure, what it is of."""
     outcomes, joules = summary["outcomes"], summary["energy_j"]
     primary = Metric.named_in(summary)
     final, best = (_value(primary, summary[key][primary.name]) for key in ("final", "best"))
@@ -149,8 +149,8 @@ def _figures(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     return found
 
 
-def _never(rounds: list[RoundReport], summary: dict[str, Any], split: Split | None) -> tuple[str, str, str]:
-    """Clients that took part in no round; where nobody says how many there are, those that did."""
+def _never_took_part(rounds: list[RoundReport], summary: dict[str, Any], split: Split | None) -> tuple[str, str, str]:
+    """Counts the clients that took part in no round; where nobody says how many there are, those that did."""
     count = len(took_part(rounds))
     population = summary.get("clients", {}).get("population") or (split.num_clients if split else None)
     so_far = "" if summary else ", so far"
@@ -198,15 +198,15 @@ def _png(data: bytes) -> str:
 
 
 def _devices(rows: Rows) -> Table:
-    """A line per device: who was asked, what became of them, and what a completed exchange took."""
+    """Returns a line per device: who was asked, what became of them, and what a completed exchange took."""
     seen = [outcome for outcome in OUTCOMES if (rows["outcome"] == outcome).any()]
     parts = [part for part in JOULES if f"{part}_joules" in rows]
     header = ["device", "clients", "asked", *(o.replace("_", " ") for o in seen), "median s", "95 % s", "mean J"]
     header += [f"{part} J" for part in parts]
     lines = []
     for device in np.unique(rows["device"]):
-        group = only(rows, rows["device"] == device)
-        done = only(group, group["outcome"] == "completed")
+        group = select_rows(rows, rows["device"] == device)
+        done = select_rows(group, group["outcome"] == "completed")
         counts = [str(np.sum(group["outcome"] == outcome)) for outcome in seen]
         took = [_short(np.quantile(done["total_s"], q)) if len(done["total_s"]) else "" for q in (0.5, 0.95)]
         took += [_mean(done["joules"]), *(_mean(done[f"{part}_joules"]) for part in parts)]
@@ -217,16 +217,16 @@ def _devices(rows: Rows) -> Table:
 
 
 def _stragglers(rows: Rows) -> Table | None:
-    """The clients that closed most rounds."""
-    done = only(rows, (rows["phase"] == "train") & (rows["outcome"] == "completed"))
+    """Returns the clients that closed most rounds; None where no client did."""
+    done = select_rows(rows, (rows["phase"] == "train") & (rows["outcome"] == "completed"))
     if not len(done["client"]):
         return None
-    done = only(done, np.lexsort((done["client"], done["total_s"], done["round"])))
+    done = select_rows(done, np.lexsort((done["client"], done["total_s"], done["round"])))
     last = np.append(done["round"][1:] != done["round"][:-1], True)
     clients, closed = np.unique(done["client"][last], return_counts=True)
     lines = []
     for number in np.argsort(-closed, kind="stable")[:SLOWEST]:
-        own = only(done, done["client"] == clients[number])
+        own = select_rows(done, done["client"] == clients[number])
         means = [_mean(own[f"{phase}_s"]) for phase in ("down", "compute", "up", "total")]
         share = f"{closed[number]} of {last.sum()}"
         lines.append([f"client {clients[number]}", str(own["device"][0]), share, str(len(own["client"])), *means])
@@ -245,7 +245,7 @@ def _deployed(entries: Sequence[dict[str, Any]]) -> Table:
 
 
 def _mean(values: np.ndarray) -> str:
-    """The mean of the numbers that are there: some columns are not in the older files of a resumed run."""
+    """Returns the mean of the numbers that are there: some columns are not in the older files of a resumed run."""
     there = values[~np.isnan(values)]
     return _short(there.mean()) if len(there) else ""
 

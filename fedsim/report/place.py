@@ -1,4 +1,4 @@
-"""Where a run goes: its folder is made where its name is chosen, and taken only where nothing else is in it."""
+"""Chooses and makes the folder of a run, which must hold nothing else."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from devices.writing import make_folders, remove_empty, try_place
 from fedsim.engines.locks import is_held
 from fedsim.errors import ConfigError
 
-MOST_NAMED = 6  # of the things in a folder that is taken
+if TYPE_CHECKING:
+    from fedsim.settings.run_settings import RunSettings
+
+MAX_NAMED = 6  # of the things in a folder that is taken
 CONFIG, SUMMARY, FAILURE, PAGE = "config.yaml", "summary.json", "failure.json", "report.html"
 ROUNDS, CLIENTS, EVENTS, CHECKPOINT, PICTURES = "rounds.jsonl", "clients", "tensorboard", "checkpoint", "pictures"
 SPLIT, SWEEP = "split.json", "multirun.yaml"
-FAILED_CLIENT, ITS_ARRAYS = "failed-client.json", "failed-client.safetensors"  # what a client that failed was sent
+FAILED_CLIENT, FAILED_CLIENT_ARRAYS = "failed-client.json", "failed-client.safetensors"  # its instruction
 RESERVE = ".reserved"  # room on the disk for the note of a failure
 WRITTEN = (
     CONFIG,
@@ -33,7 +36,7 @@ WRITTEN = (
     SPLIT,
     PAGE,
     FAILED_CLIENT,
-    ITS_ARRAYS,
+    FAILED_CLIENT_ARRAYS,
 )
 ROWS = re.compile(r"rounds-(\d{6,})-(\d{6,})\.parquet")
 # What is being written when a run is killed: a name of the run's own between a dot and the number of the process.
@@ -44,7 +47,7 @@ UNFINISHED = re.compile(
 
 
 @contextmanager
-def new_run_folder(settings: dict[str, Any]) -> Iterator[Path]:
+def new_run_folder(settings: RunSettings) -> Iterator[Path]:
     """Makes the folder of a run: `out`, or `runs/<date>-<time>-<name>` with a number behind it when that is taken.
 
     What was made is taken away in the end if nothing came into it.
@@ -54,14 +57,14 @@ def new_run_folder(settings: dict[str, Any]) -> Iterator[Path]:
     """
     made: list[Path] = []
     try:
-        if settings["out"] is not None:
-            folder = Path(str(settings["out"]))
+        if settings.out is not None:
+            folder = Path(settings.out)
             check_free(folder)
-            made += _made(folder)
+            made += _make(folder)
         else:
-            choices = settings["choices"]
-            label = settings["name"] or f"{choices.get('method') or choices['strategy']}-{choices['workload']}"
-            folder = new_folder(Path("runs"), str(label), made)
+            choices = settings.choices
+            label = settings.name or f"{choices.get('method') or choices['strategy']}-{choices['workload']}"
+            folder = new_folder(Path("runs"), label, made)
         yield folder
     finally:
         remove_empty(made)
@@ -79,7 +82,7 @@ def new_folder(parent: Path, label: str, made: list[Path]) -> Path:
         ConfigError: if it cannot be made.
     """
     first = parent / f"{time.strftime('%Y%m%d-%H%M%S')}-{label}"
-    made += _made(parent)
+    made += _make(parent)
     for folder in (first, *(first.with_name(f"{first.name}-{number}") for number in range(2, 1000))):
         try:
             folder.mkdir()
@@ -102,7 +105,7 @@ def make_sweep_folder(folder: Path, made: list[Path]) -> None:
     Raises:
         ConfigError: if it cannot be made or written into.
     """
-    made += _made(folder)
+    made += _make(folder)
     note = folder / SWEEP
     if os.path.lexists(note) and (note.is_symlink() or not note.is_file()):
         raise ConfigError(f"out={folder} holds {SWEEP}, which is no file; name another folder, or remove that")
@@ -112,7 +115,7 @@ def make_sweep_folder(folder: Path, made: list[Path]) -> None:
         raise ConfigError(f"out={folder} cannot be written: {error.strerror}; name another folder") from error
 
 
-def _made(folder: Path) -> list[Path]:
+def _make(folder: Path) -> list[Path]:
     try:
         return make_folders(folder)
     except (OSError, ValueError) as error:
@@ -141,7 +144,7 @@ def check_free(folder: Path) -> None:
 
 
 def refuse_taken(folder: Path) -> None:
-    """As `check_free`, for the run that has begun to write there.
+    """Refuses a folder that holds anything of another run, for the run that has begun to write there.
 
     Raises:
         ConfigError: naming the folder and what is in it.
@@ -157,21 +160,21 @@ def refuse_taken(folder: Path) -> None:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"out={folder} cannot be read: {reason}; name another folder") from error
-    taken = [name for name in there if not _of_a_first_instant(folder / name)]
+    taken = [name for name in there if not _precedes_config(folder / name)]
     if not taken:
         return
     run = [name for name in WRITTEN if name in taken]
-    what = f"another run ({', '.join(run)})" if run else f"something else ({_some(taken)})"
+    what = f"another run ({', '.join(run)})" if run else f"something else ({_listed(taken)})"
     raise ConfigError(f"out={folder} holds {what}; name a new folder{' or remove it' if run else ''}")
 
 
-def _some(names: list[str]) -> str:
-    left = len(names) - MOST_NAMED
-    return ", ".join(names[:MOST_NAMED]) + (f" and {left} more" if left > 0 else "")
+def _listed(names: list[str]) -> str:
+    left = len(names) - MAX_NAMED
+    return ", ".join(names[:MAX_NAMED]) + (f" and {left} more" if left > 0 else "")
 
 
-def _of_a_first_instant(path: Path) -> bool:
-    """Whether a run leaves this before its `config.yaml`: empty, or half written."""
+def _precedes_config(path: Path) -> bool:
+    """Returns whether a run leaves this before its `config.yaml`: empty, or half written."""
     if path.is_symlink():
         return False
     if path.name == CLIENTS:
@@ -194,7 +197,7 @@ def remove_unfinished(folder: Path) -> None:
             continue
         for path in place.iterdir():
             found = UNFINISHED.fullmatch(path.name)
-            if found and not (found[1] and _lives(int(found[1]))):
+            if found and not (found[1] and _is_alive(int(found[1]))):
                 remove(path)
 
 
@@ -206,8 +209,8 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _lives(pid: int) -> bool:
-    """Whether another process by this number is there: it may be writing just now."""
+def _is_alive(pid: int) -> bool:
+    """Returns whether another process by this number is there: it may be writing just now."""
     if pid == os.getpid():
         return False
     try:

@@ -1,4 +1,4 @@
-"""What a run says of its rounds: one line for each, sums over all, and the fingerprint of its weights."""
+"""Reports of a run's rounds: one line for each, sums over all, and the fingerprint of the weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fedsim.grid.exchange import ClientReport
 from fedsim.messages.cohort import OUTCOMES
 from fedsim.messages.records import from_array
 from fedsim.report import strict_json
-from fedsim.report.checksums import inside
+from fedsim.report.checksums import check_inside
 from fedsim.settings.forms import INTEGERS, NUMBER, NUMBERS, WHOLE, check_tree, maps_of, optional
 from fedsim.workloads import metrics as figures
 
@@ -91,12 +91,12 @@ class RoundReport:
         )
 
     def to_json(self) -> str:
-        """One line; equal runs give equal lines but for HOST_FIELDS."""
+        """Returns one line; equal runs give equal lines but for HOST_FIELDS."""
         return strict_json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, line: str) -> RoundReport:
-        """The inverse of `to_json`.
+        """Reads a line of `to_json`.
 
         Raises:
             FileError: if it is no such line.
@@ -105,7 +105,7 @@ class RoundReport:
 
     @classmethod
     def from_tree(cls, tree: Any, where: str) -> RoundReport:
-        """A report from what JSON holds; `where` names it in the sentence.
+        """Reads a report from what JSON holds; `where` names it in the sentence.
 
         A judgement that was not finite has no accuracy, in files of fedsim 0.1 too.
 
@@ -121,18 +121,18 @@ class RoundReport:
 
 
 def read_rounds(folder: Path) -> list[RoundReport]:
-    """The rounds of a run folder, finished or not; a last line cut short by a crash is left out.
+    """Reads the rounds of a run folder, finished or not; a last line cut short by a crash is left out.
 
     Raises:
         FileError: if they cannot be read, naming the file and the line.
     """
-    path = inside(folder, folder / "rounds.jsonl")
+    path = check_inside(folder, folder / "rounds.jsonl")
     trees = read_json_lines(path)
     return [RoundReport.from_tree(tree, f"{path}, line {number}") for number, tree in enumerate(trees, 1)]
 
 
 def weights_sha256(arrays: ArrayRecord) -> str:
-    """Fingerprint of the weights: names, dtypes, shapes and bytes, in the model's order."""
+    """Returns the SHA-256 of the weights: names, dtypes, shapes and bytes, in the model's order."""
     digest = sha256()
     for name, array in arrays.items():
         digest.update(f"{name} {array.dtype} {tuple(array.shape)}\n".encode())
@@ -166,8 +166,8 @@ class Totals:
             self.client_joules[c.client] += c.joules  # type: ignore[assignment]
 
 
-def spent(rounds: list[RoundReport]) -> dict[str, list[float]]:
-    """What a run has cost up to the end of each round: simulated seconds, joules, bytes down and up, rounds."""
+def running_costs(rounds: list[RoundReport]) -> dict[str, list[float]]:
+    """Returns what a run has cost up to the end of each round: simulated seconds, joules, bytes down and up, rounds."""
     return {
         "simulated_s": [r.now_s for r in rounds],
         "joules": np.cumsum([r.joules for r in rounds]).tolist(),

@@ -1,4 +1,4 @@
-"""What reports need of a run's workload, kept in its folder so that they need no data: split and primary metric."""
+"""Writes split and primary metric of a run's workload into its folder, so that reports need no data."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from devices.errors import FileError, one_line
 from devices.writing import write_atomic
-from fedsim.report.checksums import inside, read_signed_json, signed_json
+from fedsim.report.checksums import check_inside, read_signed_json, signed_json
 from fedsim.report.place import SPLIT
 from fedsim.settings.forms import METRIC, check_tree
 from fedsim.workloads.base import Workload
@@ -15,8 +15,8 @@ from fedsim.workloads.describe import ClientRow, Split, split_of
 from fedsim.workloads.metrics import PRIMARY, Metric
 
 
-def keep_split(workload: Workload, folder: Path) -> None:
-    """Writes the split and the primary metric into a run folder, for `kept_split` and `primary_of`."""
+def write_split(workload: Workload, folder: Path) -> None:
+    """Writes the split and the primary metric into a run folder, for `read_split` and `primary_of`."""
     write_atomic(folder / SPLIT, signed_json(split_of(workload)._asdict() | workload.primary.as_entry()))
 
 
@@ -24,13 +24,13 @@ def primary_of(folder: Path) -> Metric:
     """Returns the metric that the models of a run are judged by.
 
     Raises:
-        FileError: as `kept_split`.
+        FileError: as `read_split`.
     """
     return Metric.named_in(_tree(folder) or {})
 
 
-def kept_split(folder: Path) -> Split | None:
-    """The split that a run has kept; None where it has not.
+def read_split(folder: Path) -> Split | None:
+    """Reads the split from a run folder; None where there is none.
 
     Raises:
         FileError: if it cannot be read, or is not what the run wrote.
@@ -55,6 +55,6 @@ def _tree(folder: Path) -> dict[str, Any] | None:
     path = folder / SPLIT
     if not path.exists() and not path.is_symlink():
         return None
-    tree = read_signed_json(inside(folder, path))
+    tree = read_signed_json(check_inside(folder, path))
     check_tree(tree, METRIC if PRIMARY in tree else {}, str(path))
     return dict(tree)

@@ -10,7 +10,7 @@ from typing import Any
 
 
 def finite(tree: Any) -> Any:
-    """The same tree with null for numbers that JSON does not have."""
+    """Returns the tree with null for numbers that JSON does not have."""
     if isinstance(tree, Mapping):
         return {key: finite(value) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
@@ -22,7 +22,7 @@ _ENCODE = json.JSONEncoder(allow_nan=False).encode
 
 
 def dumps(tree: Any, **how: Any) -> str:
-    """The tree as JSON text, with null for NaN and infinity.
+    """Returns the tree as JSON text, with null for NaN and infinity.
 
     Args:
         tree: of dicts, lists, texts and numbers.

@@ -1,4 +1,4 @@
-"""What a person reads of a run in the terminal: tables, closing lines, and figures in the units that read best."""
+"""Tables and closing lines of a run for the terminal, with figures in the units that read best."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BY_CLASS = "examples of each class"
 
 
 def simulated(seconds: float) -> str:
-    """Simulated time in the unit that reads best."""
+    """Returns simulated time in the unit that reads best."""
     for unit, size in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
         if seconds >= 2 * size or (unit == "h" and seconds >= size):
             return f"{seconds / size:.2f} {unit}"
@@ -28,7 +28,7 @@ def simulated(seconds: float) -> str:
 
 
 def energy(joules: float) -> str:
-    """Energy in J, kJ or MJ."""
+    """Returns energy in J, kJ or MJ."""
     for unit, size in (("MJ", 1e6), ("kJ", 1e3)):
         if joules >= size:
             return f"{joules / size:.2f} {unit}"
@@ -36,7 +36,7 @@ def energy(joules: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes in decimal units, as networks and phones count them."""
+    """Returns bytes in decimal units, as networks and phones count them."""
     for unit, step in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= step:
             return f"{count / step:.2f} {unit}"
@@ -80,7 +80,7 @@ def final_score(summary: dict[str, Any]) -> str:
 
 
 def closing_lines(summary: dict[str, Any], folder: Path, reports: Sequence[RoundReport] = ()) -> list[str]:
-    """Results, outcomes, who was never met, how far prices are known, the way to the target, and the folder."""
+    """Lists results, outcomes, who was never met, how far prices are known, the way to the target, and the folder."""
     primary = Metric.named_in(summary)
     name = primary.title
     judged_own = [r.metrics[CLIENTS + primary.name] for r in reports if CLIENTS + primary.name in r.metrics]
@@ -141,7 +141,7 @@ def sweep_table(summaries: Sequence[tuple[list[str], dict[str, Any]]]) -> Table:
 
 
 def split_table(rows: Sequence[ClientRow], num_clients: int) -> Table:
-    """The first clients of a split: sizes and labels."""
+    """Lists the first clients of a split: sizes and labels."""
     shown = table("client", "train", "held out", "classes", BY_CLASS, left=(BY_CLASS,))
     for row in rows:
         counts = " ".join(f"{label}:{count}" for label, count in enumerate(row.label_counts) if count)
@@ -152,7 +152,7 @@ def split_table(rows: Sequence[ClientRow], num_clients: int) -> Table:
 
 
 def workload_table(rows: Sequence[WorkloadRow]) -> Table:
-    """The workloads there are."""
+    """Lists the workloads there are."""
     columns = ("workload", "kind", "here", "where, or how to get it")
     shown = table(*columns, left=columns)
     for row in rows:

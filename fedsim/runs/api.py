@@ -41,28 +41,28 @@ class Run:
 
     @cached_property
     def settings(self) -> Settings:
-        """The resolved configuration."""
+        """Returns the resolved configuration."""
         from fedsim.report.files import read_config
 
         return read_config(self.folder)
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        """Final and best score, time, energy, bytes and outcomes; empty while the run is not finished."""
+        """Returns final and best score, time, energy, bytes and outcomes; empty while the run is not finished."""
         from fedsim.report.files import read_summary
 
         return read_summary(self.folder)
 
     @cached_property
     def primary(self) -> Metric:
-        """The metric that the models of this run are judged by: its name, unit and direction."""
+        """Returns the metric that the models of this run are judged by: its name, unit and direction."""
         from fedsim.report.split import primary_of
 
         return primary_of(self.folder)
 
     @cached_property
     def rounds(self) -> pd.DataFrame:
-        """One row per round, with a column for each metric; seconds, joules and bytes of that round."""
+        """Returns one row per round, with a column for each metric; seconds, joules and bytes of that round."""
         import pandas as pd
 
         from fedsim.report.rounds import RoundReport, read_rounds
@@ -73,7 +73,7 @@ class Run:
 
     @cached_property
     def clients(self) -> pd.DataFrame:
-        """One row per client and exchange, with a column for each metric and each figure of its work (`work_...`)."""
+        """Returns a row per client and exchange, with a column for each metric and each figure of work (`work_...`)."""
         import pandas as pd
 
         from fedsim.report.files import read_all_rows
@@ -244,7 +244,7 @@ def _parsed(text: str) -> dict[str, Any]:
 
 
 def _unpacked(frame: pd.DataFrame, column: str, maps: list[dict[str, Any]]) -> pd.DataFrame:
-    """A frame with what a column's maps hold as columns behind; names that are there already keep their values."""
+    """Returns a frame with what a column's maps hold as columns behind; names that are there keep their values."""
     import pandas as pd
 
     more = pd.DataFrame(maps, index=frame.index)

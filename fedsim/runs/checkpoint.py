@@ -32,7 +32,7 @@ from fedsim.errors import ConfigError
 from fedsim.grid.server_half import ServerContext, server_half
 from fedsim.messages.records import array_record, from_array, to_array
 from fedsim.report import checksums
-from fedsim.report.checksums import Checksums, inside, of_bytes
+from fedsim.report.checksums import Checksums, check_inside, sha256_of
 from fedsim.runs.price_models import FROM_THE_START, History
 
 FOLDER, WEIGHTS, TENSORS, STATE = "checkpoint", "weights.safetensors", "tensors.safetensors", "state.json"
@@ -51,7 +51,7 @@ class NotKeptError(Exception):
 
 @dataclass(frozen=True)
 class Saved:
-    """What a checkpoint holds.
+    """The contents of a checkpoint.
 
     Attributes:
         round: the last one that is in it.
@@ -89,7 +89,7 @@ class Checkpoints:
 
     @property
     def due(self) -> bool:
-        """Whether it is time for one."""
+        """Returns whether it is time for a checkpoint."""
         return self.every_s is not None and time.monotonic() >= self._next
 
     def write(self, saved: Saved, run_sums: Callable[[], Checksums]) -> None:
@@ -117,7 +117,7 @@ class Checkpoints:
             TENSORS: save({name: _contiguous(a) for name, a in arrays.items()}),
             STATE: text.encode(),
         }
-        sums = replace(run_sums(), own={name: of_bytes(data) for name, data in files.items()})
+        sums = replace(run_sums(), own={name: sha256_of(data) for name, data in files.items()})
         self._place(f"round-{saved.round:06d}", {**files, SUMS: sums.to_text().encode()})
         self.keep(2)
         now = time.monotonic()
@@ -184,14 +184,14 @@ class Checkpoints:
 
 
 def points(folder: Path) -> list[tuple[int, Path]]:
-    """The checkpoints below a folder with their rounds, the newest first."""
+    """Lists the checkpoints below a folder with their rounds, the newest first."""
     found = [(NAME.fullmatch(path.name), path) for path in folder.glob("round-*") if path.is_dir()]
     named = [(int(match[1]), not match[2], path) for match, path in found if match]
     return [(number, path) for number, _, path in sorted(named, reverse=True)]
 
 
 def load(run: Path, going_on: bool = False) -> Saved | None:
-    """The newest whole checkpoint of a run folder; None where there is none at all.
+    """Reads the newest whole checkpoint of a run folder; None where there is none at all.
 
     Args:
         run: its folder.
@@ -222,17 +222,17 @@ def _read(run: Path, point: Path, number: int) -> Saved:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    sums = Checksums.read(inside(run, point / SUMS)) if os.path.lexists(point / SUMS) else None
+    sums = Checksums.read(check_inside(run, point / SUMS)) if os.path.lexists(point / SUMS) else None
     if sums is not None:
         sums.check(run, point)
-    facts = read_json(inside(run, point / STATE))
+    facts = read_json(check_inside(run, point / STATE))
     try:
         if facts["format"] not in FORMATS:
             raise ValueError(f"it has format {facts['format']}, this version reads {FORMAT}")
         if (facts["format"] == FIRST_FORMAT) != (sums is None) or facts["round"] != number:
             raise ValueError(f"{SUMS if sums is None else STATE} does not belong to it")
         for file in (WEIGHTS, TENSORS):
-            open_file(inside(run, point / file)).close()
+            open_file(check_inside(run, point / file)).close()
         weights, tensors = load_file(point / WEIGHTS), load_file(point / TENSORS)
         record = array_record({name: to_array(weights[name]) for name in facts["weights"]})
         priced = [(int(since), model) for since, model in facts.get("priced", [(0, None)])]
@@ -248,7 +248,7 @@ def _read(run: Path, point: Path, number: int) -> Saved:
 
 
 def strategy_state(strategy: Strategy) -> dict[str, Any]:
-    """What a strategy keeps between rounds: its attributes, but for functions and those that it names as `derived`.
+    """Returns what a strategy keeps between rounds: its attributes, but for functions and those named in `derived`.
 
     Flower's strategies have no other state than that; a strategy inside another one is taken with it. What it was told
     of the run it is told again.
@@ -276,7 +276,7 @@ def restore_strategy(strategy: Strategy, state: dict[str, Any]) -> None:
 
 
 def encode(value: Any, arrays: Arrays, where: str) -> Any:
-    """The tree as what JSON can hold; its arrays go into `arrays`, under the numbers by which the tree names them.
+    """Returns the tree as what JSON can hold; its arrays go into `arrays`, under the numbers by which it names them.
 
     Raises:
         NotKeptError: naming the place and type of something else.
@@ -305,7 +305,7 @@ def encode(value: Any, arrays: Arrays, where: str) -> Any:
 
 
 def decode(coded: Any, arrays: Arrays) -> Any:
-    """The inverse of `encode`; mappings become dicts.
+    """Returns the tree that `encode` was given; mappings become dicts.
 
     Raises:
         KeyError, TypeError, ValueError: for what `encode` has not made.
@@ -342,7 +342,7 @@ _KINDS: tuple[tuple[str, Callable[[Any], Any], Callable[[Any], Any]], ...] = (
 
 
 def _contiguous(array: np.ndarray) -> np.ndarray:
-    """The array as safetensors wants it; numpy alone would make a vector of a single number."""
+    """Returns the array as safetensors wants it; numpy alone would make a vector of a single number."""
     return np.ascontiguousarray(array).reshape(array.shape)
 
 

@@ -29,7 +29,7 @@ def calibration(workload: Workload, data: Examples) -> Iterator[Tensor]:
 
 
 def deployments(world: World, model: nn.Module) -> list[dict[str, Any]]:
-    """One entry per recipe that devices of the fleet follow, in the order of the fleet.
+    """Returns an entry per recipe that devices of the fleet follow, in the order of the fleet.
 
     Each has the recipe, the devices and how many clients own them; sizes; metrics on the test set; and the predicted
     milliseconds of one inference by device: `latency_ms` by the run's latency model and the compressed network's own
@@ -71,7 +71,7 @@ def deployments(world: World, model: nn.Module) -> list[dict[str, Any]]:
 
 
 def _judged(workload: Workload, model: nn.Module) -> dict[str, float | None]:
-    """Its metrics on the test set; None where its output is not finite."""
+    """Returns a model's metrics on the test set; None where its output is not finite."""
     try:
         return {**workload.evaluate(model, workload.test)}
     except NotFiniteError:

@@ -38,11 +38,12 @@ def run_experiment(
     from fedsim.settings.run_settings import RunSettings
 
     forget_worlds()
-    with new_run_folder(settings) if unfinished is None else nullcontext(unfinished) as folder:
+    typed = RunSettings.of(settings)
+    with new_run_folder(typed) if unfinished is None else nullcontext(unfinished) as folder:
         began(folder)
         with (
             closing(build_engine(settings)) as engine,
-            progress_bar(shown, RunSettings.of(settings).rounds, folder) as (watch, observe),
+            progress_bar(shown, typed.rounds, folder) as (watch, observe),
         ):
             resumed, announce = unfinished is not None, partial(shown.print, highlight=False, soft_wrap=True)
             summary = run(settings, engine, folder, watch, observe, resumed, announce)
@@ -115,7 +116,7 @@ def reprice_experiment(run: Path, overrides: Sequence[str], shown: Console) -> t
 
 
 def build_engine(settings: dict[str, Any]) -> Any:
-    """The engine that the settings name, with the worker of `clients.app`; the caller closes it."""
+    """Builds the engine that the settings name, with the worker of `clients.app`; the caller closes it."""
     from clients.app import serve
     from fedsim.settings.build import instantiate
 
@@ -124,7 +125,7 @@ def build_engine(settings: dict[str, Any]) -> Any:
 
 
 def forget_worlds() -> None:
-    """A sweep's earlier runs would keep their data and models in memory."""
+    """Forgets data and models of earlier runs, which a sweep would keep in memory."""
     import clients.app
     from fedsim.settings.build import build_world
 
@@ -133,7 +134,7 @@ def forget_worlds() -> None:
 
 
 def quiet_flower() -> None:
-    """Flower logs every round; the progress bar says it better. Warnings of ours come through `fedsim` itself."""
+    """Silences Flower, which logs every round: the progress bar says it better, and `fedsim` itself prints warnings."""
     import logging
 
     logger = logging.getLogger("flwr")

@@ -120,7 +120,7 @@ class Federation:
             yield last, clients
 
     def is_last(self, report: RoundReport) -> bool:
-        """Whether one of the limits was reached in this round."""
+        """Returns whether one of the limits was reached in this round."""
         settings = self.settings
         score, target = report.metrics.get(self.primary.name), self.target
         good = score is not None and target is not None and self.primary.reaches(score, target)
@@ -128,7 +128,7 @@ class Federation:
         return self.has_ended or report.round >= settings.rounds or (report.round > 0 and over)
 
     def is_stale(self, report: RoundReport) -> bool:
-        """Whether the round was judged and the lowest test loss is `patience_rounds` old (nan is no loss).
+        """Returns whether the round was judged and the lowest test loss is `patience_rounds` old (nan is no loss).
 
         Where a workload has no test loss, the primary metric takes its place.
         """
@@ -145,7 +145,7 @@ class Federation:
 
     @property
     def is_over(self) -> bool:
-        """Whether the simulated time is used up before another round can begin."""
+        """Returns whether the simulated time is used up before another round can begin."""
         limit_s, clock = self.settings.max_simulated_s, self.grid.clock
         return limit_s is not None and clock.next_round_s(self.settings.round_every_s) >= limit_s
 
@@ -216,7 +216,7 @@ class Federation:
 
     @property
     def shared(self) -> ArrayRecord:
-        """The weights that are sent and averaged: all that are not private."""
+        """Returns the weights that are sent and averaged: all that are not private."""
         if not self.roles.private:
             return self.arrays
         return array_record({name: array for name, array in self.arrays.items() if name not in self.roles.private})

@@ -10,6 +10,7 @@ from fedsim.report import strict_json
 from fedsim.report.place import new_run_folder
 from fedsim.runs.writer import run
 from fedsim.settings.compose import from_run_config
+from fedsim.settings.run_settings import RunSettings
 
 app = ServerApp()
 
@@ -22,8 +23,9 @@ def main(grid: Grid, context: Context) -> None:
 
     usual_files()  # the run folder is the user's, and no part of the session
     settings = from_run_config(dict(context.run_config))
-    with new_run_folder(settings) as out:
+    typed = RunSettings.of(settings)
+    with new_run_folder(typed) as out:
         print(f"run folder: {out.resolve()}", flush=True)
-        torch.set_num_threads(settings["engine"]["threads"])
+        torch.set_num_threads(typed.engine.threads)
         summary = run(settings, FlowerEngine(grid), out, watch=lambda report: print(report.to_json(), flush=True))
     print(strict_json.dumps(summary), flush=True)

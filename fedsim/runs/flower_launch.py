@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from devices.errors import DeviceError
+from devices.errors import UserError
 from devices.writing import write_atomic
 from fedsim.engines.flower.runtime import FlowerRuntime, Place, end_of
-from fedsim.errors import ConfigError, DataError, RunError
+from fedsim.errors import RunError
 from fedsim.report import strict_json
 from fedsim.report.files import read_failure, read_summary
 from fedsim.report.place import check_free
@@ -23,7 +23,6 @@ from fedsim.report.rounds import RoundReport
 from fedsim.workloads.bundle import data_roots
 
 POLL_S, STATUS_S = 0.1, 10.0  # a status costs most of a CPU second: asked for seldom, or when the folder says "over"
-WRONG_SETTINGS = {error.__name__: error for error in (ConfigError, DataError, DeviceError)}
 PATH_KEYS = ("path", "root", "weights")  # their texts may name files even without a separator in them
 
 
@@ -71,15 +70,15 @@ def run(
 
 
 def failure(out: Path, status: str, log: str) -> Exception:
-    """The error that a failed run left behind: in its folder, else in the log, else as the log's last lines."""
+    """Returns the error that a failed run left behind: in its folder, else in the log, else the log's last lines."""
     note = read_failure(out)
     if note:
         name, reason = note["error"], note["reason"]
     else:
         raised = re.findall(r"^(?:fedsim|devices)\.errors\.(\w+): (.+)$", log, re.MULTILINE)
         name, reason = raised[-1] if raised else ("", "")
-    if name in WRONG_SETTINGS:
-        error: Exception = WRONG_SETTINGS[name](reason)
+    if kind := _user_errors(UserError).get(name):
+        error: Exception = kind(reason)
     elif name:
         error = RunError(reason if name.endswith(("ClientError", "RunError")) else f"{name}: {reason}")
     else:
@@ -88,8 +87,14 @@ def failure(out: Path, status: str, log: str) -> Exception:
     return error
 
 
+def _user_errors(kind: type[UserError]) -> dict[str, type[UserError]]:
+    """Returns an error class and those derived from it, by name."""
+    derived = (_user_errors(below) for below in kind.__subclasses__())
+    return {kind.__name__: kind} | {name: found for errors in derived for name, found in errors.items()}
+
+
 def anchored(settings: dict[str, Any], here: Path) -> dict[str, Any]:
-    """The settings with relative files made absolute: Flower's processes work in another folder."""
+    """Returns the settings with relative files made absolute: Flower's processes work in another folder."""
     moved = {key: value if key == "choices" else _anchored(value, here) for key, value in settings.items()}
     devices = moved["fleet"].get("devices")
     if isinstance(devices, dict):  # profiles by name or by path
@@ -127,7 +132,7 @@ def _follow(flower: FlowerRuntime, run_id: str, out: Path, watch: Callable[[Roun
 
 
 def _new_lines(path: Path) -> Iterator[list[str]]:
-    """Whenever it is asked: the complete lines written since it was asked last."""
+    """Yields, whenever it is asked, the complete lines written since it was asked last."""
     read = 0
     while True:
         lines: list[str] = []
@@ -140,7 +145,7 @@ def _new_lines(path: Path) -> Iterator[list[str]]:
 
 
 def _note(out: Path, error: str) -> None:
-    """What a run in this process would have left; Flower's processes are ended without a last word."""
+    """Writes the note that a run in this process would have left: Flower's processes are ended without a last word."""
     if (out / "config.yaml").exists() and not any((out / n).exists() for n in ("summary.json", "failure.json")):
         write_atomic(
             out / "failure.json", strict_json.dumps({"error": error, "reason": "interrupted"}, indent=1) + "\n"

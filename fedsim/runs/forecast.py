@@ -1,4 +1,4 @@
-"""How long a run will roughly take on this host, so that nobody waits for hours unannounced."""
+"""Forecasts roughly how long a run will take on this host, so that nobody waits for hours unannounced."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_INSPECTED = 8  # clients whose data are counted
 
 
 def host_seconds(federation: Federation, after: int = 0) -> float:
-    """The time that training and judging will roughly take, from their steps and multiply-adds.
+    """Returns the time that training and judging will roughly take, from their steps and multiply-adds.
 
     What a method does beside its steps is not in it, nor what a second worker gains.
 
@@ -44,7 +44,7 @@ def host_seconds(federation: Federation, after: int = 0) -> float:
 
 
 def sentence(seconds: float, checkpoint_s: float | None) -> str:
-    """What is said before a run that takes longer than a minute; empty before others.
+    """Returns what is said before a run that takes longer than a minute; empty before others.
 
     Args:
         seconds: as `host_seconds` has them.
@@ -63,13 +63,13 @@ def sentence(seconds: float, checkpoint_s: float | None) -> str:
 
 
 def _number(settings: dict[str, Any], key: str, default: float) -> float:
-    """A setting of the trainer; the default where it has none, as trainers from elsewhere may."""
+    """Returns a setting of the trainer; the default where it has none, as trainers from elsewhere may."""
     value = settings.get(key)
     return default if isinstance(value, bool) or not isinstance(value, int | float) else value
 
 
 def _examples(workload: Workload, client: int, round: int) -> int:
-    """What a client trains on in a round; none where a task has nothing for it."""
+    """Counts the examples that a client trains on in a round; none where a task has nothing for it."""
     try:
         return len(workload.client_part(client, workload.part(round)).train)
     except DataError:
@@ -77,7 +77,7 @@ def _examples(workload: Workload, client: int, round: int) -> int:
 
 
 def _macs(federation: Federation) -> float:
-    """Of one example; a multiply-add per weight where the network cannot be traced."""
+    """Returns the multiply-adds of one example; one per weight where the network cannot be traced."""
     from devices.trace import trace
 
     model, workload = federation.model, federation.world.workload

@@ -1,4 +1,4 @@
-"""How far the prices of a finished run are known: one line, from the work of a few of its rounds.
+"""Says how far the prices of a finished run are known: one line, from the work of a few of its rounds.
 
 Read from the run folder, so that a resumed run says the same as one that never stopped.
 """
@@ -25,13 +25,13 @@ from devices.profile import DeviceProfile
 from fedsim.report.files import as_array, read_rows, row_files
 
 CLIENTS_READ = 256  # of a round, in the order of its rows
-NAMED_AT_MOST = 2  # devices that the line names; more are counted
+MAX_NAMED = 2  # devices that the line names; more are counted
 ORDER = tuple(IN_WORDS)
 
 
 @dataclass
 class _Seen:
-    """What a device was seen to compute: milliseconds of passes and of their calls, and what is said of the prices."""
+    """Milliseconds of the passes that a device computed and of their calls, with the remarks on their prices."""
 
     ms: float = 0.0
     calls_ms: float = 0.0
@@ -39,7 +39,7 @@ class _Seen:
 
 
 def price_facts(folder: Path, fleet: Fleet, latency: LatencyModel, rounds: int) -> dict[str, Any]:
-    """What the summary says of prices: `prices` with the line, and figures by device; nothing for other latency models.
+    """Returns the summary's `prices`: the line, and figures by device; empty for latency models without prices.
 
     Looked at are the distinct passes of the first, the middle and the last training round.
 
@@ -55,7 +55,7 @@ def price_facts(folder: Path, fleet: Fleet, latency: LatencyModel, rounds: int) 
 
 
 def facts_of(done: Mapping[tuple[str, str], int], profiles: Sequence[DeviceProfile]) -> dict[str, Any]:
-    """The same from work that is at hand.
+    """Returns the same as `price_facts`, from work that is at hand.
 
     Args:
         done: how often a device did some work, by (name of the device, `Work.to_dict` as JSON).
@@ -90,7 +90,7 @@ def facts_of(done: Mapping[tuple[str, str], int], profiles: Sequence[DeviceProfi
 
 
 def works(folder: Path, rounds: Sequence[int]) -> dict[tuple[str, str], int]:
-    """How often a device did some work in these rounds, by (device, work as JSON)."""
+    """Counts how often a device did some work in these rounds, by (device, work as JSON)."""
     found: Counter[tuple[str, str]] = Counter()
     for number in rounds:
         for path in row_files(folder):
@@ -104,7 +104,7 @@ def works(folder: Path, rounds: Sequence[int]) -> dict[tuple[str, str], int]:
 
 
 def _passes(text: str) -> Iterator[Passes]:
-    """The passes that prices hold for: of networks that were traced, into a table of today's kinds."""
+    """Returns the passes that prices hold for: of networks that were traced, into a table of today's kinds."""
     for p in _work(text).passes:
         if p.network.layers is not None and len(p.network.layers) == len(TABLE_KINDS):
             yield p
@@ -140,7 +140,7 @@ def _spent(prices: Prices, layers: tuple[tuple[float, ...], ...], batch: int) ->
 
 
 def _by_basis(devices: Mapping[str, Mapping[str, Any]]) -> str:
-    """Where the prices are from and on which devices, the least known first."""
+    """Says where the prices are from and on which devices, the least known first."""
     groups: dict[tuple[str, bool], list[str]] = {}
     for name, facts in devices.items():
         measured = facts["basis"] in ("rows", "few rows", "one row", "threads")
@@ -148,8 +148,8 @@ def _by_basis(devices: Mapping[str, Mapping[str, Any]]) -> str:
     parts = []
     for basis, beyond in sorted(groups, key=lambda key: (-ORDER.index(key[0]), not key[1])):
         names = groups[basis, beyond]
-        where = ", ".join(names) if len(names) <= NAMED_AT_MOST else f"{len(names)} of {len(devices)} devices"
-        where = "all devices" if len(names) == len(devices) > NAMED_AT_MOST else where
+        where = ", ".join(names) if len(names) <= MAX_NAMED else f"{len(names)} of {len(devices)} devices"
+        where = "all devices" if len(names) == len(devices) > MAX_NAMED else where
         errors = sorted({devices[n]["error"] for n in names} - {None})
         known = f"{_span(errors)} %" if errors else "error unknown"
         parts.append(f"{IN_WORDS[basis]} on {where} ({known}{', extrapolated' if beyond else ''})")

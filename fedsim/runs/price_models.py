@@ -1,4 +1,4 @@
-"""Which price model priced which rounds of a run: one that goes on under a newer version has two."""
+"""Tells which price model priced which rounds of a run: one that goes on under a newer version has two."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ FROM_THE_START: History = ((0, PRICE_MODEL),)
 
 
 def repriced(history: History, from_round: int) -> History:
-    """The history of a run that goes on with a round, priced by this version."""
+    """Returns the history of a run that goes on with a round, priced by this version."""
     return history if history[-1][1] == PRICE_MODEL else (*history, (from_round, PRICE_MODEL))
 
 
 def price_models(history: History, rounds: int) -> tuple[list[dict[str, Any]], str]:
-    """What the summary of a run says of them, and a warning where there are several.
+    """Returns what the summary says of the price models of a run, and a warning where there are several.
 
     Args:
         history: of the run.

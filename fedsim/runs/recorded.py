@@ -1,4 +1,4 @@
-"""What a run folder says of its run: the settings, and which data it was made with."""
+"""Reads the settings of a run from its folder, and the fingerprint of its data."""
 
 from __future__ import annotations
 

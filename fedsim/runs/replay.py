@@ -1,4 +1,4 @@
-"""One client of one round again, by itself and in this process, so that a debugger can look at it.
+"""Runs one client of one round again, alone and in this process, so that a debugger can look at it.
 
 When a client stops a run, what it was sent is kept beside the reports; any other client is reached by running the
 rounds before it again.
@@ -18,7 +18,7 @@ from fedsim.errors import ConfigError
 from fedsim.messages.cohort import ClientTask, CohortTask
 from fedsim.messages.records import NUM_EXAMPLES, STATE, Instructions, tensors_of
 from fedsim.messages.updates import Instruction
-from fedsim.report.instructions import kept_instruction
+from fedsim.report.instructions import read_instruction
 from fedsim.runs.federation import Federation
 from fedsim.runs.recorded import data_of_run, settings_of_run
 from fedsim.settings.build import build_world
@@ -29,7 +29,7 @@ from fedsim.workloads.fingerprint import check_same
 
 @dataclass(frozen=True)
 class Replayed:
-    """What became of the client this time: its outcome, and its metrics or the traceback."""
+    """The result of a replayed client: its outcome, and its metrics or the traceback."""
 
     outcome: str
     reason: str
@@ -38,7 +38,7 @@ class Replayed:
 
 
 def settings_of(folder: Path) -> Settings:
-    """The settings of an earlier run, with every client in this process.
+    """Returns the settings of an earlier run, with every client in this process.
 
     Raises:
         ConfigError: if the folder holds no run or its settings are wrong.
@@ -49,7 +49,7 @@ def settings_of(folder: Path) -> Settings:
 def instruction_of(
     settings: Settings, engine: Engine, folder: Path, round: int, client: int, watch: Callable[[int], object]
 ) -> Instruction:
-    """What the client was sent in that round: kept in the run folder, or made again by the rounds before.
+    """Returns what a client was sent in a round: as the run folder has it, or made again by the rounds before.
 
     Args:
         settings: of `settings_of`.
@@ -63,7 +63,7 @@ def instruction_of(
         ConfigError: if the run has no such round, or the client was not asked in it.
         DataError: if the data are others than those of the run.
     """
-    kept, world = kept_instruction(folder), build_world(json.dumps(settings))
+    kept, world = read_instruction(folder), build_world(json.dumps(settings))
     check_same((kept.data if kept is not None else None) or data_of_run(folder), settings, world.workload, folder)
     if kept is not None and (kept.round, kept.client) == (round, client):
         return kept
@@ -83,7 +83,7 @@ def instruction_of(
 
 
 def replay(settings: Settings, engine: Engine, instruction: Instruction) -> Replayed:
-    """Runs just that client in this process."""
+    """Runs one client alone in this process."""
     state = instruction.content.get(STATE)
     task = ClientTask(
         instruction.client,

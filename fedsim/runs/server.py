@@ -54,7 +54,7 @@ ANSWERS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def is_plain_mean(strategy: Strategy) -> bool:
-    """Whether all that a strategy takes from a round is the mean weighted by examples.
+    """Returns whether all that a strategy takes from a round is the mean weighted by examples.
 
     Flower's own classes by exact type: a subclass may look at each reply, so it gets each reply, unless it says
     `takes_the_mean` itself. Of a strategy that wraps another one, the inner one counts.
@@ -69,7 +69,7 @@ def is_plain_mean(strategy: Strategy) -> bool:
 
 
 def mean_is_all(strategy: Strategy) -> bool:
-    """Whether new weights are nothing but the mean: handing it to the strategy would multiply every weight by one."""
+    """Returns whether new weights are nothing but the mean: the strategy would multiply every weight by one."""
     return is_plain_mean(strategy) and type(strategy).aggregate_train is FedAvg.aggregate_train
 
 
@@ -94,7 +94,7 @@ class ServerSide:
 
     @property
     def name(self) -> str:
-        """What a sentence calls the strategy."""
+        """Returns what a sentence calls the strategy."""
         return type(self.strategy).__name__
 
     def begin(self, context: ServerContext) -> None:

@@ -19,7 +19,7 @@ from fedsim.messages.updates import Instruction
 from fedsim.report.folder import RunFolder
 from fedsim.report.place import check_free
 from fedsim.report.rounds import RoundReport, Totals
-from fedsim.report.split import keep_split
+from fedsim.report.split import write_split
 from fedsim.runs import checkpoint, forecast
 from fedsim.runs.federation import Federation
 from fedsim.runs.price_facts import price_facts
@@ -109,7 +109,7 @@ class RunWriter:
         last, sums = (-1, None) if saved is None else (saved.round, saved.sums)
         self.priced = FROM_THE_START if saved is None else repriced(saved.priced, last + 1)
         self.folder = RunFolder(out, settings, resume, last, sums)
-        keep_split(federation.world.workload, out)
+        write_split(federation.world.workload, out)
         self.reports: list[RoundReport] = self.folder.before
         self.checkpoints = checkpoint.Checkpoints(out, federation.settings.checkpoint_s)
         if saved is not None:

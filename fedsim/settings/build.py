@@ -210,7 +210,8 @@ def model_factory(groups: Mapping[str, Settings]) -> ModelFactory:
             _refuse_lazy(network)
             if not any(p.requires_grad for p in network.parameters()):
                 raise ConfigError(f"{target} makes a network without weights to train")
-            return network.to(memory_format=MEMORY_FORMATS[layout])  # type: ignore[call-overload]
+            network.to(memory_format=MEMORY_FORMATS[layout])  # type: ignore[call-overload]
+            return network
         except RecursionError as error:
             raise ConfigError(f"{target} makes a network that {ENDLESS}") from error
 

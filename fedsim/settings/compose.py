@@ -30,7 +30,7 @@ from fedsim.settings.groups import (
 from fedsim.settings.moved import updated
 from fedsim.settings.overrides import check_overrides, is_of_hydra, parsed
 from fedsim.settings.plugins import plugin_folders
-from fedsim.settings.run_settings import TEXTS
+from fedsim.settings.run_settings import TEXTS, RunSettings
 
 
 def compose(overrides: Sequence[str]) -> Settings:
@@ -209,7 +209,7 @@ def check_address(settings: Settings, overrides: Sequence[str], source: str) -> 
         overrides: the user's own.
         source: where the others come from.
     """
-    address = settings["engine"].get("address")
+    address = RunSettings.of(settings).cluster_address
     if address is not None and not any(parsed(text).key_or_group == "engine.address" for text in overrides):
         raise ConfigError(
             f"engine.address={address!r} comes from {source}, and whoever runs that cluster could run code here; if it "

@@ -1,4 +1,4 @@
-"""What an object must be in its place: the class that a group of settings makes, or that an annotation names."""
+"""Checks the class of an object against its place: what a group of settings makes, or an annotation names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where classes are now that earlier versions of fedsim had elsewhere, for the `_target_`s of their run folders."""
+"""Present names of classes that earlier versions of fedsim had elsewhere, for the `_target_`s of their run folders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a module comes from: found without importing it, and judged by its file.
+"""Finds where a module comes from without importing it, and judges it by its file.
 
 A configuration may name what comes with fedsim, Flower's strategies, `torch.nn`, `torchvision.models`, plug-ins and
 modules of the user's working folder; not other packages, Python's library, run and study folders and what came with

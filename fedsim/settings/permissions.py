@@ -1,4 +1,4 @@
-"""What this command was told to trust, and not to: names behind `--allow-target`, folders that came from elsewhere.
+"""Permissions of this command: names behind `--allow-target`, and folders from elsewhere, which are not trusted.
 
 The processes that fedsim starts are told the same by environment variables.
 """
@@ -43,7 +43,7 @@ def keep_out(folder: Path) -> None:
 
 
 def keep_out_beside(file: Path) -> None:
-    """Likewise for a file that a command was given, unless it lies in the working folder itself or above it."""
+    """Keeps the folder of a given file out, too, unless it is the working folder itself or one above it."""
     for folder in (Path(os.path.abspath(file)).parent, real_path(file).parent):
         if not working_folder().is_relative_to(real_path(folder)):
             keep_out(folder)

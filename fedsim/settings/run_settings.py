@@ -54,12 +54,19 @@ class RunSettings:
     def of(cls, tree: Settings) -> RunSettings:
         """Returns the settings of a checked tree."""
         own = {field.name: tree[field.name] for field in fields(cls) if field.name in tree}
+        own |= {key: str(own[key]) for key in TEXTS if own[key] is not None}
         return cls(**own, groups={group: tree[group] for group in NEEDED})
 
     @property
     def engine(self) -> EngineSettings:
         """Returns what workers read of the engine's settings."""
         return EngineSettings(**{field.name: self.groups["engine"][field.name] for field in fields(EngineSettings)})
+
+    @property
+    def cluster_address(self) -> str | None:
+        """Returns the address of the Ray cluster that the run joins; None where it joins none."""
+        address = self.groups["engine"].get("address")
+        return None if address is None else str(address)
 
     @property
     def num_asked(self) -> int:

@@ -1,4 +1,4 @@
-"""Which code a configuration may name: decides by name and file before anything of a stranger's is imported.
+"""Decides which code a configuration may name, by name and file, before anything of a stranger's is imported.
 
 A run folder, a study or a config tree may come from somebody else, and a `_target_` in it would be called. It may name
 what comes with fedsim, Flower's strategies, `torch.nn`, `torchvision.models`, plug-ins (installed packages with the
@@ -56,7 +56,7 @@ CONVERSIONS = ("none", "partial", "object", "all")
 
 
 def check_group(group: str, tree: Mapping[str, Any]) -> None:
-    """As `check_tree`, for the whole of a group of settings.
+    """Refuses what a whole group of settings would call and may not, as `check_tree` does below it.
 
     Raises:
         ConfigError: names the key, what came, and what is allowed.

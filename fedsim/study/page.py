@@ -15,7 +15,7 @@ from fedsim.study.paired import Row, correction
 from fedsim.study.results import Result
 
 PAGE = "study.md"
-MOST_COLUMNS = 8
+MAX_COLUMNS = 8
 
 
 def write_page(result: Result, failed: Mapping[str, str], out: Path) -> None:
@@ -55,7 +55,7 @@ def _columns(result: Result) -> dict[str, list[str]]:
     }
     own = {_heading(path): [figure(value) for value in values] for path, values in result.columns.items()}
     for name, cells in [*own.items(), ("rounds", [f"{row.rounds:g}" for row in compared])]:
-        if len(columns) < MOST_COLUMNS:
+        if len(columns) < MAX_COLUMNS:
             columns[name] = cells
     return columns
 
@@ -72,12 +72,12 @@ def score(row: Row) -> str:
 
 
 def _difference(row: Row, against: str) -> str:
-    """The difference with its interval; bold where it stands."""
+    """Returns the difference with its interval; bold where it is significant."""
     if row.label == against or math.isnan(row.difference):
         return ""
     interval = f" ({row.interval_text})" if math.isfinite(row.half_width) else ""
     text = f"{row.metric.change(row.difference)}{interval}"
-    return f"**{text}**" if row.stands else text
+    return f"**{text}**" if row.is_significant else text
 
 
 def _notes(result: Result) -> list[str]:
@@ -106,11 +106,11 @@ def figure(value: float) -> str:
 
 
 def _table(columns: Mapping[str, Sequence[str]]) -> str:
-    """A Markdown table, its first column to the left and all others to the right."""
+    """Returns a Markdown table, its first column to the left and all others to the right."""
     rows = [list(columns), ["---", *["---:"] * (len(columns) - 1)], *zip(*columns.values(), strict=True)]
     return "\n".join(f"| {' | '.join(_plain(cell) for cell in row)} |" for row in rows)
 
 
 def _plain(text: str) -> str:
-    """Text that stays within its line and cell."""
+    """Returns text that stays within its line and cell."""
     return " ".join(text.split()).replace("|", "\\|")

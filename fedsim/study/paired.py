@@ -1,4 +1,4 @@
-"""Runs of a sweep against each other, seed by seed: what a difference is worth."""
+"""Compares the runs of a sweep with each other, seed by seed, and says which differences are significant."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from devices.errors import FileError, unknown
 from fedsim.errors import ConfigError
 from fedsim.report.files import read_config
-from fedsim.report.rounds import RoundReport, read_rounds, spent
+from fedsim.report.rounds import RoundReport, read_rounds, running_costs
 from fedsim.report.split import primary_of
 from fedsim.settings.forms import MAP, WHOLE, check_tree
 from fedsim.workloads.metrics import ACCURACY, NOT_FINITE, Metric, judged
@@ -25,7 +25,7 @@ IGNORED = ("seed", "out", "name", "choices", "checkpoint_s")  # settings in whic
 
 @dataclass(frozen=True)
 class Row:
-    """Equal runs but for their seeds.
+    """Runs that differ in their seeds only.
 
     Attributes:
         label: the method, and the settings that tell it from other rows of that method.
@@ -51,23 +51,23 @@ class Row:
     metric: Metric = ACCURACY
 
     @property
-    def stands(self) -> bool:
-        """Whether the difference is there (p below 0.05) when all comparisons of the table are counted."""
+    def is_significant(self) -> bool:
+        """Returns whether p is below 0.05 when all comparisons of the table are counted."""
         return self.p_holm < SIGNIFICANT
 
     @property
     def mean(self) -> float:
-        """Of the scores."""
+        """Returns the mean of the scores."""
         return float(np.mean(list(self.scores.values())))
 
     @property
     def deviation(self) -> float:
-        """Standard deviation of the scores over the seeds (n - 1); nan for a single one."""
+        """Returns the standard deviation of the scores over the seeds (n - 1); nan for a single one."""
         return float(np.std(list(self.scores.values()), ddof=1)) if len(self.scores) > 1 else math.nan
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % interval of the difference."""
+        """Returns the 95 % interval of the difference."""
         return self.difference - self.half_width, self.difference + self.half_width
 
     @property
@@ -77,7 +77,7 @@ class Row:
 
 
 def compare(folders: Iterable[Path], last: int, against: str | None = None) -> list[Row]:
-    """One row per method and setting, in order of the folders.
+    """Returns a row per method and setting, in order of the folders.
 
     Args:
         folders: of runs.
@@ -92,7 +92,7 @@ def compare(folders: Iterable[Path], last: int, against: str | None = None) -> l
     if not folders:
         raise ConfigError("there are no runs to compare; give the folder of a sweep, or several of runs")
     metric = common_metric(folders)
-    runs = [_read(folder, metric) for folder in folders]
+    runs = [_read(folder, metric) for folder in folders]  # trees as they stand: earlier versions had fewer settings
     groups: dict[str, dict[int, list[RoundReport]]] = {}
     for label, (settings, rounds) in zip(_labels([s for s, _ in runs]), runs, strict=True):
         group = groups.setdefault(label, {})
@@ -102,7 +102,7 @@ def compare(folders: Iterable[Path], last: int, against: str | None = None) -> l
     first = next((name for name in groups if name.startswith(against or "")), None)
     if first is None:
         raise ConfigError(f"no row is called {against!r}; there are: {', '.join(groups)}")
-    return rows({first: groups[first], **groups}, last, first, metric)
+    return compare_rows({first: groups[first], **groups}, last, first, metric)
 
 
 def common_metric(folders: Sequence[Path]) -> Metric:
@@ -125,10 +125,10 @@ def common_metric(folders: Sequence[Path]) -> Metric:
     return next(iter(found), ACCURACY)
 
 
-def rows(
+def compare_rows(
     groups: Mapping[str, Mapping[int, list[RoundReport]]], last: int, against: str, metric: Metric = ACCURACY
 ) -> list[Row]:
-    """One row per label, in their order.
+    """Returns a row per label, in their order.
 
     Args:
         groups: by label and seed, the rounds of a run.
@@ -162,7 +162,7 @@ def holm(values: Sequence[float]) -> list[float]:
 
 
 def correction(rows: Sequence[Row]) -> str:
-    """What a table says below itself about its comparisons; empty where there is one at most, or none with a p."""
+    """Returns a table's caption on its comparisons; empty where there is one at most, or none with a p."""
     count = sum(not math.isnan(row.p) for row in rows)
     return (
         f"intervals: of one difference each; *: p < {SIGNIFICANT} after Holm's correction for {count}"
@@ -172,7 +172,7 @@ def correction(rows: Sequence[Row]) -> str:
 
 
 def run_folders(given: Iterable[Path]) -> list[Path]:
-    """The run folders among and directly below the given ones, those of a sweep in its order."""
+    """Returns the run folders among and directly below the given ones, those of a sweep in its order."""
     found: list[Path] = []
     for folder in given:
         below = sorted((p.parent for p in folder.glob("*/rounds.jsonl")), key=lambda p: (len(p.name), p.name))
@@ -181,7 +181,7 @@ def run_folders(given: Iterable[Path]) -> list[Path]:
 
 
 def score(rounds: list[RoundReport], last: int, metric: str = ACCURACY.name) -> float:
-    """Mean of a metric over the last evaluations; nan where the model's output in one of them was not finite.
+    """Returns the mean of a metric over the last evaluations; nan where the model's output in one was not finite.
 
     Raises:
         ConfigError: if there is no such metric.
@@ -193,8 +193,8 @@ def score(rounds: list[RoundReport], last: int, metric: str = ACCURACY.name) -> 
     return float(np.mean(values[-last:]))
 
 
-def interval(differences: list[float]) -> float:
-    """Half the width of the 95 % interval of their mean."""
+def half_width_of(differences: list[float]) -> float:
+    """Returns half the width of the 95 % interval of the mean difference; infinite for less than two."""
     from scipy.stats import t
 
     if len(differences) < 2:
@@ -203,7 +203,7 @@ def interval(differences: list[float]) -> float:
 
 
 def p_value(differences: Sequence[float]) -> float:
-    """Of Student's t test that their mean is 0, two-sided; nan for less than two."""
+    """Returns p of Student's two-sided t test that the mean difference is 0; nan for less than two."""
     from scipy.stats import t
 
     if len(differences) < 2:
@@ -217,10 +217,10 @@ def p_value(differences: Sequence[float]) -> float:
 def _row(label: str, group: Mapping[int, list[RoundReport]], base: dict[int, float], last: int, metric: Metric) -> Row:
     scores = {seed: score(rounds, last, metric.name) for seed, rounds in group.items()}
     differences = [scores[seed] - base[seed] for seed in scores if seed in base]
-    ends = [[costs[-1] for costs in spent(rounds).values()] for rounds in group.values()]
+    ends = [[costs[-1] for costs in running_costs(rounds).values()] for rounds in group.values()]
     seconds, joules, traffic, rounds = (float(np.mean(column)) for column in zip(*ends, strict=True))
     mean = float(np.mean(differences)) if differences else math.nan
-    half, p = interval(differences), p_value(differences)
+    half, p = half_width_of(differences), p_value(differences)
     return Row(label, scores, mean, half, seconds, joules, traffic, rounds, p, metric=metric)
 
 
@@ -236,7 +236,7 @@ def _read(folder: Path, metric: Metric) -> tuple[dict[str, Any], list[RoundRepor
 
 
 def _labels(runs: list[dict[str, Any]]) -> list[str]:
-    """The method of each run and the settings in which it differs from others of that method."""
+    """Names the method of each run and the settings in which it differs from others of that method."""
     chosen = [s["choices"] for s in runs]
     names = [str(c.get("method") or f"{c.get('strategy')}+{c.get('trainer')}") for c in chosen]
     flat = [_flat({key: value for key, value in s.items() if key not in IGNORED}) for s in runs]

@@ -1,4 +1,4 @@
-"""What a study found: a row per arm with differences to one of them, as a table's figures, JSON and CSV."""
+"""The results of a study: a row per arm with differences to one of them, as a table's figures, JSON and CSV."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from fedsim.report import strict_json
 from fedsim.report.files import read_summary
 from fedsim.report.plots.style import AXES, METRICS
 from fedsim.report.rounds import RoundReport, read_rounds
-from fedsim.study.paired import Row, common_metric, rows
-from fedsim.study.spec import Arm, Planned, Study, is_finished
+from fedsim.study.paired import Row, common_metric, compare_rows
+from fedsim.study.spec import Arm, PlannedRun, Study, is_finished
 from fedsim.workloads.metrics import Metric
 
 
 @dataclass(frozen=True)
-class Finished:
+class FinishedRun:
     """A finished run.
 
     Attributes:
@@ -31,7 +31,7 @@ class Finished:
         summary: its `summary.json`.
     """
 
-    run: Planned
+    run: PlannedRun
     rounds: list[RoundReport]
     summary: dict[str, Any]
 
@@ -51,10 +51,10 @@ class Result:
     metric: Metric
     rows: list[Row]
     columns: dict[str, list[float]]
-    runs: dict[str, list[Finished]]
+    runs: dict[str, list[FinishedRun]]
 
 
-def collect(study: Study, runs: Sequence[Planned]) -> Result:
+def collect(study: Study, runs: Sequence[PlannedRun]) -> Result:
     """Reads the runs that are finished and compares them.
 
     Raises:
@@ -62,16 +62,16 @@ def collect(study: Study, runs: Sequence[Planned]) -> Result:
     """
     finished_runs = [run for run in runs if is_finished(run)]
     metric = common_metric([run.folder for run in finished_runs]).named(study.metric)
-    found: dict[str, list[Finished]] = {}
+    found: dict[str, list[FinishedRun]] = {}
     for run in finished_runs:
-        one = Finished(run, read_rounds(run.folder), read_summary(run.folder))
+        one = FinishedRun(run, read_rounds(run.folder), read_summary(run.folder))
         found.setdefault(run.arm.label, []).append(one)
     found = {
         arm.label: [_read_as(arm, one) for one in found[arm.of or arm.label]]
         for arm in study.arms
         if (arm.of or arm.label) in found
     }
-    compared = rows(
+    compared = compare_rows(
         {label: {f.run.seed: f.rounds for f in finished} for label, finished in found.items()},
         study.last,
         study.against,
@@ -82,8 +82,8 @@ def collect(study: Study, runs: Sequence[Planned]) -> Result:
     return Result(study, metric, compared, columns, found)
 
 
-def _read_as(arm: Arm, finished: Finished) -> Finished:
-    """A run as an arm sees it: one that has none of its own sees the metrics with its suffix, by their usual names."""
+def _read_as(arm: Arm, finished: FinishedRun) -> FinishedRun:
+    """Returns a run as its arm reads it: an arm without runs has the metrics with its suffix, by their usual names."""
     if not arm.of:
         return finished
     rounds = [
@@ -105,14 +105,14 @@ def check_columns(result: Result) -> None:
             raise ConfigError(f"study {result.study.name}: {unknown('value of a run', path, known)}")
 
 
-def mean_of(path: str, finished: Sequence[Finished]) -> float:
-    """Mean over runs of a figure by its dotted path; nan where none has it."""
+def mean_of(path: str, finished: Sequence[FinishedRun]) -> float:
+    """Returns the mean over runs of a figure by its dotted path; nan where none has it."""
     values = [figures(f)[path] for f in finished if path in figures(f)]
     return float(np.mean(values)) if values else math.nan
 
 
-def figures(finished: Finished) -> dict[str, float]:
-    """Every number of a run by dotted path: those of its summary, and the last value of each metric of its rounds."""
+def figures(finished: FinishedRun) -> dict[str, float]:
+    """Returns the numbers of a run by dotted path: its summary's, and the last value of each metric of its rounds."""
     last = {f"{METRICS}{name}": value for report in finished.rounds for name, value in report.metrics.items()}
     return dict(_numbers(finished.summary)) | last
 

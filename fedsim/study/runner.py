@@ -18,9 +18,9 @@ from devices.writing import open_lock, open_new
 from fedsim.engines.leash import TIED
 from fedsim.engines.locks import hold
 from fedsim.errors import ConfigError
-from fedsim.report.checksums import inside
+from fedsim.report.checksums import check_inside
 from fedsim.settings.permissions import environment, flags
-from fedsim.study.spec import Planned, can_go_on, is_finished
+from fedsim.study.spec import PlannedRun, can_be_resumed, is_finished
 
 POLL_S, END_S = 0.2, 10.0  # between looks at the runs; that they have to close their folders
 COMMAND = (sys.executable, "-P", "-m", "fedsim")  # -P: no file of the working folder stands in for a library
@@ -29,7 +29,7 @@ ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_
 
 @dataclass
 class Progress:
-    """How far a study is.
+    """The progress of a study.
 
     Attributes:
         total, done: runs; those finished before count as done.
@@ -46,12 +46,14 @@ class Progress:
 
 @dataclass
 class _Running:
-    run: Planned
+    """A run whose process is going on, and the file of its output."""
+
+    run: PlannedRun
     process: subprocess.Popen[bytes]
     log: Path
 
 
-Watch = Callable[[Progress, Planned | None], None]  # called often with None, and with each run that has just ended
+Watch = Callable[[Progress, PlannedRun | None], None]  # called often with None, and with each run that has just ended
 
 
 @contextmanager
@@ -78,8 +80,8 @@ def study_folder(out: Path) -> Iterator[int]:
         yield lock.fileno()
 
 
-def run_study(runs: Sequence[Planned], jobs: int, lock: int, watch: Watch) -> Progress:
-    """Runs those that are not finished, `jobs` at a time, in their order; a failing one does not stop the others.
+def run_study(runs: Sequence[PlannedRun], jobs: int, lock: int, watch: Watch) -> Progress:
+    """Runs what is not finished, `jobs` at a time, in the given order; a run that fails does not stop the others.
 
     One that was cut short goes on from its checkpoint.
 
@@ -92,7 +94,7 @@ def run_study(runs: Sequence[Planned], jobs: int, lock: int, watch: Watch) -> Pr
     waiting = [run for run in runs if not is_finished(run)]
     for run in waiting:
         _refuse_links(run.folder)
-    progress = Progress(len(runs), len(runs) - len(waiting), sum(run.settings["rounds"] for run in waiting))
+    progress = Progress(len(runs), len(runs) - len(waiting), sum(run.typed.rounds for run in waiting))
     running: list[_Running] = []
     ended_rounds = 0
     try:
@@ -103,7 +105,7 @@ def run_study(runs: Sequence[Planned], jobs: int, lock: int, watch: Watch) -> Pr
             for one in [r for r in running if r.process.poll() is not None]:
                 running.remove(one)
                 _untie(one)
-                ended_rounds += one.run.settings["rounds"]
+                ended_rounds += one.run.typed.rounds
                 progress.done += 1
                 if reason := _reason(one):
                     progress.failed[one.run.name] = reason
@@ -115,10 +117,10 @@ def run_study(runs: Sequence[Planned], jobs: int, lock: int, watch: Watch) -> Pr
     return progress
 
 
-def _start(run: Planned, lock: int) -> _Running:
-    """A process in a session of its own: Ctrl-C reaches the study alone, which ends its runs, as its own end does."""
-    if can_go_on(run):
-        address = run.settings["engine"].get("address")  # which the study was told on its command line
+def _start(run: PlannedRun, lock: int) -> _Running:
+    """Starts a run in a session of its own: Ctrl-C reaches the study alone, which ends its runs."""
+    if can_be_resumed(run):
+        address = run.typed.cluster_address  # which the study was told on its command line
         command = ["resume", str(run.folder), *([f"engine.address={address}"] if address else [])]
     else:
         command = run.command
@@ -145,7 +147,7 @@ def _refuse_links(folder: Path) -> None:
         ConfigError: naming it.
     """
     try:
-        inside(folder.parent.parent, folder)
+        check_inside(folder.parent.parent, folder)
     except FileError as error:
         raise ConfigError(f"{error}; remove it, or name another --out") from error
     if folder.parent.exists() and not folder.parent.is_dir():
@@ -160,15 +162,15 @@ def _set_aside(folder: Path) -> None:
 
 
 def _rounds(folder: Path) -> int:
-    """Training rounds that a run has written."""
+    """Returns how many training rounds a run has written."""
     try:
-        return max(0, read_bytes(inside(folder, folder / "rounds.jsonl")).count(b"\n") - 1)
+        return max(0, read_bytes(check_inside(folder, folder / "rounds.jsonl")).count(b"\n") - 1)
     except FileError:
         return 0
 
 
 def _reason(one: _Running) -> str:
-    """Why a run that has ended is not finished, as it said itself; empty, and its log gone, if it is."""
+    """Says why a run that has ended is not finished, in its own words; empty, with its log removed, if it is."""
     code = one.process.returncode
     if code == 0 and (one.run.folder / "summary.json").is_file():
         one.log.unlink()

@@ -1,7 +1,6 @@
 """A study: a named list of arms that are run with the same seeds and compared, read from one YAML file.
 
-Methods have different settings, so a comparison is no product of settings: each arm has overrides of its own. May
-import: devices.errors, devices.reading, fedsim's settings.
+Methods have different settings, so a comparison is no product of settings: each arm has overrides of its own.
 """
 
 from __future__ import annotations
@@ -33,13 +32,13 @@ from fedsim.workloads.fingerprint import SEED, Fingerprint, difference, files_of
 
 KEYS = ("title", "question", "base", "seeds", "arms", "against", "metric", "x", "last", "columns", "reading")
 ARM_KEYS = ("overrides", "grid", "of", "suffix")
-MOST_ARMS = 1000
+MAX_ARMS = 1000
 LARGEST = 2**63 - 1  # of whole numbers, as of a seed
 # Of `summary.json`, known before a run.
-WHOLE = ("down_bytes", "up_bytes", "peak_memory_bytes", "storage_bytes", "host_s")
-OWN = {"seed": "--seeds, or seeds in the file", "out": "--out"}  # settings that a study gives its runs
-DRAWN_BY = ("seed", "num_clients", "partition")  # what data that are made for a run hang on, beside their settings
-_HERE: dict[str, Fingerprint | None] = {}  # of this process, by what names the data
+WHOLE_FIGURES = ("down_bytes", "up_bytes", "peak_memory_bytes", "storage_bytes", "host_s")
+SET_BY_STUDY = {"seed": "--seeds, or seeds in the file", "out": "--out"}  # settings that a study gives its runs
+DRAWN_BY = ("seed", "num_clients", "partition")  # settings on which data depend that are made for a run
+_FINGERPRINTS: dict[str, Fingerprint | None] = {}  # of this process, by what names the data
 
 
 @dataclass(frozen=True)
@@ -62,13 +61,13 @@ class Arm:
 
     @property
     def slug(self) -> str:
-        """The label as a folder's name."""
+        """Returns the label as a folder's name."""
         return file_name(re.sub(r"[^a-z0-9.]+", "-", self.label.lower()).strip("-.") or "arm")
 
 
 @dataclass(frozen=True)
 class Study:
-    """What is compared.
+    """The arms of a study, the seeds that they are run with, and what its table and picture show.
 
     Attributes:
         name: of the file.
@@ -76,8 +75,8 @@ class Study:
         against: label of the arm that the others are compared with.
         metric: of the rounds, that the arms are judged by, with the unit and direction of the workload's primary one;
             empty: that one itself.
-        x: axes of the picture: some of AXES, along which the metric is a line, or a value of `summary.json` (WHOLE, or
-            by its dotted path), against which an arm's score is a point.
+        x: axes of the picture: some of AXES, along which the metric is a line, or a value of `summary.json`
+            (WHOLE_FIGURES, or by its dotted path), against which an arm's score is a point.
         last: evaluations that make a score.
         columns: further values of `summary.json` by dotted path, or `metrics.NAME` of a metric of the rounds.
         question: what the study asks, for its page; Markdown.
@@ -101,7 +100,7 @@ class Study:
     reading: str = ""
 
     def only(self, labels: Sequence[str]) -> Study:
-        """The same study with some arms: those with a label, or whose label begins with it; all when none is given.
+        """Returns the study with some arms: those with a label, or whose label begins with it; all when none is given.
 
         Raises:
             ConfigError: for a label that no arm has.
@@ -118,12 +117,12 @@ class Study:
 
     @property
     def trained(self) -> tuple[Arm, ...]:
-        """The arms that have runs: those of the table, and those that only others are read from."""
+        """Returns the arms that have runs: those of the table, and those that only others are read from."""
         return tuple(arm for arm in (*self.arms, *self.sources) if not arm.of)
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedRun:
     """One run of a study: an arm with a seed.
 
     Attributes:
@@ -138,11 +137,17 @@ class Planned:
 
     @property
     def name(self) -> str:
+        """Returns what messages call the run."""
         return f"{self.arm.label}, seed {self.seed}"
 
     @property
+    def typed(self) -> RunSettings:
+        """Returns the settings by attribute."""
+        return RunSettings.of(self.settings)
+
+    @property
     def command(self) -> list[str]:
-        """The arguments of `fedsim` that make this run."""
+        """Returns the arguments of `fedsim` that make this run."""
         return ["run", *self.arm.overrides, f"seed={self.seed}", f"out={quoted(str(self.folder))}"]
 
 
@@ -150,12 +155,12 @@ class Planned:
 
 
 def studies() -> dict[str, str]:
-    """Title of every study that comes with fedsim, by name."""
+    """Returns the title of every study that comes with fedsim, by name."""
     return {path.stem: str(_tree(path)["title"]) for path in sorted((config_dir() / "study").glob("*.yaml"))}
 
 
 def read_study(name: str, overrides: Sequence[str] = (), seeds: Sequence[int] = ()) -> Study:
-    """A study by the name of a shipped one or the path of a file.
+    """Reads a study by the name of a shipped one or the path of a file.
 
     Args:
         name: a path where it has a suffix or a folder in it.
@@ -177,9 +182,9 @@ def read_study(name: str, overrides: Sequence[str] = (), seeds: Sequence[int] = 
     tree = _tree(path)
     arms: list[Arm] = []
     for label, entry in tree["arms"].items():
-        arms += itertools.islice(_expanded(path, str(label), entry), MOST_ARMS + 1 - len(arms))
-    if len(arms) > MOST_ARMS:
-        raise ConfigError(f"{path}: arms with their grids are more than {MOST_ARMS}; take fewer values, or two studies")
+        arms += itertools.islice(_expanded(path, str(label), entry), MAX_ARMS + 1 - len(arms))
+    if len(arms) > MAX_ARMS:
+        raise ConfigError(f"{path}: arms with their grids are more than {MAX_ARMS}; take fewer values, or two studies")
     base = _texts(path, "base", tree.get("base", []))
     study = Study(
         name=path.stem,
@@ -244,9 +249,9 @@ def _checked(path: Path, study: Study) -> Study:
     if not study.x:
         raise ConfigError(f"{path}: x must name an axis at least: {', '.join(AXES)}, or a value of summary.json")
     for axis in study.x:
-        if axis not in (*AXES, *WHOLE) and "." not in axis:
+        if axis not in (*AXES, *WHOLE_FIGURES) and "." not in axis:
             raise ConfigError(
-                f"{path}: {unknown('axis in x', axis, (*AXES, *WHOLE))}, or a dotted path in summary.json"
+                f"{path}: {unknown('axis in x', axis, (*AXES, *WHOLE_FIGURES))}, or a dotted path in summary.json"
             )
     folders: dict[str, str] = {}
     trained = [arm.label for arm in study.trained]
@@ -260,15 +265,15 @@ def _checked(path: Path, study: Study) -> Study:
         folders[arm.slug] = arm.label
         for override in arm.overrides:
             key = override.lstrip("+~").partition("=")[0]
-            if key in OWN:
-                raise ConfigError(f"{arm.label}: {key}= belongs to the study; use {OWN[key]}")
+            if key in SET_BY_STUDY:
+                raise ConfigError(f"{arm.label}: {key}= belongs to the study; use {SET_BY_STUDY[key]}")
     if len(set(study.seeds)) < len(study.seeds):
         raise ConfigError(f"{path}: a seed is there twice in {list(study.seeds)}")
     return study
 
 
 def _expanded(path: Path, label: str, entry: Any) -> Iterator[Arm]:
-    """The arms of an entry: one, or one for each point of its grid."""
+    """Yields the arms of an entry: one, or one for each point of its grid."""
     family = re.sub(r",?\s*(\{[^}]*\}|[0-9.]+$)", "", label).strip() or label
     if not isinstance(entry, dict):
         yield Arm(label, _texts(path, f"arms.{label}", entry), family)
@@ -292,21 +297,21 @@ def _expanded(path: Path, label: str, entry: Any) -> Iterator[Arm]:
         )
     for point in itertools.product(*grid.values()):
         values = dict(zip(grid, (as_hydra(v, str) for v in point), strict=True))
-        name = _labelled(label, values)
+        name = _label_of(label, values)
         if of:
-            yield Arm(name, (), family, _placed(of, values)[0], _placed(suffix, values)[0])
+            yield Arm(name, (), family, _filled_in(of, values)[0], _filled_in(suffix, values)[0])
         else:
             yield Arm(name, (*overrides, *(f"{key}={value}" for key, value in values.items())), family)
 
 
-def _labelled(label: str, values: Mapping[str, str]) -> str:
-    """The label with the values in the place of {key} (or the key's last word), others behind it."""
-    label, others = _placed(label, values)
+def _label_of(label: str, values: Mapping[str, str]) -> str:
+    """Returns the label with the values in the place of {key} (or the key's last word), others behind it."""
+    label, others = _filled_in(label, values)
     return " ".join([label, *(f"{key.rpartition('.')[2]}={value}" for key, value in others.items())])
 
 
-def _placed(text: str, values: Mapping[str, str]) -> tuple[str, dict[str, str]]:
-    """The text with the values in their places, and those that have none."""
+def _filled_in(text: str, values: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+    """Returns the text with the values in their places, and the values that have no place in it."""
     others = {}
     for key, value in values.items():
         places = [p for p in (f"{{{key}}}", f"{{{key.rpartition('.')[2]}}}") if p in text]
@@ -339,8 +344,8 @@ def _seeds(path: Path, value: Any) -> tuple[int, ...]:
 # --- planning --------------------------------------------------------------------------------------------------------
 
 
-def plan(study: Study, out: Path, building: bool = True) -> list[Planned]:
-    """Every run of a study, seed by seed, so that a study that is cut short has compared whole seeds.
+def plan(study: Study, out: Path, building: bool = True) -> list[PlannedRun]:
+    """Lists the runs of a study, seed by seed, so that a study that is cut short has compared whole seeds.
 
     Args:
         study: its arms and seeds.
@@ -361,21 +366,21 @@ def plan(study: Study, out: Path, building: bool = True) -> list[Planned]:
             error.add_note(f"in arm {arm.label!r} of study {study.name}")
             raise
     return [
-        Planned(arm, seed, _seeded(arm, composed[arm], seed), out / arm.slug / f"seed-{seed}")
+        PlannedRun(arm, seed, _with_seed(arm, composed[arm], seed), out / arm.slug / f"seed-{seed}")
         for seed in study.seeds
         for arm in study.trained
     ]
 
 
-def _seeded(arm: Arm, settings: Settings, seed: int) -> Settings:
-    """The arm's settings with another seed; composed anew only where one may depend on it."""
+def _with_seed(arm: Arm, settings: Settings, seed: int) -> Settings:
+    """Returns the arm's settings with another seed; composed anew only where one may depend on it."""
     if any("${" in override for override in arm.overrides):
         return compose([*arm.overrides, f"seed={seed}"])
     return {**settings, "seed": seed}
 
 
 def _try_out(tree: Settings) -> None:
-    """As `try_out`, with the strategy; how many clients there are is known only to the data."""
+    """Builds what costs nothing, the strategy too; how many clients there are is known only to the data."""
     from fedsim.settings.build import build_strategy
 
     try_out(tree)
@@ -383,8 +388,8 @@ def _try_out(tree: Settings) -> None:
     build_strategy(settings, settings.num_clients or max(settings.num_asked, settings.evaluate_clients))
 
 
-def is_finished(run: Planned) -> bool:
-    """Whether the run's folder holds it, finished.
+def is_finished(run: PlannedRun) -> bool:
+    """Returns whether the run's folder holds it, finished.
 
     Raises:
         ConfigError: if the folder holds a finished run with other settings or other data.
@@ -409,15 +414,15 @@ def is_finished(run: Planned) -> bool:
     return True
 
 
-def _other_data(run: Planned) -> str:
-    """In what the data of a finished run differ from those here; empty where nothing does, or nobody can tell."""
+def _other_data(run: PlannedRun) -> str:
+    """Says in what the data of a finished run differ from those here; empty where nothing does, or nobody can tell."""
     before = data_of_summary(run.folder)
     now = _data_here(run.settings, SEED in before) if before else None
     return difference(before, {**now, **files_of(run.settings)}) if before and now else ""
 
 
 def _data_here(settings: Settings, drawn: bool) -> Fingerprint | None:
-    """The fingerprint of the data that these settings name here; None where they are not here.
+    """Returns the fingerprint of the data that these settings name here; None where they are not here.
 
     Args:
         settings: of a run.
@@ -425,29 +430,29 @@ def _data_here(settings: Settings, drawn: bool) -> Fingerprint | None:
     """
     named = {key: settings[key] for key in ("workload", "stream", *(DRAWN_BY if drawn else ()))}
     key = json.dumps(named, sort_keys=True)
-    if key not in _HERE:
+    if key not in _FINGERPRINTS:
         try:
-            _HERE[key] = build_workload(settings).fingerprint()
+            _FINGERPRINTS[key] = build_workload(settings).fingerprint()
         except DataError:
-            _HERE[key] = None
-    return _HERE[key]
+            _FINGERPRINTS[key] = None
+    return _FINGERPRINTS[key]
 
 
-def can_go_on(run: Planned) -> bool:
-    """Whether the run's folder holds its beginning, with a checkpoint."""
+def can_be_resumed(run: PlannedRun) -> bool:
+    """Returns whether the run's folder holds its beginning, with a checkpoint."""
     try:
         return (run.folder / "checkpoint").exists() and _changed(run) is None
     except (FileError, ConfigError):
         return False
 
 
-def _changed(run: Planned) -> tuple[str, Any, Any] | None:
-    """The first setting in which what the folder holds differs from what the study asks for."""
+def _changed(run: PlannedRun) -> tuple[str, Any, Any] | None:
+    """Returns the first setting in which what the folder holds differs from what the study asks for."""
     return _difference(completed(read_config(run.folder)), {**run.settings, "out": None})
 
 
 def _difference(there: Any, asked: Any, prefix: str = "") -> tuple[str, Any, Any] | None:
-    """The first setting in which two trees differ: its key and both values."""
+    """Returns the first setting in which two trees differ: its key and both values."""
     if not isinstance(there, dict) or not isinstance(asked, dict):
         return None if there == asked else (prefix.rstrip("."), there, asked)
     pairs: Iterable[str] = {**asked, **there}

@@ -69,7 +69,7 @@ class Prepare:
         self.kind, self.features, self.mean, self.std = kind, features, mean, std
 
     def __call__(self, batch: Tensors) -> Tensors:
-        """`batch["x"]` [b, ...] raw to float32 (text: int64); everything else is passed on."""
+        """Turns `batch["x"]` [b, ...] from raw to float32 (text: int64); everything else is passed on."""
         x = batch["x"]
         if self.kind == "text":
             return {**batch, "x": x.long()}
@@ -88,7 +88,7 @@ class Prepare:
 
 @dataclass(frozen=True)
 class DataSet:
-    """What a workload of arrays is made of.
+    """The arrays, classes and kind that a workload of arrays is made of.
 
     Attributes:
         train: what clients own.

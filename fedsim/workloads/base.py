@@ -1,4 +1,4 @@
-"""What is learned: data, model, objective and how it is judged.
+"""Workload: the data, model, objective and metrics of one learning problem.
 
 A workload may be a finite data set, an endless task generator or an environment; `ClientData` hides which. Workloads
 that tell classes apart are `fedsim.workloads.classification`.

@@ -1,4 +1,4 @@
-"""What a split of the data looks like, as rows and lines."""
+"""Describes a split of the data in rows and lines."""
 
 from __future__ import annotations
 
@@ -96,7 +96,8 @@ def _rows(workload: Workload, clients: range | list[int]) -> list[ClientRow]:
 
 def _spread(workload: Workload) -> list[int]:
     """Returns all clients, or evenly spaced ones when there are too many to look at."""
-    return np.linspace(0, workload.num_clients - 1, min(workload.num_clients, MAX_INSPECTED)).astype(int).tolist()
+    spaced = np.linspace(0, workload.num_clients - 1, min(workload.num_clients, MAX_INSPECTED))
+    return [int(client) for client in spaced]
 
 
 def _spread_of(values: list[int]) -> str:

@@ -1,4 +1,4 @@
-"""What tells the data of a run from others, kept with the run and compared when it is taken up again.
+"""Fingerprints of a run's data, kept with the run and compared when it is taken up again.
 
 A fingerprint is a flat map of texts: for arrays "train x" and the like, each with dtype, shape and a hash of the
 content; for data that are drawn, what draws them, with the seed; for device files, traces and weights that the settings

@@ -1,4 +1,4 @@
-"""What this host can hold, asked before anything is made that it cannot."""
+"""Refuses what this host cannot hold, before it is made."""
 
 from __future__ import annotations
 

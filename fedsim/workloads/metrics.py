@@ -1,4 +1,4 @@
-"""What models are judged by, figures drawn from the reports of a run, and the means over clients that are in them."""
+"""Metrics that models are judged by, figures drawn from the reports of a run, and means over clients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who owns which training example: iid, label skew, few classes per client, unequal sizes, or the data's own users.
+"""Deals the training examples out to clients: iid, label skew, few classes each, unequal sizes, the data's own users.
 
 A partition is a value: the same labels, owners and generator give the same clients.
 """
@@ -279,7 +279,7 @@ def _one_label_each(labels: np.ndarray, name: str, instead: str = "partition=nat
 def _apportion(total: int, weights: np.ndarray) -> np.ndarray:
     """Returns whole numbers in proportion to the weights that sum to `total` (largest remainders), as many as those."""
     exact = total * (weights / weights.sum())
-    whole = np.floor(exact).astype(np.int64)
+    whole: np.ndarray = np.floor(exact).astype(np.int64)
     order = np.argsort(whole - exact, kind="stable")
     whole[order[: total - whole.sum()]] += 1
     return whole

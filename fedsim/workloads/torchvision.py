@@ -6,12 +6,10 @@ torchvision checks the files against their published MD5 before it unpickles CIF
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from devices.errors import unknown
-from fedsim.errors import ConfigError
 from fedsim.workloads.arrays import Arrays, ArrayWorkload, DataSet
 from fedsim.workloads.official import Official
 
@@ -34,9 +32,14 @@ class Torchvision(ArrayWorkload):
         DataError: if the files are not there or broken.
     """
 
-    def __init__(self, dataset: str, name: str = "", root: str | None = None, download: bool = False, **arrays: Any):
-        if dataset not in CLASSES:
-            raise ConfigError(unknown("workload.dataset", dataset, CLASSES))
+    def __init__(
+        self,
+        dataset: Literal["cifar10", "cifar100", "mnist"],
+        name: str = "",
+        root: str | None = None,
+        download: bool = False,
+        **arrays: Any,
+    ):
         self.dataset, self.root, self.download = dataset, root, download
         super().__init__(name=name or dataset, **arrays)
 

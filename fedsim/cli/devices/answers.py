@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedsim.cli.options import MOST, check_picture
+from fedsim.cli.options import MAX_COUNT, check_picture
 from fedsim.report import strict_json
 
 if TYPE_CHECKING:
@@ -28,14 +28,14 @@ InputShape = Annotated[
     str | None, typer.Option(help="Shape of one example; 3,32,32 when left out, 3,224,224 for torchvision.")
 ]
 Classes = Annotated[
-    int | None, typer.Option(help="Size of the output; 10 when left out, 1000 for torchvision.", min=1, max=MOST)
+    int | None, typer.Option(help="Size of the output; 10 when left out, 1000 for torchvision.", min=1, max=MAX_COUNT)
 ]
 Tokens = Annotated[int | None, typer.Option(help="The model takes sequences of so many token ids.", min=1, max=10**5)]
 Kind = Annotated[
     str | None, typer.Option(help="Only devices of a kind: phone, sbc, laptop, desktop, gpu, mcu, and so on.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-NAMED_AT_MOST = 6  # devices in a line under a table
+MAX_NAMED = 6  # devices in a line under a table
 WIDE = 112  # columns of a terminal that have room for the chips
 UNKNOWN = "?"
 
@@ -50,7 +50,7 @@ def list_devices(kind: Kind = None, as_json: AsJson = False) -> None:
     """
     from fedsim.report.terminal import console, table
 
-    profiles = of_kind(None, kind)
+    profiles = devices_of_kind(None, kind)
     if as_json:
         print(strict_json.dumps({"devices": [_facts(profile) for profile in profiles]}))
         return
@@ -79,7 +79,7 @@ def list_devices(kind: Kind = None, as_json: AsJson = False) -> None:
 def show(
     name: Annotated[str, typer.Argument(help="A shipped device, or the path of a profile.")],
     picture: Annotated[Path, typer.Option(help="Where the plot goes.")] = Path("device.png"),
-    batch: Annotated[int, typer.Option(help="Examples per pass.", min=1, max=MOST)] = 1,
+    batch: Annotated[int, typer.Option(help="Examples per pass.", min=1, max=MAX_COUNT)] = 1,
 ) -> None:
     """Show a device: its figures with their sources, its prices, and a plot of predicted latency for a zoo of networks.
 
@@ -121,7 +121,7 @@ def predict(
     input_shape: InputShape = None,
     num_classes: Classes = None,
     tokens: Tokens = None,
-    batch: Annotated[int, typer.Option(help="Examples per pass.", min=1, max=MOST)] = 1,
+    batch: Annotated[int, typer.Option(help="Examples per pass.", min=1, max=MAX_COUNT)] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Predict milliseconds of a forward pass and of a training step on devices, and say how far that is known.
@@ -131,11 +131,11 @@ def predict(
     Of your own: fedsim devices predict --model net.py:Net --kind phone (this runs net.py)
     """
     from devices.latency.predictions import predict as judge
-    from fedsim.cli.devices.own_model import named_model, traced
+    from fedsim.cli.devices.own_model import named_model, trace_cost
     from fedsim.report.terminal import console, table
 
-    profiles = of_kind(device, kind)
-    network = traced(named_model(model, shape_of(input_shape), num_classes, tokens))
+    profiles = devices_of_kind(device, kind)
+    network = trace_cost(named_model(model, parse_shape(input_shape), num_classes, tokens))
     found = [judge(network, batch, profile) for profile in profiles]
     if as_json:
         facts = {"model": model, "batch": batch, "flops": network.forward_flops}
@@ -158,8 +158,8 @@ def predict(
 # --- what the commands say -------------------------------------------------------------------------------------------
 
 
-def of_kind(names: Sequence[str] | None, kind: str | None) -> list[DeviceProfile]:
-    """The devices of these names, or all shipped ones, as far as they are of a kind; by kind, then by name.
+def devices_of_kind(names: Sequence[str] | None, kind: str | None) -> list[DeviceProfile]:
+    """Returns the devices of these names, or all shipped ones, as far as they are of a kind; by kind, then by name.
 
     Raises:
         ConfigError, DeviceError: for a kind or a device that is not there, or if none is left.
@@ -177,15 +177,15 @@ def of_kind(names: Sequence[str] | None, kind: str | None) -> list[DeviceProfile
     return sorted(left, key=lambda p: (KINDS.index(p.kind), p.name))
 
 
-def shape_of(text: str | None) -> tuple[int, ...] | None:
-    """What --input-shape says."""
-    from fedsim.cli.options import whole
+def parse_shape(text: str | None) -> tuple[int, ...] | None:
+    """Returns the shape that --input-shape says; None where it is left out."""
+    from fedsim.cli.options import parse_whole
 
-    return tuple(whole("--input-shape", n) for n in text.split(",")) if text else None
+    return tuple(parse_whole("--input-shape", n) for n in text.split(",")) if text else None
 
 
 def notes(found: Sequence[Prediction]) -> list[str]:
-    """One line for each reason to doubt the figures, with the devices that it holds for."""
+    """Returns a line for each reason to doubt the figures, with the devices that it holds for."""
     from devices.latency.predictions import MOSTLY_CALLS
 
     lines, of = [], len({p.device.name for p in found})
@@ -223,17 +223,17 @@ def _listed(batches: Sequence[int]) -> str:
 def _named(names: Sequence[str], of: int) -> str:
     if len(names) == of and of > 1:
         return "all of these devices"
-    more = f" and {len(names) - NAMED_AT_MOST} more" if len(names) > NAMED_AT_MOST else ""
-    return ", ".join(names[:NAMED_AT_MOST]) + more
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return ", ".join(names[:MAX_NAMED]) + more
 
 
 def short(value: float) -> str:
-    """Three digits, without an exponent from 1000 up."""
+    """Returns a number in three digits, without an exponent from 1000 up."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def percent(error: float | None) -> str:
-    """A relative error as "± 10 %"."""
+    """Returns a relative error as "± 10%"."""
     return f"±{UNKNOWN:>3} " if error is None else f"±{100 * error:3.0f}%"
 
 
@@ -249,7 +249,7 @@ def _runtime(made: Pass) -> str:
 
 
 def _as_json(p: Prediction, flops: float) -> dict[str, Any]:
-    """One device of `predict --json`; the first keys are those of fedsim 0.1."""
+    """Returns a device of `predict --json`; the first keys are those of fedsim 0.1."""
     return {
         "device": p.device.name,
         "kind": p.device.kind,
@@ -262,11 +262,11 @@ def _as_json(p: Prediction, flops: float) -> dict[str, Any]:
 
 
 def _by_kind(rows: Any, profiles: Iterable[DeviceProfile]) -> Iterator[list[DeviceProfile]]:
-    """Devices by kind, each kind under a line of the table that names it, where there are many."""
+    """Yields devices by kind, each kind under a line of the table that names it, where there are many."""
     from rich.text import Text
 
     groups = [(kind, list(group)) for kind, group in groupby(profiles, key=lambda p: p.kind)]
-    apart = len(groups) > 1 and sum(len(group) for _, group in groups) > NAMED_AT_MOST
+    apart = len(groups) > 1 and sum(len(group) for _, group in groups) > MAX_NAMED
     for kind, group in groups:
         if apart:
             rows.add_section()
@@ -328,7 +328,7 @@ def _facts(p: DeviceProfile) -> dict[str, Any]:
 
 
 def figures_of(profile: DeviceProfile, name: str) -> dict[str, dict[str, tuple[str, str]]]:
-    """Every number of a profile by section and key, as (value, where it is from), in the units of its file."""
+    """Returns the numbers of a profile by section and key, as (value, where it is from), in the units of its file."""
     from devices.profile_file import FIGURES
 
     tree, found = _tree(name), dict[str, dict[str, tuple[str, str]]]()
@@ -353,7 +353,7 @@ def figures_of(profile: DeviceProfile, name: str) -> dict[str, dict[str, tuple[s
 
 
 def _priced(profile: DeviceProfile, name: str) -> Iterator[tuple[str, Prices, str]]:
-    """The prices of a device by kind of pass, and where they are from."""
+    """Returns the prices of a device by kind of pass, and where they are from."""
     from devices.latency.models import device_prices
     from devices.latency.predictions import IN_WORDS
 

@@ -1,4 +1,4 @@
-"""`fedsim devices calibrate`: prices of a device from rows that one measured on it oneself, be it a single one."""
+"""`fedsim devices calibrate`: prices of a device from measurements of one's own, be it a single one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from devices.texts import quoted
-from fedsim.cli.options import MOST, check_place, whole
+from fedsim.cli.options import MAX_COUNT, check_place, parse_whole
 
 if TYPE_CHECKING:
     from devices.cost import ModelCost
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 NEEDED = ("network", "input", "batch", "phase", "ms")
 KNOWN = (*NEEDED, "threads")  # others are the user's own
-MOST_MS = 1e9  # eleven days
+MAX_MS = 1e9  # eleven days
 PHASES = ("forward", "train_step")
 PRECISIONS = ("fp32", "fp16", "tf32")
 CONTRADICTION = 2.0  # between times of one pass: more than a device that is warm or busy makes of it
@@ -37,7 +37,7 @@ LEAVE_OUT = 3  # networks from which on leaving one out says something
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the file: a pass that was measured."""
+    """A line of the file: a pass that was measured."""
 
     network: str
     input: str
@@ -49,6 +49,7 @@ class Row:
 
     @property
     def layers(self) -> tuple[tuple[float, ...], ...]:
+        """Returns the layer table of the network."""
         assert self.cost.layers is not None
         return self.cost.layers
 
@@ -61,7 +62,9 @@ def calibrate(
     precision: Annotated[
         str | None, typer.Option(help="fp32, fp16, or tf32 of a card; the device's when left out.")
     ] = None,
-    num_classes: Annotated[int, typer.Option(help="Outputs of networks that are model configs.", min=1, max=MOST)] = 10,
+    num_classes: Annotated[
+        int, typer.Option(help="Outputs of networks that are model configs.", min=1, max=MAX_COUNT)
+    ] = 10,
 ) -> None:
     """Fit a device's prices to rows of yours, pulled to what its datasheet says; one row is enough to begin with.
 
@@ -122,7 +125,7 @@ def _report(
 
 
 def _contradictions(rows: Sequence[Row]) -> list[tuple[str, float, float]]:
-    """Passes that rows time more than `CONTRADICTION` apart, with their least and largest milliseconds."""
+    """Returns passes that rows time more than `CONTRADICTION` apart, with their least and largest milliseconds."""
     timed: dict[str, list[float]] = {}
     for row in rows:
         timed.setdefault(f"{row.phase} of {row.network} ({row.input}, batch {row.batch})", []).append(row.ms)
@@ -137,7 +140,7 @@ def _with_error(predicted: float, measured: float) -> str:
 
 
 def read_rows(path: Path, num_classes: int, threads: int) -> list[Row]:
-    """The rows of a file, with their networks traced.
+    """Returns the rows of a file, with their networks traced.
 
     Args:
         path: of the CSV.
@@ -197,9 +200,9 @@ def _whole(where: str, column: str, text: str) -> int:
     from devices.errors import DeviceError
 
     digits = text.lstrip("0") if text.isdecimal() else ""
-    if not digits or len(digits) > len(str(MOST)) or int(digits) > MOST:
+    if not digits or len(digits) > len(str(MAX_COUNT)) or int(digits) > MAX_COUNT:
         raise DeviceError(
-            f"{where}: {column} must be a whole number of at least 1 and at most {MOST}, got {quoted(text)}"
+            f"{where}: {column} must be a whole number of at least 1 and at most {MAX_COUNT}, got {quoted(text)}"
         )
     return int(digits)
 
@@ -211,8 +214,8 @@ def _positive(where: str, column: str, text: str) -> float:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0 < value <= MOST_MS:
-        raise DeviceError(f"{where}: {column} must be a number above 0 and at most {MOST_MS:g}, got {quoted(text)}")
+    if not 0 < value <= MAX_MS:
+        raise DeviceError(f"{where}: {column} must be a number above 0 and at most {MAX_MS:g}, got {quoted(text)}")
     return value
 
 
@@ -224,19 +227,19 @@ def _cost(name: str, size: str, num_classes: int) -> ModelCost:
     """
     from devices.enrol.zoo import IMAGE, SEQUENCE, ZOO
     from devices.errors import DeviceError
-    from fedsim.cli.devices.own_model import named_model, traced
+    from fedsim.cli.devices.own_model import named_model, trace_cost
     from fedsim.errors import ConfigError
 
     try:
-        shape = tuple(whole("input", n) for n in size.split("x"))
+        shape = tuple(parse_whole("input", n) for n in size.split("x"))
     except ConfigError:
         raise DeviceError(f"input must be the shape of one example, e.g. 3x224x224, got {quoted(size)}") from None
     if name in ZOO:
         own = SEQUENCE if ZOO[name].tokens else IMAGE
         if shape != own:
             raise DeviceError(f"zoo network {name!r} takes input {'x'.join(map(str, own))}, got {size}")
-        return traced(named_model(name))
-    return traced(named_model(name, shape, num_classes, by_user=False))
+        return trace_cost(named_model(name))
+    return trace_cost(named_model(name, shape, num_classes, by_user=False))
 
 
 # --- the fit -------------------------------------------------------------------------------------------------------
@@ -252,7 +255,7 @@ class _Section:
     calibration: Calibration
 
     def of(self, profile: DeviceProfile) -> Prices | None:
-        """What a profile takes for these passes."""
+        """Returns the prices that a profile has for these passes."""
         from devices.latency.models import device_prices
 
         prices = device_prices(profile)
@@ -282,7 +285,7 @@ def _fit(
     runtime: str | None,
     precision: str | None,
 ) -> list[_Section]:
-    """Prices for each phase that was measured."""
+    """Fits prices for each phase that was measured."""
     import numpy as np
 
     from devices.latency.calibrate import Backend, prices_of
@@ -334,7 +337,7 @@ def _fit(
 
 
 def _choices(profile: DeviceProfile, card: bool, runtime: str | None, precision: str | None) -> tuple[str, str, str]:
-    """The runtime of steps, and the runtime and precision of forward passes, as given or else usual on the device."""
+    """Returns the runtime of steps, and runtime and precision of forward passes: as given, else usual on the device."""
     from devices.errors import DeviceError, unknown
     from devices.latency.tables import RUNTIMES
 
@@ -371,7 +374,7 @@ def _check_possible(rows: Sequence[Row], sample: Sample) -> None:
 def _tree(
     device: str, name: str, profile: DeviceProfile, threads: int, fitted: Sequence[_Section], rows: Path
 ) -> dict[str, Any]:
-    """The device's profile with the sections that were fitted."""
+    """Returns the device's profile with the sections that were fitted."""
     from devices.profile import PRICED, SHIPPED, as_variant
     from devices.profile_file import read_yaml
 

@@ -12,10 +12,10 @@ from fedsim.cli.devices.answers import (
     InputShape,
     Model,
     Tokens,
+    devices_of_kind,
     notes,
-    of_kind,
+    parse_shape,
     percent,
-    shape_of,
     short,
 )
 from fedsim.report import strict_json
@@ -52,16 +52,16 @@ def fit(
     """
     from devices.fit import fit as judge
     from devices.profile import load_profile, profile_names
-    from fedsim.cli.devices.own_model import measured, named_model
-    from fedsim.cli.options import whole
+    from fedsim.cli.devices.own_model import measure_cost, named_model
+    from fedsim.cli.options import parse_whole
     from fedsim.report.terminal import console
 
-    profiles = of_kind(device, None)
-    batches = [whole("--batch", text) for text in batch.split(",")] if batch else []
+    profiles = devices_of_kind(device, None)
+    batches = [parse_whole("--batch", text) for text in batch.split(",")] if batch else []
     shown = console()
-    named = named_model(model, shape_of(input_shape), num_classes, tokens)
+    named = named_model(model, parse_shape(input_shape), num_classes, tokens)
     with shown.status("counting"):
-        network = measured(named)
+        network = measure_cost(named)
         others = [load_profile(name) for name in profile_names()]
         found = [judge(network, profile, batches, momentum, others) for profile in profiles]
     parameters, macs = network.parameter_bytes // 4, network.forward_flops / 2
@@ -85,7 +85,7 @@ def fit(
 
 
 def _memory_table(found: list[Fit], momentum: bool) -> Table:
-    """The memory of a step by its parts, which is the same on every device, for every batch that one is asked for."""
+    """Returns the memory of a step by its parts, for every batch that a device is judged at; it is the same on all."""
     from devices.fit import megabytes
     from fedsim.report.terminal import table
 
@@ -101,7 +101,7 @@ def _memory_table(found: list[Fit], momentum: bool) -> Table:
 
 
 def _times(result: Fit) -> Table:
-    """Milliseconds and joules of both passes by batch."""
+    """Returns milliseconds and joules of both passes by batch."""
     from devices.fit import megabytes
     from fedsim.report.terminal import table
 
@@ -120,7 +120,7 @@ def _times(result: Fit) -> Table:
 
 
 def _verdict(result: Fit, network: ModelCost) -> list[str]:
-    """The largest batch, or what stands in the way and what would help."""
+    """Returns lines with the largest batch, or with what stands in the way and what would help."""
     from devices.fit import megabytes
 
     name, parts = result.device.name, result.integers
@@ -139,5 +139,5 @@ def _verdict(result: Fit, network: ModelCost) -> list[str]:
 
 
 def joules(value: float) -> str:
-    """Energy of a pass, which may be far below a joule."""
+    """Returns the energy of a pass, which may be far below a joule, with its unit."""
     return f"{short(value)} J" if value >= 1 else f"{short(1e3 * value)} mJ"

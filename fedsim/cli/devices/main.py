@@ -16,7 +16,7 @@ from fedsim.cli.devices.fit import fit
 from fedsim.cli.devices.fleet import links, population
 from fedsim.cli.devices.new import new
 from fedsim.cli.devices.tables import build
-from fedsim.cli.options import MOST, check_figures, check_name, check_picture, check_place, whole
+from fedsim.cli.options import MAX_COUNT, check_figures, check_name, check_picture, check_place, parse_whole
 from fedsim.report import strict_json
 
 if TYPE_CHECKING:
@@ -128,9 +128,11 @@ def evaluate(
     data: Annotated[Path | None, typer.Option(help=TABLE)] = None,
     tables: Annotated[Path | None, typer.Option(help="Instead of a space: a folder of public measurements.")] = None,
     predictor: Annotated[str, typer.Option(help="structured, help, flops, macs, or profile.")] = "structured",
-    measurements: Annotated[int, typer.Option(help="Networks measured on each unseen device.", min=2, max=MOST)] = 10,
+    measurements: Annotated[
+        int, typer.Option(help="Networks measured on each unseen device.", min=2, max=MAX_COUNT)
+    ] = 10,
     references: Annotated[str, typer.Option(help="chosen (D-optimal) or random.")] = "chosen",
-    seeds: Annotated[int, typer.Option(help="Repetitions; figures are means.", min=1, max=MOST)] = 3,
+    seeds: Annotated[int, typer.Option(help="Repetitions; figures are means.", min=1, max=MAX_COUNT)] = 3,
     weights: Annotated[Path | None, typer.Option(help="Weights of HELP (npz or safetensors).")] = None,
     devices: DeviceSet = None,
     prior: Prior = False,
@@ -192,7 +194,7 @@ def compare(
     predictors: Annotated[str, typer.Option(help="Separated by commas.")] = "structured",
     measurements: Annotated[str, typer.Option(help="Separated by commas.")] = "5,10,20",
     references: Annotated[str, typer.Option(help="chosen, random, or both separated by a comma.")] = "chosen",
-    seeds: Annotated[int, typer.Option(help="Repetitions; figures are means.", min=1, max=MOST)] = 3,
+    seeds: Annotated[int, typer.Option(help="Repetitions; figures are means.", min=1, max=MAX_COUNT)] = 3,
     weights: Annotated[Path | None, typer.Option(help="Weights of HELP (npz or safetensors).")] = None,
     devices: DeviceSet = None,
     prior: Prior = False,
@@ -208,7 +210,7 @@ def compare(
     from fedsim.report.terminal import console, table
 
     check_picture(picture)
-    budgets = [whole("--measurements", text) for text in measurements.split(",")]
+    budgets = [parse_whole("--measurements", text) for text in measurements.split(",")]
     loaded = load_space(space, data, devices)
     with console().status("comparing"):
         names, ways, source = predictors.split(","), references.split(","), loaded.split.source if prior else ()
@@ -234,10 +236,10 @@ def train_help(
     data: DataFile,
     out: Annotated[Path, typer.Option(help="Weights to write (safetensors).")],
     episodes: Annotated[
-        int | None, typer.Option(help="2000 for nb201, 4000 for fbnet when left out.", min=1, max=MOST)
+        int | None, typer.Option(help="2000 for nb201, 4000 for fbnet when left out.", min=1, max=MAX_COUNT)
     ] = None,
     devices: DeviceSet = None,
-    seed: Annotated[int, typer.Option(help="Of weights, episodes and validation.", min=0, max=MOST)] = 3,
+    seed: Annotated[int, typer.Option(help="Of weights, episodes and validation.", min=0, max=MAX_COUNT)] = 3,
 ) -> None:
     """Meta-train HELP on the source devices of a table; goes on from OUT.checkpoint if it is there.
 

@@ -54,7 +54,7 @@ def new(
 
 
 def commented_profile(name: str, like: str) -> str:
-    """The text of a profile that equals device `like` but for its name, with a comment for every key.
+    """Returns the text of a profile that equals device `like` but for its name, with a comment for every key.
 
     Raises:
         DeviceError: if there is no such device, or it is a way to run another one.
@@ -93,7 +93,7 @@ def commented_profile(name: str, like: str) -> str:
 
 
 def _figures(found: Mapping[str, Any], figures: Mapping[str, Figure]) -> list[str]:
-    """The lines of a section: each figure under its unit and meaning, those that are left out behind a '# '."""
+    """Returns the lines of a section: each figure under its unit and meaning, those that are left out behind a '# '."""
     lines = []
     for key, figure in figures.items():
         default = "..." if figure.default is None else f"{figure.default:g}"
@@ -106,7 +106,7 @@ def _entry(key: str, found: Mapping[str, Any], meaning: str, default: str) -> st
 
 
 def _flow(value: Any) -> str:
-    """A value of YAML on one line."""
+    """Returns a value as YAML on one line."""
     import yaml
 
     return str(yaml.safe_dump([value], default_flow_style=True, sort_keys=False, width=10**6)).strip()[1:-1]

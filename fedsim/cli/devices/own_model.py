@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 IMAGE, CLASSES = (3, 32, 32), 10  # of an example, and of the output, where nobody says them
 LARGE_IMAGE, LARGER_IMAGE = (3, 224, 224), (3, 299, 299)  # of torchvision's networks, and of its Inception
 TORCHVISION = "torchvision.models."
-OFFERED = ("num_classes", "input_shape")  # arguments that a constructor is given if it has them
+SHAPE_ARGUMENTS = ("num_classes", "input_shape")  # arguments that a constructor is given if it has them
 NUMBER_BYTES = 4
-HELD_ON = 4  # examples of a batch whose memory is counted
+COUNTED_BATCH = 4  # examples of a batch whose memory is counted
 FORMS = "a class of your own is FILE.py:CLASS, a network of torchvision torchvision.models.NAME"
 
 
@@ -59,7 +59,7 @@ class NamedModel:
     tokens: bool = False
 
     def examples(self, count: int) -> Tensor:
-        """Inputs, [count, *shape]; their values do not matter."""
+        """Returns inputs [count, *shape] of zeros: their values do not matter."""
         import torch
 
         return torch.zeros(count, *self.shape, dtype=torch.long if self.tokens else torch.float32)
@@ -93,21 +93,21 @@ def named_model(
     given = (tokens,) if tokens else tuple(input_shape) if input_shape else None
     if given:
         option = f"--tokens {tokens}" if tokens else f"--input-shape {','.join(map(str, given))}"
-        check_fits(option, NUMBER_BYTES * AT_ONCE * HELD_ON * math.prod(given))
+        check_fits(option, NUMBER_BYTES * AT_ONCE * COUNTED_BATCH * math.prod(given))
     if name in ZOO:
-        return _of_the_zoo(name, given)
+        return _zoo_network(name, given)
     file, _, wanted = name.rpartition(":")
     if file.endswith(".py") or name.endswith(".py"):
         shape = given or IMAGE
         path = Path(file if file.endswith(".py") else name)
         check_file(name, path, by_user)
-        module = _of_a_file(path, wanted if file.endswith(".py") else "", name, shape, num_classes or CLASSES)
+        module = _file_network(path, wanted if file.endswith(".py") else "", name, shape, num_classes or CLASSES)
     elif name.startswith(TORCHVISION):
         shape = given or (LARGER_IMAGE if name.endswith("inception_v3") else LARGE_IMAGE)
-        module = _of_torchvision(name, shape, num_classes)
+        module = _torchvision_network(name, shape, num_classes)
     elif name in options("model"):
         shape = given or IMAGE
-        module = _of_a_config(name, shape, num_classes or CLASSES)
+        module = _config_network(name, shape, num_classes or CLASSES)
     else:
         raise ConfigError(f"{unknown('model', name, [*options('model'), *ZOO])}; {FORMS}")
     takes_tokens = bool(tokens or getattr(module, "takes_tokens", False))
@@ -119,8 +119,8 @@ def named_model(
         raise ConfigError(f"model {name} {ENDLESS}") from error
 
 
-def traced(model: NamedModel) -> ModelCost:
-    """What it costs, by its layer table: enough to predict latency.
+def trace_cost(model: NamedModel) -> ModelCost:
+    """Returns what a network costs, by its layer table: enough to predict latency.
 
     Raises:
         ConfigError: if it does not run on such an example.
@@ -134,8 +134,8 @@ def traced(model: NamedModel) -> ModelCost:
         raise ConfigError(f"{error}; {_shape_hint(model)}") from error
 
 
-def measured(model: NamedModel) -> ModelCost:
-    """What it costs, and what a step and an inference of it hold.
+def measure_cost(model: NamedModel) -> ModelCost:
+    """Returns what a network costs, and the memory that a step and an inference of it hold.
 
     Raises:
         ConfigError: if it cannot be trained as a classifier on such examples.
@@ -144,22 +144,22 @@ def measured(model: NamedModel) -> ModelCost:
 
     from devices.reserved import with_memory
 
-    cost = traced(model)
+    cost = trace_cost(model)
     try:
         with no_exit(), torch.no_grad(), torch.random.fork_rng(devices=[]):
-            batch = {"x": model.examples(HELD_ON)}
+            batch = {"x": model.examples(COUNTED_BATCH)}
             batch["y"] = labels(model.module(batch["x"]))
         with no_exit():
             return with_memory(cost, model.module, loss, batch)
     except Exception as error:
-        raise ConfigError(f"model {model.name} cannot be trained: {_sentence(error)}; {_shape_hint(model)}") from error
+        raise ConfigError(f"model {model.name} cannot be trained: {_reason(error)}; {_shape_hint(model)}") from error
 
 
 # --- a loss for any classifier ---------------------------------------------------------------------------------------
 
 
 def loss(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Cross-entropy of what the network says, and of its auxiliary outputs where it has some in training."""
+    """Returns the cross-entropy of the output, plus that of auxiliary outputs, which some networks have in training."""
     import torch
 
     values = [_cross_entropy(output, batch["y"]) for output in outputs(module(batch["x"]), labels_of=batch["y"])]
@@ -167,7 +167,7 @@ def loss(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def outputs(result: Any, labels_of: Tensor | None = None) -> list[Tensor]:
-    """The tensors of a result, which may be one, or a tuple or map of some: the main output, then auxiliary ones.
+    """Returns the tensors of a result (one, or a tuple or map of some): the main output, then auxiliary ones.
 
     Args:
         result: of a call of the network; of a map, what is called logits or out comes first.
@@ -188,7 +188,7 @@ def outputs(result: Any, labels_of: Tensor | None = None) -> list[Tensor]:
 
 
 def labels(result: Any) -> Tensor:
-    """Labels that fit an output: [batch] for [batch, classes], [batch, steps] for sequences, [batch, h, w] for maps."""
+    """Returns labels for an output: [batch], of sequences [batch, steps], of maps [batch, height, width], int64."""
     import torch
 
     output = outputs(result)[0]
@@ -207,7 +207,7 @@ def _cross_entropy(output: Tensor, y: Tensor) -> Tensor:
 # --- where networks come from ----------------------------------------------------------------------------------------
 
 
-def _of_the_zoo(name: str, given: tuple[int, ...] | None) -> NamedModel:
+def _zoo_network(name: str, given: tuple[int, ...] | None) -> NamedModel:
     from devices.enrol.zoo import IMAGE as SHAPE
     from devices.enrol.zoo import SEQUENCE, ZOO
 
@@ -216,21 +216,21 @@ def _of_the_zoo(name: str, given: tuple[int, ...] | None) -> NamedModel:
     return NamedModel(name, network.build(), shape, network.tokens)
 
 
-def _of_a_config(name: str, shape: tuple[int, ...], num_classes: int) -> nn.Module:
+def _config_network(name: str, shape: tuple[int, ...], num_classes: int) -> nn.Module:
     from fedsim.settings.build import model_factory
     from fedsim.settings.groups import model_settings
 
     settings = model_settings(name)
-    if len(shape) != 1 and _is_of_tokens(str(settings["_target_"])):
+    if len(shape) != 1 and _takes_tokens(str(settings["_target_"])):
         raise ConfigError(f"model {name} takes token ids; say how long a sequence is, e.g. --tokens 80")
-    return _fitting(model_factory({"model": settings}), name, shape, num_classes)
+    return _make_if_it_fits(model_factory({"model": settings}), name, shape, num_classes)
 
 
-def _is_of_tokens(target: str) -> bool:
+def _takes_tokens(target: str) -> bool:
     return bool(getattr(locate("model._target_", target), "takes_tokens", False))
 
 
-def _of_torchvision(name: str, shape: tuple[int, ...], num_classes: int | None) -> nn.Module:
+def _torchvision_network(name: str, shape: tuple[int, ...], num_classes: int | None) -> nn.Module:
     import torchvision.models
 
     wanted, known = name.removeprefix(TORCHVISION), torchvision.models.list_models(torchvision.models)
@@ -247,10 +247,12 @@ def _of_torchvision(name: str, shape: tuple[int, ...], num_classes: int | None) 
         built: nn.Module = torchvision.models.get_model(wanted, weights=None, **extra, **classes)
         return built
 
-    return _fitting(make, name, shape, num_classes)
+    return _make_if_it_fits(make, name, shape, num_classes)
 
 
-def _fitting(make: Callable[..., nn.Module], name: str, shape: tuple[int, ...], num_classes: int | None) -> nn.Module:
+def _make_if_it_fits(
+    make: Callable[..., nn.Module], name: str, shape: tuple[int, ...], num_classes: int | None
+) -> nn.Module:
     """Makes a network that this host can hold.
 
     Raises:
@@ -266,7 +268,7 @@ def _fitting(make: Callable[..., nn.Module], name: str, shape: tuple[int, ...], 
     return make(input_shape=shape, num_classes=num_classes)
 
 
-def _of_a_file(path: Path, wanted: str, name: str, shape: tuple[int, ...], num_classes: int) -> nn.Module:
+def _file_network(path: Path, wanted: str, name: str, shape: tuple[int, ...], num_classes: int) -> nn.Module:
     from torch import nn
 
     module = _run_file(path)
@@ -277,7 +279,7 @@ def _of_a_file(path: Path, wanted: str, name: str, shape: tuple[int, ...], num_c
     maker = vars(module)[wanted]
     if isinstance(maker, nn.Module):
         return maker
-    built = _called(maker, name, {"num_classes": num_classes, "input_shape": shape})
+    built = _call_maker(maker, name, {"num_classes": num_classes, "input_shape": shape})
     if not isinstance(built, nn.Module):
         raise ConfigError(f"{name} must be a torch.nn.Module, or make one, got {type(built).__name__}")
     return built
@@ -289,7 +291,7 @@ def _is_maker(value: Any, module: ModuleType) -> bool:
 
 
 def _run_file(path: Path) -> ModuleType:
-    """Runs a file as a module of its own; its folder can be imported from, as when it is started itself."""
+    """Runs a file as a module of its own, which may import from its folder, as a script may."""
     if not path.is_file():
         if os.path.lexists(path):
             open_file(path)  # says what it is instead
@@ -308,14 +310,14 @@ def _run_file(path: Path) -> ModuleType:
             spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[module.__name__]
-        raise ConfigError(f"{path} cannot be run: {_sentence(error)}") from error
+        raise ConfigError(f"{path} cannot be run: {_reason(error)}") from error
     finally:
         sys.path.remove(folder)
     return module
 
 
-def _called(maker: Callable[..., Any], name: str, offered: Mapping[str, Any]) -> Any:
-    """What a class or function makes with no arguments but those that it has of `OFFERED`."""
+def _call_maker(maker: Callable[..., Any], name: str, offered: Mapping[str, Any]) -> Any:
+    """Calls a class or function with those arguments of `SHAPE_ARGUMENTS` that it has, and returns what it makes."""
     if not callable(maker):
         raise ConfigError(f"{name} must be a class or a function that makes a network, got {type(maker).__name__}")
     try:
@@ -326,19 +328,19 @@ def _called(maker: Callable[..., Any], name: str, offered: Mapping[str, Any]) ->
     needed = [
         key
         for key, p in parameters.items()
-        if p.default is empty and p.kind in (*named, inspect.Parameter.POSITIONAL_ONLY) and key not in OFFERED
+        if p.default is empty and p.kind in (*named, inspect.Parameter.POSITIONAL_ONLY) and key not in SHAPE_ARGUMENTS
     ]
     if needed:
         defaults = "it a default" if len(needed) == 1 else "them defaults"
         raise ConfigError(
             f"{name} needs {', '.join(needed)}; name a function without arguments that returns the network, or give "
-            f"{defaults} ({' and '.join(OFFERED)} are given where asked for)"
+            f"{defaults} ({' and '.join(SHAPE_ARGUMENTS)} are given where asked for)"
         )
     try:
         with no_exit():
-            return maker(**{key: offered[key] for key in OFFERED if key in parameters})
+            return maker(**{key: offered[key] for key in SHAPE_ARGUMENTS if key in parameters})
     except Exception as error:
-        raise ConfigError(f"{name} cannot be built: {_sentence(error)}") from error
+        raise ConfigError(f"{name} cannot be built: {_reason(error)}") from error
 
 
 def _shape_hint(model: NamedModel) -> str:
@@ -348,5 +350,5 @@ def _shape_hint(model: NamedModel) -> str:
     return f"is --input-shape {given} right, or does it take token ids (--tokens LENGTH)?"
 
 
-def _sentence(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {one_line(error)[:200]}".removesuffix(": ")

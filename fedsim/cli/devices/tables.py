@@ -30,7 +30,7 @@ def build(
     from devices.build import Builder, write_all
 
     check_folder_place("--out", out, ["profiles"])
-    with _watched("learning priors") as watch:
+    with _spinner("learning priors") as watch:
         builder = Builder(data, watch)
         written = write_all(builder, out)
     from fedsim.report.terminal import console
@@ -43,7 +43,7 @@ def evaluate_tables(folder: Path, as_json: bool) -> None:
     from devices.latency.evaluate_tables import evaluate_tables as judge
     from fedsim.report.terminal import console, table
 
-    with _watched("judging") as watch:
+    with _spinner("judging") as watch:
         found = judge(folder, watch)
     if as_json:
         print(strict_json.dumps([asdict(figure) for figure in found]))
@@ -77,8 +77,8 @@ def evaluate_profiles(space: Any, as_json: bool) -> None:
 
 
 @contextmanager
-def _watched(what: str) -> Iterator[Any]:
-    """A spinner that says what is being done; nothing when piped."""
+def _spinner(what: str) -> Iterator[Any]:
+    """Shows a spinner that says what is being done; nothing when piped."""
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     from fedsim.report.terminal import console

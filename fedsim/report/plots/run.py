@@ -12,9 +12,9 @@ import numpy as np
 from devices.figures import new_figure, save_figure
 from devices.texts import NAME_LETTERS, visible
 from fedsim.messages.cohort import OUTCOMES
-from fedsim.report.files import Rows, only
+from fedsim.report.files import Rows, select_rows
 from fedsim.report.plots.style import COLOURS, NAMES, UNITS
-from fedsim.report.rounds import RoundReport, spent
+from fedsim.report.rounds import RoundReport, running_costs
 from fedsim.workloads.metrics import ACCURACY, CLIENTS, Metric
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def curves(rounds: Sequence[RoundReport], primary: Metric = ACCURACY) -> Figure 
     shown = [key for key in labels if any(key in r.metrics for r in rounds)]
     if not shown:
         return None
-    figure, took = new_figure(9.6, 5.6), spent(list(rounds))
+    figure, took = new_figure(9.6, 5.6), running_costs(list(rounds))
     panels = figure.subplots(2, 2, sharey=True)
     for panel, axis in zip(panels.flat, ("rounds", "simulated_s", "joules", "traffic_bytes"), strict=True):
         most, units = took[axis][-1], UNITS.get(axis, ((1.0, ""),))
@@ -65,8 +65,8 @@ def curves(rounds: Sequence[RoundReport], primary: Metric = ACCURACY) -> Figure 
 
 
 def time_by_device(rows: Rows) -> Figure | None:
-    """Mean seconds of a client's round by device, in its phases; None where no client answered."""
-    answered = only(rows, np.isin(rows["outcome"].astype(str), ("completed", "late")))
+    """Draws the mean seconds of a client's round by device, in its phases; None where no client answered."""
+    answered = select_rows(rows, np.isin(rows["outcome"].astype(str), ("completed", "late")))
     devices, device = np.unique(answered["device"], return_inverse=True)
     if not len(devices):
         return None
@@ -87,7 +87,7 @@ def time_by_device(rows: Rows) -> Figure | None:
 
 
 def outcomes(rounds: Sequence[RoundReport]) -> Figure | None:
-    """What became of the clients that were asked, by round; None where none was."""
+    """Draws what became of the clients that were asked, by round; None where none was."""
     asked = [r for r in rounds if r.cohort]
     if not asked:
         return None
@@ -109,7 +109,7 @@ def outcomes(rounds: Sequence[RoundReport]) -> Figure | None:
 
 
 def as_svg(figure: Figure) -> str:
-    """The figure as the address of a picture within the page; equal figures give equal text."""
+    """Returns the figure as the address of a picture within the page; equal figures give equal text."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 

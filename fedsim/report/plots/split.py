@@ -27,7 +27,7 @@ def split_picture(workload: Workload, path: str | Path) -> None:
 
 
 def draw_split(split: Split) -> Figure:
-    """The labels of the first clients and the sizes of all.
+    """Draws the labels of the first clients and the sizes of all.
 
     Up to 20 classes are stacked bars, more a map; sequences show the sizes only. Above 2000 clients the histogram shows
     2000 evenly spaced ones.

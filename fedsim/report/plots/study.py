@@ -15,14 +15,14 @@ import numpy as np
 from devices.figures import legend_label, new_figure, save_figure
 from devices.texts import NAME_LETTERS, visible
 from fedsim.report.plots.style import AXES, COLOURS, METRICS, NAMES, UNITS
-from fedsim.report.rounds import spent
+from fedsim.report.rounds import running_costs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from fedsim.study.results import Finished, Result
+    from fedsim.study.results import FinishedRun, Result
 
-MOST_LINES, MOST_FAMILIES = 12, 19  # in a panel; so many families can be told apart
+MAX_LINES, MAX_FAMILIES = 12, 19  # in a panel; so many families can be told apart
 LETTERS, TITLE_LETTERS = 11, 300  # of a title: to an inch, and at most
 DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)))
 MARKS = ("o", "s", "^")
@@ -36,7 +36,7 @@ def draw_study(result: Result, path: Path) -> None:
     """
     study = result.study
     points = all(axis not in AXES for axis in study.x)
-    chosen = families(result) if points else {label: [label] for label in shown(result)}
+    chosen = families(result) if points else {label: [label] for label in drawn_labels(result)}
     columns = len(study.x) if len(study.x) <= 3 else 2
     down = -(-len(study.x) // columns)
     figure = new_figure(4.3 * columns + 2.6, 3.3 * down + 0.9, dpi=130)
@@ -70,16 +70,16 @@ def draw_study(result: Result, path: Path) -> None:
     save_figure(figure, path)
 
 
-def shown(result: Result) -> list[str]:
-    """The labels of the lines, in the table's order: all, or the best MOST_LINES, the compared one always."""
+def drawn_labels(result: Result) -> list[str]:
+    """Returns the labels of the lines, in the table's order: all, or the best MAX_LINES, the compared one always."""
     best = sorted(result.rows, key=lambda row: (row.label != result.study.against, -result.metric.gain(row.mean)))[
-        :MOST_LINES
+        :MAX_LINES
     ]
     return [row.label for row in result.rows if row in best]
 
 
 def families(result: Result) -> dict[str, list[str]]:
-    """Labels of the points by family, in the table's order: all, or the MOST_FAMILIES with the best points.
+    """Returns labels of the points by family, in the table's order: all, or the MAX_FAMILIES with the best points.
 
     The family of the arm that others are compared with is among them.
     """
@@ -92,15 +92,15 @@ def families(result: Result) -> dict[str, list[str]]:
         gain = result.metric.gain(row.mean)
         best[family] = max(best.get(family, gain), gain)
     own = of.get(result.study.against)
-    ranked = sorted(found, key=lambda family: (family != own, -best[family]))[:MOST_FAMILIES]
+    ranked = sorted(found, key=lambda family: (family != own, -best[family]))[:MAX_FAMILIES]
     return {family: labels for family, labels in found.items() if family in ranked}
 
 
-def curve(runs: Sequence[Finished], axis: str, metric: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Means over the seeds at each evaluation that all of them have: what it took, the metric, its deviation, [n]."""
+def curve(runs: Sequence[FinishedRun], axis: str, metric: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns means over seeds at each evaluation that all have: what it took, the metric, its deviation, [n] each."""
     judged: list[dict[int, tuple[float, float]]] = []
     for one in runs:
-        took = spent(one.rounds)[axis]
+        took = running_costs(one.rounds)[axis]
         pairs = zip(one.rounds, took, strict=True)
         judged.append({r.round: (x, r.metrics[metric]) for r, x in pairs if metric in r.metrics})
     common = sorted(set.intersection(*(set(points) for points in judged)))
@@ -137,7 +137,7 @@ def _draw_lines(result: Result, panel: Axes, axis: str, labels: Sequence[str], s
 def _draw_points(
     result: Result, panel: Axes, axis: str, chosen: dict[str, list[str]], styles: dict[str, dict[str, Any]]
 ) -> None:
-    """A figure of a run has no course: one point per arm, its score with the deviation over the seeds."""
+    """Draws a point per arm, its score with the deviation over the seeds: a figure of a run has no course."""
     scale = result.metric.scale
     rows = {row.label: (x, row) for row, x in zip(result.rows, result.columns[axis], strict=True)}
     for family, labels in chosen.items():

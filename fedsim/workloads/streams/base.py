@@ -118,7 +118,7 @@ class Arrivals(Examples):
         return batch
 
     def materialise(self, device: torch.device | str = "cpu", memory_format: str = "contiguous") -> Examples:
-        """Training examples are prepared once; held-out ones of many tasks would take too much memory."""
+        """Prepares training examples once; held-out ones of many tasks would take too much memory."""
         return self if self.client is None else super().materialise(device, memory_format)
 
     @property

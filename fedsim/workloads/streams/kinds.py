@@ -1,4 +1,4 @@
-"""How a data set becomes a sequence of tasks: its classes in groups, all of it rotated or permuted, or several."""
+"""Makes a sequence of tasks of a data set: its classes in groups, all of it rotated or permuted, or several sets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from devices.errors import unknown
 from fedsim.errors import ConfigError
 from fedsim.seeding import generator
 from fedsim.workloads.base import ClientData, Examples, Tensors, Workload
@@ -28,9 +27,16 @@ class SplitClasses(Stream):
     Args:
         class_order: "natural": the first classes come first; "shuffled": a draw of the run's seed; or a list.
         stream: arguments of Stream.
+
+    Attributes:
+        task_of_class: [classes] int64.
+        new_label: by class, the label that its examples get, [classes] int64.
     """
 
-    def __init__(self, class_order: str | Sequence[int] = "natural", **stream: Any):
+    task_of_class: Tensor
+    new_label: Tensor
+
+    def __init__(self, class_order: Literal["natural", "shuffled"] | Sequence[int] = "natural", **stream: Any):
         self.class_order = class_order
         super().__init__(**stream)
 
@@ -41,12 +47,9 @@ class SplitClasses(Stream):
         order = list(range(classes))
         if self.class_order == "shuffled":
             order = generator(self.seed, "stream", "classes").permutation(classes).tolist()
-        elif isinstance(self.class_order, str):
-            if self.class_order != "natural":
-                raise ConfigError(unknown("value for stream.class_order", self.class_order, ("natural", "shuffled")))
-        elif sorted(self.class_order) != order:
-            raise ConfigError(f"stream.class_order must hold each of 0..{classes - 1} once, got {self.class_order}")
-        else:
+        elif not isinstance(self.class_order, str):
+            if sorted(self.class_order) != order:
+                raise ConfigError(f"stream.class_order must hold each of 0..{classes - 1} once, got {self.class_order}")
             order = list(self.class_order)
         size = classes // self.tasks
         if size < 2 and self.incremental != "class":

@@ -20,7 +20,7 @@ NUMBERED = 12  # tasks up to which the cells of the map hold their numbers, and 
 
 
 def heat_map(matrix: Matrix, name: str) -> Figure:
-    """Rows: after which task; columns: accuracy on which task, in percent; grey: not judged."""
+    """Draws accuracy in percent: rows are after which task, columns on which task, grey is not judged."""
     import matplotlib
 
     figure = new_figure(6.4, 5.4, dpi=110)
@@ -43,7 +43,7 @@ def heat_map(matrix: Matrix, name: str) -> Figure:
 
 
 def task_curves(reports: Sequence[RoundReport], tasks: int, rounds_per_task: int, one_order: bool = True) -> Figure:
-    """Test accuracy of every task over the rounds; dotted in the phase before its own, where clients have one order."""
+    """Draws test accuracy of every task over the rounds; dotted before its own phase, where clients have one order."""
     import matplotlib
 
     figure = new_figure(9.0, 4.8, dpi=110)
