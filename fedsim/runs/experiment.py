@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,14 +103,15 @@ def reprice_experiment(run: Path, overrides: Sequence[str], shown: Console) -> t
     from fedsim.runs.reprice import reprice
     from fedsim.settings.compose import on_devices
     from fedsim.settings.permissions import keep_out
+    from fedsim.settings.run_settings import RunSettings
 
     keep_out(run)
     forget_worlds()
     quiet_flower()
     settings = on_devices({**settings_of_run(run), "out": None}, overrides)
-    named = {**settings, "name": settings["name"] or f"{run.resolve().name}-repriced"}
-    with new_run_folder(named) as folder:
-        with progress_bar(shown, settings["rounds"], folder) as (watch, _):
+    typed = RunSettings.of(settings)
+    with new_run_folder(replace(typed, name=typed.name or f"{run.resolve().name}-repriced")) as folder:
+        with progress_bar(shown, typed.rounds, folder) as (watch, _):
             summary = reprice(run, settings, folder, watch)
         write_page(folder)
     return folder, summary

@@ -12,7 +12,7 @@ from devices.writing import write_atomic
 from fedsim.engines.locks import hold
 from fedsim.errors import ConfigError
 from fedsim.grid.server_half import server_half
-from fedsim.report.checksums import of_bytes, signed
+from fedsim.report.checksums import sha256_of, signed
 from fedsim.report.files import read_summary
 from fedsim.report.place import CONFIG, PAGE, ROUNDS, SUMMARY
 from fedsim.runs import checkpoint
@@ -52,7 +52,7 @@ def prolong(folder: Path, settings: Settings) -> None:
         except OSError:
             raise ConfigError(f"the run in {folder} is going on just now; wait for it, or end it") from None
         # At every instant one checkpoint belongs to the settings that are there: before the run's own end, or after.
-        sums = {**saved.sums.files, CONFIG: of_bytes(text.encode())}
+        sums = {**saved.sums.files, CONFIG: sha256_of(text.encode())}
         checkpoints.put_beside(saved, replace(saved.sums, files=sums))
         for name in (SUMMARY, PAGE):
             (folder / name).unlink(missing_ok=True)

@@ -228,7 +228,7 @@ class RepricedFederation(Federation):
         half, clients = server_half(self.strategy), range(len(now.fleet))
         trainer = instantiate(now.settings.groups, "trainer")
         compression = instantiate(now.settings.groups, "compression")
-        changed = {
+        changed: dict[str, Callable[[], bool]] = {
             BY_NAME: lambda: any(before.fleet.device_name(c) != now.fleet.device_name(c) for c in clients),
             BY_MEMORY: lambda: any(before.fleet[c].memory_bytes != now.fleet[c].memory_bytes for c in clients),
             BY_LATENCY: lambda: True,
