@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from fedsim.study.runner import Progress, Watch
     from fedsim.study.spec import PlannedRun, Study
 
-PRINTED = 150  # columns of what is not printed to a terminal
 SEED_DIGITS = 19  # of 2**63 - 1
 HEADING = 15  # characters of a line of a heading, so that the arms keep their room
 
@@ -69,7 +68,7 @@ def study(
     chosen = read_study(name, overrides, _seeds(seeds)).only(only or [])
     folder = out or Path("runs") / chosen.name
     logging.getLogger("flwr").setLevel(logging.ERROR)  # strategies that are only tried out have no say
-    runs, shown = plan(chosen, folder, building=not report), console(PRINTED)
+    runs, shown = plan(chosen, folder, building=not report), console()
     if dry_run:
         shown.print(_runs_table(chosen, runs))
         return None
@@ -110,7 +109,7 @@ def _list() -> None:
     shown = table("study", "title", left=("study", "title"))
     for name, title in studies().items():
         shown.add_row(name, title)
-    console(PRINTED).print(shown)
+    console().print(shown)
 
 
 def _runs_table(study: Study, runs: Sequence[PlannedRun]) -> Table:
@@ -159,14 +158,8 @@ def _bar(shown: PlainConsole) -> Iterator[Watch]:
 
 
 def _show(result: Result, failed: dict[str, str], folder: Path, shown: PlainConsole) -> None:
-    """Prints the table, in two where the terminal is too narrow for one."""
-    scores, costs = _scores(result), _costs(result)
-    whole = _table(result, {**scores, **costs})
-    if shown.measure(whole).maximum <= shown.width:
-        shown.print(whole)
-    else:
-        shown.print(_table(result, scores))
-        shown.print(_table(result, costs))
+    """Prints the table."""
+    shown.print(_table(result, {**_scores(result), **_costs(result)}))
     for name, reason in failed.items():
         shown.say(f"FAILED {name}: {reason}")
     shown.say(f"study folder: {folder} (study.md, study.json, study.csv, study.png)")
@@ -181,7 +174,7 @@ def _table(result: Result, columns: dict[str, list[str]]) -> Table:
     seeds = ", ".join(map(str, study.seeds))
     over = f"mean ± standard deviation of seeds {seeds}" if many else f"seed {seeds}"
     title = f"{study.title}\n{over}; differences to {study.against}"
-    shown = table("arm", *columns, left=("arm",), title=title)
+    shown = table("arm", *columns, left=("arm",), title=title, same_below=True)
     notes = [f"{result.metric.name}: mean of the last {study.last} evaluations of a run"] if study.last > 1 else []
     if "difference" in columns and (note := correction(result.rows)):
         notes.append(note)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console, RenderableType
 from rich.progress import Progress
 from rich.table import Table
@@ -13,13 +14,21 @@ from rich.table import Table
 from devices.texts import visible_lines
 
 CELL_LETTERS = 400  # of a line in a cell; commands and paths are the longest
+NAME_WIDTH = 24  # columns that a column of text needs at most: what is longer may be broken
+EDGE, BETWEEN = 1, 3  # columns that a frame takes: once, and for each column
+PIPED_WIDTH = 100_000  # of what is not printed to a terminal: nothing is shrunk there
 
 
 class PlainConsole(Console):
     """A terminal on which a text is only a text: no markup, no emoji names, no control characters."""
 
     def print(self, *objects: Any, **how: Any) -> None:
-        """Prints as rich does, with what cannot be seen written as escapes."""
+        """Prints as rich does, with what cannot be seen written as escapes, and wide tables in parts."""
+        for plain in objects:
+            if isinstance(plain, PlainTable):
+                for part in plain.parts(self.width):
+                    super().print(part, **how)
+                return
         super().print(*(visible_lines(o) if isinstance(o, str) else o for o in objects), **how)
 
     def say(self, text: str, style: str | None = None) -> None:
@@ -32,43 +41,116 @@ class PlainConsole(Console):
 
 
 class PlainTable(Table):
-    """A table whose cells are only texts; a long one is shortened."""
+    """A table whose cells are only texts; a long one is shortened.
+
+    Where it is wider than the terminal, it is printed in parts that each begin with its first column: no name of a row
+    is ever left out, and no unit cut.
+
+    Args:
+        headings: of its columns.
+        left: those of text, which start at the left and may be broken; the others are figures, to the right.
+        title: above it.
+        same_below: columns that are the same in all rows go below it, as a line.
+    """
+
+    def __init__(
+        self,
+        headings: Sequence[str],
+        left: Collection[str] = (),
+        title: str | None = None,
+        caption: str | None = None,
+        same_below: bool = False,
+    ):
+        super().__init__(title=title, caption=caption, header_style="bold")
+        self.headings, self.left, self.same_below = list(headings), left, same_below
+        self.lines: list[tuple[list[RenderableType | None], dict[str, Any]]] = []
+        for name in headings:
+            of_text = name in left
+            self.add_column(
+                visible_lines(name, CELL_LETTERS),
+                justify="left" if of_text else "right",
+                overflow="fold",
+                no_wrap=not of_text,
+                min_width=8 if of_text else None,
+            )
 
     def add_row(self, *cells: RenderableType | None, **how: Any) -> None:
         """Adds a row as rich does."""
-        super().add_row(*(visible_lines(c, CELL_LETTERS) if isinstance(c, str) else c for c in cells), **how)
+        shown = [visible_lines(c, CELL_LETTERS) if isinstance(c, str) else c for c in cells]
+        self.lines.append((shown, how))
+        super().add_row(*shown, **how)
+
+    def add_section(self) -> None:
+        """Draws a line below the last row."""
+        if self.lines:
+            self.lines[-1][1]["end_section"] = True
+        super().add_section()
+
+    def parts(self, width: int) -> list[PlainTable]:
+        """Returns tables that together say the same, each as narrow as this if its own columns allow it."""
+        moved = [n for n in range(1, len(self.headings)) if self.same_below and self._is_same(n)]
+        shown = [n for n in range(len(self.headings)) if n not in moved]
+        notes = [f"{_in_line(self.headings[n])}: {self._text(self.lines[0][0], n)}" for n in moved]
+        caption = "\n".join([*([str(self.caption)] if self.caption else []), *([", ".join(notes)] if notes else [])])
+        groups: list[list[int]] = [[]]
+        taken = first = EDGE + self._needed(0)
+        for number in shown[1:]:
+            needed = self._needed(number)
+            if groups[-1] and taken + needed > width:
+                groups.append([])
+                taken = first
+            groups[-1].append(number)
+            taken += needed
+        return [
+            self._only([0, *group], caption or None if group == groups[-1] else None, group == groups[0])
+            for group in groups
+        ]
+
+    def _only(self, columns: Sequence[int], caption: str | None, is_first: bool) -> PlainTable:
+        """Returns the table of some columns."""
+        title = self.title if is_first else None
+        part = PlainTable([self.headings[n] for n in columns], self.left, str(title) if title else None, caption)
+        part.show_header, part.box, part.show_lines = self.show_header, self.box, self.show_lines
+        for cells, how in self.lines:
+            part.add_row(*(cells[n] if n < len(cells) else None for n in columns), **how)
+        return part
+
+    def _is_same(self, column: int) -> bool:
+        """Whether all of several rows have the same text there."""
+        return len(self.lines) > 1 and len({self._text(cells, column) for cells, _ in self.lines}) == 1
+
+    def _text(self, cells: Sequence[RenderableType | None], column: int) -> str:
+        return str(cells[column] or "") if column < len(cells) else ""
+
+    def _needed(self, column: int) -> int:
+        """Returns how wide a column must be."""
+        texts = [self.headings[column], *(self._text(cells, column) for cells, _ in self.lines)]
+        widest = max(cell_len(line) for text in texts for line in [*text.splitlines(), ""])
+        return BETWEEN + (min(widest, NAME_WIDTH) if self.headings[column] in self.left else widest)
 
 
-def console(piped_width: int | None = None) -> PlainConsole:
-    """Returns the terminal that every command prints to.
+def _in_line(heading: str) -> str:
+    return " ".join(heading.split())
 
-    Args:
-        piped_width: columns where the output goes to a file or a pipe and COLUMNS does not say; rich's 80 when None.
-    """
+
+def console() -> PlainConsole:
+    """Returns the terminal that every command prints to; what is piped is as wide as it needs to be, or COLUMNS."""
     made = PlainConsole(markup=False, emoji=False)
-    if piped_width is None or made.is_terminal or "COLUMNS" in os.environ:
+    if made.is_terminal or "COLUMNS" in os.environ:
         return made
-    return PlainConsole(markup=False, emoji=False, width=piped_width)
+    return PlainConsole(markup=False, emoji=False, width=PIPED_WIDTH)
 
 
-def table(*columns: str, left: Collection[str] = (), title: str | None = None) -> PlainTable:
+def table(*columns: str, left: Collection[str] = (), title: str | None = None, same_below: bool = False) -> PlainTable:
     """Returns an empty table.
 
     Args:
         columns: their headings.
         left: those of text, which start at the left and may be broken; the others are figures, to the right.
         title: above the table.
+        same_below: columns that are the same in all rows go below it, as a line.
     """
-    made = PlainTable(title=None if title is None else visible_lines(title, CELL_LETTERS), header_style="bold")
-    for name in columns:
-        made.add_column(
-            visible_lines(name, CELL_LETTERS),
-            justify="left" if name in left else "right",
-            overflow="fold",
-            no_wrap=name not in left,
-            min_width=8 if name in left else None,
-        )
-    return made
+    return PlainTable(columns, left, None if title is None else visible_lines(title, CELL_LETTERS), None, same_below)
 
 
 def work_bar(shown: PlainConsole) -> Progress:
