@@ -167,7 +167,7 @@ def _show(result: Result, failed: dict[str, str], folder: Path, shown: PlainCons
 
 def _table(result: Result, columns: dict[str, list[str]]) -> Table:
     from fedsim.report.terminal import table
-    from fedsim.study.page import label
+    from fedsim.study.page import label, scores_are_of
     from fedsim.study.paired import correction
 
     study, many = result.study, len(result.study.seeds) > 1
@@ -175,7 +175,7 @@ def _table(result: Result, columns: dict[str, list[str]]) -> Table:
     over = f"mean ± standard deviation of seeds {seeds}" if many else f"seed {seeds}"
     title = f"{study.title}\n{over}; differences to {study.against}"
     shown = table("arm", *columns, left=("arm",), title=title, same_below=True)
-    notes = [f"{result.metric.name}: mean of the last {study.last} evaluations of a run"] if study.last > 1 else []
+    notes = [text] if (text := scores_are_of(study.last, result.rows)) else []
     if "difference" in columns and (note := correction(result.rows)):
         notes.append(note)
     shown.caption = "\n".join(notes) or None

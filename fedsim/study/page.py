@@ -11,7 +11,7 @@ from devices.texts import visible_lines
 from devices.writing import write_atomic
 from fedsim.report.plots.style import METRICS
 from fedsim.report.text import energy, simulated, size
-from fedsim.study.paired import Row, correction
+from fedsim.study.paired import Row, span
 from fedsim.study.results import Result
 
 PAGE = "study.md"
@@ -85,15 +85,22 @@ def _notes(result: Result) -> list[str]:
     many = len(study.seeds) > 1
     seeds = ", ".join(map(str, study.seeds))
     notes = [f"Mean ± standard deviation of seeds {seeds}." if many else f"Seed {seeds}."]
-    if study.last > 1:
-        notes.append(f"{result.metric.title}: mean of the last {study.last} evaluations of a run.")
-    if correction(result.rows):
+    if text := scores_are_of(study.last, result.rows):
+        notes.append(f"{text}.")
+    if sum(not math.isnan(row.p) for row in result.rows) > 1:
         count = sum(not math.isnan(row.p) for row in result.rows)
         notes.append(
             f"Differences are paired by seed, each with its own 95 % interval; bold: p < 0.05 after Holm's correction "
             f"for the {count} of the table."
         )
     return notes
+
+
+def scores_are_of(last: int | None, rows: Sequence[Row]) -> str:
+    """Returns which evaluations make the scores of a table; empty where that is the last one of each run."""
+    if last is None or any(row.span and 2 * row.span[0] <= row.span[3] for row in rows):
+        return span(rows)
+    return f"{rows[0].metric.title}: mean of the last {last} evaluations of a run" if last > 1 else ""
 
 
 def _heading(path: str) -> str:

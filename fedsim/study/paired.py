@@ -20,6 +20,8 @@ from fedsim.settings.forms import MAP, WHOLE, check_tree
 from fedsim.workloads.metrics import ACCURACY, NOT_FINITE, Metric, judged
 
 SIGNIFICANT = 0.05
+TENTH = 10  # of the rounds make a score
+FEWEST = 3  # seeds that an interval needs
 IGNORED = ("seed", "out", "name", "choices", "checkpoint_s")  # settings in which runs of one row may differ
 
 
@@ -36,6 +38,7 @@ class Row:
         p_holm: p after Holm's correction for the comparisons of the table.
         simulated_s, joules, traffic_bytes, rounds: means over the seeds.
         metric: what the scores are values of.
+        span: first and last of the rounds that are scored, how many, and the last of the run; None where runs differ.
     """
 
     label: str
@@ -49,6 +52,7 @@ class Row:
     p: float = math.nan
     p_holm: float = math.nan
     metric: Metric = ACCURACY
+    span: tuple[int, int, int, int] | None = None
 
     @property
     def is_significant(self) -> bool:
@@ -76,12 +80,12 @@ class Row:
         return " to ".join(map(self.metric.change, self.interval))
 
 
-def compare(folders: Iterable[Path], last: int, against: str | None = None) -> list[Row]:
+def compare(folders: Iterable[Path], last: int | None, against: str | None = None) -> list[Row]:
     """Returns a row per method and setting, in order of the folders.
 
     Args:
         folders: of runs.
-        last: evaluations that make a score.
+        last: evaluations that make a score; those of the last tenth of the rounds when None.
         against: label (or its beginning) of the row that the others are compared with; the first when None.
 
     Raises:
@@ -126,13 +130,13 @@ def common_metric(folders: Sequence[Path]) -> Metric:
 
 
 def compare_rows(
-    groups: Mapping[str, Mapping[int, list[RoundReport]]], last: int, against: str, metric: Metric = ACCURACY
+    groups: Mapping[str, Mapping[int, list[RoundReport]]], last: int | None, against: str, metric: Metric = ACCURACY
 ) -> list[Row]:
     """Returns a row per label, in their order.
 
     Args:
         groups: by label and seed, the rounds of a run.
-        last: evaluations that make a score.
+        last: evaluations that make a score; those of the last tenth of the rounds when None.
         against: label of the row that all are compared with; where it has no runs there are no differences.
         metric: of the rounds, that makes a score.
 
@@ -162,13 +166,14 @@ def holm(values: Sequence[float]) -> list[float]:
 
 
 def correction(rows: Sequence[Row]) -> str:
-    """Returns a table's caption on its comparisons; empty where there is one at most, or none with a p."""
+    """Returns a table's caption on its comparisons; empty where none has a p."""
     count = sum(not math.isnan(row.p) for row in rows)
-    return (
-        f"intervals: of one difference each; *: p < {SIGNIFICANT} after Holm's correction for {count}"
-        if count > 1
-        else ""
-    )
+    if count > 1:
+        return f"intervals: of one difference each; *: p < {SIGNIFICANT} after Holm's correction for {count}"
+    few = max((len(row.scores) for row in rows), default=0)
+    if not count and len(rows) > 1 and few < FEWEST:
+        return f"{few} seed{'s' if few > 1 else ''}: no interval"
+    return f"*: p < {SIGNIFICANT}" if count else ""
 
 
 def run_folders(given: Iterable[Path]) -> list[Path]:
@@ -180,33 +185,72 @@ def run_folders(given: Iterable[Path]) -> list[Path]:
     return found
 
 
-def score(rounds: list[RoundReport], last: int, metric: str = ACCURACY.name) -> float:
-    """Returns the mean of a metric over the last evaluations; nan where the model's output in one was not finite.
+def scored(rounds: list[RoundReport], last: int | None, metric: str = ACCURACY.name) -> list[RoundReport]:
+    """Returns the evaluated rounds whose mean is a run's score: those of its last tenth, but one at least.
+
+    Args:
+        rounds: of a run.
+        last: as many evaluations instead.
+        metric: that makes the score.
 
     Raises:
         ConfigError: if there is no such metric.
     """
-    values = [r.metrics.get(metric, math.nan) for r in rounds if metric in r.metrics or NOT_FINITE in r.metrics]
-    if not values:
+    found = [r for r in rounds if metric in r.metrics or NOT_FINITE in r.metrics]
+    if not found:
         known = {name for r in rounds for name in r.metrics}
         raise ConfigError(unknown("metric of the runs", metric, sorted(known)))
-    return float(np.mean(values[-last:]))
+    if last is not None:
+        return found[-last:]
+    end = rounds[-1].round
+    return [r for r in found if r.round > end - math.ceil(end / TENTH)] or found[-1:]
+
+
+def score(rounds: list[RoundReport], last: int | None, metric: str = ACCURACY.name) -> float:
+    """Returns the mean of a metric over the `scored` rounds; nan where the model's output in one was not finite.
+
+    Raises:
+        ConfigError: if there is no such metric.
+    """
+    return float(np.mean([r.metrics.get(metric, math.nan) for r in scored(rounds, last, metric)]))
+
+
+def span(rows: Sequence[Row]) -> str:
+    """Returns a table's caption on the rounds that its scores are of, and a warning where they are early ones."""
+    spans = {row.span for row in rows if row.span}
+    if not spans:
+        return ""
+    name = rows[0].metric.title
+    if len(spans) > 1:
+        text = f"{name}: of the last rounds of each run, which are not the same"
+    else:
+        first, last, count, _ = next(iter(spans))
+        text = (
+            f"{name}: of round {last}"
+            if count == 1
+            else f"{name}: mean of rounds {first} {'and' if count == 2 else 'to'} {last}"
+        )
+    early = [row.span for row in rows if row.span and 2 * row.span[0] <= row.span[3]]
+    if early:
+        first, _, _, end = early[0]
+        text += f"; it reaches back to round {first} of {end}, before the middle: a mean over learning, not of its end"
+    return text
 
 
 def half_width_of(differences: list[float]) -> float:
-    """Returns half the width of the 95 % interval of the mean difference; infinite for less than two."""
+    """Returns half the width of the 95 % interval of the mean difference; infinite for less than three."""
     from scipy.stats import t
 
-    if len(differences) < 2:
+    if len(differences) < FEWEST:
         return math.inf
     return float(t.ppf(0.975, len(differences) - 1) * np.std(differences, ddof=1) / len(differences) ** 0.5)
 
 
 def p_value(differences: Sequence[float]) -> float:
-    """Returns p of Student's two-sided t test that the mean difference is 0; nan for less than two."""
+    """Returns p of Student's two-sided t test that the mean difference is 0; nan for less than three."""
     from scipy.stats import t
 
-    if len(differences) < 2:
+    if len(differences) < FEWEST:
         return math.nan
     mean, error = float(np.mean(differences)), float(np.std(differences, ddof=1)) / len(differences) ** 0.5
     if not error:
@@ -214,14 +258,22 @@ def p_value(differences: Sequence[float]) -> float:
     return float(2 * t.sf(abs(mean) / error, len(differences) - 1))
 
 
-def _row(label: str, group: Mapping[int, list[RoundReport]], base: dict[int, float], last: int, metric: Metric) -> Row:
+def _row(
+    label: str, group: Mapping[int, list[RoundReport]], base: dict[int, float], last: int | None, metric: Metric
+) -> Row:
     scores = {seed: score(rounds, last, metric.name) for seed, rounds in group.items()}
     differences = [scores[seed] - base[seed] for seed in scores if seed in base]
     ends = [[costs[-1] for costs in running_costs(rounds).values()] for rounds in group.values()]
     seconds, joules, traffic, rounds = (float(np.mean(column)) for column in zip(*ends, strict=True))
     mean = float(np.mean(differences)) if differences else math.nan
     half, p = half_width_of(differences), p_value(differences)
-    return Row(label, scores, mean, half, seconds, joules, traffic, rounds, p, metric=metric)
+    spans = {_span(scored(run, last, metric.name), run[-1].round) for run in group.values()}
+    same = next(iter(spans)) if len(spans) == 1 else None
+    return Row(label, scores, mean, half, seconds, joules, traffic, rounds, p, metric=metric, span=same)
+
+
+def _span(found: Sequence[RoundReport], end: int) -> tuple[int, int, int, int]:
+    return found[0].round, found[-1].round, len(found), end
 
 
 def _read(folder: Path, metric: Metric) -> tuple[dict[str, Any], list[RoundReport]]:

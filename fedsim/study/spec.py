@@ -77,7 +77,7 @@ class Study:
             empty: that one itself.
         x: axes of the picture: some of AXES, along which the metric is a line, or a value of `summary.json`
             (WHOLE_FIGURES, or by its dotted path), against which an arm's score is a point.
-        last: evaluations that make a score.
+        last: evaluations that make a score; those of the last tenth of the rounds when None.
         columns: further values of `summary.json` by dotted path, or `metrics.NAME` of a metric of the rounds.
         question: what the study asks, for its page; Markdown.
         reading: how its table is to be read, for its page; Markdown.
@@ -91,7 +91,7 @@ class Study:
     seeds: tuple[int, ...]
     against: str
     x: tuple[str, ...] = ("rounds", "simulated_s")
-    last: int = 4
+    last: int | None = None
     metric: str = ""
     columns: tuple[str, ...] = ()
     sources: tuple[Arm, ...] = ()
@@ -193,7 +193,7 @@ def read_study(name: str, overrides: Sequence[str] = (), seeds: Sequence[int] = 
         seeds=tuple(seeds) or _seeds(path, tree.get("seeds", [1])),
         against=str(tree.get("against", arms[0].label)),
         x=_texts(path, "x", tree.get("x", ["rounds", "simulated_s"])),
-        last=tree.get("last", 4),
+        last=tree.get("last"),
         metric=tree.get("metric", ""),
         columns=_texts(path, "columns", tree.get("columns", [])),
         own=tuple(overrides),
@@ -244,8 +244,9 @@ def _checked(path: Path, study: Study) -> Study:
     labels = [arm.label for arm in study.arms]
     if study.against not in labels:
         raise ConfigError(f"{path}: {unknown('arm in against', study.against, labels)}")
-    if isinstance(study.last, bool) or not isinstance(study.last, int) or study.last < 1:
-        raise ConfigError(f"{path}: last must be a whole number of at least 1, got {as_yaml(study.last)}")
+    last = study.last
+    if last is not None and (isinstance(last, bool) or not isinstance(last, int) or last < 1):
+        raise ConfigError(f"{path}: last must be a whole number of at least 1, or left out, got {as_yaml(last)}")
     if not study.x:
         raise ConfigError(f"{path}: x must name an axis at least: {', '.join(AXES)}, or a value of summary.json")
     for axis in study.x:
