@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY, Ended
-from test_resume import EndError, comparable, ends_after
+from cut_short import EndError, comparable, ends_after
 
 from clients.app import serve
 from devices.errors import UserError

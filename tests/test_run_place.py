@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY, Ended
-from test_resume import comparable
+from cut_short import comparable
 
 from clients.app import serve
 from fedsim.engines.local import LocalEngine
