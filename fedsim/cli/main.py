@@ -9,11 +9,11 @@ import typer
 
 from fedsim.cli.averages import averages
 from fedsim.cli.bench import bench
+from fedsim.cli.compare import compare
 from fedsim.cli.data import describe, list_data
 from fedsim.cli.devices.main import app as devices_app
 from fedsim.cli.doctor import doctor
 from fedsim.cli.flower import flwr
-from fedsim.cli.paired import paired
 from fedsim.cli.process import run_app
 from fedsim.cli.replay import replay
 from fedsim.cli.report import report
@@ -38,7 +38,8 @@ PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 app.command(cls=RunCommand, context_settings=PASS_THROUGH, epilog=RUN_EPILOG)(run)
 app.command(context_settings=PASS_THROUGH)(flwr)
-app.command()(paired)
+app.command()(compare)
+app.command("paired", hidden=True)(compare)
 app.command(context_settings=PASS_THROUGH)(study)
 app.command()(bench)
 app.command()(replay)

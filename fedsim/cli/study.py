@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from fedsim.study.spec import PlannedRun, Study
 
 SEED_DIGITS = 19  # of 2**63 - 1
-HEADING = 15  # characters of a line of a heading, so that the arms keep their room
 
 
 def study(
@@ -159,69 +157,12 @@ def _bar(shown: PlainConsole) -> Iterator[Watch]:
 
 def _show(result: Result, failed: dict[str, str], folder: Path, shown: PlainConsole) -> None:
     """Prints the table."""
-    shown.print(_table(result, {**_scores(result), **_costs(result)}))
+    from fedsim.study.tables import result_table
+
+    shown.print(result_table(result))
     for name, reason in failed.items():
         shown.say(f"FAILED {name}: {reason}")
     shown.say(f"study folder: {folder} (study.md, study.json, study.csv, study.png)")
-
-
-def _table(result: Result, columns: dict[str, list[str]]) -> Table:
-    from fedsim.report.terminal import table
-    from fedsim.study.page import label, scores_are_of
-    from fedsim.study.paired import correction
-
-    study, many = result.study, len(result.study.seeds) > 1
-    seeds = ", ".join(map(str, study.seeds))
-    over = f"mean ± standard deviation of seeds {seeds}" if many else f"seed {seeds}"
-    title = f"{study.title}\n{over}; differences to {study.against}"
-    shown = table("arm", *columns, left=("arm",), title=title, same_below=True)
-    notes = [text] if (text := scores_are_of(study.last, result.rows)) else []
-    if "difference" in columns and (note := correction(result.rows)):
-        notes.append(note)
-    shown.caption = "\n".join(notes) or None
-    for number, row in enumerate(result.rows):
-        shown.add_row(label(row, len(study.seeds)), *(cells[number] for cells in columns.values()))
-    return shown
-
-
-def _scores(result: Result) -> dict[str, list[str]]:
-    """Returns cells by column: the metric, and what it differs by."""
-    from fedsim.study.page import score
-
-    metric = result.metric
-    heading = metric.heading
-    cells: dict[str, list[str]] = {heading: [], "difference": [], "95 % interval": []}
-    for row in result.rows:
-        compared = row.label != result.study.against and not math.isnan(row.difference)
-        cells[heading].append(score(row))
-        star = " *" if row.is_significant else ""
-        cells["difference"].append(f"{metric.change(row.difference)}{star}" if compared else "")
-        cells["95 % interval"].append(row.interval_text if compared and math.isfinite(row.half_width) else "")
-    return {name: column for name, column in cells.items() if any(column)}
-
-
-def _costs(result: Result) -> dict[str, list[str]]:
-    """Returns cells by column: what a run of each arm took, and the study's own columns."""
-    from fedsim.report.text import energy, simulated, size
-    from fedsim.study.page import figure
-
-    columns = {_heading(path): [figure(v) for v in values] for path, values in result.columns.items()}
-    return {
-        "time": [simulated(row.simulated_s) for row in result.rows],
-        "energy": [energy(row.joules) for row in result.rows],
-        "traffic": [size(row.traffic_bytes) for row in result.rows],
-        "rounds": [f"{row.rounds:g}" for row in result.rows],
-        **columns,
-    }
-
-
-def _heading(path: str) -> str:
-    """Returns a value's path as a narrow heading of several lines."""
-    from textwrap import wrap
-
-    from fedsim.report.plots.style import METRICS
-
-    return "\n".join(wrap(path.removeprefix(METRICS).replace("_", " "), HEADING))
 
 
 def _draw(result: Result, folder: Path) -> None:

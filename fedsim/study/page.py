@@ -18,13 +18,13 @@ PAGE = "study.md"
 MAX_COLUMNS = 8
 
 
-def write_page(result: Result, failed: Mapping[str, str], out: Path) -> None:
-    """Writes `study.md` into the study's folder.
+def write_page(result: Result, failed: Mapping[str, str], out: Path, name: str = PAGE) -> None:
+    """Writes `study.md` into a folder, or by another name.
 
     Raises:
         OSError: if the file cannot be written.
     """
-    write_atomic(out / PAGE, visible_lines(text_of(result, failed)))
+    write_atomic(out / name, visible_lines(text_of(result, failed)))
 
 
 def text_of(result: Result, failed: Mapping[str, str]) -> str:

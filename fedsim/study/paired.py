@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from devices.errors import FileError, unknown
 from fedsim.errors import ConfigError
-from fedsim.report.files import read_config
-from fedsim.report.rounds import RoundReport, read_rounds, running_costs
+from fedsim.report.rounds import RoundReport, running_costs
 from fedsim.report.split import primary_of
-from fedsim.settings.forms import MAP, WHOLE, check_tree
-from fedsim.workloads.metrics import ACCURACY, NOT_FINITE, Metric, judged
+from fedsim.workloads.metrics import ACCURACY, NOT_FINITE, Metric
 
 SIGNIFICANT = 0.05
 TENTH = 10  # of the rounds make a score
 FEWEST = 3  # seeds that an interval needs
-IGNORED = ("seed", "out", "name", "choices", "checkpoint_s")  # settings in which runs of one row may differ
 
 
 @dataclass(frozen=True)
@@ -78,35 +73,6 @@ class Row:
     def interval_text(self) -> str:
         """Returns the interval in the unit of the metric."""
         return " to ".join(map(self.metric.change, self.interval))
-
-
-def compare(folders: Iterable[Path], last: int | None, against: str | None = None) -> list[Row]:
-    """Returns a row per method and setting, in order of the folders.
-
-    Args:
-        folders: of runs.
-        last: evaluations that make a score; those of the last tenth of the rounds when None.
-        against: label (or its beginning) of the row that the others are compared with; the first when None.
-
-    Raises:
-        ConfigError: if there are no runs, they are judged by different metrics, one was given twice, or no row is
-            called `against`.
-    """
-    folders = list(folders)
-    if not folders:
-        raise ConfigError("there are no runs to compare; give the folder of a sweep, or several of runs")
-    metric = common_metric(folders)
-    runs = [_read(folder, metric) for folder in folders]  # trees as they stand: earlier versions had fewer settings
-    groups: dict[str, dict[int, list[RoundReport]]] = {}
-    for label, (settings, rounds) in zip(_labels([s for s, _ in runs]), runs, strict=True):
-        group = groups.setdefault(label, {})
-        if settings["seed"] in group:
-            raise ConfigError(f"{label!r} was run twice with seed {settings['seed']}; leave one out")
-        group[settings["seed"]] = rounds
-    first = next((name for name in groups if name.startswith(against or "")), None)
-    if first is None:
-        raise ConfigError(f"no row is called {against!r}; there are: {', '.join(groups)}")
-    return compare_rows({first: groups[first], **groups}, last, first, metric)
 
 
 def common_metric(folders: Sequence[Path]) -> Metric:
@@ -174,15 +140,6 @@ def correction(rows: Sequence[Row]) -> str:
     if not count and len(rows) > 1 and few < FEWEST:
         return f"{few} seed{'s' if few > 1 else ''}: no interval"
     return f"*: p < {SIGNIFICANT}" if count else ""
-
-
-def run_folders(given: Iterable[Path]) -> list[Path]:
-    """Returns the run folders among and directly below the given ones, those of a sweep in its order."""
-    found: list[Path] = []
-    for folder in given:
-        below = sorted((p.parent for p in folder.glob("*/rounds.jsonl")), key=lambda p: (len(p.name), p.name))
-        found += [folder] if (folder / "rounds.jsonl").is_file() else below
-    return found
 
 
 def scored(rounds: list[RoundReport], last: int | None, metric: str = ACCURACY.name) -> list[RoundReport]:
@@ -274,38 +231,3 @@ def _row(
 
 def _span(found: Sequence[RoundReport], end: int) -> tuple[int, int, int, int]:
     return found[0].round, found[-1].round, len(found), end
-
-
-def _read(folder: Path, metric: Metric) -> tuple[dict[str, Any], list[RoundReport]]:
-    try:
-        settings, rounds = read_config(folder), read_rounds(folder)
-        check_tree(settings, {"seed": WHOLE, "choices": MAP}, str(folder / "config.yaml"))
-    except (ConfigError, FileError) as error:
-        raise ConfigError(f"{folder} is not a run that can be read: {error}") from error
-    if not judged(rounds, metric):
-        raise ConfigError(f"{folder} holds no evaluated round")
-    return settings, rounds
-
-
-def _labels(runs: list[dict[str, Any]]) -> list[str]:
-    """Names the method of each run and the settings in which it differs from others of that method."""
-    chosen = [s["choices"] for s in runs]
-    names = [str(c.get("method") or f"{c.get('strategy')}+{c.get('trainer')}") for c in chosen]
-    flat = [_flat({key: value for key, value in s.items() if key not in IGNORED}) for s in runs]
-    values: dict[tuple[str, str], set[str]] = defaultdict(set)
-    for name, settings in zip(names, flat, strict=True):
-        for key, value in settings.items():
-            values[name, key].add(value)
-    labels = []
-    for name, settings in zip(names, flat, strict=True):
-        several = [f"{key}={value}" for key, value in settings.items() if len(values[name, key]) > 1]
-        labels.append(" ".join([name, *several]))
-    return labels
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    found: dict[str, str] = {}
-    for key, value in tree.items():
-        below = _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": str(value)}
-        found.update(below)
-    return found

@@ -128,8 +128,8 @@ def _numbers(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, f
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def write_result(result: Result, failed: Mapping[str, str], out: Path) -> None:
-    """Writes `study.json` and `study.csv` into the study's folder; missing figures are null and empty."""
+def write_result(result: Result, failed: Mapping[str, str], out: Path, name: str = "study") -> None:
+    """Writes `study.json` and `study.csv` into a folder, or by another name; missing figures are null and empty."""
     import pandas as pd
 
     study, arms = result.study, [_record(result, number) for number in range(len(result.rows))]
@@ -139,16 +139,17 @@ def write_result(result: Result, failed: Mapping[str, str], out: Path) -> None:
         "against": study.against,
         "metric": result.metric.name,
         "last": study.last,
+        **({"target": study.target} if study.target is not None else {}),
         "seeds": study.seeds,
         "arms": arms,
         "failed": dict(failed),
     }
-    write_atomic(out / "study.json", strict_json.dumps(tree, indent=1, ensure_ascii=False) + "\n")
+    write_atomic(out / f"{name}.json", strict_json.dumps(tree, indent=1, ensure_ascii=False) + "\n")
     flat = [
         {**{k: v for k, v in arm.items() if k not in ("overrides", "of", "suffix", "scores")}, **_by_seed(arm)}
         for arm in arms
     ]
-    write_atomic(out / "study.csv", pd.DataFrame(flat).to_csv(index=False))
+    write_atomic(out / f"{name}.csv", pd.DataFrame(flat).to_csv(index=False))
 
 
 def _record(result: Result, number: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,7 +31,7 @@ from fedsim.settings.permissions import keep_out_beside
 from fedsim.settings.run_settings import RunSettings
 from fedsim.workloads.fingerprint import SEED, Fingerprint, difference, files_of
 
-KEYS = ("title", "question", "base", "seeds", "arms", "against", "metric", "x", "last", "columns", "reading")
+KEYS = ("title", "question", "base", "seeds", "arms", "against", "metric", "x", "last", "target", "columns", "reading")
 ARM_KEYS = ("overrides", "grid", "of", "suffix")
 MAX_ARMS = 1000
 LARGEST = 2**63 - 1  # of whole numbers, as of a seed
@@ -78,6 +79,8 @@ class Study:
         x: axes of the picture: some of AXES, along which the metric is a line, or a value of `summary.json`
             (WHOLE_FIGURES, or by its dotted path), against which an arm's score is a point.
         last: evaluations that make a score; those of the last tenth of the rounds when None.
+        differs: of runs that are there, a line for each setting that differs.
+        target: value of the metric for which the table says what it costs to reach it; no run stops there.
         columns: further values of `summary.json` by dotted path, or `metrics.NAME` of a metric of the rounds.
         question: what the study asks, for its page; Markdown.
         reading: how its table is to be read, for its page; Markdown.
@@ -96,6 +99,8 @@ class Study:
     columns: tuple[str, ...] = ()
     sources: tuple[Arm, ...] = ()
     own: tuple[str, ...] = ()
+    target: float | None = None
+    differs: tuple[str, ...] = ()
     question: str = ""
     reading: str = ""
 
@@ -195,6 +200,7 @@ def read_study(name: str, overrides: Sequence[str] = (), seeds: Sequence[int] = 
         x=_texts(path, "x", tree.get("x", ["rounds", "simulated_s"])),
         last=tree.get("last"),
         metric=tree.get("metric", ""),
+        target=_target(path, tree),
         columns=_texts(path, "columns", tree.get("columns", [])),
         own=tuple(overrides),
         question=_text(path, "question", tree),
@@ -327,6 +333,15 @@ def _text(path: Path, key: str, tree: Mapping[str, Any]) -> str:
     if not isinstance(value, str) or not storable(value.replace("\n", " ")):
         raise ConfigError(f"{path}: {key} must be text, got {as_yaml(value)}")
     return value
+
+
+def _target(path: Path, tree: Mapping[str, Any]) -> float | None:
+    value = tree.get("target")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ConfigError(f"{path}: target must be a number in the metric's own scale, e.g. 0.8, got {as_yaml(value)}")
+    return float(value)
 
 
 def _texts(path: Path, key: str, value: Any) -> tuple[str, ...]:

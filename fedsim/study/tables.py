@@ -1,0 +1,105 @@
+"""The table of a study or a comparison, as the terminal shows it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from textwrap import wrap
+from typing import Any
+
+import numpy as np
+
+from fedsim.report.plots.style import METRICS
+from fedsim.report.terminal import PlainTable, table
+from fedsim.report.text import energy, simulated, size
+from fedsim.study.page import figure, label, score, scores_are_of
+from fedsim.study.paired import correction
+from fedsim.study.results import Result
+from fedsim.workloads import metrics
+
+HEADING = 15  # characters of a line of a heading, so that the arms keep their room
+
+
+def result_table(result: Result) -> PlainTable:
+    """Returns the table of a comparison: scores, what they differ by, what a run took, and what its target cost."""
+    columns = {**_scores(result), **_costs(result), **to_target(result)}
+    study, many = result.study, len(result.study.seeds) > 1
+    seeds = ", ".join(map(str, study.seeds))
+    over = f"mean ± standard deviation of seeds {seeds}" if many else f"seed {seeds}"
+    title = f"{study.title}\n{over}; differences to {study.against}"
+    shown = table("arm", *columns, left=("arm",), title=title, same_below=True)
+    notes = [text] if (text := scores_are_of(study.last, result.rows)) else []
+    if "difference" in columns and (note := correction(result.rows)):
+        notes.append(note)
+    shown.caption = "\n".join([*notes, *unmatched(result)]) or None
+    for number, row in enumerate(result.rows):
+        shown.add_row(label(row, len(study.seeds)), *(cells[number] for cells in columns.values()))
+    return shown
+
+
+def unmatched(result: Result) -> list[str]:
+    """Returns a line for rows whose seeds are not those of the row that they are compared with."""
+    base = next((set(row.scores) for row in result.rows if row.label == result.study.against), set())
+    alone = [row.label for row in result.rows if base and not base & set(row.scores)]
+    some = [row for row in result.rows if base & set(row.scores) and set(row.scores) != base]
+    lines = [f"no seed in common with {result.study.against}, so no difference: {', '.join(alone)}"] if alone else []
+    for row in some:
+        seeds = ", ".join(map(str, sorted(base & set(row.scores))))
+        lines.append(f"difference of {row.label}: over the seeds in common, {seeds}")
+    return lines
+
+
+def _scores(result: Result) -> dict[str, list[str]]:
+    """Returns cells by column: the metric, and what it differs by."""
+    metric = result.metric
+    heading = metric.heading
+    cells: dict[str, list[str]] = {heading: [], "difference": [], "95 % interval": []}
+    for row in result.rows:
+        compared = row.label != result.study.against and not math.isnan(row.difference)
+        cells[heading].append(score(row))
+        star = " *" if row.is_significant else ""
+        cells["difference"].append(f"{metric.change(row.difference)}{star}" if compared else "")
+        cells["95 % interval"].append(row.interval_text if compared and math.isfinite(row.half_width) else "")
+    return {name: column for name, column in cells.items() if any(column)}
+
+
+def _costs(result: Result) -> dict[str, list[str]]:
+    """Returns cells by column: what a run of each arm took, and the study's own columns."""
+    columns = {_heading(path): [figure(v) for v in values] for path, values in result.columns.items()}
+    return {
+        "time": [simulated(row.simulated_s) for row in result.rows],
+        "energy": [energy(row.joules) for row in result.rows],
+        "traffic": [size(row.traffic_bytes) for row in result.rows],
+        "rounds": [f"{row.rounds:g}" for row in result.rows],
+        **columns,
+    }
+
+
+def _heading(path: str) -> str:
+    """Returns a value's path as a narrow heading of several lines."""
+    return "\n".join(wrap(path.removeprefix(METRICS).replace("_", " "), HEADING))
+
+
+def to_target(result: Result) -> dict[str, list[str]]:
+    """Returns cells by column: what it took until the target was first reached; nothing without a target.
+
+    A mean over the seeds stands only where all of them got there: that of the others would flatter a row.
+    """
+    target, metric = result.study.target, result.metric
+    if target is None:
+        return {}
+    name = f"to {metric.with_unit(target)}"
+    columns: dict[str, list[str]] = {f"{what}\n{name}": [] for what in ("time", "energy", "traffic")}
+    for runs in result.runs.values():
+        reached = [found for run in runs if (found := metrics.to_target(run.rounds, target, metric)) is not None]
+        for heading, cell in zip(columns, _reached(reached, len(runs)), strict=True):
+            columns[heading].append(cell)
+    return columns
+
+
+def _reached(reached: Sequence[Mapping[str, Any]], seeds: int) -> tuple[str, str, str]:
+    if len(reached) < seeds:
+        text = f"{len(reached)} of {seeds} seeds" if reached else "not reached"
+        return text, text, text
+    seconds, joules = (float(np.mean([one[key] for one in reached])) for key in ("simulated_s", "energy_j"))
+    return simulated(seconds), energy(joules), size(float(np.mean([r["down_bytes"] + r["up_bytes"] for r in reached])))
