@@ -1,0 +1,214 @@
+"""Runs side by side: scores, paired differences and costs, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+from typer import Typer
+from typer.testing import CliRunner
+
+from fedsim.cli.compare import compare as command
+from fedsim.errors import ConfigError
+from fedsim.report.rounds import RoundReport
+from fedsim.study import compare as comparisons
+from fedsim.study.compare import run_folders
+from fedsim.study.paired import Row, correction, half_width_of, holm, p_value, scored, span
+from fedsim.study.tables import result_table, to_target
+
+
+def compare(runs, last=None, against=None) -> list[Row]:
+    """The rows of a comparison."""
+    return comparisons.compare(runs, last, against).rows
+
+
+def made(folder: Path, method: str, seed: int, *accuracies: float, **trainer: float) -> Path:
+    """A run folder with one evaluation a round, each of 10 s and 100 bytes down."""
+    folder.mkdir(parents=True)
+    settings = {"seed": seed, "trainer": trainer, "choices": {"method": method}, "out": str(folder)}
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    reports = [
+        RoundReport(round=n, now_s=10.0 * n, round_s=10.0, down_bytes=100, joules=2.0, metrics={"accuracy": value})
+        for n, value in enumerate(accuracies, 1)
+    ]
+    (folder / "rounds.jsonl").write_text("".join(report.to_json() + "\n" for report in reports))
+    return folder
+
+
+def test_difference_is_the_mean_over_seeds_of_the_last_evaluations(tmp_path):
+    """Scores of the last two: .6, .7, .8 for plain and .7, .9, .8 for other; differences .1, .2, 0, t(2) = 4.3027."""
+    runs = [
+        made(tmp_path / "0", "plain", 1, 0.0, 0.5, 0.7),
+        made(tmp_path / "1", "plain", 2, 0.0, 0.6, 0.8),
+        made(tmp_path / "2", "other", 2, 0.0, 0.9, 0.9),
+        made(tmp_path / "3", "other", 1, 0.0, 0.7, 0.7),
+        made(tmp_path / "4", "other", 3, 0.0, 0.8, 0.8),
+        made(tmp_path / "5", "plain", 3, 0.0, 0.8, 0.8),
+    ]
+    base, other = compare(runs, last=2)
+    assert (base.label, base.mean, base.difference) == ("plain", pytest.approx(0.7), 0)
+    assert other.difference == pytest.approx(0.1)
+    assert other.half_width == pytest.approx(4.30265 * 0.1 / math.sqrt(3), rel=1e-4)
+    assert (other.simulated_s, other.joules, other.traffic_bytes) == (30, 6, 300)
+
+
+def test_less_than_three_seeds_have_no_interval_and_no_mark(tmp_path):
+    assert half_width_of([0.3]) == half_width_of([0.3, 0.3]) == math.inf
+    assert math.isnan(p_value([1.0]))
+    assert math.isnan(p_value([1.0, 1.0]))
+    runs = [made(tmp_path / f"{m}{s}", m, s, a) for m, a in (("plain", 0.5), ("other", 0.6)) for s in (1, 2)]
+    rows = compare(runs)
+    assert not any(row.is_significant for row in rows)
+    assert correction(rows) == "2 seeds: no interval"
+
+
+def test_p_values_are_those_of_the_paired_t_test():
+    """Differences 1, 2, 3: t = 2 / (1 / sqrt 3) = 3.4641 with two degrees of freedom, p = 1 - t / sqrt(2 + t^2)."""
+    t = 2 * math.sqrt(3)
+    assert p_value([1.0, 2.0, 3.0]) == pytest.approx(1 - t / math.sqrt(2 + t * t))
+    assert (p_value([0.0] * 3), p_value([2.0] * 3)) == (1.0, 0.0)
+
+
+def test_holms_correction_by_hand():
+    """0.01 x 3, then 0.02 x 2, then 0.04 x 1, which may not be below the one before; what is no comparison stays."""
+    corrected = holm([0.04, math.nan, 0.01, 0.02])
+    assert corrected[0] == pytest.approx(0.04)
+    assert math.isnan(corrected[1])
+    assert corrected[2:] == pytest.approx([0.03, 0.04])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+
+
+def test_comparisons_are_corrected_for_their_number(tmp_path):
+    """Two rows at p 0.03 each stand alone; together only below 0.06."""
+    seeds = range(1, 6)
+    noise = [0.0, 0.02, -0.02, 0.01, -0.01]
+    runs = [made(tmp_path / f"a{s}", "plain", s, 0.5) for s in seeds]
+    runs += [made(tmp_path / f"b{s}", "b", s, 0.523 + noise[s - 1]) for s in seeds]
+    alone = compare(runs, last=1)
+    assert 0.025 < alone[1].p == alone[1].p_holm < 0.05
+    assert alone[1].is_significant
+    assert correction(alone) == "*: p < 0.05"
+    runs += [made(tmp_path / f"c{s}", "c", s, 0.523 - noise[s - 1]) for s in seeds]
+    base, *both = compare(runs, last=1)
+    assert math.isnan(base.p)
+    assert [row.p_holm for row in both] == pytest.approx([2 * alone[1].p] * 2)
+    assert not any(row.is_significant for row in both)
+    assert correction([base, *both]) == "intervals: of one difference each; *: p < 0.05 after Holm's correction for 2"
+
+
+def test_rows_are_told_apart_by_the_settings_that_differ_within_a_method(tmp_path):
+    runs = [
+        made(tmp_path / "0", "a", 1, 0.5, lr=1.0, mix=0.1),
+        made(tmp_path / "1", "a", 1, 0.5, lr=1.0, mix=0.2),
+        made(tmp_path / "2", "b", 1, 0.5, lr=2.0),
+    ]
+    assert [row.label for row in compare(runs, 1)] == ["a mix=0.1", "a mix=0.2", "b"]
+    assert compare(runs, 1, against="b")[0].label == "b"
+
+
+def test_wrong_folders_and_rows_are_named(tmp_path):
+    run, again = made(tmp_path / "a", "plain", 1, 0.5), made(tmp_path / "b", "plain", 1, 0.5)
+    with pytest.raises(ConfigError, match=r"no row is called 'other'; there are: plain"):
+        compare([run], 1, against="other")
+    with pytest.raises(ConfigError, match=r"are the same but for their names: 'plain' with seed 1; leave one out"):
+        compare([run, again], 1)
+    with pytest.raises(ConfigError, match="no runs to compare"):
+        compare([], 1)
+    with pytest.raises(ConfigError, match="none is not there; give folders of runs"):
+        compare([tmp_path / "none"], 1)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="empty holds no run; give folders of runs"):
+        compare([tmp_path / "empty"], 1)
+
+
+def test_a_sweep_a_study_and_a_pattern_stand_for_their_runs_in_their_order(tmp_path):
+    folders = [made(tmp_path / "sweep" / str(n), "plain", n, 0.5) for n in (10, 2, 1)]
+    assert run_folders([tmp_path / "sweep"]) == folders[::-1]
+    assert run_folders([folders[0]]) == [folders[0]]
+    assert run_folders([tmp_path / "sweep" / "1*"]) == [folders[2], folders[0]]
+    arms = [made(tmp_path / "study" / arm / f"seed-{seed}", arm, seed, 0.5) for arm in "ab" for seed in (1, 2)]
+    made(tmp_path / "study" / "a" / "seed-2.unfinished-1", "a", 2, 0.5)
+    assert run_folders([tmp_path / "study"]) == arms
+
+
+def reports(count: int, every: int) -> list[RoundReport]:
+    """Rounds of which every so-many-th was judged: its accuracy is its number."""
+    judged = [{"accuracy": float(n)} if n % every == 0 else {} for n in range(count + 1)]
+    return [RoundReport(round=n, now_s=n, round_s=1, metrics=metrics) for n, metrics in enumerate(judged)]
+
+
+@pytest.mark.parametrize(
+    "rounds, every, last, expected",
+    [
+        (100, 1, None, [91, 92, 93, 94, 95, 96, 97, 98, 99, 100]),
+        (95, 1, None, [86, 87, 88, 89, 90, 91, 92, 93, 94, 95]),  # ceil(9.5) = 10 rounds
+        (10, 2, None, [10]),
+        (100, 30, None, [90]),  # none in the last tenth: the last there is
+        (10, 2, 4, [4, 6, 8, 10]),
+    ],
+)
+def test_a_score_is_over_the_last_tenth_of_the_rounds(rounds: int, every: int, last: int | None, expected: list[int]):
+    assert [r.round for r in scored(reports(rounds, every), last)] == expected
+
+
+def test_the_caption_names_the_rounds_and_warns_of_early_ones(tmp_path):
+    late = compare([made(tmp_path / "0", "a", 1, *[0.5] * 20)])
+    assert span(late) == "accuracy: mean of rounds 19 and 20"
+    early = span(compare([made(tmp_path / "1", "a", 1, *[0.5] * 10)], last=6))
+    assert early == (
+        "accuracy: mean of rounds 5 to 10; it reaches back to round 5 of 10, before the middle: a mean over learning, "
+        "not of its end"
+    )
+
+
+def test_the_cost_of_a_target_is_a_mean_only_where_all_seeds_reach_it(tmp_path):
+    """A reaches 0.5 in rounds 2 and 3 of 10 s and 2 J each: 25 s, 5 J, 250 bytes; b with one seed of two, c never."""
+    made(tmp_path / "0", "a", 1, 0.1, 0.5, 0.9)
+    made(tmp_path / "1", "a", 2, 0.1, 0.2, 0.5)
+    made(tmp_path / "2", "b", 1, 0.5, 0.5, 0.5)
+    made(tmp_path / "3", "b", 2, 0.1, 0.1, 0.1)
+    made(tmp_path / "4", "c", 1, 0.1, 0.1, 0.1)
+    result = comparisons.compare([tmp_path], target=0.5)
+    time, energy, traffic = to_target(result).values()
+    assert time == ["25.0 s", "1 of 2 seeds", "not reached"]
+    assert energy == ["5.0 J", "1 of 2 seeds", "not reached"]
+    assert traffic == ["250 B", "1 of 2 seeds", "not reached"]
+    assert list(to_target(result)) == ["time\nto 50.0 %", "energy\nto 50.0 %", "traffic\nto 50.0 %"]
+
+
+def test_rows_without_a_seed_in_common_are_named(tmp_path):
+    made(tmp_path / "0", "plain", 1, 0.5)
+    made(tmp_path / "1", "plain", 2, 0.5)
+    made(tmp_path / "2", "other", 3, 0.75)
+    made(tmp_path / "3", "third", 2, 0.75)
+    table = result_table(comparisons.compare([tmp_path]))
+    assert "no seed in common with plain, so no difference: other" in str(table.caption)
+    assert "difference of third: over the seeds in common, 2" in str(table.caption)
+
+
+def test_what_differs_is_named_by_the_option_of_a_group(tmp_path):
+    """Of a fleet its name, not each of its settings."""
+    for number, (fleet, sigma) in enumerate((("phones", 0.6), ("sbc", 0.2))):
+        run = made(tmp_path / str(number), "plain", 1, 0.5)
+        settings = yaml.safe_load((run / "config.yaml").read_text())
+        settings |= {"fleet": {"network_sigma": sigma}, "choices": {"method": "plain", "fleet": fleet}}
+        (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    result = comparisons.compare([tmp_path])
+    assert [row.label for row in result.rows] == ["plain fleet=phones", "plain fleet=sbc"]
+    assert result.study.differs == ("fleet: phones, sbc",)
+
+
+def test_the_command_prints_a_table_and_writes_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made(tmp_path / "sweep" / "0", "plain", 1, 0.5)
+    made(tmp_path / "sweep" / "1", "other", 1, 0.75)
+    app = Typer()
+    app.command()(command)
+    result = CliRunner().invoke(app, ["sweep", "--out", "there"])
+    assert result.exit_code == 0, result.output
+    assert "+25.00" in result.output
+    assert result.output.splitlines()[-1].startswith("comparison: there (")
+    files = {path.name for path in (tmp_path / "there").iterdir()}
+    assert files == {f"comparison.{end}" for end in ("md", "csv", "json", "png")}

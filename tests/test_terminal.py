@@ -1,0 +1,68 @@
+"""What a terminal of any width shows of a table: every name of a row, every unit."""
+
+from __future__ import annotations
+
+import pytest
+from rich.cells import cell_len
+
+from fedsim.report.terminal import PlainConsole, console, table
+
+ROWS = {
+    "FedAvg": ("42.99 ± 0.21", "", "3.50 min", "5.40 kJ", "231.42 MB", "150"),
+    "NaiveMix 0.1, groups of 5": ("39.78 ± 0.59", "-3.21 *", "5.44 min", "6.19 kJ", "749.20 MB", "150"),
+    "FedMix 0.05": ("40.24 ± 0.54", "-2.76 *", "5.49 min", "8.31 kJ", "236.60 MB", "150"),
+}
+
+
+def shown(capsys: pytest.CaptureFixture[str], width: int | None, rows: dict = ROWS) -> list[str]:
+    """The lines of a table in a terminal of some width; None: piped."""
+    made = console() if width is None else PlainConsole(markup=False, emoji=False, width=width)
+    headings = ("accuracy %", "difference", "time", "energy", "traffic", "rounds")
+    printed = table("arm", *headings, left=("arm",), title="FedMix and its baselines", same_below=True)
+    for name, cells in rows.items():
+        printed.add_row(name, *cells)
+    made.print(printed)
+    return capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120, None])
+def test_no_width_loses_a_name_or_cuts_a_unit(
+    capsys: pytest.CaptureFixture[str], width: int | None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    lines = shown(capsys, width)
+    text = "\n".join(lines)
+    assert all(cell_len(line) <= (width or 10**6) for line in lines)
+    assert all(cell in text for cells in ROWS.values() for cell in cells)
+    parts = text.count("┃ arm")
+    assert parts >= 1
+    assert text.count("FedAvg") == text.count("FedMix 0.05") == parts
+    assert parts == 1 if width in (120, None) else parts > 1
+
+
+def test_what_is_the_same_in_all_rows_stands_below(capsys: pytest.CaptureFixture[str]):
+    lines = shown(capsys, 120)
+    assert lines[-1].strip() == "rounds: 150"
+    assert not any("150 │" in line for line in lines)
+    one = shown(capsys, 120, {"FedAvg": ROWS["FedAvg"]})
+    assert "150 │" in "".join(one)  # of a single row nothing is the same
+
+
+def test_what_is_piped_is_not_shrunk(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    long = {"a" * 100: ROWS["FedAvg"], "b" * 90: ROWS["FedMix 0.05"]}
+    text = "\n".join(shown(capsys, None, long))
+    assert "a" * 100 in text
+    assert "b" * 90 in text
+
+
+def test_sections_and_titles_stay(capsys: pytest.CaptureFixture[str]):
+    made = table("name", "first figure", "second figure", left=("name",), title="above")
+    made.caption = "below"
+    made.add_row("one", "1", "2")
+    made.add_section()
+    made.add_row("two", "3", "4")
+    PlainConsole(markup=False, emoji=False, width=26).print(made)
+    text = capsys.readouterr().out
+    assert text.count("above") == text.count("below") == 1
+    assert text.count("├") == 2  # the section, in both parts
