@@ -16,13 +16,27 @@ if TYPE_CHECKING:
     from fedsim.grid.edge import EdgeGrid
     from fedsim.runs.api import Run, compose, load, reprice, resume, run
     from fedsim.runs.federation import Federation
+    from fedsim.study.api import Comparison, compare
     from fedsim.workloads.base import Workload
 
 __version__ = "0.1.0"
-__all__ = ["EdgeGrid", "Federation", "Run", "Workload", "compose", "load", "reprice", "resume", "run"]
+__all__ = [
+    "Comparison",
+    "EdgeGrid",
+    "Federation",
+    "Run",
+    "Workload",
+    "compare",
+    "compose",
+    "load",
+    "reprice",
+    "resume",
+    "run",
+]
 
 _HOMES = {  # imported when asked for: torch takes seconds
     **dict.fromkeys(("Run", "compose", "load", "reprice", "resume", "run"), "fedsim.runs.api"),
+    **dict.fromkeys(("Comparison", "compare"), "fedsim.study.api"),
     "EdgeGrid": "fedsim.grid.edge",
     "Federation": "fedsim.runs.federation",
     "Workload": "fedsim.workloads.base",

@@ -19,7 +19,7 @@ from fedsim.report.plots.style import AXES, METRICS
 from fedsim.report.rounds import RoundReport, read_rounds
 from fedsim.study.paired import Row, common_metric, compare_rows
 from fedsim.study.spec import Arm, PlannedRun, Study, is_finished
-from fedsim.workloads.metrics import Metric
+from fedsim.workloads.metrics import Metric, to_target
 
 
 @dataclass(frozen=True)
@@ -145,11 +145,14 @@ def write_result(result: Result, failed: Mapping[str, str], out: Path, name: str
         "failed": dict(failed),
     }
     write_atomic(out / f"{name}.json", strict_json.dumps(tree, indent=1, ensure_ascii=False) + "\n")
-    flat = [
-        {**{k: v for k, v in arm.items() if k not in ("overrides", "of", "suffix", "scores")}, **_by_seed(arm)}
-        for arm in arms
-    ]
-    write_atomic(out / f"{name}.csv", pd.DataFrame(flat).to_csv(index=False))
+    write_atomic(out / f"{name}.csv", pd.DataFrame(flat(result)).to_csv(index=False))
+
+
+def flat(result: Result) -> list[dict[str, Any]]:
+    """Returns the figures of each row under names of one level, scores by seed among them."""
+    hidden = ("overrides", "of", "suffix", "scores")
+    arms = [_record(result, number) for number in range(len(result.rows))]
+    return [{**{k: v for k, v in arm.items() if k not in hidden}, **_by_seed(arm)} for arm in arms]
 
 
 def _record(result: Result, number: int) -> dict[str, Any]:
@@ -172,7 +175,24 @@ def _record(result: Result, number: int) -> dict[str, Any]:
         "traffic_bytes": row.traffic_bytes,
         "rounds": row.rounds,
         **{path: values[number] for path, values in result.columns.items()},
+        **_to_target(result, row.label),
     }
+
+
+def _to_target(result: Result, label: str) -> dict[str, Any]:
+    """Returns how many seeds reach the target, and the means of what it took where all of them do."""
+    target, runs = result.study.target, result.runs[label]
+    if target is None:
+        return {}
+    reached = [found for run in runs if (found := to_target(run.rounds, target, result.metric)) is not None]
+    every = len(reached) == len(runs)
+    costs = {
+        "simulated_s": [one["simulated_s"] for one in reached],
+        "joules": [one["energy_j"] for one in reached],
+        "traffic_bytes": [one["down_bytes"] + one["up_bytes"] for one in reached],
+    }
+    means = {f"{name}_to_target": float(np.mean(values)) if every else None for name, values in costs.items()}
+    return {"seeds_to_target": len(reached), **means}
 
 
 def _by_seed(arm: dict[str, Any]) -> dict[str, float]:

@@ -19,6 +19,7 @@ from fedsim.report.rounds import running_costs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from fedsim.study.results import FinishedRun, Result
 
@@ -29,11 +30,16 @@ MARKS = ("o", "s", "^")
 
 
 def draw_study(result: Result, path: Path) -> None:
-    """Draws a panel for each axis of the study as a PNG; with many arms or families, the best of them.
+    """Draws `study_figure` as a PNG.
 
     Raises:
         OSError: if the file cannot be written.
     """
+    save_figure(study_figure(result), path)
+
+
+def study_figure(result: Result) -> Figure:
+    """Draws a panel for each axis of the study; with many arms or families, the best of them."""
     study = result.study
     points = all(axis not in AXES for axis in study.x)
     chosen = families(result) if points else {label: [label] for label in drawn_labels(result)}
@@ -67,7 +73,7 @@ def draw_study(result: Result, path: Path) -> None:
     wide = int(LETTERS * figure.get_figwidth())
     title = visible(study.title, TITLE_LETTERS)
     figure.suptitle("\n".join(fill(line, wide) for line in (title, over + note)), fontsize="medium")
-    save_figure(figure, path)
+    return figure
 
 
 def drawn_labels(result: Result) -> list[str]:
