@@ -20,6 +20,7 @@ slopes rx_mw_per_mbps and tx_mw_per_mbps of the link too.
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
@@ -34,6 +35,7 @@ from devices.latency.columns import TABLE_KINDS, from_0_1
 from devices.latency.prices import BASES, Prices
 from devices.links import Link, load_link
 from devices.profile_file import FIGURES, PROVENANCES, Reader, Rule, read_yaml
+from devices.texts import quoted
 
 SHIPPED = Path(__file__).parent / "profiles"
 KINDS = ("phone", "sbc", "laptop", "desktop", "gpu", "server_cpu", "accelerator", "mcu", "embedded", "host")
@@ -493,9 +495,11 @@ def _references(file: str, tree: Any) -> tuple[tuple[str, str, int, float], ...]
     for key in spaces:
         space, _, batch = str(key).partition("@")
         where = f"latency.references.{key}"
-        if space not in REFERENCE_SPACES or not batch.isdigit() or int(batch) < 1:
+        if space not in REFERENCE_SPACES or not re.fullmatch("0*[1-9][0-9]{0,8}", batch):
             allowed = " or ".join(f"{name}@BATCH" for name in REFERENCE_SPACES)
-            raise DeviceError(f"{file}: {where}: measured networks stand under {allowed}, e.g. nb201@1")
+            raise DeviceError(
+                f"{file}: key {quoted(where)} must be {allowed} with a batch from 1 to 999999999, e.g. nb201@1"
+            )
         length, ids = REFERENCE_SPACES[space]
         if not isinstance(tree[key], dict):
             raise DeviceError(f"{file}: {where} must be a map from networks to milliseconds, got {tree[key]!r}")
