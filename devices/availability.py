@@ -1,4 +1,4 @@
-"""When a client can be reached, as a function of the simulated time: no state, so every order of asking agrees.
+"""When clients can be reached: functions of the simulated time, without state, so that answers depend on no order.
 
 A fleet builds one of these with `num_clients` and `seed`; in a configuration it is `_partial_: true`.
 """
@@ -24,11 +24,11 @@ MAX_TRACE_S = 1e10  # 300 years
 
 
 class Availability(Checked, ABC, group="fleet.availability"):
-    """Whether each of `num_clients` clients is online at a simulated time, in seconds from the start of the run.
+    """When each of `num_clients` clients is online, in simulated seconds from the start of the run.
 
     Attributes:
-        rhythm_s: seconds after which the habits of clients repeat, at most a day: a shorter run meets only some of
-            them. None where there is no such rhythm.
+        rhythm_s: seconds after which clients' habits repeat, at most a day; None where they do not. A shorter run meets
+            only some of the clients.
     """
 
     rhythm_s: float | None = None
@@ -58,11 +58,11 @@ class Always(Availability):
 
 
 class Bernoulli(Availability):
-    """Time is cut into slots; in each, every client is online with a probability of its own draw.
+    """Each client is online in each slot of time with the same probability, by a draw of its own.
 
     Args:
         num_clients: population size.
-        seed: draws follow it, the client and the slot.
+        seed: of the draws, one for each client and slot.
         p: probability of being online, in [0, 1].
         slot_s: length of a slot in seconds.
 
@@ -105,7 +105,7 @@ class Diurnal(Availability):
         hours: length of the window, in (0, 24]; 24 is always online.
         start_hour: hour of the simulated day at which the earliest window opens.
         spread_hours: opening hours are uniform over this long from `start_hour` on. 24 is a population around the
-            world, so that the share online is steady; less is one time zone, where everybody sleeps together.
+            world, so that the share online is steady; less is one time zone, where all sleep at the same time.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class Trace(Availability):
 
     Args:
         num_clients: population size.
-        seed: not used, the file says all.
+        seed: not used: the file holds everything.
         path: the JSON file; relative paths start where the command runs.
 
     Raises:

@@ -6,10 +6,10 @@ A constructor says what it takes, and a reader finds it there:
         def __init__(self, hours: Annotated[float, Interval(gt=0, le=24)], order: Literal["same", "shuffled"] = "same"):
 
 Bounds are those of annotated_types. An `Interval` is shown to the user as a whole ("must be in (0, 24]"); of single
-bounds, such as `Annotated[float, Gt(0), Le(1e30)]`, only the one that does not hold is shown. `Literal` lists what is
-allowed, `| None` allows null, and `MinLen(1)` refuses an empty list or map. What a list or map holds has bounds of its
-own, as in `Sequence[Annotated[float, Gt(0)]]`, and alternatives combine: `Literal["all"] | Annotated[int, Ge(5)]`.
-Numbers without bounds have those of `WHOLE` and `NUMBER`.
+bounds, such as `Annotated[float, Gt(0), Le(1e30)]`, only the one that does not hold is shown. `Literal` lists allowed
+values, `| None` allows null, and `MinLen(1)` refuses an empty list or map. Elements of a list or map have bounds of
+their own, as in `Sequence[Annotated[float, Gt(0)]]`, and alternatives combine, as in
+`Literal["all"] | Annotated[int, Ge(5)]`. Numbers without bounds have those of `WHOLE` and `NUMBER`.
 
 `fedsim.settings.parameters` checks settings before anything is built of them. For objects that Python code makes by
 itself, a family's base class derives from `Checked` and names its group, so that they are refused by the same sentence:
@@ -17,8 +17,8 @@ itself, a family's base class derives from `Checked` and names its group, so tha
     class Availability(Checked, ABC, group="fleet.availability")  # fleet.availability.hours must be in (0, 24], got 0
     class LocalTrainer(Checked, group="trainer", error=ConfigError)
 
-What has no such base class (a dataclass, a function, a network) takes the decorator: `@checked("compression")`, above
-`@dataclass`. What depends on two arguments is checked by hand, in the constructor.
+A dataclass, a function or a network without such a base class takes the decorator `@checked("compression")`, above
+`@dataclass`. A rule about two arguments is checked by hand, in the constructor.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from devices.texts import as_yaml
 
 Target = TypeVar("Target", bound=Callable[..., Any])
 
-# Of numbers that have no bounds of their own: nothing in a run is beyond them, and torch and numpy can count so far.
+# Bounds of numbers that state none: nothing in a run is beyond them, and torch and numpy can count so far.
 WHOLE, NUMBER = Interval(ge=-(2**31) + 1, le=2**31 - 1), Interval(ge=-1e9, le=1e9)
 WORDS = {Gt: "greater than", Ge: "at least", Lt: "less than", Le: "at most"}
 PLURAL = {int: "whole numbers", float: "finite numbers", bool: "true and false", str: "texts"}
@@ -54,7 +54,7 @@ KINDS = {Mapping: "a map", dict: "a map", Sequence: "a list", list: "a list", tu
 
 
 class Checked:
-    """Base class of what settings make: its constructors, and those below it, check the bounds they state."""
+    """Base class of objects that settings make; constructors of classes below check the bounds that they state."""
 
     _group: str
     _error: type[UserError] = DeviceError
@@ -64,7 +64,7 @@ class Checked:
 
         Args:
             group: settings that make such objects, e.g. "trainer"; that of the class above where it is left out.
-            error: what a wrong argument raises; likewise.
+            error: class of error that a wrong argument raises; that of the class above where it is left out.
             rest: for other base classes.
         """
         super().__init_subclass__(**rest)
@@ -73,11 +73,11 @@ class Checked:
 
 
 def checked(group: str, error: type[UserError] = DeviceError) -> Callable[[Target], Target]:
-    """Makes a class or function check the bounds that its annotations state; see the text above.
+    """Makes a class or function check the bounds that its annotations state; see the module's docstring.
 
     Args:
-        group: what a sentence puts before the name of an argument.
-        error: what a wrong argument raises.
+        group: word before the name of an argument in the error, e.g. "trainer".
+        error: class of error that a wrong argument raises.
     """
 
     def check(target: Target) -> Target:
@@ -109,7 +109,7 @@ def hints_of(make: Callable[..., Any]) -> dict[str, Any]:
     """Returns the annotations of a function's parameters with their bounds, as far as they can be evaluated."""
     try:
         return typing.get_type_hints(make, include_extras=True)
-    except Exception:  # one names what exists for type checkers only; the others count
+    except Exception:  # one annotation names a type that only type checkers import; the others count
         plain = inspect.unwrap(make)
         found: dict[str, Any] = {}
         for name, hint in inspect.get_annotations(plain).items():
@@ -134,7 +134,7 @@ def problem(key: str, value: Any, hint: Any = Any) -> str:
     """Says in one sentence why a value does not fit its annotation; empty where it does.
 
     Args:
-        key: what the sentence calls the value, e.g. "trainer.lr".
+        key: name of the value in the sentence, e.g. "trainer.lr".
         value: as settings hold it, or an argument.
         hint: the annotation, with its bounds.
     """

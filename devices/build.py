@@ -1,6 +1,6 @@
 """Makes the shipped device profiles and priors from public tables, so that facts and not guesses are in the YAML.
 
-`devices/catalogue.yaml` says which devices there are and what no table knows of them.
+`devices/catalogue.yaml` lists the devices, with the figures that no table has.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from devices.profile_text import as_yaml
 from devices.writing import write_atomic
 
 HERE = Path(__file__).parent
-FEWEST = 5  # networks of a setting with all big cores that is taken before one with fewer threads
-USUAL_THREADS = 4  # that runtimes on phones and boards take, whatever the cores
+MIN_NETWORKS = 5  # of a setting with all big cores that is preferred to one with fewer threads
+USUAL_THREADS = 4  # of runtimes on phones and boards, whatever their cores
 PROVENANCE = {"r": "recalled", "a": "assumed", "d": "dataset"}
-CARD_SHARE = 20.0  # W of the host that go with a busy card
+HOST_WATTS = 20.0  # of the host beside a busy card
 HELP_SOURCE = "HELP's released tables (MIT), ms of one forward pass; D-optimal choice among connected networks"
 HELP_EMBEDDING = "HELP's released tables (MIT): its ten reference networks of NAS-Bench-201"
 
@@ -39,8 +39,8 @@ class Builder:
     """Builds profile trees from tables.
 
     Args:
-        folder: of the tables.
-        watch: told what is being done.
+        folder: with the public tables.
+        watch: called with a line of text for each step.
     """
 
     def __init__(self, folder: str | Path, watch: Watch = lambda text: None):
@@ -74,13 +74,13 @@ class Builder:
             threads = self._threads(key)
             physical = self._physical(key, threads)
             if physical is None:
-                raise DeviceError(f"{key}: neither the tables nor devices/peaks.yaml know its peak")
+                raise DeviceError(f"device {key!r} needs a peak in the tables or in devices/peaks.yaml, and has none")
             physics, known = physical
             isa = known.isa if known.isa in ("arm", "x86", "gpu") else "none"
             core = "" if isa == "gpu" else self._core(key)
             compute = self._compute(key, physics, known, threads)
             latency = self._latency(name, key, kind, facts, chosen, physics, known)
-            single = None if threads == 1 else self._single(key)
+            single = None if threads == 1 else self._single_thread(key)
             if single is not None:
                 variants["1t"] = self._variant(single, facts)
         if facts.get("help"):
@@ -106,7 +106,7 @@ class Builder:
 
     # --- which rows ---------------------------------------------------------------------------------------------------
 
-    def _big(self, key: str) -> int:
+    def _num_big_cores(self, key: str) -> int:
         cores = self.tables.cores(key)
         return len(cluster(cores, "big")) if cores else 1
 
@@ -117,15 +117,15 @@ class Builder:
 
     def _inference(self, key: str) -> Setting | None:
         """Returns the newest float run on all big cores; where it has too few networks, the setting with most."""
-        many = min(self._big(key), USUAL_THREADS)
-        full = [s for s in self._candidates(key, FEWEST) if s.threads >= many or s.family == "gpu_forward"]
+        many = min(self._num_big_cores(key), USUAL_THREADS)
+        full = [s for s in self._candidates(key, MIN_NETWORKS) if s.threads >= many or s.family == "gpu_forward"]
         if full:
             return max(full, key=_newest)
         any_ = self._candidates(key, 1)
         return max(any_, key=lambda s: (s.num_networks, s.threads, s.date)) if any_ else None
 
-    def _single(self, key: str) -> Setting | None:
-        found = [s for s in self._candidates(key, FEWEST) if s.threads == 1 and s.family == "mobile"]
+    def _single_thread(self, key: str) -> Setting | None:
+        found = [s for s in self._candidates(key, MIN_NETWORKS) if s.threads == 1 and s.family == "mobile"]
         return max(found, key=_newest, default=None)
 
     def _threads(self, key: str) -> int:
@@ -158,7 +158,8 @@ class Builder:
         if chosen is not None:
             own = self._section(chosen)
             more = known.threads if chosen.family == "mobile" else chosen.threads
-            made["inference"] = own if chosen.threads >= min(more, USUAL_THREADS) else self._on_more(chosen, own, more)
+            enough = chosen.threads >= min(more, USUAL_THREADS)
+            made["inference"] = own if enough else self._on_more_threads(chosen, own, more)
         elif facts.get("help"):
             made["inference"] = self._help_section(name, kind, physics, known)
         for key_of, phase in (("forward", "forward"), ("step", "train_step")):
@@ -170,22 +171,22 @@ class Builder:
     def _training(self, key: str, phase: str, kind: str) -> Setting | None:
         """Returns the setting of the training runtime: PyTorch in fp32 with most threads; None without rows."""
         found = [s for s in self.settings if s.device == key and s.phase == phase and s.runtime.startswith("pytorch")]
-        found = [s for s in found if s.precision == "fp32" and s.num_networks >= FEWEST]
+        found = [s for s in found if s.precision == "fp32" and s.num_networks >= MIN_NETWORKS]
         return max(found, key=lambda s: (s.threads, len(s.sample))) if found else None
 
     def _section(self, setting: Setting) -> dict[str, Any]:
-        backend = Backend(setting.runtime, RUNTIMES[setting.runtime].fused, self._ran_in(setting))
+        backend = Backend(setting.runtime, RUNTIMES[setting.runtime].fused, self._precision_of(setting))
         made, found = prices_of(setting.sample, self.priors[setting.family], backend, setting.batches)
         when = f", {setting.date}" if setting.date else ""
         source = f"{setting.source}{when}: {made.rows} rows; {_errors(found)}"
         return {**made.to_dict(), **_sourced("derived", source)}
 
-    def _ran_in(self, setting: Setting) -> str:
+    def _precision_of(self, setting: Setting) -> str:
         """Returns a setting's precision: rows that the tables call fp32 are TF32 where torch rounds by default."""
         by_default = recalled()["cards"].get(setting.device, {}).get("tf32_by_default", False)
         return "tf32" if by_default and setting.precision == "fp32" else setting.precision
 
-    def _on_more(self, setting: Setting, own: Mapping[str, Any], threads: int) -> dict[str, Any]:
+    def _on_more_threads(self, setting: Setting, own: Mapping[str, Any], threads: int) -> dict[str, Any]:
         """Carries prices from fewer threads to all big cores, by what the prior says that threads change."""
         prior = self.priors[setting.family]
         few, phase = setting.sample, setting.phase
@@ -289,7 +290,7 @@ class Builder:
         how, source = ("derived", "fitted to joules of the H100's own counter")
         if key != "h100_sxm":
             source = "the H100's, scaled by idle, limit, peak and bandwidth of this card"
-        idle = card["idle_w"] + CARD_SHARE / 2
+        idle = card["idle_w"] + HOST_WATTS / 2
         return {
             "compute_w": _figure(
                 card["limit_w"], "recalled", "limit of the card; joules are counted by base_w and work"
@@ -391,7 +392,7 @@ def reference_tree() -> dict[str, Any]:
 
 
 def write_all(builder: Builder, out: Path) -> list[Path]:
-    """Writes every profile and the priors below `out`; returns the files."""
+    """Writes every profile and the priors into folder `out` and returns the files."""
     from devices.profile import parse_profile
 
     (out / "profiles").mkdir(parents=True, exist_ok=True)

@@ -38,7 +38,7 @@ class ModelCost:
     backward_share: float = 1.0  # of the backward pass of all layers; less where some are frozen
     encoding: str | None = None  # "space:operations" of a network of a search space, e.g. "nb201:341213"
     # Bytes held at the fullest moments of a training step, and of an inference: (whatever the batch, per example), with
-    # weights and batch. Empty where nobody measured them.
+    # weights and batch. Empty where they were not measured.
     step_bytes: tuple[tuple[int, int], ...] = ()
     inference_bytes: tuple[tuple[int, int], ...] = ()
 
@@ -116,7 +116,7 @@ def pack_works(works: Sequence[Work]) -> dict[str, Any]:
 
 
 def unpack_works(facts: dict[str, Any]) -> list[Work]:
-    """Returns the inverse of `pack_works`."""
+    """Reads what `pack_works` made."""
     networks = [ModelCost.from_dict(network) for network in facts["networks"]]
     return [
         Work(**{**work, "passes": tuple(Passes(networks[number], *counts) for number, *counts in work["passes"])})
@@ -212,7 +212,7 @@ def _share(part: float, whole: float) -> float:
 
 @dataclass(frozen=True)
 class Costs:
-    """The costs of a cohort: of each figure of `Cost` a column, [clients]; `costs[number]` is the cost of one client.
+    """The costs of a cohort: a column [clients] for each figure of `Cost`; `costs[number]` is the cost of one client.
 
     The arithmetic is that of `Cost`, to the last bit.
     """
@@ -285,8 +285,8 @@ class Costs:
 class LatencyModel(Checked, ABC, group="latency"):
     """Turns (work, device) into seconds; energy and transfer are the same for every model and live in `cost`.
 
-    `costs` prices a cohort at once, by `seconds` and `joules`. A class that says anew what one client takes and not
-    what a cohort takes gets the plain loop for the cohort, not its parent's shorter way.
+    `costs` prices a cohort at once, by `seconds` and `joules`. A class that overrides what one client takes, and not
+    what a cohort takes, gets the plain loop over clients, not its parent's shorter way.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

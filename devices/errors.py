@@ -8,11 +8,11 @@ from difflib import get_close_matches
 
 from devices.texts import VALUE_LETTERS, visible
 
-MOST_LISTED, NEAREST = 40, 5  # names in one sentence
+MAX_LISTED, MAX_NEAREST = 40, 5  # names in one sentence
 
 
 class UserError(ValueError):
-    """What a user can mend: a setting, data, a file; the text is one sentence that says what to change."""
+    """An error that a user can mend in a setting, data or a file; its sentence says what to change."""
 
 
 class DeviceError(UserError):
@@ -27,20 +27,20 @@ def unknown(what: str, name: object, options: Iterable[object]) -> str:
     """Says in one sentence that a name is not known, what is allowed and which name is nearest.
 
     Args:
-        what: what was looked up, e.g. "device".
-        name: the name that came.
+        what: kind of the name, e.g. "device".
+        name: the unknown one.
         options: the names that are allowed.
     """
     allowed = sorted(str(option) for option in options)
     name = visible(name, VALUE_LETTERS)
-    near = get_close_matches(name, allowed, n=NEAREST)
+    near = get_close_matches(name, allowed, n=MAX_NEAREST)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    if len(allowed) > MOST_LISTED:
+    if len(allowed) > MAX_LISTED:
         others = f", near it: {', '.join(near[1:])}" if near[1:] else ""
         return f"unknown {what} {name!r}{hint} ({len(allowed)} are allowed{others})"
     return f"unknown {what} {name!r}{hint} (allowed: {', '.join(allowed) or 'none'})"
 
 
 def one_line(error: BaseException) -> str:
-    """Returns its text on one line."""
+    """Returns the text of an error on one line."""
     return " ".join(str(error).split())

@@ -1,4 +1,4 @@
-"""Pictures: made and saved here only, so that no text in one is taken for a formula."""
+"""Makes and saves all pictures, so that no text in one is taken for a formula."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _laid_out(figure: Figure, kind: str) -> Iterator[None]:
 
 @contextmanager
 def box_missing_letters() -> Iterator[None]:
-    """Draws a box for a letter that the font lacks without a word: the box is seen, a warning for each is not read."""
+    """Draws a box for each letter that the font lacks, without a warning: the box is seen, warnings are not read."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="(Glyph .* missing from|Matplotlib currently does not support)")
         yield

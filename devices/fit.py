@@ -1,4 +1,4 @@
-"""Whether a network fits on a device: time, energy and memory of its passes, and what would make it fit.
+"""Answers whether a network fits on a device: time, energy and memory of its passes, and what would make it fit.
 
 Memory is what a run reserves (`devices.meter`).
 """
@@ -16,8 +16,8 @@ from devices.latency.predictions import Prediction, predict
 from devices.meter import inference_memory_bytes, peak_memory_bytes
 from devices.profile import DeviceProfile
 
-LARGEST_BATCH = 512  # of the batches that are shown where none were asked for
-FLOAT_BYTES = 4  # of a weight in training; one byte of an integer network stands for so many
+LARGEST_BATCH = 512  # of the batches that are shown where a user names none
+FLOAT_BYTES = 4  # of a weight in training, which is one byte of an int8 network
 # Flash of microcontrollers, which profiles do not have: the last letters of these part numbers say 2 MB (recalled).
 FLASH_BYTES = {"STM32H7A3": 2 * 2**20, "STM32L4R5": 2 * 2**20, "STM32U575": 2 * 2**20}
 
@@ -28,9 +28,9 @@ class StepMemory:
 
     Attributes:
         weights: parameters.
-        gradients: those that are there at that moment, and buffers of the network.
+        gradients: gradients at that moment, and buffers of the network.
         optimizer: momentum.
-        activations: and the batch, and all else that grows with it.
+        activations: activations, the batch, and all else that grows with it.
     """
 
     weights: int
@@ -49,11 +49,11 @@ class StepMemory:
 
 @dataclass(frozen=True)
 class Row:
-    """What one size of batch takes on a device.
+    """Time and memory of one batch size on a device.
 
     Attributes:
         memory: of a step; None where the device cannot train.
-        inference_bytes: of judging the batch.
+        inference_bytes: memory of an inference on the batch.
         fits: whether a step fits into the memory for training (an inference, where the device cannot train).
     """
 
@@ -78,7 +78,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Integers:
-    """An int8 network on a microcontroller, in bytes; flash is None where nobody knows it."""
+    """An int8 network on a microcontroller, in bytes; flash is None where it is not known."""
 
     weights: int
     activations: int
@@ -92,13 +92,14 @@ class Integers:
 
 @dataclass(frozen=True)
 class Fit:
-    """A network on a device.
+    """The answer for a network on a device.
 
     Attributes:
-        largest_batch: that a step fits with; 0 where not even one example does, None where the device cannot train.
-        needs_bytes: of a step with one example.
+        rows: one for each batch size.
+        largest_batch: whose step fits; 0 where not even one example does, None where the device cannot train.
+        needs_bytes: memory of a step with one example, or of an inference where the device cannot train.
         advice: what would make it fit, one sentence each; empty where it does.
-        integers: of a microcontroller.
+        integers: the int8 network on a microcontroller; None for other devices.
     """
 
     device: DeviceProfile
@@ -135,9 +136,9 @@ def fit(
     Args:
         network: with its layers and with what its passes hold (`devices.reserved.with_memory`).
         device: to run on.
-        batches: to look at; powers of two up to the largest that fits when left out.
+        batches: sizes to answer for; powers of two up to the largest that fits when left out.
         momentum: the optimizer keeps one tensor more for each parameter.
-        others: devices to look among for one that has the memory.
+        others: devices among which the advice names one with enough memory.
 
     Raises:
         DeviceError: as `devices.latency.predictions.predict`.

@@ -1,4 +1,4 @@
-"""Which client owns which device: drawn once from shares, the same for the same configuration and seed.
+"""The device that each client owns: drawn once from shares, the same for the same configuration and seed.
 
 A fleet holds a few bytes per client: a million clients cost a few megabytes.
 """
@@ -23,7 +23,7 @@ from devices.links import load_link
 from devices.profile import DeviceProfile, Units, load_profile
 
 _NORMAL = NormalDist()
-SEEN = 4096  # profiles kept ready: the cohorts of some rounds
+MAX_CACHED = 4096  # profiles: those of a few rounds' cohorts
 
 
 class Fleet(Checked, group="fleet"):
@@ -74,20 +74,20 @@ class Fleet(Checked, group="fleet"):
             raise DeviceError(
                 f"fleet.availability must make an Availability (see devices.availability), it made {kind}"
             )
-        self._seen: dict[int, DeviceProfile] = {}  # profiles of the clients asked for lately
+        self._cached: dict[int, DeviceProfile] = {}  # profiles of recent clients
 
     def __len__(self) -> int:
         return self.num_clients
 
     def __getitem__(self, client_id: int) -> DeviceProfile:
-        if client_id in self._seen:
-            return self._seen[client_id]
+        if client_id in self._cached:
+            return self._cached[client_id]
         model = self._profile(client_id)
         speed, bandwidth = float(self.speed[client_id]), float(self.bandwidth[client_id])
-        if len(self._seen) >= SEEN:
-            self._seen.clear()
-        self._seen[client_id] = model.unit(speed, bandwidth)
-        return self._seen[client_id]
+        if len(self._cached) >= MAX_CACHED:
+            self._cached.clear()
+        self._cached[client_id] = model.unit(speed, bandwidth)
+        return self._cached[client_id]
 
     def units(self, client_ids: Sequence[int]) -> Units:
         """Returns the devices of some clients as columns."""

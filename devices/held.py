@@ -25,7 +25,7 @@ class LiveBytes(UncompiledMode):
     """Follows the storages that operators make while it is active, until they are freed.
 
     Attributes:
-        moments: bytes held behind each operator.
+        moments: bytes held after each operator.
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ def fullest_moments(run: Callable[[int], object], small: int, large: int) -> Mom
     collector waits: the moments do not depend on what the process did before.
 
     Args:
-        run: with so many examples.
+        run: called with a number of examples.
         small: examples of the first of two runs, from which follows what grows with the batch.
         large: examples of the second.
     """
@@ -77,7 +77,7 @@ def fullest_moments(run: Callable[[int], object], small: int, large: int) -> Mom
         with _no_collection(), LiveBytes() as live:
             run(size)
         held.append(live.moments or [0])
-    if len(held[0]) != len(held[1]):  # other operators with another batch: all of it is put down to the examples
+    if len(held[0]) != len(held[1]):  # other operators with another batch: all bytes count as the examples'
         return ((0, -(-max(held[1]) // large)),)
     lines = set()
     for few, many in zip(*held, strict=True):
@@ -88,7 +88,7 @@ def fullest_moments(run: Callable[[int], object], small: int, large: int) -> Mom
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Tensors in reference cycles stay: else they would go at a moment that hangs on the objects of the process."""
+    """Stops the garbage collector, which frees tensors in reference cycles at moments that differ between processes."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -192,7 +192,7 @@ class _Kernels(TorchFunctionMode):
 
 @contextmanager
 def lstm_kernels() -> Iterator[None]:
-    """LSTMs allocate what the kernel of the CPU allocates, on hosts too that do not have it; results are zeros.
+    """Lets LSTMs allocate what the CPU's kernel allocates, also on hosts that do not have it; results are zeros.
 
     The call of the kernel is replaced and no module's `forward`, which may be the user's own. Without oneDNN torch runs
     an LSTM step by step and holds half as much: no device's runtime trains that way.

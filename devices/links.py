@@ -22,20 +22,20 @@ BASES: Mapping[str, Figure] = {
     "rx_base_mw": Figure("rx_base_watts", "mW of the radio while receiving, whatever the rate", 0, 20_000, scale=1e-3),
     "tx_base_mw": Figure("tx_base_watts", "mW of the radio while sending, whatever the rate", 0, 20_000, scale=1e-3),
 }
-# The key of a profile that says what a radio's key says; both name what a device was assumed to have.
+# The key of a profile for each key of a radio: a device's assumed figures are listed under the profile's keys.
 POWER_KEYS = {"rx_base_mw": "rx_w", "tx_base_mw": "tx_w", **{key: key for key in RADIO}}
 
 
 @dataclass(frozen=True)
 class Link:
-    """What a device gets from a link; fields are those of a `DeviceProfile` unless said otherwise here.
+    """The network and radio that a link gives to a device; other fields are those of a `DeviceProfile`.
 
     Attributes:
         name: as in the file, e.g. "mobile".
-        about: what it is, in one line.
+        about: a description of one line.
         spread_sigma: sigma of the lognormal factor between clients on this link.
         rx_base_watts: of the radio while receiving, whatever the rate; a device draws its idle watts beside it.
-        tx_base_watts: the same while sending.
+        tx_base_watts: of the radio while sending.
         assumed: keys of a profile that get an assumed figure from this link.
     """
 
@@ -62,7 +62,7 @@ class Link:
 
     @property
     def up_joules_per_mb(self) -> float:
-        """The same for sending."""
+        """Joules of the radio for sending 10^6 bytes at the median rate, without set-up and tail."""
         return 1e6 * (self.tx_base_watts / self.up_bytes_per_s + self.tx_joules_per_byte)
 
     def fields(self, idle_watts: float) -> dict[str, Any]:

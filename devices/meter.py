@@ -1,4 +1,4 @@
-"""What one example costs in a network: counted by running it, so that nobody writes FLOPs down by hand."""
+"""Counts what one example costs in a network by running it, so that nobody writes FLOPs down by hand."""
 
 from __future__ import annotations
 
@@ -80,14 +80,14 @@ def _has_tensors(nest: Any) -> bool:
 
 
 def measure(model: nn.Module, loss: Loss, batch: dict[str, Tensor], name: str) -> ModelCost:
-    """Runs some forward and backward passes of `loss(model, batch)` and says what each example cost.
+    """Runs forward and backward passes of `loss(model, batch)` and counts what each example costs.
 
     It runs a copy, in training mode, on the CPU and without oneDNN, whose scratch memory differs between machines: the
     model, its gradients, buffers and mode and torch's random state stay as they are, and every host counts the same.
 
     Args:
         model: parameters that need no gradient are priced as frozen.
-        loss: must use the model and batch that it is given, and only these; the batch may be larger than `batch`.
+        loss: of a model and a batch; it must use those that it is given, and the batch may be larger than `batch`.
         batch: tensors with the examples in the first dimension; two or more where batch norm wants them.
         name: of the network, kept in the result.
 
@@ -118,7 +118,7 @@ def measure(model: nn.Module, loss: Loss, batch: dict[str, Tensor], name: str) -
         # The loss has to finish before its backward pass begins: nothing of it may be held but what autograd keeps.
         moments = _moments(network, lambda some: step(loss(network, some)), batch)
         with lstm_kernels():
-            kept = _kept_bytes(network, loss, batch)
+            saved = _saved_bytes(network, loss, batch)
         for module in network.modules():
             if next(module.children(), None) is None:
                 module.register_forward_pre_hook(count_call)
@@ -131,7 +131,7 @@ def measure(model: nn.Module, loss: Loss, batch: dict[str, Tensor], name: str) -
         forward_flops=forward.total / size,
         backward_flops=backward.total / size,
         parameter_bytes=sum(p.numel() * p.itemsize for p in network.parameters()),
-        activation_bytes=-(-kept // size),
+        activation_bytes=-(-saved // size),
         calls=calls,
         step_bytes=moments,
     )
@@ -167,29 +167,29 @@ def _moments(network: nn.Module, run: Callable[[dict[str, Tensor]], object], bat
     return tuple((fixed + weights, each + example) for fixed, each in moments)
 
 
-def _kept_bytes(network: nn.Module, loss: Loss, batch: dict[str, Tensor]) -> int:
-    """Returns the bytes that autograd keeps between the forward and the backward pass."""
+def _saved_bytes(network: nn.Module, loss: Loss, batch: dict[str, Tensor]) -> int:
+    """Returns the bytes that autograd saves between the forward and the backward pass."""
     own = [*network.parameters(), *network.buffers(), *batch.values()]
     excluded = {tensor.untyped_storage().data_ptr() for tensor in own}
-    kept: dict[int, int] = {}  # storage -> bytes; autograd holds the storages, so no address comes twice
+    saved: dict[int, int] = {}  # storage -> bytes; autograd holds the storages, so no address comes twice
 
     def keep(tensor: Tensor) -> Tensor:
         if tensor._is_zerotensor():  # forward-mode derivatives have zeros without a storage
             return tensor
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in excluded:
-            kept[storage.data_ptr()] = storage.nbytes()
+            saved[storage.data_ptr()] = storage.nbytes()
         return tensor.detach()  # an output that holds itself would be a reference cycle
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        value = loss(network, batch)  # held until all is counted
+        value = loss(network, batch)  # lives until all is counted
     del value
-    return sum(kept.values())
+    return sum(saved.values())
 
 
 @contextmanager
 def _without_onednn() -> Iterator[None]:
-    # The context manager of torch for this also resets the precision flags, with a warning.
+    # Torch's own context manager for this also resets the precision flags, with a warning.
     before = torch.backends.mkldnn.enabled
     torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
     try:

@@ -1,4 +1,4 @@
-"""The base of what looks at every operator that torch runs."""
+"""The base class of modes that look at every operator that torch runs."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""How many multiply-adds an operator of torch takes, and which operators take next to none.
+"""Counts the multiply-adds of torch's operators, and knows which operators take next to none.
 
-Torch's own FLOP formulas, of fused attention on cards and of operators that a user registers, are asked where this
-module knows none: importing them takes as long as a tenth of torch. An operator that neither know is refused: to take
-it for an elementwise one would price its products as nothing.
+Where this module has no formula, torch's own are asked, for fused attention on cards and operators that a user
+registers; importing them takes a tenth of the time of torch itself. An operator without any formula is refused: taken
+for an elementwise one, its products would cost nothing.
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ DETECTION = {"nms", "roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool"}  # t
 
 
 def name_of(func: Any) -> str:
-    """Its name in torch, without the mark of operators in place: "aten::add" of `aten.add_.Tensor`."""
+    """Returns an operator's name without the mark of in-place ones: "aten::add" of `aten.add_.Tensor`."""
     name = str(func._schema.name)
     return name[:-1] if name.endswith("_") and not name.endswith("__") else name
 

@@ -1,4 +1,4 @@
-"""Which phones people had: a list of phones turned into shares of the shipped devices, by their SoC.
+"""Shares of the shipped devices among the phones that people had, from a public list, by SoC.
 
 `devices/population.yaml` holds the shares; `fedsim devices population` makes it from the list.
 """
@@ -26,10 +26,10 @@ FILE = Path(__file__).parent / "population.yaml"
 LIST = "phones_ai_benchmark.csv"
 YEARS = (2016, 2019)
 TIERS = ("low", "mid", "high")
-MAKERS = ("HiSilicon ", "Hisilicon ")  # words of the list that our profiles leave out
+MAKERS = ("HiSilicon ", "Hisilicon ")  # words of the list that profiles leave out
 CORES = (" Octa", " Quad", " Dual")
 SAME = {"Exynos 9611": "Exynos 9610", "Kirin 990 5G": "Kirin 990"}  # their scores in the list differ by 1 %
-# Newer than the list, so that no share is known: each counts as this many phones.
+# Newer than the list, so that their shares are not known: each counts as `NEWER_PHONES` phones.
 NEWER = ("mi_10", "mi_11", "snapdragon_8_gen_2", "dimensity_9300")
 NEWER_PHONES = 3.0
 
@@ -53,10 +53,10 @@ class Phone:
 
 @dataclass(frozen=True)
 class Share:
-    """What one device stands for.
+    """The phones that one device stands for.
 
     Attributes:
-        phones: models of the list, or what is assumed.
+        phones: number of models in the list, or an assumed one.
         tier: low, mid or high.
         soc: as in the profile.
         score: median CPU float score of the SoC's phones; None where the list has none.
@@ -88,11 +88,11 @@ class Population:
 
     @property
     def coverage(self) -> float:
-        """The covered part of the listed phones."""
+        """The share of the listed phones that is covered."""
         return self.covered / self.listed
 
     def of_tier(self, tier: str) -> float:
-        """Returns the part of the fleet in a tier."""
+        """Returns the share of the fleet in a tier."""
         return sum(s.phones for s in self.devices.values() if s.tier == tier) / self.phones()
 
     def phones(self, provenance: str | None = None) -> float:

@@ -1,4 +1,4 @@
-"""What a device can do: its rate, memory, network and power, read from a YAML file that says where each number is from.
+"""Profiles of devices: rate, memory, network and power, from a YAML file that says where each number is from.
 
 The shipped devices are `devices/profiles/*.yaml`; a user's own file has the same keys, all of them in
 `devices.profile_file.FIGURES`. A number is plain, or {value, provenance, source}:
@@ -20,6 +20,7 @@ slopes rx_mw_per_mbps and tx_mw_per_mbps of the link too.
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
@@ -34,6 +35,7 @@ from devices.latency.columns import TABLE_KINDS, from_0_1
 from devices.latency.prices import BASES, Prices
 from devices.links import Link, load_link
 from devices.profile_file import FIGURES, PROVENANCES, Reader, Rule, read_yaml
+from devices.texts import quoted
 
 SHIPPED = Path(__file__).parent / "profiles"
 KINDS = ("phone", "sbc", "laptop", "desktop", "gpu", "server_cpu", "accelerator", "mcu", "embedded", "host")
@@ -47,7 +49,7 @@ BYTES_PER_MB = 2**20  # of memory, as RAM is sold
 
 @dataclass(frozen=True)
 class LatencyFacts:
-    """What is known of a device's latency.
+    """Prices and measured milliseconds of a device.
 
     Attributes:
         inference: prices of a forward pass of one deployed network, or None.
@@ -77,7 +79,7 @@ class LatencyFacts:
 
         Args:
             factor: one for all, or [4] for multiply-adds, activations, weights and calls; milliseconds of whole
-                networks go by that of multiply-adds.
+                networks are scaled by that of multiply-adds.
         """
         whole = factor if isinstance(factor, int | float) else factor[0]
         of_another = {
@@ -113,19 +115,19 @@ class DeviceProfile:
         tx_watts: while sending.
         idle_watts: while waiting.
         failures_per_min: rate of crashes while at work; 0 never crashes.
-        speed: how much faster this one unit is than its model; `flops_per_s` has it already, `latency` has not.
+        speed: how much faster this unit is than its model; `flops_per_s` includes it, `latency` does not.
         latency: measured latencies, or None.
         setup_round_trips: round trips before the first byte of a transfer: connection, encryption, request.
-        rx_joules_per_byte: what a received byte takes beside `rx_watts`.
-        tx_joules_per_byte: what a sent byte takes beside `tx_watts`.
-        tail_watts: what the radio draws beside the rest of the device while it stays awake after a transfer.
-        tail_s: for how long it does.
+        rx_joules_per_byte: of a received byte, beside `rx_watts`.
+        tx_joules_per_byte: of a sent byte, beside `tx_watts`.
+        tail_watts: of the radio while it stays awake after a transfer, beside the rest of the device.
+        tail_s: time that the radio stays awake after a transfer.
         soc: the chip, e.g. "BCM2711"; empty where the file does not say it.
         isa: one of `ISAS`, "none" where the file does not say it.
         core: microarchitecture of the cores that compute, e.g. "A72"; empty where the file does not say it.
-        clock_ghz: of one of them.
-        threads: that compute; `flops_per_s`, `peak_macs_per_s` and `compute_watts` are of so many.
-        peak_macs_per_s: multiply-adds in fp32 that the hardware could do, or None.
+        clock_ghz: of one of these cores.
+        threads: that compute; `flops_per_s`, `peak_macs_per_s` and `compute_watts` hold for all of them together.
+        peak_macs_per_s: multiply-adds in fp32 that the hardware could do in theory, or None.
         memory_bytes_per_s: bandwidth of the memory in theory, or None.
         base_watts: of a GPU that runs a kernel, without its arithmetic, or None.
         joules_per_mac: of a multiply-add, beside `base_watts`.
@@ -183,11 +185,11 @@ class DeviceProfile:
 
 @dataclass(frozen=True)
 class Units:
-    """The devices of some clients as columns; `units[number]` is the profile of one.
+    """The devices of some clients as columns; `units[number]` is the profile of one client.
 
     Attributes:
-        models: the profiles that occur.
-        model: of each client, index into `models`, [clients] int.
+        models: profiles of the models of device.
+        model: index into `models` of each client, [clients] int.
         speed: factor of each client's own unit, [clients] float64.
         bandwidth: factor on each client's bandwidth, [clients] float64.
     """
@@ -291,7 +293,7 @@ def parse_profile(tree: Any, file: str) -> DeviceProfile:
     reader.finish()
     fields, assumed = _fields(given, reader.assumed, link)
     if isinstance(latency, DeviceProfile) and latency.latency is not None:
-        latency = latency.latency.scaled(_slower(fields, latency))
+        latency = latency.latency.scaled(_slowdowns(fields, latency))
     assert not isinstance(latency, DeviceProfile)
     return DeviceProfile(
         name=name,
@@ -357,7 +359,7 @@ def _memory_bytes(reader: Reader, memory: Mapping[str, float]) -> int:
     return left
 
 
-TOGETHER = (  # figures of which the first is the second at most
+ORDERED = (  # pairs of figures of which the first is at most the second, and why
     ("power.idle_w", "power.compute_w", "a device at work draws no less than one that waits"),
     ("power.base_w", "power.compute_w", "a board draws its limit at most"),
     ("power.idle_w", "power.base_w", "a running kernel draws no less than waiting"),
@@ -368,7 +370,7 @@ TOGETHER = (  # figures of which the first is the second at most
 def _check_together(reader: Reader, given: Mapping[str, Mapping[str, float]]) -> None:
     """Notes figures that contradict each other; those that are missing or wrong themselves contradict nothing."""
     known = {f"{section}.{key}": value for section, figures in given.items() for key, value in figures.items()}
-    for low, high, why in TOGETHER:
+    for low, high, why in ORDERED:
         if low in known and high in known and known[low] > known[high]:
             reader.problems.append(f"key {low!r} must be at most {high} ({known[high]:g}), got {known[low]:g}: {why}")
 
@@ -376,7 +378,7 @@ def _check_together(reader: Reader, given: Mapping[str, Mapping[str, float]]) ->
 _BEING_READ: ContextVar[tuple[str, ...]] = ContextVar("being read", default=())
 
 
-def _other(file: str, device: Any) -> DeviceProfile:
+def _scaled_device(file: str, device: Any) -> DeviceProfile:
     """Reads the device whose latencies another file scales; files may form a chain, but no ring."""
     chain = (*_BEING_READ.get(), str(Path(file).resolve()))
     if str(Path(str(device)).resolve()) in chain:
@@ -388,7 +390,7 @@ def _other(file: str, device: Any) -> DeviceProfile:
         _BEING_READ.reset(token)
 
 
-def _slower(fields: Mapping[str, Any], other: DeviceProfile) -> tuple[float, float, float, float]:
+def _slowdowns(fields: Mapping[str, Any], other: DeviceProfile) -> tuple[float, float, float, float]:
     """Returns how much slower than another device multiply-adds, activations, weights and calls are.
 
     Multiply-adds follow the peak, bytes the bandwidth of the memory, calls the clock; where one of the two files does
@@ -423,7 +425,7 @@ def _latency(file: str, tree: Any) -> LatencyFacts | DeviceProfile:
     if "scaled" in tree:
         _check_keys(file, "latency.scaled.", tree["scaled"], ("device", "factor"), ("device",))
         scaled = tree["scaled"]
-        other = _other(file, scaled["device"])
+        other = _scaled_device(file, scaled["device"])
         if other.latency is None:
             raise DeviceError(f"{file}: latency.scaled.device {scaled['device']!r} has no latencies itself")
         if "factor" not in scaled:
@@ -495,9 +497,11 @@ def _references(file: str, tree: Any) -> tuple[tuple[str, str, int, float], ...]
     for key in spaces:
         space, _, batch = str(key).partition("@")
         where = f"latency.references.{key}"
-        if space not in REFERENCE_SPACES or not batch.isdigit() or int(batch) < 1:
+        if space not in REFERENCE_SPACES or not re.fullmatch("0*[1-9][0-9]{0,8}", batch):
             allowed = " or ".join(f"{name}@BATCH" for name in REFERENCE_SPACES)
-            raise DeviceError(f"{file}: {where}: measured networks stand under {allowed}, e.g. nb201@1")
+            raise DeviceError(
+                f"{file}: key {quoted(where)} must be {allowed} with a batch from 1 to 999999999, e.g. nb201@1"
+            )
         length, ids = REFERENCE_SPACES[space]
         if not isinstance(tree[key], dict):
             raise DeviceError(f"{file}: {where} must be a map from networks to milliseconds, got {tree[key]!r}")

@@ -1,4 +1,4 @@
-"""The YAML file of a device or a link: which numbers it may hold, within which bounds, and what is wrong in one.
+"""The YAML file of a device or a link: its numbers, their bounds, and a reader that notes all that is wrong in one.
 
 `FIGURES` is the whole schema: checks, defaults and the comments of `fedsim devices new` come from it.
 """
@@ -23,7 +23,7 @@ JOULES_PER_BYTE = 8e-9  # one mW per Mbit/s: 1e-3 J for each 1e6 bits
 MAX_RAM_MB = 4 * 2**20  # 4 TB
 MAX_LETTERS = 1000  # of a name
 
-Rule = tuple[str, Callable[[float], bool]]  # how the sentence says it, and the test
+Rule = tuple[str, Callable[[float], bool]]  # words for a sentence, and the test
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,13 @@ class Figure:
     """One number of a file; its bounds are wide enough for every device that is sold, and catch a wrong unit.
 
     Attributes:
-        field: of a `DeviceProfile` or `Link`, where the number goes times `scale`.
+        field: of a `DeviceProfile` or `Link`, which gets the number times `scale`.
         meaning: unit and meaning in a few words.
-        low, high: the least and the most that is allowed.
+        low, high: the least and the largest allowed number.
         required: whether the file must have it.
-        default: what counts where it is left out; None leaves the field as it is.
-        whole: no fractions.
+        default: value where it is left out; None leaves the field as it is.
+        scale: from the file's unit to that of the field.
+        whole: whether fractions are refused.
     """
 
     field: str
@@ -138,14 +139,14 @@ class Reader:
         self.assumed: list[str] = []
 
     def check_map(self, key: str, tree: Any, allowed: Iterable[str], required: Iterable[str], form: str = "") -> bool:
-        """Notes keys that are unknown or missing; whether `tree` is a map at all.
+        """Notes keys that are unknown or missing, and returns whether `tree` is a map at all.
 
         Args:
             key: of the map itself, "" for the whole file.
-            tree: what came.
-            allowed: its keys.
-            required: those that must be there.
-            form: how a missing one is written.
+            tree: the value in the file.
+            allowed: keys that the map may have.
+            required: keys that it must have.
+            form: appended to the sentence about a missing key: how to write it.
         """
         allowed, required = list(allowed), list(required)
         if not isinstance(tree, dict):
@@ -199,8 +200,8 @@ class Reader:
 
         Args:
             key: of the map.
-            tree: what came.
-            figures: what it may hold.
+            tree: the value in the file.
+            figures: that the map may hold.
             free: required figures that may be missing this time.
             besides: keys that are no figures.
         """

@@ -23,7 +23,7 @@ from devices.errors import FileError, one_line
 
 MEGABYTE = 2**20
 MAX_JSON, MAX_LINE, MAX_YAML = 512 * MEGABYTE, 64 * MEGABYTE, 2 * MEGABYTE  # bytes of a text
-MAX_DEPTH = 200  # of maps and lists inside each other
+MAX_DEPTH = 200  # of maps and lists within each other
 MAX_NODES = 300_000  # of a YAML tree with its aliases written out
 MAX_DIGITS = 1000  # of a whole number; Python neither reads nor writes those of more than 4300
 MAX_CELLS = 10**9  # of a Parquet file: a few bytes can stand for any number of equal rows

@@ -1,7 +1,7 @@
-"""What a step and an inference reserve, from shapes alone: `devices.meter` without its arithmetic.
+"""Memory that a step and an inference reserve, from shapes alone: `devices.meter` without its arithmetic.
 
-A network runs on the meta device, where tensors have sizes and no numbers: a ResNet-50 takes a second in the place of
-half a minute.
+A network runs on the meta device, where tensors have sizes and no numbers: a ResNet-50 takes a second instead of half a
+minute.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ RECURRENT = ("gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_c
 
 
 class _NumbersNeededError(Exception):
-    """The network holds other tensors on the meta device than on a CPU."""
+    """Raised for a network that holds other tensors on the meta device than on a CPU."""
 
 
 def with_memory(cost: ModelCost, network: nn.Module, loss: Loss, batch: dict[str, Tensor]) -> ModelCost:
     """Adds what a step and an inference hold to a cost: the same as `devices.meter` measures and runs reserve.
 
-    Attention kernels of a CPU hold less than their parts do, most recurrent layers fall into other parts there, and
-    some networks look at numbers: these run for real.
+    Some networks run on a CPU instead: those with attention, whose kernels hold less than their parts, those with most
+    recurrent layers, which fall into other parts there, and those whose path depends on numbers.
 
     Args:
         cost: of the network, e.g. from its layer table.
@@ -70,7 +70,7 @@ def _moments(network: nn.Module, loss: Loss, batch: dict[str, Tensor], training:
 
 
 class _NoOtherKernels(TorchFunctionMode):
-    """Stops where the kernel on a CPU is another one than on the meta device, and holds something else."""
+    """Stops a network at a kernel that holds other tensors on a CPU than on the meta device."""
 
     def __init__(self, training: bool):
         super().__init__()

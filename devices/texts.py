@@ -1,4 +1,4 @@
-"""Texts from outside (names, labels, titles, paths, errors) made fit for where they go.
+"""Makes texts from outside (names, labels, titles, paths, errors) fit for where they are shown or stored.
 
 A text is data wherever it comes from: a class called `$\frac{$` is no formula, a device called `[/red]` no markup, an
 arm called `../x` no path. Pictures have `devices.figures`, the terminal has `fedsim.report.terminal`, and a page
@@ -28,8 +28,8 @@ def visible(text: object, most: int | None = None) -> str:
     and tabs become spaces.
 
     Args:
-        text: anything; its `str` counts.
-        most: letters from which on the end is left out, with an ellipsis in its place.
+        text: anything; its `str` is taken.
+        most: letters; an ellipsis replaces the end of longer texts.
     """
     letters = str(text)
     if most is not None and len(letters) > 8 * most:

@@ -1,4 +1,4 @@
-"""What one example costs in a network, layer kind by layer kind: the input of `devices.latency.structured`.
+"""Counts what one example costs in a network, by layer kind: the input of `devices.latency.structured`.
 
 The network is run once on the meta device, which knows shapes and no numbers; every operation below autograd is seen,
 whether a module or a function called it.
@@ -65,7 +65,7 @@ class LayerTable:
 
     @property
     def macs(self) -> float:
-        """Multiply-adds of one example; twice this are its FLOPs."""
+        """Multiply-adds of one example; twice as many are its FLOPs."""
         return sum(self.rows[KINDS.index(kind)][0] for kind in MAC_KINDS)
 
     def features(self, batch: int) -> np.ndarray:
@@ -98,7 +98,7 @@ class LayerTable:
         return cls(tuple(tuple(map(float, tree[kind])) for kind in KINDS))  # type: ignore[misc]
 
 
-SMALL = 1e11  # weights times values of the input: a real pass takes some tens of milliseconds at most
+MAX_REAL = 1e11  # weights times values of the input; up to here a real pass takes some tens of milliseconds
 
 
 def _table(values: np.ndarray) -> LayerTable:
@@ -109,9 +109,9 @@ def trace(model: nn.Module, example: Tensor | tuple[Any, ...]) -> LayerTable:
     """Counts what `model(*example)` costs in evaluation mode, by layer kind.
 
     A copy without numbers runs: the model, its buffers, gradients and mode and torch's random state stay as they are.
-    Networks whose path depends on numbers run once more as a real copy, and small ones as that at once: shapes without
-    numbers cost the import of torch's compiler. Forward hooks of the model run too. What is
-    computed from parameters alone (masked or normalised weights) is taken as folded, and free; so are views.
+    Networks whose path depends on numbers run once more as a real copy, and small ones do so first: shapes without
+    numbers cost the import of torch's compiler. Forward hooks of the model run too. Operations on parameters alone
+    (masked or normalised weights) are taken as folded, and free; so are views.
 
     Args:
         model: any module; its own shapes count, so that pruned and narrowed networks need nothing else.
@@ -127,8 +127,8 @@ def trace(model: nn.Module, example: Tensor | tuple[Any, ...]) -> LayerTable:
     if batch == 0:
         raise DeviceError("a network is traced on one example or more, got none; give a tensor [batch, ...]")
     size = max(x.numel() for x in tree_flatten(inputs)[0] if isinstance(x, Tensor))
-    is_small = size * sum(t.numel() for t in _tensors(model)) < SMALL
-    ways = (_shape_of, _values_of)  # numbers only where the path or a kernel asks for them
+    is_small = size * sum(t.numel() for t in _tensors(model)) < MAX_REAL
+    ways = (_shape_of, _values_of)  # with numbers only where the path or a kernel needs them
     failures: dict[object, DeviceError] = {}
     for replace in reversed(ways) if is_small else ways:
         try:
@@ -138,9 +138,9 @@ def trace(model: nn.Module, example: Tensor | tuple[Any, ...]) -> LayerTable:
             name = type(model).__name__
             failures[replace] = DeviceError(f"network {name} cannot be copied for tracing: {_sentence(error)}")
             continue
-        recorder, place = _Recorder(_tensors(network)), _Place(network)
+        recorder, place = _Recorder(_tensors(network)), _Location(network)
         try:
-            with _untouched_random_state(), torch.no_grad(), _no_fast_path(), _Functions(recorder), recorder:
+            with _unchanged_random_state(), torch.no_grad(), _no_fast_path(), _WholeLayers(recorder), recorder:
                 network.eval()(*given)
             return _table(recorder.sums * [[1 / batch, 1 / batch, 1, 1]])
         except Exception as error:
@@ -176,7 +176,7 @@ def _copy(model: nn.Module, replace: Callable[[Tensor], Tensor]) -> nn.Module:
     return deepcopy(model, memo)
 
 
-def _untouched_random_state() -> AbstractContextManager[None]:
+def _unchanged_random_state() -> AbstractContextManager[None]:
     return torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else [])
 
 
@@ -192,7 +192,7 @@ def _no_fast_path() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-class _Place:
+class _Location:
     """Follows which module of a network runs, to name the one that fails."""
 
     def __init__(self, network: nn.Module):
@@ -258,7 +258,7 @@ FREE = {
     *("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "sym_size", "equal"),
     *("new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided", "_assert_async", "set_", "resize_"),
 }
-# Outputs after the first are statistics or indices that nobody reads in evaluation mode.
+# Outputs after the first are statistics or indices, which evaluation mode does not read.
 FIRST_OUTPUT = {
     *("native_batch_norm", "_native_batch_norm_legit_no_training", "_native_batch_norm_legit", "cudnn_batch_norm"),
     *(
@@ -330,8 +330,8 @@ def _convolution(args: Any, x: Tensor, weight: Tensor, out: Tensor) -> tuple[str
     return kind, weight.numel() * slid
 
 
-class _Functions(TorchFunctionMode):
-    """Counts recurrent layers as wholes: below, every gate of every step is an operation."""
+class _WholeLayers(TorchFunctionMode):
+    """Counts each recurrent layer as a whole: below autograd, every gate of every step is an operation."""
 
     def __init__(self, recorder: _Recorder):
         super().__init__()
@@ -340,7 +340,7 @@ class _Functions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Calls `func`, with the recorder paused where it is counted here."""
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
-        count = _WHOLES.get(name)
+        count = _WHOLE_LAYERS.get(name)
         if count is None or self.recorder.paused:
             return func(*args, **kwargs)
         self.recorder.paused = True
@@ -380,7 +380,7 @@ def _count_cell(recorder: _Recorder, args: Any, kwargs: Any, out: Any) -> None:
     recorder.add("recurrent", macs, x.numel() + new.numel(), sum(w.numel() for w in weights))
 
 
-_WHOLES = {
+_WHOLE_LAYERS = {
     **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), _count_recurrent),
     **dict.fromkeys(("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"), _count_cell),
 }

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, also when the process is killed, the disk is full or the power fails."""
+"""Writes files whole or not at all, also when the process is killed, the disk is full or the power fails."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ PART = ".part"  # how a file's name ends while it is written; a dot stands befor
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Replaces a file in one step, on the disk when this returns; nobody ever reads half of it.
+    """Replaces a file in one step; it is on the disk when this returns, and nobody ever reads half of it.
 
     Raises:
-        OSError: naming the file; what was there before is there still.
+        OSError: naming the file, whose old content stays.
     """
     part = part_of(path)
     try:
@@ -27,7 +27,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             sync_folder(path.parent)
     except BaseException as error:
         if isinstance(error, OSError) and error.filename == str(part):
-            error.filename = str(path)  # which the user knows
+            error.filename = str(path)  # the name that the user knows
         with suppress(OSError):
             part.unlink(missing_ok=True)
         raise
@@ -39,7 +39,7 @@ def part_of(path: Path) -> Path:
 
 
 def write_new(path: Path, content: str | bytes) -> None:
-    """Writes a new file to the disk; what was there by that name, a link perhaps, is taken away first.
+    """Writes a new file to the disk, after removing whatever has its name, such as a link.
 
     Raises:
         OSError: naming the file.
@@ -52,7 +52,7 @@ def write_new(path: Path, content: str | bytes) -> None:
 
 
 def try_place(path: Path) -> None:
-    """Finds out whether a file can be written, as `write_atomic` will; what is there stays.
+    """Finds out whether `write_atomic` can write a file; an old file of that name stays.
 
     Raises:
         OSError: with the system's reason: no permission, a disk that is full or only to be read, a name too long.
@@ -65,16 +65,16 @@ def try_place(path: Path) -> None:
 
 
 def open_new(path: Path) -> IO[bytes]:
-    """Opens a new file to write it; what was there by that name, a link or a pipe perhaps, is taken away first."""
+    """Opens a new file to write it, after removing whatever has its name, such as a link or a pipe."""
     path.unlink(missing_ok=True)
     return path.open("xb")
 
 
 def open_lock(path: Path) -> IO[bytes]:
-    """Opens a file that is there to be locked, or makes it; what is in it stays.
+    """Opens a file to lock it, or makes it; its content stays.
 
     Raises:
-        OSError: naming the file; also for a link, a pipe or a device, which is not waited for.
+        OSError: naming the file; also for a link, a pipe or a device, none of which makes it wait.
     """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
@@ -103,7 +103,7 @@ def sync_folder(path: Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Lets an OSError that names no file name this one: a full disk is seen when bytes are written."""
+    """Adds the file's name to an OSError without one, such as that of a full disk."""
     try:
         yield
     except OSError as error:
@@ -113,7 +113,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def make_folders(path: Path) -> list[Path]:
-    """Makes a folder with its parents; those that were not there, the outermost first.
+    """Makes a folder with its parents and returns the new ones, the outermost first.
 
     Raises:
         OSError: if one cannot be made.
@@ -124,7 +124,7 @@ def make_folders(path: Path) -> list[Path]:
 
 
 def remove_empty(folders: list[Path]) -> None:
-    """Takes away folders of `make_folders`, the innermost first, as far as nothing is in them."""
+    """Removes folders of `make_folders` that are empty, the innermost first."""
     for folder in reversed(folders):
         with suppress(OSError):
             folder.rmdir()

@@ -12,7 +12,7 @@ import yaml
 from devices.cost import FlopsLatency, Jitter, ModelCost, Passes, Work
 from devices.errors import DeviceError
 from devices.links import link_names
-from devices.profile import KINDS, PROVENANCES, SHIPPED, TOGETHER, load_profile, parse_profile, profile_names
+from devices.profile import KINDS, ORDERED, PROVENANCES, SHIPPED, load_profile, parse_profile, profile_names
 from devices.profile_file import FIGURES, Reader
 
 WORK = Work((Passes(ModelCost("net", 1e6, 2e6, 0, 0), 10, 100, 100),), 2**32, down_bytes=10_000_000, up_bytes=5_000_000)
@@ -269,7 +269,7 @@ def test_figures_that_contradict_each_other_are_told_at_once(tmp_path):
     path.write_text(yaml.safe_dump(tree))
     with pytest.raises(DeviceError) as caught:
         load_profile(path)
-    for low, high, why in TOGETHER:
+    for low, high, why in ORDERED:
         assert f"key {low!r} must be at most {high} (" in str(caught.value)
         assert why in str(caught.value)
 

@@ -306,6 +306,18 @@ def test_a_broken_latency_section_is_one_sentence(change: dict, sentence: str):
     assert str(error.value).startswith("my.yaml: ")
 
 
+@pytest.mark.parametrize("batch", ["", "0", "-1", "1.5", "one", "²", "٣", "9" * 5000])
+def test_a_batch_of_references_that_is_no_whole_number_is_one_sentence(batch: str):
+    """Superscripts and other scripts have digits too, which Python's `isdigit` takes for numbers."""
+    latency = {"references": {f"nb201@{batch}": {"341213": 3}, "provenance": "dataset", "source": "x"}}
+    tree = {**yaml.safe_load((SHIPPED / "pixel2.yaml").read_text()), "latency": latency}
+    with pytest.raises(
+        DeviceError, match=r"^my.yaml: key 'latency.references.nb201@.* must be nb201@BATCH or"
+    ) as error:
+        parse_profile(tree, "my.yaml")
+    assert len(str(error.value)) < 300
+
+
 # --- HELP as a latency model ---------------------------------------------------------------------------------------
 
 

@@ -268,7 +268,7 @@ def test_a_pass_with_numbers_counts_what_one_without_does(name: str, monkeypatch
     x = x.to(memory_format=torch.channels_last) if x.ndim == 4 else x
     tables = []
     for limit in (0.0, float("inf")):
-        monkeypatch.setattr("devices.trace.SMALL", limit)
+        monkeypatch.setattr("devices.trace.MAX_REAL", limit)
         tables.append(trace(model, x).rows)
     assert tables[0] == tables[1]
 

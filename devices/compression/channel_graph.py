@@ -1,4 +1,4 @@
-"""Which channels of a network can only be removed together: Torch-Pruning's dependency graph as plain values."""
+"""Groups of channels that can only be removed together: Torch-Pruning's dependency graph as plain values."""
 
 from __future__ import annotations
 
@@ -58,7 +58,19 @@ class ChannelGroup:
 
 
 def find_groups(model: nn.Module, example: Tensor, network: str) -> dict[str, ChannelGroup]:
-    """Finds the groups of Torch-Pruning's dependency graph and returns them as plain values."""
+    """Finds the groups of Torch-Pruning's dependency graph and returns them as plain values.
+
+    Args:
+        model: of any values; its parameters must require gradients.
+        example: one batch of input, [batch, ...].
+        network: its name in errors.
+
+    Returns:
+        The groups by name, in the order of the model's layers, without those of the network's outputs.
+
+    Raises:
+        DeviceError: naming the layer, for networks that cannot be traced or whose channels cannot be removed.
+    """
     import torch_pruning as tp
 
     for name, module in model.named_modules():
@@ -142,7 +154,7 @@ def _sides(name: str, layer: Any, side: str) -> tuple[str, tuple[tuple[str, int]
 
 
 def _entries(item: Any, channels: int, layer: str, network: str) -> Tensor:
-    """Entries of the dimension by channel of the group, [channels, per channel]."""
+    """Returns the entries of the dimension by channel of the group, [channels, per channel]."""
     index, root = torch.tensor(item.idxs), torch.tensor(item.root_idxs)
     counts = torch.bincount(root, minlength=channels)
     if len(counts) != channels or int(counts.min()) != int(counts.max()) or not len(index):

@@ -1,4 +1,4 @@
-"""The smaller network that remains when some channels of a network go.
+"""Cuts the smaller network that remains when some channels of a network are removed.
 
 Groups of channels are found once per network (`channel_graph`); everything after that is `index_select` on state dicts,
 so that a server and its clients can cut and mend weights without a graph.
@@ -97,7 +97,7 @@ class ChannelGroups:
         }
 
     def kept_of(self, masks: Mapping[str, Tensor]) -> Kept:
-        """Returns the inverse of `mask_of`."""
+        """Returns the channels that masks of `mask_of` leave."""
         kept = {name: mask.nonzero().flatten() for name, mask in masks.items()}
         self.check(kept)
         return kept
@@ -107,14 +107,18 @@ class ChannelGroups:
         return pack_bits(torch.cat(list(self.mask_of(kept).values())))
 
     def unpack(self, packed: Tensor) -> Kept:
-        """Returns the inverse of `pack`."""
+        """Reads the channels from what `pack` made.
+
+        Raises:
+            DeviceError: for another number of bytes, or a choice that `check` refuses.
+        """
         sizes = [group.channels for group in self.groups.values()]
         if -(-sum(sizes) // 8) != len(packed):
             raise DeviceError(f"a mask of {sum(sizes)} channels takes {-(-sum(sizes) // 8)} bytes, got {len(packed)}")
         return self.kept_of(dict(zip(self.groups, unpack_bits(packed, (sum(sizes),)).split(sizes), strict=True)))
 
     def keep_ratio(self, kept: Kept) -> float:
-        """Channels that stay over channels that there are."""
+        """Returns the share of channels that stay."""
         return sum(map(len, kept.values())) / sum(group.channels for group in self.groups.values())
 
     def check(self, kept: Kept) -> None:
@@ -185,7 +189,7 @@ class ChannelGroups:
         """
         for name, index in inner.items():
             if not bool(torch.isin(index, outer[name]).all()):
-                raise DeviceError(f"channels of group {name!r} are to stay that are not there any more")
+                raise DeviceError(f"channel group {name!r}: only channels that the narrowed network has can stay")
         wanted, there = self.indices(inner), self.indices(outer)
         small = {}
         for key, tensor in state.items():
@@ -290,7 +294,7 @@ class ChannelGroups:
 
 
 def grid(places: Mapping[int, Tensor], shape: torch.Size, device: torch.device) -> tuple[Tensor, ...]:
-    """Indices that address the chosen entries of some dimensions, and all of the others, of a tensor."""
+    """Returns indices of the chosen entries of some dimensions of a tensor, and of all entries of the others."""
     last = max(places)
     index = []
     for dim in range(last + 1):

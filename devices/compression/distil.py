@@ -1,4 +1,4 @@
-"""What a small network learns from the outputs of a larger one."""
+"""The loss by which a small network learns from the outputs of a larger one."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Te
 
 
 class Remembering:
-    """A network whose last outputs can be read: a workload's loss gives none.
+    """A network that keeps the logits of its last call, since a workload's loss returns none.
 
     Attributes:
-        logits: of the last call.
+        logits: of the last call, [batch, ..., classes].
     """
 
     logits: Tensor

@@ -1,8 +1,8 @@
-"""Gates that switch the channels of a network by what they see, and the masks that a few examples of one user give.
+"""Gates that switch the channels of a network by its inputs, and masks from a few examples of one user.
 
-After Kim et al., "Prototype-based Personalized Pruning", ICASSP 2021: a reconstruction from the abstract and the patent
-abstract, no figure here is the paper's; a patent (US 12 505 348 B2) covers the idea. The shape of a gate module follows
-ConvNet-AIG (recalled).
+Source: Kim et al., "Prototype-based Personalized Pruning", ICASSP 2021, reconstructed from its abstract and that of a
+patent (US 12 505 348 B2), which covers the idea: no figure here is the paper's. The shape of a gate module follows
+ConvNet-AIG, from memory.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def hard(soft: Tensor) -> Tensor:
 class Gates(nn.Module):
     """One small network per gated group: a(x) = W2 ReLU(W1 pool(x) + b1) + b2, where x is what its layer is fed.
 
-    Gated are groups that one layer makes: the channels of a residual sum come from several and always stay, as do
-    inputs and outputs of the network. Channels that a group norm takes together share a gate. A gate acts where its
+    Groups that one layer makes are gated: the channels of a residual sum come from several layers and always stay, as
+    do inputs and outputs of the network. Channels that a group norm takes together share a gate. A gate acts where its
     channels are read, behind norms, activations and pooling, so a closed gate is a removed channel exactly.
 
     Args:
@@ -82,7 +82,7 @@ class Gates(nn.Module):
 
     @classmethod
     def like(cls, tensors: Mapping[str, Tensor], model: nn.Module, groups: ChannelGroups) -> Gates:
-        """Gates whose tensors have these shapes, with their values."""
+        """Builds gates from tensors: their shapes say how wide each gate is and whether it is conditioned."""
         first = next(t for name, t in tensors.items() if name.endswith(".0.weight"))
         widths = [t.shape[0] for name, t in tensors.items() if name.endswith(".0.weight")]
         plain = cls(model, groups, widths)
@@ -150,7 +150,7 @@ class Gates(nn.Module):
         return kept
 
     def masks(self, kept: Kept) -> dict[str, Tensor]:
-        """Returns the inverse of `kept`: by gated group, [units] bool."""
+        """Returns the masks that leave these channels, by gated group, [units] bool."""
         whole = self.groups.mask_of(kept)
         return {name: whole[name][:: self.groups.groups[name].unit] for name in self.names}
 
@@ -161,12 +161,12 @@ class Gates(nn.Module):
         return kept
 
     def keep_ratio(self, kept: Kept) -> float:
-        """Returns gated channels that stay over all gated channels."""
+        """Returns the share of gated channels that stay."""
         every = sum(self.groups.groups[name].channels for name in self.names)
         return sum(len(kept[name]) for name in self.names) / every
 
     def _layers(self) -> list[str]:
-        """Layers that make or read gated channels."""
+        """Lists the layers that make or read gated channels."""
         found = {c.layer: None for name in self.names for c in self.groups.groups[name].couplings if c.side != "both"}
         return list(found)
 
@@ -272,7 +272,7 @@ class _Site(nn.Module):
         self.register_buffer("share", 1.0 / counts, persistent=False)
 
     def spread(self, gates: Tensor, x: Tensor) -> Tensor:
-        """Gates by entry [batch, in] in the shape that multiplies x."""
+        """Returns gates by entry [batch, in] in the shape that multiplies x."""
         middle = [1] * (x.dim() - 2)
         return gates.view(len(gates), *middle, -1) if self.linear else gates.view(len(gates), -1, *middle)
 
@@ -290,7 +290,7 @@ class _Site(nn.Module):
 
 
 class PerSample:
-    """Each example has gates of its own, hard with the gradient of the soft ones.
+    """A switch with gates for each example, hard with the gradient of the soft ones.
 
     Attributes:
         values: by group, the gates of the last pass, [batch, units].
@@ -306,7 +306,7 @@ class PerSample:
 
 
 class PerUser:
-    """All examples, of one user, have the gates of its prototype, the mean of their soft gates (eq. of section 2.2).
+    """A switch with one set of gates for all examples of a user: its prototype, their mean soft gates (section 2.2).
 
     Layer by layer: each layer is fed what remains under the prototype gates before it. Gradients reach all examples.
 
@@ -333,7 +333,7 @@ class PerUser:
 
 
 class Personal:
-    """Turns one user's examples into masks, layer by layer, without gradient.
+    """A switch that turns one user's examples into masks, layer by layer, without gradient.
 
     Args:
         gates: the gates.

@@ -1,4 +1,4 @@
-"""Which single weights are zero: global and layer-wise masks by magnitude, and how many at which step.
+"""Masks that set single weights to zero by magnitude, and the sparsity at each step.
 
 Zeros inside a dense tensor save bytes, not time: dense kernels multiply them like any number.
 """
@@ -19,7 +19,7 @@ from devices.errors import DeviceError, unknown
 Masks = dict[str, Tensor]  # by state-dict key: True where a weight stays, bool of its shape
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)  # _NormBase: batch and instance norms
 PRUNABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-FLOOR = 0.03  # a global mask at 95 % without a floor left one weight of 2,304 in a layer, and accuracy at chance
+FLOOR = 0.03  # without a floor a global mask at 95 % can empty a layer
 RULES = ("masked", "ste")
 
 
@@ -65,7 +65,7 @@ def global_masks(weights: Mapping[str, Tensor], sparsity: float, floor: float = 
 
 
 def sparsity_of(masks: Mapping[str, Tensor]) -> float:
-    """Zeros over entries."""
+    """Returns the share of zeros among the entries of masks."""
     return 1 - sum(int(m.sum()) for m in masks.values()) / sum(m.numel() for m in masks.values())
 
 

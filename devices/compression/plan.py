@@ -1,4 +1,4 @@
-"""What each device of a fleet runs of one network: how many channels, which weights and with how many bits."""
+"""The compressed network that each device of a fleet runs: how many channels, which weights, how many bits."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BitWidth = Literal[32] | Annotated[int, Interval(ge=2, le=8)]
 @checked("compression")
 @dataclass(frozen=True)
 class Recipe:
-    """What is done to a network: channels first, then single weights, then bits.
+    """Steps that compress a network: channels first, then single weights, then bits.
 
     Attributes:
         keep: share of channels that stays, in (0, 1].
@@ -46,7 +46,7 @@ class Compressed:
     """A network as one kind of device runs it.
 
     Attributes:
-        model: gives what the device would compute.
+        model: computes in floats what the device would.
         shape: the same network before its numbers changed, for tracing and pricing: a dense float one.
         keep_ratio: channels that stayed over all, after rounding.
         dense_bytes, nonzero_bytes, wire_bytes: see `devices.compression.sizes`.
@@ -81,7 +81,7 @@ class Pruned:
 
 
 class CompressionPlan(Checked, group="compression"):
-    """Which recipe each device follows.
+    """The recipe that each device follows.
 
     Args:
         keep, sparsity, bits: of devices that `tiers` does not name.
@@ -119,7 +119,7 @@ class CompressionPlan(Checked, group="compression"):
 
     @property
     def active(self) -> bool:
-        """Whether any device runs something else than the network itself."""
+        """Whether any device runs anything but the network itself."""
         return any(recipe != Recipe() for recipe in (self.usual, *self.tiers.values()))
 
     @property

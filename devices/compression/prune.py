@@ -1,4 +1,4 @@
-"""Which channels of a network are worth keeping.
+"""Scores the channels of a network and chooses those worth keeping.
 
 Channels go from all coupled layers at once (`ChannelGroups`), so residual sums stay whole and what remains is a dense,
 static network that any runtime runs faster.

@@ -1,4 +1,4 @@
-"""Integers for weights and activations: after training, and fake ones in training with gradients that pass rounding.
+"""Integers for weights and activations: after training, or fake ones in training, whose gradients pass the rounding.
 
 Everything here computes in floats what integer kernels would: for accuracy and bytes. `kernels.py` runs real ones.
 """
@@ -64,7 +64,7 @@ def _beside(scales: Tensor, weight: Tensor) -> Tensor:
 
 @dataclass
 class ActivationRange:
-    """Affine integers for one tensor: zero is one of them, so that padding and ReLU stay exact.
+    """Affine integers for one tensor; one of them stands for 0, so that padding and ReLU stay exact.
 
     scale = (high - low) / (2^b - 1), zero = clip(round(-low / scale), 0, 2^b - 1), q = clip(round(x / scale) + zero).
 
@@ -93,7 +93,7 @@ class ActivationRange:
 
     @property
     def scale(self) -> float:
-        """Width of a step."""
+        """The width of a step between two integers."""
         return (self.high - self.low) / self.largest or 1.0
 
     @property

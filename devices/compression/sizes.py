@@ -1,4 +1,4 @@
-"""How large a network is: in memory, by its non-zero values, and as the bytes that are really sent.
+"""Sizes of a network: in memory, by its non-zero values, and as the bytes that are sent.
 
 The three are always reported together, because each alone flatters some method.
 """
@@ -68,7 +68,7 @@ def pack(tensors: Mapping[str, Tensor], bits: Mapping[str, int] | None = None) -
 
 
 def unpack(data: bytes) -> dict[str, Tensor]:
-    """Returns the inverse of `pack`.
+    """Reads the tensors from what `pack` made.
 
     Raises:
         DeviceError: if the bytes are not of that form.

@@ -1,4 +1,4 @@
-"""Updates that are smaller than the weights: chosen coordinates, fewer bits, and the error that is made up for later.
+"""Compresses updates: chosen coordinates, fewer bits, and errors that later updates make up for.
 
 A compressed update is one array of values, one of places and one of scales, whatever the number of tensors, so that
 headers do not eat what was saved. The arrays say by themselves how they are read.
@@ -44,15 +44,15 @@ class Packed:
 
 
 class UpdateCompressor(Checked, group="uplink"):
-    """Says which coordinates of an update travel, and with how many bits.
+    """A rule for which coordinates of an update travel, and with how many bits.
 
     Args:
-        select: all; top, the largest ceil(ratio n) in magnitude; random, as many drawn, whose places cost one seed;
-            nonzero, those that changed.
-        ratio: share that travels with top and random, in (0, 1].
+        select: "all"; "top", the ceil(ratio n) largest in magnitude; "random", as many at random, whose places cost one
+            seed; "nonzero", those that changed.
+        ratio: share that travels with "top" and "random", in (0, 1].
         bits: of a value: 32 (float) or 8 (integers with a scale per tensor: max |p| / 127).
-        stochastic: round 8-bit values at random, without bias; otherwise to the nearest.
-        error_feedback: what did not travel is added to the client's next update.
+        stochastic: whether 8-bit values are rounded at random, without bias; otherwise to the nearest.
+        error_feedback: whether the part that did not travel is added to the client's next update.
 
     Raises:
         DeviceError: for a setting that is not allowed.
@@ -73,7 +73,7 @@ class UpdateCompressor(Checked, group="uplink"):
 
     @property
     def active(self) -> bool:
-        """Whether anything is done at all."""
+        """Whether an update changes at all."""
         return self.select != "all" or self.bits != 32
 
     def working_bytes(self, coordinates: int) -> int:

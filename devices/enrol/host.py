@@ -1,7 +1,6 @@
-"""What this host can do at best: its peak, its memory's bandwidth, its clock, as far as they can be measured.
+"""Measures this host at its best: its peak, its memory's bandwidth, its clock.
 
-A measured figure is a floor of the true one, and prices are bounded by these: so each is the best that was seen. May
-import: torch, psutil and this package.
+A measured figure is a floor of the true one, and these bound prices, so each figure is the best that was seen.
 """
 
 from __future__ import annotations

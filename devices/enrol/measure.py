@@ -27,8 +27,8 @@ from devices.enrol.zoo import HELD_OUT, ZOO
 from devices.errors import DeviceError
 from devices.latency.calibrate import Backend, Calibration, at_least, prices_of
 from devices.latency.columns import Phase, Physics, counts
-from devices.latency.limits import NEWEST
-from devices.latency.models import MOST_THREADS
+from devices.latency.limits import NEWEST_YEAR
+from devices.latency.models import MAX_FRAMEWORK_THREADS
 from devices.latency.prices import Prices
 from devices.latency.prior import Facts, Prior, Sample, shipped_prior
 from devices.trace import LayerTable, trace
@@ -37,8 +37,8 @@ BATCHES = (1, 8)
 REFERENCES = tuple((name, batch) for name in ZOO if name not in HELD_OUT for batch in BATCHES)
 JUDGED = tuple((name, batch) for name in HELD_OUT for batch in BATCHES)
 UNSEEN_FAMILIES = ("mobilenet", "lstm", "resnet")  # each is left out of a fit of its own and predicted by it
-QUICK = 10  # percentile of the samples that counts: what the host takes when nothing else disturbs it
-DOUBTFUL = 0.1  # distance of the quick quarter from it, relatively, beyond which a measurement is repeated
+QUICK_PERCENTILE = 10  # percentile of the samples that counts: what the host takes when nothing else disturbs it
+MAX_DOUBT = 0.1  # distance of the quick quarter from it, relatively, beyond which a measurement is repeated
 QUARTILES = 1.349  # standard deviations of a normal distribution between its quartiles
 SAMPLE_S = 0.002  # shorter runs are repeated within one sample
 INT8_GAIN = 4.0  # integer multiply-adds over those in fp32 at the peak
@@ -64,16 +64,16 @@ class Timing:
 
     @property
     def noisy(self) -> bool:
-        return self.doubt > DOUBTFUL
+        return self.doubt > MAX_DOUBT
 
 
 @dataclass
 class Enrolment:
-    """What the measurement of a host gave.
+    """The measurements of a host, and the prices fitted to them.
 
     Attributes:
         host: its peak, bandwidth and clock.
-        load: of the host before.
+        load: average load of the system before the measurement.
         forward, train, int8: timings by (network, batch).
         prices: by the section of a profile: forward, step, int8; no int8 without a backend for it.
         calibrations: what the fits reach on the references, by the same names.
@@ -97,12 +97,12 @@ class Enrolment:
 
     @property
     def peak_macs_per_s(self) -> float:
-        """The host's, or that of the fastest network where the disturbed measurement of a peak came out below it."""
+        """The host's peak, or the rate of the fastest network where a disturbed measurement came out below it."""
         return max([self.host.macs_per_s, *(_tables()[n].macs * b / t.ms * 1e3 for (n, b), t in self.forward.items())])
 
     @property
     def sigma(self) -> float:
-        """Leave-one-out relative error on the references, forward."""
+        """The relative error on left-out references, of forward passes."""
         return self.calibrations["forward"].left_out_error or 0.0
 
     def error(self, what: str = "fp32") -> float:
@@ -214,7 +214,7 @@ def _physics(result: Enrolment, section: str) -> tuple[Physics, Facts]:
     clock = host.clock_ghz or USUAL_CLOCK_GHZ
     isa = "x86" if host.isa == "none" else host.isa  # as `devices.latency.limits.physics_of` takes a host
     fp32 = Physics(result.peak_macs_per_s, host.bytes_per_s, isa, host.threads, clock, winograd=False)
-    facts = Facts(min(host.threads, MOST_THREADS), isa=isa, year=NEWEST)
+    facts = Facts(min(host.threads, MAX_FRAMEWORK_THREADS), isa=isa, year=NEWEST_YEAR)
     if section == "int8":
         return replace(fp32, macs_per_s=INT8_GAIN * fp32.macs_per_s, element_bytes=1), facts
     return fp32, facts
@@ -283,7 +283,7 @@ def measure(
 
 
 def _timing(samples: Sequence[float]) -> Timing:
-    quick, low, middle, high = np.percentile(samples, [QUICK, 25, 50, 75])
+    quick, low, middle, high = np.percentile(samples, [QUICK_PERCENTILE, 25, 50, 75])
     return Timing(float(quick), float((high - low) / middle), float(low / quick - 1))
 
 

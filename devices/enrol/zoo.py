@@ -1,7 +1,7 @@
-"""Small networks that span every layer kind: what a device is measured with, and what predictors are judged on.
+"""Small networks of every layer kind, which devices are measured with and predictors are judged on.
 
-A name says all: "resnet-16" is the family at width 16, "resnet-16-keep0.5" the same with the inner channels of each
-block pruned to a half.
+A name says family and size: "resnet-16" is the family at width 16, "resnet-16-keep0.5" the same with the inner channels
+of each block pruned to a half.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def _mlp(hidden: int) -> nn.Module:
 
 
 def _plain(width: int) -> nn.Module:
-    """Convolutions of both kernel sizes and average pools, as in NAS-Bench-201 cells."""
+    """Builds convolutions of both kernel sizes and average pools, as in NAS-Bench-201 cells."""
     first = [_conv(3, width), _conv(width, width, 1), nn.AvgPool2d(3, 1, 1), _conv(width, width)]
     second = [_conv(width, 2 * width, 3, 2), _conv(2 * width, 2 * width, 1), nn.AvgPool2d(3, 1, 1)]
     return nn.Sequential(*first, *second, _conv(2 * width, 2 * width), *_head(2 * width))

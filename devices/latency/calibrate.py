@@ -1,4 +1,4 @@
-"""From measurements, few or many or none, to the prices of a runtime on a device."""
+"""Turns measurements, few or many or none, into the prices of a runtime on a device."""
 
 from __future__ import annotations
 
@@ -13,21 +13,23 @@ from devices.latency.fitting import Problems, predict, solve
 from devices.latency.prices import Prices
 from devices.latency.prior import Facts, Prior, Sample, left_out, problems_of
 
-MANY = 10  # networks from which on a fit speaks for itself
-SIGMAS = (0.04, 0.06, 0.08, 0.12, 0.15)  # believed errors of rows that a fit chooses from
-KIND_SPREAD = 1.0  # how far a kind's price may be from that of its column, in logarithms, where rows tell kinds apart
-RUNTIME_SPREAD = 2.0  # a runtime that no prior knows: its prior is so many times as wide,
-CALL_SPREAD = 10.0  # and its calls, which are the runtime's own
-GROUP_SIGMA = 0.3
+MANY_NETWORKS = 10  # from which on a fit chooses its believed error by itself
+SIGMAS = (0.04, 0.06, 0.08, 0.12, 0.15)  # believed relative errors of rows that a fit chooses from
+KIND_SPREAD = 1.0  # deviation of a kind's log price from that of its column, where rows tell kinds apart
+RUNTIME_SPREAD = 2.0  # factor on the prior's width for a runtime that no prior knows
+CALL_SPREAD = 10.0  # the same for calls, which differ most between runtimes
+GROUP_SIGMA = 0.3  # deviation of a search space's log factor
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Prices [17] in milliseconds and what they reach on the rows.
+    """Prices and how well they meet the rows that they were fitted to.
 
     Attributes:
+        prices: in milliseconds, [17].
         own_error: median relative error on the measured rows.
         left_out_error: mean relative error on networks that are left out; None for a single network.
+        networks: that were measured.
     """
 
     prices: np.ndarray
@@ -49,7 +51,7 @@ def calibrate(sample: Sample | None, prior: Prior, physics: Physics, facts: Fact
     networks = len(set(sample.networks))
     chosen, left = prior, None
     if networks > 1:
-        chosen, errors = best_believed(sample, prior, SIGMAS if networks >= MANY else (prior.sigma,))
+        chosen, errors = best_believed(sample, prior, SIGMAS if networks >= MANY_NETWORKS else (prior.sigma,))
         left = float(np.mean(errors))
     problems = problems_of([sample], chosen)
     prices = solve(problems).prices[0]
@@ -67,7 +69,15 @@ def best_believed(sample: Sample, prior: Prior, sigmas: Sequence[float] = SIGMAS
 
 def basis_of(networks: int) -> str:
     """Returns the basis of a set of prices by the number of measured networks, e.g. "few rows"."""
-    return "datasheet" if networks == 0 else "one row" if networks == 1 else "few rows" if networks < MANY else "rows"
+    return (
+        "datasheet"
+        if networks == 0
+        else "one row"
+        if networks == 1
+        else "few rows"
+        if networks < MANY_NETWORKS
+        else "rows"
+    )
 
 
 @dataclass(frozen=True)
@@ -155,7 +165,7 @@ def _largest_macs(sample: Sample, batches: Sequence[int] | np.ndarray) -> float:
 
 
 def _kinds(sample: Sample) -> tuple[str, ...]:
-    """Kinds that any row has; recurrent and fc layers share a column of multiply-adds and are told by their calls."""
+    """Lists the kinds that any row has; recurrent layers share fc's column of multiply-adds and are told by calls."""
     used = sample.counts.sum(axis=0) > 0
     found = []
     for number, kind in enumerate(TABLE_KINDS):

@@ -1,8 +1,8 @@
 """The cost columns of the structured model, their physical units and their bounds.
 
-A network's layer table becomes 17 counts, a device's costs are 17 non-negative prices for them. Each price has a unit
-that the datasheet gives (a multiply-add at the peak, four bytes at the memory's bandwidth, a microsecond a call) and
-bounds that nature gives.
+A network's layer table becomes 17 counts, and a device's costs are 17 non-negative prices for them. The unit of a price
+follows from the datasheet (a multiply-add at the peak, four bytes at the memory's bandwidth, a microsecond a call), its
+bounds from physics.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ IS_MAC = np.array([column.startswith("ps_per_mac") for column in COLUMNS])
 
 Phase = Literal["forward", "train_step"]
 
-# Which cost column pays for each cell of a layer table [10 kinds, 4 columns]; -1: nothing does (the element operations
-# of pools and elementwise layers, whose time is that of the elements they read and write).
+# The cost column that pays for each cell of a layer table [10 kinds, 4 columns]; -1 for the element operations of pools
+# and elementwise layers, whose time is that of the elements they read and write.
 _CELLS = np.array(
     [
         # macs, activations, weights, calls
@@ -63,10 +63,8 @@ LONGEST_CALL_MS = 0.3
 SHORTEST_CALL_MS = {"arm": 0.01, "x86": 0.002, "gpu": 0.001, "mcu": 1e-4, "none": 1e-5}  # of a training step
 SHORTEST_INFERENCE_CALL_MS = 1e-5
 WINOGRAD_GAIN = 4.0  # multiply-adds that F(4x4, 3x3) saves, at most
-BYTES_PER_CYCLE = (
-    2.0  # that one core streams through a layer: 2.6 GB/s at 1.8 GHz (Pi 4), 6 at 2.4 (Pi 5), measured copies
-)
-SLOWEST_MAC = 2000.0  # times a multiply-add at the peak: the worst kernel that anybody measured is at 500
+BYTES_PER_CYCLE = 2.0  # of one core: copies of 2.6 GB/s at 1.8 GHz (Pi 4) and 6 GB/s at 2.4 GHz (Pi 5) were measured
+SLOWEST_MAC = 2000.0  # times a multiply-add at the peak; the slowest kernel of the tables takes 500
 MOST_EXAMPLES = 2**31 - 1  # of a batch
 STEP_MACS = 3.0  # multiply-adds of a training step over those of a forward pass: two products more
 SLOWEST_WEIGHTS = 8.0  # times a step's bytes of weights at the memory's bandwidth: a third of it, and fresh pages
@@ -110,7 +108,7 @@ def from_0_1(rows: Sequence[Sequence[float]], as_prices: bool = False) -> tuple[
 
     Args:
         rows: a layer table, or prices of its cells, [7, 4].
-        as_prices: a price holds for every kind that came out of the old one, a count for one of them.
+        as_prices: whether rows are prices, which hold for every kind that came out of the old one; a count goes to one.
     """
     old = dict(zip(TABLE_KINDS_0_1, (tuple(map(float, row)) for row in rows), strict=True))
     if as_prices:
@@ -120,7 +118,7 @@ def from_0_1(rows: Sequence[Sequence[float]], as_prices: bool = False) -> tuple[
 
 @dataclass(frozen=True)
 class Physics:
-    """What a datasheet says of a device running networks in one way.
+    """What a datasheet says of a device that runs networks in one way.
 
     Attributes:
         macs_per_s: peak multiply-adds per second of the threads and the precision that are used.
@@ -130,8 +128,8 @@ class Physics:
         clock_ghz: of a core; what a framework spends on a call goes with it.
         element_bytes: of a weight.
         winograd: whether the runtime has Winograd convolutions.
-        weights_told: whether what steps take for weights shows in rows: it does not where all have one batch, as it is
-            the same share of each network then; the memory bounds it.
+        weights_told: whether rows tell the price of weights in a step; they do not where all have one batch, since
+            weights then take the same share of each network. The memory bounds that price instead.
     """
 
     macs_per_s: float
@@ -171,7 +169,7 @@ class Physics:
         return least
 
     def bounds(self, phase: Phase) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the least and the largest milliseconds of each column, [17] each."""
+        """Returns the least and the largest price of each column in milliseconds, [17] each."""
         step, units = phase == "train_step", self._at(self.bytes_per_s, phase)
         low, high = units.copy(), units.copy()
         high[IS_MAC] *= SLOWEST_MAC

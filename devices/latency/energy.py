@@ -15,14 +15,14 @@ from devices.latency.tables import RUNTIMES, Setting, Tables
 
 @dataclass(frozen=True)
 class CardEnergy:
-    """joules = base_w x seconds + joules per multiply-add and per byte; of one card, and by scale of others."""
+    """The energy of a card: joules = base_w x seconds + joules_per_mac x multiply-adds + joules_per_byte x bytes."""
 
     base_w: float
     joules_per_mac: float
     joules_per_byte: float
 
     def of(self, card: Mapping[str, float], measured: Mapping[str, float]) -> CardEnergy:
-        """Scales to another card: what is above idle by the range from idle to limit, arithmetic by the peak."""
+        """Scales to another card: watts above idle by its range from idle to limit, arithmetic by the peak too."""
         ranges = (card["limit_w"] - card["idle_w"]) / (measured["limit_w"] - measured["idle_w"])
         base_w = card["idle_w"] + (self.base_w - measured["idle_w"]) * ranges
         return CardEnergy(

@@ -1,4 +1,4 @@
-"""How well latency predictors do on devices that they have not seen, under HELP's protocol, on a table of latencies."""
+"""Judges latency predictors on devices that they have not seen, under HELP's protocol, on a table of latencies."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def evaluate(
 
 
 def _weights(weights: HelpWeights | str | Path | None, space: Space, devices: Sequence[str]) -> HelpWeights:
-    """Reads them once, and refuses those that know a device that they would be judged on."""
+    """Reads the weights once, and refuses those that know a device that they would be judged on."""
     from devices.latency.help.weights import HelpWeights, load_weights
 
     if weights is None:

@@ -1,4 +1,4 @@
-"""How far the structured model is off, on public tables: networks left out, devices left out, steps, joules.
+"""Judges the structured model on public tables: networks left out, devices left out, steps, joules.
 
 Everything is judged on what the fit did not see: a network's rows are all left out together, and the prior is that of
 all other devices.
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from devices.errors import DeviceError
-from devices.latency.calibrate import MANY, best_believed
+from devices.latency.calibrate import MANY_NETWORKS, best_believed
 from devices.latency.energy import energy_columns, fit_energy
 from devices.latency.learn_priors import PRIOR_NETWORKS, Watch, fits_by_id, learn_prior, of_family, unseen_errors
 from devices.latency.prior import error_with, left_out, left_out_ms
@@ -23,7 +23,7 @@ from devices.latency.tables import Setting, Tables
 if TYPE_CHECKING:
     from devices.latency.spaces import Space
 
-KNOWN = (0, 1, 3, 10)  # measured networks of a device that the prior has not seen
+MEASURED_NETWORKS = (0, 1, 3, 10)  # on a device that the prior has not seen
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Figure:
     """One line of the evaluation; errors are ratios, |predicted / measured - 1|.
 
     Attributes:
-        what: is judged.
-        settings, rows: of how many.
+        what: description of what is judged.
+        settings, rows: how many were judged.
         mean: of the rows' errors; over several settings the median of their means.
         median: of the rows' errors; over several settings the median of their medians.
         low, high: quartiles over settings, where there are several.
@@ -96,7 +96,7 @@ def _inference(settings: Sequence[Setting], watch: Watch) -> list[Figure]:
     found = [over_settings("ncnn on processors, network left out", everything)]
     found += [over_settings("  of these fp32", single)] if single else []
     arm = {s.device for s in chosen if s.sample.physics.isa == "arm"}
-    for number, rows in unseen_errors(settings, "mobile", prior, KNOWN, watch).items():
+    for number, rows in unseen_errors(settings, "mobile", prior, MEASURED_NETWORKS, watch).items():
         how = "datasheet only" if number == 0 else f"{number} network{'s' if number > 1 else ''} measured"
         found.append(over_settings(f"device left out, {how}", [np.array([e]) for _, e in rows]))
         on_arm = [np.array([e]) for s, e in rows if s.device in arm]
@@ -105,8 +105,8 @@ def _inference(settings: Sequence[Setting], watch: Watch) -> list[Figure]:
 
 
 def _other_runtimes(settings: Sequence[Setting], watch: Watch) -> list[Figure]:
-    """Runtimes that the prior does not know: each setting's own fit under it."""
-    judged = [s for s in settings if s.family == "mobile" and s.runtime != "ncnn" and s.num_networks >= MANY]
+    """Judges runtimes that the prior does not know, by each setting's own fit under it."""
+    judged = [s for s in settings if s.family == "mobile" and s.runtime != "ncnn" and s.num_networks >= MANY_NETWORKS]
     found = []
     for s in judged:
         watch(str(s))
@@ -179,8 +179,8 @@ HELP_NAMES = {
 def evaluate_profiles(space: Space, seed: int = 0, judged: int = 800) -> list[tuple[str, float, float]]:
     """Judges the shipped prices, after one scale, on networks that no profile has.
 
-    Judged are networks behind the training pool that compute something, the same for every device; nothing is trimmed
-    and nothing measured. Batch 1.
+    The networks come after the training pool and compute something; they are the same for every device. Nothing is
+    trimmed and nothing measured; the batch is 1.
 
     Returns:
         (device, Spearman, error) and, last, their means as "mean".

@@ -59,14 +59,19 @@ class Problems:
 
     @property
     def usual(self) -> np.ndarray:
-        """Logarithms of the prices that the prior says, inside the bounds, [problems, k]."""
+        """The logarithms of the prior's prices inside the bounds, [problems, k]."""
         return np.asarray(np.clip(self.mean, np.log(self.low), np.log(self.high)))
 
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
-    """Prices in milliseconds [problems, k], the covariance of their logarithms [problems, k, k], factors of groups
-    [problems, g], and the logarithms of the residuals [problems, rows].
+    """What `solve` found for each problem.
+
+    Attributes:
+        prices: in milliseconds, [problems, k].
+        covariance: of their logarithms, [problems, k, k].
+        factors: of the groups, [problems, g].
+        residuals: logarithms of predicted over measured milliseconds, [problems, rows].
     """
 
     prices: np.ndarray
@@ -92,7 +97,7 @@ def _together(launches: np.ndarray, work: np.ndarray, p: np.ndarray) -> np.ndarr
 
 
 def _with_groups(problems: Problems, extra: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Bounds, means [problems, k + extra] and precision of the logarithms of prices, and of `extra` groups' factors."""
+    """Returns bounds, means [problems, k + extra] and precision of the logarithms of prices and groups' factors."""
     size, _, columns = problems.counts.shape
     low = np.concatenate([np.log(problems.low), np.full((size, extra), -np.inf)], axis=1)
     high = np.concatenate([np.log(problems.high), np.full((size, extra), np.inf)], axis=1)

@@ -18,7 +18,7 @@ Watch = Callable[[str], None]
 
 # Where each family's prior starts, in physical units: multipliers of multiply-adds (conv3x3, conv, pointwise, grouped,
 # depthwise, fc), activations (dense, pointwise, depthwise, fc, pool, elementwise), weights (layers, recurrent), and
-# calls in microseconds (layers, rest, recurrent). What rows cannot tell stays near these.
+# calls in microseconds (layers, rest, recurrent). Prices that no row tells stay near these.
 _START: Mapping[str, tuple[list[float], float, float, float, float, float]] = {
     # multipliers, sigma, overlap, extra calls, spread of a column, spread that columns share
     "mobile": ([0.6, 3, 1.8, 2, 5, 4.5, 2, 2, 2, 2, 3, 3, 1.1, 1, 2, 4, 2], 0.12, 1.0, 0.0, 0.3, 0.0),
@@ -62,9 +62,9 @@ def learn_prior(
     Args:
         family: of runtimes.
         settings: of the tables.
-        without: a device that is left out.
-        start: the prior of all devices, to go on from.
-        known: prices of samples under it, by the sample's id (`fits_by_id`).
+        without: name of a device that is left out; empty for none.
+        start: the prior of all devices to start from, which saves rounds.
+        known: prices of samples under `start`, by the sample's id (`fits_by_id`).
     """
     first, spread = start_of(family)
     samples = [s.sample for s in of_family(settings, family) if s.device != without]
@@ -89,7 +89,10 @@ def learn_priors(settings: Sequence[Setting], watch: Watch = lambda text: None) 
     for family in ("mobile", "cpu_forward", "cpu_train_step", "gpu_forward", "gpu_train_step"):
         watch(f"learning the prior of {family}")
         priors[family] = learn_prior(family, settings)
-    for family in ("cpu_forward", "cpu_train_step"):  # no row tells in-order cores from others: as in inference
+    for family in (
+        "cpu_forward",
+        "cpu_train_step",
+    ):  # no row tells in-order cores from others: take the effect from inference
         effects = priors[family].effects.copy()
         effects[COVARIATES.index("in_order")] = priors["mobile"].effects[COVARIATES.index("in_order")]
         priors[family] = replace(priors[family], effects=effects)

@@ -1,7 +1,6 @@
-"""What no unit of a device can beat: its work at the datasheet's peak and bandwidth.
+"""Limits that no unit of a device can beat: its work at the datasheet's peak and bandwidth.
 
-A client's unit may be faster than its model and a round faster than usual, but nothing computes above its peak. May
-import: this package.
+A client's unit may be faster than its model and a round faster than usual, but nothing computes above its peak.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from devices.latency.prices import Prices
 from devices.latency.prior import IN_ORDER, Facts, recalled
 from devices.profile import DeviceProfile
 
-NEWEST = 2024.0  # year of the runtime that a device without measurements is priced with
+NEWEST_YEAR = 2024.0  # of the runtime that prices a device without measurements
 # Multiply-adds over those in fp32 that the units of a processor, or the tensor cores of a card, do at most. A processor
 # in int8 has dot products of four, and matrix extensions twice that; a microcontroller's peak is one in int8 already.
 OF_PROCESSORS = {"fp32": 1.0, "fp16": 2.0, "bf16": 4.0, "int8": 8.0}
@@ -34,7 +33,7 @@ def physics_of(device: DeviceProfile) -> tuple[Physics, Facts] | None:
     kind = {"server_cpu": "server", "host": "desktop", "accelerator": "embedded"}.get(device.kind, device.kind)
     moved = device.memory_bytes_per_s or 1e9 * usual.get(kind, usual["embedded"])
     physics = Physics(device.peak_macs_per_s, moved, isa, device.threads, device.clock_ghz)
-    return physics, Facts(device.threads, False, device.core in IN_ORDER, isa, NEWEST)
+    return physics, Facts(device.threads, False, device.core in IN_ORDER, isa, NEWEST_YEAR)
 
 
 def peak_in(device: DeviceProfile, precision: str) -> float | None:

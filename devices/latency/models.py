@@ -1,6 +1,7 @@
-"""Latency models that know the network: the structured cost model, fitted per device, and HELP for its own space.
+"""Latency models that look at the network: the structured cost model, fitted per device, and HELP for its own space.
 
-Both price the layer table that comes with the work, so pruned and narrowed networks cost what their true shapes cost.
+The structured model prices the layer table that comes with the work, so that pruned and narrowed networks cost what
+their true shapes cost; HELP prices networks of its search space by their encoding.
 """
 
 from __future__ import annotations
@@ -17,26 +18,26 @@ from devices.errors import DeviceError
 from devices.latency.calibrate import Backend, at_least, datasheet_prices
 from devices.latency.columns import MAC_KINDS, MAC_ROWS, TABLE_KINDS, WINOGRAD_GAIN, Phase, Physics, from_0_1
 from devices.latency.limits import least_ms, least_work_s, physics_of
-from devices.latency.prices import MEASURED, Prices
+from devices.latency.prices import MEASURED_BASES, Prices
 from devices.latency.prior import Facts, shipped_prior
 from devices.profile import DeviceProfile, LatencyFacts, Units
 from devices.reading import read_yaml
 from devices.trace import COLUMNS, KINDS, LayerTable, trace
 
-USUAL_RATIO = 3.0  # a training step over a forward pass, where nothing is known of a device (FedScale's rule)
-MOST_FILLED = 0.5  # share of a reference's time that kinds may take that the references do not tell apart
-USUAL_BYTES_PER_S = 10e9  # of a memory that nobody named, for weights of layers that no reference has
-MOST_THREADS = 8  # of the training rows: what more threads do to a framework's calls is not extrapolated
+USUAL_RATIO = 3.0  # of a training step to a forward pass, where a device has no figure (FedScale's rule)
+MAX_FILLED_SHARE = 0.5  # of a reference's time, for kinds that the references do not tell apart
+USUAL_BYTES_PER_S = 10e9  # of an unknown memory, for weights of layers that no reference has
+MAX_FRAMEWORK_THREADS = 8  # of the training rows; the cost of calls with more threads is not extrapolated
 
 
 @dataclass(frozen=True)
 class DevicePrices:
-    """All that a device costs.
+    """The prices of a device's passes.
 
     Attributes:
-        inference: a deployed network, in the device's inference runtime.
-        forward: a forward pass of the training runtime: evaluation, teachers, side passes.
-        step: a whole training step; None for a device that cannot train.
+        inference: of a deployed network, in the device's inference runtime.
+        forward: of a forward pass in the training runtime: evaluation, teachers, side passes.
+        step: of a whole training step; None for a device that cannot train.
     """
 
     inference: Prices
@@ -221,34 +222,35 @@ def _device_prices(
                 f"device {name!r} has no measured latencies and no peak (compute.peak_gmacs_per_s); "
                 "add one of them to its profile or take latency=flops"
             )
-        return _with_own(facts, DevicePrices(known, known, old[1] if old else _times(known, USUAL_RATIO)))
+        return _prefer_own(facts, DevicePrices(known, known, old[1] if old else _assumed(known, USUAL_RATIO)))
     inference = known or from_datasheet("inference", physical)
     if old is not None and not (facts and (facts.forward or facts.step)):
         return DevicePrices(inference, inference, old[1])
-    return _with_own(
+    return _prefer_own(
         facts, DevicePrices(inference, from_datasheet("forward", physical), from_datasheet("train_step", physical))
     )
 
 
-def _with_own(facts: LatencyFacts | None, made: DevicePrices) -> DevicePrices:
+def _prefer_own(facts: LatencyFacts | None, made: DevicePrices) -> DevicePrices:
     """Puts a device's own prices before general ones, so that a step never takes less than its forward pass.
 
-    What nobody measured yields: a step that was not costs as much as the forward passes that were, and a forward pass
-    that was not takes no longer than one that was on this device, or than a step, which holds one in any runtime.
+    Measured prices win over others: a step that was not measured costs at least as much as a measured forward pass; a
+    forward pass that was not measured costs at most as much as a measured one, or as a step, which holds one in any
+    runtime.
     """
     forward = (facts.forward if facts else None) or made.forward
     step = (facts.step if facts else None) or made.step
     if step is None:
         return DevicePrices(made.inference, forward, None)
-    if step.basis not in MEASURED:
+    if step.basis not in MEASURED_BASES:
         floor = at_least(forward, made.inference) if step.basis == "carried" else forward
         return DevicePrices(made.inference, forward, at_least(step, floor))
-    if forward.basis not in MEASURED:
+    if forward.basis not in MEASURED_BASES:
         forward = replace(forward, most=step)
     else:
         step = at_least(step, forward)
-    unmeasured = made.inference.basis not in MEASURED
-    held = forward if forward.basis in MEASURED else step
+    unmeasured = made.inference.basis not in MEASURED_BASES
+    held = forward if forward.basis in MEASURED_BASES else step
     return DevicePrices(replace(made.inference, most=held) if unmeasured else made.inference, forward, step)
 
 
@@ -261,7 +263,7 @@ def from_datasheet(what: str, physical: tuple[Physics, Facts]) -> Prices:
     family = f"{'gpu' if card else 'cpu'}_{'train_step' if what == 'train_step' else 'forward'}"
     backend = Backend("pytorch_cuda" if card else "pytorch", fused=False)
     own = replace(physics, winograd=card)
-    single = replace(facts, half_precision=False, threads=min(facts.threads, MOST_THREADS))
+    single = replace(facts, half_precision=False, threads=min(facts.threads, MAX_FRAMEWORK_THREADS))
     phase: Phase = "train_step" if what == "train_step" else "forward"
     basis = "datasheet" if card else "carried"
     return datasheet_prices(shipped_prior(family), own, single, phase, backend, basis)
@@ -293,7 +295,7 @@ def _of_0_1(facts: LatencyFacts) -> tuple[Prices, Prices]:
     return forward, step
 
 
-def _times(prices: Prices, ratio: float) -> Prices:
+def _assumed(prices: Prices, ratio: float) -> Prices:
     return replace(prices.scaled(ratio), basis="assumed", error=None)
 
 
@@ -301,8 +303,8 @@ def fit_references(facts: LatencyFacts) -> tuple[np.ndarray, float]:
     """Fits prices [10, 4] in milliseconds and a constant for a device without a datasheet, e.g. a user's board.
 
     A column that is the same for all references of a space and batch would only tell the spaces apart, and is left
-    out. Kinds that the references do not tell anything of are priced like the multiply-adds of the others, with
-    weights at 10 GB/s; what was measured as free stays free.
+    out. Kinds that no reference has are priced like the multiply-adds of the others, with weights at 10 GB/s; layers
+    that were measured as free stay free.
     """
     from devices.latency.structured import StructuredPredictor
 
@@ -323,10 +325,10 @@ def fit_references(facts: LatencyFacts) -> tuple[np.ndarray, float]:
     per_mac = float((table[known] * amounts[:, known].sum(axis=0)).sum() / macs) if known and macs else 0.0
     filled = np.zeros(shape)
     filled[[i for i in dense if not measured[i]]] = per_mac, 0.0, 4e3 / USUAL_BYTES_PER_S, 0.0
-    # What is filled in must not be paid twice: the references' own classifiers are in their times already.
+    # A filled-in price must not count twice: the references' own classifiers are in their times already.
     spent = (amounts * filled).sum(axis=(1, 2))
     if spent.any():
-        filled *= min(1.0, float((MOST_FILLED * latency_ms[spent > 0] / spent[spent > 0]).min()))
+        filled *= min(1.0, float((MAX_FILLED_SHARE * latency_ms[spent > 0] / spent[spent > 0]).min()))
         spent = (amounts * filled).sum(axis=(1, 2))
         fitted = np.asarray(StructuredPredictor.fit(sums * varies, latency_ms - spent).coefficients)
     return fitted[:-1].reshape(shape) + filled, float(fitted[-1])

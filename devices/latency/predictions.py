@@ -1,4 +1,4 @@
-"""What one pass of a network takes on a device, and how far that is known."""
+"""Predicts what one pass of a network takes on a device, and says how far that is known."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from devices.latency.models import StructuredLatency, device_prices, pass_ms
 from devices.latency.prices import Prices
 from devices.profile import DeviceProfile
 
-MOSTLY_CALLS = 0.5  # share of calls above which a time says more of the runtime than of the network
+MOSTLY_CALLS = 0.5  # share of calls above which a time says more about the runtime than about the network
 IN_WORDS = {
     "rows": "measured",
     "few rows": "measured on few networks",
@@ -29,8 +29,10 @@ class Pass:
     """One forward pass, or one training step.
 
     Attributes:
-        error: relative, to expect; None where nobody knows it.
-        calls_share: part of the time that is overhead of calls.
+        ms: milliseconds.
+        joules: energy of the device during the pass.
+        error: relative error to expect; None where nobody knows it.
+        calls_share: share of the time that is overhead of calls.
         remarks: why this is an extrapolation; empty where measured networks surround it.
         basis: one of `devices.latency.prices.BASES`.
     """
@@ -52,7 +54,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Both kinds of a pass on a device; no step where it cannot train."""
+    """A forward pass and a training step on a device; no step where it cannot train."""
 
     device: DeviceProfile
     batch: int

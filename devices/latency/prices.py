@@ -14,8 +14,8 @@ from devices.latency.columns import MAC_ROWS, TABLE_KINDS, as_matrix
 
 BASES = ("rows", "few rows", "one row", "threads", "datasheet", "carried", "assumed", "scaled")
 CELL_UNITS_MS = np.array([1e-9, 1e-9, 1e-9, 1e-3])  # of the prices in a profile: ps, ps, ps, us
-MEASURED = BASES[:4]  # something of the device itself was timed
-FAR = 3.0  # networks beyond so many times the largest reference are extrapolated
+MEASURED_BASES = BASES[:4]  # of prices for which the device itself was timed
+MAX_TIMES_LARGER = 3.0  # than the largest reference; predictions for larger networks are extrapolations
 CALLS_COLUMN = 3
 MIN_SHARE = 0.02  # a kind that takes less of a pass is not worth a remark
 
@@ -27,18 +27,18 @@ class Prices:
     Attributes:
         cells: milliseconds for each multiply-add, activation, weight and call of each kind, [10, 4].
         runtime: its name, e.g. "ncnn"; two runtimes never share a set.
-        threads, precision: that it ran with.
+        threads, precision: of the runs.
         basis: "rows" (fitted to at least ten networks of this device), "few rows", "one row" (a scale), "threads" (from
             rows with another number of threads), "datasheet" (no measurement), "carried" (from other devices by peak
             and bandwidth), "assumed" (a stated ratio).
         error: relative error to expect on a network that was not measured; None where nobody knows it.
-        rows, networks: that were measured.
-        batches: smallest and largest that was measured.
-        largest_macs: of one example of the largest network that was measured.
-        kinds: that the measured networks have.
+        rows, networks: how many were measured.
+        batches: the smallest and the largest that were measured.
+        largest_macs: multiply-adds of one example of the largest measured network.
+        kinds: layer kinds of the measured networks.
         overlap: how launches hide behind work: 1 is a sum (`devices.latency.fitting`).
-        constant_ms: of each pass; only in profiles of fedsim 0.1.
-        extra_calls: of each pass, at the price of elementwise ones: the loss and the update of a step on a GPU.
+        constant_ms: added to each pass; only in profiles of fedsim 0.1.
+        extra_calls: added to each pass at the price of elementwise ones: the loss and the update of a step on a GPU.
         most: prices of a pass that was measured and that holds this one, so that it never takes longer; None for none.
     """
 
@@ -119,7 +119,7 @@ class Prices:
         """Says why a prediction for this network and batch is an extrapolation; empty where references surround it."""
         found = ["measured with another number of threads"] if self.basis == "threads" else []
         table = _scaled_table(layers, batch)
-        if self.basis in BASES[len(MEASURED) :]:
+        if self.basis in BASES[len(MEASURED_BASES) :]:
             how = {
                 "datasheet": "from the datasheet alone",
                 "carried": "carried from other devices by peak and bandwidth",
@@ -136,7 +136,7 @@ class Prices:
         if not low <= batch <= high:
             found.append(f"batch {batch} is outside of the references' {low} to {high}")
         macs = float(np.array(layers)[MAC_ROWS, 0].sum())
-        if macs > FAR * self.largest_macs:
+        if macs > MAX_TIMES_LARGER * self.largest_macs:
             found.append(
                 f"{macs / 1e6:.0f} million MACs against {self.largest_macs / 1e6:.0f} of the largest reference"
             )

@@ -1,4 +1,4 @@
-"""What prices look like on devices in general: the prior that a fit is drawn to, and all there is without measurements.
+"""The prior of prices: their distribution over devices, which draws fits and stands in for missing measurements.
 
 A device's logarithms of (price / physical unit) are normal around a linear function of a few facts of its datasheet and
 runtime; mean and covariance are learned from many measured devices by empirical Bayes (EM: fit every device under the
@@ -33,8 +33,8 @@ EM_ROUNDS = 12
 RIDGE = 1.0  # on the effect of a fact, in devices
 DEVICES_OF_THE_START = 8.0  # weight of the starting covariance, in devices
 START_SPREAD = 0.3
-AT_ONCE = 2000  # problems that are solved together
-TAILS = 8.0  # degrees of freedom: a device that is unlike all others hardly moves the prior
+MAX_PROBLEMS = 2000  # that are solved together
+DEGREES_OF_FREEDOM = 8.0  # of a t distribution: a device unlike all others hardly moves the prior
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Facts:
 
     @property
     def vector(self) -> np.ndarray:
-        """[covariates], each near 0 to 1."""
+        """The facts as numbers of about 0 to 1, in the order of `COVARIATES`, [covariates]."""
         return np.array(
             [
                 1.0,
@@ -77,13 +77,13 @@ class Prior:
     """A family of runtimes: how prices in physical units are distributed over its devices.
 
     Attributes:
-        effects: on the mean logarithm of price / unit, [covariates, 17].
-        covariance: of that logarithm around its mean, [17, 17].
+        effects: of the facts on the mean of log(price / unit), [covariates, 17].
+        covariance: of log(price / unit) around its mean, [17, 17].
         sigma: relative error that rows are believed to have.
         overlap: p of `devices.latency.fitting`.
         step_calls: calls of the loss and the update, added to the others of a training step.
         errors: mean relative error on devices that are not in the prior, by number of measured networks.
-        devices: that it was learned from.
+        devices: how many it was learned from.
     """
 
     effects: np.ndarray
@@ -124,9 +124,11 @@ class Sample:
     Attributes:
         device: its name; settings of one device share its weight.
         networks: name of each row's network, [rows].
-        counts: [rows, 17]; milliseconds: [rows].
-        physics, facts, phase: what is known without measuring.
-        groups: name of the group whose rows share a factor (a search space), or "" for none, [rows].
+        counts: of the cost columns, [rows, 17].
+        milliseconds: of one pass, [rows].
+        physics, facts, phase: known without measuring.
+        groups: name of each row's group (a search space), which shares a factor, or "" for none, [rows].
+        group_sigma: deviation of the logarithm of a group's factor.
     """
 
     device: str
@@ -219,7 +221,9 @@ def learn(
         x = np.log(fitted.prices) - units
         off = x - facts @ prior.effects
         distance = np.einsum("bk,kl,bl->b", off, np.linalg.inv(prior.covariance), off)
-        trust = weight * (TAILS + NUM_COLUMNS) / (TAILS + distance)  # of the EM for a multivariate t distribution
+        trust = (
+            weight * (DEGREES_OF_FREEDOM + NUM_COLUMNS) / (DEGREES_OF_FREEDOM + distance)
+        )  # of the EM for a multivariate t distribution
         trusted = facts * trust[:, None]
         effects = np.linalg.solve(trusted.T @ facts + ridge, trusted.T @ x)
         off = x - facts @ effects
@@ -245,8 +249,8 @@ def left_out_ms(samples: Sequence[Sample], prior: Prior) -> list[np.ndarray]:
             masks.append(np.where(out, 0.0, 1.0))
             rows.append((number, out))
     predicted = [np.zeros(len(s)) for s in samples]
-    for start in range(0, len(tasks), AT_ONCE):
-        part = slice(start, start + AT_ONCE)
+    for start in range(0, len(tasks), MAX_PROBLEMS):
+        part = slice(start, start + MAX_PROBLEMS)
         problems = problems_of(tasks[part], prior, masks[part])
         fitted = solve(problems)
         for i, (number, out) in enumerate(rows[part]):

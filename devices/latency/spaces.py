@@ -1,4 +1,4 @@
-"""Tables of measured latencies: many networks of one search space on many devices, and how they are split for judging.
+"""Tables of measured latencies: many networks of a search space on many devices, with splits into learned and judged.
 
 The files are HELP's released tables as npz (see `load_space`).
 """
@@ -21,13 +21,13 @@ TEST_NETWORKS = 1000  # the networks behind the training pool; 800 of them are l
 
 @dataclass(frozen=True)
 class SpaceSplit:
-    """Which devices and networks are for what, as HELP's code has it.
+    """The devices and networks to learn from and to judge on, as in HELP's code.
 
     Attributes:
         pool: the first `pool` networks are for adaptation and meta-training, the next 1000 for judging.
         source: devices to learn from.
-        valid: devices that say which weights of a training are best; none where the source devices themselves do, on
-            networks that no training sees.
+        valid: devices that choose the best weights of a training; none where the source devices do so, on networks that
+            no training sees.
         unseen: devices to be judged on.
         published: HELP's published Spearman per unseen device (README of the authors' repository).
     """
@@ -76,7 +76,7 @@ def _harder(source: tuple[str, ...], unseen: tuple[str, ...]) -> SpaceSplit:
 
 # Harder splits of the FBNet table: Akhauri and Abdelfattah, "On Latency Predictors for Neural Architecture Search",
 # MLSys 2024 (NASFLAT), after device_task_list.py of github.com/abdelfattah-lab/nasflat_latency. Their sets for
-# NAS-Bench-201 need devices that the table has not. They have no validation devices.
+# NAS-Bench-201 need devices that the table does not have. They have no validation devices.
 DEVICE_SETS = {
     "F1": _harder(
         ("2080ti_1", "essential_ph_1", "silver_4114", "titan_rtx_1", "titan_rtx_32"),
@@ -111,7 +111,7 @@ class Space:
         latency_ms: milliseconds of one forward pass, [devices, networks] float64.
         ops: operation ids, [networks, 6 edges] or [networks, 22 layers] uint8.
         references: the ten networks of HELP's hardware embedding, [10] int.
-        split: which of its devices and networks are for what.
+        split: the devices and networks to learn from and to judge on.
     """
 
     name: str
@@ -173,7 +173,7 @@ def load_space(name: str, path: str | Path, devices: str | None = None) -> Space
     Args:
         name: of the space, "nb201" or "fbnet".
         path: of the file.
-        devices: a set of `DEVICE_SETS` to learn from and judge; none for HELP's own.
+        devices: name of a set of `DEVICE_SETS` to learn from and judge on; None for HELP's own.
 
     Raises:
         DeviceError: for an unknown space or set of devices, a missing or broken file, a wrong shape, or latencies that

@@ -1,4 +1,4 @@
-"""Latency of any network on a device from a handful of measured ones: a non-negative sum over layer kinds.
+"""Predicts the latency of any network on a device from a few measured ones, by a non-negative sum over layer kinds.
 
 The device is a vector of coefficients, the network a vector of features (`LayerTable.features`), the latency their
 product, as runtimes run layers one after the other. Source: fedsim.
@@ -15,23 +15,23 @@ from scipy.optimize import nnls
 
 from devices.errors import DeviceError
 
-PENALTY = 1e-3  # of coefficients that are far from the prior, without one: from 0
+PENALTY = 1e-3  # of coefficients far from the prior, or from 0 without one
 PRIOR_PENALTIES = (0.1, 1.0, 10.0)
 ROUNDS = 6  # of reweighting
 LEAST_SPREAD = 0.01  # relative residuals below this are never outliers
 SHARPNESS = 0.1  # candidates whose error is this fraction above the best weigh 1/e as much
-WORST = 1.0  # a left-out error counts at most this, so that one gross outlier does not decide
+MAX_ERROR = 1.0  # of a left-out network, so that one gross outlier does not decide
 FOLDS = 50
 DESIGN_FLOOR = 1e-3  # the information that a design of no networks starts with, in every direction
 
 
 @dataclass(frozen=True, eq=False)
 class StructuredPredictor:
-    """One device: milliseconds = coefficients . features, no coefficient below 0.
+    """One device, whose milliseconds are coefficients . features, with no coefficient below 0.
 
     Attributes:
         coefficients: milliseconds per unit of each feature, [f] float64; 0 where the networks of the fit or zoo did not
-            differ, whose cost is then in the constant.
+            differ; their cost is in the constant then.
         sigma: relative error to expect, root mean square of the left-out errors |log(predicted / measured)|, each at
             most 1; selections under a limit use t * (1 + 2 sigma).
         measurements: how many networks were measured.
@@ -50,7 +50,7 @@ class StructuredPredictor:
         zoo: np.ndarray | None = None,
         robust: bool = True,
     ) -> StructuredPredictor:
-        """Fits relative errors, under a small penalty, with less weight on networks that no fit explains.
+        """Fits by relative errors, under a small penalty, with less weight on networks that no fit explains.
 
         Minimises sum_i q_i^2 ((w . phi_i - t_i) / t_i)^2 + penalty * sum_j (S_j (w_j - s w0_j) / tbar)^2 over w >= 0,
         with S_j the mean of feature j and tbar the mean latency of the measured networks. q starts at 1; six rounds of
@@ -61,8 +61,8 @@ class StructuredPredictor:
             features: of the measured networks for the batch that was measured, last column 1, [n, f].
             latency_ms: measured milliseconds, [n].
             prior: coefficients of a typical device, per mean latency (`prior_of`), [f]; its scale s is fitted.
-            zoo: features of the networks that will be asked for, [m, f]; sets the units and which features vary.
-            robust: without, q stays 1.
+            zoo: features of the networks to predict, [m, f]; they set the units and which features vary.
+            robust: whether networks are reweighted; q stays 1 otherwise.
 
         Raises:
             DeviceError: for shapes that do not fit, and for latencies or features that are not numbers above or from 0.
@@ -111,7 +111,7 @@ class StructuredPredictor:
             sigma, measurements = float(tree["sigma"]), int(tree["measurements"])
         except (KeyError, TypeError, ValueError) as error:
             raise DeviceError(
-                f"is no structured predictor: {error}; it needs coefficients, sigma, measurements"
+                f"a structured predictor needs coefficients, sigma and measurements, got a wrong one: {error}"
             ) from None
         if coefficients.ndim != 1 or not np.all(np.isfinite(coefficients) & (coefficients >= 0)):
             raise DeviceError(f"coefficients must be a list of finite numbers from 0, got {tree['coefficients']}")
@@ -210,7 +210,7 @@ def _left_out_errors(phi: np.ndarray, ms: np.ndarray, prior: np.ndarray, penalty
         out = fold == group
         predicted = phi[out] @ _fit(phi[~out], ms[~out], prior, penalty, rounds)
         errors[out] = np.abs(np.log(np.maximum(predicted, 1e-300) / ms[out]))
-    return np.minimum(errors, WORST)
+    return np.minimum(errors, MAX_ERROR)
 
 
 def _shares(errors: np.ndarray) -> np.ndarray:

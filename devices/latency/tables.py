@@ -35,13 +35,13 @@ OTHER_ISA = frozenset(  # LoongArch, Sunway, MIPS, RISC-V
 
 @dataclass(frozen=True)
 class Runtime:
-    """What a runtime does with a network.
+    """How a runtime runs networks.
 
     Attributes:
         family: of the prior for its forward passes; training steps take `cpu_train_step` or `gpu_train_step`.
-        fused: folds norms and rectifiers into the layers before them.
-        winograd: has Winograd convolutions.
-        year: when the tables do not say.
+        fused: whether it folds norms and rectifiers into the layers before them.
+        winograd: whether it has Winograd convolutions.
+        year: of runs whose date the tables do not give.
     """
 
     family: str
@@ -82,8 +82,8 @@ class Setting:
 
     Attributes:
         sample: the rows as counts and milliseconds, with the device's physics.
-        batches, inputs: of the rows.
-        energy_mj: of the rows, NaN where it was not measured.
+        batches, inputs: of each row.
+        energy_mj: millijoules of each row, NaN where they were not measured.
     """
 
     device: str
@@ -102,7 +102,7 @@ class Setting:
 
     @property
     def family(self) -> str:
-        """Of the prior."""
+        """The family of runtimes whose prior the prices are drawn to."""
         family = RUNTIMES[self.runtime].family
         if self.phase == "train_step":
             return "gpu_train_step" if family == "gpu_forward" else "cpu_train_step"
@@ -257,8 +257,8 @@ class Tables:
     def settings(self, *files: str) -> list[Setting]:
         """Reads the measurement files, setting by setting; all files that are there when none is named.
 
-        Left out: phone GPUs and NPUs, int8, networks whose layers nobody knows, devices without a known peak, rows
-        that name no input.
+        Phone GPUs and NPUs, int8, networks whose layers nobody knows, devices without a known peak, and rows without an
+        input are left out.
         """
         found: list[Setting] = []
         for name in files or MEASUREMENTS:

@@ -1,4 +1,4 @@
-"""What the networks of all search spaces are made of: convolutions with a norm that can be chosen, and argument checks.
+"""Building blocks of the search spaces' networks: convolutions with a norm of one's choice, and argument checks.
 
 BatchNorm is what the papers have; its parameters are counted and its statistics mix up federated clients. GroupNorm has
 the same number of parameters and no statistics.
@@ -43,7 +43,7 @@ def conv_norm(
 
 
 def image_shape(network: str, input_shape: Sequence[int], smallest: int) -> tuple[int, int, int]:
-    """Channels, height and width.
+    """Returns channels, height and width.
 
     Args:
         network: what the error calls the network.
@@ -64,6 +64,13 @@ def image_shape(network: str, input_shape: Sequence[int], smallest: int) -> tupl
 
 def choices(network: str, key: str, values: Iterable[int], count: int, allowed: Sequence[int]) -> tuple[int, ...]:
     """Checks integers against the allowed ones and returns them as plain integers.
+
+    Args:
+        network: what the error calls the network.
+        key: what the error calls the values.
+        values: to check; numpy's integers too.
+        count: how many there must be.
+        allowed: of each.
 
     Raises:
         DeviceError: unless there are `count` of them and each is allowed.

@@ -90,8 +90,8 @@ class NB201Network(nn.Module):
 class Cell(nn.Module):
     """Four nodes, each the sum of the operations that lead to it.
 
-    A node that nothing leads to is zero. A branch that leads nowhere is computed all the same and added zero times, so
-    that every parameter has a gradient, if one of zeros.
+    A node that nothing leads to is zero. A branch that leads nowhere is computed all the same and added times 0, so
+    that every parameter has a gradient, though one of zeros.
 
     Args:
         ops: six operation ids in the order of `EDGES`.
@@ -115,7 +115,7 @@ class Cell(nn.Module):
             if terms:
                 nodes.append(reduce(add, terms))
             else:
-                nodes.append(x * 0.0 if end in self.read else x)  # what nobody reads only keeps the place
+                nodes.append(x * 0.0 if end in self.read else x)  # an unread node only holds its place in the list
         return reduce(add, (nodes[node] * 0.0 for node in self.loose), nodes[OUTPUT])
 
 

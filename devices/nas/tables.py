@@ -1,6 +1,6 @@
 """Layer tables of NAS-Bench-201 and FBNet networks from their operation ids alone, thousands at once.
 
-The columns are those of `devices.trace`: seven layer kinds times (macs, activations, weights, calls), then a constant,
+The columns are those of `devices.trace`: ten layer kinds times (macs, activations, weights, calls), then a constant,
 for one example. Norms and activations are left out, as runtimes fuse them. Source: fedsim (the networks are those of
 Dong and Yang, "NAS-Bench-201", ICLR 2020, and Wu et al., "FBNet", CVPR 2019, with the stem and head assumed there).
 """

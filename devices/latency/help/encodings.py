@@ -1,4 +1,4 @@
-"""Networks of a search space as the numbers that HELP reads: one row of operation ids in, one float32 tensor out.
+"""Encodes networks of a search space as HELP reads them: a row of operation ids in, a float32 tensor out.
 
 Source: Lee et al., "HELP: Hardware-Adaptive Efficient Latency Prediction for NAS via Meta-Learning", NeurIPS 2021; the
 layouts are those of the authors' code, so that their released weights can be used.
@@ -29,7 +29,7 @@ OFA_RESOLUTIONS = tuple(range(128, 225, 4))
 
 @dataclass(frozen=True)
 class Encoding:
-    """What one network looks like: before, `numbers` integers; after, a tensor of `shape`."""
+    """The form of one network: `numbers` integers before encoding, described by `layout`, a tensor of `shape` after."""
 
     numbers: int
     shape: tuple[int, ...]

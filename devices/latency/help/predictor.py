@@ -1,4 +1,4 @@
-"""HELP: latencies of a search space's networks on a new device, from about twenty measured ones.
+"""HELP: predicts latencies of a search space's networks on a new device from about twenty measured ones.
 
 A device is described by its latencies on ten reference networks. From them a small network draws gates for the head of
 the predictor, whose weights then take two gradient steps, with learned step sizes, on the measured support networks.
@@ -48,7 +48,7 @@ def hardware_embedding(reference_ms: np.ndarray) -> Tensor:
 
 
 def labels(ms: np.ndarray, low_ms: float, high_ms: float) -> Tensor:
-    """Latencies as the predictor learns them: 0.05 at `low_ms`, 0.95 at `high_ms`; float32."""
+    """Scales latencies as the predictor learns them: 0.05 at `low_ms`, 0.95 at `high_ms`; float32."""
     scaled = (np.asarray(ms, float) - low_ms) / (high_ms - low_ms)
     return torch.tensor(LABEL_LOW + LABEL_SPAN * scaled, dtype=torch.float32)
 
@@ -134,7 +134,7 @@ def adapt(
         y: their labels, [devices, support].
         h: hardware embeddings, [devices, 10].
         steps: how many.
-        train: keep the gradients' graph, so that the result can be differentiated by weights and rates.
+        train: whether the gradients' graph is kept, so that the result has gradients for weights and rates.
     """
     for _ in range(steps):
         if not train:
@@ -255,7 +255,7 @@ def source_labels(space: Space, devices: Sequence[str] | None = None) -> np.ndar
 
     Args:
         space: table of measured latencies.
-        devices: none for the source devices of its split.
+        devices: names; None for the source devices of its split.
     """
     found = [_pool_labels(space, device) for device in devices or space.split.source]
     return np.asarray(np.mean(found, axis=0))
@@ -288,7 +288,7 @@ def rising_line(x: np.ndarray, y: np.ndarray) -> tuple[float, float] | None:
 def help_predictions(
     space: Space, device: str, measured: np.ndarray, seed: int, weights: HelpWeights | str | Path
 ) -> np.ndarray:
-    """HELP's milliseconds for the networks that a device of a table is judged with.
+    """Predicts with HELP the milliseconds of the networks that a device of a table is judged with.
 
     Args:
         space: table of measured latencies.

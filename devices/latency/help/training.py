@@ -1,8 +1,8 @@
-"""Meta-training of HELP: learns over the source devices of a table the weights that HELP adapts.
+"""Meta-trains HELP: learns the weights that it adapts over the source devices of a table.
 
-Each episode plays eight new devices: the ten references and ten other networks to adapt with, 200 to judge the adapted
-predictor, one Adam step through both. Every 50 episodes the validation devices are predicted as at test; the best
-weights are kept.
+Each episode treats eight source devices as new: it adapts with the ten references and ten other networks, judges the
+adapted predictor on 200, and takes one Adam step through both. Every 50 episodes the validation devices are predicted
+as at test; the best weights are kept.
 
 Source: Lee et al., "HELP: Hardware-Adaptive Efficient Latency Prediction for NAS via Meta-Learning", NeurIPS 2021,
 written anew after the authors' code. Differs: support and scale of the labels are those of the test (`predictor`), the
@@ -59,7 +59,7 @@ from devices.latency.spaces import Space
 @checked("help")
 @dataclass(frozen=True)
 class HelpSettings:
-    """How to meta-train; the defaults are the authors' for NAS-Bench-201, who take 4000 episodes for FBNet.
+    """Settings of meta-training; the defaults are the authors' for NAS-Bench-201; for FBNet they take 4000 episodes.
 
     Attributes:
         episodes: outer steps.
@@ -67,12 +67,12 @@ class HelpSettings:
         support: networks drawn per device and episode to adapt with, besides the references.
         query: networks drawn per device and episode to judge with.
         kl_weight: weight of the gates' divergence from N(0, 1).
-        kl_reference_quirk: weigh as the authors' code does: the last device's divergence, once per device.
+        kl_reference_quirk: whether to weigh as the authors' code does: the last device's divergence, once per device.
         learning_rate: of Adam.
         first_rate: where the step sizes of the inner loop start.
         validate_every: episodes between two looks at the validation devices.
         validation_draws: support sets per validation device, the same at every look.
-        patience: looks without a better one after which training ends; 0 never ends early.
+        patience: looks without a better result after which training ends; 0 never ends early.
         seed: of weights, episodes and validation.
     """
 
@@ -92,7 +92,14 @@ class HelpSettings:
 
 @dataclass(frozen=True)
 class Look:
-    """One look at the validation devices: the training loss is the mean since the look before."""
+    """One validation.
+
+    Attributes:
+        episode: after which it took place.
+        loss: mean training loss since the validation before.
+        spearman: mean over the validation devices.
+        best: whether it is the best so far.
+    """
 
     episode: int
     loss: float
@@ -108,7 +115,7 @@ class _Source:
         embedding: hardware embedding, [10].
         pool: indices of its trimmed pool but for the references.
         ms: latencies of all networks.
-        known: labels of all networks, mean over the other source devices.
+        known: labels of all networks, mean over the other source devices, [networks].
     """
 
     embedding: Tensor

@@ -31,19 +31,19 @@ GATES = len(HEAD) * (2 * WIDTH + 1)  # a gate per input feature of each layer, a
 
 TRAINING = "training."  # arrays of a checkpoint that are no weights for use
 DEVICES = "devices"  # the fact that says what a training saw
-_HEADER = "help"  # one entry with sorted JSON: several would be written in any order
+_HEADER = "help"  # the only entry, sorted JSON: several entries would be written in any order
 
 
 @dataclass(frozen=True)
 class HelpWeights:
-    """What meta-training makes, for one search space; names and shapes as in the authors' checkpoints.
+    """Meta-trained weights for one search space; names and shapes are those of the authors' checkpoints.
 
     Attributes:
         space: "nb201", "fbnet" or "ofa".
         model: the predictor, by layer: gc1..gc4 (graphs) or fc1, fc2 (vectors), fc_hw1, fc_hw2, fc3, fc4, fc5.
         modulator: hardware embedding to mean and spread of the gates, z_encoder.0 and z_encoder.2.
         rates: step size of the inner loop for every number of `model`; some are below zero.
-        devices: whose latencies the training saw; none where the file does not say (the authors').
+        devices: whose latencies the training saw; empty where the file does not say, as the authors' do not.
     """
 
     space: str
@@ -54,7 +54,7 @@ class HelpWeights:
 
 
 def weight_shapes(space: str) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Shapes of the three parts of `HelpWeights`; linear weights are [out, in], graph weights [in, out]."""
+    """Returns the shapes of `HelpWeights` by part; linear weights are [out, in], graph weights [in, out]."""
     if space not in ENCODINGS:
         raise DeviceError(unknown("space", space, ENCODINGS))
     columns = ENCODINGS[space].shape[-1]

@@ -291,7 +291,7 @@ def _fit(
     from devices.latency.calibrate import Backend, prices_of
     from devices.latency.columns import counts
     from devices.latency.limits import OF_CARDS
-    from devices.latency.models import MOST_THREADS
+    from devices.latency.models import MAX_FRAMEWORK_THREADS
     from devices.latency.prior import Sample, shipped_prior
     from devices.latency.tables import RUNTIMES
 
@@ -314,7 +314,7 @@ def _fit(
         here = replace(
             physics, winograd=kind.winograd, macs_per_s=physics.macs_per_s * gain, element_bytes=2 if half else 4
         )
-        most = facts.threads if card or kind.family == "mobile" else MOST_THREADS
+        most = facts.threads if card or kind.family == "mobile" else MAX_FRAMEWORK_THREADS
         known = replace(facts, half_precision=half, threads=min(facts.threads, most))
         prior = shipped_prior(("gpu" if card else "cpu") + "_train_step" if step else kind.family)
         sample = Sample(
