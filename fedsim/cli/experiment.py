@@ -11,12 +11,15 @@ from fedsim.runs.experiment import run_experiment
 in_progress: list[Path] = []  # the folder of the run that is going on
 
 
-def run_one(settings: dict[str, Any], unfinished: Path | None = None) -> dict[str, Any]:
-    """Runs one experiment with a bar and a closing table; returns its summary.
+def run_one(
+    settings: dict[str, Any], unfinished: Path | None = None, brief: bool = False
+) -> tuple[dict[str, Any], Path]:
+    """Runs one experiment with a bar and a closing table; returns its summary and its folder.
 
     Args:
         settings: of the run.
         unfinished: the folder that holds its beginning; None for a new one.
+        brief: of its end only the result and the folder are printed, as of one run among several.
     """
     from fedsim.report.rounds import read_rounds
     from fedsim.report.terminal import console
@@ -27,10 +30,13 @@ def run_one(settings: dict[str, Any], unfinished: Path | None = None) -> dict[st
     folder, summary = run_experiment(settings, shown, unfinished, _begin)
     in_progress.clear()
     reports = read_rounds(folder)
-    shown.print(closing_table(reports, Metric.named_in(summary)))
-    for line in closing_lines(summary, folder, reports):
-        shown.say(line)
-    return summary
+    lines = closing_lines(summary, folder, reports)
+    if not brief:
+        shown.print(closing_table(reports, Metric.named_in(summary)))
+    for line in lines:
+        if not brief or line in (lines[0], lines[-1]) or line.startswith("warning: "):
+            shown.say(line)
+    return summary, folder
 
 
 def _begin(folder: Path) -> None:

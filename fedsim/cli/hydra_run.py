@@ -33,7 +33,7 @@ def run_with_hydra(arguments: list[str]) -> None:
         _check_sweep(flags, overrides)
     # Exceptions must reach main(): Hydra would print them and exit with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    summaries: list[tuple[list[str], dict[str, Any]]] = []
+    summaries: list[tuple[list[str], dict[str, Any], Path]] = []
     failures: list[Exception] = []
 
     @hydra.main(version_base="1.3", config_path="pkg://configs", config_name="run")
@@ -48,7 +48,7 @@ def run_with_hydra(arguments: list[str]) -> None:
                 settings = resolve(config, hydra_config.runtime.choices)
             if hydra_config.mode == RunMode.MULTIRUN:
                 settings["out"] = str(Path(hydra_config.sweep.dir) / str(hydra_config.job.num))
-            summaries.append((mine, run_one(settings)))
+            summaries.append((mine, *run_one(settings, brief=hydra_config.mode == RunMode.MULTIRUN)))
         except Exception as error:  # Hydra would print a line of its own before it passes the error on
             if sweeping:
                 error.add_note(f"in run {hydra_config.job.num} of the sweep: {' '.join(mine)}")
@@ -63,12 +63,27 @@ def run_with_hydra(arguments: list[str]) -> None:
     finally:
         remove_empty(made)
     if len(summaries) > 1:
-        from fedsim.report.terminal import console
-        from fedsim.report.text import sweep_table
-
-        console().print(sweep_table(summaries))
+        _show_sweep(summaries)
     if failures:
         raise failures[0]
+
+
+def _show_sweep(summaries: list[tuple[list[str], dict[str, Any], Path]]) -> None:
+    """Prints the comparison of a sweep's runs and writes it beside them; a plain table where there is none."""
+    from fedsim.cli.compare import show
+    from fedsim.errors import ConfigError
+    from fedsim.report.terminal import console
+    from fedsim.report.text import sweep_table
+    from fedsim.study.compare import compare
+
+    folders = [folder for _, _, folder in summaries]
+    try:
+        result = compare(folders)
+    except ConfigError as error:
+        console().print(sweep_table([(overrides, summary) for overrides, summary, _ in summaries]))
+        console().say(f"no comparison: {error}")
+        return
+    show(result, folders[0].parent, console())
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
