@@ -7,6 +7,7 @@ McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentra
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
@@ -24,6 +25,7 @@ from fedsim.messages.updates import Broadcast, ClientUpdate
 from fedsim.workloads.base import Tensors
 
 Arrays = tuple[Tensor, ...] | list[Tensor]
+BESIDE_THE_EQUATION = ("__init__", "copies", "held")  # functions of an objective that no loss depends on
 
 
 class Objective:
@@ -32,17 +34,23 @@ class Objective:
     It belongs to the trainer, so it never changes; what belongs to a client is in the run.
 
     Attributes:
-        is_pure: it depends on nothing but the model's parameters, the batch and the received weights, and draws and
-            notes nothing, so that several clients can be mapped through it at once. A new objective says so itself.
+        is_pure: it depends on nothing but the model's parameters, the batch, the received weights and the settings that
+            came with them, and draws and notes nothing, so that several clients can be mapped through it at once, if
+            the objectives that it is made of are pure, too. A class that changes the equation says so itself.
     """
 
-    is_pure: bool = False
+    is_pure: ClassVar[bool] = False
 
     def __init_subclass__(cls, **rest: Any) -> None:
-        """Takes a new equation for impure until its class says that it is not."""
+        """Takes a new equation, or a new part of one, for impure until its class says that it is not."""
         super().__init_subclass__(**rest)
-        if "__call__" in vars(cls):
+        if any(inspect.isfunction(value) for name, value in vars(cls).items() if name not in BESIDE_THE_EQUATION):
             cls.is_pure = vars(cls).get("is_pure", False)
+
+    def can_be_mapped(self) -> bool:
+        """Returns whether this and the objectives that it is made of are pure."""
+        parts = (part for part in vars(self).values() if isinstance(part, Objective))
+        return self.is_pure and all(part.can_be_mapped() for part in parts)
 
     def __call__(self, run: Any, batch: Any) -> Tensor:
         """Returns the loss of a batch."""
@@ -202,7 +210,7 @@ class SGDTrainer(LocalTrainer):
         """Returns why the trainer cannot be mapped; empty if its objective is pure, and a round is the loop alone."""
         kind = type(self)
         loop_alone = self.run is SGDRun and kind.fit is LocalTrainer.fit and kind.step is SGDTrainer.step
-        if not loop_alone or not self.objective.is_pure:
+        if not loop_alone or not self.objective.can_be_mapped():
             return f"{type(self).__name__} does not train by a pure function of parameters and batch"
         return batched.reason_against(model)
 
