@@ -79,7 +79,7 @@ class Worker:
         self.refusal_of_one = check_batches(settings, self.workload, self.model, self.trainer, self.device)
         self.trainer.private = self.roles.private
         self.initial = {n: t.detach().clone() for n, t in self.live.weights.items() if n in self.trainer.private}
-        self.trainer.setup(self.workload, self.model, self.network)
+        self.trainer.setup(cast(Workload, ClientWorkload(self.workload, None, 0)), self.model, self.network)
         self.data = DataCache(self.workload, self.device, memory_format(settings.groups))
         self.judge = Judge(world, compression, self.trainer, bool(self.initial))
 
@@ -194,7 +194,7 @@ class Worker:
         if kind == "train":
             return self._train(client, task, broadcast)
         if kind == "evaluate":
-            metrics = {name: float(value) for name, value in self.judge.metrics(client, broadcast).items()}
+            metrics = client.marked(self.judge.metrics(client, broadcast))
             work, count = self._work(client, task), self.workload.num_examples(client.data.test)
             return ClientAnswer(client.client_id, work=work, num_examples=count, metrics=metrics)
         found = self.trainer.answer(client, question, broadcast)
@@ -285,7 +285,7 @@ class Worker:
             client.client_id,
             work=self._work(client, task, weights.nbytes + sum(map(bytes_of, extras.values()))),
             num_examples=int(update.num_examples),
-            metrics={name: float(value) for name, value in update.metrics.items()},
+            metrics=client.marked(update.metrics),
             weights=weights,
             extras=extras,
             state=own_copies(client.state),

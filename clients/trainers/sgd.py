@@ -16,7 +16,7 @@ from annotated_types import Ge, Gt, Interval, Le
 from torch import Tensor, nn
 
 from clients.trainers import batched
-from clients.trainers.base import ClientContext, Gradients, LocalRun, LocalTrainer, marked_update
+from clients.trainers.base import ClientContext, Gradients, LocalRun, LocalTrainer
 from devices.cost import ModelCost
 from devices.errors import unknown
 from devices.meter import peak_memory_bytes
@@ -204,7 +204,7 @@ class SGDTrainer(LocalTrainer):
         runs = [self.start(client, broadcast) for client, broadcast in zip(clients, broadcasts, strict=True)]
         for run in runs:
             run.reserve()
-        return [marked_update(run.client, update) for run, update in zip(runs, batched.fit(self, runs), strict=True)]
+        return batched.fit(self, runs)
 
     def reason_against_together(self, model: nn.Module) -> str:
         """Returns why the trainer cannot be mapped; empty if its objective is pure, and a round is the loop alone."""
