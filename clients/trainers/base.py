@@ -243,6 +243,9 @@ class LocalTrainer(Checked, group="trainer", error=ConfigError):
     own_network = False
     needs_classes = False
 
+    def check_hooks(self) -> None:
+        """Refuses functions that a class below has and that nothing would call."""
+
     def setup(self, workload: Workload, model: nn.Module, network: ModelCost) -> None:
         """Prepares, once per process and before any client, what depends on the model only, such as its cost."""
 

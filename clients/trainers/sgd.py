@@ -25,6 +25,8 @@ from fedsim.messages.updates import Broadcast, ClientUpdate
 from fedsim.workloads.base import Tensors
 
 Arrays = tuple[Tensor, ...] | list[Tensor]
+HOOKS_ELSEWHERE = frozenset({"gradients", "size_of", "after_step", "update", "train", "log_step", "reserve", "copies"})
+HOOKS_ELSEWHERE |= {"loss", "penalty", "proximal", "mu"}  # of a trainer of 0.1
 BESIDE_THE_EQUATION = ("__init__", "copies", "held")  # functions of an objective that no loss depends on
 
 
@@ -195,6 +197,25 @@ class SGDTrainer(LocalTrainer):
     def start(self, client: ClientContext, broadcast: Broadcast) -> SGDRun:
         """Begins one client's round."""
         return self.run(self, client, broadcast)
+
+    def check_hooks(self) -> None:
+        """Refuses what stands on the trainer and nothing calls: hooks of a run, and those of fedsim 0.1.
+
+        A module that has a run, an objective or a `fit` of its own may call its trainer's functions as it likes.
+
+        Raises:
+            ConfigError: says where it belongs.
+        """
+        kinds = type(self).__mro__
+        loops = (kind for kind in kinds if {"fit", "start"} & vars(kind).keys())
+        callers = {kind.__module__ for kind in (self.run, type(self.objective), next(loops))}
+        for kind in kinds[: kinds.index(SGDTrainer)]:
+            if kind.__module__ not in callers and (unused := sorted(HOOKS_ELSEWHERE & vars(kind).keys())):
+                raise ConfigError(
+                    f"trainer {kind.__name__} has {', '.join(unused)}, which nothing calls: the loss of a step is an "
+                    "Objective in `objective`, and what happens around it stands in a subclass of SGDRun, which `run` "
+                    "names (clients/README.md)"
+                )
 
     # --- several clients at once --------------------------------------------------------------------------------------
 
