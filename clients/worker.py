@@ -15,6 +15,7 @@ from typing import cast
 
 import torch
 
+from clients.answers import check_metrics, check_records, check_tensors, check_update
 from clients.data_cache import DataCache
 from clients.judging import Judge
 from clients.live_model import LiveModel
@@ -143,6 +144,7 @@ class Worker:
         updates = self.trainer.fit_together(clients, broadcasts)
         answers = []
         for client, task, broadcast, update in zip(clients, group, broadcasts, updates, strict=True):
+            check_update(self.trainer, update, client.state)
             weights = self._sent(client, update.weights, task.broadcast.weights)
             if weights.is_finite():
                 weights = self._compressed(client, broadcast, update, weights)
@@ -194,11 +196,15 @@ class Worker:
         if kind == "train":
             return self._train(client, task, broadcast)
         if kind == "evaluate":
-            metrics = client.marked(self.judge.metrics(client, broadcast))
+            found = self.judge.metrics(client, broadcast)
+            check_metrics(f"evaluate of {type(self.trainer).__name__}", found)
+            metrics = client.marked(found)
             work, count = self._work(client, task), self.workload.num_examples(client.data.test)
             return ClientAnswer(client.client_id, work=work, num_examples=count, metrics=metrics)
-        found = self.trainer.answer(client, question, broadcast)
-        extras = {name: own_copies(tensors) for name, tensors in found.items()}
+        records = self.trainer.answer(client, question, broadcast)
+        check_records(f"answer of {type(self.trainer).__name__}", records)
+        check_tensors(f"what a client of {type(self.trainer).__name__} keeps", client.state)
+        extras = {name: own_copies(tensors) for name, tensors in records.items()}
         return ClientAnswer(
             client.client_id,
             work=self._work(client, task, sum(map(bytes_of, extras.values()))),
@@ -211,6 +217,7 @@ class Worker:
             self.model.train()
         self._reserve_upload(client, broadcast)
         update = self.trainer.fit(client, broadcast)
+        check_update(self.trainer, update, client.state)
         weights = self._sent(client, update.weights, task.broadcast.weights)
         if not weights.is_finite():
             raise FloatingPointError(NOT_FINITE)
