@@ -15,6 +15,7 @@ from typing import cast
 
 import torch
 
+from clients.answers import check_metrics, check_records, check_tensors, check_update
 from clients.data_cache import DataCache
 from clients.judging import Judge
 from clients.live_model import LiveModel
@@ -79,7 +80,7 @@ class Worker:
         self.refusal_of_one = check_batches(settings, self.workload, self.model, self.trainer, self.device)
         self.trainer.private = self.roles.private
         self.initial = {n: t.detach().clone() for n, t in self.live.weights.items() if n in self.trainer.private}
-        self.trainer.setup(self.workload, self.model, self.network)
+        self.trainer.setup(cast(Workload, ClientWorkload(self.workload, None, 0)), self.model, self.network)
         self.data = DataCache(self.workload, self.device, memory_format(settings.groups))
         self.judge = Judge(world, compression, self.trainer, bool(self.initial))
 
@@ -143,6 +144,7 @@ class Worker:
         updates = self.trainer.fit_together(clients, broadcasts)
         answers = []
         for client, task, broadcast, update in zip(clients, group, broadcasts, updates, strict=True):
+            check_update(self.trainer, update, client.state)
             weights = self._sent(client, update.weights, task.broadcast.weights)
             if weights.is_finite():
                 weights = self._compressed(client, broadcast, update, weights)
@@ -194,11 +196,15 @@ class Worker:
         if kind == "train":
             return self._train(client, task, broadcast)
         if kind == "evaluate":
-            metrics = {name: float(value) for name, value in self.judge.metrics(client, broadcast).items()}
+            found = self.judge.metrics(client, broadcast)
+            check_metrics(f"evaluate of {type(self.trainer).__name__}", found)
+            metrics = client.marked(found)
             work, count = self._work(client, task), self.workload.num_examples(client.data.test)
             return ClientAnswer(client.client_id, work=work, num_examples=count, metrics=metrics)
-        found = self.trainer.answer(client, question, broadcast)
-        extras = {name: own_copies(tensors) for name, tensors in found.items()}
+        records = self.trainer.answer(client, question, broadcast)
+        check_records(f"answer of {type(self.trainer).__name__}", records)
+        check_tensors(f"what a client of {type(self.trainer).__name__} keeps", client.state)
+        extras = {name: own_copies(tensors) for name, tensors in records.items()}
         return ClientAnswer(
             client.client_id,
             work=self._work(client, task, sum(map(bytes_of, extras.values()))),
@@ -211,6 +217,7 @@ class Worker:
             self.model.train()
         self._reserve_upload(client, broadcast)
         update = self.trainer.fit(client, broadcast)
+        check_update(self.trainer, update, client.state)
         weights = self._sent(client, update.weights, task.broadcast.weights)
         if not weights.is_finite():
             raise FloatingPointError(NOT_FINITE)
@@ -285,7 +292,7 @@ class Worker:
             client.client_id,
             work=self._work(client, task, weights.nbytes + sum(map(bytes_of, extras.values()))),
             num_examples=int(update.num_examples),
-            metrics={name: float(value) for name, value in update.metrics.items()},
+            metrics=client.marked(update.metrics),
             weights=weights,
             extras=extras,
             state=own_copies(client.state),

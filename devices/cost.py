@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -230,6 +230,11 @@ class Costs:
     down_share: np.ndarray
     up_share: np.ndarray
 
+    @classmethod
+    def of(cls, costs: Sequence[Cost]) -> Costs:
+        """Puts the costs of some clients together."""
+        return cls(*(np.array([getattr(cost, column.name) for cost in costs]) for column in fields(cls)))
+
     def __len__(self) -> int:
         return len(self.down_s)
 
@@ -282,6 +287,19 @@ class Costs:
         return Costs(**{name: np.where(ended, column, vars(cut)[name]) for name, column in vars(self).items()})
 
 
+# By what prices a cohort: the plain loop for it, and what prices one client.
+_LOOPS = {
+    "costs": ("costs_one_by_one", "cost"),
+    "seconds": ("seconds", "compute_s", "least_s"),
+    "joules": ("joules", "compute_joules"),
+}
+
+
+def _place(cls: type, name: str) -> int:
+    """How far up a class finds an attribute: 0 in itself."""
+    return next(place for place, above in enumerate(cls.__mro__) if name in vars(above))
+
+
 class LatencyModel(Checked, ABC, group="latency"):
     """Turns (work, device) into seconds; energy and transfer are the same for every model and live in `cost`.
 
@@ -291,11 +309,9 @@ class LatencyModel(Checked, ABC, group="latency"):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        own = vars(cls)
-        if {"compute_s", "least_s"} & own.keys() and "seconds" not in own:
-            cls.seconds = LatencyModel.seconds  # type: ignore[method-assign]
-        if "compute_joules" in own and "joules" not in own:
-            cls.joules = LatencyModel.joules  # type: ignore[method-assign]
+        for cohort, (loop, *single) in _LOOPS.items():
+            if min(_place(cls, name) for name in single) < _place(cls, cohort):
+                setattr(cls, cohort, getattr(LatencyModel, loop))
 
     @abstractmethod
     def compute_s(self, work: Work, device: DeviceProfile) -> float:
@@ -368,6 +384,11 @@ class LatencyModel(Checked, ABC, group="latency"):
             np.ones(len(works)),
             np.ones(len(works)),
         )
+
+    def costs_one_by_one(self, works: Sequence[Work], units: Units, jitters: Sequence[Jitter]) -> Costs:
+        """The same of a model that says by itself what one client's round costs."""
+        each = enumerate(zip(works, jitters, strict=True))
+        return Costs.of([self.cost(work, units[number], jitter) for number, (work, jitter) in each])
 
     def seconds(self, works: Sequence[Work], units: Units) -> tuple[np.ndarray, np.ndarray]:
         """Returns `compute_s` and `least_s` of each client, [clients] each; a model may have a shorter way."""

@@ -32,7 +32,8 @@ from fedsim.settings.compose import compose
 from fedsim.settings.groups import Settings
 from fedsim.workloads.arrays import ArrayWorkload, DataSet
 
-pytest_plugins = ("cut_short", "fake_study", "ray_workers", "sent_folder")  # whose fixtures several files take
+# Their fixtures are taken by several files.
+pytest_plugins = ("cut_short", "fake_study", "help_space", "ray_workers", "sent_folder")
 
 # Six clients with eight examples each, of which one is held out; three of them train for one epoch of two steps.
 TINY = (

@@ -9,6 +9,7 @@ import torch
 from conftest import Parted
 from torch.nn import functional as F
 
+from clients.trainers.fedprox import Proximal, Pulled
 from clients.trainers.sgd import SGDTrainer, WorkloadLoss
 from clients.worker import Worker
 from fedsim.errors import ConfigError
@@ -127,6 +128,45 @@ class Frank(Curious):
     """Says nothing of its own, so it stays as impure as its parent."""
 
 
+class Noisy(Pulled):
+    """An equation of its own, around one that is pure."""
+
+    def __call__(self, run, batch):
+        return super().__call__(run, batch) * (1 + run.client.client_id)
+
+
+class Stronger(Proximal):
+    """A part of an equation that looks at the client."""
+
+    def strength(self, run):
+        return 1.0 + run.client.client_id
+
+
+class Around(Pulled):
+    """Says that it is pure; what it is around does not."""
+
+    is_pure = True
+
+
+class WithNoise(SGDTrainer):
+    objective = Noisy(WorkloadLoss(), 0.1)
+
+
+class WithStrength(SGDTrainer):
+    objective = Stronger(WorkloadLoss(), 0.1)
+
+
+class WithImpurePart(SGDTrainer):
+    objective = Around(OfTheClient(), 0.1)
+
+
+class Hasty(SGDTrainer):
+    """Each client has a learning rate of its own."""
+
+    def learning_rate(self, client, broadcast):
+        return super().learning_rate(client, broadcast) / (1 + client.client_id)
+
+
 class Busy(SGDTrainer):
     """Does something around the loop, which clients that train at once would miss."""
 
@@ -146,6 +186,9 @@ class Stepping(SGDTrainer):
     [
         (["trainer._target_=test_batched.Curious"], "Curious does not train by a pure function"),
         (["trainer._target_=test_batched.Frank"], "Frank does not train by a pure function"),
+        (["trainer._target_=test_batched.WithNoise"], "WithNoise does not train by a pure function"),
+        (["trainer._target_=test_batched.WithStrength"], "WithStrength does not train by a pure function"),
+        (["trainer._target_=test_batched.WithImpurePart"], "WithImpurePart does not train by a pure function"),
         (["trainer._target_=test_batched.Busy"], "Busy does not train by a pure function"),
         (["trainer._target_=test_batched.Stepping"], "Stepping does not train by a pure function"),
         ([*STREAM, "model=mlp", "method=ocs"], "OCSTrainer does not train by a pure function"),
@@ -158,6 +201,12 @@ class Stepping(SGDTrainer):
 def test_what_cannot_be_batched_is_refused_in_one_sentence(overrides: list[str], sentence: str):
     with pytest.raises(ConfigError, match=rf"^engine\.batch_clients=4 cannot be used: {sentence}.*; set engine\.batch"):
         Worker(build_world(json.dumps(settings(*overrides, k=4))))
+
+
+def test_clients_with_learning_rates_of_their_own_are_refused(federation):
+    made = federation("engine.batch_clients=2", "workload=blobs", "trainer._target_=test_batched.Hasty")
+    with pytest.raises(ConfigError, match=r"have learning rates from [\d.]+ to [\d.]+; set engine"):
+        list(made.rounds())
 
 
 def test_random_numbers_of_a_model_without_dropout_layers_are_refused(federation, monkeypatch):

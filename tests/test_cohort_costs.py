@@ -5,12 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from devices.cost import FlopsLatency, Jitter, LatencyModel, ModelCost, Passes, Work
+from devices.cost import Cost, FlopsLatency, Jitter, LatencyModel, ModelCost, Passes, Work
 from devices.enrol.picture import zoo_cost
 from devices.errors import DeviceError
 from devices.fleet import Fleet
 from devices.latency.models import StructuredLatency
 from devices.profile import DeviceProfile
+from fedsim.grid.pricing import Prices
+from fedsim.messages.cohort import ClientAnswer
 
 DEVICES = {"pixel3": 3, "raspberry_pi_4": 2, "gtx_1080ti": 2, "a100": 1, "reference": 1, "nucleo_l4r5zi": 1}
 CAN_TRAIN = {name: share for name, share in DEVICES.items() if name != "nucleo_l4r5zi"}
@@ -24,6 +26,32 @@ class Slower(StructuredLatency):
 
     def compute_joules(self, work: Work, device: DeviceProfile, compute_s: float) -> float:
         return compute_s * device.compute_watts * device.speed
+
+
+class Queued(StructuredLatency):
+    """Says what a whole round of one client costs."""
+
+    def cost(self, work: Work, device: DeviceProfile, jitter: Jitter = Jitter()) -> Cost:
+        cost = super().cost(work, device, jitter)
+        return replace(cost, up_s=cost.up_s + 7, fits=cost.fits and device.name != "pixel3")
+
+
+class Half:
+    """Says it of one client from the side, in front of a model that knows a shorter way for cohorts."""
+
+    def compute_s(self, work: Work, device: DeviceProfile) -> float:
+        return super().compute_s(work, device) / 2  # type: ignore[misc]
+
+
+class Halved(Half, FlopsLatency):
+    pass
+
+
+class Upgraded(Fleet):
+    """Says by itself what a client has."""
+
+    def __getitem__(self, client_id: int) -> DeviceProfile:
+        return replace(super().__getitem__(client_id), memory_bytes=10**6 * client_id, rtt_s=client_id)
 
 
 def cohort(devices: dict[str, float], clients: int = 60, trains: bool = True) -> tuple[list[Work], Fleet]:
@@ -43,7 +71,10 @@ def cohort(devices: dict[str, float], clients: int = 60, trains: bool = True) ->
     return works, Fleet("some", devices, clients, seed=5)
 
 
-@pytest.mark.parametrize("latency", [FlopsLatency(), StructuredLatency(), Slower()], ids=lambda x: type(x).__name__)
+MODELS = [FlopsLatency(), StructuredLatency(), Slower(), Queued(), Halved()]
+
+
+@pytest.mark.parametrize("latency", MODELS, ids=lambda x: type(x).__name__)
 def test_a_cohort_costs_what_its_clients_cost_to_the_last_bit(latency: LatencyModel):
     for devices, trains in ((CAN_TRAIN, True), (DEVICES, False)):
         works, fleet = cohort(devices, trains=trains)
@@ -75,7 +106,7 @@ def test_a_cohort_is_cut_short_as_its_clients_are():
 
 def test_nobody_costs_nothing():
     fleet = Fleet("some", CAN_TRAIN, 3, seed=5)
-    for latency in (FlopsLatency(), StructuredLatency(), Slower()):
+    for latency in MODELS:
         assert latency.costs([], fleet.units([]), []).all() == []
 
 
@@ -90,3 +121,25 @@ def test_units_are_the_fleet_s_devices():
     units = fleet.units([7, 0, 59])
     assert [units[i] for i in range(3)] == [fleet[7], fleet[0], fleet[59]]
     assert units.column(lambda device: device.rtt_s).tolist() == [fleet[i].rtt_s for i in (7, 0, 59)]
+
+
+@pytest.mark.parametrize("latency", MODELS, ids=lambda x: type(x).__name__)
+def test_a_fleet_that_says_what_a_client_has_is_asked(latency: LatencyModel):
+    works, plain = cohort(CAN_TRAIN)
+    fleet = Upgraded("some", CAN_TRAIN, len(plain), seed=5)
+    clients = range(len(works))
+    units = fleet.units(clients)
+    assert [units[i] for i in clients] == [fleet[i] for i in clients]
+    jitters = [fleet.jitter(client, 4) for client in clients]
+    single = [latency.cost(works[i], fleet[i], jitters[i]) for i in clients]
+    assert latency.costs(works, units, jitters).all() == single
+
+
+@pytest.mark.parametrize("latency", MODELS, ids=lambda x: type(x).__name__)
+def test_workers_and_server_agree_on_whose_reply_comes(latency: LatencyModel):
+    works, fleet = cohort(CAN_TRAIN)
+    prices = Prices(fleet, latency, round=4, start_s=0.0)
+    answers = [ClientAnswer(client, work=work) for client, work in enumerate(works)]
+    comes = [priced.arrives(None) for priced in prices.settle(answers)]
+    assert prices.arrivals(answers, None) == comes
+    assert 0 < sum(comes) < len(comes)

@@ -31,8 +31,8 @@ from fedsim.runs.api import load
 from fedsim.settings.build import build_world
 from fedsim.settings.compose import compose
 from fedsim.settings.groups import options
+from fedsim.study.compare import compare
 from fedsim.study.page import text_of
-from fedsim.study.paired import compare
 from fedsim.study.results import collect, write_result
 from fedsim.study.spec import plan, read_study
 from fedsim.workloads.describe import summary_lines

@@ -19,6 +19,7 @@ from torch import nn
 
 from clients.app import serve
 from clients.trainers.base import OracleError
+from clients.trainers.sgd import SGDTrainer
 from clients.trainers.widths.ppp import OnDemand
 from clients.worker import Worker
 from fedsim.engines.local import LocalEngine
@@ -113,12 +114,34 @@ def test_a_trainer_that_is_no_oracle_sees_no_others_and_nothing_to_come():
         lambda w: w.client_part(0, 0),
         lambda w: w.arrivals(1, later),
         lambda w: w.recall(2, torch.arange(1)),
+        lambda w: w.test,
     ):
         with pytest.raises(OracleError, match=r"^client 1 in round 2 asks for .* takes them from client\.oracle\(\)"):
             asks(client.workload)
     assert not client.log.saw_everything
     client.oracle().client_data(0)
     assert client.log.saw_everything
+
+
+@pytest.mark.parametrize(
+    "look", [lambda w: w.test, lambda w: w.client_data(0), lambda w: w.client_part(0, 0), lambda w: w.arrivals(0, 0)]
+)
+def test_a_trainer_is_set_up_without_anybodys_examples(monkeypatch, look):
+    monkeypatch.setattr(SGDTrainer, "setup", lambda self, workload, model, network: look(workload))
+    with pytest.raises(OracleError, match=r"^the set-up of a trainer asks for .*, which it does not have"):
+        Worker(build_world(json.dumps(compose([*BASE, "method=finetune"]))))
+
+
+class Peeking(SGDTrainer):
+    """An oracle that has a way of its own around the loop."""
+
+    def fit(self, client, broadcast):
+        client.oracle().client_data(0)
+        return super().fit(client, broadcast)
+
+    def evaluate(self, client, broadcast):
+        client.oracle().client_data(0)
+        return super().evaluate(client, broadcast)
 
 
 @pytest.mark.parametrize(
@@ -130,6 +153,7 @@ def test_a_trainer_that_is_no_oracle_sees_no_others_and_nothing_to_come():
         (["method=ppp", "trainer.mask=global"], ("client_oracle",)),
         (["method=ppp", "trainer.controls=[random]"], ()),
         (["method=finetune"], ()),
+        ([f"trainer._target_={__name__}.Peeking"], ("oracle", "client_oracle")),
     ],
     ids=str,
 )

@@ -14,6 +14,7 @@ from clients.app import serve
 from fedsim.engines.local import LocalEngine
 from fedsim.errors import ConfigError, DataError
 from fedsim.report.rounds import HOST_FIELDS
+from fedsim.report.split import kept_split
 from fedsim.runs.federation import Federation
 from fedsim.runs.writer import run
 from fedsim.settings.build import build_world
@@ -81,6 +82,21 @@ def test_what_is_recalled_is_what_arrived():
         expected = arrived.gather(some)
         assert expected.keys() == recalled.keys() == {"x", "y", "task"}
         assert all(torch.equal(recalled[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("incremental", ["task", "domain", "class"])
+def test_all_that_a_client_has_carries_the_labels_that_are_learned(incremental: str, tmp_path: Path):
+    """The page of a run counts them by class, and an oracle trains on them."""
+    workload = stream(f"stream.incremental={incremental}")
+    data = workload.client_data(1)
+    batch = data.train.gather(torch.arange(len(data.train)))
+    assert torch.equal(batch["y"], data.train.labels)
+    assert set(batch["y"].tolist()) == set(range(workload.num_classes)) == set(data.test.labels.tolist())
+    short = ("stream=split_classes", f"stream.incremental={incremental}", "rounds=5", "method=global_mixup")
+    run(compose([*BASE, *short, "trainer.local_steps=2"]), LocalEngine(serve), tmp_path)
+    kept = kept_split(tmp_path)
+    assert kept is not None
+    assert {len(row.label_counts) for row in kept.rows} == {workload.num_classes}
 
 
 def test_an_ordinary_workload_recalls_its_own_rows():

@@ -200,3 +200,72 @@ def test_a_strategy_that_fails_ends_the_run_in_one_sentence(here: Path, fedsim, 
     assert (code, err.count("\n")) == (1, 1), err
     assert err.startswith(f"fedsim: {hook} of Server failed in round 1: ")
     assert json.loads((here / "A" / "failure.json").read_text())["error"] == "RunError"
+
+
+# --- hooks that nothing calls ----------------------------------------------------------------------------------------
+
+UNUSED = """
+from clients.trainers.fedprox import FedProxTrainer
+from clients.trainers.sgd import Objective, SGDTrainer
+from flwr.serverapp.strategy import FedAvg
+
+class Old(SGDTrainer):
+    def loss(self, client, batch, task):
+        return 0 * client.workload.loss(client.model, batch)
+
+class Misplaced(FedProxTrainer):
+    def gradients(self, batch):
+        raise RuntimeError
+
+class Completing(FedAvg):
+    def complete(self, number, arrays, grid):
+        return arrays
+"""
+CALLED = """
+from clients.trainers.sgd import Objective, SGDTrainer
+
+class Mine(SGDTrainer):
+    def __init__(self, **sgd):
+        super().__init__(**sgd)
+        self.objective = Asking(self)
+
+    def loss(self, client, batch):
+        return client.workload.loss(client.model, batch)
+
+class Asking(Objective):
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def __call__(self, run, batch):
+        return self.trainer.loss(run.client, batch)
+
+class Looping(SGDTrainer):
+    def fit(self, client, broadcast):
+        self.reserve(client)
+        return super().fit(client, broadcast)
+
+    def reserve(self, client):
+        pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("target", "sentence"),
+    [
+        ("trainer._target_=mine.Old", "trainer Old has loss, which nothing calls: the loss of a step is an Objective"),
+        ("trainer._target_=mine.Misplaced", "trainer Misplaced has gradients, which nothing calls"),
+        ("strategy._target_=mine.Completing", "strategy Completing has complete, which nothing asks for; derive it"),
+    ],
+)
+def test_a_hook_that_nothing_calls_is_refused(here: Path, fedsim, target: str, sentence: str):
+    (here / "mine.py").write_text(UNUSED)
+    proximal = ["trainer=fedprox"] if "Misplaced" in target else []
+    code, _, err = fedsim("run", *TINY, *proximal, target, "out=A")
+    assert (code, err.count("\n")) == (2, 1), err
+    assert err.startswith(f"fedsim: {sentence}")
+
+
+@pytest.mark.parametrize("trainer", ["Mine", "Looping"])
+def test_functions_that_code_beside_a_trainer_may_call_are_its_own(here: Path, fedsim, trainer: str):
+    (here / "mine.py").write_text(CALLED)
+    assert fedsim("run", *TINY, f"trainer._target_=mine.{trainer}", "out=A").code == 0

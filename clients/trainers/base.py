@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from devices.profile import DeviceProfile
 from fedsim.errors import ConfigError
 from fedsim.messages.updates import Broadcast, ClientUpdate
 from fedsim.seeding import torch_generator
-from fedsim.workloads.base import JUDGED_AT_ONCE, ClientData, Tensors, Workload
+from fedsim.workloads.base import JUDGED_AT_ONCE, ClientData, Examples, Tensors, Workload
 
 Gradients = Sequence[Tensor | None]  # of each parameter; None where the pass did not use it
 RECEIVED = "received weights"  # what a trainer or the uplink holds, see `WorkLog.hold`
@@ -107,15 +107,16 @@ class WorkLog:
 class ClientWorkload:
     """A workload as one client sees it in one round: all of it but the examples of others and those of later parts.
 
-    It stands in the place of the `Workload`; whoever needs the rest asks `ClientContext.oracle`, which marks results.
+    The examples of others are those of the server, too. It stands in the place of the `Workload`; whoever needs the
+    rest asks `ClientContext.oracle`, which marks results.
 
     Args:
         whole: the workload with everybody's data.
-        client_id: whose examples may be seen.
+        client_id: whose examples may be seen; None: nobody's, as in a trainer's set-up.
         round: of which the part is the last that has arrived.
     """
 
-    def __init__(self, whole: Workload, client_id: int, round: int):
+    def __init__(self, whole: Workload, client_id: int | None, round: int):
         self.whole, self.client_id, self.round = whole, client_id, round
 
     @property  # type: ignore[misc]
@@ -124,6 +125,11 @@ class ClientWorkload:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.whole, name)
+
+    @property
+    def test(self) -> Examples:
+        """Refuses the server's examples."""
+        raise self._refusal("the test examples")
 
     def client_data(self, client_id: int) -> ClientData:
         """Returns the client's own data."""
@@ -147,10 +153,14 @@ class ClientWorkload:
 
     def _check(self, client_id: int, part: int = 0) -> None:
         if client_id != self.client_id or part > self.whole.part(self.round):
-            raise OracleError(
-                f"client {self.client_id} in round {self.round} asks for examples of client {client_id}, part {part}, "
-                "which it does not have; a trainer that may see everything takes them from client.oracle()"
-            )
+            raise self._refusal(f"examples of client {client_id}, part {part}")
+
+    def _refusal(self, what: str) -> OracleError:
+        who = "the set-up of a trainer" if self.client_id is None else f"client {self.client_id} in round {self.round}"
+        return OracleError(
+            f"{who} asks for {what}, which it does not have; a trainer that may see everything takes them from "
+            "client.oracle()"
+        )
 
 
 class OracleError(RuntimeError):
@@ -193,6 +203,11 @@ class ClientContext:
     def stream(self, *names: str | int) -> torch.Generator:
         """Returns random numbers for one purpose of this client and round; no other purpose or client shifts them."""
         return torch_generator(self.seed, *names, self.round, self.client_id)
+
+    def marked(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Returns metrics as numbers, with the mark `oracle` where the client has seen what no federation could."""
+        numbers = {name: float(value) for name, value in metrics.items()}
+        return {**numbers, "oracle": 1.0} if self.log.saw_everything else numbers
 
     def oracle(self) -> Workload:
         """Returns the workload with everybody's data, which no federation sees: results get the metric `oracle`."""
@@ -238,6 +253,9 @@ class LocalTrainer(Checked, group="trainer", error=ConfigError):
         """Returns what clients decide by the number of rounds, in words; empty where nothing."""
         return ""
 
+    def check_hooks(self) -> None:
+        """Refuses functions that a class below has and that nothing would call."""
+
     def setup(self, workload: Workload, model: nn.Module, network: ModelCost) -> None:
         """Prepares, once per process and before any client, what depends on the model only, such as its cost."""
 
@@ -247,7 +265,7 @@ class LocalTrainer(Checked, group="trainer", error=ConfigError):
 
     def fit(self, client: ClientContext, broadcast: Broadcast) -> ClientUpdate:
         """Trains on the client's data and reports the work in `client.log`."""
-        return marked_update(client, self.start(client, broadcast).fit())
+        return self.start(client, broadcast).fit()
 
     def fit_together(self, clients: Sequence[ClientContext], broadcasts: Sequence[Broadcast]) -> list[ClientUpdate]:
         """Trains several clients at once (`engine.batch_clients`); called where `reason_against_together` is empty."""
@@ -262,11 +280,7 @@ class LocalTrainer(Checked, group="trainer", error=ConfigError):
         return False
 
     def evaluate(self, client: ClientContext, broadcast: Broadcast) -> dict[str, float]:
-        """Judges the client's model on its own held-out part; returns no metrics when it has none."""
-        return marked(client, self.judge(client, broadcast))
-
-    def judge(self, client: ClientContext, broadcast: Broadcast) -> dict[str, float]:
-        """Returns what `evaluate` finds; here of `client.model` as it is."""
+        """Judges the client's model on its own held-out part, here as it is; returns no metrics when it has none."""
         data = client.data.test
         if len(data):
             client.log.judge(client.step_cost, len(data))
@@ -282,13 +296,3 @@ class LocalTrainer(Checked, group="trainer", error=ConfigError):
         raise KeyError(
             f"{type(self).__name__} has no answer to {question!r}; take a strategy and trainer of one method"
         )
-
-
-def marked(client: ClientContext, metrics: dict[str, float]) -> dict[str, float]:
-    """Returns metrics, with the mark `oracle` where the client has seen what no federation could."""
-    return {**metrics, "oracle": 1.0} if client.log.saw_everything else metrics
-
-
-def marked_update(client: ClientContext, update: ClientUpdate) -> ClientUpdate:
-    """Returns an update whose metrics are `marked`."""
-    return replace(update, metrics=marked(client, update.metrics)) if client.log.saw_everything else update

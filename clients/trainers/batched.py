@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import grad_and_value, vmap
 from torch.nn.utils.stateless import _reparametrize_module
 
+from fedsim.errors import ConfigError
 from fedsim.messages.updates import ClientUpdate
 from fedsim.workloads.base import Tensors
 
@@ -118,7 +119,7 @@ def fit(trainer: SGDTrainer, runs: Sequence[SGDRun]) -> list[ClientUpdate]:
         runs: of K clients, whose broadcasts have equal settings.
     """
     stack = Stack(runs)
-    lr, velocity = trainer.learning_rate(runs[0].client, runs[0].broadcast), None
+    lr, velocity = _one_rate([trainer.learning_rate(run.client, run.broadcast) for run in runs]), None
     losses: list[list[Tensor]] = [[] for _ in runs]
     for batches in in_step([run.batches() for run in runs]):
         batch, active = padded(batches)
@@ -136,6 +137,17 @@ def fit(trainer: SGDTrainer, runs: Sequence[SGDRun]) -> list[ClientUpdate]:
         replace(run.update(float(torch.stack(seen).mean())), weights=stack.weights(number))
         for number, (run, seen) in enumerate(zip(runs, losses, strict=True))
     ]
+
+
+def _one_rate(rates: Sequence[float]) -> float:
+    """Returns the learning rate of clients that train at once.
+
+    Raises:
+        ConfigError: if they have several.
+    """
+    if len(several := sorted(set(rates))) > 1:
+        raise ConfigError(f"clients of one batch have learning rates from {several[0]:g} to {several[-1]:g}")
+    return rates[0]
 
 
 def _update(

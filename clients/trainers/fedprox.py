@@ -26,8 +26,10 @@ class Pulled(Objective):
         pull: weight of the distance; 0 is the other objective, bit for bit.
     """
 
+    is_pure = True
+
     def __init__(self, to: Objective, pull: float):
-        self.to, self.pull, self.is_pure = to, pull, to.is_pure
+        self.to, self.pull = to, pull
 
     def __call__(self, run: SGDRun, batch: Tensors) -> Tensor:
         loss, pull, received = self.to(run, batch), self.strength(run), run.broadcast.weights
@@ -52,6 +54,8 @@ class Pulled(Objective):
 
 class Proximal(Pulled):
     """The proximal objective, whose mu (the pull) a strategy's setting `proximal-mu` may choose for a round."""
+
+    is_pure = True
 
     def strength(self, run: SGDRun) -> float:
         return float(run.broadcast.settings.get("proximal-mu", self.pull))

@@ -7,6 +7,7 @@ McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentra
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
@@ -15,7 +16,7 @@ from annotated_types import Ge, Gt, Interval, Le
 from torch import Tensor, nn
 
 from clients.trainers import batched
-from clients.trainers.base import ClientContext, Gradients, LocalRun, LocalTrainer, marked_update
+from clients.trainers.base import ClientContext, Gradients, LocalRun, LocalTrainer
 from devices.cost import ModelCost
 from devices.errors import unknown
 from devices.meter import peak_memory_bytes
@@ -24,6 +25,9 @@ from fedsim.messages.updates import Broadcast, ClientUpdate
 from fedsim.workloads.base import Tensors
 
 Arrays = tuple[Tensor, ...] | list[Tensor]
+HOOKS_ELSEWHERE = frozenset({"gradients", "size_of", "after_step", "update", "train", "log_step", "reserve", "copies"})
+HOOKS_ELSEWHERE |= {"loss", "penalty", "proximal", "mu"}  # of a trainer of 0.1
+BESIDE_THE_EQUATION = ("__init__", "copies", "held")  # functions of an objective that no loss depends on
 
 
 class Objective:
@@ -32,17 +36,23 @@ class Objective:
     It belongs to the trainer, so it never changes; what belongs to a client is in the run.
 
     Attributes:
-        is_pure: it depends on nothing but the model's parameters, the batch and the received weights, and draws and
-            notes nothing, so that several clients can be mapped through it at once. A new objective says so itself.
+        is_pure: it depends on nothing but the model's parameters, the batch, the received weights and the settings that
+            came with them, and draws and notes nothing, so that several clients can be mapped through it at once, if
+            the objectives that it is made of are pure, too. A class that changes the equation says so itself.
     """
 
-    is_pure: bool = False
+    is_pure: ClassVar[bool] = False
 
     def __init_subclass__(cls, **rest: Any) -> None:
-        """Takes a new equation for impure until its class says that it is not."""
+        """Takes a new equation, or a new part of one, for impure until its class says that it is not."""
         super().__init_subclass__(**rest)
-        if "__call__" in vars(cls):
+        if any(inspect.isfunction(value) for name, value in vars(cls).items() if name not in BESIDE_THE_EQUATION):
             cls.is_pure = vars(cls).get("is_pure", False)
+
+    def can_be_mapped(self) -> bool:
+        """Returns whether this and the objectives that it is made of are pure."""
+        parts = (part for part in vars(self).values() if isinstance(part, Objective))
+        return self.is_pure and all(part.can_be_mapped() for part in parts)
 
     def __call__(self, run: Any, batch: Any) -> Tensor:
         """Returns the loss of a batch."""
@@ -188,6 +198,25 @@ class SGDTrainer(LocalTrainer):
         """Begins one client's round."""
         return self.run(self, client, broadcast)
 
+    def check_hooks(self) -> None:
+        """Refuses what stands on the trainer and nothing calls: hooks of a run, and those of fedsim 0.1.
+
+        A module that has a run, an objective or a `fit` of its own may call its trainer's functions as it likes.
+
+        Raises:
+            ConfigError: says where it belongs.
+        """
+        kinds = type(self).__mro__
+        loops = (kind for kind in kinds if {"fit", "start"} & vars(kind).keys())
+        callers = {kind.__module__ for kind in (self.run, type(self.objective), next(loops))}
+        for kind in kinds[: kinds.index(SGDTrainer)]:
+            if kind.__module__ not in callers and (unused := sorted(HOOKS_ELSEWHERE & vars(kind).keys())):
+                raise ConfigError(
+                    f"trainer {kind.__name__} has {', '.join(unused)}, which nothing calls: the loss of a step is an "
+                    "Objective in `objective`, and what happens around it stands in a subclass of SGDRun, which `run` "
+                    "names (clients/README.md)"
+                )
+
     # --- several clients at once --------------------------------------------------------------------------------------
 
     def fit_together(self, clients: Sequence[ClientContext], broadcasts: Sequence[Broadcast]) -> list[ClientUpdate]:
@@ -196,13 +225,13 @@ class SGDTrainer(LocalTrainer):
         runs = [self.start(client, broadcast) for client, broadcast in zip(clients, broadcasts, strict=True)]
         for run in runs:
             run.reserve()
-        return [marked_update(run.client, update) for run, update in zip(runs, batched.fit(self, runs), strict=True)]
+        return batched.fit(self, runs)
 
     def reason_against_together(self, model: nn.Module) -> str:
         """Returns why the trainer cannot be mapped; empty if its objective is pure, and a round is the loop alone."""
         kind = type(self)
         loop_alone = self.run is SGDRun and kind.fit is LocalTrainer.fit and kind.step is SGDTrainer.step
-        if not loop_alone or not self.objective.is_pure:
+        if not loop_alone or not self.objective.can_be_mapped():
             return f"{type(self).__name__} does not train by a pure function of parameters and batch"
         return batched.reason_against(model)
 

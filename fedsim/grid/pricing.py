@@ -97,6 +97,7 @@ class Prices:
         """Whether the reply comes however long it takes: nothing can end the client's round but a deadline."""
         return (
             answer.outcome == "completed"
+            and type(self.latency).cost is LatencyModel.cost  # one of its own may find that the work does not fit
             and answer.work.peak_memory_bytes <= self.fleet[answer.client].memory_bytes
             and self.fleet.online_until(answer.client, self.start_s) == math.inf
             and self.fleet.crash_s(answer.client, self.round) == math.inf

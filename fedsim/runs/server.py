@@ -19,12 +19,13 @@ from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from devices.errors import UserError
 from devices.texts import as_yaml
 from fedsim.engines.blocks import WeightedSum
-from fedsim.errors import ExitError, NotFiniteError, RunError, in_words, no_exit
+from fedsim.errors import ConfigError, ExitError, NotFiniteError, RunError, in_words, no_exit
 from fedsim.grid.exchange import Exchange
-from fedsim.grid.server_half import ServerContext, averaging, server_half
+from fedsim.grid.server_half import ServerContext, ServerHalf, averaging, server_half
 from fedsim.messages.records import ARRAYS, METRICS, NUM_EXAMPLES, array_record, from_array, in_float64, to_array
 from fedsim.models.roles import TensorRoles
 
+HOOKS_OF_0_1 = frozenset({"complete", "derived", "takes_all_tensors", "takes_the_mean"})
 PLAIN_MEANS = (FedAvg, FedAvgM, FedAdagrad, FedAdam, FedYogi, FedProx)
 
 
@@ -83,9 +84,13 @@ class ServerSide:
     Attributes:
         averages: the strategy takes nothing from a round but the mean weighted by examples.
         mean_is_all: and makes nothing else of it.
+
+    Raises:
+        ConfigError: for a strategy with hooks that only a `ServerHalf` is asked for.
     """
 
     def __init__(self, strategy: Strategy, roles: TensorRoles):
+        _check_hooks(strategy)
         self.strategy, self.half = strategy, server_half(strategy)
         self.averages, self.mean_is_all = is_plain_mean(strategy), mean_is_all(strategy)
         inner = server_half(averaging(strategy))
@@ -224,6 +229,16 @@ class ServerSide:
             return shared
         mean = total.mean({name: np.dtype(array.dtype) for name, array in shared.items()})
         return array_record({**shared, **{name: to_array(values) for name, values in mean.items()}})
+
+
+def _check_hooks(strategy: Strategy) -> None:
+    """Refuses a strategy that fedsim 0.1 would have asked for what it asks only a `ServerHalf` now."""
+    every = {name for kind in type(strategy).__mro__ for name in vars(kind)}
+    if not isinstance(strategy, ServerHalf) and (unused := sorted(HOOKS_OF_0_1 & every)):
+        raise ConfigError(
+            f"strategy {type(strategy).__name__} has {', '.join(unused)}, which nothing asks for; derive it from "
+            "fedsim.grid.server_half.ServerHalf, in front of Flower's class"
+        )
 
 
 def _without(record: ArrayRecord, names: frozenset[str]) -> ArrayRecord:

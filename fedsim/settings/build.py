@@ -75,7 +75,9 @@ def build_world(config_json: str) -> World:
             raise ConfigError(f"{key} must be at most the {workload.num_clients} clients there are, got {number}")
     for group in ("compression", "uplink"):
         instantiate(tree, group)  # workers make their own; a wrong setting is to be refused before a run begins
-    _check_kind(settings, workload, instantiate(tree, "trainer").needs_classes)
+    trainer = instantiate(tree, "trainer")
+    trainer.check_hooks()
+    _check_kind(settings, workload, trainer.needs_classes)
     return World(config_json, settings, workload, fleet, instantiate(tree, "latency"))
 
 

@@ -190,7 +190,7 @@ class TwoPathTrainer(SGDTrainer):
                 handle.remove()
 
     @torch.no_grad()
-    def judge(self, client: ClientContext, broadcast: Broadcast) -> dict[str, float]:
+    def evaluate(self, client: ClientContext, broadcast: Broadcast) -> dict[str, float]:
         """Returns metrics and sizes of the student, and beside them the accuracy of the client's teacher."""
         if not len(client.data.test):
             return {}
@@ -203,7 +203,7 @@ class TwoPathTrainer(SGDTrainer):
         taught = client.workload.evaluate(client.model, client.data.test)
         _copy({**own, **student}, client.weights)
         with self.integer_inputs(client.model):
-            metrics = super().judge(client, broadcast)
+            metrics = super().evaluate(client, broadcast)
         return {
             **metrics,
             "accuracy_teacher": taught["accuracy"],

@@ -149,11 +149,11 @@ class SubFedAvgTrainer(SGDTrainer):
             fewer[name] = mask.flatten().index_fill(0, smallest, False).view_as(mask)
         return fewer
 
-    def judge(self, client: ClientContext, broadcast: Broadcast) -> dict[str, float]:
+    def evaluate(self, client: ClientContext, broadcast: Broadcast) -> dict[str, float]:
         """Returns metrics of the client's own part of the network; all of it where the client never trained."""
         masks = self.masks_of(client)
         apply(masks, client.weights)
-        metrics = super().judge(client, broadcast)
+        metrics = super().evaluate(client, broadcast)
         return {**metrics, "keep_ratio": alive(masks)} if metrics else {}
 
     def split(self, client: ClientContext) -> tuple[ClientContext, Examples]:

@@ -212,7 +212,7 @@ class PPPTrainer(SubnetTrainer):
 
     # --- deployment ---------------------------------------------------------------------------------------------------
 
-    def judge(self, client: ClientContext, broadcast: Broadcast) -> dict[str, float]:
+    def evaluate(self, client: ClientContext, broadcast: Broadcast) -> dict[str, float]:
         """Prunes the network for the client, without a gradient, and judges what remains on its held-out part."""
         if not len(client.data.test):
             return {}
@@ -221,7 +221,7 @@ class PPPTrainer(SubnetTrainer):
             client.oracle()  # marks the results of all clients, whatever their ratio
         own = deployed(self, client, broadcast, self.mask, ratio)
         narrowed = self.narrowed(client, own, broadcast.weights)
-        metrics = super(SubnetTrainer, self).judge(narrowed, broadcast)
+        metrics = super(SubnetTrainer, self).evaluate(narrowed, broadcast)
         metrics["keep_ratio"] = self.plan.keep_ratio(own)
         aside = replace(client, log=type(client.log)(client.log.memory_bytes))  # controls are no work of the device
         for name, control, at in self.beside(ratio):

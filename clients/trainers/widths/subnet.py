@@ -68,11 +68,11 @@ class SubnetTrainer(SGDTrainer):
     def prepare(self, network: nn.Module, kept: Kept) -> None:
         """Prepares a static network once, when it is built."""
 
-    def judge(self, client: ClientContext, broadcast: Broadcast) -> dict[str, float]:
+    def evaluate(self, client: ClientContext, broadcast: Broadcast) -> dict[str, float]:
         """Returns metrics of the part that this device would run, and of other widths where those are asked for."""
         groups, sent = self.slices.groups, self.channels_sent(broadcast)
         own = groups.first(float(broadcast.settings[RATIO])) if RATIO in broadcast.settings else sent
-        metrics = super().judge(self.part(client, broadcast, own, sent), broadcast)
+        metrics = super().evaluate(self.part(client, broadcast, own, sent), broadcast)
         for ratio in self.judged_at if len(client.data.test) else ():
             self.judge_beside(self.part(client, broadcast, groups.first(ratio), sent), f"at_{float(ratio)}", metrics)
         return metrics

@@ -7,7 +7,7 @@ it. `fedsim/workloads/streams/kinds.py` says how a data set becomes tasks.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -125,6 +125,27 @@ class Arrivals(Examples):
     def labels(self) -> Tensor:
         assert self.rows is not None
         return self.stream.relabel(self.own.labels[self.rows])
+
+
+class Learned(Examples):
+    """All examples of a data set, with the labels that are learned.
+
+    Args:
+        own: where they come from.
+        relabel: returns the labels that are learned, from those of the data set.
+    """
+
+    def __init__(self, own: Examples, relabel: Callable[[Tensor], Tensor]):
+        super().__init__({}, torch.arange(len(own)))
+        self.own, self.relabel = own, relabel
+
+    def gather(self, index: Tensor) -> Tensors:
+        batch = self.own.gather(index)
+        return {**batch, "y": self.relabel(batch["y"])}
+
+    @property
+    def labels(self) -> Tensor:
+        return self.relabel(self.own.labels)
 
 
 class Stream(ClassificationWorkload, group="stream"):
@@ -271,8 +292,9 @@ class Stream(ClassificationWorkload, group="stream"):
         return self.inner.fingerprint()
 
     def client_data(self, client_id: int) -> ClientData:
-        """Returns all that a client ever has, as the wrapped workload gives it."""
-        return self.inner.client_data(client_id)
+        """Returns all that a client ever has, with the labels that are learned; inputs as the wrapped workload's."""
+        data = self.inner.client_data(client_id)
+        return ClientData(Learned(data.train, self.relabel), Learned(data.test, self.relabel), data.version)
 
     def client_part(self, client_id: int, part: int) -> ClientData:
         """Returns a part of a client's training examples, and its held-out examples of all tasks up to that part.
