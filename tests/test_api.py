@@ -20,17 +20,8 @@ from fedsim.errors import ConfigError
 
 
 def test_the_exported_names_are_these_and_are_all_there():
-    assert fedsim.__all__ == [
-        "EdgeGrid",
-        "Federation",
-        "Run",
-        "Workload",
-        "compose",
-        "load",
-        "reprice",
-        "resume",
-        "run",
-    ]
+    classes = ["Comparison", "EdgeGrid", "Federation", "Run", "Workload"]
+    assert fedsim.__all__ == [*classes, "compare", "compose", "load", "reprice", "resume", "run"]
     assert all(getattr(fedsim, name).__name__ == name for name in fedsim.__all__)
     with pytest.raises(AttributeError, match="no attribute 'Fedration'"):
         fedsim.Fedration  # noqa: B018

@@ -149,15 +149,16 @@ def test_a_sweep_makes_a_folder_per_run_and_a_table(arguments: list[str], fedsim
     assert (ended.code, ended.err) == (0, "")
     seeds = [json.loads(Path(f"sweep/{i}/summary.json").read_text())["seed"] for i in (0, 1)]
     assert seeds == [1, 2]
-    assert "overrides" in ended.out
-    assert "seed=2" in ended.out
+    assert "differences to fedavg" in ended.out
+    assert "comparison: sweep (" in ended.out
+    assert ended.out.count("round ") == 0  # the tables of single runs are in their folders
 
 
 def test_what_a_run_is_called_is_printed_as_it_is(fedsim: Callable[..., Ended]):
     """A list in brackets is no markup."""
     ended = fedsim("run", "-m", *SHORT, "private=[head],[first]", "out=sweep")
     assert "fedavg private=[head] on digits" in ended.out
-    table = ended.out[ended.out.rindex("overrides") :]
+    table = ended.out[ended.out.rindex("arm") :]
     assert "private=[head]" in table
     assert "private=[first]" in table
 
@@ -166,7 +167,8 @@ def test_a_sweep_without_a_folder_goes_below_runs(fedsim: Callable[..., Ended]):
     assert fedsim("run", "-m", *SHORT, "trainer.lr=0.1,0.2").code == 0
     (sweep,) = Path("runs").iterdir()
     assert sweep.name.endswith("-sweep")
-    assert {path.name for path in sweep.iterdir()} == {"0", "1", "multirun.yaml"}
+    comparison = {f"comparison.{end}" for end in ("csv", "json", "md", "png")}
+    assert {path.name for path in sweep.iterdir()} == {"0", "1", "multirun.yaml", *comparison}
 
 
 def test_a_sweep_that_fails_midway_says_where_and_keeps_what_it_has(fedsim: Callable[..., Ended]):

@@ -64,7 +64,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "axis": ({"x": ["round"]}, r"unknown axis in x 'round'; did you mean 'rounds'\?.*dotted path"),
     "seeds": ({"seeds": [1, -2]}, "seeds must be a list of whole numbers of at least 0"),
     "seed twice": ({"seeds": [1, 1]}, "a seed is there twice"),
-    "last": ({"last": 0}, "last must be a whole number of at least 1, got 0"),
+    "last": ({"last": 0}, "last must be a whole number of at least 1, or left out, got 0"),
     "one folder": ({"arms": {"A b": [], "a-b": []}}, "arms 'A b' and 'a-b' would share the folder a-b"),
     "of nobody": ({"arms": {"A": [], "B": {"of": "C", "suffix": "_x"}}}, r"arm with runs in arms\.B\.of 'C'"),
     "of a reading": (

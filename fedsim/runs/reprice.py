@@ -342,8 +342,9 @@ def reprice(
     """
     if not read_summary(folder):
         raise ConfigError(f"{folder} is not finished; end it first: fedsim resume {shlex.quote(str(folder))}")
-    before, world = (build_world(json.dumps(tree)) for tree in (settings_of_run(folder), settings))
-    check_same(data_of_run(folder), settings_of_run(folder), before.workload, folder)
+    settings_before = settings_of_run(folder)
+    before, world = build_world(json.dumps(settings_before)), build_world(json.dumps(settings))
+    check_same(data_of_run(folder), settings_before, before.workload, folder)
     federation = RepricedFederation(world, before, folder)
     federation.check()
     writer = RunWriter(federation, out, settings, of_run(settings, world.workload), Totals(), False, None)
