@@ -20,7 +20,7 @@ from fedsim.workloads.metrics import Metric
 
 
 def test_figures_are_those_worked_out_by_hand(file, fedsim):
-    """Scores 0.51, 0.52 and 0.1 more: mean 0.515, deviation 0.01 / sqrt 2; the differences 0.1 and 0.2; two seeds have no interval."""
+    """Scores 0.51, 0.52 and 0.1 more: mean 0.515, deviation 0.01 / sqrt 2; two seeds have no interval."""
     code, out, err = fedsim("study", file(columns=["final.accuracy", "metrics.accuracy"]), "--jobs", "3")
     assert (code, err) == (0, "")
     tree = json.loads(Path("runs/mine/study.json").read_text())
