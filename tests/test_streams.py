@@ -14,7 +14,7 @@ from clients.app import serve
 from fedsim.engines.local import LocalEngine
 from fedsim.errors import ConfigError, DataError
 from fedsim.report.rounds import HOST_FIELDS
-from fedsim.report.split import kept_split
+from fedsim.report.split import read_split
 from fedsim.runs.federation import Federation
 from fedsim.runs.writer import run
 from fedsim.settings.build import build_world
@@ -94,7 +94,7 @@ def test_all_that_a_client_has_carries_the_labels_that_are_learned(incremental: 
     assert set(batch["y"].tolist()) == set(range(workload.num_classes)) == set(data.test.labels.tolist())
     short = ("stream=split_classes", f"stream.incremental={incremental}", "rounds=5", "method=global_mixup")
     run(compose([*BASE, *short, "trainer.local_steps=2"]), LocalEngine(serve), tmp_path)
-    kept = kept_split(tmp_path)
+    kept = read_split(tmp_path)
     assert kept is not None
     assert {len(row.label_counts) for row in kept.rows} == {workload.num_classes}
 

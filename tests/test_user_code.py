@@ -269,3 +269,57 @@ def test_a_hook_that_nothing_calls_is_refused(here: Path, fedsim, target: str, s
 def test_functions_that_code_beside_a_trainer_may_call_are_its_own(here: Path, fedsim, trainer: str):
     (here / "mine.py").write_text(CALLED)
     assert fedsim("run", *TINY, f"trainer._target_=mine.{trainer}", "out=A").code == 0
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_code_that_raises_is_named_wherever_it_stands(here: Path, fedsim, place: str):
+    """In a client, in a hook, and where nothing else looks: no traceback, and the line that it came from."""
+    (here / "mine.py").write_text(MODULE.format(place=place, error="LookupError('nothing there')"))
+    code, _, err = fedsim("run", *TINY, *TARGETS, "evaluate_clients=2", "out=A")
+    assert err.count("\n") == 1, err
+    assert "nothing there" in err
+    assert code == (2 if not (here / "A").exists() else 1)
+
+
+OTHERS = """
+from torch import nn
+from devices.availability import Always
+from devices.fleet import Fleet
+from devices.cost import FlopsLatency
+
+class Mine(nn.Module):
+    def __init__(self, input_shape, num_classes, **_):
+        super().__init__()
+        self.last = nn.Linear(64, num_classes)
+    def forward(self, x):
+        return {answer}
+
+class Asleep(Always):
+    def _end_s(self, client_id, now_s):
+        return now_s / 0
+
+class Prices(FlopsLatency):
+    def compute_s(self, work, device):
+        return work["flops"]
+    def seconds(self, works, units):
+        return works["flops"]
+"""
+NOT_HOOKS = {
+    "a tuple": ("(self.last(x.flatten(1)),) * 2", ["model._target_=mine.Mine"]),
+    "nothing": ("None", ["model._target_=mine.Mine"]),
+    "one number": ("self.last(x.flatten(1)).sum()", ["model._target_=mine.Mine"]),
+    "an index that is not there": ("[][0]", ["model._target_=mine.Mine"]),
+    "availability": ("x", ["fleet.availability._target_=mine.Asleep"]),
+    "latency": ("x", ["latency._target_=mine.Prices"]),
+}
+
+
+@pytest.mark.parametrize("case", NOT_HOOKS)
+def test_odd_answers_of_other_own_code_end_in_a_sentence(here: Path, fedsim, case: str):
+    answer, overrides = NOT_HOOKS[case]
+    (here / "mine.py").write_text(OTHERS.format(answer=answer))
+    code, _, err = fedsim("run", *TINY, *overrides, "out=A")
+    assert err.count("\n") == 1, err
+    assert code in (1, 2)
+    assert err.startswith("fedsim: ")
+    assert "mine.py" in err or "Mine must return logits" in err

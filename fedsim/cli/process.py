@@ -23,11 +23,12 @@ from fedsim.cli.experiment import in_progress
 from fedsim.cli.options import without_trust
 from fedsim.cli.sentences import argument_naming, shortened
 from fedsim.engines.leash import tie
-from fedsim.errors import ConfigError, RunError, Terminated, as_error
+from fedsim.errors import ConfigError, RunError, Terminated, as_error, in_words
 
 INTERRUPTED, CLOSED_PIPE = 130, 141
 OUTPUT = "standard output"
 MAY_END = ("argparse", "click", "fedsim", "hydra", "ray", "rich", "typer")  # these have said all, as --version does
+OURS = ("fedsim", "clients", "strategies", "devices", "configs")
 ENDED_BY = {signal.SIGTERM: "terminated", signal.SIGHUP: "the terminal was closed"}
 
 
@@ -84,9 +85,30 @@ def _end(error: BaseException, typed: list[str]) -> NoReturn:
     if isinstance(error, Terminated):
         _give_up(f"{ENDED_BY[error.number]}; {_what_stays()}", 128 + error.number)
     ended = as_error(error, MAY_END) if isinstance(error, SystemExit) else as_error(error)
-    if ended is error:
-        raise error
-    _give_up(str(ended), 1, error)
+    if ended is not error:
+        _give_up(str(ended), 1, error)
+    if place := _place_in_own_code(error):
+        stays = f"; {_what_stays()}" if in_progress else ""
+        _give_up(f"{place}: {in_words(error)}; FEDSIM_TRACEBACK=1 shows the way there{stays}", 1, error)
+    raise error
+
+
+def _place_in_own_code(error: BaseException) -> str:
+    """Returns the innermost place in code that is neither ours nor a library's; empty where there is none."""
+    import sysconfig
+    from traceback import walk_tb
+
+    import fedsim
+
+    root = Path(fedsim.__file__).resolve().parent.parent
+    others = [root / name for name in OURS] + [Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib")]
+    others += [Path(sysconfig.get_path("platlib")), Path(sys.argv[0]).resolve()]
+    for frame, line in reversed(list(walk_tb(error.__traceback__))):
+        code = frame.f_code
+        file = Path(code.co_filename)
+        if file.is_absolute() and not any(file.is_relative_to(other) for other in others):
+            return f"{file}, line {line}, in {code.co_name}"
+    return ""
 
 
 def _system_error(error: OSError, typed: list[str]) -> tuple[str, int]:

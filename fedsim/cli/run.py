@@ -22,8 +22,9 @@ fedsim run -m strategy=fedavg,fedadam seed=1,2,3
 
 fedsim run --config-path $PWD/runs/A --config-name config out=B     (repeats run A)
 
-[bold]Settings[/bold]: rounds= seed= cohort= num_clients= over_selection= deadline_s= target= max_simulated_s=
-patience_rounds= evaluate_every= evaluate_clients= checkpoint_s= on_client_error= out= name=
+[bold]Settings[/bold]: rounds= seed= cohort= num_clients= over_selection= deadline_s= round_every_s= target=
+target_accuracy= patience_rounds= max_simulated_s= evaluate_every= evaluate_clients= private= checkpoint_s=
+on_client_error= out= name=
 
 [bold]Code[/bold]: a _target_ may name fedsim's own classes, Flower's strategies, torch.nn, torchvision.models, plug-ins
 and modules of the working folder; anything else is named once more with --allow-target NAME, here and with resume,

@@ -1,10 +1,18 @@
-"""What both halves of mean augmented federated learning know (strategies/mafl.py, clients/trainers/mixing/naivemix.py).
+"""What FedMix and NaiveMix send: what both halves of mean augmented federated learning know.
 
-Records: averages, up, once for each version of a client's data: x [groups, *input], y [groups, classes], and for uint8
-low, step [groups]; room, up with them: bytes [] int64 that the device has left beside training, version [] int64 of the
-data. pool, down: the pairs that a client does not hold yet, in the form of averages, to be put behind the first
-`pool-kept` of those that it has and that are not among the rows [pairs] int64 of pool-dropped, down; that makes
-`pool-size` in all. An update's metric data_version tells when its client's data have changed: it is asked again.
+The halves are strategies/mafl.py and clients/trainers/mixing/naivemix.py. Records, beside the weights:
+
+averages, up, once for each version of a client's data:
+    x [groups, *input], y [groups, classes]; as uint8 also low and step, [groups] each
+room, up with them:
+    bytes [] int64, what the device has left beside training; version [] int64, of the data
+pool, down:
+    the pairs that a client does not hold yet, in the form of averages; they go behind the first `pool-kept` of those
+    that it has, less the rows of pool-dropped, and make `pool-size` in all
+pool-dropped, down:
+    rows [pairs] int64 of the pairs to forget
+
+An update's metric data_version tells when a client's data have changed: it is asked again.
 """
 
 from __future__ import annotations

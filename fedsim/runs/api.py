@@ -62,7 +62,7 @@ class Run:
 
     @cached_property
     def rounds(self) -> pd.DataFrame:
-        """Returns one row per round, with a column for each metric; seconds, joules and bytes of that round."""
+        """Returns one row per round, with a column for each metric; `now_s` is the clock, all else is of that round."""
         import pandas as pd
 
         from fedsim.report.rounds import RoundReport, read_rounds

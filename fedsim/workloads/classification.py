@@ -48,8 +48,16 @@ class ClassificationWorkload(Workload):
         return {**super().fingerprint(), **{key: content_of(y.numpy()) for key, y in labels.items()}}
 
     def logits(self, model: nn.Module, batch: Tensors) -> Tensor:
-        """Returns the model's logits of a batch: [batch, classes] or, for sequences, [batch, steps, classes]."""
-        logits: Tensor = model(*self.inputs(batch))
+        """Returns the model's logits of a batch: [batch, classes] or, for sequences, [batch, steps, classes].
+
+        Raises:
+            ConfigError: if the model answers something else.
+        """
+        logits = model(*self.inputs(batch))
+        if not isinstance(logits, Tensor) or logits.dim() < 2 or logits.shape[-1] != self.num_classes:
+            got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            name = type(model).__name__
+            raise ConfigError(f"{name} must return logits, [batch, ..., {self.num_classes}], it returned {got}")
         return logits
 
     def loss(self, model: nn.Module, batch: Tensors) -> Tensor:
