@@ -38,7 +38,7 @@ def longer(run: Path, rounds: int) -> Path:
     return run
 
 
-@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("method", [None, *options("method")])
 def test_a_prolonged_run_is_the_longer_one(tmp_path: Path, method: str | None, every: int):
     """Also where it judged the model after its last round alone, which takes its devices time: 3 is odd."""

@@ -93,7 +93,9 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("method", ["fedavg", "ditto", "fedmix", "fedbn"])
+@pytest.mark.parametrize(
+    "method", ["fedavg", "ditto", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fedmix", "fedbn"))]
+)
 def test_it_goes_as_far_as_the_work_is_known(tmp_path: Path, method: str, change: str):
     """What there is, is what a run there says; and where it ends early, that one goes on otherwise."""
     frail = tmp_path / "frail.yaml"
