@@ -137,11 +137,12 @@ def _run(runs: Sequence[PlannedRun], jobs: int | None, folder: Path, shown: Plai
 def _bar(shown: PlainConsole) -> Iterator[Watch]:
     """Shows a bar over the rounds of all runs; where there is no terminal, a line for each run that has ended."""
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
+
+    from fedsim.report.terminal import PlainProgress
 
     columns: list[Any] = [TextColumn("{task.fields[state]}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %")]
     columns += [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=False)]
-    with Bar(*columns, console=shown, transient=True, disable=not shown.is_terminal) as bar:
+    with PlainProgress(*columns, shown=shown) as bar:
         task = bar.add_task("study", total=None, state="")
 
         def watch(progress: Progress, ended: PlannedRun | None) -> None:

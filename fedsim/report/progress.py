@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fedsim.report.rounds import RoundReport
 from fedsim.report.split import primary_of
+from fedsim.report.terminal import PlainProgress
 from fedsim.report.text import NO_VALUE, simulated
 from fedsim.workloads.metrics import NOT_FINITE
 
@@ -37,7 +38,7 @@ def progress_bar(console: Console, rounds: int, folder: Path) -> Iterator[Any]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     ]
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with PlainProgress(*columns, shown=console) as progress:
         task = progress.add_task("run", total=rounds, state="building data and fleet")
         shown = {"text": ""}
         judged_by = cache(primary_of)  # known when the first round has ended

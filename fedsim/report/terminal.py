@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Console, RenderableType
-from rich.progress import Progress
+from rich.progress import Progress, ProgressColumn
 from rich.table import Table
 
 from devices.texts import visible_lines
@@ -153,6 +153,23 @@ def table(*columns: str, left: Collection[str] = (), title: str | None = None, s
     return PlainTable(columns, left, None if title is None else visible_lines(title, CELL_LETTERS), None, same_below)
 
 
+class PlainProgress(Progress):
+    """A bar that goes when the work is done and leaves nothing in files and pipes, where it is not drawn.
+
+    Args:
+        columns: what it shows; rich's usual ones when none are given.
+        shown: where it goes.
+    """
+
+    def __init__(self, *columns: str | ProgressColumn, shown: Console):
+        super().__init__(*columns, console=shown, transient=True, disable=not shown.is_terminal)
+
+    def stop(self) -> None:
+        """Ends it; older versions of rich would print an empty line where there was none."""
+        if not self.disable:
+            super().stop()
+
+
 def work_bar(shown: PlainConsole) -> Progress:
-    """Returns rich's usual bar, which goes when the work is done and is not drawn into files and pipes."""
-    return Progress(console=shown, transient=True, disable=not shown.is_terminal)
+    """Returns rich's usual bar."""
+    return PlainProgress(shown=shown)

@@ -79,11 +79,11 @@ def evaluate_profiles(space: Any, as_json: bool) -> None:
 @contextmanager
 def _spinner(what: str) -> Iterator[Any]:
     """Shows a spinner that says what is being done; nothing when piped."""
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    from fedsim.report.terminal import console
+    from fedsim.report.terminal import PlainProgress, console
 
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
-    with Progress(*columns, console=console(), transient=True) as progress:
+    with PlainProgress(*columns, shown=console()) as progress:
         task = progress.add_task(what, total=None)
         yield lambda text: progress.update(task, description=text)
