@@ -12,9 +12,9 @@ from conftest import SHORT, Ended, assert_refused
 
 from fedsim.report.place import WRITTEN
 from fedsim.report.rounds import read_rounds
-from fedsim.runs.summary import fleet_name
 from fedsim.settings.compose import compose
 from fedsim.settings.groups import options
+from fedsim.settings.names import fleet_name, method_name, workload_name
 from fedsim.settings.run_settings import RunSettings
 
 pytestmark = pytest.mark.usefixtures("place")
@@ -32,16 +32,30 @@ def test_giving_devices_replaces_the_mix_of_the_fleet():
 
 
 @pytest.mark.parametrize("fleet", options("fleet"))
-def test_a_fleet_with_other_devices_than_its_option_says_so(fleet: str):
-    assert fleet_name(RunSettings.of(compose([f"fleet={fleet}", "fleet.speed_sigma=0.5"]))) == fleet
-    for own in ("fleet.devices={pixel3: 2}", "++fleet.devices.pixel=7"):
-        assert fleet_name(RunSettings.of(compose([f"fleet={fleet}", own]))) == f"{fleet}, own devices"
+def test_a_fleet_with_other_devices_than_its_option_is_named_by_them(fleet: str):
+    def named(*overrides: str) -> str:
+        return fleet_name(RunSettings.of(compose([f"fleet={fleet}", *overrides])))
+
+    assert named("fleet.speed_sigma=0.5") == fleet
+    assert named("fleet.devices={pixel3: 2}") == "pixel3"
+    assert named("fleet.devices={pixel3: 2, my/board.yaml: 1}") == "pixel3, board"
+    assert named("fleet.devices={pixel3: 2, pixel: 1, mi_9: 1}") == "3 devices of its own"
+
+
+def test_what_took_the_place_of_an_option_gives_the_name():
+    settings = RunSettings.of(compose(["strategy._target_=mine.FedNova", "workload=bundle", "workload.path=a/digits"]))
+    assert (method_name(settings), workload_name(settings)) == ("FedNova", "digits")
+    both = ["strategy._target_=mine.FedNova", "trainer._target_=mine.Normalised"]
+    assert method_name(RunSettings.of(compose(both))) == "FedNova+Normalised"
+    assert method_name(RunSettings.of(compose(["method=ditto", *both[:1]]))) == "ditto strategy=FedNova"
+    inherited = compose(["method=ocs"])  # whose file names no class itself, perhaps
+    assert method_name(RunSettings.of(inherited)) == "ocs"
 
 
 def test_the_closing_line_names_a_fleet_of_own_devices(place: Path, fedsim: Callable[..., Ended]):
     ended = fedsim("run", *SHORT, "fleet.devices={pixel3: 1}", f"out={place}/out")
-    assert "fleet uniform, own devices: test accuracy" in ended.out
-    assert "fleet uniform, own devices" in (place / "out" / "report.html").read_text()
+    assert "fleet pixel3: test accuracy" in ended.out
+    assert "fleet pixel3" in (place / "out" / "report.html").read_text()
 
 
 def test_the_last_of_two_equal_settings_counts(place: Path, fedsim: Callable[..., Ended]):

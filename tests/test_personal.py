@@ -25,9 +25,9 @@ from fedsim.models.mlp import MLP
 from fedsim.models.roles import private_names
 from fedsim.report.rounds import weights_sha256
 from fedsim.runs.federation import Federation
-from fedsim.runs.summary import method_name
 from fedsim.settings.build import build_world
 from fedsim.settings.compose import compose
+from fedsim.settings.names import method_name
 from fedsim.settings.run_settings import RunSettings
 from fedsim.workloads.base import ClientData, Examples
 from fedsim.workloads.blobs import Blobs

@@ -16,7 +16,8 @@ from fedsim.engines.locks import is_held
 from fedsim.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fedsim.settings.run_settings import RunSettings
+    from fedsim.settings.names import used, workload_name
+from fedsim.settings.run_settings import RunSettings
 
 MAX_NAMED = 6  # of the things in a folder that is taken
 CONFIG, SUMMARY, FAILURE, PAGE = "config.yaml", "summary.json", "failure.json", "report.html"
@@ -62,9 +63,8 @@ def new_run_folder(settings: RunSettings) -> Iterator[Path]:
             check_free(folder)
             made += _make(folder)
         else:
-            choices = settings.choices
-            label = settings.name or f"{choices.get('method') or choices['strategy']}-{choices['workload']}"
-            folder = new_folder(Path("runs"), label, made)
+            method = settings.choices.get("method") or used(settings, "strategy")
+            folder = new_folder(Path("runs"), settings.name or f"{method}-{workload_name(settings)}", made)
         yield folder
     finally:
         remove_empty(made)

@@ -10,8 +10,7 @@ from devices.fleet import Fleet
 from fedsim import __version__
 from fedsim.messages.cohort import OUTCOMES
 from fedsim.report.rounds import RoundReport, Totals, weights_sha256
-from fedsim.settings.groups import devices_of_fleet, preset, preset_private
-from fedsim.settings.run_settings import RunSettings
+from fedsim.settings.names import fleet_name, method_name, workload_name
 from fedsim.workloads import metrics as figures
 from fedsim.workloads.metrics import Metric
 
@@ -22,11 +21,10 @@ if TYPE_CHECKING:
 def summarise(federation: Federation, reports: list[RoundReport], totals: Totals, host_s: float) -> dict[str, Any]:
     """Returns the figures of a finished run; equal runs differ only in `host_s` (and `versions` between machines)."""
     settings, primary = federation.settings, federation.primary
-    choices = settings.choices
     max_client = max(totals.client_joules.values(), default=0.0)
     return {
         "method": method_name(settings),
-        "workload": choices["workload"],
+        "workload": workload_name(settings),
         "fleet": fleet_name(settings),
         "seed": settings.seed,
         "rounds": reports[-1].round,
@@ -68,26 +66,6 @@ def participation(reports: list[RoundReport], fleet: Fleet, primary: Metric, nee
         "clients": {"population": len(fleet), "took_part": count, "never": len(fleet) - count},
         "warnings": warned,
     }
-
-
-def method_name(settings: RunSettings) -> str:
-    """Names the method preset and what was exchanged in it; without a preset, strategy and trainer."""
-    choices = settings.choices
-    usual = preset_private(choices["method"]) if choices.get("method") else []
-    private = [f"private=[{','.join(settings.private)}]"] if list(settings.private) != usual else []
-    if choices.get("method"):
-        own = preset(choices["method"])
-        changed = [f"{group}={choices.get(group)}" for group, name in own.items() if choices.get(group) != name]
-        return " ".join([str(choices["method"]), *changed, *private])
-    strategy, trainer = choices["strategy"], choices["trainer"]
-    return " ".join([str(strategy) if trainer in ("sgd", strategy) else f"{strategy}+{trainer}", *private])
-
-
-def fleet_name(settings: RunSettings) -> str:
-    """Names the fleet that was chosen; says so where its devices are not those of that option."""
-    name = str(settings.choices["fleet"])
-    usual = devices_of_fleet(name)
-    return name if usual in (None, settings.groups["fleet"].get("devices")) else f"{name}, own devices"
 
 
 def versions() -> dict[str, str]:

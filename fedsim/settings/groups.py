@@ -65,6 +65,20 @@ def _leaves(tree: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
         yield from _leaves(value, (*above, str(key)))
 
 
+def target_of(group: str, name: str) -> str | None:
+    """Returns the class that an option makes, as its file or one that it builds on says; None where neither does."""
+    from fedsim.settings.moved import updated
+
+    file = _option(group, name)
+    tree = read_yaml(file) if file.is_file() else None
+    if not isinstance(tree, dict):
+        return None
+    if isinstance(target := updated(tree).get("_target_"), str):
+        return target
+    bases = [entry for entry in tree.get("defaults", ()) if isinstance(entry, str) and entry != "_self_"]
+    return next((target for base in bases if (target := target_of(group, base)) is not None), None)
+
+
 def model_settings(name: str) -> Settings:
     """Returns the settings of a model config by itself."""
     tree: Settings = read_yaml(_option("model", name))
