@@ -57,13 +57,13 @@ def test_a_strategy_with_more_than_data_runs_without_checkpoints(go, tmp_path: P
     assert not list((tmp_path / "run").glob("checkpoint/*"))
 
 
-def test_a_finished_run_keeps_its_weights_alone(go, tmp_path: Path):
+def test_a_finished_run_keeps_its_weights_and_what_a_longer_one_goes_on_from(go, tmp_path: Path):
     go("run", *RICH)
     (point,) = (tmp_path / "run" / "checkpoint").iterdir()
     assert point.name == "round-000005"
     found = load(tmp_path / "run")
     assert found is not None
-    assert list(found.state) == ["totals", "data"]
+    assert list(found.state) == ["totals", "data", "federation"]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert weights_sha256(found.weights) == summary["weights_sha256"]
 

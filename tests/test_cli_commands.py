@@ -85,6 +85,8 @@ DEVICES += ["enroll", "evaluate", "compare", "train-help"]
         ["bench"],
         ["replay"],
         ["resume"],
+        ["reprice"],
+        ["compare"],
         ["report"],
         ["study"],
         ["doctor"],
@@ -107,7 +109,8 @@ def test_every_command_is_covered_by_the_help_test():
     import typer
 
     group = typer.main.get_command(cli.app)
-    commands = {"run", "flwr", "paired", "study", "bench", "replay", "resume", "report", "doctor", "data", "devices"}
+    commands = {"run", "flwr", "compare", "paired", "study", "bench", "replay", "resume", "reprice", "report", "doctor"}
+    commands |= {"data", "devices"}
     assert set(group.commands) == commands  # type: ignore[attr-defined]
     assert set(group.commands["data"].commands) == {"list", "describe", "averages"}  # type: ignore[attr-defined]
     assert set(group.commands["devices"].commands) == set(DEVICES)  # type: ignore[attr-defined]

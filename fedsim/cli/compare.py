@@ -19,7 +19,7 @@ NAME = "comparison"
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs, sweeps or studies; patterns with * too.")],
     target: Annotated[
-        float | None, typer.Option(help="Value of the metric, e.g. 0.8: what it cost to reach it.")
+        float | None, typer.Option(help="Value of the metric, e.g. 0.8: what it cost to reach it.", min=-1e12, max=1e12)
     ] = None,
     out: Annotated[Path | None, typer.Option(help="New folder; runs/<time>-compare when left out.")] = None,
     against: Annotated[str | None, typer.Option(help="Row to compare with, or how it begins; else the first.")] = None,
@@ -45,8 +45,8 @@ def compare(
     from fedsim.report.terminal import console
     from fedsim.study.compare import compare as compared
 
-    if target is not None and not math.isfinite(target):
-        raise ConfigError(f"--target must be a number, e.g. 0.8, got {target}")
+    if target is not None and math.isnan(target):
+        raise ConfigError("--target must be a number, e.g. 0.8, got nan")
     result = compared(runs, last, against, target)
     show(result, place(out), console())
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 from devices.writing import make_folders, remove_empty, try_place
 from fedsim.engines.locks import is_held
 from fedsim.errors import ConfigError
+from fedsim.settings.names import used, workload_name
 
 if TYPE_CHECKING:
-    from fedsim.settings.names import used, workload_name
-from fedsim.settings.run_settings import RunSettings
+    from fedsim.settings.run_settings import RunSettings
 
 MAX_NAMED = 6  # of the things in a folder that is taken
 CONFIG, SUMMARY, FAILURE, PAGE = "config.yaml", "summary.json", "failure.json", "report.html"
