@@ -44,6 +44,8 @@ def test_what_is_the_same_in_all_rows_stands_below(capsys: pytest.CaptureFixture
     lines = shown(capsys, 120)
     assert lines[-1].strip() == "rounds: 150"
     assert not any("150 │" in line for line in lines)
+    equal = shown(capsys, 120, {name: ("42.00", *cells[1:]) for name, cells in ROWS.items()})
+    assert "".join(equal).count("42.00 │") == 3  # the score itself stays
     one = shown(capsys, 120, {"FedAvg": ROWS["FedAvg"]})
     assert "150 │" in "".join(one)  # of a single row nothing is the same
 

@@ -50,7 +50,7 @@ class PlainTable(Table):
         headings: of its columns.
         left: those of text, which start at the left and may be broken; the others are figures, to the right.
         title: above it.
-        same_below: columns that are the same in all rows go below it, as a line.
+        same_below: columns that are the same in all rows go below it, as a line, but for the first two: names and scores.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class PlainTable(Table):
 
     def parts(self, width: int) -> list[PlainTable]:
         """Returns tables that together say the same, each as narrow as this if its own columns allow it."""
-        moved = [n for n in range(1, len(self.headings)) if self.same_below and self._is_same(n)]
+        moved = [n for n in range(2, len(self.headings)) if self.same_below and self._is_same(n)]
         shown = [n for n in range(len(self.headings)) if n not in moved]
         notes = [f"{_in_line(self.headings[n])}: {self._text(self.lines[0][0], n)}" for n in moved]
         caption = "\n".join([*([str(self.caption)] if self.caption else []), *([", ".join(notes)] if notes else [])])
@@ -148,7 +148,7 @@ def table(*columns: str, left: Collection[str] = (), title: str | None = None, s
         columns: their headings.
         left: those of text, which start at the left and may be broken; the others are figures, to the right.
         title: above the table.
-        same_below: columns that are the same in all rows go below it, as a line.
+        same_below: columns that are the same in all rows go below it, as a line, but for the first two: names and scores.
     """
     return PlainTable(columns, left, None if title is None else visible_lines(title, CELL_LETTERS), None, same_below)
 
