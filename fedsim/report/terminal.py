@@ -50,7 +50,7 @@ class PlainTable(Table):
         headings: of its columns.
         left: those of text, which start at the left and may be broken; the others are figures, to the right.
         title: above it.
-        same_below: columns that are the same in all rows go below it, as a line, but for the first two: names and scores.
+        same_below: columns that are the same in all rows go below it, as a line; names and scores (the first two) stay.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ def table(*columns: str, left: Collection[str] = (), title: str | None = None, s
         columns: their headings.
         left: those of text, which start at the left and may be broken; the others are figures, to the right.
         title: above the table.
-        same_below: columns that are the same in all rows go below it, as a line, but for the first two: names and scores.
+        same_below: columns that are the same in all rows go below it, as a line; names and scores (the first two) stay.
     """
     return PlainTable(columns, left, None if title is None else visible_lines(title, CELL_LETTERS), None, same_below)
 
