@@ -24,11 +24,10 @@ class PlainConsole(Console):
 
     def print(self, *objects: Any, **how: Any) -> None:
         """Prints as rich does, with what cannot be seen written as escapes, and wide tables in parts."""
-        for plain in objects:
-            if isinstance(plain, PlainTable):
-                for part in plain.parts(self.width):
-                    super().print(part, **how)
-                return
+        if len(objects) == 1 and isinstance(objects[0], PlainTable):
+            for part in objects[0].parts(self.width):
+                super().print(part, **how)
+            return
         super().print(*(visible_lines(o) if isinstance(o, str) else o for o in objects), **how)
 
     def say(self, text: str, style: str | None = None) -> None:

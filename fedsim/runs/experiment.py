@@ -46,8 +46,8 @@ def run_experiment(
             closing(build_engine(settings)) as engine,
             progress_bar(shown, typed.rounds, folder) as (watch, observe),
         ):
-            resumed, announce = unfinished is not None, partial(shown.print, highlight=False, soft_wrap=True)
-            summary = run(settings, engine, folder, watch, observe, resumed, announce)
+            announce = partial(shown.print, highlight=False, soft_wrap=True)
+            summary = run(settings, engine, folder, watch, observe, unfinished is not None, announce)
         write_page(folder)
     return folder, summary
 

@@ -113,7 +113,7 @@ class Federation:
             clock.begin_round(settings.round_every_s)
             number, started, start_s = last.round + 1, time.perf_counter(), clock.now_s
             metrics = self.train(number)
-            if self.is_over or number % settings.evaluate_every == 0 or number == settings.rounds:
+            if self.is_judged(number):
                 self.complete(number)
                 metrics |= self.judge(number) | self.ask_clients(number)
             last, clients = self.report(number, start_s, metrics, started)
@@ -126,6 +126,11 @@ class Federation:
         good = score is not None and target is not None and self.primary.reaches(score, target)
         over = self.is_over or good or self.is_stale(report)
         return self.has_ended or report.round >= settings.rounds or (report.round > 0 and over)
+
+    def is_judged(self, number: int) -> bool:
+        """Returns whether the model is judged after this round: each so-many-th, and the last one."""
+        settings = self.settings
+        return self.is_over or number % settings.evaluate_every == 0 or number == settings.rounds
 
     def is_stale(self, report: RoundReport) -> bool:
         """Returns whether the round was judged and the lowest test loss is `patience_rounds` old (nan is no loss).

@@ -40,8 +40,8 @@ from fedsim.workloads.fingerprint import check_same, of_run
 
 TRAIN, EVALUATE = "train", "evaluate"
 MS, FLOPS = "latency_ms", "flops"  # of an inference, among the metrics of a client that judges
-COLUMNS = ["round", "phase", "client", "outcome", "reason", "start_s", "up_s", "down_bytes", "num_examples"]
-COLUMNS += ["metrics", "work"]
+COLUMNS = ["round", "phase", "client", "outcome", "reason", "start_s", "up_s", "num_examples", "metrics"]
+COLUMNS += ["work"]
 
 
 class UnknownError(Exception):
@@ -107,7 +107,7 @@ def _recorded(row: Mapping[str, Any], works: dict[str, Work]) -> Recorded:
         row["num_examples"],
         json.loads(row["metrics"]),
         works[text] if began else None,
-        outcome in ("completed", "late") or row["up_s"] > 0,
+        _has_worked(outcome, row["up_s"]),
     )
 
 
@@ -261,15 +261,15 @@ class RepricedFederation(Federation):
             raise UnknownError(f"the run has {max(self.before)} rounds")
         self._ahead = list(self.exchanges.get(number, ()))
         while self._ahead and self._ahead[0].phase != EVALUATE:
-            is_training = self._ahead[0].phase == TRAIN
-            self._repeat(self._ahead.pop(0))
-            if is_training:
+            exchange = self._ahead.pop(0)
+            self._repeat(exchange)
+            if exchange.phase == TRAIN:
                 break
-        settings, before = self.settings, self.before[number].metrics
-        evaluated = self.primary.name in before or figures.NOT_FINITE in before
-        if evaluated != (self.is_over or number % settings.evaluate_every == 0 or number == settings.rounds):
-            raise UnknownError("the model was " + ("judged then" if evaluated else "not judged then"))
-        return {name: value for name, value in before.items() if not name.startswith(figures.CLIENTS)}
+        before = self.before[number]
+        judged = bool(figures.judged([before], self.primary))
+        if judged != self.is_judged(number):
+            raise UnknownError("the model was " + ("judged then" if judged else "not judged then"))
+        return {name: value for name, value in before.metrics.items() if not name.startswith(figures.CLIENTS)}
 
     def complete(self, number: int) -> None:
         """Repeats the exchanges between training and evaluation."""
@@ -316,13 +316,17 @@ class RepricedFederation(Federation):
             raise UnknownError(f"the reply of client {client} {how[0]} accepted then and {how[1]}")
         for report in now.reports:
             recorded = exchange.clients[report.client]
-            if recorded.work is not None and recorded.work.storage_bytes and recorded.has_worked != _has_worked(report):
+            if (
+                recorded.work is not None
+                and recorded.work.storage_bytes
+                and recorded.has_worked != _has_worked(report.outcome, report.cost.up_s)
+            ):
                 raise UnknownError(f"client {report.client} would not keep between rounds what it kept then")
 
 
-def _has_worked(report: ClientReport) -> bool:
+def _has_worked(outcome: str, up_s: float) -> bool:
     """Whether a client had done all its work when its part ended."""
-    return report.outcome in ("completed", "late") or report.cost.up_s > 0
+    return outcome in ("completed", "late") or up_s > 0
 
 
 def reprice(

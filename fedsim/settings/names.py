@@ -20,7 +20,7 @@ def method_name(settings: RunSettings) -> str:
     private = [f"private=[{','.join(settings.private)}]"] if list(settings.private) != usual else []
     names = {group: used(settings, group) for group in ("strategy", "trainer")}
     if choices.get("method"):
-        own = {**preset(choices["method"])}
+        own = preset(choices["method"])
         changed = [f"{group}={choices.get(group)}" for group, name in own.items() if choices.get(group) != name]
         changed += [f"{group}={name}" for group, name in names.items() if name != choices.get(group)]
         return " ".join([str(choices["method"]), *changed, *private])

@@ -34,9 +34,9 @@ class Comparison:
         """One row per method and setting: scores, paired differences, and what a run took; costs of a target too."""
         import pandas as pd
 
-        from fedsim.study.results import flat
+        from fedsim.study.results import flat, records
 
-        return pd.DataFrame(flat(self.result))
+        return pd.DataFrame(flat(records(self.result)))
 
     @property
     def differs(self) -> tuple[str, ...]:

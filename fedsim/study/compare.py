@@ -70,7 +70,8 @@ def compare(
     metric = common_metric(folders)
     runs = [_read(folder, metric) for folder in folders]
     groups: dict[str, dict[int, ReadRun]] = {}
-    for run, label in zip(runs, labels(runs), strict=True):
+    own = differing(runs)
+    for run, label in zip(runs, labels(runs, own), strict=True):
         seed, group = run.settings["seed"], groups.setdefault(label, {})
         if seed in group:
             raise ConfigError(
@@ -91,7 +92,7 @@ def compare(
         x=AXES,
         last=last,
         target=target,
-        differs=tuple(differences_text(runs)),
+        differs=tuple(differences_text(own)),
     )
     return _result(groups, study, metric)
 
@@ -157,9 +158,8 @@ def _read(folder: Path, metric: Metric) -> ReadRun:
 # --- what differs ----------------------------------------------------------------------------------------------------
 
 
-def labels(runs: Sequence[ReadRun]) -> list[str]:
-    """Names each run by its method, and by the settings in which some runs differ beside that."""
-    own = differing(runs)
+def labels(runs: Sequence[ReadRun], own: Sequence[Mapping[str, str]]) -> list[str]:
+    """Names each run by its method, and by the settings of `differing`."""
     short = _short(key for settings in own for key in settings)
     texts = ([f"{short[key]}={value}" for key, value in settings.items()] for settings in own)
     return [" ".join([run.method, *text]) for run, text in zip(runs, texts, strict=True)]
@@ -209,10 +209,10 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return found
 
 
-def differences_text(runs: Sequence[ReadRun]) -> list[str]:
-    """Returns a line for each setting that differs, with its values in the order of the runs."""
+def differences_text(own: Sequence[Mapping[str, str]]) -> list[str]:
+    """Returns a line for each setting of `differing`, with its values in the order of the runs."""
     every: dict[str, dict[str, None]] = {}
-    for own in differing(runs):
-        for key, value in own.items():
+    for settings in own:
+        for key, value in settings.items():
             every.setdefault(key, {})[value] = None
     return [f"{key}: {', '.join(values)}" for key, values in every.items()]

@@ -98,7 +98,7 @@ def _notes(result: Result) -> list[str]:
 
 def scores_are_of(last: int | None, rows: Sequence[Row]) -> str:
     """Returns which evaluations make the scores of a table; empty where that is the last one of each run."""
-    if last is None or any(row.span and 2 * row.span[0] <= row.span[3] for row in rows):
+    if last is None or any(row.is_early for row in rows):
         return span(rows)
     return f"{rows[0].metric.title}: mean of the last {last} evaluations of a run" if last > 1 else ""
 

@@ -50,6 +50,11 @@ class Row:
     span: tuple[int, int, int, int] | None = None
 
     @property
+    def is_early(self) -> bool:
+        """Returns whether the scores reach back before the middle of the run."""
+        return self.span is not None and 2 * self.span[0] <= self.span[3]
+
+    @property
     def is_significant(self) -> bool:
         """Returns whether p is below 0.05 when all comparisons of the table are counted."""
         return self.p_holm < SIGNIFICANT
@@ -187,8 +192,7 @@ def span(rows: Sequence[Row]) -> str:
             if count == 1
             else f"{name}: mean of rounds {first} {'and' if count == 2 else 'to'} {last}"
         )
-    early = [row.span for row in rows if row.span and 2 * row.span[0] <= row.span[3]]
-    if early:
+    if early := [row.span for row in rows if row.span and row.is_early]:
         first, _, _, end = early[0]
         text += f"; it reaches back to round {first} of {end}, before the middle: a mean over learning, not of its end"
     return text

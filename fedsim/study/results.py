@@ -132,7 +132,7 @@ def write_result(result: Result, failed: Mapping[str, str], out: Path, name: str
     """Writes `study.json` and `study.csv` into a folder, or by another name; missing figures are null and empty."""
     import pandas as pd
 
-    study, arms = result.study, [_record(result, number) for number in range(len(result.rows))]
+    study, arms = result.study, records(result)
     tree = {
         "study": study.name,
         "title": study.title,
@@ -145,13 +145,17 @@ def write_result(result: Result, failed: Mapping[str, str], out: Path, name: str
         "failed": dict(failed),
     }
     write_atomic(out / f"{name}.json", strict_json.dumps(tree, indent=1, ensure_ascii=False) + "\n")
-    write_atomic(out / f"{name}.csv", pd.DataFrame(flat(result)).to_csv(index=False))
+    write_atomic(out / f"{name}.csv", pd.DataFrame(flat(arms)).to_csv(index=False))
 
 
-def flat(result: Result) -> list[dict[str, Any]]:
-    """Returns the figures of each row under names of one level, scores by seed among them."""
+def records(result: Result) -> list[dict[str, Any]]:
+    """Returns the figures of each row, as `study.json` has them."""
+    return [_record(result, number) for number in range(len(result.rows))]
+
+
+def flat(arms: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the figures of `records` under names of one level, scores by seed among them."""
     hidden = ("overrides", "of", "suffix", "scores")
-    arms = [_record(result, number) for number in range(len(result.rows))]
     return [{**{k: v for k, v in arm.items() if k not in hidden}, **_by_seed(arm)} for arm in arms]
 
 
@@ -175,12 +179,15 @@ def _record(result: Result, number: int) -> dict[str, Any]:
         "traffic_bytes": row.traffic_bytes,
         "rounds": row.rounds,
         **{path: values[number] for path, values in result.columns.items()},
-        **_to_target(result, row.label),
+        **cost_of_target(result, row.label),
     }
 
 
-def _to_target(result: Result, label: str) -> dict[str, Any]:
-    """Returns how many seeds reach the target, and the means of what it took where all of them do."""
+def cost_of_target(result: Result, label: str) -> dict[str, Any]:
+    """Returns how many seeds reach the target, and the means of what it took; nothing without a target.
+
+    A mean over the seeds stands only where all of them got there: that of the others would flatter a row.
+    """
     target, runs = result.study.target, result.runs[label]
     if target is None:
         return {}

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from textwrap import wrap
 from typing import Any
-
-import numpy as np
 
 from fedsim.report.plots.style import METRICS
 from fedsim.report.terminal import PlainTable, table
 from fedsim.report.text import energy, simulated, size
 from fedsim.study.page import figure, label, score, scores_are_of
 from fedsim.study.paired import correction
-from fedsim.study.results import Result
-from fedsim.workloads import metrics
+from fedsim.study.results import Result, cost_of_target
 
 HEADING = 15  # characters of a line of a heading, so that the arms keep their room
 
@@ -81,25 +78,20 @@ def _heading(path: str) -> str:
 
 
 def to_target(result: Result) -> dict[str, list[str]]:
-    """Returns cells by column: what it took until the target was first reached; nothing without a target.
-
-    A mean over the seeds stands only where all of them got there: that of the others would flatter a row.
-    """
+    """Returns cells by column: what it took until the target was first reached; nothing without a target."""
     target, metric = result.study.target, result.metric
     if target is None:
         return {}
     name = f"to {metric.with_unit(target)}"
-    columns: dict[str, list[str]] = {f"{what}\n{name}": [] for what in ("time", "energy", "traffic")}
-    for runs in result.runs.values():
-        reached = [found for run in runs if (found := metrics.to_target(run.rounds, target, metric)) is not None]
-        for heading, cell in zip(columns, _reached(reached, len(runs)), strict=True):
-            columns[heading].append(cell)
-    return columns
+    rows = [_reached(cost_of_target(result, label), len(runs)) for label, runs in result.runs.items()]
+    whats = ("time", "energy", "traffic")
+    return {f"{what}\n{name}": list(cells) for what, cells in zip(whats, zip(*rows, strict=True), strict=True)}
 
 
-def _reached(reached: Sequence[Mapping[str, Any]], seeds: int) -> tuple[str, str, str]:
-    if len(reached) < seeds:
-        text = f"{len(reached)} of {seeds} seeds" if reached else "not reached"
+def _reached(cost: Mapping[str, Any], seeds: int) -> tuple[str, str, str]:
+    reached = cost["seeds_to_target"]
+    if reached < seeds:
+        text = f"{reached} of {seeds} seeds" if reached else "not reached"
         return text, text, text
-    seconds, joules = (float(np.mean([one[key] for one in reached])) for key in ("simulated_s", "energy_j"))
-    return simulated(seconds), energy(joules), size(float(np.mean([r["down_bytes"] + r["up_bytes"] for r in reached])))
+    seconds, joules, traffic = (cost[f"{name}_to_target"] for name in ("simulated_s", "joules", "traffic_bytes"))
+    return simulated(seconds), energy(joules), size(traffic)
