@@ -192,6 +192,10 @@ def test_a_second_becomes_101_frames_of_40_bands_and_silence_the_floor():
     torch.testing.assert_close(mel, torch.full_like(mel, math.log(1e-6)))
 
 
+def test_no_clips_have_spectrograms_of_the_same_shape():
+    assert LogMel()(torch.zeros(0, 16000)).shape == (0, *SHAPE)
+
+
 def test_twice_the_amplitude_adds_ln_4():
     sound = 0.1 * torch.randn(1, 16000, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(

@@ -50,4 +50,6 @@ class LogMel(Checked, group="workload.features", error=ConfigError):
 
         Clip by clip: the numbers of one do not depend on what else is asked for with it.
         """
+        if not len(x):  # a client with so few clips that it holds none out
+            return x.new_empty((0, 1, self.mel.n_mels, 1 + x.shape[1] // self.mel.hop_length))
         return torch.stack([(self.mel(clip) + self.floor).log() for clip in x]).unsqueeze(1)
