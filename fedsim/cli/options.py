@@ -81,7 +81,7 @@ def check_folder_place(option: str, folder: Path, names: Sequence[str] = ()) -> 
             there = next(place for place in (inner, *inner.parents) if os.path.lexists(place))
             if not there.is_dir():
                 raise ConfigError(f"{what} cannot be made: {as_yaml(str(there))} is no folder")
-            try_place(there / "a")
+            try_place(there / ".place")
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
