@@ -3,6 +3,8 @@
 # All make the environment when it is missing.
 PYTHON ?= python3
 BIN := .venv/bin
+CONSTRAINTS := .venv/constraints.txt
+OF_TORCH := ^(torch|torchvision|torchaudio|triton|nvidia-[^=]*|cuda-[^=]*)==
 OLDEST ?= build/oldest
 TESTS ?= tests
 
@@ -28,14 +30,19 @@ lint: .venv/.installed-dev
 
 install: .venv/.installed-dev
 
-# The lock names exact versions; as constraints, packages of other platforms are left out.
-.venv/.installed: pyproject.toml requirements.lock
+# The lock names exact versions; as constraints, packages of other platforms are left out. A torch that is there already,
+# perhaps PyTorch's build for CPUs, stays as long as pyproject.toml allows it: it is not held to the lock.
+$(CONSTRAINTS): requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c requirements.lock -e .
+	$(BIN)/pip show --quiet torch 2>/dev/null && drop='$(OF_TORCH)' || drop='^$$'; \
+	grep -vE "$$drop" requirements.lock > $@
+
+.venv/.installed: pyproject.toml $(CONSTRAINTS)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e .
 	touch $@
 
-.venv/.installed-dev: .venv/.installed
-	$(BIN)/pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[dev]'
+.venv/.installed-dev: .venv/.installed $(CONSTRAINTS)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev]'
 	touch $@
 
 $(OLDEST)/.installed: pyproject.toml tests/oldest.py
