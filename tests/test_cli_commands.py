@@ -74,6 +74,7 @@ def test_bench_refuses_in_one_sentence(arguments: list[str], words: list[str], f
 # --- help ------------------------------------------------------------------------------------------------------------
 
 
+IMPORTS = ("images", "csv", "audio", "hf", "torchvision")
 DEVICES = ["list", "show", "predict", "fit", "new", "calibrate", "links", "population", "build"]
 DEVICES += ["enroll", "evaluate", "compare", "train-help"]
 
@@ -93,6 +94,7 @@ DEVICES += ["enroll", "evaluate", "compare", "train-help"]
         ["data", "list"],
         ["data", "averages"],
         ["data", "describe"],
+        *[["data", "import", name] for name in IMPORTS],
         *[["devices", name] for name in DEVICES],
     ],
     ids=lambda c: " ".join(c),
@@ -112,7 +114,8 @@ def test_every_command_is_covered_by_the_help_test():
     commands = {"run", "flwr", "compare", "paired", "study", "bench", "replay", "resume", "reprice", "report", "doctor"}
     commands |= {"data", "devices"}
     assert set(group.commands) == commands  # type: ignore[attr-defined]
-    assert set(group.commands["data"].commands) == {"list", "describe", "averages"}  # type: ignore[attr-defined]
+    assert set(group.commands["data"].commands) == {"list", "describe", "averages", "import"}  # type: ignore[attr-defined]
+    assert set(group.commands["data"].commands["import"].commands) == set(IMPORTS)  # type: ignore[attr-defined]
     assert set(group.commands["devices"].commands) == set(DEVICES)  # type: ignore[attr-defined]
 
 

@@ -11,6 +11,7 @@ from fedsim.cli.averages import averages
 from fedsim.cli.bench import bench
 from fedsim.cli.compare import compare
 from fedsim.cli.data import describe, list_data
+from fedsim.cli.data_import import app as import_app
 from fedsim.cli.devices.main import app as devices_app
 from fedsim.cli.doctor import doctor
 from fedsim.cli.flower import flwr
@@ -32,6 +33,7 @@ app = typer.Typer(
     epilog="Start with: [bold]fedsim run[/bold]",
 )
 data_app = typer.Typer(no_args_is_help=True, help="What there is to learn from, and how it is split over clients.")
+data_app.add_typer(import_app, name="import")
 app.add_typer(data_app, name="data")
 app.add_typer(devices_app, name="devices")
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
