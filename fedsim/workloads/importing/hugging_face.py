@@ -203,7 +203,8 @@ def _arrow_files(folder: Path) -> list[Path]:
     """
     state = read_json(folder / "state.json")
     listed = state.get("_data_files") if isinstance(state, dict) else None
-    names = [e.get("filename") if isinstance(e, dict) else None for e in listed] if isinstance(listed, list) else []
+    entries: list[Any] = listed if isinstance(listed, list) else []
+    names: list[Any] = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries]
     if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
         raise DataError(
             f"{folder / 'state.json'} does not list the files of a data set; save it with save_to_disk again"

@@ -88,6 +88,7 @@ def _parts(name: str, root: Path, download: bool, options: Mapping[str, str]) ->
     shared: dict[str, Any] = {"root": str(root), **options}
     if "download" in takes or issubclass(make, datasets.MNIST):
         shared["download"] = download
+    parts: list[list[dict[str, Any]]]
     if "train" in takes or issubclass(make, datasets.MNIST):
         parts = [[{"train": True}], [{"train": False}]]
     elif "split" in takes and "split" not in options:
