@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -136,12 +136,17 @@ def hf(
     Example: fedsim data import hf beans data/beans --label labels --size 64,64
     """
     from fedsim.workloads.importing.hugging_face import import_hugging_face
+    from fedsim.workloads.importing.pictures import Pictures
+    from fedsim.workloads.importing.sounds import Sounds
 
-    def read(track: Track) -> Found:
-        how: dict[str, Any] = {"size": _size(size), "gray": gray, "rate": rate, "seconds": seconds, "track": track}
-        return import_hugging_face(path, label, column, user, **how)
-
-    _import(out, path, test_fraction, seed, read)
+    pictures, sounds = Pictures(_size(size), gray), Sounds(rate, seconds)
+    _import(
+        out,
+        path,
+        test_fraction,
+        seed,
+        lambda track: import_hugging_face(path, label, column, user, pictures, sounds, track),
+    )
 
 
 @app.command("torchvision")

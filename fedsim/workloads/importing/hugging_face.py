@@ -18,7 +18,7 @@ from fedsim.errors import DataError
 from fedsim.workloads.arrays import Kind
 from fedsim.workloads.host_memory import check_fits
 from fedsim.workloads.importing.found import Found, Track, check_names, ids, number_labels, untracked
-from fedsim.workloads.importing.pictures import Pictures, Size, open_image
+from fedsim.workloads.importing.pictures import Pictures, open_image
 from fedsim.workloads.importing.sounds import Sounds
 
 TRAIN, TEST = "train", "test"
@@ -45,11 +45,8 @@ def import_hugging_face(
     label: str = "label",
     column: str | None = None,
     user: str | None = None,
-    *,
-    size: Size | None = None,
-    gray: bool | None = None,
-    rate: int | None = None,
-    seconds: float | None = None,
+    pictures: Pictures | None = None,
+    sounds: Sounds | None = None,
     track: Track = untracked,
 ) -> Found:
     """Reads images or sounds that are stored in the table, or lists of numbers of one length.
@@ -59,10 +56,8 @@ def import_hugging_face(
         label: column of the class.
         column: of the example; None: the first of INPUTS that is there.
         user: column of who made an example.
-        size: of images, see `Pictures`.
-        gray: of images, see `Pictures`.
-        rate: of sounds, see `Sounds`.
-        seconds: of sounds, see `Sounds`.
+        pictures: makes arrays of images; None: they are taken as they are.
+        sounds: makes arrays of sounds; None: they are taken as they are.
         track: draws a bar.
 
     Raises:
@@ -91,7 +86,7 @@ def import_hugging_face(
     owners = (
         None if user is None else ids([_text(v, user, f) for f, t in pieces for v in t[user].to_pylist()], str(path))
     )
-    reader = _Reader(size, gray, rate, seconds)
+    reader = _Reader(pictures or Pictures(None, None), sounds or Sounds(None, None))
     x = reader.read(pieces, column, len(tested), track)
     notes = [*tables.notes, *reader.notes()]
     in_test = np.array(tested) if tables.has_test else None
@@ -101,8 +96,8 @@ def import_hugging_face(
 class _Reader:
     """Makes an array of a column, and knows afterwards what it held."""
 
-    def __init__(self, size: Size | None, gray: bool | None, rate: int | None, seconds: float | None):
-        self.pictures, self.sounds = Pictures(size, gray), Sounds(rate, seconds)
+    def __init__(self, pictures: Pictures, sounds: Sounds):
+        self.pictures, self.sounds = pictures, sounds
         self.kind: Kind = "tabular"
         self.described = ""  # what the tables say of the column
 
