@@ -38,7 +38,7 @@ KEYS = {
     *("method", "workload", "fleet", "seed", "rounds", "final", "best", "simulated_s", "energy_j", "down_bytes"),
     *("up_bytes", "peak_memory_bytes", "storage_bytes", "outcomes", "to_target", "host_s", "weights_sha256"),
     *("versions", "clients", "warnings"),
-    "not_finite_rounds",
+    *("not_finite_rounds", "classes", "confusion", "calibration"),
     "data",
 }
 
@@ -164,7 +164,8 @@ def test_summary_adds_up_what_the_rounds_say(run, tmp_path):
     assert set(summary) == KEYS
     assert (summary["method"], summary["workload"], summary["fleet"]) == ("fedavg", "blobs", "uniform")
     assert (summary["seed"], summary["rounds"], summary["simulated_s"]) == (4, 3, rounds[-1].now_s)
-    assert summary["final"] == {key: rounds[-1].metrics[key] for key in ("accuracy", "loss")}
+    final = ("accuracy", "loss", "macro_f1", "ece", "client_accuracy_worst_tenth")
+    assert summary["final"] == {key: rounds[-1].metrics[key] for key in final}
     assert summary["best"]["accuracy"] == max(r.metrics["accuracy"] for r in rounds)
     assert summary["energy_j"]["total"] == pytest.approx(rows["joules"].sum())
     assert summary["energy_j"]["max_client"] == pytest.approx(rows.groupby("client")["joules"].sum().max())

@@ -32,6 +32,7 @@ from fedsim.report.instructions import write_instruction
 from fedsim.report.place import (
     CLIENTS,
     CONFIG,
+    CONFUSION,
     EVENTS,
     FAILED_CLIENT,
     FAILED_CLIENT_ARRAYS,
@@ -49,6 +50,7 @@ from fedsim.report.place import (
 )
 from fedsim.report.rounds import RoundReport, read_rounds
 from fedsim.report.tensorboard import Events
+from fedsim.workloads.by_class import ByClass
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -165,14 +167,18 @@ class RunFolder:
         self._events.flush()
         if not self._clients:
             return
+        first, last = self._clients[0].round, self._clients[-1].round
+        name = f"{CLIENTS}/rounds-{first:06d}-{last:06d}.parquet"
+        self._files[name] = sha256_of(self._write_table(name, client_table(self._clients)))
+        self._clients = []
+
+    def _write_table(self, name: str, table: Any) -> bytes:
         from pyarrow import parquet
 
-        first, last = self._clients[0].round, self._clients[-1].round
-        name, buffer = f"{CLIENTS}/rounds-{first:06d}-{last:06d}.parquet", io.BytesIO()
-        parquet.write_table(client_table(self._clients), buffer)
+        buffer = io.BytesIO()
+        parquet.write_table(table, buffer)
         write_atomic(self.path / name, buffer.getvalue())
-        self._files[name] = sha256_of(buffer.getvalue())
-        self._clients = []
+        return buffer.getvalue()
 
     def checksums(self) -> Checksums:
         """Brings everything so far to the disk, and says what it is."""
@@ -183,14 +189,18 @@ class RunFolder:
             sync_folder(folder)
         return Checksums(Beginning(self._length, self._digest.hexdigest()), dict(self._files))
 
-    def finish(self, summary: dict[str, Any], pictures: Mapping[str, Figure] | None = None) -> None:
-        """Writes pictures (PNG and TensorBoard), then the summary; a folder with `summary.json` is a finished run."""
+    def finish(
+        self, summary: dict[str, Any], pictures: Mapping[str, Figure] | None = None, by_class: ByClass | None = None
+    ) -> None:
+        """Writes pictures (PNG and TensorBoard), the confusion matrix, then the summary, which a finished run has."""
         for name, picture in (pictures or {}).items():
             (self.path / PICTURES).mkdir(exist_ok=True)
             png = io.BytesIO()
             save_figure(picture, png)
             write_atomic(self.path / PICTURES / f"{file_name(name)}.png", png.getvalue())
             self._events.picture(name, picture, png.getvalue(), summary["rounds"], summary["simulated_s"])
+        if by_class is not None:
+            self._write_table(CONFUSION, by_class.table())
         self.checksums()
         write_atomic(self.path / SUMMARY, strict_json.dumps(summary, indent=1) + "\n")
         (self.path / RESERVE).unlink(missing_ok=True)

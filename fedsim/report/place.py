@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 MAX_NAMED = 6  # of the things in a folder that is taken
 CONFIG, SUMMARY, FAILURE, PAGE = "config.yaml", "summary.json", "failure.json", "report.html"
 ROUNDS, CLIENTS, EVENTS, CHECKPOINT, PICTURES = "rounds.jsonl", "clients", "tensorboard", "checkpoint", "pictures"
-SPLIT, SWEEP = "split.json", "multirun.yaml"
+SPLIT, SWEEP, CONFUSION = "split.json", "multirun.yaml", "confusion.parquet"
 FAILED_CLIENT, FAILED_CLIENT_ARRAYS = "failed-client.json", "failed-client.safetensors"  # its instruction
 RESERVE = ".reserved"  # room on the disk for the note of a failure
 WRITTEN = (
@@ -35,6 +35,7 @@ WRITTEN = (
     CHECKPOINT,
     PICTURES,
     SPLIT,
+    CONFUSION,
     PAGE,
     FAILED_CLIENT,
     FAILED_CLIENT_ARRAYS,
@@ -43,7 +44,7 @@ ROWS = re.compile(r"rounds-(\d{6,})-(\d{6,})\.parquet")
 # What is being written when a run is killed: a name of the run's own between a dot and the number of the process.
 UNFINISHED = re.compile(
     r"\.(?:config\.yaml|summary\.json|split\.json|failure\.json|report\.html|failed-client\.(?:json|safetensors)|[^/]+\.png"
-    r"|flower\.log|rounds-\d+-\d+\.parquet|round-\d+(?:\.old)?)(?:\.(\d+))?\.part|rounds-\d+-\d+\.part"
+    r"|flower\.log|confusion\.parquet|rounds-\d+-\d+\.parquet|round-\d+(?:\.old)?)(?:\.(\d+))?\.part|rounds-\d+-\d+\.part"
 )
 
 

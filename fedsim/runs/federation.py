@@ -37,6 +37,7 @@ from fedsim.seeding import seeded_globals
 from fedsim.settings.build import World, build_strategy, instantiate, pick_device
 from fedsim.settings.run_settings import RunSettings
 from fedsim.workloads import metrics as figures
+from fedsim.workloads.by_class import ByClass
 from fedsim.workloads.metrics import Metric
 
 CLIENTS_SETTINGS = "lower trainer.lr or set trainer.clip_norm"
@@ -280,23 +281,37 @@ class Federation:
         self.model.load_state_dict(tensors_of(self.arrays))
         return deployments(self.world, self.model)
 
+    def by_class(self, number: int) -> ByClass | None:
+        """Returns how the global model does for each class after a round; None without classes or a finite output."""
+        self.model.load_state_dict(tensors_of(self.arrays))
+        try:
+            return self.world.workload.by_class(self.model, number)
+        except NotFiniteError:
+            return None
+
     def facts(self) -> dict[str, Any]:
         """Returns what else there is to say of this run in its summary; here nothing."""
         return {}
 
     def ask_clients(self, number: int) -> dict[str, float]:
-        """Lets clients judge their models on their own held-out parts and returns the means; the devices pay for it.
+        """Lets clients judge their models on their own held-out parts; the devices pay for it.
 
         A client's model is the global one with the client's own private tensors. A client whose model's output is not
         finite fails, and is counted in `client_failed`.
+
+        Returns:
+            The means of their metrics, and the mean of the tenth of them that does worst.
         """
         if not self.settings.evaluate_clients:
             return {}
         replies = self.grid.send_and_receive(self._messages("configure_evaluate", "evaluate", number))
-        failed = sum(r.phase == "evaluate" and r.outcome == "failed" for r in self.grid.reports)
+        asked = [r for r in self.grid.reports if r.phase == "evaluate"]
+        failed = sum(r.outcome == "failed" for r in asked)
+        worst = figures.worst_tenth((r for r in asked if r.outcome == "completed"), self.primary)
         metrics = self.server.ask("aggregate_evaluate", number, replies) if replies else None
         counted = {"failed": float(failed)} if failed else {}
-        return {f"client_{key}": value for key, value in (self.with_means("evaluate", metrics) | counted).items()}
+        means = self.with_means("evaluate", metrics) | counted
+        return {f"{figures.CLIENTS}{key}": value for key, value in means.items()} | worst
 
     def report(
         self, number: int, start_s: float, metrics: dict[str, float], started: float

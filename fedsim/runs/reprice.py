@@ -36,6 +36,7 @@ from fedsim.runs.writer import RunWriter
 from fedsim.settings.build import World, build_world, instantiate
 from fedsim.settings.groups import Settings
 from fedsim.workloads import metrics as figures
+from fedsim.workloads.by_class import ByClass
 from fedsim.workloads.fingerprint import check_same, of_run
 
 TRAIN, EVALUATE = "train", "evaluate"
@@ -283,6 +284,10 @@ class RepricedFederation(Federation):
     def deploy(self) -> list[dict[str, Any]]:
         """Returns what each kind of device runs of the model; empty where the weights are not known."""
         return super().deploy() if self.is_whole else []
+
+    def by_class(self, number: int) -> ByClass | None:
+        """Returns how the model does for each class; None where the weights are not known."""
+        return super().by_class(number) if self.is_whole else None
 
     def facts(self) -> dict[str, Any]:
         """Returns where the rounds are from, and the weights of the last one where they are known."""

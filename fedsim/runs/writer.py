@@ -149,6 +149,8 @@ class RunWriter:
         summary["price_models"], warning = price_models(self.priced, summary["rounds"])
         summary["warnings"] += [warning] if warning else []
         summary |= world.workload.figures(reports)
+        by_class = federation.by_class(summary["rounds"])
+        summary |= by_class.figures() if by_class else {}
         if entries := federation.deploy():
             summary["compression"] = entries
         summary |= federation.facts()
@@ -156,7 +158,7 @@ class RunWriter:
         summary |= price_facts(self.out, world.fleet, world.latency, summary["rounds"])
         goes_on = summary["rounds"] == goes_on_from(federation.settings)
         self._keep(federation.state() if goes_on else None)
-        self.folder.finish(summary, world.workload.pictures(reports))
+        self.folder.finish(summary, world.workload.pictures(reports), by_class)
         self.checkpoints.keep(kept_at_the_end(federation.settings))
         return summary
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from devices.bounds import Checked
 from fedsim.errors import ConfigError, DataError, NotFiniteError
 from fedsim.models.norms import allow_single_examples
 from fedsim.seeding import derive
+from fedsim.workloads.by_class import ByClass
 from fedsim.workloads.fingerprint import MADE_BY, SEED, Fingerprint
 from fedsim.workloads.metrics import Metric
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 Tensors = dict[str, Tensor]
 ModelFactory = Callable[..., nn.Module]  # called with input_shape=(...), num_classes=int
+Sums = Callable[[nn.Module, Tensors], tuple[dict[str, Any], int]]  # of a model and a batch; see `Workload.sums`
 OUTPUT_NOT_FINITE = (
     "its model's output on held-out examples is NaN or infinite; lower trainer.lr or set trainer.clip_norm"
 )
@@ -94,6 +96,16 @@ class Examples(Dataset[Tensors]):
         """Returns the labels without touching the inputs, [m] or [m, steps] int64."""
         y = self.tensors["y"]
         return y[self.rows] if self.rows is not None else y
+
+
+def added(sums: Iterable[tuple[dict[str, Any], int]]) -> tuple[dict[str, Any], int]:
+    """Returns the sums of several parts of an evaluation as those of all."""
+    totals: Counter[str] = Counter()
+    count = 0
+    for found, size in sums:
+        totals.update(found)
+        count += size
+    return totals, count
 
 
 def in_format(tensor: Tensor, memory_format: str) -> Tensor:
@@ -250,38 +262,55 @@ class Workload(Checked, ABC, group="workload", error=ConfigError):
         """Returns the loss of each example by itself, [batch]; `loss` is their mean up to rounding."""
         raise ConfigError(f"workload {self.name} has no loss for each example, which this method needs; take another")
 
-    def sums(self, model: nn.Module, batch: Tensors) -> tuple[dict[str, float], int]:
-        """Returns the sum of each metric over a batch, and the number to divide them by; `evaluate` adds them up."""
+    def sums(self, model: nn.Module, batch: Tensors) -> tuple[dict[str, Any], int]:
+        """Returns the sum of each metric over a batch, and the number to divide them by; `evaluate` adds them up.
+
+        Arrays of counts may stand beside the numbers, for `means`.
+        """
         raise NotImplementedError(
             f"{type(self).__name__} must say what a batch adds to its metrics, or how to evaluate"
         )
 
-    @torch.no_grad()
     def evaluate(self, model: nn.Module, data: Examples, batch: int = JUDGED_AT_ONCE) -> dict[str, float]:
         """Returns the means of the metrics on `data`; an empty part gives an empty dict.
 
         Raises:
             NotFiniteError: if one is NaN or infinite, as the model's output is then.
         """
-        if not len(data):
-            return {}
+        return self.means(*self.totals(model, data, self.sums, batch)) if len(data) else {}
+
+    @torch.no_grad()
+    def totals(
+        self, model: nn.Module, data: Examples, sums: Sums, batch: int = JUDGED_AT_ONCE
+    ) -> tuple[dict[str, Any], int]:
+        """Adds up what `sums` says of each batch of `data`.
+
+        Raises:
+            NotFiniteError: if a number is NaN or infinite, as the model's output is then.
+        """
         device = next(model.parameters()).device
         was_training = model.training
         model.eval()
-        totals: Counter[str] = Counter()
-        count = 0
-        for rows in torch.arange(len(data)).split(batch):
-            sums, size = self.sums(model, {name: t.to(device) for name, t in data.gather(rows).items()})
-            totals.update(sums)
-            count += size
+        totals, count = added(
+            sums(model, {name: t.to(device) for name, t in data.gather(rows).items()})
+            for rows in torch.arange(len(data)).split(batch)
+        )
         model.train(was_training)
-        if not all(math.isfinite(total) for total in totals.values()):
+        if not all(math.isfinite(total) for total in totals.values() if isinstance(total, int | float)):
             raise NotFiniteError(OUTPUT_NOT_FINITE)
-        return {name: total / count for name, total in totals.items()}
+        return totals, count
+
+    def means(self, totals: Mapping[str, Any], count: int) -> dict[str, float]:
+        """Returns metrics from the sums of an evaluation."""
+        return {name: total / count for name, total in totals.items() if isinstance(total, int | float)}
 
     def judge(self, model: nn.Module, round: int) -> dict[str, float]:
         """Returns the metrics of the global model after a round (0: untrained): here on the held-out test set."""
         return self.evaluate(model, self.test)
+
+    def by_class(self, model: nn.Module, round: int) -> ByClass | None:
+        """Returns how `judge` comes out by class; None where there are no classes."""
+        return None
 
     # --- report ------------------------------------------------------------------------------------------------------
 

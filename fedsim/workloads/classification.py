@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedsim.errors import ConfigError
 from fedsim.workloads.base import Tensors, Workload
+from fedsim.workloads.by_class import (
+    CALIBRATION,
+    CLASSES,
+    CONFUSION,
+    ECE,
+    MACRO_F1,
+    ByClass,
+    calibration_error,
+    confusion_of,
+    counts,
+    macro_f1,
+)
 from fedsim.workloads.fingerprint import Fingerprint, content_of
 from fedsim.workloads.metrics import ACCURACY
 
@@ -78,11 +91,35 @@ class ClassificationWorkload(Workload):
         each = F.cross_entropy(logits.flatten(0, -2), batch["y"].flatten(), reduction="none")
         return each.view(len(logits), -1).mean(1)
 
-    def sums(self, model: nn.Module, batch: Tensors) -> tuple[dict[str, float], int]:
-        """Returns how many labels are right and their summed cross-entropy, and how many labels there are."""
+    def sums(self, model: nn.Module, batch: Tensors) -> tuple[dict[str, Any], int]:
+        """Returns how many labels are right, their summed cross-entropy and `counts`, and how many labels there are."""
+        sums, y, _ = self._judged(model, batch)
+        return sums, len(y)
+
+    def sums_by_class(self, model: nn.Module, batch: Tensors) -> tuple[dict[str, Any], int]:
+        """Returns `sums` with how often each class was taken for each, and how many labels there are."""
+        sums, y, predicted = self._judged(model, batch)
+        return {**sums, CONFUSION: confusion_of(y, predicted, self.num_classes)}, len(y)
+
+    def _judged(self, model: nn.Module, batch: Tensors) -> tuple[dict[str, Any], Tensor, Tensor]:
+        """Returns sums over a batch, its labels and the most likely class of each, on the CPU."""
         logits, y = self.logits(model, batch).flatten(0, -2), batch["y"].flatten()
-        correct = int((logits.argmax(-1) == y).sum())
-        return {"accuracy": correct, "loss": float(F.cross_entropy(logits, y, reduction="sum"))}, len(y)
+        log_shares = F.log_softmax(logits, -1)
+        loss = float(F.nll_loss(log_shares, y, reduction="sum"))
+        y, predicted, confidence = y.cpu(), logits.argmax(-1).cpu(), log_shares.amax(-1).exp().cpu()
+        found = counts(y, predicted, confidence, self.num_classes)
+        return {"accuracy": int((predicted == y).sum()), "loss": loss, **found}, y, predicted
+
+    def means(self, totals: Mapping[str, Any], count: int) -> dict[str, float]:
+        """Returns accuracy, loss, macro F1 and calibration error from the sums of an evaluation."""
+        means = super().means(totals, count)
+        if CLASSES in totals:  # which a workload's own `sums` may lack
+            means |= {MACRO_F1: macro_f1(totals[CLASSES]), ECE: calibration_error(totals[CALIBRATION])}
+        return means
+
+    def by_class(self, model: nn.Module, round: int) -> ByClass | None:
+        """Returns how the model does for each class of the held-out examples, and its calibration."""
+        return ByClass.of(self.class_names(), self.totals(model, self.test, self.sums_by_class)[0])
 
 
 def classification(workload: Workload) -> ClassificationWorkload:

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from fedsim.workloads.by_class import ECE, MACRO_F1
+
 if TYPE_CHECKING:
     from fedsim.grid.exchange import ClientReport
     from fedsim.report.rounds import RoundReport
@@ -22,7 +24,7 @@ BY_EXAMPLES, BY_CLIENTS = "examples", "clients"
 # weighted by examples, as Flower does.
 AVERAGED: Mapping[str, str] = {
     **dict.fromkeys(("accuracy", "loss", "train_loss", "personal_loss", "head_loss"), BY_EXAMPLES),
-    **dict.fromkeys(("own_loss", "partner_loss", "taylor"), BY_EXAMPLES),
+    **dict.fromkeys(("own_loss", "partner_loss", "taylor", MACRO_F1, ECE), BY_EXAMPLES),
     **dict.fromkeys(("similarity", "diversity", "affinity"), BY_EXAMPLES),
     **dict.fromkeys(("latency_ms", "flops", "keep_ratio", "sparsity"), BY_CLIENTS),
     **dict.fromkeys(("dense_bytes", "nonzero_bytes", "wire_bytes"), BY_CLIENTS),
@@ -126,6 +128,21 @@ def means(clients: Iterable[ClientReport]) -> dict[str, float]:
     return {name: total / weights[name] for name, total in sums.items() if weights[name] > 0}
 
 
+def worst_name(primary: Metric) -> str:
+    """Returns the name of `worst_tenth` in the metrics of a round."""
+    return f"{CLIENTS}{primary.name}_worst_tenth"
+
+
+def worst_tenth(clients: Iterable[ClientReport], primary: Metric) -> dict[str, float]:
+    """Returns the mean of the primary metric over the tenth of the clients where it is worst; empty where none judged.
+
+    A tenth is rounded up, so that it is one client at least; each counts alike, however many examples it judged on.
+    """
+    values = [c.metrics[primary.name] for c in clients if c.num_examples and primary.name in c.metrics]
+    worst = sorted(values, key=primary.gain)[: -(-len(values) // 10)]
+    return {worst_name(primary): sum(worst) / len(worst)} if worst else {}
+
+
 def judged(reports: Sequence[RoundReport], primary: Metric = ACCURACY) -> list[RoundReport]:
     """Returns the rounds after which the global model was evaluated on held-out examples, finite or not."""
     return [r for r in reports if primary.name in r.metrics or NOT_FINITE in r.metrics]
@@ -145,9 +162,10 @@ def read(metrics: Mapping[str, float | None]) -> dict[str, float]:
 
 
 def final(reports: Sequence[RoundReport], primary: Metric = ACCURACY) -> dict[str, float | None]:
-    """Returns the primary metric and the loss of the last evaluation; None where that was not finite."""
-    last = judged(reports, primary)[-1:]
-    return {key: last[0].metrics.get(key) if last else None for key in (primary.name, LOSS)}
+    """Returns primary metric and loss of the last evaluation, None where that was not finite, and what else it has."""
+    last = judged(reports, primary)[-1].metrics if judged(reports, primary) else {}
+    every = {key: last.get(key) for key in (primary.name, LOSS)}
+    return every | {key: last[key] for key in (MACRO_F1, ECE, worst_name(primary)) if key in last}
 
 
 def best(reports: Sequence[RoundReport], primary: Metric = ACCURACY) -> dict[str, Any]:

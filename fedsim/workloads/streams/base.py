@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from fedsim.errors import ConfigError, DataError
 from fedsim.seeding import generator
-from fedsim.workloads.base import ClientData, Examples, Tensors, Workload
+from fedsim.workloads.base import ClientData, Examples, Tensors, Workload, added
+from fedsim.workloads.by_class import ByClass
 from fedsim.workloads.classification import ClassificationWorkload
 from fedsim.workloads.fingerprint import Fingerprint
 from fedsim.workloads.streams import figures as continual
@@ -441,15 +442,28 @@ class Stream(ClassificationWorkload, group="stream"):
         return Arrivals(self.inner.test, rows, torch.full_like(rows, task), self, seen=seen)
 
     def judge(self, model: nn.Module, round: int) -> dict[str, float]:
-        """Returns the test accuracy of each task; `accuracy` and `loss` are means over the tasks seen so far."""
-        phase = self.phase(round)
-        known = self.tasks if self.order == "shuffled" else phase + 1
-        judged = known
+        """Returns the test accuracy of each task; `accuracy` and `loss` are means over the tasks seen so far.
+
+        Macro F1 and calibration error are of all examples of those tasks together.
+        """
+        judged = known = self._known(round)
         if self.forward_transfer:
             judged = self.tasks if round == 0 else min(known + 1, self.tasks)
-        results = [self.evaluate(model, self.held_out(s, max(known, s + 1))) for s in range(judged)]
+        sums = [self.totals(model, self.held_out(s, max(known, s + 1)), self.sums) for s in range(judged)]
+        results = [self.means(*each) for each in sums]
         means = {key: float(np.mean([r[key] for r in results[:known]])) for key in ("accuracy", "loss")}
-        return {**means, **{continual.key_of(s): r["accuracy"] for s, r in enumerate(results)}}
+        tasks = {continual.key_of(s): r["accuracy"] for s, r in enumerate(results)}
+        return {**self.means(*added(sums[:known])), **means, **tasks}
+
+    def by_class(self, model: nn.Module, round: int) -> ByClass | None:
+        """Returns how the model does for each class of the tasks seen so far."""
+        known = self._known(round)
+        sums = [self.totals(model, self.held_out(s, known), self.sums_by_class) for s in range(known)]
+        return ByClass.of(self.class_names(), added(sums)[0])
+
+    def _known(self, round: int) -> int:
+        """Returns how many tasks the model is judged on as seen."""
+        return self.tasks if self.order == "shuffled" else self.phase(round) + 1
 
     def figures(self, reports: Sequence[RoundReport]) -> dict[str, Any]:
         """Returns the accuracy matrix and its figures: of the global model, and as means over clients' own orders."""
