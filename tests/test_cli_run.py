@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from conftest import SHORT, Ended, assert_refused
@@ -50,6 +52,31 @@ def test_what_took_the_place_of_an_option_gives_the_name():
     assert method_name(RunSettings.of(compose(["method=ditto", *both[:1]]))) == "ditto strategy=FedNova"
     inherited = compose(["method=ocs"])  # whose file names no class itself, perhaps
     assert method_name(RunSettings.of(inherited)) == "ocs"
+
+
+@pytest.mark.parametrize(
+    ("name", "shown", "label"),
+    [
+        ("my digits", "my digits", "my-digits"),
+        ("../../a\nb", "../../a b", "a-b"),
+        (None, "folder", "folder"),
+        (7, "folder", "folder"),
+        ("", "folder", "folder"),
+    ],
+)
+def test_a_bundle_goes_by_its_own_name(
+    name: Any, shown: str, label: str, place: Path, fedsim: Callable[..., Ended], tmp_path: Path
+):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for part in ("train", "test"):
+        np.savez(folder / f"{part}.npz", x=np.eye(8, 3, dtype=np.float32), y=np.arange(8) % 2)
+    (folder / "meta.json").write_text(json.dumps({"name": name, "classes": ["a", "b"], "kind": "tabular"}))
+    ended = fedsim("run", *SHORT, "workload=bundle", f"workload.path={folder}", "num_clients=2")
+    assert f"fedavg on {shown}, fleet uniform" in ended.out
+    (run,) = Path("runs").iterdir()
+    assert re.fullmatch(rf"\d{{8}}-\d{{6}}-fedavg-{label}", run.name)
+    assert json.loads((run / "summary.json").read_text())["workload"] == shown
 
 
 def test_the_closing_line_names_a_fleet_of_own_devices(place: Path, fedsim: Callable[..., Ended]):

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from devices.texts import file_name
 from devices.writing import make_folders, remove_empty, try_place
 from fedsim.engines.locks import is_held
 from fedsim.errors import ConfigError
@@ -65,7 +66,7 @@ def new_run_folder(settings: RunSettings) -> Iterator[Path]:
             made += _make(folder)
         else:
             method = settings.choices.get("method") or used(settings, "strategy")
-            folder = new_folder(Path("runs"), settings.name or f"{method}-{workload_name(settings)}", made)
+            folder = new_folder(Path("runs"), settings.name or f"{method}-{file_name(workload_name(settings))}", made)
         yield folder
     finally:
         remove_empty(made)

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from devices.texts import visible
 from fedsim.settings.groups import devices_of_fleet, preset, preset_private, target_of
 from fedsim.settings.run_settings import RunSettings
 
 MAX_NAMED = 2  # devices of an own fleet; more are counted
+MAX_LETTERS = 60  # of a bundle's own name
 
 
 def method_name(settings: RunSettings) -> str:
@@ -29,9 +31,13 @@ def method_name(settings: RunSettings) -> str:
 
 
 def workload_name(settings: RunSettings) -> str:
-    """Names the workload; of a bundle its folder."""
+    """Names the workload; a bundle as its meta.json says, or after its folder."""
     name, path = used(settings, "workload"), settings.groups["workload"].get("path")
-    return Path(path).name if name == "bundle" and isinstance(path, str) and Path(path).name else name
+    if name != "bundle" or not isinstance(path, str):
+        return name
+    from fedsim.workloads.bundle import name_of
+
+    return visible(name_of(path) or Path(path).name or name, MAX_LETTERS)
 
 
 def fleet_name(settings: RunSettings) -> str:

@@ -1,7 +1,7 @@
 """Data from a folder: train.npz and test.npz with arrays x, y and optionally client, and a meta.json beside them.
 
-meta.json holds `classes` (their names; for next-token prediction, the vocabulary) and `kind` (image, text, audio or
-tabular). Nothing is unpickled.
+meta.json holds `classes` (their names; for next-token prediction, the vocabulary), `kind` (image, text, audio or
+tabular) and optionally the bundle's `name`. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -95,6 +95,15 @@ def find_bundle(path: str) -> Path:
         f"{', '.join(names) or 'none'}): set workload.path to a folder{roots[0]}; a run that goes on keeps its "
         f"workload.path: {back}{roots[1]}"
     )
+
+
+def name_of(path: str) -> str:
+    """Returns the name that a bundle gives itself; empty where it gives none, or is not there."""
+    try:
+        name = _meta(find_bundle(path)).get("name")
+    except DataError:
+        return ""
+    return name.strip() if isinstance(name, str) else ""
 
 
 def read_bundle(folder: Path) -> DataSet:
