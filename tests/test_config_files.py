@@ -62,7 +62,7 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def plug_in(tree: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The same as what an installed plug-in brings."""
-    monkeypatch.setattr("fedsim.settings.compose.plugin_folders", lambda: [tree])
+    monkeypatch.setattr("fedsim.settings.groups.plugin_folders", lambda: [tree])
     return tree
 
 

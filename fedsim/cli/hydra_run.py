@@ -56,8 +56,9 @@ def run_with_hydra(arguments: list[str]) -> None:
 
     made: list[Path] = []
     try:
-        of_hydra = [*_hydra_settings(overrides, sweeping, made), *search_path()]
-        sys.argv = ["fedsim run", *overrides, *of_hydra, *flags]
+        of_hydra = [*_hydra_settings(overrides, sweeping, made), *search_path(overrides)]
+        left = [text for text in overrides if not text.startswith("hydra.searchpath=")]
+        sys.argv = ["fedsim run", *left, *of_hydra, *flags]
         with one_sentence(overrides), naming(Path("multirun.yaml")) if sweeping else nullcontext():
             job()
     finally:

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 MAX_COUNT = 10**6  # of what is counted: examples of a batch, clients, rounds, repetitions
-BUILDING = ("run", "resume", "replay", "study", "flwr", "data", "devices")  # commands that make what a file names
+# Commands that make what a file names, or look it up.
+BUILDING = ("run", "resume", "reprice", "replay", "study", "flwr", "data", "devices", "list", "explain")
 OWN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -135,20 +136,24 @@ def check_figures(section: str, options: Mapping[str, float], keys: Mapping[str,
 
 
 def without_trust(arguments: list[str]) -> list[str]:
-    """Takes `--allow-target NAME`, which may stand anywhere behind the commands of BUILDING, out of the arguments."""
+    """Takes `--allow-target NAME` and `--config-dir DIR` out of the arguments of the commands of BUILDING."""
     from fedsim.errors import ConfigError
-    from fedsim.settings.permissions import FLAG, reset
+    from fedsim.settings.permissions import CONFIG_FLAG, FLAG, reset, search
 
-    allowed: list[str] = []
+    values: dict[str, list[str]] = {FLAG: [], CONFIG_FLAG: []}
+    needed = {FLAG: "a name, as it stands behind _target_", CONFIG_FLAG: "a folder"}
     left: list[str] = []
     given = iter(arguments if arguments[:1] and arguments[0] in BUILDING else [])
     for argument in given:
-        flag, _, name = argument.partition("=")
-        if flag == FLAG:
-            allowed.append(name or next(given, ""))
-            if not allowed[-1] or allowed[-1].startswith("-"):
-                raise ConfigError(f"{FLAG} needs a name, as it stands behind _target_")
+        flag, _, value = argument.partition("=")
+        flag = CONFIG_FLAG if flag == "-cd" else flag
+        if flag in values:
+            values[flag].append(value or next(given, ""))
+            if not values[flag][-1] or values[flag][-1].startswith("-"):
+                raise ConfigError(f"{flag} needs {needed[flag]}")
         else:
             left.append(argument)
-    reset(allowed)
+    reset(values[FLAG])
+    for folder in values[CONFIG_FLAG]:
+        search(Path(folder))
     return left or arguments

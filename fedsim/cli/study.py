@@ -36,8 +36,9 @@ def study(
 ) -> None:
     """Run every arm of a study with every seed, several at a time, and compare them: fedsim study NAME [KEY=VALUE...].
 
-    NAME is one of --list, or a YAML file like those in configs/study. Runs that are finished are not run again, so a
-    study that was interrupted goes on where it was. Settings behind the name hold for all arms.
+    NAME is one of --list (your own lie in configs/study of the working folder), or a YAML file like those. Runs that
+    are finished are not run again, so a study that was interrupted goes on where it was. Settings behind the name hold
+    for all arms.
 
     Example: fedsim study mafl_digits --jobs 2 --only FedAvg --only FedMix
     """
@@ -115,12 +116,13 @@ def _runs_table(study: Study, runs: Sequence[PlannedRun]) -> Table:
     import shlex
 
     from fedsim.report.terminal import table
+    from fedsim.settings.permissions import flags
     from fedsim.study.spec import is_finished
 
     shown = table("arm", "seed", "state", "command", left=("arm", "state", "command"), title=study.title)
     for run in runs:
         state = "finished" if is_finished(run) else "unfinished" if run.folder.exists() else "to run"
-        shown.add_row(run.arm.label, str(run.seed), state, f"fedsim {shlex.join(run.command)}")
+        shown.add_row(run.arm.label, str(run.seed), state, f"fedsim {shlex.join([*run.command, *flags()])}")
     return shown
 
 

@@ -24,12 +24,13 @@ from fedsim.settings.groups import (
     PRIMARY,
     Settings,
     config_dir,
+    config_folders,
     following,
     left_out_group,
 )
+from fedsim.settings.hydra_text import as_hydra
 from fedsim.settings.moved import updated
 from fedsim.settings.overrides import check_overrides, is_of_hydra, parsed
-from fedsim.settings.plugins import plugin_folders
 from fedsim.settings.run_settings import TEXTS, RunSettings
 
 
@@ -62,10 +63,16 @@ def _composed(overrides: Sequence[str]) -> Any:
         GlobalHydra.instance().hydra = outer
 
 
-def search_path() -> list[str]:
-    """Returns the override that tells Hydra where the configs of plug-ins are."""
-    found = ",".join(f"'file://{folder}'" for folder in plugin_folders())
-    return [f"hydra.searchpath=[{found}]"] if found else []
+def search_path(given: Sequence[str] = ()) -> list[str]:
+    """Returns the override that tells Hydra where the configs of the user and of plug-ins are.
+
+    Args:
+        given: overrides that may have one of their own, which this one takes the place of.
+    """
+    theirs = [parsed(text).value() for text in given if text.startswith("hydra.searchpath=")]
+    found = [*(theirs[-1] if theirs and isinstance(theirs[-1], list) else ())]
+    found += [f"file://{folder}" for folder in config_folders()[1:]]
+    return [f"hydra.searchpath={as_hydra(found)}"] if found else []
 
 
 def from_run_config(run_config: dict[str, Any]) -> Settings:

@@ -1,4 +1,4 @@
-"""Checks a config tree that `fedsim run --config-path` or `--config-dir` names: it may be somebody else's.
+"""Checks a config tree that `fedsim run --config-path` names, and folders that are searched: they may be others'.
 
 Hydra itself calls what stands below `hydra` (its launcher, sweeper, callbacks, logging), sets environment variables and
 imports packages for its search path. So a tree from elsewhere may set nothing there; the command line may.
@@ -15,7 +15,7 @@ from devices.reading import read_yaml
 from fedsim.errors import ConfigError
 from fedsim.settings.build import check_trusted
 from fedsim.settings.compose import check_address, one_sentence, resolve, search_path
-from fedsim.settings.groups import PRIMARY, config_dir
+from fedsim.settings.groups import PRIMARY, config_dir, own_folders
 from fedsim.settings.overrides import is_of_hydra, sweep_overrides
 from fedsim.settings.permissions import FLAG, allowed, keep_out
 from fedsim.settings.plugins import plugins
@@ -29,7 +29,7 @@ VARYING = {"runtime": None, "overrides": None, "job": ("name", "override_dirname
 def is_foreign(flags: Sequence[str]) -> bool:
     """Returns whether one of Hydra's flags names another config tree."""
     known = _known(flags)
-    return bool(known.config_path or known.config_dir or known.config_name)
+    return bool(known.config_path or known.config_name)
 
 
 def check_foreign(flags: Sequence[str], overrides: Sequence[str]) -> list[str]:
@@ -40,10 +40,10 @@ def check_foreign(flags: Sequence[str], overrides: Sequence[str]) -> list[str]:
     """
     _check_command_line(overrides)
     known = _known(flags)
-    if not is_foreign(flags):
+    own = own_folders()
+    if not is_foreign(flags) and not own:
         return list(flags)
-    name = known.config_name or PRIMARY
-    folders = [config_dir()]
+    name, tree = known.config_name or PRIMARY, config_dir()
     if known.config_path and known.config_path.startswith(PACKAGE):
         root = known.config_path.removeprefix(PACKAGE).replace("/", ".").partition(".")[0]
         if root not in (config_dir().name, *plugins(), *allowed()):
@@ -51,14 +51,14 @@ def check_foreign(flags: Sequence[str], overrides: Sequence[str]) -> list[str]:
             raise ConfigError(f"{what}; if you trust it, add {FLAG} {root}")
         return list(flags)
     if known.config_path:
-        folders = [_folder("--config-path", known.config_path)]
-    if known.config_dir:
-        folders.append(_folder("--config-dir", known.config_dir))
-    for folder in folders:
+        tree = _folder("--config-path", known.config_path)
+        own = own_folders()
+    for folder in (tree, *own):
         _check_primary(folder / (name if name.endswith((".yaml", ".yml")) else f"{name}.yaml"))
+    where = " or ".join(map(str, [tree] if known.config_path else own or [tree]))
     for run in [list(overrides)] if not _sweeps(flags, overrides) else _runs(overrides):
-        _check_run(folders, name, run, shown=bool(known.cfg or known.info))
-    path = ["--config-path", str(folders[0])] if known.config_path else []
+        _check_run(tree, where, name, run, shown=bool(known.cfg or known.info))
+    path = ["--config-path", str(tree)] if known.config_path else []
     return [*_without(flags, "--config-path", "-cp"), *path]
 
 
@@ -117,34 +117,32 @@ def _check_primary(file: Path) -> None:
         raise _refused("hydra", file)
 
 
-def _check_run(folders: Sequence[Path], name: str, overrides: Sequence[str], shown: bool) -> None:
+def _check_run(tree: Path, where: str, name: str, overrides: Sequence[str], shown: bool) -> None:
     """Composes as Hydra would, and compares what would be Hydra's own settings with those of fedsim's own tree.
 
     Then checks what the run would call, unless it is only to be shown.
     """
     with one_sentence(overrides):
-        composed = _composed(folders, name, overrides)
-        usual = _composed([config_dir()], PRIMARY, [text for text in overrides if is_of_hydra(text)])
+        composed = _composed(tree, name, overrides)
+        usual = _composed(config_dir(), PRIMARY, [text for text in overrides if is_of_hydra(text)])
         if key := _difference(_of_hydra(composed), _of_hydra(usual), "hydra"):
-            raise _refused(key, folders[-1])
+            raise _refused(key, where)
         if not shown:
             settings = resolve(composed, composed.hydra.runtime.choices)
             check_trusted(settings)
-            check_address(settings, overrides, str(folders[-1]))
+            check_address(settings, overrides, where)
 
 
-def _composed(folders: Sequence[Path], name: str, overrides: Sequence[str]) -> Any:
+def _composed(tree: Path, name: str, overrides: Sequence[str]) -> Any:
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
     outer = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(folders[0]), version_base="1.3"):
-            paths = ",".join(f"'file://{folder}'" for folder in folders[1:])
-            # As Hydra does it: what --config-dir names comes before what a search path adds.
-            more = [f"hydra.searchpath=[{paths}]"] if paths else search_path()
-            return compose(name, [*overrides, *more], return_hydra_config=True)
+        with initialize_config_dir(str(tree), version_base="1.3"):
+            left = [text for text in overrides if not text.startswith("hydra.searchpath=")]
+            return compose(name, [*left, *search_path(overrides)], return_hydra_config=True)
     finally:
         GlobalHydra.instance().hydra = outer
 
@@ -175,7 +173,7 @@ def _difference(there: Any, usual: Any, key: str) -> str:
     return next((one for one in found if one), "")
 
 
-def _refused(key: str, where: Path) -> ConfigError:
+def _refused(key: str, where: Path | str) -> ConfigError:
     return ConfigError(
         f"{where} sets {key}: Hydra would act on that by itself, so a config tree may not set it; give it on the "
         "command line"

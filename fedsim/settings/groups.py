@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from devices.reading import read_yaml
 from fedsim.errors import ConfigError
+from fedsim.settings.origins import came_with_a_run, own_configs
+from fedsim.settings.permissions import real_path, searched
 from fedsim.settings.plugins import plugin_folders
 
 Settings = dict[str, Any]
@@ -33,8 +35,45 @@ def config_dir() -> Path:
 
 
 def config_folders() -> list[Path]:
-    """Returns the folders in which options are looked up: fedsim's own folder, then those of plug-ins."""
-    return [config_dir(), *plugin_folders()]
+    """Returns the folders in which options are looked up.
+
+    They are fedsim's, those of `--config-dir`, `configs` of the working folder, and those of plug-ins.
+
+    Raises:
+        ConfigError: for an option in one of the user's that another one has, too, or that is not the user's.
+    """
+    others, own = [config_dir(), *plugin_folders()], own_folders()
+    for number, folder in enumerate(own):
+        _check_options(folder, [*others, *own[:number]])
+    return [others[0], *own, *others[1:]]
+
+
+def own_folders() -> list[Path]:
+    """Returns the folders of options that the user brings: those of `--config-dir`, and `configs` beside them.
+
+    The working folder's is left out where that is a checkout of fedsim.
+    """
+    here = own_configs()
+    if here is None or here == config_dir() or all((here / name).is_file() for name in ("__init__.py", "run.yaml")):
+        return searched()
+    return [*searched(), here]
+
+
+def _check_options(folder: Path, others: Sequence[Path]) -> None:
+    """Refuses options of a folder whose names others have, and those that a link brings from a run or study folder.
+
+    Raises:
+        ConfigError: naming both files, or the link.
+    """
+    for group in ("", *GROUPS, "study"):
+        files = sorted((folder / group).glob("*.yaml"))
+        for file in files:
+            name = file.relative_to(folder)
+            if other := next((other / name for other in others if (other / name).is_file()), None):
+                raise ConfigError(f"{file} has the name of {other}, and only one of them can be meant; rename it")
+        places = {real_path(file).parent: file for file in files}
+        if sent := next((file for place, file in places.items() if came_with_a_run(place / "x")), None):
+            raise ConfigError(f"{sent} lies in the folder of a run or study, from which no option is taken")
 
 
 def options(group: str) -> list[str]:
@@ -43,15 +82,15 @@ def options(group: str) -> list[str]:
     return sorted({path.stem for path in paths if path.is_file()})
 
 
-def _option(group: str, name: str) -> Path:
-    """Returns the file of an option."""
+def option_file(group: str, name: str) -> Path:
+    """Returns the file of an option; where fedsim would have it, if there is none."""
     files = [folder / group / f"{name}.yaml" for folder in config_folders()]
     return next((file for file in files if file.is_file()), files[0])
 
 
 def following(group: str, name: str | None, key: str) -> list[tuple[str, ...]]:
     """Returns the paths of the settings of an option that are those of another key, as `${rounds}` is of rounds."""
-    file = _option(group, str(name))
+    file = option_file(group, str(name))
     tree = read_yaml(file) if file.is_file() else None
     return [path for path, value in _leaves(tree) if value == f"${{{key}}}"]
 
@@ -69,7 +108,7 @@ def target_of(group: str, name: str) -> str | None:
     """Returns the class that an option makes, as its file or one that it builds on says; None where neither does."""
     from fedsim.settings.moved import updated
 
-    file = _option(group, name)
+    file = option_file(group, name)
     tree = read_yaml(file) if file.is_file() else None
     if not isinstance(tree, dict):
         return None
@@ -81,28 +120,38 @@ def target_of(group: str, name: str) -> str | None:
 
 def model_settings(name: str) -> Settings:
     """Returns the settings of a model config by itself."""
-    tree: Settings = read_yaml(_option("model", name))
+    tree: Settings = read_yaml(option_file("model", name))
     return tree
 
 
 def preset(method: str) -> dict[str, str]:
     """Returns the options that a method preset takes, by group."""
-    tree = read_yaml(_option("method", method))
-    chosen = {str(key): str(value) for entry in tree["defaults"] for key, value in entry.items()}
-    return {key.removeprefix("override /"): value for key, value in chosen.items()}
+    tree, chosen = _method_file(method), dict[str, str]()
+    for entry in tree.get("defaults", ()):
+        if isinstance(entry, dict):
+            chosen |= {str(key).removeprefix("override /"): str(value) for key, value in entry.items()}
+        elif entry not in ("_self_", method):
+            chosen |= preset(str(entry))
+    return chosen
 
 
 def preset_private(method: str) -> list[str]:
     """Returns the roles and patterns of tensors that a method preset keeps on the devices."""
-    tree = read_yaml(_option("method", method))
-    return [str(name) for name in tree.get("private", [])]
+    return [str(name) for name in _method_file(method).get("private", [])]
+
+
+def _method_file(method: str) -> Settings:
+    """Returns what a method preset says; nothing where its file is not here, as that of somebody's own."""
+    file = option_file("method", method)
+    tree = read_yaml(file) if file.is_file() else None
+    return tree if isinstance(tree, dict) else {}
 
 
 def devices_of_fleet(name: str) -> dict[str, float] | None:
     """Returns the devices in a fleet's own file with their shares; None where it has none, or lies in another tree."""
     import yaml
 
-    file = _option("fleet", name)
+    file = option_file("fleet", name)
     tree = yaml.safe_load(file.read_text()) if file.is_file() else None
     return tree.get("devices") if isinstance(tree, dict) else None
 

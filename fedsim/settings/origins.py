@@ -13,6 +13,7 @@ import re
 import site
 import sys
 import sysconfig
+import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
@@ -76,6 +77,17 @@ def may_be_named(module: str, file: str | None) -> bool:
 def leads_to_library(module: str) -> bool:
     """Returns whether a module is a package around one that may be named."""
     return any(library.startswith(f"{module}.") for library in LIBRARIES)
+
+
+def own_configs() -> Path | None:
+    """Returns the folder `configs` of the working folder; None where it has none, or one that is not the user's."""
+    folder = working_folder() / "configs"
+    if not folder.is_dir():
+        return None
+    if came_with_a_run(folder / "x"):
+        what = f"no option is looked up in {folder}: it lies in the folder of a run or study"
+        warnings.warn(f"{what}; change to a folder of your own", stacklevel=2)
+    return real_path(folder) if is_the_users(folder / "x") else None
 
 
 def is_the_users(file: Path) -> bool:

@@ -1,5 +1,7 @@
 """Permissions of this command: names behind `--allow-target`, and folders from elsewhere, which are not trusted.
 
+A folder behind `--config-dir` is searched for options, and is from elsewhere all the same.
+
 The processes that fedsim starts are told the same by environment variables.
 """
 
@@ -10,12 +12,15 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-FLAG = "--allow-target"
+from fedsim.errors import ConfigError
+
+FLAG, CONFIG_FLAG = "--allow-target", "--config-dir"
 # What fedsim tells the processes that it starts.
 ALLOWED, FOLDER, KEPT_OUT = "FEDSIM_ALLOW_TARGET", "FEDSIM_WORKING_FOLDER", "FEDSIM_KEEP_OUT"
 
 _allowed: set[str] = set()
 _untrusted: list[Path] = []
+_searched: list[Path] = []
 _everything = False
 
 
@@ -25,7 +30,25 @@ def reset(allowed: Iterable[str] = ()) -> None:
     _allowed.clear()
     _allowed.update(allowed)
     _untrusted.clear()
+    _searched.clear()
     _everything = False
+
+
+def search(folder: Path) -> None:
+    """Has options looked up in a folder that the command line names, too; what it holds is not trusted for that.
+
+    Raises:
+        ConfigError: if it is none.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"{CONFIG_FLAG}={folder} must be a folder")
+    keep_out(folder)
+    _searched.append(folder.resolve())
+
+
+def searched() -> list[Path]:
+    """Returns the folders behind `--config-dir`."""
+    return list(_searched)
 
 
 def keep_out(folder: Path) -> None:
@@ -61,8 +84,8 @@ def everything_is_allowed() -> bool:
 
 
 def flags() -> list[str]:
-    """Returns the arguments that allow another `fedsim` what this one was allowed."""
-    return [f"{FLAG}={name}" for name in sorted(allowed())]
+    """Returns the arguments that allow another `fedsim` what this one was allowed, and have it search the same."""
+    return [*(f"{FLAG}={name}" for name in sorted(allowed())), *(f"{CONFIG_FLAG}={folder}" for folder in _searched)]
 
 
 def environment() -> dict[str, str]:

@@ -25,9 +25,9 @@ from fedsim.runs.recorded import data_of_summary
 from fedsim.settings.build import build_workload
 from fedsim.settings.check import try_out
 from fedsim.settings.compose import check_address, completed, compose
-from fedsim.settings.groups import Settings, config_dir
+from fedsim.settings.groups import Settings, option_file, options, own_folders
 from fedsim.settings.hydra_text import as_hydra, quoted
-from fedsim.settings.permissions import keep_out_beside
+from fedsim.settings.permissions import keep_out_beside, real_path
 from fedsim.settings.run_settings import RunSettings
 from fedsim.workloads.fingerprint import SEED, Fingerprint, difference, files_of
 
@@ -160,12 +160,12 @@ class PlannedRun:
 
 
 def studies() -> dict[str, str]:
-    """Returns the title of every study that comes with fedsim, by name."""
-    return {path.stem: str(_tree(path)["title"]) for path in sorted((config_dir() / "study").glob("*.yaml"))}
+    """Returns the title of every study of the config folders, by name."""
+    return {name: str(_tree(option_file("study", name))["title"]) for name in options("study")}
 
 
 def read_study(name: str, overrides: Sequence[str] = (), seeds: Sequence[int] = ()) -> Study:
-    """Reads a study by the name of a shipped one or the path of a file.
+    """Reads a study by its name in the config folders or the path of a file.
 
     Args:
         name: a path where it has a suffix or a folder in it.
@@ -179,9 +179,10 @@ def read_study(name: str, overrides: Sequence[str] = (), seeds: Sequence[int] = 
         path = Path(name)
         if not os.path.lexists(path):
             raise ConfigError(f"there is no study file {name}")
-        keep_out_beside(path)
+        if real_path(path).parent not in [folder / "study" for folder in own_folders()]:
+            keep_out_beside(path)
     else:
-        path = config_dir() / "study" / f"{name}.yaml"
+        path = option_file("study", name)
         if not path.is_file():
             raise ConfigError(unknown("study", name, studies()))
     tree = _tree(path)
