@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from fedsim.study import runner as study_run
+from fedsim.study import processes
 
 BASE = ["workload=blobs", "fleet=uniform", "latency=flops", "num_clients=6", "cohort=3", "rounds=2"]
 FILE: dict[str, Any] = {
@@ -65,8 +65,9 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     (tmp_path / "fake.py").write_text(FAKE)
-    monkeypatch.setattr(study_run, "COMMAND", (sys.executable, str(tmp_path / "fake.py")))
-    monkeypatch.setattr(study_run, "POLL_S", 0.02)
+    monkeypatch.setattr(processes, "CAN_FORK", False)
+    monkeypatch.setattr(processes, "COMMAND", (sys.executable, str(tmp_path / "fake.py")))
+    monkeypatch.setattr(processes, "POLL_S", 0.02)
 
     def write(**changes: Any) -> str:
         tree = {key: value for key, value in {**FILE, **changes}.items() if value is not None}

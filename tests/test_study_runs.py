@@ -186,12 +186,12 @@ def test_kill_9_of_the_study_takes_its_runs_along(file):
         while not (rounds.exists() and rounds.stat().st_size) and time.monotonic() < end:  # its folder is made by then
             assert process.poll() is None
             time.sleep(0.05)
-        (run,) = psutil.Process(process.pid).children()
+        family = psutil.Process(process.pid).children(recursive=True)
     finally:
         process.kill()
         process.wait()
-    psutil.wait_procs([run], timeout=20)
-    assert not run.is_running()
+    assert len(family) == 2  # what forks runs, and the run
+    assert psutil.wait_procs(family, timeout=20)[1] == []
     assert json.loads((folder / "failure.json").read_text())["error"] == "Terminated"
     with study_run.study_folder(Path("runs/mine")):
         pass  # it can go on

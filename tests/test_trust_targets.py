@@ -49,7 +49,7 @@ CALLABLES = """
     hydra.utils.get_object hydra.utils.get_class hydra._internal.utils._locate omegaconf.OmegaConf.load
     omegaconf.OmegaConf.save omegaconf.OmegaConf.register_new_resolver flwr.server.start_server
     flwr.simulation.run_simulation flwr.client.start_client fedsim.cli.main.main fedsim.settings.groups.Path
-    fedsim.settings.compose.json.loads fedsim.study.runner.subprocess.Popen fedsim.report.folder.RunFolder
+    fedsim.settings.compose.json.loads fedsim.study.processes.subprocess.Popen fedsim.report.folder.RunFolder
     fedsim.engines.ray.session.RaySession fedsim.engines.flower.runtime.FlowerRuntime
     fedsim.cli.devices.own_model.named_model
     clients.trainers.sgd.torch.load strategies.mafl.np.load devices.profile.Path

@@ -10,11 +10,10 @@ import signal
 import stat
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
-
-import typer
 
 from devices.errors import UserError
 from devices.texts import SENTENCE_LETTERS, visible
@@ -32,7 +31,7 @@ OURS = ("fedsim", "clients", "strategies", "devices", "configs")
 ENDED_BY = {signal.SIGTERM: "terminated", signal.SIGHUP: "the terminal was closed"}
 
 
-def run_app(app: typer.Typer) -> NoReturn:
+def run_app(app: Callable[..., Any]) -> NoReturn:
     """Runs the command line and ends the process: one sentence and an exit code for everything a user can mend."""
     _prepare()
     output, typed = _piped_output(), sys.argv[1:]

@@ -1,12 +1,9 @@
-"""Runs what a study lacks: each run a process of its own, some at a time; what is finished is kept."""
+"""Runs what a study lacks: each run a process, some at a time; what is finished is kept."""
 
 from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,16 +12,14 @@ from pathlib import Path
 from devices.errors import FileError
 from devices.reading import read_bytes
 from devices.writing import open_lock, open_new
-from fedsim.engines.leash import TIED
 from fedsim.engines.locks import hold
 from fedsim.errors import ConfigError
 from fedsim.report.checksums import check_inside
-from fedsim.settings.permissions import environment, flags
+from fedsim.settings.permissions import flags
+from fedsim.study.processes import Process, Processes
 from fedsim.study.spec import PlannedRun, can_be_resumed, is_finished
 
-POLL_S, END_S = 0.2, 10.0  # between looks at the runs; that they have to close their folders
-COMMAND = (sys.executable, "-P", "-m", "fedsim")  # -P: no file of the working folder stands in for a library
-ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+LOCAL = "fedsim.engines.local.LocalEngine"  # the one engine that starts neither threads nor processes
 
 
 @dataclass
@@ -49,7 +44,7 @@ class _Running:
     """A run whose process is going on, and the file of its output."""
 
     run: PlannedRun
-    process: subprocess.Popen[bytes]
+    process: Process
     log: Path
 
 
@@ -97,14 +92,13 @@ def run_study(runs: Sequence[PlannedRun], jobs: int, lock: int, watch: Watch) ->
     progress = Progress(len(runs), len(runs) - len(waiting), sum(run.typed.rounds for run in waiting))
     running: list[_Running] = []
     ended_rounds = 0
-    try:
+    with Processes(lock) as processes:
         while waiting or running:
             while waiting and len(running) < jobs:
-                running.append(_start(waiting.pop(0), lock))
-            time.sleep(POLL_S)
-            for one in [r for r in running if r.process.poll() is not None]:
+                running.append(_start(waiting.pop(0), processes))
+            processes.look()
+            for one in [r for r in running if r.process.code is not None]:
                 running.remove(one)
-                _untie(one)
                 ended_rounds += one.run.typed.rounds
                 progress.done += 1
                 if reason := _reason(one):
@@ -112,31 +106,24 @@ def run_study(runs: Sequence[PlannedRun], jobs: int, lock: int, watch: Watch) ->
                 watch(progress, one.run)
             progress.rounds_done = ended_rounds + sum(_rounds(one.run.folder) for one in running)
             watch(progress, None)
-    finally:
-        _end(running)
     return progress
 
 
-def _start(run: PlannedRun, lock: int) -> _Running:
-    """Starts a run in a session of its own: Ctrl-C reaches the study alone, which ends its runs."""
+def _start(run: PlannedRun, processes: Processes) -> _Running:
+    """Starts a run, or goes on with one."""
+    settings = None
     if can_be_resumed(run):
         address = run.typed.cluster_address  # which the study was told on its command line
         command = ["resume", str(run.folder), *([f"engine.address={address}"] if address else [])]
     else:
         command = run.command
+        settings = {**run.settings, "out": str(run.folder)}
         _set_aside(run.folder)
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     log = run.folder.with_name(f"{run.folder.name}.log")
+    alone = run.settings["engine"].get("_target_") != LOCAL
     with open_new(log) as file:
-        process = subprocess.Popen(
-            [*COMMAND, *command, *flags()],
-            stdin=subprocess.PIPE,  # its leash
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **ONE_THREAD, **environment(), TIED: "1"},
-            start_new_session=True,
-            pass_fds=(lock,),
-        )
+        process = processes.start([*command, *flags()], file, settings, alone)
     return _Running(run, process, log)
 
 
@@ -171,30 +158,11 @@ def _rounds(folder: Path) -> int:
 
 def _reason(one: _Running) -> str:
     """Says why a run that has ended is not finished, in its own words; empty, with its log removed, if it is."""
-    code = one.process.returncode
+    code = one.process.code or 0
     if code == 0 and (one.run.folder / "summary.json").is_file():
         one.log.unlink()
         return ""
-    said = [line for line in one.log.read_text(errors="replace").splitlines() if line.startswith("fedsim: ")]
+    lines = one.log.read_text(errors="replace").splitlines()
+    said = [line for line in lines if line.startswith("fedsim: ") and not line.startswith("fedsim: warning: ")]
     how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
     return said[-1].removeprefix("fedsim: ") if said else f"{how}, see {one.log}"
-
-
-def _untie(one: _Running) -> None:
-    """Closes the leash of a run that has ended."""
-    if one.process.stdin is not None:
-        one.process.stdin.close()
-
-
-def _end(running: Sequence[_Running]) -> None:
-    """Asks processes to end, as Ctrl-C would, and ends those that do not."""
-    for one in running:
-        one.process.terminate()
-    end = time.monotonic() + END_S
-    for one in running:
-        try:
-            one.process.wait(max(0.0, end - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            one.process.kill()
-            one.process.wait()
-        _untie(one)
