@@ -52,7 +52,8 @@ def seed_torch(device: torch.device, seed: int) -> None:
 def seeded_globals(seed: int, *names: str | int) -> Iterator[None]:
     """Seeds Python's and numpy's global generators inside the block and restores them after it.
 
-    Stock Flower strategies sample with the global `random`; this is the only place where global generators are touched.
+    Stock Flower strategies sample with the global `random`, and draw noise from numpy's; this is the only place where
+    global generators are touched.
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()
     random.seed(derive(seed, *names))

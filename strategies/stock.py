@@ -14,6 +14,10 @@ from typing import Annotated, Any
 
 from annotated_types import Interval
 from flwr.serverapp.strategy import (
+    DifferentialPrivacyClientSideAdaptiveClipping,
+    DifferentialPrivacyClientSideFixedClipping,
+    DifferentialPrivacyServerSideAdaptiveClipping,
+    DifferentialPrivacyServerSideFixedClipping,
     FedAdagrad,
     FedAdam,
     FedAvgM,
@@ -26,14 +30,25 @@ from flwr.serverapp.strategy import (
 )
 
 from fedsim.errors import ConfigError
-from fedsim.grid.server_half import averaging
+from fedsim.grid.server_half import PRIVATE, ServerHalf, averaging, is_plain_mean
 
 RATE = Annotated[float, Interval(gt=0, le=1e6)]
 DECAY = Annotated[float, Interval(ge=0, lt=1)]  # of a moving average: 1 would never forget
 WEIGHT = Annotated[float, Interval(ge=0, le=1e6)]
 
+NORM = Annotated[float, Interval(gt=0, le=1e9)]
+NOISE = {"noise_multiplier": WEIGHT, "num_sampled_clients": Annotated[int, Interval(ge=1, le=10**6)]}
+AT_THE_CLIENTS = (DifferentialPrivacyClientSideFixedClipping, DifferentialPrivacyClientSideAdaptiveClipping)
 ADAPTIVE = {"eta": RATE, "eta_l": RATE, "tau": RATE}  # tau: 0 divides by nothing where a coordinate stood still
 BOUNDS: Mapping[type, Mapping[str, Any]] = {
+    DifferentialPrivacyServerSideFixedClipping: {**NOISE, "clipping_norm": NORM},
+    DifferentialPrivacyServerSideAdaptiveClipping: {
+        **NOISE,
+        "initial_clipping_norm": NORM,
+        "target_clipped_quantile": Annotated[float, Interval(ge=0, le=1)],
+        "clip_norm_lr": RATE,
+        "clipped_count_stddev": WEIGHT | None,
+    },
     FedAdagrad: ADAPTIVE,
     FedAdam: {**ADAPTIVE, "beta_1": DECAY, "beta_2": DECAY},
     FedYogi: {**ADAPTIVE, "beta_1": DECAY, "beta_2": DECAY},
@@ -47,24 +62,41 @@ BOUNDS: Mapping[type, Mapping[str, Any]] = {
 
 def fewest_replies(strategy: Strategy) -> int:
     """Returns how many replies a round needs for a strategy's guarantee to hold: n > 2 f + 2 for Krum with f liars."""
-    server = averaging(strategy)
+    server = _innermost(strategy)
     return 2 * int(server.num_malicious_nodes) + 3 if isinstance(server, Krum) else 1
 
 
-def check_cohort(strategy: Strategy, cohort: int) -> None:
-    """Refuses a strategy whose guarantee could not hold in any round.
+def check(strategy: Strategy, cohort: int) -> None:
+    """Refuses a strategy whose guarantee could not hold in any round, or that waits for what no client does.
 
     Args:
         strategy: as a run has it.
         cohort: replies of a round at most.
 
     Raises:
-        ConfigError: with a cohort and a setting that fit.
+        ConfigError: with what fits in its place.
     """
-    server = averaging(strategy)
+    if isinstance(strategy, AT_THE_CLIENTS):
+        name = type(strategy).__name__
+        raise ConfigError(
+            f"{name} leaves the clipping to a mod of Flower's client app, and clients of fedsim take none; "
+            f"{name.replace('Client', 'Server')} makes the same weights"
+        )
+    server = _innermost(strategy)
+    if isinstance(strategy, PRIVATE) and isinstance(server, ServerHalf) and not is_plain_mean(server):
+        raise ConfigError(
+            f"{type(strategy).__name__} tells {type(server).__name__} inside it nothing of its run; put one of "
+            "Flower's strategies there, or take strategy=dp_fedavg"
+        )
     if isinstance(server, Krum) and (needed := fewest_replies(server)) > cohort:
         raise ConfigError(
             f"strategy.num_malicious_nodes={server.num_malicious_nodes} needs rounds of at least {needed} clients "
             f"(n > 2 f + 2), and there are {cohort} at most; take cohort={needed} or more, or "
             f"num_malicious_nodes={max(0, (cohort - 3) // 2)}"
         )
+
+
+def _innermost(strategy: Strategy) -> Strategy:
+    """Returns the strategy to which all wrappers, ours and Flower's, leave the averaging."""
+    server = averaging(strategy)
+    return _innermost(server.strategy) if isinstance(server, PRIVATE) else server

@@ -39,7 +39,7 @@ class WrappingStrategy(Checked, ServerHalf, FedAvg, group="strategy", error=Conf
         return server_half(self.server).reads_rounds
 
     @property
-    def wraps(self) -> Strategy:
+    def wraps(self) -> Strategy | None:
         """The other strategy."""
         return self.server
 

@@ -17,7 +17,7 @@ MODULES = {
     for package in PACKAGES
     for path in sorted((ROOT / package).rglob("*.py"))
 }
-# A method's own words; the classes of Flower's that only average are listed once, in PLAIN_MEANS of runs/server.py.
+# A method's own words; Flower's classes that only average are listed once, in PLAIN_MEANS of grid/server_half.py.
 METHOD_NAMES = {
     path.stem for group in ("method", "strategy", "trainer") for path in (ROOT / "configs" / group).iterdir()
 }
@@ -30,7 +30,7 @@ CORE = [path for name, path in MODULES.items() if name.startswith("fedsim.") and
 def test_core_code_names_no_method(path: Path):
     """Identifiers and keys, not comments or prose: a core that knows a method has it in a name or a short text."""
     said = {n.lower() for n in _names(path)}
-    allowed = _plain_means() if path == ROOT / "fedsim" / "runs" / "server.py" else set()
+    allowed = _plain_means() if path == ROOT / "fedsim" / "grid" / "server_half.py" else set()
     assert not said & (METHOD_NAMES - EVERYDAY - allowed)
 
 
@@ -44,13 +44,13 @@ def _names(path: Path) -> set[str]:
 
 
 def _plain_means() -> set[str]:
-    from fedsim.runs.server import PLAIN_MEANS
+    from fedsim.grid.server_half import PLAIN_MEANS
 
     return {strategy.__name__.lower() for strategy in PLAIN_MEANS}
 
 
 def test_the_known_list_of_plain_means_holds_only_flowers_own_classes():
-    from fedsim.runs.server import PLAIN_MEANS
+    from fedsim.grid.server_half import PLAIN_MEANS
 
     assert all(strategy.__module__.startswith("flwr.serverapp.strategy") for strategy in PLAIN_MEANS)
 

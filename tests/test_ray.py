@@ -42,7 +42,15 @@ pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
 
 
 @pytest.mark.parametrize(
-    "strategy", ["fedavg", "krum", "fedmedian", "fedavg model.norm=batch", "krum model.norm=batch"]
+    "strategy",
+    [
+        "fedavg",
+        "krum",
+        "fedmedian",
+        "dp_adaptive strategy.noise_multiplier=0.3",
+        "fedavg model.norm=batch",
+        "krum model.norm=batch",
+    ],
 )
 def test_two_workers_give_the_bytes_of_one_process(pair, result, local, strategy: str):
     overrides = (

@@ -18,10 +18,10 @@ from devices.compression.two_paths import step_of
 from fedsim.engines.local import LocalEngine
 from fedsim.exchanges.averages import exposures
 from fedsim.grid.exchange import Exchange
+from fedsim.grid.server_half import PLAIN_MEANS
 from fedsim.messages.records import ARRAYS, METRICS, NUM_EXAMPLES, from_array, record_of, tensors_of
 from fedsim.models.mlp import MLP
 from fedsim.runs.federation import Federation
-from fedsim.runs.server import PLAIN_MEANS
 from fedsim.settings.build import build_world
 from fedsim.settings.compose import compose
 from fedsim.settings.groups import config_dir, options

@@ -27,9 +27,8 @@ import strategies.edge
 from clients.app import serve
 from fedsim.engines.local import LocalEngine
 from fedsim.grid.edge import EdgeGrid
-from fedsim.grid.server_half import averaging, server_half
+from fedsim.grid.server_half import averaging, is_plain_mean, server_half
 from fedsim.runs.federation import Federation
-from fedsim.runs.server import is_plain_mean
 from fedsim.settings.groups import options
 from fedsim.settings.run_settings import RunSettings
 from fedsim.workloads.base import Workload

@@ -9,11 +9,11 @@ from conftest import task_of
 
 from clients.worker import Worker
 from devices.compression.updates import Packed, UpdateCompressor, restore
+from fedsim.grid.server_half import is_plain_mean
 from fedsim.messages.records import record_of, tensors_of
 from fedsim.messages.uplink import BUFFERS, COUNTS, INDEX, RESIDUAL, SCALE, VALUES, WHICH, compressed, decompressed
 from fedsim.messages.weights import bytes_of
 from fedsim.report.rounds import weights_sha256
-from fedsim.runs.server import is_plain_mean
 from fedsim.settings.build import build_world
 from fedsim.settings.groups import options
 

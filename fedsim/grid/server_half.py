@@ -12,15 +12,30 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from flwr.app import ArrayRecord
-from flwr.serverapp.strategy import Strategy
+from flwr.serverapp.strategy import (
+    DifferentialPrivacyServerSideAdaptiveClipping,
+    DifferentialPrivacyServerSideFixedClipping,
+    FedAdagrad,
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    FedProx,
+    FedYogi,
+    Strategy,
+)
+from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from torch import Tensor, nn
 
 from devices.cost import LatencyModel
+from fedsim.messages.records import NUM_EXAMPLES
 from fedsim.workloads.base import Tensors, Workload
 
 if TYPE_CHECKING:
     from fedsim.grid.edge import EdgeGrid
     from fedsim.grid.exchange import Exchange
+
+PLAIN_MEANS = (FedAvg, FedAvgM, FedAdagrad, FedAdam, FedYogi, FedProx)
+PRIVATE = (DifferentialPrivacyServerSideFixedClipping, DifferentialPrivacyServerSideAdaptiveClipping)
 
 
 @dataclass(frozen=True)
@@ -84,6 +99,8 @@ class ServerHalf:
         sums_in_float64: replies may come in the precision of the model; for others they are widened first.
         takes_the_mean: all that this very class takes from a round is the mean weighted by examples. A subclass, which
             may look at each reply, does not inherit it.
+        hides_clients: it adds noise to what it makes public, so that nobody learns what a single client sent: nothing
+            else that clients send may be averaged beside it, or around it.
     """
 
     context: ServerContext
@@ -92,6 +109,7 @@ class ServerHalf:
     takes_all_tensors: ClassVar[bool] = False
     sums_in_float64: ClassVar[bool] = False
     takes_the_mean: ClassVar[bool] = False
+    hides_clients: ClassVar[bool] = False
 
     def begin(self, context: ServerContext) -> None:
         """Takes what there is to know of the run.
@@ -148,3 +166,23 @@ def averaging(strategy: Strategy) -> Strategy:
     """Returns the strategy that averages the weights: this one, or the innermost that it wraps."""
     inner = server_half(strategy).wraps
     return strategy if inner is None else averaging(inner)
+
+
+def is_plain_mean(strategy: Strategy) -> bool:
+    """Returns whether all that a strategy takes from a round is the mean weighted by examples.
+
+    Flower's own classes by exact type: a subclass may look at each reply, so it gets each reply, unless it says
+    `takes_the_mean` itself. Of a strategy that wraps another one, the inner one counts.
+    """
+    strategy = averaging(strategy)
+    return (
+        (type(strategy) in PLAIN_MEANS or vars(type(strategy)).get("takes_the_mean", False))
+        and isinstance(strategy, FedAvg)
+        and strategy.weighted_by_key == NUM_EXAMPLES
+        and strategy.train_metrics_aggr_fn is aggregate_metricrecords
+    )
+
+
+def hides_clients(strategy: Strategy) -> bool:
+    """Returns whether a strategy hides by noise what single clients send, as `ServerHalf.hides_clients` says."""
+    return server_half(strategy).hides_clients or isinstance(strategy, PRIVATE)

@@ -181,7 +181,8 @@ class Federation:
             self.take(number, replies[0].content.array_records[ARRAYS])
             return self.means("train")
         try:
-            arrays, metrics = self.server.aggregate(number, replies, self.shared)
+            with seeded_globals(self.seed, "aggregate", number):  # Flower's noise is drawn there
+                arrays, metrics = self.server.aggregate(number, replies, self.shared)
         except AppExitException as error:
             reason = f"cannot use what the clients sent: {str(error).removesuffix('. Skipping aggregation.')}"
             beside = sorted({name for reply in replies for name in reply.content.array_records if name != ARRAYS})

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.app.exception import AppExitException
-from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi, Strategy
+from flwr.serverapp.strategy import FedAvg, Strategy
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 
 from devices.errors import UserError
@@ -21,12 +21,27 @@ from devices.texts import as_yaml
 from fedsim.engines.blocks import WeightedSum
 from fedsim.errors import ConfigError, ExitError, NotFiniteError, RunError, in_words, no_exit
 from fedsim.grid.exchange import Exchange
-from fedsim.grid.server_half import ServerContext, ServerHalf, averaging, server_half
-from fedsim.messages.records import ARRAYS, METRICS, NUM_EXAMPLES, array_record, from_array, in_float64, to_array
+from fedsim.grid.server_half import (
+    ServerContext,
+    ServerHalf,
+    averaging,
+    hides_clients,
+    is_plain_mean,
+    server_half,
+)
+from fedsim.messages.records import (
+    ARRAYS,
+    METRICS,
+    NUM_EXAMPLES,
+    array_record,
+    arrays_in,
+    from_array,
+    in_float64,
+    to_array,
+)
 from fedsim.models.roles import TensorRoles
 
 HOOKS_OF_0_1 = frozenset({"complete", "derived", "takes_all_tensors", "takes_the_mean"})
-PLAIN_MEANS = (FedAvg, FedAvgM, FedAdagrad, FedAdam, FedYogi, FedProx)
 
 
 def _is_messages(answer: Any) -> bool:
@@ -54,21 +69,6 @@ ANSWERS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def is_plain_mean(strategy: Strategy) -> bool:
-    """Returns whether all that a strategy takes from a round is the mean weighted by examples.
-
-    Flower's own classes by exact type: a subclass may look at each reply, so it gets each reply, unless it says
-    `takes_the_mean` itself. Of a strategy that wraps another one, the inner one counts.
-    """
-    strategy = averaging(strategy)
-    return (
-        (type(strategy) in PLAIN_MEANS or vars(type(strategy)).get("takes_the_mean", False))
-        and isinstance(strategy, FedAvg)
-        and strategy.weighted_by_key == NUM_EXAMPLES
-        and strategy.train_metrics_aggr_fn is aggregate_metricrecords
-    )
-
-
 def mean_is_all(strategy: Strategy) -> bool:
     """Returns whether new weights are nothing but the mean: the strategy would multiply every weight by one."""
     return is_plain_mean(strategy) and type(strategy).aggregate_train is FedAvg.aggregate_train
@@ -86,7 +86,8 @@ class ServerSide:
         mean_is_all: and makes nothing else of it.
 
     Raises:
-        ConfigError: for a strategy with hooks that only a `ServerHalf` is asked for.
+        ConfigError: for a strategy with hooks that only a `ServerHalf` is asked for, or one that hides clients where
+            statistics, or what another strategy collects, would show them.
     """
 
     def __init__(self, strategy: Strategy, roles: TensorRoles):
@@ -96,6 +97,9 @@ class ServerSide:
         inner = server_half(averaging(strategy))
         self.beside = frozenset() if inner.takes_all_tensors else roles.averaged - roles.private
         self.widens = not self.averages and not inner.sums_in_float64
+        self.hides = hides_clients(averaging(strategy))
+        if self.hides:
+            self._check_hidden()
 
     @property
     def name(self) -> str:
@@ -208,11 +212,44 @@ class ServerSide:
         Returns:
             The weights, or None where the strategy makes none (then nothing else changes either), and the metrics.
         """
+        if self.hides:
+            self._check_plain(replies, shared)
         replies = in_float64(replies) if self.widens else replies
         beside = self._mean_beside(replies, shared) if self.beside else shared
         with np.errstate(all="ignore"):  # `Federation.take` looks whether they are finite
             arrays, metrics = self.ask("aggregate_train", number, replies)
         return (None if arrays is None else self.whole(arrays, beside)), metrics
+
+    def _check_hidden(self) -> None:
+        """Refuses what would be made public without noise, whatever clients send."""
+        inner = averaging(self.strategy)
+        if inner is not self.strategy:
+            raise ConfigError(
+                f"{type(inner).__name__} hides what single clients send, and {self.name} around it shows more of them; "
+                "take one of the two"
+            )
+        if self.beside:
+            raise ConfigError(
+                f"{self.name} hides what single clients send, and statistics of this model ({min(self.beside)}) would "
+                "be averaged without noise; take a model without them, such as model.norm=layer, or private=[norm]"
+            )
+
+    def _check_plain(self, replies: Sequence[Message], shared: ArrayRecord) -> None:
+        """Refuses replies of which a strategy that hides clients would not hide all."""
+        shapes = {name: tuple(array.shape) for name, array in shared.items()}
+        for reply in replies:
+            records = arrays_in(reply.content)
+            weights = {name: tuple(array.shape) for name, array in records.get(ARRAYS, {}).items()}
+            if beside := sorted(records.keys() - {ARRAYS}):
+                sent = f"{beside} beside their weights"
+            elif weights != shapes:
+                sent = "parts of the network"
+            else:
+                continue
+            raise ConfigError(
+                f"{self.name} hides changes of the whole network's weights, and the clients sent {sent}; take a "
+                "trainer that sends weights alone, such as trainer=sgd"
+            )
 
     def _mean_beside(self, replies: Sequence[Message], shared: ArrayRecord) -> ArrayRecord:
         """Takes out of the replies what the strategy is not to see; returns the shared weights with its mean."""

@@ -19,7 +19,7 @@ from fedsim.settings.groups import (
     NEEDED,
     Settings,
 )
-from fedsim.settings.parameters import check_parameters
+from fedsim.settings.parameters import check_parameters, takes
 from fedsim.settings.run_settings import RunSettings
 from fedsim.settings.trust import check_group
 from fedsim.workloads.host_memory import check_fits, model_bytes
@@ -258,19 +258,34 @@ def memory_format(groups: Mapping[str, Settings]) -> str:
 
 
 def build_strategy(settings: RunSettings, num_clients: int) -> Strategy:
-    """Builds the strategy and tells it how many clients to sample, by FedAvg's arguments, which all strategies take."""
+    """Builds the strategy and tells it how many clients to sample, by FedAvg's arguments.
+
+    All strategies take them but Flower's wrappers: there the strategy inside does.
+    """
     train, judge = min(settings.num_asked, num_clients), settings.evaluate_clients
-    strategy: Strategy = instantiate(
-        settings.groups,
-        "strategy",
-        fraction_train=train / num_clients,
-        min_train_nodes=train,
-        fraction_evaluate=judge / num_clients,
-        min_evaluate_nodes=judge,
-        min_available_nodes=train,
-    )
-    stock_rule("check_cohort")(strategy, min(settings.cohort, num_clients))
+    sampling = {
+        "fraction_train": train / num_clients,
+        "min_train_nodes": train,
+        "fraction_evaluate": judge / num_clients,
+        "min_evaluate_nodes": judge,
+        "min_available_nodes": train,
+    }
+    tree = settings.groups["strategy"]
+    if "strategy" in tree:
+        check_group("strategy", tree)  # what its wrappers take is looked up next
+        strategy: Strategy = instantiate({"strategy": _with_sampling(tree, sampling)}, "strategy")
+    else:
+        strategy = instantiate(settings.groups, "strategy", **sampling)
+    stock_rule("check")(strategy, min(settings.cohort, num_clients))
     return strategy
+
+
+def _with_sampling(tree: Settings, sampling: Mapping[str, Any]) -> Settings:
+    """Returns a strategy's settings with those of the sampling where they are taken: by it, or by the one inside."""
+    inside = tree.get("strategy")
+    if not isinstance(inside, dict) or takes(tree, "fraction_train"):
+        return {**tree, **sampling}
+    return {**tree, "strategy": _with_sampling(inside, sampling)}
 
 
 def stock_rule(name: str) -> Callable[..., Any]:

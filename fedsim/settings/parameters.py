@@ -62,6 +62,13 @@ def check_parameters(where: str, tree: Mapping[str, Any], given: Collection[str]
                 raise ConfigError(f"{where}.{key} must be given, e.g. {where}.{key}=...")
 
 
+def takes(tree: Mapping[str, Any], name: str) -> bool:
+    """Returns whether the constructor that settings name has an argument of that name."""
+    from hydra.utils import get_object
+
+    return name in _parameters(get_object(str(tree["_target_"])))[0]
+
+
 def _parameters(target: Any) -> tuple[dict[str, tuple[Any, bool]], bool]:
     """Returns (annotation, required) by name, and whether others are taken; `**rest` goes on to the class above."""
     known: dict[str, tuple[Any, bool]] = {}
