@@ -32,7 +32,7 @@ class Fleet(Checked, group="fleet"):
     Client i's draws depend on the seed and on i alone: a fleet of more clients starts with the same clients.
 
     Args:
-        name: as in the configuration.
+        name: how results call it.
         devices: share of the clients for each device; a key is a shipped name or a path ending in .yaml. Shares are
             normalised.
         num_clients: population size.

@@ -90,6 +90,8 @@ DEVICES += ["enroll", "evaluate", "compare", "train-help"]
         ["compare"],
         ["report"],
         ["study"],
+        ["list"],
+        ["explain"],
         ["doctor"],
         ["data", "list"],
         ["data", "averages"],
@@ -112,7 +114,7 @@ def test_every_command_is_covered_by_the_help_test():
 
     group = typer.main.get_command(cli.app)
     commands = {"run", "flwr", "compare", "paired", "study", "bench", "replay", "resume", "reprice", "report", "doctor"}
-    commands |= {"data", "devices"}
+    commands |= {"data", "devices", "list", "explain"}
     assert set(group.commands) == commands  # type: ignore[attr-defined]
     assert set(group.commands["data"].commands) == {"list", "describe", "averages", "import"}  # type: ignore[attr-defined]
     assert set(group.commands["data"].commands["import"].commands) == set(IMPORTS)  # type: ignore[attr-defined]

@@ -28,11 +28,11 @@ def averages(
     """
     import json
 
+    from devices.units import size
     from fedsim.cli.options import parse_whole
     from fedsim.exchanges.averages import exposures
     from fedsim.report.plots.averages import averages_picture
     from fedsim.report.terminal import console, table
-    from fedsim.report.text import size
     from fedsim.settings.build import build_world
     from fedsim.settings.compose import compose
     from fedsim.workloads.classification import classification

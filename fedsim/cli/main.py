@@ -14,7 +14,9 @@ from fedsim.cli.data import describe, list_data
 from fedsim.cli.data_import import app as import_app
 from fedsim.cli.devices.main import app as devices_app
 from fedsim.cli.doctor import doctor
+from fedsim.cli.explain import explain
 from fedsim.cli.flower import flwr
+from fedsim.cli.listing import list_options
 from fedsim.cli.process import run_app
 from fedsim.cli.replay import replay
 from fedsim.cli.report import report
@@ -39,6 +41,8 @@ app.add_typer(devices_app, name="devices")
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 app.command(cls=RunCommand, context_settings=PASS_THROUGH, epilog=RUN_EPILOG)(run)
+app.command("list")(list_options)
+app.command()(explain)
 app.command(context_settings=PASS_THROUGH)(flwr)
 app.command()(compare)
 app.command("paired", hidden=True)(compare)

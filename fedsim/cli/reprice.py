@@ -40,8 +40,8 @@ def reprice(
 
 def _costs(before: dict[str, Any], now: dict[str, Any]) -> Table:
     """What the run took, and what it would have taken."""
+    from devices.units import energy, simulated, size
     from fedsim.report.terminal import table
-    from fedsim.report.text import energy, simulated, size
 
     shown = table("", "rounds", "time", "energy", "traffic", "completed", "late", left=("",))
     for name, summary in (("as it was run", before), ("re-priced", now)):

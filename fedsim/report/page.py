@@ -14,6 +14,7 @@ import numpy as np
 from devices.errors import FileError
 from devices.reading import read_text
 from devices.texts import visible, visible_lines
+from devices.units import energy, simulated, size
 from devices.writing import write_atomic
 from fedsim.messages.cohort import OUTCOMES
 from fedsim.report import strict_json
@@ -34,7 +35,6 @@ from fedsim.report.place import PAGE, SUMMARY
 from fedsim.report.plots.split import draw_split
 from fedsim.report.rounds import RoundReport, read_rounds
 from fedsim.report.split import primary_of, read_split
-from fedsim.report.text import energy, simulated, size
 from fedsim.workloads.describe import Split
 from fedsim.workloads.metrics import Metric, took_part
 

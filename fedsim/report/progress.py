@@ -11,10 +11,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from devices.units import simulated
 from fedsim.report.rounds import RoundReport
 from fedsim.report.split import primary_of
 from fedsim.report.terminal import PlainProgress
-from fedsim.report.text import NO_VALUE, simulated
+from fedsim.report.text import NO_VALUE
 from fedsim.workloads.metrics import NOT_FINITE
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+import textwrap
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from rich.cells import cell_len
@@ -11,7 +12,7 @@ from rich.console import Console, RenderableType
 from rich.progress import Progress, ProgressColumn
 from rich.table import Table
 
-from devices.texts import visible_lines
+from devices.texts import visible, visible_lines
 
 CELL_LETTERS = 400  # of a line in a cell; commands and paths are the longest
 NAME_WIDTH = 24  # columns that a column of text needs at most: what is longer may be broken
@@ -37,6 +38,33 @@ class PlainConsole(Console):
     def note(self, text: str, style: str | None = None) -> None:
         """Prints a text that is broken between words where the line ends, as below a table."""
         self.print(text, style=style, highlight=False)
+
+    def indented(self, text: str, indent: int = 2) -> None:
+        """Prints the lines of a text further to the right, broken between words where the line ends."""
+        for line in visible_lines(text).split("\n"):
+            own = indent + len(line) - len(line.lstrip())
+            for part in textwrap.wrap(line.strip(), max(self.width - own, NAME_WIDTH), break_on_hyphens=False) or [""]:
+                self.say((" " * own + part).rstrip())
+
+    def pairs(self, rows: Iterable[tuple[str, str]], indent: int = 0, most: int = NAME_WIDTH) -> None:
+        """Prints names and, beside each, a text that is broken between words.
+
+        Args:
+            rows: the names with their texts.
+            indent: columns to the left of them.
+            most: columns of the names; a longer one has a line of its own.
+        """
+        rows = [(visible(name), visible(text)) for name, text in rows]
+        column = indent + 2 + min(max((cell_len(name) for name, _ in rows), default=0), most)
+        for name, text in rows:
+            lines = textwrap.wrap(text, max(self.width - column, NAME_WIDTH), break_on_hyphens=False) or [""]
+            name = " " * indent + name
+            if cell_len(name) + 2 > column:
+                self.say(name)
+            else:
+                lines[0] = name + " " * (column - cell_len(name)) + lines[0]
+            for number, line in enumerate(lines):
+                self.say((line if line.startswith(name) and not number else " " * column + line).rstrip())
 
 
 class PlainTable(Table):

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
+from devices.units import energy, simulated, size
 from fedsim.report.rounds import RoundReport
 from fedsim.report.terminal import table
 from fedsim.settings.catalogue import WorkloadRow
@@ -17,30 +18,6 @@ from fedsim.workloads.metrics import ACCURACY, CLIENTS, Metric, judged
 TABLE_ROWS = 10
 NO_VALUE = "not finite"
 BY_CLASS = "examples of each class"
-
-
-def simulated(seconds: float) -> str:
-    """Returns simulated time in the unit that reads best."""
-    for unit, size in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
-        if seconds >= 2 * size or (unit == "h" and seconds >= size):
-            return f"{seconds / size:.2f} {unit}"
-    return f"{seconds:.1f} s"
-
-
-def energy(joules: float) -> str:
-    """Returns energy in J, kJ or MJ."""
-    for unit, size in (("MJ", 1e6), ("kJ", 1e3)):
-        if joules >= size:
-            return f"{joules / size:.2f} {unit}"
-    return f"{joules:.1f} J"
-
-
-def size(count: float) -> str:
-    """Returns bytes in decimal units, as networks and phones count them."""
-    for unit, step in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= step:
-            return f"{count / step:.2f} {unit}"
-    return f"{count:.0f} B"
 
 
 def closing_table(reports: Sequence[RoundReport], primary: Metric = ACCURACY) -> Table:

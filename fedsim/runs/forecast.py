@@ -50,7 +50,7 @@ def sentence(seconds: float, checkpoint_s: float | None) -> str:
         seconds: as `host_seconds` has them.
         checkpoint_s: host seconds between checkpoints; None: there are none.
     """
-    from fedsim.report.text import simulated
+    from devices.units import simulated
 
     if seconds < ANNOUNCED_S:
         return ""

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from devices.texts import visible_lines
+from devices.units import energy, simulated, size
 from devices.writing import write_atomic
 from fedsim.report.plots.style import METRICS
-from fedsim.report.text import energy, simulated, size
 from fedsim.study.paired import Row, span
 from fedsim.study.results import Result
 

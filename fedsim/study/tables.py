@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from textwrap import wrap
 from typing import Any
 
+from devices.units import energy, simulated, size
 from fedsim.report.plots.style import METRICS
 from fedsim.report.terminal import PlainTable, table
-from fedsim.report.text import energy, simulated, size
 from fedsim.study.page import figure, label, score, scores_are_of
 from fedsim.study.paired import correction
 from fedsim.study.results import Result, cost_of_target
