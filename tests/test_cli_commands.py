@@ -1,11 +1,13 @@
 """`fedsim doctor` and `fedsim bench`, and the help of every command."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from conftest import Ended, assert_refused
 
 from fedsim.cli import main as cli
@@ -110,8 +112,6 @@ def test_every_help_has_an_example(command: list[str], fedsim: Callable[..., End
 
 
 def test_every_command_is_covered_by_the_help_test():
-    import typer
-
     group = typer.main.get_command(cli.app)
     commands = {"run", "flwr", "compare", "paired", "study", "bench", "replay", "resume", "reprice", "report", "doctor"}
     commands |= {"data", "devices", "list", "explain"}
@@ -119,6 +119,46 @@ def test_every_command_is_covered_by_the_help_test():
     assert set(group.commands["data"].commands) == {"list", "describe", "averages", "import"}  # type: ignore[attr-defined]
     assert set(group.commands["data"].commands["import"].commands) == set(IMPORTS)  # type: ignore[attr-defined]
     assert set(group.commands["devices"].commands) == set(DEVICES)  # type: ignore[attr-defined]
+
+
+def all_commands(group: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The words of every command and of the groups above them."""
+    yield above
+    for name, command in getattr(group, "commands", {}).items():
+        yield from all_commands(command, (*above, name))
+
+
+@pytest.mark.parametrize(
+    "words", [*all_commands(typer.main.get_command(cli.app))], ids=lambda words: " ".join(words) or "-"
+)
+def test_the_short_form_of_help_is_help(words: tuple[str, ...], fedsim: Callable[..., Ended]):
+    long, short = fedsim(*words, "--help"), fedsim(*words, "-h")
+    assert (short.code, short.out, short.err) == (0, long.out, "")
+    assert "--help" in short.out
+
+
+def test_the_version_is_said(fedsim: Callable[..., Ended]):
+    assert fedsim("--version") == Ended(0, f"fedsim {version('fedsim-edge')}\n", "")
+
+
+def test_a_wrong_command_gets_the_nearest_once(fedsim: Callable[..., Ended]):
+    assert fedsim("compar").err == "fedsim: No such command 'compar'. Did you mean 'compare'? (see fedsim --help)\n"
+
+
+def test_help_of_run_has_every_setting_with_its_comment_and_what_hydra_takes(fedsim: Callable[..., Ended]):
+    shown = fedsim("run", "--help").out
+    assert "cohort=10             clients asked per round" in shown
+    assert all(f"\n {flag} " in shown for flag in ("-m", "--cfg job", "--config-dir DIR", "--allow-target NAME"))
+    assert "\n private=[] " in shown
+
+
+def test_help_of_run_explains_the_options_on_the_line(fedsim: Callable[..., Ended]):
+    ended = fedsim("run", "method=ditto", "partition=dirichlet", "--help")
+    assert (ended.code, ended.err) == (0, "")
+    assert "trainer.pull=1.0           lambda: how much the personal model is drawn" in ended.out
+    assert "partition.alpha=0.3       small: few classes dominate a client" in ended.out
+    assert "Hydra" not in ended.out
+    assert_refused(fedsim("run", "method=dito", "-h"), "unknown method 'dito'; did you mean 'ditto'?")
 
 
 def test_help_of_run_lists_every_group_and_option(fedsim: Callable[..., Ended]):

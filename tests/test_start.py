@@ -36,5 +36,10 @@ def test_a_run_imports_nothing_heavy_that_it_does_not_need(tmp_path: Path, model
     assert "<img" in (tmp_path / "run" / "report.html").read_text()
 
 
+@pytest.mark.parametrize("command", ["list", "list methods", "list devices", "explain method fedmix", "run -h"])
+def test_finding_things_imports_no_torch(tmp_path: Path, command: str):
+    assert not {"torch", "flwr", "hydra", "scipy", *HEAVY} & modules_of(tmp_path, *command.split())
+
+
 def test_help_imports_neither_torch_nor_flower(tmp_path: Path):
     assert not {"torch", "numpy", "flwr", "hydra", "omegaconf", *HEAVY} & modules_of(tmp_path, "--help")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import shlex
 import signal
 import stat
@@ -72,7 +73,8 @@ def _end(error: BaseException, typed: list[str]) -> NoReturn:
         sys.exit(2)
     if isinstance(error, exceptions.ClickException):
         command = getattr(getattr(error, "ctx", None), "command_path", "fedsim")
-        _give_up(f"{shortened(error.format_message(), typed)} (see {command} --help)", 2, error)
+        text = re.sub(r"( Did you mean [^?]*\?)\1+", r"\1", error.format_message())  # typer and click both ask
+        _give_up(f"{shortened(text, typed)} (see {command} --help)", 2, error)
     if isinstance(error, UserError):
         _give_up(str(error), 2, error)
     if isinstance(error, RunError):
