@@ -81,7 +81,11 @@ MISTAKES = {
     "no threads": ("engine.threads=0", "engine.threads must be at least 1, got 0"),
     "unknown engine": ("engine=rayy", "unknown engine 'rayy'", "local"),
     "unknown class": ("strategy._target_=nope.Nope", "strategy._target_='nope.Nope' cannot be used", "nope"),
-    "class of another kind": ("model._target_=torch.nn.Linear", "unknown setting for Linear 'model.hidden'"),
+    "class of another kind": (
+        "model._target_=torch.nn.Linear",
+        "model._target_='torch.nn.Linear' makes no network",
+        "'in_features'",
+    ),
     "name with slash": ("name=a/b", "name", "'a/b'", "use out="),
     "name that climbs": ("name=..", "name", "'..'"),
     "name as list": ("name=[1]", "name must be text, or null, got [1]"),

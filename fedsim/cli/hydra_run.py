@@ -45,7 +45,7 @@ def run_with_hydra(arguments: list[str]) -> None:
         assert isinstance(mine, list)
         try:
             with one_sentence(overrides):
-                settings = resolve(config, hydra_config.runtime.choices)
+                settings = resolve(config, hydra_config.runtime.choices, mine)
             if hydra_config.mode == RunMode.MULTIRUN:
                 settings["out"] = str(Path(hydra_config.sweep.dir) / str(hydra_config.job.num))
             summaries.append((mine, *run_one(settings, brief=hydra_config.mode == RunMode.MULTIRUN)))

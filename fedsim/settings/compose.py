@@ -29,6 +29,7 @@ from fedsim.settings.groups import (
     left_out_group,
 )
 from fedsim.settings.hydra_text import as_hydra
+from fedsim.settings.leftovers import without_leftovers
 from fedsim.settings.moved import updated
 from fedsim.settings.overrides import check_overrides, is_of_hydra, parsed
 from fedsim.settings.run_settings import TEXTS, RunSettings
@@ -46,7 +47,7 @@ def compose(overrides: Sequence[str]) -> Settings:
             raise ConfigError(f"{text} is a setting of Hydra itself, which only fedsim run takes, on its command line")
     with one_sentence(overrides):
         composed = _composed(overrides)
-        return resolve(composed, composed.hydra.runtime.choices)
+        return resolve(composed, composed.hydra.runtime.choices, overrides)
 
 
 def _composed(overrides: Sequence[str]) -> Any:
@@ -117,10 +118,13 @@ def on_engine(settings: Settings, overrides: Sequence[str]) -> Settings:
     return check({**settings, "engine": engine, "choices": {**settings["choices"], "engine": name}})
 
 
-def resolve(config: Any, choices: Any) -> Settings:
-    """Returns plain checked settings from a composed config; `choices` says which option each group took.
+def resolve(config: Any, choices: Any, overrides: Sequence[str]) -> Settings:
+    """Returns plain checked settings from a composed config.
 
-    A config that has its choices already (the `config.yaml` of an earlier run) keeps them.
+    Args:
+        config: one that has its choices already (the `config.yaml` of an earlier run) keeps them.
+        choices: which option each group took.
+        overrides: with which it was composed.
     """
     from omegaconf import OmegaConf, open_dict
 
@@ -135,7 +139,7 @@ def resolve(config: Any, choices: Any) -> Settings:
         raise ConfigError(f"{missing[0]} must be given, e.g. {missing[0]}=...")
     settings = OmegaConf.to_container(config, resolve=True)
     assert isinstance(settings, dict)
-    settings = updated(settings)
+    settings = without_leftovers(updated(settings), overrides)
     if not earlier:
         return check(settings)
     settings = check(completed(settings))
@@ -257,30 +261,18 @@ def on_devices(settings: Settings, overrides: Sequence[str]) -> Settings:
     composed = compose([f"{group}={name}" for group, name in groups.items()])
     now: Settings = {**deepcopy(settings), "choices": {**settings["choices"], **groups}}
     now |= {group: composed[group] for group in groups}
-    for override in given:
-        if override.key_or_group not in REPRICED:
-            _put(now, override.key_or_group.split("."), override)
-    return check(now)
+    now = _overridden(now, [override for override in given if override.key_or_group not in REPRICED])
+    return check(without_leftovers(now, overrides))
 
 
-def _put(tree: Settings, path: Sequence[str], override: Any) -> None:
-    """Sets or deletes what an override names; with another `_target_` the settings of the one before go.
+def _overridden(settings: Settings, overrides: list[Any]) -> Settings:
+    """Returns finished settings with some overrides, as Hydra applies them where it composes."""
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+    from omegaconf import OmegaConf
 
-    Raises:
-        ConfigError: if there is nothing to set it in, or to delete.
-    """
-    *above, last = path
-    for name in above:
-        tree = tree.get(name)  # type: ignore[assignment]
-        if not isinstance(tree, dict):
-            raise ConfigError(f"unknown setting {'.'.join(path)!r}")
-    if override.is_delete():
-        if last not in tree:
-            raise ConfigError(f"unknown setting {'.'.join(path)!r}")
-        del tree[last]
-        return
-    value = override.value()
-    if last == "_target_" and tree.get(last) != value:
-        for name in [name for name in tree if not name.startswith("_")]:
-            del tree[name]
-    tree[last] = value
+    config = OmegaConf.create(settings)
+    OmegaConf.set_struct(config, True)
+    with one_sentence():
+        ConfigLoaderImpl._apply_overrides_to_config(overrides, config)
+    plain: Settings = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    return plain

@@ -128,7 +128,7 @@ def _check_run(tree: Path, where: str, name: str, overrides: Sequence[str], show
         if key := _difference(_of_hydra(composed), _of_hydra(usual), "hydra"):
             raise _refused(key, where)
         if not shown:
-            settings = resolve(composed, composed.hydra.runtime.choices)
+            settings = resolve(composed, composed.hydra.runtime.choices, overrides)
             check_trusted(settings)
             check_address(settings, overrides, where)
 

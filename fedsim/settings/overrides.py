@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from devices.errors import one_line, unknown
@@ -15,31 +15,51 @@ from fedsim.settings.check import known_keys
 from fedsim.settings.groups import FREE_MAPS, GROUPS, options
 from fedsim.settings.run_settings import TEXTS
 
+TARGET = "_target_"
+
 
 def check_overrides(overrides: Sequence[str]) -> list[str]:
-    """Returns the overrides, those of `FREE_MAPS` written so that they replace the map instead of adding to it.
+    """Returns the overrides as Hydra is to read them; see `_for_hydra`.
 
     Raises:
         ConfigError: for an override that cannot be read, or a group that is given something else than a name.
     """
-    checked: list[str] = []
-    for text in overrides:
-        override = parsed(text)
-        key, value = override.key_or_group, override.value()
-        plain = not text.startswith(("+", "~"))
-        if any(len(part) > FILE_BYTES for part in re.split("[./@]", key)):
-            raise ConfigError(unknown("setting", key, known_keys()))  # Hydra would look for a file of that name
-        if plain and key in GROUPS and not (isinstance(value, str | dict) or override.is_sweep_override()):
-            raise ConfigError(unknown(key, "null" if value is None else value, options(key)))
-        if plain and key in GROUPS and isinstance(value, str) and (len(value) > FILE_BYTES or not storable(value)):
-            raise ConfigError(unknown(key, value, options(key)))  # no name of a file, which it would be taken for
-        if plain and key in TEXTS and isinstance(value, int | float) and not isinstance(value, bool):
-            text = f'{key}="{text.partition("=")[2].strip()}"'  # name=1e-3 is a name, not 0.001
-        if plain and key in FREE_MAPS and (isinstance(value, dict) or override.is_sweep_override()):
-            checked += [f"~{key}", f"+{text}"]
-        else:
-            checked.append(text)
-    return checked
+    read = [(text, parsed(text)) for text in overrides]
+    remade = {place for _, override in read if (place := _remade(override))}
+    return [checked for text, override in read for checked in _for_hydra(text, override, remade)]
+
+
+def _remade(override: Any) -> str:
+    """Returns the place for which an override names another `_target_`; empty where it names none."""
+    above, _, last = str(override.key_or_group).rpartition(".")
+    names_it = not override.is_delete() and isinstance(override.value(), dict) and TARGET in override.value()
+    return above if last == TARGET else str(override.key_or_group) if names_it else ""
+
+
+def _for_hydra(text: str, override: Any, remade: Collection[str]) -> list[str]:
+    """Returns an override, checked, as Hydra is to read it.
+
+    One of `FREE_MAPS` replaces the map instead of adding to it; what is deleted may be null; below a place that gets
+    another `_target_` there may be new keys.
+    """
+    key, value = override.key_or_group, override.value()
+    plain = not text.startswith(("+", "~"))
+    if any(len(part) > FILE_BYTES for part in re.split("[./@]", key)):
+        raise ConfigError(unknown("setting", key, known_keys()))  # Hydra would look for a file of that name
+    if plain and key in GROUPS and not (isinstance(value, str | dict) or override.is_sweep_override()):
+        raise ConfigError(unknown(key, "null" if value is None else value, options(key)))
+    if plain and key in GROUPS and isinstance(value, str) and (len(value) > FILE_BYTES or not storable(value)):
+        raise ConfigError(unknown(key, value, options(key)))  # no name of a file, which it would be taken for
+    if plain and key in TEXTS and isinstance(value, int | float) and not isinstance(value, bool):
+        text = f'{key}="{text.partition("=")[2].strip()}"'  # name=1e-3 is a name, not 0.001
+    if plain and key in FREE_MAPS and (isinstance(value, dict) or override.is_sweep_override()):
+        return [f"~{key}", f"+{text}"]
+    if override.is_delete() and value is None and "." in key and not re.search("[/@]", key) and not is_of_hydra(text):
+        return [f"{key}=0", text]  # Hydra takes null for what is not there
+    below = any(key.startswith(f"{place}.") for place in remade) and not key.endswith(f".{TARGET}")
+    if not override.is_delete() and (below or key == _remade(override)):
+        return [f"++{text.lstrip('+')}"]
+    return [text]
 
 
 def is_of_hydra(text: str) -> bool:

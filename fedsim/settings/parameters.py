@@ -66,7 +66,16 @@ def takes(tree: Mapping[str, Any], name: str) -> bool:
     """Returns whether the constructor that settings name has an argument of that name."""
     from hydra.utils import get_object
 
-    return name in _parameters(get_object(str(tree["_target_"])))[0]
+    return name in parameter_names(get_object(str(tree["_target_"])))
+
+
+def parameter_names(target: Any) -> frozenset[str]:
+    """Returns the arguments that a class or function names, those of the classes above it among them.
+
+    Raises:
+        TypeError, ValueError: if it does not say what it takes.
+    """
+    return frozenset(_parameters(target)[0])
 
 
 def _parameters(target: Any) -> tuple[dict[str, tuple[Any, bool]], bool]:
