@@ -142,7 +142,7 @@ def test_columns_of_rows_are_what_the_rows_say(monkeypatch):
 
 def test_tensorboard_has_the_simulated_time_as_wall_time(run, tmp_path):
     run("evaluate_every=2", "rounds=3")
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "fedavg-blobs-uniform-seed1")).Reload()
     rounds = read_rounds(tmp_path)
     joules = events.Scalars("round/energy_j")
     assert [(e.step, e.wall_time) for e in joules] == [(r.round, r.now_s) for r in rounds]
@@ -266,7 +266,8 @@ def test_failing_run_leaves_a_note_and_everything_so_far(run, tmp_path):
     assert "failed in round 2 (seed 1): ValueError: no more; replay it with: fedsim replay" in note["reason"]
     assert [r.round for r in read_rounds(tmp_path)] == [0, 1]
     assert list(pd.read_parquet(tmp_path / "clients")["round"]) == [1, 1, 1]
-    assert len(EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("metric/loss")) == 2
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert len(EventAccumulator(str(events)).Reload().Scalars("metric/loss")) == 2
     assert not (tmp_path / "summary.json").exists()
 
 

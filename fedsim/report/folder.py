@@ -23,13 +23,13 @@ from devices.writing import make_folders, naming, remove_empty, sync_folder, wri
 from fedsim.engines.locks import hold
 from fedsim.errors import ClientError, ConfigError
 from fedsim.grid.exchange import ClientReport
-from fedsim.messages.cohort import OUTCOMES
 from fedsim.messages.updates import Instruction
 from fedsim.report import strict_json
 from fedsim.report.checksums import Beginning, Checksums, check_inside, sha256_of, sha256_of_file, signed
 from fedsim.report.client_rows import client_table
 from fedsim.report.instructions import write_instruction
 from fedsim.report.place import (
+    CHECKPOINT,
     CLIENTS,
     CONFIG,
     CONFUSION,
@@ -49,8 +49,12 @@ from fedsim.report.place import (
     remove_unfinished,
 )
 from fedsim.report.rounds import RoundReport, read_rounds
-from fedsim.report.tensorboard import Events
+from fedsim.report.tensorboard import Board
+from fedsim.settings.names import label_of
+from fedsim.settings.run_settings import RunSettings
 from fedsim.workloads.by_class import ByClass
+from fedsim.workloads.metrics import ACCURACY, LOSS, Metric
+from fedsim.workloads.metrics import CLIENTS as OF_CLIENTS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,6 +72,7 @@ class RunFolder:
         resume: the folder holds the beginning of this run.
         last: then, the last round that stays; what came after it is taken away, to be written again.
         sums: then, of the checkpoint that the run goes on from; None where there is none, or fedsim 0.1 wrote it.
+        primary: the metric that models are judged by.
 
     Attributes:
         before: the rounds that are there already.
@@ -84,6 +89,7 @@ class RunFolder:
         resume: bool = False,
         last: int = -1,
         sums: Checksums | None = None,
+        primary: Metric = ACCURACY,
     ):
         import yaml
 
@@ -91,7 +97,7 @@ class RunFolder:
             _refuse_links(path)
         else:
             check_free(path)
-        self.path, self._digest, self._length = path, sha256(), 0
+        self.path, self._settings, self._digest, self._length = path, settings, sha256(), 0
         try:
             self._made = make_folders(path)
             (path / CLIENTS).mkdir(exist_ok=True)
@@ -116,7 +122,9 @@ class RunFolder:
                 write_atomic(path / CONFIG, signed(yaml.safe_dump({**settings, "out": None}, sort_keys=False)))
             self._files = {CONFIG: sha256_of_file(path / CONFIG)}
             self._files |= {f"{CLIENTS}/{name}": sha256_of_file(path / CLIENTS / name) for name in self._tables()}
-            self._events = Events(path / EVENTS, purge_step=last + 1 if resume else None)
+            typed = RunSettings.of(settings)
+            shown = (primary.name, LOSS, *(f"{OF_CLIENTS}{name}" for name in (primary.name, LOSS)))
+            self._events = Board(path / EVENTS, label_of(typed), shown, self.before if resume else None)
         except BaseException:
             self._rounds.close()
             raise
@@ -157,7 +165,7 @@ class RunFolder:
         self._digest.update(line)
         self._length += len(line)
         self._clients += clients
-        self._add_events(report)
+        self._events.add(report)
         if time.monotonic() - self._flushed_at > FLUSH_S or len(self._clients) >= FLUSH_ROWS:
             self.flush()
 
@@ -201,6 +209,7 @@ class RunFolder:
             self._events.picture(name, picture, png.getvalue(), summary["rounds"], summary["simulated_s"])
         if by_class is not None:
             self._write_table(CONFUSION, by_class.table())
+        self._events.finish(self._settings, summary)
         self.checksums()
         write_atomic(self.path / SUMMARY, strict_json.dumps(summary, indent=1) + "\n")
         (self.path / RESERVE).unlink(missing_ok=True)
@@ -251,22 +260,6 @@ class RunFolder:
             with suppress(OSError):
                 file.close()
 
-    def _add_events(self, report: RoundReport) -> None:
-        """Writes a round for TensorBoard with simulated time as wall time: its "relative" axis is the devices' time."""
-        outcomes = {f"outcome/{o}": len(report.outcomes.get(o, ())) for o in OUTCOMES} if report.cohort else {}
-        scalars = {
-            **{f"metric/{key}": value for key, value in report.metrics.items()},
-            "round/simulated_s": report.round_s,
-            "round/energy_j": report.joules,
-            "round/tail_energy_j": report.tail_joules,
-            "round/down_bytes": report.down_bytes,
-            "round/up_bytes": report.up_bytes,
-            "round/peak_memory_bytes": report.peak_memory_bytes,
-            "round/storage_bytes": report.storage_bytes,
-            **outcomes,
-        }
-        self._events.scalars(scalars, report.round, report.now_s)
-
 
 def _refuse_links(path: Path) -> None:
     """Refuses a folder whose parts are links to elsewhere, or no files: a run that goes on would write to them.
@@ -277,8 +270,8 @@ def _refuse_links(path: Path) -> None:
     try:
         for name in (*WRITTEN, RESERVE):
             check_inside(path, path / name)
-        for name in (CLIENTS, "checkpoint"):
-            for found in (path / name).glob("*"):
+        for name in (CLIENTS, CHECKPOINT, EVENTS):
+            for found in (path / name).rglob("*"):
                 check_inside(path, found)
         files = (path / name for name in WRITTEN if "." in name)
         for file in (*files, *(table for table in (path / CLIENTS).glob("*") if ROWS.fullmatch(table.name))):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from devices.texts import visible
+from devices.texts import file_name, visible
 from fedsim.settings.groups import devices_of_fleet, preset, preset_private, target_of
 from fedsim.settings.run_settings import RunSettings
 
@@ -47,6 +47,12 @@ def fleet_name(settings: RunSettings) -> str:
         return name
     devices = [Path(device).stem if device.endswith(".yaml") else device for device in own]
     return ", ".join(devices) if len(devices) <= MAX_NAMED else f"{len(devices)} devices of its own"
+
+
+def label_of(settings: RunSettings) -> str:
+    """Names a run as a part of a path: by its own name, or by what ran and its seed."""
+    what = (method_name(settings), workload_name(settings), fleet_name(settings), f"seed{settings.seed}")
+    return file_name(settings.name or "-".join(what))
 
 
 def used(settings: RunSettings, group: str) -> str:
