@@ -17,6 +17,7 @@ from fedsim.errors import ClientError, ConfigError, as_error, no_exit
 from fedsim.grid.exchange import ClientReport
 from fedsim.messages.updates import Instruction
 from fedsim.report.folder import RunFolder
+from fedsim.report.loggers import Log, check_logger
 from fedsim.report.place import check_free
 from fedsim.report.rounds import RoundReport, Totals
 from fedsim.report.split import write_split
@@ -60,6 +61,7 @@ def run(
     """
     if not resume:
         check_free(out)
+    check_logger(settings["logger"])
     federation = Federation(build_world(json.dumps(settings)), engine, observe)
     workload, saved = federation.world.workload, checkpoint.load(out) if resume else None
     data, totals = of_run(settings, workload), Totals()
@@ -71,6 +73,7 @@ def run(
     if announce:
         _announce(announce, federation, out, resume, saved)
     with writer:
+        writer.log = Log(out, settings, writer.reports)
         for report, clients in federation.rounds(writer.reports[-1] if writer.reports else None):
             writer.add(report, clients)
             if watch:
@@ -93,6 +96,7 @@ class RunWriter:
 
     Attributes:
         reports: of all rounds so far.
+        log: what is told to a logger, beside the folder.
     """
 
     def __init__(
@@ -111,6 +115,7 @@ class RunWriter:
         self.folder = RunFolder(out, settings, resume, last, sums, federation.primary)
         write_split(federation.world.workload, out)
         self.reports: list[RoundReport] = self.folder.before
+        self.log: Log | None = None
         self.checkpoints = checkpoint.Checkpoints(out, federation.settings.checkpoint_s)
         if saved is not None:
             self.checkpoints.forget_after(saved)
@@ -127,12 +132,16 @@ class RunWriter:
                 self._fail(raised)
         finally:
             self.folder.close()
+            if self.log is not None:
+                self.log.close(raised is None)
 
     def add(self, report: RoundReport, clients: list[ClientReport]) -> None:
         """Writes a round that has ended."""
         self.folder.add(report, clients)
         self.totals.add(report, clients)
         self.reports.append(report)
+        if self.log is not None:
+            self.log.add(report)
 
     def keep_if_due(self) -> None:
         """Writes a checkpoint when it is time for one, or when a longer run would go on from here."""
@@ -160,6 +169,8 @@ class RunWriter:
         self._keep(federation.state() if goes_on else None)
         self.folder.finish(summary, world.workload.pictures(reports), by_class)
         self.checkpoints.keep(kept_at_the_end(federation.settings))
+        if self.log is not None:
+            self.log.finish(summary)
         return summary
 
     def _keep(self, federation: dict[str, Any] | None) -> None:

@@ -95,12 +95,15 @@ def completed(settings: Settings) -> Settings:
 
 
 def on_engine(settings: Settings, overrides: Sequence[str]) -> Settings:
-    """Returns the settings of the same run elsewhere: other ones of the engine, as far as they cannot change a result.
+    """Returns the settings of the same run elsewhere: of the engine, as far as no result changes, and the logger.
 
     Raises:
         ConfigError: for any other setting.
     """
     engine, name = dict(settings["engine"]), settings["choices"]["engine"]
+    logger = [parsed(text).value() for text in overrides if parsed(text).key_or_group == "logger"]
+    overrides = [text for text in overrides if parsed(text).key_or_group != "logger"]
+    settings = {**settings, "logger": logger[-1]} if logger else settings
     for text in overrides:
         key = parsed(text).key_or_group
         if key != "engine" and not key.startswith("engine."):

@@ -47,6 +47,7 @@ class RunSettings:
     on_client_error: Literal["stop", "drop"]
     out: str | None
     name: str | None
+    logger: Literal["wandb", "mlflow"] | None
     choices: Mapping[str, Any]
     groups: Mapping[str, Settings]
 

@@ -21,7 +21,7 @@ from fedsim.study.results import FinishedRun, Result
 from fedsim.study.spec import Arm, PlannedRun, Study
 from fedsim.workloads.metrics import Metric, judged
 
-IGNORED = ("seed", "out", "name", "choices", "checkpoint_s", "engine")  # in which runs of one row may differ
+IGNORED = ("seed", "out", "name", "choices", "checkpoint_s", "engine", "logger")  # in which runs of one row may differ
 OF_METHOD = ("strategy", "trainer", "method", "experiment")  # groups that the name of a method stands for
 ASIDE = ".unfinished-"  # in the name of what a study has put aside
 DEPTH = 2  # folders below the given one: of a sweep the runs, of a study the arms with their runs
