@@ -226,7 +226,7 @@ def _bar() -> Iterator[Track]:
 
 def told(bundled: Bundled) -> list[str]:
     """Returns what is in a bundle, and the commands that use it, as lines of text."""
-    from fedsim.report.text import size
+    from devices.units import size
 
     train, test = bundled.data.train, bundled.data.test
     classes = list(bundled.data.classes)
