@@ -60,7 +60,7 @@ def test_a_run_that_has_ended_has_its_settings_beside_its_figures(run, tmp_path:
     found = started(final)
     assert (found["method"], found["workload"], found["fleet"]) == ("fedavg", "blobs", "pixel3, mi_9")
     assert (found["trainer.momentum"], found["seed"], found["target_accuracy"]) == (0.5, 1, 0.2)
-    assert found["fleet.devices"] == "{'pixel3': 2, 'mi_9': 1}"
+    assert found["fleet.devices"] == '{"pixel3": 2, "mi_9": 1}'
     assert not {key for key in found if "_target_" in key or key.startswith(("engine", "out", "choices"))}
     for name, value in (
         ("final/accuracy", summary["final"]["accuracy"]),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from devices.texts import as_yaml
 from fedsim.messages.cohort import OUTCOMES
 from fedsim.report.rounds import RoundReport
 from fedsim.settings.groups import FREE_MAPS, NEEDED, Settings
@@ -91,4 +91,4 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bool
         elif isinstance(value, bool | int | float | str):
             yield path, value
         elif value:
-            yield path, as_yaml(value)
+            yield path, json.dumps(value)
