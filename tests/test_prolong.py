@@ -20,7 +20,7 @@ from fedsim.runs.checkpoint import Checkpoints
 from fedsim.runs.prolong import prolong
 from fedsim.runs.recorded import settings_of_run
 from fedsim.settings.compose import compose, of_rounds
-from fedsim.settings.groups import options
+from fedsim.settings.groups import following, options
 
 PHONES = [*BLOBS, "fleet=phones", "cohort=4"]
 
@@ -105,3 +105,24 @@ def test_what_cannot_be_prolonged_says_why_and_stays(tmp_path: Path, reason: str
     with pytest.raises(ConfigError, match=reason):
         longer(run, rounds)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_settings_that_follow_the_rounds_are_found_through_what_an_option_builds_on(tmp_path: Path, monkeypatch):
+    """Also in the working folder, and where they stand deeper."""
+    monkeypatch.chdir(tmp_path)
+    place = tmp_path / "configs" / "strategy"
+    (place / "part").mkdir(parents=True)
+    (place / "mine.yaml").write_text("defaults: [ocs, part: deep, part/deep@other, _self_]\nmore: {n: '${rounds}'}\n")
+    (place / "part" / "deep.yaml").write_text("defaults: [/strategy/ewc@_here_, /trainer/sgd, mine]\nk: '${rounds}'\n")
+    found = following("strategy", "mine", "rounds")
+    deep = [(*place, name) for place in (("part",), ("other",)) for name in ("k", "rounds")]
+    assert sorted(found) == sorted([("more", "n"), ("rounds",), *deep])
+
+
+def test_the_settings_of_a_prolonged_run_are_those_of_the_longer_one(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs" / "trainer").mkdir(parents=True)
+    (tmp_path / "configs" / "trainer" / "mine.yaml").write_text("defaults: [base, _self_]\nlr: 0.2\n")
+    (tmp_path / "configs" / "trainer" / "base.yaml").write_text("defaults: [sgd]\nlocal_steps: ${rounds}\n")
+    base = [*PHONES, "trainer=mine"]
+    assert of_rounds(compose([*base, "rounds=3"]), 5) == compose([*base, "rounds=5"])

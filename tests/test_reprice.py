@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -120,6 +122,77 @@ def test_it_goes_as_far_as_the_work_is_known(tmp_path: Path, method: str, change
     assert recorded(tmp_path / "repriced", last) == recorded(fresh, last)
     ended = summary["repriced"]["ended"]
     assert bool(ended) == (last < read_rounds(fresh)[-1].round)
+
+
+# --- its folder ------------------------------------------------------------------------------------------------------
+
+KILLED = """
+import os
+from fedsim.runs import writer
+
+def killed(*given, **named):
+    os.kill(os.getpid(), 9)
+
+def add(self, report, clients, usual=writer.RunWriter.add):
+    usual(self, report, clients)
+    if report.round == LAST:
+        killed()
+
+writer.RunWriter.add = add
+writer.RunFolder.finish = killed  # its last checkpoint is there by then
+import fedsim
+fedsim.reprice("run", "fleet=sbc", out="again")
+"""
+
+
+@pytest.mark.parametrize("last", [2, 5])
+def test_one_that_was_killed_is_not_trained_by_resume(tmp_path: Path, monkeypatch, fedsim, last: int):
+    """Its rounds were never trained here: a resumed one would be another run."""
+    monkeypatch.chdir(tmp_path)
+    made(Path("run"), *PHONES)
+    command = [sys.executable, "-c", KILLED.replace("LAST", str(last))]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == -9, ended.stderr
+    assert len(read_rounds(Path("again"))) == min(last, 4) + 1
+    before = {path: path.read_bytes() for path in Path("again").rglob("*") if path.is_file()}
+    for command in (["resume", "again"], ["resume", "again", "rounds=9"]):
+        code, _, err = fedsim(*command)
+        assert (code, err.count("\n")) == (2, 1)
+        assert "write it anew: fedsim reprice run " in err
+    assert {path: path.read_bytes() for path in Path("again").rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(("given", "folder", "name"), [([], "mine-repriced", "mine-repriced"), (["name=b"], "b", "b")])
+def test_one_of_a_run_with_a_name_has_another(tmp_path: Path, monkeypatch, fedsim, given: list[str], folder, name):
+    monkeypatch.chdir(tmp_path)
+    made(Path("run"), *PHONES, "name=mine")
+    assert fedsim("reprice", "run", "fleet=sbc", *given).code == 0
+    (again,) = Path("runs").iterdir()
+    assert again.name.endswith(f"-{folder}")
+    assert settings_of_run(again)["name"] == name
+
+
+def test_a_digit_that_has_changed_is_seen(tmp_path: Path, monkeypatch, fedsim):
+    """In the rounds by all that read many runs, in the rows and weights by what builds on them."""
+    monkeypatch.chdir(tmp_path)
+    made(Path("run"), *PHONES)
+    rows, weights = next(Path("run/clients").iterdir()), next(Path("run/checkpoint").rglob("weights.safetensors"))
+    reprice, compare = ["reprice", "run", "fleet=sbc", "out=again"], ["compare", "run"]
+    for file, commands in {"run/rounds.jsonl": [reprice, compare], rows: [reprice], weights: [reprice]}.items():
+        whole = Path(file).read_bytes()
+        data = bytearray(whole)
+        place = (
+            max(i for i, byte in enumerate(data[:-200]) if chr(byte).isdigit()) if data[:1] == b"{" else len(data) // 2
+        )
+        data[place] ^= 1
+        Path(file).write_bytes(data)
+        for command in commands:
+            code, _, err = fedsim(*command)
+            assert (code, err.count("\n")) == (2, 1), file
+            assert "damaged" in err
+            assert not Path("again").exists()
+        Path(file).write_bytes(whole)
+    assert fedsim(*reprice).code == fedsim(*compare).code == 0
 
 
 # --- what methods say of themselves ----------------------------------------------------------------------------------

@@ -92,7 +92,8 @@ FILES = {
 }
 COMMANDS: dict[str, tuple[str, ...]] = {
     "report": ("report", "run"),
-    "paired": ("paired", "run"),
+    "compare": ("compare", "run", "--out", "compared"),
+    "reprice": ("reprice", "run", "fleet=sbc", "out=again"),
     "resume": ("resume", "run"),
     "replay": ("replay", "run", "--round", "2", "--client"),
     "study": ("study", "st.yaml", "--out", "st", "--report"),
@@ -100,7 +101,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 # Which kind of run each command is tried on, and the files that it reads there.
 READS = {
     "report": {"finished": (*FILES["finished"], "split.json"), "interrupted": ("failure.json",)},
-    "paired": {"finished": ("config.yaml", "rounds.jsonl")},
+    "compare": {"finished": ("config.yaml", "rounds.jsonl", "summary.json")},
+    "reprice": {"finished": (*FILES["finished"], "checkpoint/*/weights.safetensors")},
     "resume": {"finished": ("config.yaml", "summary.json"), "interrupted": FILES["interrupted"]},
     "replay": {"failed": FILES["failed"]},
     "study": {"finished": ("config.yaml", "rounds.jsonl", "summary.json")},
@@ -118,11 +120,12 @@ def test_every_command_answers_every_damage_with_a_sentence(
     run = tmp_path / ("st/one/seed-1" if command == "study" else "run")
     (tmp_path / "st.yaml").write_text(STUDY)
     client = [str(json.loads((runs["failed"] / "failed-client.json").read_text())["client"])]
-    if command == "resume":  # pages are for `report`
+    if command in ("resume", "reprice"):  # pages are for `report`
         monkeypatch.setattr("fedsim.report.page.write_page", lambda *_: run / "report.html")
     wrong = []
     for damage in (*CONTENTS, *PLACES):
-        shutil.rmtree(run, ignore_errors=True)
+        for folder in (run, tmp_path / "again"):
+            shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(runs[kind], run)
         unchanged = False
         for path in sorted(run.glob(file)):  # of checkpoints both: none is left to go back to

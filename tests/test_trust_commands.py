@@ -34,16 +34,16 @@ def test_no_command_calls_what_lies_beside_the_folder_that_it_was_given(here, se
     assert not (here / "again").exists()
 
 
+NAMED = [
+    ("trainer", "sent.evil.Mine", {}),
+    ("uplink", "numpy.savetxt", {"fname": "written", "X": [1]}),
+    ("workload", "pathlib.Path", {}),
+    ("engine", "sent.evil.Mine", {}),
+]
+
+
 @pytest.mark.parametrize("door", DOORS)
-@pytest.mark.parametrize(
-    ("group", "target", "settings"),
-    [
-        ("trainer", "sent.evil.Mine", {}),
-        ("uplink", "numpy.savetxt", {"fname": "written", "X": [1]}),
-        ("workload", "pathlib.Path", {}),
-        ("engine", "sent.evil.Mine", {}),
-    ],
-)
+@pytest.mark.parametrize(("group", "target", "settings"), NAMED)
 def test_no_command_calls_what_a_folder_names(here, sent, fedsim, door: str, group: str, target: str, settings: dict):
     folder = sent(group, target, **settings)
     before = {path for path in here.rglob("*") if path.name != "__pycache__"}
@@ -55,6 +55,22 @@ def test_no_command_calls_what_a_folder_names(here, sent, fedsim, door: str, gro
     assert err.rstrip().partition("; in ")[0].endswith(f"--allow-target {target}")
     assert err.count("\n") == 1
     assert {path for path in here.rglob("*") if path.name != "__pycache__"} == before
+
+
+@pytest.mark.parametrize("command", [["reprice", "sent", "fleet=sbc", "out=again"], ["resume", "sent", "rounds=5"]])
+@pytest.mark.parametrize(("group", "target", "more"), [*NAMED, ("fleet", "sent.evil.Mine", {})])
+def test_no_command_calls_what_a_finished_run_names(here, run, fedsim, command, group, target, more):
+    """Its fleet is not named any more where another one takes its place, but the run's own is made, too."""
+    run("rounds=1", out=here / "sent")
+    tree = yaml.safe_load((here / "sent" / "config.yaml").read_text())
+    tree[group] = {**tree[group], "_target_": target, **more}
+    (here / "sent" / "config.yaml").write_text(yaml.safe_dump(tree))
+    write_module(here / "sent" / "evil.py")
+    before = {path: path.read_bytes() for path in here.rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    code, _, err = fedsim(*command)
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"{group}._target_={target!r}" in err
+    assert {path: path.read_bytes() for path in here.rglob("*") if path.is_file() and path.suffix != ".pyc"} == before
 
 
 @pytest.mark.parametrize("door", [*DOORS, "command line"])
@@ -141,6 +157,8 @@ def test_the_command_line_can_allow_a_name(here, sent, fedsim):
         ["resume", "loop"],
         ["replay", "loop", "--round", "1", "--client", "0"],
         ["report", "loop"],
+        ["compare", "loop"],
+        ["reprice", "loop", "fleet=sbc"],
         ["study", "loop"],
         ["study", "loop.yaml"],
         ["run", "--config-dir", "loop"],

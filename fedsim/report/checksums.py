@@ -15,7 +15,7 @@ from devices.errors import FileError, one_line
 from devices.reading import open_file, read_json
 from fedsim.report import strict_json
 
-FILE, ROUNDS = "checksums.json", "rounds.jsonl"
+FILE, ROUNDS, CHECKPOINT = "checksums.json", "rounds.jsonl", "checkpoint"
 CHECKSUM = "checksum"  # the entry of a JSON file
 FIRST_LINE = "# Settings of a run, with their checksum in the last line.\n"
 LAST_LINE = "# sha256 of the lines above: "  # of config.yaml
@@ -72,9 +72,28 @@ class Checksums:
         for path, expected in (named | {folder / name: expected for name, expected in self.files.items()}).items():
             if sha256_of_file(check_inside(folder, path)) != expected:
                 raise FileError(f"{path} is damaged: it is not what the run wrote")
+        self.check_rounds(folder)
+
+    def check_rounds(self, folder: Path) -> None:
+        """Compares the rounds that a run folder holds.
+
+        Raises:
+            FileError: if they are not what the run wrote.
+        """
         check_inside(folder, folder / ROUNDS)
         if sha256_of_file(folder / ROUNDS, self.rounds.bytes) != self.rounds.sha256:
             raise FileError(f"{folder / ROUNDS} is damaged: its beginning is not what the run wrote")
+
+
+def check_rounds(folder: Path) -> None:
+    """Compares the rounds of a run with what its newest checkpoint says of them; of a run without one, nothing.
+
+    Raises:
+        FileError: if they are not what the run wrote.
+    """
+    newest = max((folder / CHECKPOINT).glob(f"round-*/{FILE}"), default=None)
+    if newest is not None:
+        Checksums.read(check_inside(folder, newest)).check_rounds(folder)
 
 
 def sha256_of(data: bytes) -> str:

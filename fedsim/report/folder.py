@@ -38,6 +38,7 @@ from fedsim.report.place import (
     FAILED_CLIENT_ARRAYS,
     FAILURE,
     PICTURES,
+    REPRICED,
     RESERVE,
     ROUNDS,
     ROWS,
@@ -73,6 +74,7 @@ class RunFolder:
         last: then, the last round that stays; what came after it is taken away, to be written again.
         sums: then, of the checkpoint that the run goes on from; None where there is none, or fedsim 0.1 wrote it.
         primary: the metric that models are judged by.
+        repriced: for a new folder, of which run it holds the rounds on other devices, and up to which.
 
     Attributes:
         before: the rounds that are there already.
@@ -90,6 +92,7 @@ class RunFolder:
         last: int = -1,
         sums: Checksums | None = None,
         primary: Metric = ACCURACY,
+        repriced: Mapping[str, Any] | None = None,
     ):
         import yaml
 
@@ -118,6 +121,8 @@ class RunFolder:
             remove_unfinished(path)
             write_new(path / RESERVE, bytes(RESERVED_BYTES))
             self.before = self._cut_back(last, sums)
+            if not resume and repriced:
+                write_atomic(path / REPRICED, strict_json.dumps(repriced, indent=1) + "\n")
             if not resume:
                 write_atomic(path / CONFIG, signed(yaml.safe_dump({**settings, "out": None}, sort_keys=False)))
             self._files = {CONFIG: sha256_of_file(path / CONFIG)}

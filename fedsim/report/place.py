@@ -25,10 +25,12 @@ CONFIG, SUMMARY, FAILURE, PAGE = "config.yaml", "summary.json", "failure.json", 
 ROUNDS, CLIENTS, EVENTS, CHECKPOINT, PICTURES = "rounds.jsonl", "clients", "tensorboard", "checkpoint", "pictures"
 SPLIT, SWEEP, CONFUSION = "split.json", "multirun.yaml", "confusion.parquet"
 LOGGED, WANDB = "logger.json", "wandb"  # ids of a run at its logger; what that keeps here
+REPRICED = "repriced.json"  # of which run the folder holds the rounds on other devices
 FAILED_CLIENT, FAILED_CLIENT_ARRAYS = "failed-client.json", "failed-client.safetensors"  # its instruction
 RESERVE = ".reserved"  # room on the disk for the note of a failure
 WRITTEN = (
     CONFIG,
+    REPRICED,
     ROUNDS,
     CLIENTS,
     EVENTS,
@@ -47,8 +49,8 @@ WRITTEN = (
 ROWS = re.compile(r"rounds-(\d{6,})-(\d{6,})\.parquet")
 # What is being written when a run is killed: a name of the run's own between a dot and the number of the process.
 UNFINISHED = re.compile(
-    r"\.(?:config\.yaml|summary\.json|split\.json|failure\.json|report\.html|failed-client\.(?:json|safetensors)|[^/]+\.png"
-    r"|flower\.log|logger\.json|confusion\.parquet|rounds-\d+-\d+\.parquet|round-\d+(?:\.old)?)(?:\.(\d+))?\.part|rounds-\d+-\d+\.part"
+    r"\.(?:config\.yaml|(?:summary|split|repriced|failure|logger)\.json|report\.html|failed-client\.(?:json|safetensors)|[^/]+\.png"
+    r"|flower\.log|confusion\.parquet|rounds-\d+-\d+\.parquet|round-\d+(?:\.old)?)(?:\.(\d+))?\.part|rounds-\d+-\d+\.part"
 )
 
 

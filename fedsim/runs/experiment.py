@@ -65,13 +65,14 @@ def resumed(run: Path, overrides: Sequence[str]) -> dict[str, Any]:
     from fedsim.errors import ConfigError
     from fedsim.report.files import read_summary
     from fedsim.runs.prolong import prolong
-    from fedsim.runs.recorded import settings_of_run
+    from fedsim.runs.recorded import refuse_repriced, settings_of_run
     from fedsim.settings.compose import check_address, of_rounds, on_engine
     from fedsim.settings.overrides import parsed
     from fedsim.settings.permissions import keep_out
 
     keep_out(run)
     quiet_flower()
+    refuse_repriced(run)
     given = [(parsed(text), text) for text in overrides]
     rounds = [one.value() for one, _ in given if one.key_or_group == "rounds"]
     others = [text for one, text in given if one.key_or_group != "rounds"]
@@ -108,7 +109,9 @@ def reprice_experiment(run: Path, overrides: Sequence[str], shown: Console) -> t
     keep_out(run)
     forget_worlds()
     quiet_flower()
-    settings = on_devices({**settings_of_run(run), "out": None}, overrides)
+    before = settings_of_run(run)
+    own = before["name"] and f"{before['name']}-repriced"  # another name than the run's, if none is given
+    settings = on_devices({**before, "out": None, "name": own}, overrides)
     typed = RunSettings.of(settings)
     with new_run_folder(replace(typed, name=typed.name or f"{run.resolve().name}-repriced")) as folder:
         with progress_bar(shown, typed.rounds, folder) as (watch, _):

@@ -290,6 +290,11 @@ class Federation:
         except NotFiniteError:
             return None
 
+    @property
+    def origin(self) -> dict[str, Any] | None:
+        """Returns the run that these rounds are from, where clients did and learned it; None where they do here."""
+        return None
+
     def facts(self) -> dict[str, Any]:
         """Returns what else there is to say of this run in its summary; here nothing."""
         return {}

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from devices.errors import FileError
+from devices.reading import read_json
+from devices.texts import visible
 from fedsim.errors import ConfigError
+from fedsim.report.checksums import check_inside
 from fedsim.report.files import read_config, read_summary
+from fedsim.report.place import REPRICED, SUMMARY
 from fedsim.runs import checkpoint
 from fedsim.settings.check import check, check_choices
 from fedsim.settings.compose import completed
@@ -26,6 +31,25 @@ def settings_of_run(folder: Path) -> Settings:
         raise ConfigError(str(error)) from error
     check_choices(settings["choices"], f"{folder / 'config.yaml'}: ")
     return settings
+
+
+def refuse_repriced(folder: Path) -> None:
+    """Refuses a folder whose run was being re-priced: no round of it was trained, so none can follow.
+
+    Raises:
+        ConfigError: saying how it is re-priced.
+    """
+    if not (folder / REPRICED).exists() or (folder / SUMMARY).exists():
+        return
+    try:
+        made = read_json(check_inside(folder, folder / REPRICED))
+        run = made["run"] if isinstance(made["run"], str) else "RUN"
+    except (FileError, LookupError, TypeError):
+        run = "RUN"
+    raise ConfigError(
+        f"{folder} is a run that was re-priced, which was cut short; it cannot be trained further: remove it and "
+        f"write it anew: fedsim reprice {shlex.quote(visible(run))} with the settings in its config.yaml that differ"
+    )
 
 
 def data_of_run(folder: Path) -> Fingerprint | None:

@@ -209,9 +209,12 @@ class RepricedFederation(Federation):
         super().__init__(world, self.recorder)
         self.grid.averages = False  # nobody sends weights
         self.folder = folder
-        if (saved := checkpoint.load(folder)) is not None:
-            self.weights, self.arrays = saved.weights, saved.weights
         self.before = {report.round: report for report in read_rounds(folder)}
+        if (saved := checkpoint.load(folder)) is not None:
+            if saved.damaged:
+                raise ConfigError(saved.damaged[0])
+            if saved.round == max(self.before):
+                self.weights, self.arrays = saved.weights, saved.weights
         self.exchanges = recorded_exchanges(folder)
         self.ended = ""
         self._ahead: list[RecordedExchange] = []  # of the round that goes on
@@ -289,9 +292,14 @@ class RepricedFederation(Federation):
         """Returns how the model does for each class; None where the weights are not known."""
         return super().by_class(number) if self.is_whole else None
 
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Returns where the rounds are from."""
+        return {"run": str(self.folder), "rounds": max(self.before)}
+
     def facts(self) -> dict[str, Any]:
         """Returns where the rounds are from, and the weights of the last one where they are known."""
-        facts: dict[str, Any] = {"repriced": {"run": str(self.folder), "rounds": max(self.before), "ended": self.ended}}
+        facts: dict[str, Any] = {"repriced": {**self.origin, "ended": self.ended}}
         return facts if self.is_whole else {**facts, "weights_sha256": None}
 
     @property
@@ -346,8 +354,8 @@ def reprice(
         watch: called with each round.
 
     Raises:
-        ConfigError, DataError: before anything is written: if the run is not finished, has other data than those here,
-            or would have gone another way there.
+        ConfigError, DataError: before anything is written: if the run is not finished, is damaged, has other data than
+            those here, or would have gone another way there.
     """
     if not read_summary(folder):
         raise ConfigError(f"{folder} is not finished; end it first: fedsim resume {shlex.quote(str(folder))}")

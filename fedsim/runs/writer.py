@@ -112,7 +112,7 @@ class RunWriter:
         self.federation, self.out, self.data, self.totals, self.resume = federation, out, data, totals, resume
         last, sums = (-1, None) if saved is None else (saved.round, saved.sums)
         self.priced = FROM_THE_START if saved is None else repriced(saved.priced, last + 1)
-        self.folder = RunFolder(out, settings, resume, last, sums, federation.primary)
+        self.folder = RunFolder(out, settings, resume, last, sums, federation.primary, federation.origin)
         write_split(federation.world.workload, out)
         self.reports: list[RoundReport] = self.folder.before
         self.log: Log | None = None

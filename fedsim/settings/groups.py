@@ -89,10 +89,32 @@ def option_file(group: str, name: str) -> Path:
 
 
 def following(group: str, name: str | None, key: str) -> list[tuple[str, ...]]:
-    """Returns the paths of the settings of an option that are those of another key, as `${rounds}` is of rounds."""
-    file = option_file(group, str(name))
-    tree = read_yaml(file) if file.is_file() else None
-    return [path for path, value in _leaves(tree) if value == f"${{{key}}}"]
+    """Returns the paths of the settings of an option that are those of another key, as `${rounds}` is of rounds.
+
+    Those of the options that it builds on are among them.
+    """
+    return list(dict.fromkeys(_following(group, str(name), key, ())))
+
+
+def _following(group: str, name: str, key: str, seen: tuple[Path, ...]) -> Iterator[tuple[str, ...]]:
+    file = option_file(group, name)
+    tree = read_yaml(file) if file.is_file() and file not in seen else None
+    if not isinstance(tree, dict):
+        return
+    yield from (path for path, value in _leaves(tree) if value == f"${{{key}}}")
+    for base, below in _bases(group, tree.get("defaults") or ()):
+        yield from ((*below, *path) for path in _following(group, base, key, (*seen, file)))
+
+
+def _bases(group: str, defaults: Sequence[Any]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yields the options of its own group that an option builds on, and where in it their settings stand."""
+    for entry in defaults:
+        where, base = next(iter(entry.items())) if isinstance(entry, dict) and entry else ("", entry)
+        place, _, package = (str(where) or str(base)).partition("@")
+        name = f"{place}/{base}" if where else place
+        below = "" if package == "_here_" else package or (place.replace("/", ".") if where else "")
+        if not (name := name.removeprefix(f"/{group}/")).startswith(("/", "override ")):
+            yield name, tuple(below.split(".")) if below else ()
 
 
 def _leaves(tree: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from devices.errors import FileError
 from fedsim.errors import ConfigError
+from fedsim.report.checksums import check_rounds
 from fedsim.report.files import read_config, read_summary
 from fedsim.report.plots.style import AXES
 from fedsim.report.rounds import RoundReport, read_rounds
@@ -146,6 +147,7 @@ def _below(folder: Path) -> list[Path]:
 def _read(folder: Path, metric: Metric) -> ReadRun:
     try:
         settings, rounds = read_config(folder), read_rounds(folder)
+        check_rounds(folder)
         check_tree(settings, {"seed": WHOLE, "choices": MAP}, str(folder / "config.yaml"))
         summary = read_summary(folder)
     except (ConfigError, FileError) as error:
