@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from test_federation import MODEL_BYTES
 
+from fedsim.grid.edge import NOT_NEEDED, TOO_LATE
+from fedsim.report.files import read_all_rows
+from fedsim.report.page import write_page
 from fedsim.report.rounds import weights_sha256
+from fedsim.report.text import closing_lines
 
 # --- when a run stops and judges -------------------------------------------------------------------------------------
 
@@ -124,3 +130,19 @@ def test_over_selection_asks_more_clients_and_keeps_the_cohort(federation, over_
     assert (len(report.cohort), len(done), len(report.outcomes["late"])) == (asked, cohort, asked - cohort)
     assert report.round_s == max(c.cost.total_s for c in done)
     assert all(c.cost.total_s >= report.round_s for c in clients if c.outcome == "late")
+
+
+def test_who_was_not_needed_and_who_missed_the_deadline_can_be_told_apart(run, tmp_path: Path):
+    """By the reason of each, and by a sentence where both are counted as late; without over-selection there is none."""
+    wide = ["fleet=mixed", "num_clients=12", "cohort=3", "over_selection=3", "rounds=4"]
+    summary = run(*wide, "deadline_s=0.3", out=tmp_path / "more")
+    rows = read_all_rows(tmp_path / "more")
+    late = rows[(rows["outcome"] == "late")]
+    assert set(late["reason"]) == {NOT_NEEDED, TOO_LATE}
+    assert ((late["total_s"] > 0.3) == (late["reason"] == TOO_LATE)).all()
+    (line,) = [line for line in closing_lines(summary, tmp_path / "more") if line.startswith("late: ")]
+    assert line == "late: the reply came after the first 3 of a round (over_selection), or after deadline_s"
+    assert line in write_page(tmp_path / "more").read_text()
+    summary = run("fleet=mixed", "num_clients=12", "cohort=9", "deadline_s=0.3", out=tmp_path / "all")
+    assert set(read_all_rows(tmp_path / "all").query("outcome == 'late'")["reason"]) == {TOO_LATE}
+    assert not any(line.startswith("late: ") for line in closing_lines(summary, tmp_path / "all"))

@@ -23,7 +23,7 @@ class Contact:
         task: None for a client that was offline.
         answer: of a client that has not answered yet, or never will, one that failed.
         priced: what its part of the exchange costs.
-        late: it completed after the round had closed.
+        late: why its reply came after the round had closed; empty where it did not.
     """
 
     client: int
@@ -32,7 +32,7 @@ class Contact:
     task: ClientTask | None = None
     answer: ClientAnswer = field(default_factory=lambda: ClientAnswer(-1, "failed"))
     priced: Priced = field(default_factory=lambda: Priced("failed"))
-    late: bool = False
+    late: str = ""
 
     @property
     def is_accepted(self) -> bool:

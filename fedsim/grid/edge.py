@@ -44,6 +44,7 @@ from fedsim.messages.updates import Instruction
 from fedsim.workloads import metrics as figures
 
 NOT_THERE, TOO_LATE = "offline when the round began", "the round closed before its reply arrived"
+NOT_NEEDED = "enough others had replied before"  # of over-selection
 ONE_METHOD = "so take the strategy and the trainer of one method"
 EMPTY_ROUND_S = 60.0  # when nobody answers and there is no deadline, the server tries again after this long
 
@@ -335,7 +336,9 @@ class EdgeGrid(Grid):
         timing = self.clock.close_round(arrival_s, limit_s, keep)
         late = set(timing.late)
         for contact in contacts:
-            contact.late = contact.client in late
+            if contact.client in late:
+                in_time = limit_s is None or contact.cost.total_s <= limit_s
+                contact.late = NOT_NEEDED if in_time else TOO_LATE
         if timing.on_time or timing.round_s > 0.0:
             return timing.round_s
         last_drop_s = max(contact.cost.total_s for contact in contacts)
@@ -357,7 +360,7 @@ class EdgeGrid(Grid):
             client=contact.client,
             device=self.fleet.device_name(contact.client),
             outcome="late" if contact.late else priced.outcome,
-            reason=TOO_LATE if contact.late else priced.reason,
+            reason=contact.late or priced.reason,
             start_s=start_s,
             cost=contact.cost,
             wait_s=wait_s,

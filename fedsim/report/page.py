@@ -35,6 +35,7 @@ from fedsim.report.place import PAGE, SUMMARY
 from fedsim.report.plots.split import draw_split
 from fedsim.report.rounds import RoundReport, read_rounds
 from fedsim.report.split import primary_of, read_split
+from fedsim.report.text import late_note
 from fedsim.workloads.describe import Split
 from fedsim.workloads.metrics import Metric, took_part
 
@@ -185,7 +186,8 @@ def _parts(
         if (stragglers := _stragglers(rows)) is not None:
             parts.append(Part("Stragglers", (), stragglers, WHO_CLOSED))
     if (picture := outcomes(rounds)) is not None:
-        parts.append(Part("What became of the clients that were asked", [as_svg(picture)]))
+        asked = "What became of the clients that were asked"
+        parts.append(Part(asked, [as_svg(picture)], note=late_note(read_config(folder))))
     if summary.get("compression"):
         parts.append(Part("What each kind of device runs", (), _deployed(summary["compression"])))
     if split is not None:

@@ -9,6 +9,8 @@ from typing import Any
 from rich.table import Table
 
 from devices.units import energy, simulated, size
+from fedsim.report.files import read_config
+from fedsim.report.place import CONFIG
 from fedsim.report.rounds import RoundReport
 from fedsim.report.terminal import table
 from fedsim.settings.catalogue import WorkloadRow
@@ -75,6 +77,7 @@ def closing_lines(summary: dict[str, Any], folder: Path, reports: Sequence[Round
         f"{summary['energy_j']['total']:.1f} joules, "
         f"{traffic / 1e6:.2f} megabytes, peak memory {size(summary['peak_memory_bytes'])}",
         f"clients: {counts}; the busiest spent {energy(summary['energy_j']['max_client'])}",
+        *([late] if summary["outcomes"].get("late") and (late := _late_note_of(folder)) else []),
         f"clients that never took part: {clients['never']} of {clients['population']}",
         *(f"warning: {text}" for text in summary["warnings"]),
         *([repriced_line(summary)] if summary.get("repriced") else []),
@@ -87,6 +90,18 @@ def closing_lines(summary: dict[str, Any], folder: Path, reports: Sequence[Round
             f"{energy(target['energy_j'])}, {size(target['down_bytes'] + target['up_bytes'])}"
         )
     return [*lines, f"run folder: {folder} ({summary['host_s']:.1f} s on this host)"]
+
+
+def late_note(settings: Mapping[str, Any]) -> str:
+    """Returns which clients count as late where more are asked than are needed; empty where they are not."""
+    if settings.get("over_selection", 1) <= 1:
+        return ""
+    first = f"late: the reply came after the first {settings['cohort']} of a round (over_selection)"
+    return first if settings["deadline_s"] is None else f"{first}, or after deadline_s"
+
+
+def _late_note_of(folder: Path) -> str:
+    return late_note(read_config(folder)) if (folder / CONFIG).exists() else ""
 
 
 def repriced_line(summary: Mapping[str, Any]) -> str:
