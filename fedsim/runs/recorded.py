@@ -47,8 +47,8 @@ def refuse_repriced(folder: Path) -> None:
     except (FileError, LookupError, TypeError):
         run = "RUN"
     raise ConfigError(
-        f"{folder} is a run that was re-priced, which was cut short; it cannot be trained further: remove it and "
-        f"write it anew: fedsim reprice {shlex.quote(visible(run))} with the settings in its config.yaml that differ"
+        f"{folder} was being re-priced when it ended, and cannot be trained further; remove it and write it anew: "
+        f"fedsim reprice {shlex.quote(visible(run))} with the fleet=, latency= and limits that it was given"
     )
 
 
