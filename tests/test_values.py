@@ -140,7 +140,8 @@ def walk(chosen: list[tuple[str, str, tuple[str, ...], str]]) -> int:
         assert len(sentence) < 3000, where
         assert time.process_time() - started < 10, where
         large = isinstance(ODD[what], int | float) and ODD[what] == ODD[what] and abs(ODD[what]) > 1e17
-        if large and path[-1] != "lr":  # a learning rate may be anything: where it leads to NaN, the run says so
+        # A seed may be any whole number, and a learning rate anything: where it leads to NaN, the run says so.
+        if large and path[-1] not in ("lr", "seed"):
             assert sentence, f"{where} was taken"
         refused += bool(sentence)
     return refused

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 CLIENT_BYTES = 64  # that a client of a fleet takes while it is drawn
 ENDLESS = "contains itself, or nests deeper than torch can follow; keep what is around a layer outside of it"
+LEFT_OUT = re.compile(r"missing \d+ required [a-z-]+ arguments?: '(\w+)'")  # in Python's words
 WORLD_CACHE_SIZE = 4  # of a process: `fedsim bench` has a few runs open at a time, everything else one
 
 
@@ -95,9 +97,13 @@ def build_workload(tree: Settings) -> Workload:
     workload = instantiate(tree, "workload", **parts, num_clients=settings.num_clients, seed=settings.seed)
     workload.sample(1)  # a workload without examples to judge a model on says so
     stream = instantiate(tree, "stream")  # a partial: Hydra would copy the data
-    streamed: Workload = stream(
-        workload=workload, rounds=settings.rounds, evaluate_every=settings.evaluate_every, seed=settings.seed
-    )
+    try:
+        streamed: Workload = stream(
+            workload=workload, rounds=settings.rounds, evaluate_every=settings.evaluate_every, seed=settings.seed
+        )
+    except TypeError as error:
+        _check_complete("stream", error)
+        raise
     return streamed
 
 
@@ -184,7 +190,15 @@ def instantiate(groups: Mapping[str, Settings], group: str, **extra: Any) -> Any
         cause = error.__cause__
         if isinstance(cause, UserError):
             raise type(cause)(str(cause)) from error
+        _check_complete(group, cause)
         raise ConfigError(f"{group}: {one_line(cause or error)}") from error
+
+
+def _check_complete(group: str, error: BaseException | None) -> None:
+    """Raises a sentence that names the setting where a constructor that hands settings on lacked one."""
+    if isinstance(error, TypeError) and (left_out := LEFT_OUT.search(str(error))):
+        key = f"{group}.{left_out[1]}"
+        raise ConfigError(f"{key} must be given, e.g. {key}=... ({one_line(error)})") from error
 
 
 def model_factory(groups: Mapping[str, Settings]) -> ModelFactory:

@@ -79,17 +79,21 @@ def parameter_names(target: Any) -> frozenset[str]:
 
 
 def _parameters(target: Any) -> tuple[dict[str, tuple[Any, bool]], bool]:
-    """Returns (annotation, required) by name, and whether others are taken; `**rest` goes on to the class above."""
+    """Returns (annotation, required) by name, and whether others are taken; `**rest` goes on to the class above.
+
+    What a class above requires may be given it by the one below, so it is no longer required of the settings.
+    """
     known: dict[str, tuple[Any, bool]] = {}
     makers = (
         [vars(c)["__init__"] for c in target.__mro__[:-1] if "__init__" in vars(c)] if isinstance(target, type) else []
     )
+    rest = False
     for make in makers or [target]:
-        hints, rest = hints_of(make), False
+        hints, is_above, rest = hints_of(make), rest, False
         for name, p in inspect.signature(make).parameters.items():
             rest |= p.kind is p.VAR_KEYWORD
             if name != "self" and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):
-                known.setdefault(name, (hints.get(name, Any), p.default is p.empty))
+                known.setdefault(name, (hints.get(name, Any), p.default is p.empty and not is_above))
         if not rest:
             return known, False
     return known, True
