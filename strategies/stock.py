@@ -23,6 +23,8 @@ from flwr.serverapp.strategy import (
     FedAvgM,
     FedProx,
     FedTrimmedAvg,
+    FedXgbBagging,
+    FedXgbCyclic,
     FedYogi,
     Krum,
     QFedAvg,
@@ -39,6 +41,7 @@ WEIGHT = Annotated[float, Interval(ge=0, le=1e6)]
 NORM = Annotated[float, Interval(gt=0, le=1e9)]
 NOISE = {"noise_multiplier": WEIGHT, "num_sampled_clients": Annotated[int, Interval(ge=1, le=10**6)]}
 AT_THE_CLIENTS = (DifferentialPrivacyClientSideFixedClipping, DifferentialPrivacyClientSideAdaptiveClipping)
+OF_TREES = (FedXgbBagging, FedXgbCyclic)
 ADAPTIVE = {"eta": RATE, "eta_l": RATE, "tau": RATE}  # tau: 0 divides by nothing where a coordinate stood still
 BOUNDS: Mapping[type, Mapping[str, Any]] = {
     DifferentialPrivacyServerSideFixedClipping: {**NOISE, "clipping_norm": NORM},
@@ -66,8 +69,26 @@ def fewest_replies(strategy: Strategy) -> int:
     return 2 * int(server.num_malicious_nodes) + 3 if isinstance(server, Krum) else 1
 
 
+def check_class(kind: type) -> None:
+    """Refuses strategies that wait for what no client does.
+
+    Raises:
+        ConfigError: says what that is.
+    """
+    name = kind.__name__
+    if issubclass(kind, AT_THE_CLIENTS):
+        raise ConfigError(
+            f"{name} leaves the clipping to a mod of Flower's client app, and clients of fedsim take none; "
+            f"{name.replace('Client', 'Server')} makes the same weights"
+        )
+    if issubclass(kind, OF_TREES):
+        raise ConfigError(
+            f"{name} collects trees of XGBoost, and clients of fedsim train networks; take strategy=fedavg"
+        )
+
+
 def check(strategy: Strategy, cohort: int) -> None:
-    """Refuses a strategy whose guarantee could not hold in any round, or that waits for what no client does.
+    """Refuses a strategy whose guarantee could not hold in any round, or that is not told what it needs.
 
     Args:
         strategy: as a run has it.
@@ -76,12 +97,6 @@ def check(strategy: Strategy, cohort: int) -> None:
     Raises:
         ConfigError: with what fits in its place.
     """
-    if isinstance(strategy, AT_THE_CLIENTS):
-        name = type(strategy).__name__
-        raise ConfigError(
-            f"{name} leaves the clipping to a mod of Flower's client app, and clients of fedsim take none; "
-            f"{name.replace('Client', 'Server')} makes the same weights"
-        )
     server = _innermost(strategy)
     if isinstance(strategy, PRIVATE) and isinstance(server, ServerHalf) and not is_plain_mean(server):
         raise ConfigError(

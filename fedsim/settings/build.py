@@ -276,6 +276,8 @@ def build_strategy(settings: RunSettings, num_clients: int) -> Strategy:
 
     All strategies take them but Flower's wrappers: there the strategy inside does.
     """
+    from hydra.utils import get_object
+
     train, judge = min(settings.num_asked, num_clients), settings.evaluate_clients
     sampling = {
         "fraction_train": train / num_clients,
@@ -285,8 +287,10 @@ def build_strategy(settings: RunSettings, num_clients: int) -> Strategy:
         "min_available_nodes": train,
     }
     tree = settings.groups["strategy"]
+    check_group("strategy", tree)  # what it is, and what its wrappers take, is looked up next
+    if isinstance(kind := get_object(str(tree["_target_"])), type):
+        stock_rule("check_class")(kind)
     if "strategy" in tree:
-        check_group("strategy", tree)  # what its wrappers take is looked up next
         strategy: Strategy = instantiate({"strategy": _with_sampling(tree, sampling)}, "strategy")
     else:
         strategy = instantiate(settings.groups, "strategy", **sampling)

@@ -43,6 +43,9 @@ def check_parameters(where: str, tree: Mapping[str, Any], given: Collection[str]
     except Exception as error:
         reason = one_line(error)
         raise ConfigError(f"{where}._target_={tree.get('_target_')!r} cannot be used: {reason}") from error
+    if inspect.isabstract(target):
+        lacks = ", ".join(sorted(target.__abstractmethods__))
+        raise ConfigError(f"{where}._target_={tree['_target_']!r} is abstract: name a class below it that has {lacks}")
     own = {str(key): value for key, value in tree.items() if key not in SPECIAL}
     for key, value in own.items():
         if key in known:
