@@ -212,6 +212,17 @@ def test_a_run_shorter_than_a_day_of_its_clients_warns(run, tmp_path):
     assert f"warning: {warning}" in closing_lines({**long, "warnings": [warning]}, tmp_path)
 
 
+def test_a_score_without_what_clients_keep_is_warned_of(run, tmp_path):
+    """The server's model has the head that it began with; clients that judge have their own."""
+    (warning,) = run("private=[head]", out=tmp_path / "silent")["warnings"]
+    assert warning == (
+        "the accuracy is that of the server's model, in which what is private (private=[head]) has never been trained; "
+        "evaluate_clients=10 judges clients with their own"
+    )
+    assert run("private=[head]", "evaluate_clients=2", out=tmp_path / "judged")["warnings"] == []
+    assert run(out=tmp_path / "shared")["warnings"] == []
+
+
 def test_target_that_is_not_reached_took_nothing(run):
     assert run("target_accuracy=1.0", "rounds=1")["to_target"] is None
 

@@ -46,6 +46,18 @@ def summarise(federation: Federation, reports: list[RoundReport], totals: Totals
     }
 
 
+def unjudged(federation: Federation) -> list[str]:
+    """Warns of a score of the server's model that says nothing of what clients learn in private."""
+    settings, private = federation.settings, federation.roles.private
+    if not private or settings.evaluate_clients:
+        return []
+    return [
+        f"the {federation.primary.title} is that of the server's model, in which what is private "
+        f"(private=[{','.join(settings.private)}]) has never been trained; evaluate_clients=10 judges clients "
+        "with their own"
+    ]
+
+
 def participation(reports: list[RoundReport], fleet: Fleet, primary: Metric, needed: int = 1) -> dict[str, Any]:
     """Counts the clients that took part in the training; warns of some that could not, and of too few at a time."""
     count, seconds, rhythm_s = len(figures.took_part(reports)), reports[-1].now_s, fleet.availability.rhythm_s
