@@ -9,6 +9,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+from page_files import write_all
 
 from fedsim.settings.groups import options
 from fedsim.study.spec import read_study
@@ -94,13 +95,15 @@ def commands(page: Path) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_command_on_a_page_is_one(page: Path):
-    """Its options are known, and its settings compose; nothing is run."""
+def test_every_command_on_a_page_is_one(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its options are known, and its settings compose, with the options that the page itself writes; nothing is run."""
     import typer.main
 
     from fedsim.cli.main import app
     from fedsim.settings.compose import compose
 
+    write_all(page, tmp_path)
+    monkeypatch.chdir(tmp_path)
     for _, *words in commands(page):
         command = typer.main.get_command(app)
         while words and hasattr(command, "commands"):

@@ -1,50 +1,66 @@
-"""The method of `strategies/README.md`, taken from the page and run as a reader would."""
+"""The tutorial of `strategies/README.md`, followed from top to bottom as a reader would in a folder of their own."""
 
 from __future__ import annotations
 
 import json
-import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from page_files import steps, write
 
 PAGE = Path(__file__).parent.parent / "strategies" / "README.md"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that holds the page's file alone."""
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    """A folder in which the page was followed: its files written, its commands run."""
     place = tmp_path_factory.mktemp("mine")
-    (place / "fedproto.py").write_text(code)
+    for path, text in steps(PAGE):
+        if path:
+            write(place, path, text)
+        elif text.startswith("fedsim run "):
+            run(place, *shlex.split(text)[2:])
+        else:
+            command = shlex.split(text)
+            python = command[1:] if command[0] == "python" else ["-m", *command]
+            call(place, *python)
     return place
 
 
-def run(folder: Path, *arguments: str) -> dict:
-    """The summary of `fedsim run ARGUMENTS` in that folder."""
-    out = folder / f"run-{len(list(folder.iterdir()))}"
-    command = [sys.executable, "-m", "fedsim", "run", *arguments, f"out={out}"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    summary = json.loads((out / "summary.json").read_text())
-    (out / "summary.json").rename(out / "read.json")
-    return summary
+def call(folder: Path, *arguments: str) -> None:
+    done = subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, (arguments, done.stdout, done.stderr)
+
+
+def run(folder: Path, *overrides: str) -> dict[str, Any]:
+    """The summary of `fedsim run OVERRIDES` in that folder; what it was before is kept."""
+    out = folder / "out" / "-".join(overrides).replace("=", "-")
+    if not out.exists():
+        call(folder, "-m", "fedsim", "run", *overrides, f"out={out}")
+    return json.loads((out / "summary.json").read_text())
+
+
+def test_the_page_has_all_of_a_method(folder: Path):
+    kinds = [path or text.split()[1] for path, text in steps(PAGE)]
+    assert kinds.count("new") == 2
+    assert {"fedproto.py", "configs/strategy/fedproto.yaml", "configs/trainer/fedproto.yaml"} <= set(kinds)
+    assert (folder / "test_shade.py").exists()
 
 
 def test_the_pages_command_runs_the_pages_method(folder: Path):
     """10 clients a round: 10 means of 64 features and 10 counts, in float32, up in three rounds and down in two."""
-    (command,) = re.findall(r"^fedsim run (strategy\._target_=.*)$", PAGE.read_text(), re.MULTILINE)
-    ours, plain = run(folder, *command.split()), run(folder, "rounds=3")
+    ours, plain = run(folder, "method=fedproto", "rounds=3"), run(folder, "strategy=edge_mean", "rounds=3")
     extra = 10 * (10 * 64 + 10) * 4
+    assert ours["method"] == "fedproto"
     assert ours["up_bytes"] - plain["up_bytes"] == 3 * extra
     assert ours["down_bytes"] - plain["down_bytes"] == 2 * extra
     assert ours["weights_sha256"] != plain["weights_sha256"]
 
 
 def test_without_a_pull_it_is_federated_averaging(folder: Path):
-    halves = ["strategy._target_=fedproto.FedProto", "trainer._target_=fedproto.FedProtoTrainer", "+trainer.pull=0"]
-    ours = run(folder, *halves, "rounds=2")
-    plain = run(folder, "strategy._target_=strategies.edge.EdgeStrategy", "rounds=2")
-    assert ours["weights_sha256"] == plain["weights_sha256"]
+    ours = run(folder, "method=fedproto", "trainer.pull=0", "rounds=3")
+    assert ours["weights_sha256"] == run(folder, "strategy=edge_mean", "rounds=3")["weights_sha256"]

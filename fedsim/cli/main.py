@@ -21,6 +21,7 @@ from fedsim.cli.doctor import doctor
 from fedsim.cli.explain import explain
 from fedsim.cli.flower import flwr
 from fedsim.cli.listing import list_options
+from fedsim.cli.new import new
 from fedsim.cli.process import run_app
 from fedsim.cli.replay import replay
 from fedsim.cli.report import report
@@ -49,6 +50,7 @@ app.command(cls=OverridesCommand, context_settings=PASS_THROUGH)(flwr)
 app.command()(compare)
 app.command("paired", hidden=True)(compare)
 app.command(cls=OverridesCommand, context_settings=PASS_THROUGH)(study)
+app.command()(new)
 app.command()(bench)
 app.command()(replay)
 app.command(cls=OverridesCommand, context_settings=PASS_THROUGH)(resume)
