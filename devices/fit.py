@@ -15,6 +15,7 @@ from devices.held import Moments
 from devices.latency.predictions import Prediction, predict
 from devices.meter import inference_memory_bytes, peak_memory_bytes
 from devices.profile import DeviceProfile
+from devices.units import short_size
 
 LARGEST_BATCH = 512  # of the batches that are shown where a user names none
 FLOAT_BYTES = 4  # of a weight in training, which is one byte of an int8 network
@@ -233,15 +234,15 @@ def _advice(
     network: ModelCost, device: DeviceProfile, momentum: bool, needs: int, others: Iterable[DeviceProfile]
 ) -> list[str]:
     held = 1.0 if momentum else 0.0
-    there = f"the {megabytes(device.memory_bytes)} there are"
-    found = [f"one example needs {megabytes(needs)}, {_times(needs / device.memory_bytes, there)}"]
+    there = f"the {short_size(device.memory_bytes)} there are"
+    found = [f"one example needs {short_size(needs)}, {_times(needs / device.memory_bytes, there)}"]
     if momentum and largest_batch(network, 0.0, device.memory_bytes):
         found.append(f"without momentum it fits, with batches up to {largest_batch(network, 0.0, device.memory_bytes)}")
     found.append(_narrower(width_that_fits(network, held, device.memory_bytes)))
     enough = [other for other in others if other.kind != "mcu" and other.memory_bytes >= needs]
     enough.sort(key=lambda other: (other.kind != device.kind, other.memory_bytes, other.name))
     if enough:
-        found.append(f"{enough[0].name} ({enough[0].kind}) has {megabytes(enough[0].memory_bytes)}")
+        found.append(f"{enough[0].name} ({enough[0].kind}) has {short_size(enough[0].memory_bytes)}")
     return found
 
 
@@ -261,14 +262,6 @@ def _narrower(factor: float) -> str:
 def _two_digits(factor: float) -> str:
     rounded = float(f"{factor:.2g}")
     return f"{rounded:.0f}" if rounded >= 10 else f"{rounded:#.2g}"
-
-
-def megabytes(count: float) -> str:
-    """Writes bytes of memory in a unit that reads well; a MB of memory is 2**20 bytes, as RAM is sold."""
-    for unit, size in (("GB", 2**30), ("MB", 2**20), ("kB", 2**10)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}" if count < 1000 * size else f"{count / size:.0f} {unit}"
-    return f"{count:.0f} B"
 
 
 def _moments(network: ModelCost) -> Moments:

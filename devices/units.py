@@ -12,16 +12,25 @@ def simulated(seconds: float) -> str:
 
 
 def energy(joules: float) -> str:
-    """Returns energy in J, kJ or MJ."""
+    """Returns energy in mJ, J, kJ or MJ."""
     for unit, size in (("MJ", 1e6), ("kJ", 1e3)):
         if joules >= size:
             return f"{joules / size:.2f} {unit}"
-    return f"{joules:.1f} J"
+    return f"{1e3 * joules:.3g} mJ" if 0 < joules < 1 else f"{joules:.1f} J"
 
 
 def size(count: float) -> str:
-    """Returns bytes in decimal units, as networks and phones count them."""
-    for unit, step in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= step:
-            return f"{count / step:.2f} {unit}"
-    return f"{count:.0f} B"
+    """Returns bytes in decimal units, those of memory too."""
+    unit, number = _of_bytes(count)
+    return f"{number:.2f} {unit}" if unit != "B" else f"{number:.0f} B"
+
+
+def short_size(count: float) -> str:
+    """Returns bytes in three digits, where decimals would say more than is known."""
+    unit, number = _of_bytes(count)
+    return f"{number:.3g} {unit}" if number < 1000 else f"{number:.0f} {unit}"
+
+
+def _of_bytes(count: float) -> tuple[str, float]:
+    steps = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
+    return next(((unit, count / step) for unit, step in steps if count >= step), ("B", count))

@@ -16,7 +16,6 @@ from devices.fit import (
     fit,
     integer_bytes,
     largest_batch,
-    megabytes,
     powers_of_two,
     step_memory,
     width_that_fits,
@@ -25,6 +24,7 @@ from devices.latency.predictions import predict
 from devices.meter import inference_bytes, measure
 from devices.profile import load_profile
 from devices.reserved import with_memory
+from devices.units import energy, short_size
 from fedsim.cli.devices.own_model import measure_cost, named_model
 
 # 1000 bytes of weights. At the turn 1000 + 100 are there whatever the batch and 50 an example; at the end of the step
@@ -119,7 +119,7 @@ def test_what_does_not_fit_gets_advice(network: ModelCost):
     result = fit(network, device, momentum=True, others=others)
     assert (result.largest_batch, result.rows) == (0, ())
     needed, plain, narrower, other = result.advice
-    assert needed.startswith(f"one example needs {megabytes(result.needs_bytes)}")
+    assert needed.startswith(f"one example needs {short_size(result.needs_bytes)}")
     assert plain == "without momentum it fits, with batches up to 3"
     assert "times as wide" in narrower
     assert other.startswith("galaxy_a50 (phone) has")  # the same kind first, and no microcontroller
@@ -165,5 +165,12 @@ def test_prediction_says_how_far_it_is_known(network: ModelCost):
 
 
 def test_memory_reads_well():
-    assert [megabytes(n) for n in (12, 1536, 3 * 2**20, 1001 * 2**20)] == ["12 B", "1.5 kB", "3 MB", "1001 MB"]
+    assert [short_size(n) for n in (12, 1536, 3e6, 1e9, 2e12)] == ["12 B", "1.54 kB", "3 MB", "1 GB", "2000 GB"]
+    assert [energy(joules) for joules in (0, 0.0123, 1, 999, 2500)] == [
+        "0.0 J",
+        "12.3 mJ",
+        "1.0 J",
+        "999.0 J",
+        "2.50 kJ",
+    ]
     assert math.isclose(step_memory(NETWORK, 1, 0.0).total, 2010)

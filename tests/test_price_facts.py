@@ -35,16 +35,16 @@ def test_line_names_where_prices_are_from():
     prices = facts(seen(LARGE, 16, "pixel3", "galaxy_a50", "pixel2", "raspberry_pi_4"))["prices"]
     error = device_prices(load_profile("raspberry_pi_4")).step.error
     assert prices["line"] == (
-        "training steps carried from other devices by peak on 3 of 4 devices (error unknown), "
-        f"measured on raspberry_pi_4 ({100 * error:.0f} %); "
-        f"{100 * prices['calls_share']:.0f} % of compute seconds are calls"
+        "training steps are estimated from other devices by peak speed for 3 of 4 devices (error unknown), "
+        f"measured for raspberry_pi_4 (error about {100 * error:.0f} %). "
+        f"{100 * prices['calls_share']:.0f} % of the computing time is the fixed cost of starting operations"
     )
     assert prices["devices"]["raspberry_pi_4"] == {"basis": "rows", "error": error, "remarks": []}
 
 
 def test_other_batch_than_the_references_is_extrapolated():
     prices = facts(seen(LARGE, 20, "raspberry_pi_4"))["prices"]
-    assert "measured on raspberry_pi_4 (6 %, extrapolated)" in prices["line"]
+    assert "measured for raspberry_pi_4 (error about 6 %, extrapolated)" in prices["line"]
     assert prices["devices"]["raspberry_pi_4"]["remarks"] == ["batch 20 is outside of the references' 16 to 16"]
 
 
@@ -54,14 +54,16 @@ def test_share_of_calls_is_of_all_that_was_computed():
     calls, work = step.parts_ms(SMALL.layers, 16)
     small = facts(seen(SMALL, 16, "raspberry_pi_4"))["prices"]
     assert small["calls_share"] == pytest.approx(calls / (calls + work))
-    assert small["line"].endswith("% of compute seconds are calls: this run's times are overhead, not arithmetic")
+    assert small["line"].endswith("starting operations: on a network this small, times are mostly overhead")
     large = facts(seen(LARGE, 16, "raspberry_pi_4"))["prices"]
     both = seen(SMALL, 16, "raspberry_pi_4") | seen(LARGE, 16, "raspberry_pi_4")
     assert large["calls_share"] < facts(both)["prices"]["calls_share"] < small["calls_share"]
 
 
 def test_run_that_only_judged_says_so_and_untraced_work_says_nothing():
-    assert facts(seen(LARGE, 16, "raspberry_pi_4", backwards=0))["prices"]["line"].startswith("forward passes measured")
+    assert facts(seen(LARGE, 16, "raspberry_pi_4", backwards=0))["prices"]["line"].startswith(
+        "forward passes are measured"
+    )
     assert facts(seen(replace(LARGE, layers=None), 16, "raspberry_pi_4")) == {}
     assert facts({}) == {}
 
@@ -69,9 +71,9 @@ def test_run_that_only_judged_says_so_and_untraced_work_says_nothing():
 def test_summary_lines_and_page_say_it_once(run, tmp_path):
     summary = run("latency=structured", "fleet=mixed")
     line = summary["prices"]["line"]
-    assert closing_lines(summary, tmp_path).count(f"prices: {line}") == 1
+    assert closing_lines(summary, tmp_path).count(f"times: {line}") == 1
     assert json.loads((tmp_path / "summary.json").read_text())["prices"] == summary["prices"]
-    assert write_page(tmp_path).read_text().count('<p class="warning">prices: ') == 1
+    assert write_page(tmp_path).read_text().count('<p class="warning">times: ') == 1
     assert "prices" not in run("latency=flops", out=tmp_path.with_name("flops"))
 
 

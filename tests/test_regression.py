@@ -77,16 +77,17 @@ def test_a_run_speaks_of_the_metric_of_its_workload(method: str, tmp_path: Path)
     values = {report.round: report.metrics["mse"] for report in reports}
     lowest = min(values.values())
     assert Metric.named_in(summary) == primary_of(tmp_path) == MSE
-    assert summary["final"] == {"mse": values[6], "loss": reports[-1].metrics["loss"]}
+    last = reports[-1].metrics
+    assert summary["final"] == {key: last[key] for key in ("mse", "loss", "client_mse_worst_tenth")}
     assert summary["best"] == {"mse": lowest, "round": min(r for r, value in values.items() if value == lowest)}
     assert summary["best"]["mse"] < values[0] / 2
     assert {**read_summary(tmp_path), "host_s": 0} == {**summary, "host_s": 0}
     table = closing_table(reports, MSE)
-    assert [column.header for column in table.columns][1:3] == ["mse", "clients' own"]
-    assert list(table.columns[1].cells)[-1] == f"{values[6]:.4g} m²"
+    assert [column.header for column in table.columns][1:3] == ["mse m²", "clients' own"]
+    assert list(table.columns[1].cells)[-1] == f"{values[6]:.4g}"
     lines = "\n".join(closing_lines(summary, tmp_path, reports))
     assert f"test mse {values[6]:.4g} m² after 6 rounds" in lines
-    assert f"clients' own models: mse {reports[-1].metrics[CLIENTS + 'mse']:.4g} m²" in lines
+    assert f"clients' own models: mse {last[CLIENTS + 'mse']:.4g} m²" in lines
     assert [column.header for column in sweep_table([([], summary)]).columns][2] == "mse"
     html = write_page(tmp_path).read_text()
     assert "What mse took" in html
@@ -183,7 +184,7 @@ def test_a_metric_that_no_run_wrote_is_refused(tmp_path: Path):
 
 
 def test_percentages_and_other_units_are_written_alike():
-    assert (ACCURACY.number(0.1234), ACCURACY.change(-0.01), ACCURACY.fraction(0.5)) == ("12.34", "-1.00", "0.5000")
+    assert (ACCURACY.number(0.1234), ACCURACY.change(-0.01), ACCURACY.with_unit(0.5)) == ("12.34", "-1.00", "50.00 %")
     assert (MSE.number(0.12345), MSE.change(0.01), MSE.with_unit(2.0)) == ("0.1235", "+0.01", "2 m²")
     assert (MSE.reaches(0.1, 0.2), ACCURACY.reaches(0.1, 0.2)) == (True, False)
     assert MSE.named("client_mse").label == "client mse, m²"

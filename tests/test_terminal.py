@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import re
+
 import pytest
 from rich.cells import cell_len
 
-from fedsim.report.terminal import PlainConsole, console, table
+from fedsim.report.terminal import PlainBar, PlainConsole, PlainProgress, console, table
 
 ROWS = {
     "FedAvg": ("42.99 ± 0.21", "", "3.50 min", "5.40 kJ", "231.42 MB", "150"),
@@ -68,3 +71,30 @@ def test_sections_and_titles_stay(capsys: pytest.CaptureFixture[str]):
     text = capsys.readouterr().out
     assert text.count("above") == text.count("below") == 1
     assert text.count("├") == 2  # the section, in both parts
+
+
+@pytest.mark.parametrize("colours", [True, False])
+def test_a_bar_has_no_gap(monkeypatch: pytest.MonkeyPatch, colours: bool):
+    """Rich draws what is missing in a colour, or not at all."""
+    if colours:
+        monkeypatch.delenv("NO_COLOR", raising=False)
+    else:
+        monkeypatch.setenv("NO_COLOR", "1")
+    made = PlainConsole(markup=False, emoji=False, width=80, force_terminal=True, file=io.StringIO())
+    with PlainProgress(PlainBar(), shown=made) as bar:
+        bar.update(bar.add_task("", total=4), completed=1)
+        bar.refresh()
+    drawn = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", made.file.getvalue())
+    assert max(len(line.rstrip()) for line in re.split("[\r\n]", drawn)) == 40
+    assert ("·" in drawn) is not colours
+
+
+def test_names_stand_beside_texts_that_are_broken_between_words(capsys: pytest.CaptureFixture[str]):
+    made = PlainConsole(markup=False, emoji=False, width=40)
+    made.pairs([("a", "one two three four five six seven eight"), ("a" * 30, "nine")], indent=1, most=8)
+    assert capsys.readouterr().out.splitlines() == [
+        " a         one two three four five six",
+        "           seven eight",
+        " " + "a" * 30,
+        "           nine",
+    ]

@@ -16,11 +16,11 @@ IN_WORDS = {
     "rows": "measured",
     "few rows": "measured on few networks",
     "one row": "scaled to one measurement",
-    "threads": "carried from rows with another number of threads",
-    "datasheet": "from the datasheet",
-    "carried": "carried from other devices by peak",
-    "assumed": "an assumed ratio to the forward pass",
-    "scaled": "another device's, scaled",
+    "threads": "measured with another number of threads",
+    "datasheet": "computed from the datasheet",
+    "carried": "estimated from other devices by peak speed",
+    "assumed": "assumed as a multiple of the forward pass",
+    "scaled": "scaled from another device",
 }
 
 

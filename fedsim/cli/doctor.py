@@ -73,9 +73,12 @@ def _gpu() -> Check:
 
 def _data() -> Iterator[Check]:
     from fedsim.settings.catalogue import list_workloads
+    from fedsim.workloads.bundle import bundle_names
 
-    here = [row.name for row in list_workloads() if row.found]
-    yield "data", True, f"FEDSIM_DATA={os.environ.get('FEDSIM_DATA', '(not set)')}; found: {', '.join(here)}"
+    here = ", ".join(row.name for row in list_workloads() if row.found)
+    bundles = ", ".join(bundle_names()) or "none"
+    place = f"FEDSIM_DATA={os.environ.get('FEDSIM_DATA', '(not set)')}"
+    yield "data", True, f"{place}; workloads that are here: {here}; bundles: {bundles}"
 
 
 def _writable(folder: Path) -> tuple[bool, str]:
@@ -98,5 +101,5 @@ def _short_run() -> tuple[bool, str]:
     except Exception as error:  # whatever it is, it is the finding
         return False, f"{type(error).__name__}: {error}"
     primary = Metric.named_in(summary)
-    score = primary.fraction(summary["final"][primary.name], 3)
+    score = primary.with_unit(summary["final"][primary.name])
     return True, f"3 rounds in {time.monotonic() - started:.1f} s, test {primary.title} {score}"

@@ -35,13 +35,13 @@ def line_of(kind: str, name: str) -> str:
     """Returns in one sentence what something is."""
     from devices.profile import load_profile
     from devices.reading import read_yaml
-    from devices.units import size
+    from devices.units import short_size
     from fedsim.settings.described import sentence_of
     from fedsim.settings.groups import option_file
 
     if kind == "device":
         profile = load_profile(name)
-        parts = (profile.kind, profile.soc, f"{size(profile.memory_bytes)} to train in")
+        parts = (profile.kind, profile.soc, f"{short_size(profile.memory_bytes)} to train in")
         return ", ".join(part for part in parts if part)
     return str(read_yaml(option_file(kind, name))["title"]) if kind == "study" else sentence_of(kind, name)
 

@@ -138,11 +138,11 @@ def _run(runs: Sequence[PlannedRun], jobs: int | None, folder: Path, shown: Plai
 @contextmanager
 def _bar(shown: PlainConsole) -> Iterator[Watch]:
     """Shows a bar over the rounds of all runs; where there is no terminal, a line for each run that has ended."""
-    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from fedsim.report.terminal import PlainProgress
+    from fedsim.report.terminal import PlainBar, PlainProgress
 
-    columns: list[Any] = [TextColumn("{task.fields[state]}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %")]
+    columns: list[Any] = [TextColumn("{task.fields[state]}"), PlainBar(), TextColumn("{task.percentage:>3.0f} %")]
     columns += [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=False)]
     with PlainProgress(*columns, shown=shown) as bar:
         task = bar.add_task("study", total=None, state="")

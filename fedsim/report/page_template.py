@@ -46,7 +46,7 @@ HTML = """\
 {% endfor %}
 </dl>
 {% if prices %}
-<p class="{{ 'warning' if prices.calls_share > 0.5 else 'note' }}">prices: {{ prices.line }}</p>
+<p class="{{ 'warning' if prices.calls_share > 0.5 else 'note' }}">times: {{ prices.line }}</p>
 {% endif %}
 {% for part in parts %}
 <section>

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from devices.units import simulated
 from fedsim.report.rounds import RoundReport
 from fedsim.report.split import primary_of
-from fedsim.report.terminal import PlainProgress
+from fedsim.report.terminal import PlainBar, PlainProgress
 from fedsim.report.text import NO_VALUE
 from fedsim.workloads.metrics import NOT_FINITE
 
@@ -34,7 +34,7 @@ def progress_bar(console: Console, rounds: int, folder: Path) -> Iterator[Any]:
     columns = [
         TextColumn("round"),
         MofNCompleteColumn(),
-        BarColumn(),
+        PlainBar(),
         TextColumn("{task.fields[state]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
@@ -47,7 +47,7 @@ def progress_bar(console: Console, rounds: int, folder: Path) -> Iterator[Any]:
         def watch(report: RoundReport) -> None:
             primary = judged_by(folder)
             if primary.name in report.metrics:
-                shown["text"] = f"{primary.title} {primary.fraction(report.metrics[primary.name], 3)}"
+                shown["text"] = f"{primary.title} {primary.with_unit(report.metrics[primary.name])}"
             elif NOT_FINITE in report.metrics:
                 shown["text"] = NO_VALUE
             progress.update(task, completed=report.round, state=f"{shown['text']}  simulated {simulated(report.now_s)}")

@@ -9,14 +9,24 @@ from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Console, RenderableType
-from rich.progress import Progress, ProgressColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
+from rich.text import Text
 
 from devices.texts import visible, visible_lines
 
 CELL_LETTERS = 400  # of a line in a cell; commands and paths are the longest
 NAME_WIDTH = 24  # columns that a column of text needs at most: what is longer may be broken
 EDGE, BETWEEN = 1, 3  # columns that a frame takes: once, and for each column
+BAR_WIDTH = 40  # columns
 PIPED_WIDTH = 100_000  # of what is not printed to a terminal: nothing is shrunk there
 
 
@@ -180,6 +190,18 @@ def table(*columns: str, left: Collection[str] = (), title: str | None = None, s
     return PlainTable(columns, left, None if title is None else visible_lines(title, CELL_LETTERS), None, same_below)
 
 
+class PlainBar(BarColumn):
+    """A bar whose missing part is seen without colours too, where rich leaves a gap."""
+
+    def render(self, task: Task) -> Any:
+        """Draws the bar of a task."""
+        if "NO_COLOR" not in os.environ:
+            return super().render(task)
+        share = min(1.0, task.completed / task.total) if task.total else 0.0
+        width = self.bar_width or BAR_WIDTH
+        return Text("━" * round(share * width) + "·" * (width - round(share * width)))
+
+
 class PlainProgress(Progress):
     """A bar that goes when the work is done and leaves nothing in files and pipes, where it is not drawn.
 
@@ -189,7 +211,8 @@ class PlainProgress(Progress):
     """
 
     def __init__(self, *columns: str | ProgressColumn, shown: Console):
-        super().__init__(*columns, console=shown, transient=True, disable=not shown.is_terminal)
+        usual = (TextColumn("{task.description}"), PlainBar(), TaskProgressColumn(), TimeRemainingColumn())
+        super().__init__(*(columns or usual), console=shown, transient=True, disable=not shown.is_terminal)
 
     def stop(self) -> None:
         """Ends it; older versions of rich would print an empty line where there was none."""

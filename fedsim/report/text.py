@@ -29,7 +29,7 @@ def closing_table(reports: Sequence[RoundReport], primary: Metric = ACCURACY) ->
     """
     name, of_clients = primary.name, CLIENTS + primary.name
     own = any(of_clients in report.metrics for report in reports)
-    scores = (primary.title, "clients' own") if own else (primary.title,)
+    scores = (primary.heading, "clients' own") if own else (primary.heading,)
     shown = table("round", *scores, "time", "energy", "down", "up", "done", "lost")
     joules, down, up, done, lost = 0.0, 0, 0, 0, 0
     rows = []
@@ -38,10 +38,10 @@ def closing_table(reports: Sequence[RoundReport], primary: Metric = ACCURACY) ->
         joules, down, up = joules + report.joules, down + report.down_bytes, up + report.up_bytes
         done, lost = done + completed, lost + len(report.cohort) - completed
         if judged([report], primary):
-            score = primary.fraction(report.metrics[name]) if name in report.metrics else NO_VALUE
+            score = primary.number(report.metrics[name]) if name in report.metrics else NO_VALUE
             costs = [simulated(report.now_s), energy(joules), size(down), size(up)]
             clients = report.metrics.get(of_clients)
-            theirs = ["" if clients is None else primary.fraction(clients)] if own else []
+            theirs = ["" if clients is None else primary.number(clients)] if own else []
             rows.append([str(report.round), score, *theirs, *costs, str(done), str(lost)])
     step = max(1, -(-len(rows) // TABLE_ROWS))
     for row in rows[::-1][::step][::-1]:
@@ -55,7 +55,7 @@ def final_score(summary: dict[str, Any]) -> str:
     value = summary["final"][primary.name]
     if value is None:
         return NO_VALUE if summary.get("not_finite_rounds") else "not evaluated"
-    return primary.fraction(value)
+    return primary.with_unit(value)
 
 
 def closing_lines(summary: dict[str, Any], folder: Path, reports: Sequence[RoundReport] = ()) -> list[str]:
@@ -63,30 +63,30 @@ def closing_lines(summary: dict[str, Any], folder: Path, reports: Sequence[Round
     primary = Metric.named_in(summary)
     name = primary.title
     judged_own = [r.metrics[CLIENTS + primary.name] for r in reports if CLIENTS + primary.name in r.metrics]
-    seconds, traffic = summary["simulated_s"], summary["down_bytes"] + summary["up_bytes"]
+    traffic = summary["down_bytes"] + summary["up_bytes"]
     counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in summary["outcomes"].items() if count)
     clients = summary["clients"]
     lines = [
         f"{summary['method']} on {summary['workload']}, fleet {summary['fleet']}: "
-        f"test {name} {final_score(summary)} after {summary['rounds']} rounds",
+        f"test {name} {final_score(summary)} after {summary['rounds']} round{'' if summary['rounds'] == 1 else 's'}",
         *(
-            f"clients' own models: {name} {primary.fraction(value)} on their own held-out examples"
+            f"clients' own models: {name} {primary.with_unit(value)} on their own held-out examples"
             for value in judged_own[-1:]
         ),
-        f"cost: {seconds / 3600:.4f} simulated hours ({simulated(seconds)}), "
-        f"{summary['energy_j']['total']:.1f} joules, "
-        f"{traffic / 1e6:.2f} megabytes, peak memory {size(summary['peak_memory_bytes'])}",
+        f"cost: {simulated(summary['simulated_s'])} of simulated time, {energy(summary['energy_j']['total'])}, "
+        f"{size(traffic)} of traffic, peak memory {size(summary['peak_memory_bytes'])}",
         f"clients: {counts}; the busiest spent {energy(summary['energy_j']['max_client'])}",
         *([late] if summary["outcomes"].get("late") and (late := _late_note_of(folder)) else []),
         f"clients that never took part: {clients['never']} of {clients['population']}",
         *(f"warning: {text}" for text in summary["warnings"]),
         *([repriced_line(summary)] if summary.get("repriced") else []),
-        *([f"prices: {summary['prices']['line']}"] if "prices" in summary else []),
+        *([f"times: {summary['prices']['line']}"] if "prices" in summary else []),
     ]
     target = summary["to_target"]
     if target:
+        wanted = f"{primary.scale * target[primary.name]:g} {primary.unit}".rstrip()
         lines.append(
-            f"{name} {target[primary.name]:g} reached in round {target['round']}: {simulated(target['simulated_s'])}, "
+            f"{name} {wanted} reached in round {target['round']}: {simulated(target['simulated_s'])}, "
             f"{energy(target['energy_j'])}, {size(target['down_bytes'] + target['up_bytes'])}"
         )
     return [*lines, f"run folder: {folder} ({summary['host_s']:.1f} s on this host)"]

@@ -83,9 +83,8 @@ def facts_of(done: Mapping[tuple[str, str], int], profiles: Sequence[DeviceProfi
         known = used.step if trained and used.step else used.forward
         remarks = list(seen[name].remarks)
         by_device[name] = {"basis": known.basis, "error": known.error, "remarks": remarks}
-    line = f"{what} {_by_basis(by_device)}; {100 * share:.0f} % of compute seconds are calls"
-    if share > MOSTLY_CALLS:
-        line += ": this run's times are overhead, not arithmetic"
+    line = f"{what} are {_by_basis(by_device)}. {100 * share:.0f} % of the computing time is the fixed cost of starting"
+    line += " operations: on a network this small, times are mostly overhead" if share > MOSTLY_CALLS else " operations"
     return {"prices": {"line": line, "calls_share": share, "devices": by_device}}
 
 
@@ -151,8 +150,8 @@ def _by_basis(devices: Mapping[str, Mapping[str, Any]]) -> str:
         where = ", ".join(names) if len(names) <= MAX_NAMED else f"{len(names)} of {len(devices)} devices"
         where = "all devices" if len(names) == len(devices) > MAX_NAMED else where
         errors = sorted({devices[n]["error"] for n in names} - {None})
-        known = f"{_span(errors)} %" if errors else "error unknown"
-        parts.append(f"{IN_WORDS[basis]} on {where} ({known}{', extrapolated' if beyond else ''})")
+        known = f"error about {_span(errors)} %" if errors else "error unknown"
+        parts.append(f"{IN_WORDS[basis]} for {where} ({known}{', extrapolated' if beyond else ''})")
     return ", ".join(parts)
 
 

@@ -88,13 +88,9 @@ class Metric:
         """Returns a difference of two values with its sign."""
         return f"{self.scale * difference:+.2f}" if self.unit == "%" else f"{difference:+.3g}"
 
-    def fraction(self, value: float, digits: int = 4) -> str:
-        """Returns a value as tables of a single run show it: a share as such, else with its unit."""
-        return f"{value:.{digits}f}" if self.unit == "%" else self.with_unit(value)
-
     def with_unit(self, value: float) -> str:
         """Returns a value and its unit."""
-        return f"{self.number(value, 1)} {self.unit}".rstrip()
+        return f"{self.number(value)} {self.unit}".rstrip()
 
     def gain(self, value: float) -> float:
         """Returns a number that is larger the better the value is."""

@@ -290,9 +290,9 @@ def _basis(prices: Prices) -> str:
 
 
 def _memory(profile: DeviceProfile) -> str:
-    from devices.fit import megabytes
+    from devices.units import short_size
 
-    return megabytes(profile.memory_bytes)
+    return short_size(profile.memory_bytes)
 
 
 def _variants(name: str) -> tuple[str, ...]:

@@ -86,7 +86,7 @@ def fit(
 
 def _memory_table(found: list[Fit], momentum: bool) -> Table:
     """Returns the memory of a step by its parts, for every batch that a device is judged at; it is the same on all."""
-    from devices.fit import megabytes
+    from devices.units import short_size
     from fedsim.report.terminal import table
 
     rows = {row.batch: row for result in found for row in result.rows if row.memory}
@@ -96,48 +96,43 @@ def _memory_table(found: list[Fit], momentum: bool) -> Table:
         m = row.memory
         assert m is not None
         parts = (m.weights, m.gradients, m.optimizer, m.activations, m.total, row.inference_bytes)
-        shown.add_row(str(batch), *(megabytes(part) if part else "0" for part in parts))
+        shown.add_row(str(batch), *(short_size(part) if part else "0" for part in parts))
     return shown
 
 
 def _times(result: Fit) -> Table:
     """Returns milliseconds and joules of both passes by batch."""
-    from devices.fit import megabytes
+    from devices.units import energy, short_size
     from fedsim.report.terminal import table
 
     device = result.device
-    title = f"{device.name} ({device.kind}), {megabytes(device.memory_bytes)} to compute in"
+    title = f"{device.name} ({device.kind}), {short_size(device.memory_bytes)} to compute in"
     shown = table("batch", "inference ms", "energy", "step ms", "energy ", "calls", "fits", title=title)
     for row in result.rows:
         forward, step = row.prediction.forward, row.prediction.step
         trained = (
-            ("cannot train", "") if step is None else (f"{short(step.ms)} {percent(step.error)}", joules(step.joules))
+            ("cannot train", "") if step is None else (f"{short(step.ms)} {percent(step.error)}", energy(step.joules))
         )
         share = f"{100 * (step or forward).calls_share:.0f} %"
-        run = (f"{short(forward.ms)} {percent(forward.error)}", joules(forward.joules))
+        run = (f"{short(forward.ms)} {percent(forward.error)}", energy(forward.joules))
         shown.add_row(str(row.batch), *run, *trained, share, "yes" if row.fits else "no")
     return shown
 
 
 def _verdict(result: Fit, network: ModelCost) -> list[str]:
     """Returns lines with the largest batch, or with what stands in the way and what would help."""
-    from devices.fit import megabytes
+    from devices.units import short_size
 
     name, parts = result.device.name, result.integers
     if parts is not None:
-        flash = f"of {megabytes(parts.flash)} flash (recalled)" if parts.flash else "of a flash that nobody named"
+        flash = f"of {short_size(parts.flash)} flash (recalled)" if parts.flash else "of a flash that nobody named"
         lines = [
             f"{name}: int8, inference only, {'fits' if parts.fits else 'does not fit'}: weights "
-            f"{megabytes(parts.weights)} {flash}, activations {megabytes(parts.activations)} of "
-            f"{megabytes(parts.sram)} SRAM"
+            f"{short_size(parts.weights)} {flash}, activations {short_size(parts.activations)} of "
+            f"{short_size(parts.sram)} SRAM"
         ]
     elif result.largest_batch:
         lines = [f"{name}: trains with batches up to {result.largest_batch}"]
     else:
         lines = [f"{name}: cannot train {network.name}, not even with one example a step"]
     return [*lines, *(f"  {line}" for line in result.advice)]
-
-
-def joules(value: float) -> str:
-    """Returns the energy of a pass, which may be far below a joule, with its unit."""
-    return f"{short(value)} J" if value >= 1 else f"{short(1e3 * value)} mJ"
