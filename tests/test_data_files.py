@@ -157,9 +157,20 @@ def test_more_clients_than_examples_is_refused(tmp_path):
         open_bundle(write_bundle(tmp_path), num_clients=21)
 
 
+def test_a_bundle_that_is_here_comes_before_files_that_are_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDSIM_DATA", str(tmp_path))
+    (tmp_path / "mnist").mkdir()
+    (tmp_path / "mnist" / "meta.json").write_text("{}")
+    _, here, where = Torchvision.locate({"dataset": "mnist"})
+    start = "take the bundle that is here, workload=bundle workload.path=mnist, or set workload.download=true"
+    assert (here, where.startswith(start)) == (False, True)
+    assert Bundle.locate({}) == ("any", True, "any folder or name of a bundle: workload.path=... (here: mnist)")
+
+
 def test_absent_official_files_say_how_to_get_them(tmp_path):
     with pytest.raises(
-        DataError, match=r"cifar10 is not here or broken: set workload.download=true or put the official"
+        DataError,
+        match=r"the official files of cifar10 are not here or broken: set workload.download=true or put the official",
     ):
         Torchvision("cifar10", model=MLP, partition=Iid(), num_clients=10, seed=0, root=str(tmp_path))
     with pytest.raises(ConfigError, match=r"unknown value for workload.dataset 'cifar'; did you mean 'cifar10'"):

@@ -134,6 +134,16 @@ def test_a_wrong_name_gets_the_nearest_right_one(fedsim: Callable[..., Ended], a
     assert_refused(fedsim(*arguments.split()), *words)
 
 
+def test_a_default_that_a_preset_changes_is_said_once(place: Path):
+    """Of an own method in the working folder: the preset's value, with what its trainer says of the setting."""
+    Path("configs/method").mkdir(parents=True)
+    preset = "# @package _global_\n# Mine.\ndefaults:\n  - override /strategy: fedavg\n  - override /trainer: ditto\n"
+    Path("configs/method/mine.yaml").write_text(f"{preset}trainer:\n  pull: 3.0\n")
+    pulls = [s for s in facts("method", "mine")["settings"] if s["key"] == "trainer.pull"]
+    meaning = "lambda: how much the personal model is drawn to the received weights"
+    assert pulls == [{"key": "trainer.pull", "default": "3.0", "meaning": meaning}]
+
+
 def test_options_of_a_plug_in_are_listed_and_explained(
     fedsim: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

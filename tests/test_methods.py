@@ -369,7 +369,10 @@ def test_every_workload_runs_a_round_or_says_how_to_get_its_data(workload: str):
     small = {"mnist_writers": [], "shakespeare": ["model.hidden=8"]}.get(workload, [])
     settings = compose([f"workload={workload}", *given, *small, *common])
     if "download" in settings["workload"]:
-        with pytest.raises(DataError, match=rf"^{workload} is not here or broken: set workload.download=true .*$"):
+        with pytest.raises(
+            DataError,
+            match=rf"^the official files of {workload} are not here or broken: set workload.download=true .*$",
+        ):
             build_world(json.dumps(settings))
         return
     result = federate(base=[f"workload={workload}", *given, *small, *common])

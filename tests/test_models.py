@@ -124,7 +124,7 @@ def test_convnet_with_pools_ends_in_an_average(height: int):
     "make, sentence",
     [
         (lambda: LeNet5((1, 8, 8), 10), r"model lenet5 needs images .* 12x12, got .*\[1, 8, 8\]; try model=mlp"),
-        (lambda: LeNet5((80,), 65), r"lenet5 needs images .* shape \[80\]; try model=mlp or, for text, char_lstm"),
+        (lambda: LeNet5((80,), 65), r"shape \[80\]; try model=mlp or, for text, char_lstm; sound .* workload=kws"),
         (lambda: FemnistCNN((1, 3, 8), 10), "model femnist_cnn needs images .* of at least 4x4"),
         (lambda: VGG((3, 7, 32), 10), "model vgg needs images .* of at least 8x8"),
         (lambda: VGG(IMAGES, 10, dropout=1.0), r"model.dropout must be in \[0, 1\), got 1.0"),

@@ -48,9 +48,12 @@ def image_shape(model: str, input_shape: Sequence[int], smallest: int) -> tuple[
         ConfigError: if these are no images, or too small ones.
     """
     if len(input_shape) != 3 or min(input_shape[1:]) < smallest:
+        others = (
+            "mlp or, for text, char_lstm; sound becomes images (spectrograms) with workload=kws workload.path=BUNDLE"
+        )
         raise ConfigError(
             f"model {model} needs images [channels, height, width] of at least {smallest}x{smallest}, got examples of "
-            f"shape {list(input_shape)}; try model={'mlp' if len(input_shape) != 1 else 'mlp or, for text, char_lstm'}"
+            f"shape {list(input_shape)}; try model={'mlp' if len(input_shape) != 1 else others}"
         )
     channels, height, width = input_shape
     return channels, height, width

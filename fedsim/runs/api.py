@@ -73,7 +73,11 @@ class Run:
 
     @cached_property
     def clients(self) -> pd.DataFrame:
-        """Returns a row per client and exchange, with a column for each metric and each figure of work (`work_...`)."""
+        """Returns a row per client and exchange, with a column for each metric and each figure of work (`work_...`).
+
+        Bytes and memory stand there twice: `down_bytes` is what was sent before the client's end, `work_down_bytes`
+        what its work would have taken, had nothing stopped it. They differ where a client was stopped.
+        """
         import pandas as pd
 
         from fedsim.report.files import read_all_rows
@@ -131,14 +135,25 @@ def compose(*overrides: str, **settings: Any) -> Settings:
 
 
 def run(*overrides: str, progress: bool = True, **settings: Any) -> Run:
-    """Runs one experiment and returns its folder to look into.
+    """Runs one experiment, as `fedsim run` does, and returns its folder to look into.
 
     The process stays as it was: torch keeps its threads and random state.
 
     Args:
-        overrides: as those of `compose`.
+        overrides: settings as on the command line, e.g. `"trainer.lr=0.05"`.
         progress: whether a terminal shows a bar over the rounds; a notebook shows none.
-        settings: as those of `compose`.
+        settings: the same as keywords: the option of a group (`method="fedprox"`, `fleet="mixed"`), a setting of the
+            top (`rounds=20`, `seed=3`, `out="runs/mine"`), or settings of a group as a map (`trainer={"lr": 0.05}`).
+            What there is: `fedsim list methods`, `fedsim explain method ditto`, `fedsim run --help`.
+
+    Returns:
+        The run: `summary` (final and best score, time, energy, bytes), `rounds` and `clients` (DataFrames), `settings`,
+        `folder`, and `plot()`.
+
+    Example:
+        run = fedsim.run(method="fedprox", fleet="mixed", rounds=20, trainer={"lr": 0.05})
+        run.summary["final"]["accuracy"], run.summary["energy_j"]["total"]
+        run.rounds[["round", "accuracy", "now_s", "joules"]]
 
     Raises:
         ConfigError, DataError: before anything is written.

@@ -11,12 +11,14 @@ import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from difflib import get_close_matches
 from typing import Any
 
 from devices.errors import UserError, one_line, unknown
 from devices.texts import quoted
 from fedsim.errors import ConfigError, in_words
 from fedsim.settings.check import check, check_choices, known_keys
+from fedsim.settings.described import nearest_elsewhere
 from fedsim.settings.groups import (
     AFFECTS_RESULTS,
     GROUPS,
@@ -210,6 +212,8 @@ def _unknown_key(key: str, overrides: Sequence[str]) -> str:
             names += list(GROUPS) if not path else []
             if not path and (below := left_out_group(key, node)):
                 return below
+            if path or not get_close_matches(part, names):
+                return nearest_elsewhere(key) or unknown("setting", prefix + part, set(names))
             return unknown("setting", prefix + part, set(names))
         node, path = node[part], [*path, part]
     return ""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ import yaml
 from devices.errors import FileError, one_line
 from devices.reading import read_text, read_yaml
 from fedsim.settings.docstrings import records_of, source_of, written_about
-from fedsim.settings.groups import GROUPS, PRIMARY, config_folders, option_file, target_of
+from fedsim.settings.groups import GROUPS, PRIMARY, config_folders, option_file, options, target_of
 from fedsim.settings.hydra_text import as_hydra
 
 HALVES, PRESETS = ("strategy", "trainer"), ("method", "experiment")
 OVERRIDE = re.compile(r"override /(\w+)(?:@\S+)?")
+MAX_NAMED, NEAR = 3, 0.8  # options in a sentence, and how alike names are that may be meant
 SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[\"A-Z])")
 FOLLOWS = re.compile(r"\$\{(?:oc\.select:)?([\w.]+)(?:,.*)?\}")
 BESIDE = re.compile(r"/(\w+)@(\w+)")  # an option of a group as a setting of another one
@@ -132,6 +134,27 @@ def _groups() -> list[tuple[str, str, str]]:
     """Returns the groups with their default and what they choose."""
     text = read_text(config_folders()[0] / f"{PRIMARY}.yaml")
     return re.findall(r"^  - (\w+): (\S+) +# (.+)$", text, re.MULTILINE)
+
+
+def nearest_elsewhere(key: str) -> str:
+    """Says which options have a setting that those of a run lack, or one of a near name; empty where none do."""
+    having: dict[str, list[str]] = {}
+    for group in GROUPS:
+        for name in options(group) if group not in PRESETS else ():
+            for setting in _settings(group, name):
+                having.setdefault(setting.key, []).append(f"{group}={name}")
+    last = {own.rpartition(".")[2] for own in having}
+    near = {key} if "." in key else {key} & last or set(get_close_matches(key, last, 1, NEAR))
+    found = {own: names for own, names in having.items() if own == key or own.rpartition(".")[2] in near}
+    if key in found:
+        return f"unknown setting {key!r}; it goes with {_listed(found[key])}"
+    said = " or ".join(f"{own!r} (with {_listed(names)})" for own, names in found.items())
+    return f"unknown setting {key!r}; did you mean {said}?" if said else ""
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return ", ".join(names[:MAX_NAMED]) + more
 
 
 def studies_with(group: str, name: str) -> list[str]:

@@ -48,8 +48,9 @@ class Bundle(ArrayWorkload):
         """Returns the kind, whether the data are here, and where or how to get them."""
         path = str(settings.get("path", "???"))
         if path == "???":
-            here = ", ".join(bundle_names()) or "none"
-            return "any", False, f"give workload.path=FOLDER (bundles found: {here})"
+            here = bundle_names()
+            found = f" (here: {', '.join(here)})" if here else ""
+            return "any", bool(here), f"any folder or name of a bundle: workload.path=...{found}"
         try:
             folder = find_bundle(path)
             return _read_meta(folder)[1], True, str(folder)

@@ -40,8 +40,8 @@ class Official(NamedTuple):
 
     def how_to_get(self, root: Path) -> str:
         """Says what to do without the files."""
-        instead = f", or use the bundle: {self.choice}" if self.bundle in bundle_names() else ""
-        return f"set workload.download=true or put the official files into {root / self.folder}{instead}"
+        instead = f"take the bundle that is here, {self.choice}, or " if self.bundle in bundle_names() else ""
+        return f"{instead}set workload.download=true or put the official files into {root / self.folder}"
 
     def read(self, make: Callable[[], Made], root: Path, download: bool) -> Made:
         """Returns what `make` makes of the files.
@@ -55,4 +55,5 @@ class Official(NamedTuple):
             if download:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise DataError(f"{self.name} could not be downloaded into {root}: {reason}") from None
-            raise DataError(f"{self.name} is not here or broken: {self.how_to_get(root)}") from None
+            what = f"the official files of {self.name} are not here or broken"
+            raise DataError(f"{what}: {self.how_to_get(root)}") from None
