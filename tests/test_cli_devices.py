@@ -145,7 +145,7 @@ def test_fit_answers_for_a_phone_a_board_and_a_microcontroller(devices):
     some = ["--device", "raspberry_pi_4", "--device", "nucleo_h7a3zi", "--batch", "1,8"]
     out = " ".join(devices(*lenet, *some).out.split())
     assert "raspberry_pi_4: trains with batches up to" in out
-    assert "int8, inference only, fits: weights 60.3 kB of 2 MB flash" in out
+    assert "int8, inference only, fits: weights 61.7 kB of 2.1 MB flash" in out
     board, mcu = json.loads(devices(*lenet, *some, "--json").out)["devices"]
     assert [row["batch"] for row in board["batches"]] == [1, 8]
     parts = board["batches"][1]["step_bytes"]

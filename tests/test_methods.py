@@ -371,7 +371,7 @@ def test_every_workload_runs_a_round_or_says_how_to_get_its_data(workload: str):
     if "download" in settings["workload"]:
         with pytest.raises(
             DataError,
-            match=rf"^the official files of {workload} are not here or broken: set workload.download=true .*$",
+            match=rf"^the official files of {workload} are not here or broken: .*set workload.download=true .*$",
         ):
             build_world(json.dumps(settings))
         return

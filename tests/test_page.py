@@ -54,7 +54,7 @@ def test_page_shows_the_figures_of_the_summary_and_loads_nothing(run, tmp_path: 
         "What accuracy took", "Where the time of a device goes", "Stragglers",
         "What became of the clients that were asked", "How the data are split", "Settings",
     ]  # fmt: skip
-    assert f"{100 * summary['final']['accuracy']:.1f} %" in page.texts["dd"]
+    assert f"{100 * summary['final']['accuracy']:.2f} %" in page.texts["dd"]
     assert f"{summary['outcomes']['completed']} of {sum(summary['outcomes'].values())}" in page.texts["dd"]
     assert len(page.addresses) == 4
     assert all(address.startswith("data:image/") for address in page.addresses)

@@ -337,7 +337,7 @@ def test_what_clients_judge_is_beside_the_global_model(run, tmp_path):
     """Where some of the model is private, the server's copy says little."""
     summary, reports = run("method=fedrep", "evaluate_clients=6"), read_rounds(tmp_path)
     table, last = closing_table(reports), reports[-1].metrics["client_accuracy"]
-    assert [column.header for column in table.columns][:3] == ["round", "accuracy", "clients' own"]
-    assert list(table.columns[2].cells)[-1] == f"{last:.4f}"
-    own = f"clients' own models: accuracy {last:.4f} on their own held-out examples"
+    assert [column.header for column in table.columns][:3] == ["round", "accuracy %", "clients' own"]
+    assert list(table.columns[2].cells)[-1] == f"{100 * last:.2f}"
+    own = f"clients' own models: accuracy {100 * last:.2f} % on their own held-out examples"
     assert own in closing_lines(summary, tmp_path, reports)
