@@ -4,7 +4,7 @@ Sources: McMahan et al., "Learning Differentially Private Recurrent Language Mod
 clipping); Andrew et al., "Differentially Private Learning with Adaptive Clipping", NeurIPS 2021, algorithm 1. Differs
 from Flower's wrappers, which weigh clients by examples (one with many moves the mean by more than the noise is for),
 let the adaptive norm run away from the quantile (it shrinks while too many are clipped), and divide by the norm of an
-update that is zero. Records: none of its own.
+update that is zero.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class AdaptiveDPFedAvg(DPFedAvg):
     noise; a little more noise on the weights pays for it, so that both together are as private as `noise_multiplier`.
 
     Args:
-        server: as above.
+        server: makes the strategy that samples clients and takes a step by the noisy mean.
         noise_multiplier: z of weights and share together; less than a tenth of `num_sampled_clients` with its count.
         clipping_norm: C of round 1.
         quantile: gamma, the share of clients that are not to be clipped.

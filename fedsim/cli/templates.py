@@ -9,7 +9,7 @@ from typing import NamedTuple
 HEAD = '''\
 """$Name: say in one sentence what is new.
 
-Source: authors, "title", venue and year, equation. Differs from the paper: nothing yet. Records: none of its own.
+Source: authors, "title", venue and year, equation. Differs from the paper: nothing yet. Records: none.
 """
 
 '''
