@@ -1,12 +1,13 @@
 """The page of a run: whole by itself, right in its figures, and there for runs that have not finished."""
 
-import base64
 import itertools
 import json
 import re
+import shlex
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pandas
 import pytest
@@ -14,10 +15,14 @@ from conftest import DAILY
 
 from fedsim.cli import main as cli
 from fedsim.errors import ConfigError
-from fedsim.report.files import Rows
-from fedsim.report.page import _devices, _stragglers, write_page
-from fedsim.report.plots.run import as_svg, curves, outcomes, time_by_device
+from fedsim.report.files import Rows, read_config
+from fedsim.report.page import write_page
+from fedsim.report.page_tables import devices_table, fairness_table, never_took_part, stragglers
+from fedsim.report.plots.on_page import heat_map, loss_curve, outcomes, score_curve, split_labels, time_by_device
 from fedsim.report.rounds import RoundReport, read_rounds
+from fedsim.settings.compose import compose
+from fedsim.workloads.describe import ClientRow, Split
+from fedsim.workloads.metrics import ACCURACY, Metric
 
 COSTS = ("fleet=phones", "deadline_s=2", "evaluate_clients=2", "rounds=3")
 
@@ -50,33 +55,51 @@ def test_page_shows_the_figures_of_the_summary_and_loads_nothing(run, tmp_path: 
     page = Page(write_page(tmp_path).read_text())
     assert page.open == []
     assert page.texts["h1"] == ["fedavg on blobs, fleet phones"]
-    assert page.texts["h2"] == [
-        "What accuracy took", "Where the time of a device goes", "Stragglers",
-        "What became of the clients that were asked", "How the data are split", "Settings",
+    expected = [
+        "What accuracy took", "How clients fare", "Who was asked to train, and who was waited for",
+        "Who never took part", "Where the time of a device goes", "How the data are split", "Commands", "Files",
     ]  # fmt: skip
+    assert page.texts["h2"] == [
+        title for title in expected if title != "Who never took part" or summary["clients"]["never"]
+    ]
     assert f"{100 * summary['final']['accuracy']:.2f} %" in page.texts["dd"]
     assert f"{summary['outcomes']['completed']} of {sum(summary['outcomes'].values())}" in page.texts["dd"]
-    assert len(page.addresses) == 4
-    assert all(address.startswith("data:image/") for address in page.addresses)
+    assert all(address == "data:," or (tmp_path / address).is_file() for address in page.addresses)
+    assert {"rounds.jsonl", "config.yaml"} < set(page.addresses)
 
 
 def test_tables_add_up_to_the_rows(run, tmp_path: Path):
     run(*COSTS)
-    rows = pandas.concat(pandas.read_parquet(path) for path in (tmp_path / "clients").iterdir())
-    table = _devices(columns(rows))
-    asked = table.header.index("asked")
-    assert sum(int(row[asked]) for row in table.rows) == len(rows)
-    assert {row[0] for row in table.rows} == set(rows["device"])
-    done = table.header.index("completed")
-    assert sum(int(row[done]) for row in table.rows) == (rows["outcome"] == "completed").sum()
+    every = pandas.concat(pandas.read_parquet(path) for path in (tmp_path / "clients").iterdir())
+    assert set(every["phase"]) == {"train", "evaluate"}
+    for phase, rows in every.groupby("phase"):
+        table = devices_table(columns(every), str(phase))
+        assert table is not None
+        asked = table.header.index("asked")
+        assert sum(int(row[asked]) for row in table.rows) == len(rows)
+        assert {row[0] for row in table.rows} == set(rows["device"])
+        done = table.header.index("completed")
+        assert sum(int(row[done]) for row in table.rows) == (rows["outcome"] == "completed").sum()
+
+
+def test_a_device_that_only_judged_has_no_time_of_training():
+    """It is asked to train once, in vain, and judges in a second twice."""
+    rows = [client(1, 1, 9.0, "late"), *(client(1, n, 1.0) | {"phase": "evaluate"} for n in (1, 2))]
+    train, judge = (devices_table(columns(pandas.DataFrame(rows)), phase) for phase in ("train", "evaluate"))
+    assert train is not None
+    assert judge is not None
+    assert train.rows[0][:6] == ["phone1", "1", "1", "1", "", ""]
+    assert judge.rows[0][:5] == ["phone1", "1", "2", "2", "1"]
 
 
 def test_energy_is_split_where_the_rows_split_it():
     """Runs of fedsim 0.1 have one column of joules, and their page stays as it was."""
     old = pandas.DataFrame([client(1, 1, 2.0)])
     new = old.assign(down_joules=0.1, compute_joules=0.2, up_joules=0.3, tail_joules=0.4)
-    assert "tail J" not in _devices(columns(old)).header
-    table = _devices(columns(new))
+    before, table = (devices_table(columns(rows), "train") for rows in (old, new))
+    assert before is not None
+    assert table is not None
+    assert "tail J" not in before.header
     start = table.header.index("mean J")
     assert table.header[start : start + 5] == ["mean J", "down J", "compute J", "up J", "tail J"]
     assert table.rows[0][start : start + 5] == ["1", "0.1", "0.2", "0.3", "0.4"]
@@ -95,7 +118,7 @@ def client(number: int, round: int, total_s: float, outcome: str = "completed") 
 def test_the_straggler_is_the_last_whose_reply_was_taken():
     rows = [client(1, 1, 2.0), client(2, 1, 3.0), client(3, 1, 9.0, "late")]
     rows += [client(1, 2, 4.0), client(2, 2, 1.0), client(2, 3, 5.0)]
-    table = _stragglers(columns(pandas.DataFrame(rows)))
+    table = stragglers(columns(pandas.DataFrame(rows)))
     assert table is not None
     assert [row[:4] for row in table.rows] == [
         ["client 2", "phone0", "2 of 3", "3"],
@@ -107,27 +130,84 @@ def test_the_straggler_is_the_last_whose_reply_was_taken():
 def test_nothing_to_draw_is_no_picture():
     rounds = [RoundReport(0, 0.0, 0.0)]
     nobody = columns(pandas.DataFrame([client(1, 1, 1.0, "offline")]))
-    assert curves(rounds) is None
+    assert score_curve(rounds) is None
+    assert loss_curve(rounds) is None
     assert outcomes(rounds) is None
-    assert time_by_device(nobody) is None
-    assert _stragglers(nobody) is None
+    assert time_by_device(nobody, "Training") is None
+    assert stragglers(nobody) is None
 
 
 def test_many_rounds_share_bars():
     rounds = [RoundReport(i, 0.0, 0.0, (1, 2), {"completed": (1,), "late": (2,)}) for i in range(1, 131)]
-    figure = outcomes(rounds)
-    assert figure is not None
-    (axes,) = figure.axes
-    assert axes.get_ylabel() == "clients, mean of 3 rounds"
-    assert len(axes.patches) == 2 * 44
-    assert {bar.get_height() for bar in axes.patches} == {1.0}
+    drawn = outcomes(rounds)
+    assert drawn is not None
+    assert "clients, mean of 3 rounds" in drawn
+    bars = ElementTree.fromstring(drawn).findall(".//{*}rect")
+    assert len(bars) == 2 * 44
+    assert len({bar.get("height") for bar in bars}) == 1
 
 
-def test_equal_runs_draw_equal_pictures(run, tmp_path: Path):
+def test_equal_runs_have_equal_pages(run, tmp_path: Path):
     run(*COSTS)
-    first, again = (as_svg(curves(read_rounds(tmp_path))) for _ in range(2))  # type: ignore[arg-type]
+    first, again = (write_page(tmp_path).read_bytes() for _ in range(2))
     assert first == again
-    assert b"<svg" in base64.b64decode(first.partition(",")[2])
+
+
+def test_what_a_class_is_called_is_no_markup():
+    """Everything in a picture is well-formed XML, whatever its texts are."""
+    evil = "<script>&\x00]]>"
+    split = Split("name", 1, (evil, "b"), (ClientRow(0, 3, 1, 2, (2, 1)),), (3,))
+    rows = columns(pandas.DataFrame([client(1, 1, 1.0) | {"device": evil}]))
+    for drawn in (split_labels(split), time_by_device(rows, evil), heat_map(evil, [[1, 2], [3, 4]], evil, evil)):
+        assert drawn is not None
+        assert "<script" not in drawn
+        ElementTree.fromstring(drawn)
+
+
+def test_who_never_took_part_takes_its_share_of_the_data_along():
+    """Client 2 was offline twice and has 30 of 60 examples, all of class b; client 3 was never asked and has 10."""
+    rows = columns(pandas.DataFrame([client(1, 1, 1.0), client(2, 1, 0.0, "offline"), client(2, 2, 0.0, "offline")]))
+    counts = ((10, 0), (10, 0), (0, 30), (10, 0))
+    split = Split(
+        "x", 4, ("a", "b"), tuple(ClientRow(i, sum(c), 0, 1, c) for i, c in enumerate(counts)), (10, 10, 30, 10)
+    )
+    table, note = never_took_part(rows, {0, 1}, 4, split) or pytest.fail("two never took part")
+    assert [*map(list, table.rows)] == [
+        ["never asked", "1", "0", "", "10", "16.7 %"],
+        ["phone0", "1", "2", "2 offline", "30", "50.0 %"],
+    ]
+    assert note.startswith("Completed no round: clients 2, 3. 66.7 % of the training examples are theirs")
+    assert "'b' 100 %, 'a' 33 %" in note
+    assert never_took_part(rows, {0, 1, 2, 3}, 4, split) is None
+
+
+def test_the_worst_tenth_is_the_mean_of_the_lowest():
+    """Of eleven clients the worst tenth are two: (0.0 + 0.1) / 2."""
+    scores = {number: ("a" if number else "b", number / 10) for number in range(11)}
+    table = fairness_table(scores, ACCURACY)
+    assert table.rows[0] == ["all", "11", "0.00 %", "5.00 %", "50.00 %", "50.00 %", "100.00 %"]
+    assert table.rows[2] == ["b", "1", *["0.00 %"] * 5]
+    worst = fairness_table(scores, Metric("mse", "", higher_is_better=False)).rows[0]
+    assert worst[2] == "1"
+
+
+def test_the_first_sentence_answers(run, tmp_path: Path):
+    summary = run(*COSTS)
+    page = Page(write_page(tmp_path).read_text())
+    answer = page.texts["p"][0]
+    assert answer.startswith(f"{100 * summary['final']['accuracy']:.2f} % accuracy")
+    assert "after 3 rounds" in answer
+    lost = summary["outcomes"]["late"] + summary["outcomes"]["offline"]
+    assert (" of those asked " in answer) == bool(lost)
+
+
+def test_the_page_has_the_command_that_repeats_the_run(run, tmp_path: Path):
+    run(*COSTS, "method=fedprox", "trainer.lr=0.3", "fleet.devices={raspberry_pi_4: 1}")
+    lines = Page(write_page(tmp_path).read_text()).texts["pre"]
+    again = compose(shlex.split(lines[0])[2:])
+    settings = read_config(tmp_path)
+    assert {**again, "out": None} == {**settings, "out": None}
+    assert (f"fedsim resume {tmp_path} rounds=6" in lines) == (tmp_path / "checkpoint").exists()
 
 
 def test_a_run_that_failed_has_a_page_that_says_so(run, tmp_path: Path):
@@ -139,6 +219,7 @@ def test_a_run_that_failed_has_a_page_that_says_so(run, tmp_path: Path):
     assert "ClientError: &lt;b&gt;client&lt;/b&gt; 3 failed" in text
     assert "How the data are split" not in text
     took = len({c for r in read_rounds(tmp_path) for c in r.outcomes.get("completed", ())})
+    assert Page(text).texts["p"][0].startswith("Not finished: ")
     assert (str(took), "clients that completed a round, so far") in itertools.pairwise(Page(text).texts["dd"])
 
 

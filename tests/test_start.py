@@ -16,7 +16,7 @@ finally:
 """
 HEAVY = {  # each takes as long as a tenth of torch, or more
     *("pandas", "scipy", "sklearn", "torchvision", "torchaudio", "torch_pruning", "triton", "ray", "soundfile"),
-    *("torch._dynamo", "torch._inductor", "torch.utils.flop_counter", "torch.distributed.fsdp", "matplotlib.pyplot"),
+    *("torch._dynamo", "torch._inductor", "torch.utils.flop_counter", "torch.distributed.fsdp", "matplotlib"),
     *("pyarrow.dataset", "pyarrow.compute", "tensorflow", "IPython"),
 }
 
@@ -31,9 +31,9 @@ def modules_of(place: Path, *arguments: str) -> set[str]:
 @pytest.mark.parametrize("model", ["mlp", "small_cnn"])
 def test_a_run_imports_nothing_heavy_that_it_does_not_need(tmp_path: Path, model: str):
     modules = modules_of(tmp_path, "run", "rounds=1", f"model={model}", "out=run")
-    assert {"torch", "pyarrow.parquet", "matplotlib.figure"} <= modules
+    assert {"torch", "pyarrow.parquet"} <= modules
     assert not HEAVY & modules
-    assert "<img" in (tmp_path / "run" / "report.html").read_text()
+    assert "<svg" in (tmp_path / "run" / "report.html").read_text()
 
 
 @pytest.mark.parametrize("command", ["list", "list methods", "list devices", "explain method fedmix", "run -h"])

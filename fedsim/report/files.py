@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from devices.errors import FileError
-from devices.reading import parse_yaml, read_bytes, read_json, read_parquet, read_text
+from devices.reading import parse_json, parse_yaml, read_bytes, read_json, read_parquet, read_text
 from fedsim.errors import ConfigError
 from fedsim.report.checksums import check_inside, check_signed
 from fedsim.report.client_rows import client_schema
@@ -203,6 +203,32 @@ def read_columns(folder: Path) -> Rows:
         return {}
     rows = pa.concat_tables(tables, promote_options="default")
     return {name: as_array(rows[name]) for name in rows.column_names if name not in JSON_TEXTS}
+
+
+def read_last_scores(folder: Path, name: str) -> dict[int, tuple[str, float]]:
+    """Reads the device and the last value of a metric of each client that judged a model, by client.
+
+    Args:
+        folder: of the run.
+        name: of the metric.
+
+    Raises:
+        FileError: as `read_rows`, or if the metrics of a row are not what a run writes.
+    """
+    found: dict[int, tuple[str, str, str]] = {}
+    for path in row_files(folder):
+        table = read_rows(path, ["phase", "client", "device", "outcome", "metrics"])
+        judged = np.array([p == "evaluate" for p in table["phase"].to_pylist()], bool)
+        judged &= np.array([o == "completed" for o in table["outcome"].to_pylist()], bool)
+        places = {client: place for place, client in enumerate(table["client"].to_pylist()) if judged[place]}
+        for client, place in places.items():
+            found[client] = str(path), table["device"][place].as_py(), table["metrics"][place].as_py()
+    values = {client: (device, parse_json(text, path)) for client, (path, device, text) in found.items()}
+    return {
+        client: (device, float(tree[name]))
+        for client, (device, tree) in sorted(values.items())
+        if isinstance(tree, dict) and NUMBER.fits(tree.get(name))
+    }
 
 
 def as_array(column: Any) -> np.ndarray:

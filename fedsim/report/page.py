@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from devices.errors import FileError
 from devices.reading import read_text
-from devices.texts import visible, visible_lines
+from devices.texts import NAME_LETTERS, visible
 from devices.units import energy, simulated, size
 from devices.writing import write_atomic
-from fedsim.messages.cohort import OUTCOMES
 from fedsim.report import strict_json
 from fedsim.report.checksums import check_inside, sha256_of_file
 from fedsim.report.files import (
@@ -26,53 +26,61 @@ from fedsim.report.files import (
     read_columns,
     read_config,
     read_failure,
+    read_last_scores,
     read_pictures,
     read_summary,
+    row_files,
     select_rows,
 )
-from fedsim.report.page_template import HTML
-from fedsim.report.place import PAGE, SUMMARY
-from fedsim.report.plots.split import draw_split
-from fedsim.report.rounds import RoundReport, read_rounds
+from fedsim.report.html import Page, Part
+from fedsim.report.page_tables import (
+    PHASES,
+    closers,
+    deployed_table,
+    devices_table,
+    fairness_table,
+    never_took_part,
+    stragglers,
+)
+from fedsim.report.place import CLIENTS, CONFIG, PAGE, ROUNDS, SPLIT, SUMMARY
+from fedsim.report.plots.on_page import (
+    histogram,
+    loss_curve,
+    outcomes,
+    score_curve,
+    split_labels,
+    split_sizes,
+    time_by_device,
+)
+from fedsim.report.repeat import commands
+from fedsim.report.rounds import RoundReport, read_rounds, running_costs
 from fedsim.report.split import primary_of, read_split
 from fedsim.report.text import late_note
 from fedsim.workloads.describe import Split
-from fedsim.workloads.metrics import Metric, took_part
+from fedsim.workloads.metrics import CLIENTS as OF_CLIENTS
+from fedsim.workloads.metrics import Metric, judged, took_part
 
-CELL_LETTERS = 100  # of a text in a table
-SLOWEST = 8  # clients in the table of stragglers
 OF_AN_EXCHANGE = (
     "Seconds and joules are of a completed exchange: a client that is asked to train, or to judge a model. Tail J is "
     "what its radio takes while it stays awake after a transfer; it is part of mean J."
 )
-JOULES = ("down", "compute", "up", "tail")  # the parts of a client's joules; runs of fedsim 0.1 have their sum alone
 WHO_CLOSED = (
-    "The clients that were most often the last of a round whose reply was taken: without a deadline, it took as long "
-    "as they did."
+    "Stragglers are the clients that were most often the last of a round whose reply was taken: without a deadline, it "
+    "took as long as they did."
 )
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of texts under a header; the first column stands to the left."""
-
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-
-@dataclass(frozen=True)
-class Part:
-    """A section of the page.
-
-    Attributes:
-        pictures: addresses that hold the pictures themselves.
-        note: what to know when reading it.
-    """
-
-    title: str
-    pictures: Sequence[str] = ()
-    table: Table | None = None
-    note: str = ""
+OF_FAIRNESS = (
+    "The last score of each client that judged a model, its own where the method has one, on its own held-out "
+    "examples; worst tenth is the mean of the lowest tenth of the clients."
+)
+LOST = {"late": "were late", "offline": "were offline", "out_of_memory": "lacked the memory", "failed": "failed"}
+WORTH_A_WORD = 0.01  # of those asked
+FILES = {
+    CONFIG: "all settings",
+    SUMMARY: "the figures above",
+    ROUNDS: "a line per round",
+    SPLIT: "how the data are split",
+}
+VERSIONS = ("fedsim", "commit", "python", "torch", "flwr", "numpy")
 
 
 def write_page(folder: Path) -> Path:
@@ -84,26 +92,8 @@ def write_page(folder: Path) -> Path:
     Raises:
         ConfigError, FileError: if the folder holds no run, or one that cannot be read.
     """
-    import jinja2
-
     check_run(folder)
-    rounds, config, summary = read_rounds(folder), config_text(folder), read_summary(folder)
-    split = read_split(folder)
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["short"] = partial(visible, most=CELL_LETTERS)
-    html = environment.from_string(HTML).render(
-        title=_title(read_config(folder).get("choices", {}), summary),
-        of=_mark_of(folder),
-        folder=str(folder),
-        figures=[*(_figures(summary) if summary else []), _never_took_part(rounds, summary, split)],
-        warnings=summary.get("warnings", []),
-        prices=summary.get("prices"),
-        failure=read_failure(folder),
-        parts=_parts(folder, rounds, read_columns(folder), summary, split),
-        config=config,
-        summary=strict_json.dumps(summary, indent=1) if summary else "",
-    )
-    write_atomic(folder / PAGE, visible_lines(html))
+    write_atomic(folder / PAGE, page_of(Told(folder)).as_html())
     return folder / PAGE
 
 
@@ -121,18 +111,154 @@ def _mark_of(folder: Path) -> str:
     return f"of summary {sha256_of_file(path)}" if path.exists() else "of a run that is not finished"
 
 
-def _title(choices: dict[str, Any], summary: dict[str, Any]) -> str:
+@dataclass(frozen=True)
+class Told:
+    """What a run folder tells, each part read when it is asked for and once."""
+
+    folder: Path
+
+    @cached_property
+    def rounds(self) -> list[RoundReport]:
+        """Returns the reports of its rounds."""
+        return read_rounds(self.folder)
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """Returns its settings."""
+        return read_config(self.folder)
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """Returns its summary; empty while it is not finished."""
+        return read_summary(self.folder)
+
+    @cached_property
+    def primary(self) -> Metric:
+        """Returns the metric that its models are judged by."""
+        return primary_of(self.folder)
+
+    @cached_property
+    def split(self) -> Split | None:
+        """Returns how its data are split."""
+        return read_split(self.folder)
+
+    @cached_property
+    def rows(self) -> Rows:
+        """Returns its client rows; empty where there are none."""
+        rows = read_columns(self.folder)
+        return rows if rows and len(rows["client"]) else {}
+
+    @cached_property
+    def took_part(self) -> set[int]:
+        """Returns the clients that completed a round."""
+        return took_part(self.rounds)
+
+    @cached_property
+    def population(self) -> int | None:
+        """Returns how many clients there are, where anything says so."""
+        said = self.summary.get("clients", {}).get("population")
+        return said or (self.split.num_clients if self.split else None)
+
+
+def page_of(told: Told) -> Page:
+    """Returns the page of a run."""
+    summary, failure = told.summary, read_failure(told.folder)
+    prices = summary.get("prices")
+    config = config_text(told.folder)
+    return Page(
+        title=_title(told),
+        mark=_mark_of(told.folder),
+        where=str(told.folder),
+        answer=answer(told),
+        failure=f"{failure['error']}: {failure['reason']}" if failure else "",
+        warnings=summary.get("warnings", []),
+        prices=(prices["line"], prices["calls_share"] > 0.5) if prices else None,
+        figures=[*(_figures(told) if summary else []), _absent(told)],
+        parts=list(_parts(told)),
+        commands=commands(told.folder, told.settings, summary),
+        files=_files(told.folder),
+        details=[
+            (CONFIG, config),
+            *([(SUMMARY, strict_json.dumps(summary, indent=1))] if summary else []),
+        ],
+        made_by=", ".join(f"{name} {v}" for name in VERSIONS if (v := summary.get("versions", {}).get(name))),
+    )
+
+
+def _title(told: Told) -> str:
+    summary, choices = told.summary, told.settings.get("choices", {})
     method = summary.get("method") or choices.get("method") or choices.get("strategy")
-    return f"{method} on {choices.get('workload')}, fleet {summary.get('fleet') or choices.get('fleet')}"
+    workload = summary.get("workload") or choices.get("workload")
+    return f"{method} on {workload}, fleet {summary.get('fleet') or choices.get('fleet')}"
 
 
-def _figures(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
+# --- the answer ------------------------------------------------------------------------------------------------------
+
+
+def answer(told: Told) -> str:
+    """Returns what came of a run in a sentence: the score, what it took, who was lost, and who was waited for."""
+    parts = [_reached(told), *_lost(told), *_waited_for(told), *_target(told)]
+    return "; ".join(parts) + "."
+
+
+def _reached(told: Told) -> str:
+    rounds, primary = told.rounds, told.primary
+    took = {key: values[-1] for key, values in running_costs(rounds).items()} if rounds else {}
+    found = judged(rounds, primary)
+    value = found[-1].metrics.get(primary.name) if found else None
+    score = f"{primary.with_unit(value)} {primary.title}" if value is not None else f"No {primary.title} was measured"
+    own = [r.metrics[OF_CLIENTS + primary.name] for r in rounds if OF_CLIENTS + primary.name in r.metrics]
+    theirs = f" ({primary.with_unit(own[-1])} on the clients' own held-out examples)" if own else ""
+    if not took:
+        return "No round is finished"
+    count = rounds[-1].round
+    cost = f"{simulated(took['simulated_s'])} of simulated time, {energy(took['joules'])} and "
+    text = f"{score}{theirs} after {count} round{'s' if count != 1 else ''}, {cost}{size(took['traffic_bytes'])}"
+    return text if told.summary else f"Not finished: {text}"
+
+
+def _lost(told: Told) -> list[str]:
+    asked = sum(len(r.cohort) for r in told.rounds)
+    counts = {o: sum(len(r.outcomes.get(o, ())) for r in told.rounds) for o in LOST}
+    shares = [(counts[o] / asked, o) for o in LOST if asked and counts[o] / asked >= WORTH_A_WORD]
+    ranked = sorted(shares, reverse=True)
+    if not ranked:
+        return []
+    texts = [
+        f"{100 * share:.0f} % {'of those asked ' if not n else ''}{LOST[o]}" for n, (share, o) in enumerate(ranked)
+    ]
+    return [", ".join(texts)]
+
+
+def _waited_for(told: Told) -> list[str]:
+    last = closers(told.rows) if told.rows else {}
+    if not last or not len(last["device"]) or len(np.unique(told.rows["device"])) < 2:
+        return []
+    devices, closed = np.unique(last["device"], return_counts=True)
+    most = int(np.argmax(closed))
+    return [f"{visible(devices[most], NAME_LETTERS)} closed {closed[most]} of {len(last['device'])} rounds"]
+
+
+def _target(told: Told) -> list[str]:
+    primary, found = told.primary, told.summary.get("to_target")
+    if found:
+        spent = f"{simulated(found['simulated_s'])} and {energy(found['energy_j'])}"
+        return [f"{primary.with_unit(found[primary.name])} was reached in round {found['round']}, after {spent}"]
+    asked = told.settings.get("target") or told.settings.get("target_accuracy")
+    if told.summary and isinstance(asked, int | float):
+        return [f"{primary.with_unit(asked)} was not reached"]
+    return []
+
+
+# --- the cards -------------------------------------------------------------------------------------------------------
+
+
+def _figures(told: Told) -> list[tuple[str, str, str]]:
     """Returns what one wants to know first: name, figure, what it is of."""
-    outcomes, joules = summary["outcomes"], summary["energy_j"]
-    primary = Metric.named_in(summary)
+    summary, primary = told.summary, told.primary
+    spent, joules = summary["outcomes"], summary["energy_j"]
     final, best = (_value(primary, summary[key][primary.name]) for key in ("final", "best"))
     traffic = summary["down_bytes"] + summary["up_bytes"]
-    asked = sum(outcomes.values())
     found = [
         (primary.title, final, f"best {best} in round {summary['best']['round']}"),
         ("simulated time", simulated(summary["simulated_s"]), f"{summary['rounds']} rounds"),
@@ -140,21 +266,20 @@ def _figures(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("waiting", energy(joules["waiting"]), "for rounds to close, beside that energy"),
         ("traffic", size(traffic), f"down {size(summary['down_bytes'])}, up {size(summary['up_bytes'])}"),
         ("peak memory", size(summary["peak_memory_bytes"]), "of the busiest device"),
-        ("completed", f"{outcomes['completed']} of {asked}", "clients that were asked to train"),
+        ("completed", f"{spent['completed']} of {sum(spent.values())}", "clients that were asked to train"),
     ]
     if summary["storage_bytes"]:
         found.append(("storage", size(summary["storage_bytes"]), "kept on a device between rounds, at most"))
     if target := summary["to_target"]:
-        spent = f"{simulated(target['simulated_s'])}, {energy(target['energy_j'])}"
-        found.append((f"to {_value(primary, target[primary.name])}", f"round {target['round']}", spent))
+        took = f"{simulated(target['simulated_s'])}, {energy(target['energy_j'])}"
+        found.append((f"to {_value(primary, target[primary.name])}", f"round {target['round']}", took))
     return found
 
 
-def _never_took_part(rounds: list[RoundReport], summary: dict[str, Any], split: Split | None) -> tuple[str, str, str]:
+def _absent(told: Told) -> tuple[str, str, str]:
     """Counts the clients that took part in no round; where nobody says how many there are, those that did."""
-    count = len(took_part(rounds))
-    population = summary.get("clients", {}).get("population") or (split.num_clients if split else None)
-    so_far = "" if summary else ", so far"
+    count, population = len(told.took_part), told.population
+    so_far = "" if told.summary else ", so far"
     if population is None:
         return "took part", str(count), f"clients that completed a round{so_far}"
     return "never took part", f"{population - count} of {population}", f"clients that completed no round{so_far}"
@@ -164,93 +289,63 @@ def _value(primary: Metric, value: float | None) -> str:
     return "not judged" if value is None else primary.with_unit(value)
 
 
-def _parts(
-    folder: Path,
-    rounds: list[RoundReport],
-    rows: Rows,
-    summary: dict[str, Any],
-    split: Split | None,
-) -> list[Part]:
-    from fedsim.report.plots.run import as_svg, curves, outcomes, time_by_device
-
-    parts, primary = [], primary_of(folder)
-    if (picture := curves(rounds, primary)) is not None:
-        parts.append(Part(f"What {primary.title} took", [as_svg(picture)]))
-    own = [_png(picture) for picture in read_pictures(folder)]
-    if own:
-        parts.append(Part("Tasks", own))
-    if rows and len(rows["client"]):
-        picture = time_by_device(rows)
-        shown = [as_svg(picture)] if picture else []
-        parts.append(Part("Where the time of a device goes", shown, _devices(rows), OF_AN_EXCHANGE))
-        if (stragglers := _stragglers(rows)) is not None:
-            parts.append(Part("Stragglers", (), stragglers, WHO_CLOSED))
-    if (picture := outcomes(rounds)) is not None:
-        asked = "What became of the clients that were asked"
-        parts.append(Part(asked, [as_svg(picture)], note=late_note(read_config(folder))))
-    if summary.get("compression"):
-        parts.append(Part("What each kind of device runs", (), _deployed(summary["compression"])))
-    if split is not None:
-        parts.append(Part("How the data are split", [as_svg(draw_split(split))]))
-    return parts
+# --- the sections ----------------------------------------------------------------------------------------------------
 
 
-def _png(data: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+def _parts(told: Told) -> Iterator[Part]:
+    drawn = [each for each in (score_curve(told.rounds, told.primary), loss_curve(told.rounds)) if each is not None]
+    if drawn:
+        yield Part(f"What {told.primary.title} took", drawn)
+    if own := read_pictures(told.folder):
+        yield Part("Tasks", [_png(picture) for picture in own])
+    yield from _fairness(told)
+    if (became := outcomes(told.rounds)) is not None:
+        slowest = stragglers(told.rows) if told.rows else None
+        note = " ".join(filter(None, [late_note(told.settings), WHO_CLOSED if slowest else ""]))
+        yield Part("Who was asked to train, and who was waited for", [became], [slowest] if slowest else [], note)
+    if told.population is not None:
+        absent = never_took_part(told.rows, told.took_part, told.population, told.split)
+        if absent is not None:
+            yield Part("Who never took part", (), [absent[0]], absent[1])
+    if told.rows:
+        yield _devices(told.rows)
+    if deployed := told.summary.get("compression"):
+        yield Part("What each kind of device runs", (), [deployed_table(deployed)])
+    if told.split is not None:
+        labelled = bool(told.split.rows[0].label_counts)
+        drawn = [*([split_labels(told.split)] if labelled else []), split_sizes(told.split)]
+        yield Part("How the data are split", drawn)
 
 
-def _devices(rows: Rows) -> Table:
-    """Returns a line per device: who was asked, what became of them, and what a completed exchange took."""
-    seen = [outcome for outcome in OUTCOMES if (rows["outcome"] == outcome).any()]
-    parts = [part for part in JOULES if f"{part}_joules" in rows]
-    header = ["device", "clients", "asked", *(o.replace("_", " ") for o in seen), "median s", "95 % s", "mean J"]
-    header += [f"{part} J" for part in parts]
-    lines = []
-    for device in np.unique(rows["device"]):
-        group = select_rows(rows, rows["device"] == device)
-        done = select_rows(group, group["outcome"] == "completed")
-        counts = [str(np.sum(group["outcome"] == outcome)) for outcome in seen]
-        took = [_short(np.quantile(done["total_s"], q)) if len(done["total_s"]) else "" for q in (0.5, 0.95)]
-        took += [_mean(done["joules"]), *(_mean(done[f"{part}_joules"]) for part in parts)]
-        peak, kept = size(group["peak_memory_bytes"].max()), size(group["storage_bytes"].max())
-        clients = str(len(np.unique(group["client"])))
-        lines.append([str(device), clients, str(len(group["client"])), *counts, *took, peak, kept])
-    return Table([*header, "peak memory", "storage"], lines)
-
-
-def _stragglers(rows: Rows) -> Table | None:
-    """Returns the clients that closed most rounds; None where no client did."""
-    done = select_rows(rows, (rows["phase"] == "train") & (rows["outcome"] == "completed"))
-    if not len(done["client"]):
-        return None
-    done = select_rows(done, np.lexsort((done["client"], done["total_s"], done["round"])))
-    last = np.append(done["round"][1:] != done["round"][:-1], True)
-    clients, closed = np.unique(done["client"][last], return_counts=True)
-    lines = []
-    for number in np.argsort(-closed, kind="stable")[:SLOWEST]:
-        own = select_rows(done, done["client"] == clients[number])
-        means = [_mean(own[f"{phase}_s"]) for phase in ("down", "compute", "up", "total")]
-        share = f"{closed[number]} of {last.sum()}"
-        lines.append([f"client {clients[number]}", str(own["device"][0]), share, str(len(own["client"])), *means])
-    return Table(["client", "device", "rounds closed", "completed", "down s", "compute s", "up s", "total s"], lines)
-
-
-def _deployed(entries: Sequence[dict[str, Any]]) -> Table:
-    names = list(dict.fromkeys(key for entry in entries for key in entry))
-    return Table(
-        [name.replace("_", " ") for name in names],
-        [
-            [_short(entry[n]) if isinstance(entry.get(n), float) else str(entry.get(n, "")) for n in names]
-            for entry in entries
-        ],
+def _devices(rows: Rows) -> Part:
+    phases = [phase for phase in PHASES if (rows["phase"] == phase).any()]
+    drawn = [time_by_device(select_rows(rows, rows["phase"] == phase), PHASES[phase]) for phase in phases]
+    tables = [devices_table(rows, phase) for phase in phases]
+    return Part(
+        "Where the time of a device goes",
+        [picture for picture in drawn if picture is not None],
+        [table for table in tables if table is not None],
+        OF_AN_EXCHANGE,
     )
 
 
-def _mean(values: np.ndarray) -> str:
-    """Returns the mean of the numbers that are there: some columns are not in the older files of a resumed run."""
-    there = values[~np.isnan(values)]
-    return _short(there.mean()) if len(there) else ""
+def _fairness(told: Told) -> Iterator[Part]:
+    scores = read_last_scores(told.folder, told.primary.name)
+    if len(scores) < 2:
+        return
+    values = [told.primary.scale * score for _, score in scores.values()]
+    bins = np.linspace(0, 100, 11) if told.primary.unit == "%" else np.histogram_bin_edges(values, 10)
+    drawn = histogram(values, f"Clients by their {told.primary.title}", told.primary.label, bins.tolist())
+    yield Part("How clients fare", [drawn], [fairness_table(scores, told.primary)], OF_FAIRNESS)
 
 
-def _short(value: Any) -> str:
-    return "" if value != value else f"{value:.3g}"
+def _png(data: bytes) -> Markup:
+    address = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    return Markup('<img src="{}" alt="drawn by the workload">').format(address)
+
+
+def _files(folder: Path) -> list[tuple[str, str]]:
+    found = [(name, what) for name, what in FILES.items() if (folder / name).exists()]
+    rows = row_files(folder)
+    shown = [*rows[:2], *rows[-1:]] if len(rows) > 3 else rows
+    return [*found, *((f"{CLIENTS}/{path.name}", "a row per client and exchange") for path in shown)]

@@ -101,19 +101,20 @@ class Run:
 
     def _repr_html_(self) -> str:
         """Returns a notebook's view: the closing lines of the command, the last rounds, and pictures."""
-        from fedsim.report.plots.run import as_svg, outcomes
+        from fedsim.report.plots.on_page import outcomes, score_curve
         from fedsim.report.rounds import read_rounds
         from fedsim.report.text import closing_lines
 
         lines = closing_lines(self.summary, self.folder) if self.summary else [f"{self.folder} is not finished"]
         names = dict.fromkeys(("round", self.primary.name, *SHOWN))
         shown = self.rounds[[name for name in names if name in self.rounds]].tail(10)
-        pictures = [picture for picture in (self.plot(), outcomes(read_rounds(self.folder))) if picture is not None]
+        rounds = read_rounds(self.folder)
+        pictures = [each for each in (score_curve(rounds, self.primary), outcomes(rounds)) if each is not None]
         return "".join(
             [
                 *(f"<p>{html.escape(line)}</p>" for line in lines),
                 shown.to_html(index=False, float_format="{:.4g}".format),
-                *(f'<p><img src="{as_svg(picture)}" style="max-width: 100%"></p>' for picture in pictures),
+                *(f'<div style="max-width: 36rem">{picture}</div>' for picture in pictures),
             ]
         )
 

@@ -1,0 +1,240 @@
+"""The pictures of a run's page: what the score took, losses, where the devices' time went, what became of clients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from markupsafe import Markup
+
+from devices.texts import NAME_LETTERS, visible
+from devices.units import energy, simulated, size
+from fedsim.messages.cohort import OUTCOMES
+from fedsim.report.files import Rows, select_rows
+from fedsim.report.plots.style import CLASS_COLOURS, FAINT, ON_PAGE
+from fedsim.report.plots.svg import (
+    LETTER,
+    WIDTH,
+    Frame,
+    Line,
+    box,
+    draw_lines,
+    legend,
+    limits,
+    picture,
+    tag,
+    ticks,
+    whole_ticks,
+    word,
+)
+from fedsim.report.rounds import RoundReport, running_costs
+from fedsim.workloads.describe import Split
+from fedsim.workloads.metrics import ACCURACY, CLIENTS, LOSS, Metric
+
+BLUE, RED, GREEN, PURPLE, ORANGE, SKY = ON_PAGE
+PHASES = {"down": SKY, "compute": BLUE, "up": GREEN, "wait": FAINT}  # of an exchange; waiting for others comes last
+OUTCOME_COLOURS = dict(zip(OUTCOMES, (GREEN, ORANGE, FAINT, PURPLE, RED), strict=True))
+JUDGED = {"": "global model, test set", CLIENTS: "clients' models, their own held-out examples"}
+LOSSES = {
+    LOSS: "test set",
+    CLIENTS + LOSS: "clients' models, held out",
+    "train_loss": "training",
+    "personal_loss": "training, personal models",
+}
+COSTS = {"time": ("simulated_s", simulated), "energy": ("joules", energy), "traffic": ("traffic_bytes", size)}
+BARS, DEVICES = 60, 30  # rounds with a bar of their own, more are put together; devices that have one
+LINE = 16.0  # units between lines of text
+SHADES = 8  # of a map
+NAMED_COLOURS = 20  # classes that can be told apart by colour
+
+
+def score_curve(rounds: Sequence[RoundReport], primary: Metric = ACCURACY) -> Markup | None:
+    """Draws the primary metric over rounds, and what these took below; None where nothing was judged."""
+    shown = {prefix + primary.name: label for prefix, label in JUDGED.items()}
+    lines = _over_rounds(rounds, shown, primary)
+    if not lines:
+        return None
+    took, end = running_costs(list(rounds)), max(rounds[-1].round, 1)
+    frame = Frame((0, end), limits(y for line in lines for y in line.y), bottom=5 * LINE - 6, height=280)
+    places = [r for r in whole_ticks(0, end, 4) if r < 0.78 * end] + [end]
+    numbers = [r.round for r in rounds]
+    rows = [word(2, frame.floor + LINE, "round")]
+    rows += [word(frame.across(r), frame.floor + LINE, f"{r:g}", "middle") for r in places]
+    for row, (name, (key, text)) in enumerate(COSTS.items(), 2):
+        below = frame.floor + row * LINE
+        rows.append(word(2, below, name))
+        for r in places[1:]:
+            cost = took[key][max(int(np.searchsorted(numbers, r, "right")) - 1, 0)]
+            anchor = "end" if frame.across(r) > WIDTH - 30 else "middle"
+            rows.append(word(min(frame.across(r), WIDTH - 2), below, text(cost), anchor))
+    inside = [frame.y_axis(primary.label), *rows, draw_lines(frame, lines)]
+    return _with_legend(picture(f"{primary.title} over rounds", inside, frame.height), lines)
+
+
+def loss_curve(rounds: Sequence[RoundReport]) -> Markup | None:
+    """Draws the losses of training and of judging over rounds; None where there are none."""
+    lines = _over_rounds(rounds, LOSSES, Metric(LOSS))
+    if not lines:
+        return None
+    frame = Frame((0, max(rounds[-1].round, 1)), limits(y for line in lines for y in line.y), height=280)
+    inside = [frame.y_axis("loss"), frame.x_axis("round", whole_ticks(*frame.x)), draw_lines(frame, lines)]
+    return _with_legend(picture("loss over rounds", inside, frame.height), lines)
+
+
+def _over_rounds(rounds: Sequence[RoundReport], names: dict[str, str], metric: Metric) -> list[Line]:
+    lines = []
+    for (name, label), colour in zip(names.items(), (BLUE, RED, GREEN, ORANGE), strict=False):
+        points = [(r.round, metric.scale * r.metrics[name]) for r in rounds if np.isfinite(r.metrics.get(name, np.nan))]
+        if points:
+            x, y = zip(*points, strict=True)
+            titles = [f"{label}: {metric.with_unit(v / metric.scale)} in round {n}" for n, v in points]
+            lines.append(Line(label, x, y, colour, titles=titles))
+    return lines
+
+
+def _with_legend(drawn: Markup, lines: Sequence[Line]) -> Markup:
+    return tag("figure", legend(line.entry for line in lines), drawn)
+
+
+def time_by_device(rows: Rows, title: str) -> Markup | None:
+    """Draws the mean seconds of an exchange by device, in its phases; None where no client answered."""
+    answered = select_rows(rows, np.isin(rows["outcome"].astype(str), ("completed", "late")))
+    devices, device = np.unique(answered["device"], return_inverse=True)
+    if not len(devices):
+        return None
+    clients = np.bincount(device)
+    means = {phase: np.bincount(device, answered[f"{phase}_s"]) / clients for phase in PHASES}
+    every = np.sum(list(means.values()), 0)
+    own = every - means["wait"]
+    order = np.argsort(-own, kind="stable")[:DEVICES]
+    names = [visible(name, NAME_LETTERS // 2 + 4) for name in devices[order]]
+    left, lane = 8 + LETTER * max(map(len, names)), 22.0
+    most = max(float(every.max()), 1e-9)
+    frame = Frame((0, most), (0, 1), left=left, right=46, top=4, height=4 + lane * len(order) + 36)
+    parts = [frame.x_axis("mean simulated s", ticks(0, most, 4))]
+    for row, (number, name) in enumerate(zip(order, names, strict=True)):
+        top, at = 6 + lane * row, 0.0
+        parts.append(word(left - 6, top + 12, name, "end"))
+        for phase, colour in PHASES.items():
+            took = float(means[phase][number])
+            width = frame.across(took) - frame.across(0)
+            parts.append(box(frame.across(at), top, width, 16.0, colour, f"{name}, {phase}: {took:.3g} s"))
+            at += took
+        parts.append(word(frame.across(at) + 4, top + 12, f"{own[number]:.3g}"))
+    entries = [(phase, colour, "") for phase, colour in PHASES.items()]
+    return tag("figure", tag("figcaption", title), legend(entries), picture(title, parts, frame.height))
+
+
+def outcomes(rounds: Sequence[RoundReport]) -> Markup | None:
+    """Draws what became of the clients that were asked to train, by round; None where none was."""
+    asked = [r for r in rounds if r.cohort]
+    if not asked:
+        return None
+    step = -(-len(asked) // BARS)
+    groups = [asked[i : i + step] for i in range(0, len(asked), step)]
+    most = max(np.mean([len(r.cohort) for r in group]) for group in groups)
+    frame = Frame((asked[0].round - 0.6, asked[-1].round + 0.6), (0, float(most)))
+    label = "clients" if step == 1 else f"clients, mean of {step} rounds"
+    parts = [frame.y_axis(label, whole_ticks(*frame.y)), frame.x_axis("round", whole_ticks(*frame.x))]
+    seen = []
+    for group in groups:
+        first, last, bottom = group[0].round, group[-1].round, 0.0
+        left, right = frame.across(first - 0.45), frame.across(last + 0.45)
+        for outcome in OUTCOMES:
+            count = float(np.mean([len(r.outcomes.get(outcome, ())) for r in group]))
+            if count:
+                seen.append(outcome)
+                top, name = frame.down(bottom + count), outcome.replace("_", " ")
+                when = f"round {first}" if first == last else f"rounds {first} to {last}"
+                height = frame.down(bottom) - top
+                parts.append(
+                    box(left, top, right - left, height, OUTCOME_COLOURS[outcome], f"{when}: {count:g} {name}")
+                )
+                bottom += count
+    entries = [(o.replace("_", " "), OUTCOME_COLOURS[o], "") for o in OUTCOMES if o in seen]
+    return tag("figure", legend(entries), picture("clients that were asked, by round", parts))
+
+
+def histogram(values: Sequence[float], title: str, x_label: str, bins: Sequence[float]) -> Markup:
+    """Draws how many clients have which value."""
+    counts, edges = np.histogram(values, bins)
+    frame = Frame((float(edges[0]), float(edges[-1])), (0, float(max(counts.max(), 1))))
+    parts = [frame.y_axis("clients", whole_ticks(*frame.y)), frame.x_axis(x_label)]
+    for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
+        if count:
+            left, right, top = frame.across(low) + 0.5, frame.across(high) - 0.5, frame.down(float(count))
+            parts.append(box(left, top, right - left, frame.floor - top, BLUE, f"{low:g} to {high:g}: {count} clients"))
+    return tag("figure", tag("figcaption", title), picture(title, parts))
+
+
+def split_sizes(split: Split) -> Markup:
+    """Draws how many clients have how many training examples."""
+    low, high = min(split.sizes), max(split.sizes)
+    step = max(1, -(-(high - low + 1) // 25))  # whole numbers of examples per bin, at most 25 bins
+    bins = [edge - 0.5 for edge in range(low, high + step + 1, step)]
+    looked_at = f" ({len(split.sizes)} looked at)" if len(split.sizes) < split.num_clients else ""
+    title = f"Sizes of the clients, median {np.median(split.sizes):g}{looked_at}"
+    return histogram(split.sizes, title, "training examples of a client", bins)
+
+
+def split_labels(split: Split) -> Markup:
+    """Draws the labels of the first clients: up to 20 classes as bars, more as a map; sequences have sizes only."""
+    rows, names = split.rows, split.class_names
+    shown = f"first {len(rows)} of {split.num_clients} clients" if len(rows) < split.num_clients else "every client"
+    if rows[0].label_counts and len(names) > NAMED_COLOURS:
+        counts = [row.label_counts for row in rows]
+        return heat_map(f"Training examples of each class, {shown}", counts, "class", "client", True)
+    frame = Frame((-0.6, len(rows) - 0.4), (0, float(max(row.train for row in rows) or 1)))
+    labelled = bool(rows[0].label_counts)
+    parts = [frame.y_axis("training examples"), frame.x_axis("client", whole_ticks(*frame.x))]
+    for place, row in enumerate(rows):
+        left, bottom = frame.across(place - 0.43), 0
+        width = frame.across(place + 0.43) - left
+        for label, count in enumerate(row.label_counts if labelled else [row.train]):
+            if count:
+                title = f"client {row.client}: {count}" + (f" of class {names[label]}" if labelled else "")
+                top = frame.down(bottom + count)
+                colour = CLASS_COLOURS[label] if labelled else BLUE
+                parts.append(box(left, top, width, frame.down(bottom) - top, colour, title))
+                bottom += count
+    title = f"{'Labels' if labelled else 'Training examples'}, {shown}"
+    entries = [(visible(name, NAME_LETTERS), CLASS_COLOURS[i], "") for i, name in enumerate(names)] if labelled else []
+    return tag("figure", tag("figcaption", title), legend(entries), picture(title, parts))
+
+
+def heat_map(
+    title: str, counts: Sequence[Sequence[float]], row_label: str, column_label: str, turned: bool = False
+) -> Markup:
+    """Draws a table of counts, each the darker the more it is of the largest.
+
+    Args:
+        title: above it.
+        counts: by row and column.
+        row_label: what the rows are.
+        column_label: what the columns are.
+        turned: columns stand as rows, the first at the bottom.
+    """
+    table = np.array(counts, float)
+    table = table.T[::-1] if turned else table
+    down, across = table.shape
+    height = 46.0 + (WIDTH - 58) * min(down / across, 1.0) if across else 46.0
+    frame = Frame((-0.5, across - 0.5), (down - 0.5, -0.5), height=height)
+    parts: list[Markup] = []
+    for t in whole_ticks(0, down - 1):
+        parts.append(word(frame.left - 6, frame.down(down - 1 - t if turned else t) + 4, f"{t:g}", "end"))
+    middle = (frame.top + frame.floor) / 2
+    parts.append(word(11, middle, row_label, "middle", transform=f"rotate(-90 11 {middle:.1f})"))
+    parts.append(frame.x_axis(column_label, whole_ticks(0, across - 1)))
+    shade = np.ceil(SHADES * table / (table.max() or 1.0)).astype(int)
+    wide, high = (WIDTH - frame.left - frame.right) / max(across, 1), (frame.floor - frame.top) / max(down, 1)
+    for level in range(1, SHADES + 1):
+        cells = [
+            f"M{frame.left + wide * x:.1f} {frame.top + high * y:.1f}h{wide:.2f}v{high:.2f}h-{wide:.2f}z"
+            for y, x in np.argwhere(shade == level)
+        ]
+        if cells:
+            style = f"fill:{BLUE};fill-opacity:{level / SHADES:.2f}"
+            parts.append(tag("path", d="".join(cells), style=style))
+    edge = f"M{frame.left:.1f} {frame.top:.1f}H{WIDTH - frame.right:.1f}V{frame.floor:.1f}H{frame.left:.1f}z"
+    parts.append(tag("path", d=edge, style="fill:none;stroke:currentColor;stroke-opacity:.3"))
+    return tag("figure", tag("figcaption", title), picture(title, parts, height))
