@@ -17,8 +17,17 @@ from fedsim.cli import main as cli
 from fedsim.errors import ConfigError
 from fedsim.report.files import Rows, read_config
 from fedsim.report.page import write_page
-from fedsim.report.page_tables import devices_table, fairness_table, never_took_part, stragglers
-from fedsim.report.plots.on_page import heat_map, loss_curve, outcomes, score_curve, split_labels, time_by_device
+from fedsim.report.page_tables import classes_table, devices_table, fairness_table, never_took_part, stragglers
+from fedsim.report.plots.on_page import (
+    confusion_map,
+    heat_map,
+    loss_curve,
+    outcomes,
+    reliability,
+    score_curve,
+    split_labels,
+    time_by_device,
+)
 from fedsim.report.rounds import RoundReport, read_rounds
 from fedsim.settings.compose import compose
 from fedsim.workloads.describe import ClientRow, Split
@@ -56,7 +65,7 @@ def test_page_shows_the_figures_of_the_summary_and_loads_nothing(run, tmp_path: 
     assert page.open == []
     assert page.texts["h1"] == ["fedavg on blobs, fleet phones"]
     expected = [
-        "What accuracy took", "How clients fare", "Who was asked to train, and who was waited for",
+        "What accuracy took", "Class by class", "How clients fare", "Who was asked to train, and who was waited for",
         "Who never took part", "Where the time of a device goes", "How the data are split", "Commands", "Files",
     ]  # fmt: skip
     assert page.texts["h2"] == [
@@ -158,7 +167,13 @@ def test_what_a_class_is_called_is_no_markup():
     evil = "<script>&\x00]]>"
     split = Split("name", 1, (evil, "b"), (ClientRow(0, 3, 1, 2, (2, 1)),), (3,))
     rows = columns(pandas.DataFrame([client(1, 1, 1.0) | {"device": evil}]))
-    for drawn in (split_labels(split), time_by_device(rows, evil), heat_map(evil, [[1, 2], [3, 4]], evil, evil)):
+    for drawn in (
+        split_labels(split),
+        time_by_device(rows, evil),
+        heat_map(evil, [[1, 2], [3, 4]], evil, evil),
+        confusion_map([[1, 2], [3, 4]], [evil, "b"]),
+        reliability([(0.5, 0.4)]),
+    ):
         assert drawn is not None
         assert "<script" not in drawn
         ElementTree.fromstring(drawn)
@@ -189,6 +204,16 @@ def test_the_worst_tenth_is_the_mean_of_the_lowest():
     assert table.rows[2] == ["b", "1", *["0.00 %"] * 5]
     worst = fairness_table(scores, Metric("mse", "", higher_is_better=False)).rows[0]
     assert worst[2] == "1"
+
+
+def test_classes_are_listed_from_the_worst():
+    classes = [
+        {"name": "a", "examples": 2, "accuracy": 1.0, "f1": 0.8},
+        {"name": "b", "examples": 0, "accuracy": None, "f1": 0.0},
+    ]
+    assert classes_table(classes).rows == [["b", "0", "", "0.0 %"], ["a", "2", "100.0 %", "80.0 %"]]
+    many = classes_table([{**classes[0], "f1": number / 30} for number in range(30)])
+    assert (len(many.rows), many.caption) == (20, "The 20 worst of 30 classes")
 
 
 def test_the_first_sentence_answers(run, tmp_path: Path):

@@ -19,6 +19,7 @@ from fedsim.report.client_rows import client_schema
 from fedsim.report.place import CLIENTS, CONFIG, FAILURE, PICTURES, ROUNDS, ROWS, SUMMARY
 from fedsim.settings.forms import (
     FIGURE,
+    INTEGERS,
     MAP,
     MAPS,
     METRIC,
@@ -60,7 +61,14 @@ FIGURES: Forms = {
     "prices": optional(MAP),
     "compression": optional(MAPS),
     "repriced": optional(MAP),
+    "classes": optional(MAPS),
+    "calibration": optional(MAPS),
+    "confusion": optional(
+        Form("a list of lists of whole numbers", lambda v: isinstance(v, list) and all(map(INTEGERS.fits, v)))
+    ),
 }
+CLASS = {"name": TEXT, "examples": WHOLE, "accuracy": FIGURE, "f1": FIGURE}
+BIN = {"predictions": WHOLE, "accuracy": optional(NUMBER), "confidence": optional(NUMBER)}
 ROUND = Form("a round or null", lambda value: value is None or WHOLE.fits(value))
 TARGET: Forms = {"round": WHOLE, "simulated_s": NUMBER, "energy_j": NUMBER}
 PRICES = {"line": TEXT, "calls_share": NUMBER}
@@ -130,6 +138,11 @@ def read_summary(folder: Path) -> dict[str, Any]:
     for key, forms in (("to_target", target), ("prices", PRICES), ("clients", CLIENTS_SEEN), ("repriced", REPRICED)):
         if summary.get(key):
             check_tree(summary[key], forms, f"{path}: {key}")
+    for key, forms in (("classes", CLASS), ("calibration", BIN)):
+        for entry in summary.get(key, ()):
+            check_tree(entry, forms, f"{path}: {key}")
+    if any(len(row) != len(summary.get("classes", ())) for row in summary.get("confusion", ())):
+        raise FileError(f"{path}: confusion has rows of other lengths than there are classes")
     return dict(summary)
 
 

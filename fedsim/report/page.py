@@ -35,6 +35,7 @@ from fedsim.report.files import (
 from fedsim.report.html import Page, Part
 from fedsim.report.page_tables import (
     PHASES,
+    classes_table,
     closers,
     deployed_table,
     devices_table,
@@ -42,11 +43,13 @@ from fedsim.report.page_tables import (
     never_took_part,
     stragglers,
 )
-from fedsim.report.place import CLIENTS, CONFIG, PAGE, ROUNDS, SPLIT, SUMMARY
+from fedsim.report.place import CLIENTS, CONFIG, CONFUSION, PAGE, ROUNDS, SPLIT, SUMMARY
 from fedsim.report.plots.on_page import (
+    confusion_map,
     histogram,
     loss_curve,
     outcomes,
+    reliability,
     score_curve,
     split_labels,
     split_sizes,
@@ -56,6 +59,8 @@ from fedsim.report.repeat import commands
 from fedsim.report.rounds import RoundReport, read_rounds, running_costs
 from fedsim.report.split import primary_of, read_split
 from fedsim.report.text import late_note
+from fedsim.workloads.by_class import CALIBRATION, CLASSES, ECE, MACRO_F1
+from fedsim.workloads.by_class import CONFUSION as CONFUSED
 from fedsim.workloads.describe import Split
 from fedsim.workloads.metrics import CLIENTS as OF_CLIENTS
 from fedsim.workloads.metrics import Metric, judged, took_part
@@ -79,7 +84,9 @@ FILES = {
     SUMMARY: "the figures above",
     ROUNDS: "a line per round",
     SPLIT: "how the data are split",
+    CONFUSION: "how often each class was taken for each",
 }
+SHOWN = (CLASSES, CONFUSED, CALIBRATION)  # of the summary, as pictures and tables
 VERSIONS = ("fedsim", "commit", "python", "torch", "flwr", "numpy")
 
 
@@ -179,10 +186,14 @@ def page_of(told: Told) -> Page:
         files=_files(told.folder),
         details=[
             (CONFIG, config),
-            *([(SUMMARY, strict_json.dumps(summary, indent=1))] if summary else []),
+            *([(SUMMARY, strict_json.dumps(_without(summary, SHOWN), indent=1))] if summary else []),
         ],
         made_by=", ".join(f"{name} {v}" for name in VERSIONS if (v := summary.get("versions", {}).get(name))),
     )
+
+
+def _without(summary: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    return {key: value for key, value in summary.items() if key not in names}
 
 
 def _title(told: Told) -> str:
@@ -298,6 +309,7 @@ def _parts(told: Told) -> Iterator[Part]:
         yield Part(f"What {told.primary.title} took", drawn)
     if own := read_pictures(told.folder):
         yield Part("Tasks", [_png(picture) for picture in own])
+    yield from _by_class(told.summary)
     yield from _fairness(told)
     if (became := outcomes(told.rounds)) is not None:
         slowest = stragglers(told.rows) if told.rows else None
@@ -327,6 +339,20 @@ def _devices(rows: Rows) -> Part:
         [table for table in tables if table is not None],
         OF_AN_EXCHANGE,
     )
+
+
+def _by_class(summary: dict[str, Any]) -> Iterator[Part]:
+    classes, drawn = summary.get(CLASSES), []
+    if classes and summary.get(CONFUSED):
+        drawn.append(confusion_map(summary[CONFUSED], [entry["name"] for entry in classes]))
+    if bins := [(b["confidence"], b["accuracy"]) for b in summary.get(CALIBRATION, ()) if b["predictions"]]:
+        drawn.append(reliability(bins))
+    final = summary.get("final", {})
+    said = [f"macro F1 {100 * final[MACRO_F1]:.1f} %"] if MACRO_F1 in final else []
+    said += [f"calibration error {100 * final[ECE]:.1f} %"] if ECE in final else []
+    if classes or drawn:
+        note = f"On the test set, with the last model that was judged: {', '.join(said)}." if said else ""
+        yield Part("Class by class", drawn, [classes_table(classes)] if classes else [], note)
 
 
 def _fairness(told: Told) -> Iterator[Part]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from fedsim.report.html import Table
 from fedsim.workloads.describe import Split
 from fedsim.workloads.metrics import Metric
 
-SLOWEST, MOST_DEVICES = 8, 40  # lines of the tables of stragglers, and of others
+SLOWEST, MOST_DEVICES, MOST_CLASSES = 8, 40, 20  # lines of tables
 JOULES = ("down", "compute", "up", "tail")  # the parts of a client's joules; runs of fedsim 0.1 have their sum alone
 CLASS_LOST = 0.25  # share of a class's examples that is worth a word
 PHASES = {"train": "Training", "evaluate": "Judging"}  # exchanges: what is asked of a client
@@ -147,13 +147,19 @@ def fairness_table(scores: dict[int, tuple[str, float]], primary: Metric) -> Tab
     return Table(["device", "clients", "worst", "worst tenth", "median", "mean", "best"], lines)
 
 
-def classes_table(per_class: dict[str, Any], names: Sequence[str]) -> Table:
-    """Returns a line per class of figures that are listed by class."""
-    header = [name.replace("_", " ") for name in per_class]
-    columns = [list(values) for values in per_class.values()]
-    count = max(map(len, columns), default=0)
-    rows = [[names[i] if i < len(names) else str(i), *(short(c[i]) for c in columns)] for i in range(count)]
-    return Table(["class", *header], rows)
+def classes_table(classes: Sequence[dict[str, Any]]) -> Table:
+    """Returns a line per class, the worst first; of many classes the worst."""
+    ranked = sorted(classes, key=lambda entry: (entry["f1"] is not None, entry["f1"] or 0.0))
+    rows = [
+        [entry["name"], str(entry["examples"]), *(_share(entry[key]) for key in ("accuracy", "f1"))]
+        for entry in ranked[:MOST_CLASSES]
+    ]
+    caption = f"The {MOST_CLASSES} worst of {len(classes)} classes" if len(classes) > MOST_CLASSES else ""
+    return Table(["class", "examples", "accuracy", "F1"], rows, caption)
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None or value != value else f"{100 * value:.1f} %"
 
 
 def deployed_table(entries: Sequence[dict[str, Any]]) -> Table:
@@ -175,9 +181,3 @@ def _mean(values: np.ndarray) -> str:
 def short(value: Any) -> str:
     """Returns a number in three digits; empty where there is none."""
     return "" if value is None or value != value else f"{value:.3g}"
-
-
-def worded(items: Iterable[str]) -> str:
-    """Returns texts as a list in a sentence."""
-    *first, last = list(items) or [""]
-    return f"{', '.join(first)} and {last}" if first else last

@@ -59,7 +59,7 @@ HTML = """\
     .figures div:first-child:nth-last-child(odd) { grid-column: span 2; }
     td, th { padding: .25rem .45rem; }
     th:first-child, td:first-child { white-space: normal; overflow-wrap: break-word;
-      min-width: min(10rem, 42vw); border-right: 1px solid var(--edge); }
+      min-width: 5rem; border-right: 1px solid var(--edge); }
   }
 </style>
 </head>

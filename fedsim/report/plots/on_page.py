@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from markupsafe import Markup
@@ -11,7 +11,7 @@ from devices.texts import NAME_LETTERS, visible
 from devices.units import energy, simulated, size
 from fedsim.messages.cohort import OUTCOMES
 from fedsim.report.files import Rows, select_rows
-from fedsim.report.plots.style import CLASS_COLOURS, FAINT, ON_PAGE
+from fedsim.report.plots.style import CLASS_COLOURS, FAINT, FOREGROUND, ON_PAGE
 from fedsim.report.plots.svg import (
     LETTER,
     WIDTH,
@@ -19,6 +19,7 @@ from fedsim.report.plots.svg import (
     Line,
     box,
     draw_lines,
+    fill,
     legend,
     limits,
     picture,
@@ -45,6 +46,7 @@ COSTS = {"time": ("simulated_s", simulated), "energy": ("joules", energy), "traf
 BARS, DEVICES = 60, 30  # rounds with a bar of their own, more are put together; devices that have one
 LINE = 16.0  # units between lines of text
 SHADES = 8  # of a map
+NUMBERED = 12  # classes up to which a map holds its numbers
 NAMED_COLOURS = 20  # classes that can be told apart by colour
 
 
@@ -182,8 +184,8 @@ def split_labels(split: Split) -> Markup:
     rows, names = split.rows, split.class_names
     shown = f"first {len(rows)} of {split.num_clients} clients" if len(rows) < split.num_clients else "every client"
     if rows[0].label_counts and len(names) > NAMED_COLOURS:
-        counts = [row.label_counts for row in rows]
-        return heat_map(f"Training examples of each class, {shown}", counts, "class", "client", True)
+        counts = np.array([row.label_counts for row in rows]).T.tolist()
+        return heat_map(f"Training examples of each class, {shown}", counts, "class", "client")
     frame = Frame((-0.6, len(rows) - 0.4), (0, float(max(row.train for row in rows) or 1)))
     labelled = bool(rows[0].label_counts)
     parts = [frame.y_axis("training examples"), frame.x_axis("client", whole_ticks(*frame.x))]
@@ -202,39 +204,78 @@ def split_labels(split: Split) -> Markup:
     return tag("figure", tag("figcaption", title), legend(entries), picture(title, parts))
 
 
-def heat_map(
-    title: str, counts: Sequence[Sequence[float]], row_label: str, column_label: str, turned: bool = False
-) -> Markup:
-    """Draws a table of counts, each the darker the more it is of the largest.
+def heat_map(title: str, counts: Sequence[Sequence[float]], row_label: str, column_label: str) -> Markup:
+    """Draws a table of counts, each the darker the more it is of the largest; the first row is at the bottom."""
+    table = np.array(counts, float)
+    frame = _map_frame(table, 46.0)
+    shade = np.ceil(SHADES * table / (table.max() or 1.0))
+    parts = [frame.y_axis(row_label, whole_ticks(0, len(table) - 1), lined=False)]
+    parts += [frame.x_axis(column_label, whole_ticks(0, table.shape[1] - 1)), *_cells(frame, shade)]
+    return tag("figure", tag("figcaption", title), picture(title, parts, frame.height))
+
+
+def confusion_map(counts: Sequence[Sequence[int]], names: Sequence[str]) -> Markup:
+    """Draws how often each class (rows) was taken for each: as shares of its examples, with the counts of few classes.
 
     Args:
-        title: above it.
-        counts: by row and column.
-        row_label: what the rows are.
-        column_label: what the columns are.
-        turned: columns stand as rows, the first at the bottom.
+        counts: [classes, classes], true ones down.
+        names: of the classes.
     """
-    table = np.array(counts, float)
-    table = table.T[::-1] if turned else table
-    down, across = table.shape
-    height = 46.0 + (WIDTH - 58) * min(down / across, 1.0) if across else 46.0
-    frame = Frame((-0.5, across - 0.5), (down - 0.5, -0.5), height=height)
-    parts: list[Markup] = []
-    for t in whole_ticks(0, down - 1):
-        parts.append(word(frame.left - 6, frame.down(down - 1 - t if turned else t) + 4, f"{t:g}", "end"))
+    table, shown = np.array(counts, float), [visible(name, NAME_LETTERS // 4) for name in names]
+    letters = max(map(len, shown))
+    frame = _map_frame(table, 26 + LETTER * letters, 30 + (LETTER * letters if letters > 2 else 8.0), falling=True)
+    share = table / np.maximum(table.sum(1, keepdims=True), 1)
+    parts: list[Markup] = [*_cells(frame, np.ceil(SHADES * share))]
+    for place, name in enumerate(shown):
+        parts.append(word(frame.left - 6, frame.down(place) + 4, name, "end"))
+        x, y = frame.across(place), frame.floor + 14
+        turn = {"transform": f"rotate(-90 {x + 4:.1f} {y:.1f})"} if letters > 2 else {}
+        parts.append(word(x + 4 if turn else x, y - 4 if turn else y, name, "end" if turn else "middle", **turn))
+    for (row, column), count in np.ndenumerate(table if len(table) <= NUMBERED else np.zeros((0, 0))):
+        if count:
+            style = fill("var(--bg,#fff)" if share[row, column] > 0.5 else FOREGROUND)
+            parts.append(word(frame.across(column), frame.down(row) + 4, f"{count:g}", "middle", style=style))
+    parts.append(word((frame.left + WIDTH - frame.right) / 2, frame.height - 4, "taken for", "middle"))
     middle = (frame.top + frame.floor) / 2
-    parts.append(word(11, middle, row_label, "middle", transform=f"rotate(-90 11 {middle:.1f})"))
-    parts.append(frame.x_axis(column_label, whole_ticks(0, across - 1)))
-    shade = np.ceil(SHADES * table / (table.max() or 1.0)).astype(int)
-    wide, high = (WIDTH - frame.left - frame.right) / max(across, 1), (frame.floor - frame.top) / max(down, 1)
+    parts.append(word(11, middle, "class", "middle", transform=f"rotate(-90 11 {middle:.1f})"))
+    title = "Which class was taken for which, on the test set"
+    return tag("figure", tag("figcaption", title), picture(title, parts, frame.height))
+
+
+def reliability(bins: Sequence[tuple[float, float]]) -> Markup:
+    """Draws how often predictions were right against how sure the model was of them: on the line they can be believed.
+
+    Args:
+        bins: confidence and accuracy of each bin that has predictions.
+    """
+    frame = Frame((0, 100), (0, 100), height=280)
+    sure, right = ([100 * value for value in values] for values in zip(*bins, strict=True))
+    titles = [f"{s:.0f} % sure, {r:.0f} % right" for s, r in zip(sure, right, strict=True)]
+    lines = [
+        Line("as sure as right", (0, 100), (0, 100), FAINT, "4 4"),
+        Line("model", sure, right, BLUE, titles=titles),
+    ]
+    inside = [frame.y_axis("right, %"), frame.x_axis("how sure the model is, %"), draw_lines(frame, lines)]
+    title = "How far its confidence can be believed"
+    return tag("figure", tag("figcaption", title), picture(title, inside, frame.height))
+
+
+def _map_frame(table: np.ndarray, left: float, bottom: float = 36.0, falling: bool = False) -> Frame:
+    """Returns the frame of a map whose cells are no higher than wide; rows fall from the top, or rise."""
+    down, across = table.shape
+    height = 10 + bottom + (WIDTH - left - 12) * min(down / across, 1.0)
+    y = (down - 0.5, -0.5) if falling else (-0.5, down - 0.5)
+    return Frame((-0.5, across - 0.5), y, left=left, bottom=bottom, height=height)
+
+
+def _cells(frame: Frame, shade: np.ndarray) -> Iterator[Markup]:
+    """Yields the cells of a map, those of one shade at once, and its edge."""
+    wide = frame.across(1) - frame.across(0)
+    high = abs(frame.down(1) - frame.down(0))
     for level in range(1, SHADES + 1):
-        cells = [
-            f"M{frame.left + wide * x:.1f} {frame.top + high * y:.1f}h{wide:.2f}v{high:.2f}h-{wide:.2f}z"
-            for y, x in np.argwhere(shade == level)
-        ]
-        if cells:
-            style = f"fill:{BLUE};fill-opacity:{level / SHADES:.2f}"
-            parts.append(tag("path", d="".join(cells), style=style))
+        corners = ((frame.across(x) - wide / 2, frame.down(y) - high / 2) for y, x in np.argwhere(shade == level))
+        path = "".join(f"M{x:.1f} {y:.1f}h{wide:.2f}v{high:.2f}h-{wide:.2f}z" for x, y in corners)
+        if path:
+            yield tag("path", d=path, style=f"fill:{BLUE};fill-opacity:{level / SHADES:.2f}")
     edge = f"M{frame.left:.1f} {frame.top:.1f}H{WIDTH - frame.right:.1f}V{frame.floor:.1f}H{frame.left:.1f}z"
-    parts.append(tag("path", d=edge, style="fill:none;stroke:currentColor;stroke-opacity:.3"))
-    return tag("figure", tag("figcaption", title), picture(title, parts, height))
+    yield tag("path", d=edge, style="fill:none;stroke:currentColor;stroke-opacity:.3")

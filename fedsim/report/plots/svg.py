@@ -140,13 +140,14 @@ class Frame:
         name = word((self.left + WIDTH - self.right) / 2, self.floor + 30, label, "middle")
         return Markup().join([*marks, name])
 
-    def y_axis(self, label: str, at: Sequence[float] | None = None) -> Markup:
+    def y_axis(self, label: str, at: Sequence[float] | None = None, lined: bool = True) -> Markup:
         """Returns lines across the frame with their numbers, and the axis' name, which stands upright."""
         parts = []
         for y in ticks(*self.y) if at is None else at:
             there = self.down(y)
             stroke = {"stroke": "currentColor", "stroke_opacity": 0.16}
-            parts.append(tag("line", x1=self.left, x2=WIDTH - self.right, y1=there, y2=there, **stroke))
+            if lined:
+                parts.append(tag("line", x1=self.left, x2=WIDTH - self.right, y1=there, y2=there, **stroke))
             parts.append(word(self.left - 6, there + 4, f"{y:g}", "end"))
         middle = (self.top + self.floor) / 2
         parts.append(word(11, middle, label, "middle", transform=f"rotate(-90 11 {_text(middle)})"))
