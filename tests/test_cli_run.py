@@ -208,7 +208,7 @@ def test_a_sweep_without_a_folder_goes_below_runs(fedsim: Callable[..., Ended]):
     assert fedsim("run", "-m", *SHORT, "trainer.lr=0.1,0.2").code == 0
     (sweep,) = Path("runs").iterdir()
     assert sweep.name.endswith("-sweep")
-    comparison = {f"comparison.{end}" for end in ("csv", "json", "md", "png")}
+    comparison = {f"comparison.{end}" for end in ("csv", "html", "json", "md", "png")}
     assert {path.name for path in sweep.iterdir()} == {"0", "1", "multirun.yaml", *comparison}
 
 

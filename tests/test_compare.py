@@ -15,8 +15,9 @@ from fedsim.errors import ConfigError
 from fedsim.report.rounds import RoundReport
 from fedsim.study import compare as comparisons
 from fedsim.study.compare import run_folders
+from fedsim.study.page import to_target
 from fedsim.study.paired import Row, correction, half_width_of, holm, p_value, scored, span
-from fedsim.study.tables import result_table, to_target
+from fedsim.study.tables import result_table
 
 
 def compare(runs, last=None, against=None) -> list[Row]:
@@ -175,7 +176,7 @@ def test_the_cost_of_a_target_is_a_mean_only_where_all_seeds_reach_it(tmp_path):
     assert time == ["25.0 s", "1 of 2 seeds", "not reached"]
     assert energy == ["5.0 J", "1 of 2 seeds", "not reached"]
     assert traffic == ["250 B", "1 of 2 seeds", "not reached"]
-    assert list(to_target(result)) == ["time\nto 50.0 %", "energy\nto 50.0 %", "traffic\nto 50.0 %"]
+    assert list(to_target(result)) == ["time\nto 50.00 %", "energy\nto 50.00 %", "traffic\nto 50.00 %"]
 
 
 def test_rows_without_a_seed_in_common_are_named(tmp_path):
@@ -209,6 +210,7 @@ def test_the_command_prints_a_table_and_writes_a_folder(tmp_path, monkeypatch):
     result = CliRunner().invoke(app, ["sweep", "--out", "there"])
     assert result.exit_code == 0, result.output
     assert "+25.00" in result.output
-    assert result.output.splitlines()[-1].startswith("comparison: there (")
+    assert result.output.splitlines()[-2].startswith("comparison: there (")
+    assert result.output.splitlines()[-1] == "page: there/comparison.html"
     files = {path.name for path in (tmp_path / "there").iterdir()}
-    assert files == {f"comparison.{end}" for end in ("md", "csv", "json", "png")}
+    assert files == {f"comparison.{end}" for end in ("html", "md", "csv", "json", "png")}

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from fedsim.report.terminal import PlainConsole
     from fedsim.study.results import Result
 
-NAME = "comparison"
-
 
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs, sweeps or studies; patterns with * too.")],
@@ -33,7 +31,7 @@ def compare(
     """Compare runs that are there: what differs, what each reached for how much time, energy and traffic.
 
     Runs that differ in their seed alone are one row. Differences are paired by seed, with 95 % intervals from three
-    seeds on. The folder gets a page, the table as CSV and a picture.
+    seeds on. The folder gets a page (comparison.html), the table as CSV and a picture.
 
     Example: fedsim compare runs/20261121-101500-sweep --target 0.8
 
@@ -72,9 +70,11 @@ def place(out: Path | None) -> Path:
 def show(result: Result, folder: Path, shown: PlainConsole) -> None:
     """Prints a comparison and writes it into its folder."""
     from fedsim.report.plots.study import draw_study
+    from fedsim.study.compare import NAME
     from fedsim.study.page import write_page
     from fedsim.study.results import write_result
     from fedsim.study.tables import result_table
+    from fedsim.study.web_page import write_web_page
 
     for line in result.study.differs:
         shown.say(line)
@@ -83,3 +83,4 @@ def show(result: Result, folder: Path, shown: PlainConsole) -> None:
     write_page(result, {}, folder, f"{NAME}.md")
     draw_study(result, folder / f"{NAME}.png")
     shown.say(f"comparison: {folder} ({NAME}.md, {NAME}.csv, {NAME}.json, {NAME}.png)")
+    shown.say(f"page: {write_web_page(result, {}, folder, NAME)}")

@@ -21,6 +21,8 @@ def run_one(
         unfinished: the folder that holds its beginning; None for a new one.
         brief: of its end only the result and the folder are printed, as of one run among several.
     """
+    from fedsim.report.place import PAGE
+    from fedsim.report.repeat import next_steps
     from fedsim.report.rounds import read_rounds
     from fedsim.report.terminal import console
     from fedsim.report.text import closing_lines, closing_table
@@ -36,6 +38,9 @@ def run_one(
     for line in lines:
         if not brief or line in (lines[0], lines[-1]) or line.startswith("warning: "):
             shown.say(line)
+    if not brief:
+        shown.say(f"next: {'; '.join(line for _, line in next_steps(folder, settings, summary))}")
+        shown.say(f"page: {folder / PAGE}")
     return summary, folder
 
 

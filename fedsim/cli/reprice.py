@@ -23,6 +23,7 @@ def reprice(
     Example: fedsim reprice runs/20261121-101500-fedavg-digits fleet=sbc deadline_s=20
     """
     from fedsim.report.files import read_summary
+    from fedsim.report.place import PAGE
     from fedsim.report.rounds import read_rounds
     from fedsim.report.terminal import console
     from fedsim.report.text import closing_lines, closing_table
@@ -36,6 +37,7 @@ def reprice(
     shown.print(_costs(read_summary(run), summary))
     for line in closing_lines(summary, folder, reports):
         shown.say(line)
+    shown.say(f"page: {folder / PAGE}")
 
 
 def _costs(before: dict[str, Any], now: dict[str, Any]) -> Table:

@@ -60,6 +60,7 @@ def study(
     from fedsim.study.page import write_page
     from fedsim.study.results import check_columns, collect, write_result
     from fedsim.study.spec import plan, read_study
+    from fedsim.study.web_page import write_web_page
 
     if out is not None:
         check_folder("--out", str(out))
@@ -82,6 +83,7 @@ def study(
         write_result(result, failed, folder)
         write_page(result, failed, folder)
         _draw(result, folder)
+        shown.say(f"page: {write_web_page(result, failed, folder, 'study')}")
         check_columns(result)
     if failed:
         raise RunError(f"{len(failed)} of {len(runs)} runs failed: {'; '.join(f'{n}: {r}' for n, r in failed.items())}")

@@ -61,6 +61,7 @@ FIGURES: Forms = {
     "prices": optional(MAP),
     "compression": optional(MAPS),
     "repriced": optional(MAP),
+    "continual": optional(MAP),
     "classes": optional(MAPS),
     "calibration": optional(MAPS),
     "confusion": optional(
@@ -69,6 +70,14 @@ FIGURES: Forms = {
 }
 CLASS = {"name": TEXT, "examples": WHOLE, "accuracy": FIGURE, "f1": FIGURE}
 BIN = {"predictions": WHOLE, "accuracy": optional(NUMBER), "confidence": optional(NUMBER)}
+MATRIX = Form(
+    "rows of numbers or null, all of one length",
+    lambda rows: (
+        isinstance(rows, list)
+        and all(isinstance(row, list) and len(row) == len(rows[0]) and all(map(FIGURE.fits, row)) for row in rows)
+    ),
+)
+STREAM: Forms = {"accuracy_matrix": optional(MATRIX)}
 ROUND = Form("a round or null", lambda value: value is None or WHOLE.fits(value))
 TARGET: Forms = {"round": WHOLE, "simulated_s": NUMBER, "energy_j": NUMBER}
 PRICES = {"line": TEXT, "calls_share": NUMBER}
@@ -135,7 +144,13 @@ def read_summary(folder: Path) -> dict[str, Any]:
     primary = Metric.named_in(summary).name
     check_tree(summary, {"final": {primary: FIGURE}, "best": {primary: FIGURE, "round": ROUND}}, str(path))
     target = {primary: NUMBER, **TARGET}
-    for key, forms in (("to_target", target), ("prices", PRICES), ("clients", CLIENTS_SEEN), ("repriced", REPRICED)):
+    for key, forms in (
+        ("to_target", target),
+        ("prices", PRICES),
+        ("clients", CLIENTS_SEEN),
+        ("repriced", REPRICED),
+        ("continual", STREAM),
+    ):
         if summary.get(key):
             check_tree(summary[key], forms, f"{path}: {key}")
     for key, forms in (("classes", CLASS), ("calibration", BIN)):

@@ -53,6 +53,8 @@ from fedsim.report.plots.on_page import (
     score_curve,
     split_labels,
     split_sizes,
+    task_curves,
+    task_map,
     time_by_device,
 )
 from fedsim.report.repeat import commands
@@ -307,8 +309,11 @@ def _parts(told: Told) -> Iterator[Part]:
     drawn = [each for each in (score_curve(told.rounds, told.primary), loss_curve(told.rounds)) if each is not None]
     if drawn:
         yield Part(f"What {told.primary.title} took", drawn)
-    if own := read_pictures(told.folder):
-        yield Part("Tasks", [_png(picture) for picture in own])
+    if (tasks := task_curves(told.rounds)) is not None:
+        matrix = told.summary.get("continual", {}).get("accuracy_matrix")
+        yield Part("Tasks", [tasks, *([task_map(matrix)] if matrix else [])])
+    elif own := read_pictures(told.folder):
+        yield Part("Pictures", [_png(picture) for picture in own])
     yield from _by_class(told.summary)
     yield from _fairness(told)
     if (became := outcomes(told.rounds)) is not None:

@@ -30,9 +30,13 @@ def commands(folder: Path, settings: Settings, summary: Mapping[str, Any]) -> li
     run = shlex.quote(str(folder))
     place = run if folder.is_absolute() else f'"$PWD"/{run}'
     found = [("Repeat it", text)] if (text := command_of(settings)) else []
-    found.append(
-        ("Repeat it from its own settings", f"fedsim run --config-path {place} --config-name config out=AGAIN")
-    )
+    own = f"fedsim run --config-path {place} --config-name config out=AGAIN"
+    return [*found, ("Repeat it from its own settings", own), *next_steps(folder, settings, summary)]
+
+
+def next_steps(folder: Path, settings: Settings, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Returns what one may do with a run that is there, and the line for it; see `commands`."""
+    run, found = shlex.quote(str(folder)), []
     if not summary:
         if (folder / CHECKPOINT).exists():
             found.append(("Go on with it", f"fedsim resume {run}"))

@@ -22,6 +22,7 @@ from fedsim.study.results import FinishedRun, Result
 from fedsim.study.spec import Arm, PlannedRun, Study
 from fedsim.workloads.metrics import Metric, judged
 
+NAME = "comparison"  # of what is compared by itself, and of its files
 IGNORED = ("seed", "out", "name", "choices", "checkpoint_s", "engine", "logger")  # in which runs of one row may differ
 OF_METHOD = ("strategy", "trainer", "method", "experiment")  # groups that the name of a method stands for
 ASIDE = ".unfinished-"  # in the name of what a study has put aside
@@ -85,7 +86,7 @@ def compare(
         raise ConfigError(f"no row is called {against!r}; there are: {', '.join(groups)}")
     groups = {first: groups[first], **groups}
     study = Study(
-        name="comparison",
+        name=NAME,
         title=f"{len(runs)} runs",
         arms=tuple(Arm(label, (), label) for label in groups),
         seeds=tuple(sorted({run.settings["seed"] for run in runs})),

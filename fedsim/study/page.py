@@ -6,13 +6,14 @@ import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from devices.texts import visible_lines
 from devices.units import energy, simulated, size
 from devices.writing import write_atomic
 from fedsim.report.plots.style import METRICS
 from fedsim.study.paired import Row, span
-from fedsim.study.results import Result
+from fedsim.study.results import Result, cost_of_target
 
 PAGE = "study.md"
 MAX_COLUMNS = 8
@@ -36,6 +37,7 @@ def text_of(result: Result, failed: Mapping[str, str]) -> str:
         study.question,
         f"```\n{command}\n```",
         _table(_columns(result)),
+        _table({"arm": [row.label for row in result.rows], **columns}) if (columns := to_target(result)) else "",
         "  \n".join(_notes(result)),
         "\n".join(f"- {_plain(name)} failed: {_plain(reason)}" for name, reason in failed.items()),
         study.reading if not study.own else "",
@@ -78,6 +80,26 @@ def _difference(row: Row, against: str) -> str:
     interval = f" ({row.interval_text})" if math.isfinite(row.half_width) else ""
     text = f"{row.metric.change(row.difference)}{interval}"
     return f"**{text}**" if row.is_significant else text
+
+
+def to_target(result: Result) -> dict[str, list[str]]:
+    """Returns cells by column: what it took until the target was first reached; nothing without a target."""
+    target, metric = result.study.target, result.metric
+    if target is None:
+        return {}
+    name = f"to {metric.with_unit(target)}"
+    rows = [_reached(cost_of_target(result, label), len(runs)) for label, runs in result.runs.items()]
+    whats = ("time", "energy", "traffic")
+    return {f"{what}\n{name}": list(cells) for what, cells in zip(whats, zip(*rows, strict=True), strict=True)}
+
+
+def _reached(cost: Mapping[str, Any], seeds: int) -> tuple[str, str, str]:
+    reached = cost["seeds_to_target"]
+    if reached < seeds:
+        text = f"{reached} of {seeds} seeds" if reached else "not reached"
+        return text, text, text
+    seconds, joules, traffic = (cost[f"{name}_to_target"] for name in ("simulated_s", "joules", "traffic_bytes"))
+    return simulated(seconds), energy(joules), size(traffic)
 
 
 def _notes(result: Result) -> list[str]:

@@ -200,23 +200,23 @@ def span(rows: Sequence[Row]) -> str:
 
 def half_width_of(differences: list[float]) -> float:
     """Returns half the width of the 95 % interval of the mean difference; infinite for less than three."""
-    from scipy.stats import t
+    from scipy.special import stdtrit  # scipy.stats, which calls it, takes a second to import
 
     if len(differences) < FEWEST:
         return math.inf
-    return float(t.ppf(0.975, len(differences) - 1) * np.std(differences, ddof=1) / len(differences) ** 0.5)
+    return float(stdtrit(len(differences) - 1, 0.975) * np.std(differences, ddof=1) / len(differences) ** 0.5)
 
 
 def p_value(differences: Sequence[float]) -> float:
     """Returns p of Student's two-sided t test that the mean difference is 0; nan for less than three."""
-    from scipy.stats import t
+    from scipy.special import stdtr
 
     if len(differences) < FEWEST:
         return math.nan
     mean, error = float(np.mean(differences)), float(np.std(differences, ddof=1)) / len(differences) ** 0.5
     if not error:
         return 0.0 if mean else 1.0
-    return float(2 * t.sf(abs(mean) / error, len(differences) - 1))
+    return float(2 * stdtr(len(differences) - 1, -abs(mean) / error))
 
 
 def _row(

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from textwrap import wrap
-from typing import Any
 
 from devices.units import energy, simulated, size
 from fedsim.report.plots.style import METRICS
 from fedsim.report.terminal import PlainTable, table
-from fedsim.study.page import figure, label, score, scores_are_of
+from fedsim.study.page import figure, label, score, scores_are_of, to_target
 from fedsim.study.paired import correction
-from fedsim.study.results import Result, cost_of_target
+from fedsim.study.results import Result
 
 HEADING = 15  # characters of a line of a heading, so that the arms keep their room
 
 
 def result_table(result: Result) -> PlainTable:
     """Returns the table of a comparison: scores, what they differ by, what a run took, and what its target cost."""
-    columns = {**_scores(result), **_costs(result), **to_target(result)}
+    columns = {**scores(result), **costs(result), **to_target(result)}
     study, many = result.study, len(result.study.seeds) > 1
     seeds = ", ".join(map(str, study.seeds))
     over = f"mean ± standard deviation of seeds {seeds}" if many else f"seed {seeds}"
@@ -46,7 +44,7 @@ def unmatched(result: Result) -> list[str]:
     return lines
 
 
-def _scores(result: Result) -> dict[str, list[str]]:
+def scores(result: Result) -> dict[str, list[str]]:
     """Returns cells by column: the metric, and what it differs by."""
     metric = result.metric
     heading = metric.heading
@@ -60,7 +58,7 @@ def _scores(result: Result) -> dict[str, list[str]]:
     return {name: column for name, column in cells.items() if any(column)}
 
 
-def _costs(result: Result) -> dict[str, list[str]]:
+def costs(result: Result) -> dict[str, list[str]]:
     """Returns cells by column: what a run of each arm took, and the study's own columns."""
     columns = {_heading(path): [figure(v) for v in values] for path, values in result.columns.items()}
     return {
@@ -75,23 +73,3 @@ def _costs(result: Result) -> dict[str, list[str]]:
 def _heading(path: str) -> str:
     """Returns a value's path as a narrow heading of several lines."""
     return "\n".join(wrap(path.removeprefix(METRICS).replace("_", " "), HEADING))
-
-
-def to_target(result: Result) -> dict[str, list[str]]:
-    """Returns cells by column: what it took until the target was first reached; nothing without a target."""
-    target, metric = result.study.target, result.metric
-    if target is None:
-        return {}
-    name = f"to {metric.with_unit(target)}"
-    rows = [_reached(cost_of_target(result, label), len(runs)) for label, runs in result.runs.items()]
-    whats = ("time", "energy", "traffic")
-    return {f"{what}\n{name}": list(cells) for what, cells in zip(whats, zip(*rows, strict=True), strict=True)}
-
-
-def _reached(cost: Mapping[str, Any], seeds: int) -> tuple[str, str, str]:
-    reached = cost["seeds_to_target"]
-    if reached < seeds:
-        text = f"{reached} of {seeds} seeds" if reached else "not reached"
-        return text, text, text
-    seconds, joules, traffic = (cost[f"{name}_to_target"] for name in ("simulated_s", "joules", "traffic_bytes"))
-    return simulated(seconds), energy(joules), size(traffic)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -13,6 +14,7 @@ from fedsim.messages.cohort import OUTCOMES
 from fedsim.report.files import Rows, select_rows
 from fedsim.report.plots.style import CLASS_COLOURS, FAINT, FOREGROUND, ON_PAGE
 from fedsim.report.plots.svg import (
+    DASHES,
     LETTER,
     WIDTH,
     Frame,
@@ -23,6 +25,7 @@ from fedsim.report.plots.svg import (
     legend,
     limits,
     picture,
+    spread,
     tag,
     ticks,
     whole_ticks,
@@ -44,6 +47,7 @@ LOSSES = {
 }
 COSTS = {"time": ("simulated_s", simulated), "energy": ("joules", energy), "traffic": ("traffic_bytes", size)}
 BARS, DEVICES = 60, 30  # rounds with a bar of their own, more are put together; devices that have one
+TASK, MOST_TASKS = re.compile(r"task_\d+_accuracy"), 11  # metrics of a stream; tasks that have a line
 LINE = 16.0  # units between lines of text
 SHADES = 8  # of a map
 NUMBERED = 12  # classes up to which a map holds its numbers
@@ -83,14 +87,48 @@ def loss_curve(rounds: Sequence[RoundReport]) -> Markup | None:
     return _with_legend(picture("loss over rounds", inside, frame.height), lines)
 
 
+def task_curves(rounds: Sequence[RoundReport]) -> Markup | None:
+    """Draws the accuracy of each task of a stream over rounds, and the mean of those so far; None without tasks."""
+    names = sorted({n for r in rounds for n in r.metrics if TASK.fullmatch(n)}, key=lambda n: int(n.split("_")[1]))
+    if not names:
+        return None
+    known = {name: f"task {name.split('_')[1]}" for name in spaced(names, MOST_TASKS)}
+    lines = _over_rounds(rounds, known | {ACCURACY.name: "mean of tasks so far"}, ACCURACY)
+    frame = Frame((0, max(rounds[-1].round, 1)), (0, 100), height=280)
+    inside = [frame.y_axis(ACCURACY.label), frame.x_axis("round", whole_ticks(*frame.x)), draw_lines(frame, lines)]
+    return _with_legend(picture("accuracy of each task over rounds", inside, frame.height), lines)
+
+
+def task_map(matrix: Sequence[Sequence[float | None]]) -> Markup:
+    """Draws the accuracy on each task (columns) after each (rows), which falls where one is forgotten."""
+    table = np.array([[np.nan if value is None else value for value in row] for row in matrix], float)
+    frame = _map_frame(table, 46.0, falling=True)
+    parts: list[Markup] = [frame.y_axis("after task", whole_ticks(0, len(table) - 1), lined=False)]
+    parts.append(frame.x_axis("accuracy on task, %", whole_ticks(0, table.shape[1] - 1)))
+    parts += _cells(frame, np.ceil(SHADES * np.nan_to_num(table)))
+    for (row, column), value in np.ndenumerate(table if len(table) <= NUMBERED else np.zeros((0, 0))):
+        if np.isfinite(value):
+            style = fill("var(--bg,#fff)" if value > 0.5 else FOREGROUND)
+            parts.append(word(frame.across(column), frame.down(row) + 4, f"{100 * value:.0f}", "middle", style=style))
+    title = "Accuracy on each task after each task"
+    return tag("figure", tag("figcaption", title), picture(title, parts, frame.height))
+
+
+def spaced(names: Sequence[str], most: int) -> list[str]:
+    """Returns so many of the names at most, evenly spaced."""
+    return [names[place] for place in spread(len(names), most)]
+
+
 def _over_rounds(rounds: Sequence[RoundReport], names: dict[str, str], metric: Metric) -> list[Line]:
     lines = []
-    for (name, label), colour in zip(names.items(), (BLUE, RED, GREEN, ORANGE), strict=False):
+    order = (BLUE, RED, GREEN, ORANGE, PURPLE, SKY)
+    for number, (name, label) in enumerate(names.items()):
+        colour, dash = order[number % len(order)], DASHES[number // len(order) % len(DASHES)]
         points = [(r.round, metric.scale * r.metrics[name]) for r in rounds if np.isfinite(r.metrics.get(name, np.nan))]
         if points:
             x, y = zip(*points, strict=True)
             titles = [f"{label}: {metric.with_unit(v / metric.scale)} in round {n}" for n, v in points]
-            lines.append(Line(label, x, y, colour, titles=titles))
+            lines.append(Line(label, x, y, colour, dash, titles))
     return lines
 
 

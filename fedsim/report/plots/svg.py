@@ -11,10 +11,12 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 from markupsafe import Markup, escape
 
 from devices.texts import NAME_LETTERS, visible
 
+Numbers = Sequence[float] | np.ndarray
 WIDTH, HEIGHT = 420.0, 230.0
 LETTERS = 120  # of a text in a picture
 LETTER = 6.0  # units that one takes, on the average
@@ -166,13 +168,13 @@ class Line:
     """
 
     label: str
-    x: Sequence[float]
-    y: Sequence[float]
+    x: Numbers
+    y: Numbers
     colour: str
     dash: str = ""
     titles: Sequence[str] = ()
-    low: Sequence[float] = ()
-    high: Sequence[float] = ()
+    low: Numbers = ()
+    high: Numbers = ()
     entry: tuple[str, str, str] = field(init=False)  # of a legend
 
     def __post_init__(self) -> None:
