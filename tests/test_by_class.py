@@ -58,13 +58,21 @@ def test_figures_are_those_of_scikit_learn(seed: int):
     by_class = of(labels.tolist(), predicted.tolist(), [0.5] * 200)[CLASSES]
     assert macro_f1(by_class) == pytest.approx(sklearn.f1_score(labels, predicted, average="macro", zero_division=0))
     confusion = confusion_of(torch.from_numpy(labels), torch.from_numpy(predicted), 7)
-    assert (confusion.toarray() == sklearn.confusion_matrix(labels, predicted, labels=range(7))).all()
+    assert (confusion.dense() == sklearn.confusion_matrix(labels, predicted, labels=range(7))).all()
     listed = ByClass(NAMES, confusion, np.ones((3, 15))).figures()["classes"]
     recalls = sklearn.recall_score(labels, predicted, labels=range(7), average=None, zero_division=np.nan)
     assert [one["accuracy"] for one in listed] == pytest.approx(recalls, nan_ok=True)
     f1 = sklearn.f1_score(labels, predicted, labels=range(7), average=None, zero_division=np.nan)
     assert [one["f1"] for one in listed] == pytest.approx(f1, nan_ok=True)
     assert [one["examples"] for one in listed] == np.bincount(labels, minlength=7).tolist()
+
+
+def test_confusions_add_up():
+    """Class 0 was taken for 1 twice, once in each part, and class 2 for 0 in the second."""
+    one, other = (confusion_of(torch.tensor(y), torch.tensor(p), 3) for y, p in (([0, 1], [1, 1]), ([2, 0], [0, 1])))
+    assert (one + other).dense().tolist() == [[0, 2, 0], [0, 1, 0], [1, 0, 0]]
+    assert (one + other).by_class().tolist() == [[2, 1, 1], [1, 3, 0], [0, 1, 0]]
+    assert (one + 0).dense().tolist() == one.dense().tolist()
 
 
 def test_calibration_error_is_that_by_hand():

@@ -42,6 +42,14 @@ def client_table(reports: Sequence[ClientReport]) -> Any:
     return pa.concat_tables([_table(reports[start : start + AT_ONCE]) for start in range(0, len(reports), AT_ONCE)])
 
 
+def confusion_table(labels: Sequence[str], predicted: Sequence[str], counts: Sequence[int]) -> Any:
+    """Returns how often each class was taken for each as a pyarrow Table with a row per cell that holds any."""
+    import pyarrow as pa
+
+    columns = ((labels, pa.string()), (predicted, pa.string()), (counts, pa.int64()))
+    return pa.table([_array(*column) for column in columns], names=["label", "predicted", "count"])
+
+
 def _table(reports: Sequence[ClientReport]) -> Any:
     import pyarrow as pa
 
@@ -79,7 +87,7 @@ def _array(values: Sequence[Any], kind: Any) -> Any:
     import pyarrow as pa
 
     if kind == pa.string():
-        texts = [text.encode() for text in values]
+        texts = [text.encode("utf-8", "backslashreplace") for text in values]
         ends = np.cumsum([0, *map(len, texts)], dtype=np.int32)
         buffers = [None, pa.py_buffer(ends), pa.py_buffer(b"".join(texts))]
     else:

@@ -26,7 +26,7 @@ from fedsim.grid.exchange import ClientReport
 from fedsim.messages.updates import Instruction
 from fedsim.report import strict_json
 from fedsim.report.checksums import Beginning, Checksums, check_inside, sha256_of, sha256_of_file, signed
-from fedsim.report.client_rows import client_table
+from fedsim.report.client_rows import client_table, confusion_table
 from fedsim.report.instructions import write_instruction
 from fedsim.report.place import (
     CHECKPOINT,
@@ -213,7 +213,7 @@ class RunFolder:
             write_atomic(self.path / PICTURES / f"{file_name(name)}.png", png.getvalue())
             self._events.picture(name, picture, png.getvalue(), summary["rounds"], summary["simulated_s"])
         if by_class is not None:
-            self._write_table(CONFUSION, by_class.table())
+            self._write_table(CONFUSION, confusion_table(*by_class.cells()))
         self._events.finish(self._settings, summary)
         self.checksums()
         write_atomic(self.path / SUMMARY, strict_json.dumps(summary, indent=1) + "\n")

@@ -41,12 +41,50 @@ def counts(labels: Tensor, predicted: Tensor, confidence: Tensor, classes: int) 
     return {CLASSES: np.stack(by_class), CALIBRATION: np.stack(by_bin)}
 
 
-def confusion_of(labels: Tensor, predicted: Tensor, classes: int) -> Any:
-    """Returns how often each class was taken for each, as a sparse array [classes, classes] int64, true ones down."""
-    from scipy.sparse import coo_array
+@dataclass(frozen=True)
+class Confusion:
+    """How often each class was taken for each: the cells that hold any, since classes can be many.
 
-    ones = np.ones(len(labels), np.int64)
-    return coo_array((ones, (labels.numpy(), predicted.numpy())), shape=(classes, classes)).tocsr()
+    Attributes:
+        classes: how many there are.
+        cells: label times classes plus predicted, rising, [n] int64.
+        counts: of each cell, [n] int64.
+    """
+
+    classes: int
+    cells: np.ndarray
+    counts: np.ndarray
+
+    def __add__(self, other: Confusion | int) -> Confusion:
+        if not isinstance(other, Confusion):  # the 0 that a sum begins with
+            return self
+        cells, places = np.unique(np.concatenate([self.cells, other.cells]), return_inverse=True)
+        counts = np.zeros(len(cells), np.int64)
+        np.add.at(counts, places, np.concatenate([self.counts, other.counts]))
+        return Confusion(self.classes, cells, counts)
+
+    def places(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns label and predicted class of each cell."""
+        return np.divmod(self.cells, self.classes)
+
+    def by_class(self) -> np.ndarray:
+        """Returns examples, predictions and right ones of each class, [3, classes] int64."""
+        labels, predicted = self.places()
+        found = np.zeros((3, self.classes), np.int64)
+        for row, chosen in zip(found, (labels, predicted, np.where(labels == predicted, labels, -1)), strict=True):
+            np.add.at(row, chosen[chosen >= 0], self.counts[chosen >= 0])
+        return found
+
+    def dense(self) -> np.ndarray:
+        """Returns the whole matrix, true classes down, [classes, classes] int64."""
+        matrix = np.zeros((self.classes, self.classes), np.int64)
+        matrix[self.places()] = self.counts
+        return matrix
+
+
+def confusion_of(labels: Tensor, predicted: Tensor, classes: int) -> Confusion:
+    """Returns how often each class was taken for each."""
+    return Confusion(classes, *np.unique(labels.numpy() * classes + predicted.numpy(), return_counts=True))
 
 
 def f1_of(by_class: np.ndarray) -> np.ndarray:
@@ -73,12 +111,12 @@ class ByClass:
 
     Attributes:
         names: of the classes.
-        confusion: how often each class was taken for each, sparse [classes, classes] int64, true ones down.
+        confusion: how often each class was taken for each.
         by_bin: of `counts`.
     """
 
     names: Sequence[str]
-    confusion: Any
+    confusion: Confusion
     by_bin: np.ndarray
 
     @classmethod
@@ -88,8 +126,7 @@ class ByClass:
 
     def figures(self) -> dict[str, Any]:
         """Returns what a summary says of it; of too many classes less."""
-        confusion, few = self.confusion, len(self.names)
-        by_class = np.stack([confusion.sum(1), confusion.sum(0), confusion.diagonal()])
+        by_class, few = self.confusion.by_class(), len(self.names)
         with np.errstate(invalid="ignore"):
             shares = by_class[2] / by_class[0]
         rows = zip(self.names, by_class[0], shares, f1_of(by_class), strict=True)
@@ -101,14 +138,11 @@ class ByClass:
         listed = [{"name": n, "examples": int(e), "accuracy": float(a), "f1": float(f)} for n, e, a, f in rows]
         return {
             **({CLASSES: listed} if few <= MAX_LISTED else {}),
-            **({CONFUSION: confusion.toarray().tolist()} if few <= MAX_SHOWN else {}),
+            **({CONFUSION: self.confusion.dense().tolist()} if few <= MAX_SHOWN else {}),
             CALIBRATION: bins,
         }
 
-    def table(self) -> Any:
-        """Returns the confusion matrix as a pyarrow Table: label, predicted and count, of the cells that hold any."""
-        import pyarrow as pa
-
-        cells = self.confusion.tocoo()
-        rows, columns = ([self.names[place] for place in places] for places in cells.coords)
-        return pa.table({"label": rows, "predicted": columns, "count": pa.array(cells.data.tolist(), pa.int64())})
+    def cells(self) -> tuple[list[str], list[str], list[int]]:
+        """Returns label, predicted class and count of the cells of the confusion matrix that hold any."""
+        rows, columns = ([self.names[place] for place in places] for places in self.confusion.places())
+        return rows, columns, self.confusion.counts.tolist()
