@@ -80,6 +80,6 @@ def test_every_method_with_every_option_is_the_run_that_was_made_there_or_longer
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("compression", "uplink"), itertools.product(options("compression"), options("uplink")))
+@pytest.mark.parametrize(("compression", "uplink"), list(itertools.product(options("compression"), options("uplink"))))
 def test_every_compression_with_every_uplink(tmp_path: Path, compression: str, uplink: str):
     check(tmp_path, f"compression={compression}", f"uplink={uplink}")
