@@ -77,6 +77,7 @@ def test_a_bundle_goes_by_its_own_name(
     (run,) = Path("runs").iterdir()
     assert re.fullmatch(rf"\d{{8}}-\d{{6}}-fedavg-{label}", run.name)
     assert json.loads((run / "summary.json").read_text())["workload"] == shown
+    assert f"<title>fedavg on {shown}, fleet uniform" in (run / "report.html").read_text()
 
 
 def test_the_closing_line_names_a_fleet_of_own_devices(place: Path, fedsim: Callable[..., Ended]):
