@@ -129,7 +129,7 @@ def test_outputs_are_found_in_tuples_and_maps():
         ("torchvision.models.resnt18", ["did you mean 'torchvision.models.resnet18'"]),
         ("char_lstm", ["char_lstm takes token ids", "--tokens 80"]),
         ("{folder}/nett.py:Net", ["there is no file", "did you mean", "net.py"]),
-        ("{folder}/net.py", ["--model names none", "net.py:NAME", "Net, TwoHeads"]),
+        ("{folder}/net.py", ["none is named", "net.py:NAME", "Net, TwoHeads"]),
         ("{folder}/net.py:Nett", ["unknown model in", "did you mean 'Net'"]),
         ("{folder}/net.py:Wide", ["needs width", "it a default"]),
         ("{folder}/net.py:number", ["must be a torch.nn.Module", "got int"]),

@@ -126,10 +126,10 @@ def test_the_names_of_options_have_their_form_wherever_they_come_from(here, sent
 @pytest.mark.parametrize(
     ("network", "words"),
     [
-        ("torchvision.models.resnet18", "unexpected keyword argument 'input_shape'"),
+        ("torch.nn.LazyLinear", "missing a required argument: 'out_features'"),
         ("torch.nn.Linear", "missing a required argument: 'in_features'"),
         ("torch.nn.Module", "unexpected keyword argument 'input_shape'"),
-        ("torch.nn.Sequential", "unexpected keyword argument 'input_shape'"),
+        ("torch.nn.Sequential", "makes a network without weights to train"),
         ("torch.nn.Identity", "makes a network without weights to train"),
     ],
 )

@@ -290,7 +290,7 @@ from devices.cost import FlopsLatency
 class Mine(nn.Module):
     def __init__(self, input_shape, num_classes, **_):
         super().__init__()
-        self.last = nn.Linear(64, num_classes)
+        self.last = nn.Linear(16, num_classes)
     def forward(self, x):
         return {answer}
 

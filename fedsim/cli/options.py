@@ -156,4 +156,8 @@ def without_trust(arguments: list[str]) -> list[str]:
     reset(values[FLAG])
     for folder in values[CONFIG_FLAG]:
         search(Path(folder))
+    if any(argument.startswith("model=") for argument in left):
+        from fedsim.settings.trust import allow_models
+
+        allow_models(left)
     return left or arguments

@@ -131,8 +131,11 @@ def compose(*overrides: str, **settings: Any) -> Settings:
         ConfigError: naming the key, what came and what is allowed.
     """
     from fedsim.settings.compose import compose as composed
+    from fedsim.settings.trust import allow_models
 
-    return composed([*overrides, *_all_overrides(settings)])
+    given = [*overrides, *_all_overrides(settings)]
+    allow_models(given)
+    return composed(given)
 
 
 def run(*overrides: str, progress: bool = True, **settings: Any) -> Run:

@@ -9,6 +9,8 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
+from traceback import walk_tb
 from typing import TYPE_CHECKING, Any
 
 from devices.errors import UserError, one_line, unknown
@@ -20,9 +22,12 @@ from fedsim.settings.groups import (
     NEEDED,
     Settings,
 )
+from fedsim.settings.origins import is_the_users
+from fedsim.settings.own_networks import IN_FILE, TORCHVISION
 from fedsim.settings.parameters import check_parameters, takes
+from fedsim.settings.permissions import allow, real_path
 from fedsim.settings.run_settings import RunSettings
-from fedsim.settings.trust import check_group
+from fedsim.settings.trust import check_group, source_file
 from fedsim.workloads.host_memory import check_fits, model_bytes
 
 if TYPE_CHECKING:
@@ -143,7 +148,15 @@ def _check_memory(tree: Settings, make: ModelFactory, workload: Workload) -> Non
     def inputs(examples: int) -> tuple[Tensor, ...]:
         return tuple(torch.zeros((examples, *t.shape[1:]), dtype=t.dtype) for t in one)
 
-    needed = model_bytes(lambda: make(**arguments), inputs, batch)
+    def refuse(error: Exception) -> None:
+        fed = ", ".join(str(list(t.shape[1:])) for t in one)
+        model = tree["model"]
+        what = (
+            f"model {model.get('source', model['_target_'])} cannot take an example of workload {workload.name}, {fed}"
+        )
+        raise ConfigError(f"{what} ({_place_in(error)}{in_words(error)}); take another model or workload") from error
+
+    needed = model_bytes(lambda: make(**arguments), inputs, batch, refuse)
     if not needed:  # it could not be made without numbers
         try:
             with torch.random.fork_rng(devices=[]):
@@ -155,6 +168,14 @@ def _check_memory(tree: Settings, make: ModelFactory, workload: Workload) -> Non
     sizes = {key: value for key, value in tree["model"].items() if _largest(value) > 1}
     key = max(sizes, key=lambda name: _largest(sizes[name]), default="")
     check_fits(f"model.{key}={as_yaml(sizes[key])}" if key else f"model={tree['choices']['model']}", needed)
+
+
+def _place_in(error: Exception) -> str:
+    """Returns the innermost place in code of the user's; empty where there is none."""
+    frames = [(frame.f_code.co_filename, line) for frame, line in walk_tb(error.__traceback__)]
+    return next(
+        (f"{file}, line {line}: " for file, line in reversed(frames) if is_the_users(real_path(Path(file)))), ""
+    )
 
 
 def _largest(value: Any) -> float:
@@ -208,20 +229,30 @@ def model_factory(groups: Mapping[str, Settings]) -> ModelFactory:
         ConfigError: when its constructor refuses the settings, or the format is unknown.
     """
     own = {key: value for key, value in groups["model"].items() if key != FORMAT}
-    make, layout = instantiate({"model": own}, "model"), memory_format(groups)
+    make, layout = instantiate({"model": _of_file(own)}, "model"), memory_format(groups)
+    taken: tuple[str, ...] = ("input_shape", "num_classes")
     try:
-        inspect.signature(make).bind(input_shape=(1,), num_classes=1)
+        signature = inspect.signature(make)
+        if str(own["_target_"]).startswith(TORCHVISION):
+            taken = ("num_classes",)
+        elif all(p.kind is not p.VAR_KEYWORD for p in signature.parameters.values()):
+            taken = tuple(name for name in taken if name in signature.parameters)
+        signature.bind(**dict.fromkeys(taken))
     except TypeError as error:
         raise ConfigError(_no_factory(groups, error)) from error
     except ValueError:  # it does not say what it takes
         pass
 
     def model(**shapes: Any) -> nn.Module:
+        from torch.nn import Module
+
         from fedsim.workloads.base import MEMORY_FORMATS
 
         with no_exit():
-            network: nn.Module = make(**shapes)
+            network: nn.Module = make(**{name: value for name, value in shapes.items() if name in taken})
         target = f"model._target_={own['_target_']!r}"
+        if not isinstance(network, Module):
+            raise ConfigError(f"{target} must make a torch.nn.Module, got {type(network).__name__}")
         try:
             _refuse_lazy(network)
             if not any(p.requires_grad for p in network.parameters()):
@@ -232,6 +263,25 @@ def model_factory(groups: Mapping[str, Settings]) -> ModelFactory:
             raise ConfigError(f"{target} makes a network that {ENDLESS}") from error
 
     return model
+
+
+def _of_file(tree: Settings) -> Settings:
+    """Returns the settings of a network in a file as those of its class, once the file has been run.
+
+    Raises:
+        ConfigError: for a file that may not be run, or has no such class or function.
+    """
+    source = tree.get("source")
+    if tree.get("_target_") != IN_FILE or not isinstance(source, str):
+        return tree
+    check_group("model", tree)
+    from fedsim.models.own_file import named_in_file, split_source
+
+    target, found = named_in_file(":".join(filter(None, (str(source_file(source)), split_source(source)[1]))))
+    if not inspect.isclass(found) and not inspect.isroutine(found):
+        raise ConfigError(f"model={source} must be a class or a function that makes a network, got {found!r:.60}")
+    allow(target)
+    return {**{key: value for key, value in tree.items() if key != "source"}, "_target_": target}
 
 
 def _refuse_lazy(network: nn.Module) -> None:

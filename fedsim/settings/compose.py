@@ -67,7 +67,7 @@ def _composed(overrides: Sequence[str]) -> Any:
 
 
 def search_path(given: Sequence[str] = ()) -> list[str]:
-    """Returns the override that tells Hydra where the configs of the user and of plug-ins are.
+    """Returns the override that tells Hydra where the configs of the user and of plug-ins are, and networks as code.
 
     Args:
         given: overrides that may have one of their own, which this one takes the place of.
@@ -75,7 +75,7 @@ def search_path(given: Sequence[str] = ()) -> list[str]:
     theirs = [parsed(text).value() for text in given if text.startswith("hydra.searchpath=")]
     found = [*(theirs[-1] if theirs and isinstance(theirs[-1], list) else ())]
     found += [f"file://{folder}" for folder in config_folders()[1:]]
-    return [f"hydra.searchpath={as_hydra(found)}"] if found else []
+    return [f"hydra.searchpath={as_hydra([*found, 'code://'])}"]
 
 
 def from_run_config(run_config: dict[str, Any]) -> Settings:
@@ -163,6 +163,7 @@ def one_sentence(overrides: Sequence[str] = ()) -> Iterator[None]:
     from omegaconf.errors import OmegaConfBaseException
 
     from fedsim.settings.config_files import COMPOSING, check_before_hydra
+    from fedsim.settings.own_networks import FORMS
 
     check_before_hydra()
     try:
@@ -172,7 +173,8 @@ def one_sentence(overrides: Sequence[str] = ()) -> Iterator[None]:
     except MissingConfigException as error:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         if group and error.options is not None:
-            raise ConfigError(unknown(group, name, error.options)) from error
+            forms = f"; {FORMS}" if group == "model" else ""
+            raise ConfigError(f"{unknown(group, name, error.options)}{forms}") from error
         raise ConfigError(one_line(error)) from error
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, overrides)) from error

@@ -19,12 +19,14 @@ from hydra._internal.core_plugins.importlib_resources_config_source import (
 )
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.plugins import Plugins
-from hydra.plugins.config_source import ConfigResult
+from hydra.plugins.config_source import ConfigResult, ConfigSource
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from devices.errors import FileError, one_line
 from devices.reading import read_yaml
 from devices.texts import as_yaml
+from fedsim.settings.own_networks import SCHEME, network_settings
 
 MAX_SETTINGS = 10_000  # of a file, its aliases written out: OmegaConf takes a millisecond for each
 SHIPPED = Path(__file__).resolve().parents[2] / "configs"
@@ -37,7 +39,8 @@ COMPOSING = (yaml.YAMLError, ValueError, OverflowError, RecursionError)  # what 
 def check_before_hydra() -> None:
     """Has `check` look at every file that Hydra reads in this process from now on."""
     Plugins.instance()  # registers Hydra's own
-    SourcesRegistry.instance().types |= {"file": FileConfigSource, "pkg": ImportlibResourcesConfigSource}
+    ours = {"file": FileConfigSource, "pkg": ImportlibResourcesConfigSource, SCHEME: NetworkSource}
+    SourcesRegistry.instance().types |= ours
 
 
 def check(file: Path) -> None:
@@ -97,3 +100,34 @@ class ImportlibResourcesConfigSource(HydrasPackages):
 
 def _unusable(file: Path, error: Exception) -> FileError:
     return FileError(f"{file} cannot be used: {one_line(error) or type(error).__name__}")
+
+
+class NetworkSource(ConfigSource):
+    """Hydra's source of options of the group `model` that are named as code."""
+
+    @staticmethod
+    def scheme() -> str:
+        """Returns what its search path begins with."""
+        return SCHEME
+
+    def available(self) -> bool:
+        """Returns that it is there."""
+        return True
+
+    def is_group(self, config_path: str) -> bool:
+        """Returns that it has no group of its own."""
+        return False
+
+    def is_config(self, config_path: str) -> bool:
+        """Returns whether a path is of the group `model`, and its name one of code."""
+        group, _, name = config_path.partition("/")
+        return group == "model" and network_settings(name) is not None
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        """Returns the settings of a network as an option's."""
+        settings = OmegaConf.create(network_settings(config_path.partition("/")[2]) or {})
+        return ConfigResult(self.provider, f"{SCHEME}://", settings, {"package": "model"})
+
+    def list(self, config_path: str, results_filter: Any) -> list[str]:
+        """Returns nothing: there is no list of all code."""
+        return []

@@ -31,6 +31,8 @@ def check_overrides(overrides: Sequence[str]) -> list[str]:
 
 def _remade(override: Any) -> str:
     """Returns the place for which an override names another `_target_`; empty where it names none."""
+    if override.key_or_group == "model" and any(character in str(override.input_line) for character in ".:"):
+        return "model"  # a network that is named as code
     above, _, last = str(override.key_or_group).rpartition(".")
     names_it = not override.is_delete() and isinstance(override.value(), dict) and TARGET in override.value()
     return above if last == TARGET else str(override.key_or_group) if names_it else ""
@@ -57,7 +59,7 @@ def _for_hydra(text: str, override: Any, remade: Collection[str]) -> list[str]:
     if override.is_delete() and value is None and "." in key and not re.search("[/@]", key) and not is_of_hydra(text):
         return [f"{key}=0", text]  # Hydra takes null for what is not there
     below = any(key.startswith(f"{place}.") for place in remade) and not key.endswith(f".{TARGET}")
-    if not override.is_delete() and (below or key == _remade(override)):
+    if not override.is_delete() and (below or (key == _remade(override) and isinstance(value, dict))):
         return [f"++{text.lstrip('+')}"]
     return [text]
 

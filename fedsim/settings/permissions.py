@@ -34,6 +34,11 @@ def reset(allowed: Iterable[str] = ()) -> None:
     _everything = False
 
 
+def allow(name: str) -> None:
+    """Allows a name as if it stood behind `--allow-target`."""
+    _allowed.add(name)
+
+
 def search(folder: Path) -> None:
     """Has options looked up in a folder that the command line names, too; what it holds is not trusted for that.
 

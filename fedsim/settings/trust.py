@@ -15,7 +15,7 @@ import importlib
 import inspect
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,9 @@ from fedsim.settings.origins import (
     module_files,
     reach_working_folder,
 )
+from fedsim.settings.own_networks import IN_FILE, is_file
 from fedsim.settings.parameters import SPECIAL
-from fedsim.settings.permissions import FLAG, allowed, everything_is_allowed, real_path
+from fedsim.settings.permissions import FLAG, allow, allowed, everything_is_allowed, real_path, working_folder
 
 SOURCES = (
     "fedsim's own packages, Flower's strategies, torch.nn, torchvision.models, plug-ins and modules of the working "
@@ -87,6 +88,7 @@ def check_tree(key: str, tree: Any, kinds: Kinds = None, factory: bool = True) -
         if "_target_" in tree:
             target = locate(f"{key}._target_", tree["_target_"], kinds, is_partial(tree))
             _no_downloads(key, target, tree)
+            _check_source(target, tree)
             hints = annotations_of(target)
         for name, value in tree.items():
             if name != "_target_":
@@ -118,6 +120,33 @@ def _check_special(key: str, tree: Mapping[str, Any], factory: bool) -> None:
             raise ConfigError(f"{what} must be true: what {key} is made of is made first, got false")
         elif name == "_partial_" and value and not factory:
             raise ConfigError(f"{what} must be false: this place takes the object itself, got true")
+
+
+def _check_source(target: Any, tree: Mapping[str, Any]) -> None:
+    """Checks the file that settings of `fedsim.models.own_file.network` name, before it is run."""
+    source = tree.get("source")
+    is_in_file = f"{target.__module__}.{target.__qualname__}" == IN_FILE
+    if is_in_file and isinstance(source, str) and not everything_is_allowed():
+        check_file(source, source_file(source), by_user=False)
+
+
+def source_file(source: str) -> Path:
+    """Returns the file of FILE.py:NAME: a path is one of the working folder."""
+    return working_folder() / (source.rpartition(":")[0] if not source.endswith(".py") else source)
+
+
+def allow_models(arguments: Iterable[str]) -> None:
+    """Allows the files that `model=FILE.py:NAME` names on the user's own command line, wherever they lie.
+
+    Raises:
+        ConfigError: for one in a run or study folder.
+    """
+    for argument in arguments:
+        typed = argument.removeprefix("model=").split(",") if argument.startswith("model=") else ()
+        for source in (text.strip("'\"") for text in typed):
+            if is_file(source) and not is_the_users(real_path(source_file(source))):
+                check_file(source, source_file(source), by_user=True)
+                allow(source)
 
 
 def _no_downloads(key: str, target: Any, tree: Mapping[str, Any]) -> None:

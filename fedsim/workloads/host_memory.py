@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,7 +48,10 @@ def check_fits(what: str, needed: float) -> None:
 
 
 def model_bytes(
-    make: Callable[[], torch.nn.Module], inputs: Callable[[int], tuple[torch.Tensor, ...]], batch: int
+    make: Callable[[], torch.nn.Module],
+    inputs: Callable[[int], tuple[torch.Tensor, ...]],
+    batch: int,
+    refuse: Callable[[Exception], None] = lambda error: None,
 ) -> float:
     """Returns the least that training and judging a model takes, without making it; 0 where that cannot be known.
 
@@ -57,9 +59,10 @@ def model_bytes(
         make: makes the model.
         inputs: makes what the model is fed, of so many examples.
         batch: examples that are judged at once.
+        refuse: told what a network failed of that was run with one example.
 
     Raises:
-        ConfigError: as `make` does.
+        ConfigError: as `make` and `refuse` do.
     """
     import torch
 
@@ -85,13 +88,28 @@ def model_bytes(
             if isinstance(answer, torch.Tensor):
                 largest = max(largest, float(math.prod(answer.shape) * answer.element_size()))
 
-        with suppress(Exception), no_exit(), torch.device(place):
-            if is_small:
-                network = make().eval()
-            for module in network.modules():
-                module.register_forward_hook(look)
-            network(*inputs(examples))
+        with torch.device(place):
+            try:
+                with no_exit():
+                    if is_small:
+                        network = make().eval()
+                    for module in network.modules():
+                        module.register_forward_hook(look)
+                    network(*inputs(examples))
+            except Exception:
+                if is_small and (error := _fault(network, inputs(2))):  # a norm may want more than one
+                    refuse(error)
     return COPIES * weights + AT_ONCE * largest * batch / examples
+
+
+def _fault(network: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> Exception | None:
+    """Returns what a forward pass fails of; None where it does not."""
+    try:
+        with no_exit():
+            network(*inputs)
+    except Exception as error:
+        return error
+    return None
 
 
 def _size(count: float) -> str:

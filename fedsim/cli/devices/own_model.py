@@ -3,6 +3,7 @@
     lenet5                          a model config of fedsim
     resnet-16                       a network of the zoo
     path/to/net.py:Net              a class, or a function without arguments, in a file, which is run
+    mymodels:Net                    of a module of the working folder
     torchvision.models.resnet18     without weights
 
 What is no config is built once, and tried with an input.
@@ -10,21 +11,17 @@ What is no config is built once, and tried with an input.
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import math
-import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from devices.errors import DeviceError, one_line, unknown
-from devices.reading import open_file
 from fedsim.errors import ConfigError, ExitError, no_exit
+from fedsim.settings.groups import Settings
+from fedsim.settings.own_networks import FORMS, TORCHVISION, is_file, network_settings
 from fedsim.settings.trust import check_file, locate
 from fedsim.workloads.host_memory import AT_ONCE, check_fits, model_bytes
 
@@ -35,11 +32,9 @@ if TYPE_CHECKING:
 
 IMAGE, CLASSES = (3, 32, 32), 10  # of an example, and of the output, where nobody says them
 LARGE_IMAGE, LARGER_IMAGE = (3, 224, 224), (3, 299, 299)  # of torchvision's networks, and of its Inception
-TORCHVISION = "torchvision.models."
 SHAPE_ARGUMENTS = ("num_classes", "input_shape")  # arguments that a constructor is given if it has them
 NUMBER_BYTES = 4
 COUNTED_BATCH = 4  # examples of a batch whose memory is counted
-FORMS = "a class of your own is FILE.py:CLASS, a network of torchvision torchvision.models.NAME"
 
 
 @dataclass(frozen=True)
@@ -87,8 +82,9 @@ def named_model(
         FileError: for what is no file.
     """
     from devices.enrol.zoo import ZOO
+    from fedsim.models.own_file import split_source
     from fedsim.settings.build import ENDLESS
-    from fedsim.settings.groups import options
+    from fedsim.settings.groups import model_settings, options
 
     given = (tokens,) if tokens else tuple(input_shape) if input_shape else None
     if given:
@@ -96,18 +92,19 @@ def named_model(
         check_fits(option, NUMBER_BYTES * AT_ONCE * COUNTED_BATCH * math.prod(given))
     if name in ZOO:
         return _zoo_network(name, given)
-    file, _, wanted = name.rpartition(":")
-    if file.endswith(".py") or name.endswith(".py"):
+    if is_file(name):
         shape = given or IMAGE
-        path = Path(file if file.endswith(".py") else name)
-        check_file(name, path, by_user)
-        module = _file_network(path, wanted if file.endswith(".py") else "", name, shape, num_classes or CLASSES)
+        check_file(name, split_source(name)[0], by_user)
+        module = _file_network(name, shape, num_classes or CLASSES)
     elif name.startswith(TORCHVISION):
         shape = given or (LARGER_IMAGE if name.endswith("inception_v3") else LARGE_IMAGE)
         module = _torchvision_network(name, shape, num_classes)
     elif name in options("model"):
         shape = given or IMAGE
-        module = _config_network(name, shape, num_classes or CLASSES)
+        module = _config_network(model_settings(name), name, shape, num_classes or CLASSES)
+    elif settings := network_settings(name):
+        shape = given or IMAGE
+        module = _config_network(settings, name, shape, num_classes or CLASSES)
     else:
         raise ConfigError(f"{unknown('model', name, [*options('model'), *ZOO])}; {FORMS}")
     takes_tokens = bool(tokens or getattr(module, "takes_tokens", False))
@@ -216,11 +213,9 @@ def _zoo_network(name: str, given: tuple[int, ...] | None) -> NamedModel:
     return NamedModel(name, network.build(), shape, network.tokens)
 
 
-def _config_network(name: str, shape: tuple[int, ...], num_classes: int) -> nn.Module:
+def _config_network(settings: Settings, name: str, shape: tuple[int, ...], num_classes: int) -> nn.Module:
     from fedsim.settings.build import model_factory
-    from fedsim.settings.groups import model_settings
 
-    settings = model_settings(name)
     if len(shape) != 1 and _takes_tokens(str(settings["_target_"])):
         raise ConfigError(f"model {name} takes token ids; say how long a sequence is, e.g. --tokens 80")
     return _make_if_it_fits(model_factory({"model": settings}), name, shape, num_classes)
@@ -268,52 +263,18 @@ def _make_if_it_fits(
     return make(input_shape=shape, num_classes=num_classes)
 
 
-def _file_network(path: Path, wanted: str, name: str, shape: tuple[int, ...], num_classes: int) -> nn.Module:
+def _file_network(name: str, shape: tuple[int, ...], num_classes: int) -> nn.Module:
     from torch import nn
 
-    module = _run_file(path)
-    own = [key for key, value in vars(module).items() if not key.startswith("_") and _is_maker(value, module)]
-    if wanted not in vars(module):
-        what = unknown(f"model in {path}:", wanted, own) if wanted else f"{path} holds models, and --model names none"
-        raise ConfigError(what if wanted else f"{what}; write {path}:NAME with one of {', '.join(own) or 'your own'}")
-    maker = vars(module)[wanted]
+    from fedsim.models.own_file import named_in_file
+
+    _, maker = named_in_file(name)
     if isinstance(maker, nn.Module):
         return maker
     built = _call_maker(maker, name, {"num_classes": num_classes, "input_shape": shape})
     if not isinstance(built, nn.Module):
         raise ConfigError(f"{name} must be a torch.nn.Module, or make one, got {type(built).__name__}")
     return built
-
-
-def _is_maker(value: Any, module: ModuleType) -> bool:
-    here = getattr(value, "__module__", None) == module.__name__
-    return here and (inspect.isclass(value) or inspect.isfunction(value))
-
-
-def _run_file(path: Path) -> ModuleType:
-    """Runs a file as a module of its own, which may import from its folder, as a script may."""
-    if not path.is_file():
-        if os.path.lexists(path):
-            open_file(path)  # says what it is instead
-        others = [str(other) for other in path.parent.glob("*.py")] if path.parent.is_dir() else []
-        near = get_close_matches(str(path), others, n=1)
-        raise ConfigError(f"there is no file {path}{f'; did you mean {near[0]}?' if near else ''}")
-    spec = importlib.util.spec_from_file_location(f"own_model_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module.__name__] = module  # copies of its objects look their classes up
-    folder = str(path.parent.resolve())
-    sys.path.insert(0, folder)
-    try:
-        with no_exit():
-            spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[module.__name__]
-        raise ConfigError(f"{path} cannot be run: {_reason(error)}") from error
-    finally:
-        sys.path.remove(folder)
-    return module
 
 
 def _call_maker(maker: Callable[..., Any], name: str, offered: Mapping[str, Any]) -> Any:
