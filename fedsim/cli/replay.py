@@ -15,6 +15,9 @@ def replay(
     run: Annotated[Path, typer.Argument(help="Folder of the run.")],
     round_number: Annotated[int, typer.Option("--round", help="Round, from 1.", min=1, max=10**7)],
     client: Annotated[int, typer.Option(help="Client id.", min=0, max=10**9)],
+    changed_code: Annotated[
+        bool, typer.Option("--changed-code", help="Run where own code is not what the run was begun with.")
+    ] = False,
 ) -> None:
     """Run just one client of one round again, in this process, and print its metrics or its traceback.
 
@@ -26,12 +29,15 @@ def replay(
     from rich.progress import track
 
     from fedsim.report.terminal import console
+    from fedsim.runs.own_code import check_code
     from fedsim.runs.replay import instruction_of, settings_of
     from fedsim.runs.replay import replay as again
     from fedsim.settings.permissions import keep_out
 
     keep_out(run)
     settings = settings_of(run)
+    if not changed_code:
+        check_code(run, settings)
     shown, engine = console(), build_engine(settings)
     bar = iter(track(range(round_number), "rounds before", console=shown, transient=True, disable=round_number == 1))
     instruction = instruction_of(settings, engine, run, round_number, client, lambda _: next(bar, None))

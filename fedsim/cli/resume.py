@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -13,11 +14,14 @@ from fedsim.cli.experiment import run_one
 def resume(
     ctx: typer.Context,
     run: Annotated[Path, typer.Argument(help="Folder of a run that was interrupted or has failed; or a finished one.")],
+    changed_code: Annotated[
+        bool, typer.Option("--changed-code", help="Go on where own code is not what the run was begun with.")
+    ] = False,
 ) -> None:
     """Go on with a run from its last checkpoint, to the same result as if it had never stopped.
 
     A finished run goes on to more rounds with rounds=N. Its engine may be another one; everything else is as it was,
-    the data too. A run without a checkpoint starts anew.
+    the data and own code too. A run without a checkpoint starts anew.
 
     Example: fedsim resume runs/20261121-101500-fedavg-digits engine=ray engine.workers=2
 
@@ -25,8 +29,15 @@ def resume(
     """
     from fedsim.report.terminal import console
     from fedsim.runs.experiment import resumed
+    from fedsim.runs.own_code import ChangedCodeError
 
-    settings = resumed(run, ctx.args)
+    try:
+        settings = resumed(run, ctx.args, changed_code)
+    except ChangedCodeError as error:
+        if not sys.stdin.isatty():
+            raise
+        typer.confirm(f"{error}; go on?", abort=True)
+        settings = resumed(run, ctx.args, changed_code=True)
     if (run / "summary.json").exists():
         console().say(f"{run} has finished: {_completed(run)}")
         return

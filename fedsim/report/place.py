@@ -24,6 +24,7 @@ MAX_NAMED = 6  # of the things in a folder that is taken
 CONFIG, SUMMARY, FAILURE, PAGE = "config.yaml", "summary.json", "failure.json", "report.html"
 ROUNDS, CLIENTS, EVENTS, CHECKPOINT, PICTURES = "rounds.jsonl", "clients", "tensorboard", "checkpoint", "pictures"
 SPLIT, SWEEP, CONFUSION = "split.json", "multirun.yaml", "confusion.parquet"
+CODE = "code.json"  # hashes of the user's own files
 LOGGED, WANDB = "logger.json", "wandb"  # ids of a run at its logger; what that keeps here
 REPRICED = "repriced.json"  # of which run the folder holds the rounds on other devices
 FAILED_CLIENT, FAILED_CLIENT_ARRAYS = "failed-client.json", "failed-client.safetensors"  # its instruction
@@ -39,6 +40,7 @@ WRITTEN = (
     CHECKPOINT,
     PICTURES,
     SPLIT,
+    CODE,
     CONFUSION,
     PAGE,
     FAILED_CLIENT,
@@ -49,7 +51,7 @@ WRITTEN = (
 ROWS = re.compile(r"rounds-(\d{6,})-(\d{6,})\.parquet")
 # What is being written when a run is killed: a name of the run's own between a dot and the number of the process.
 UNFINISHED = re.compile(
-    r"\.(?:config\.yaml|(?:summary|split|repriced|failure|logger)\.json|report\.html|failed-client\.(?:json|safetensors)|[^/]+\.png"
+    r"\.(?:config\.yaml|(?:summary|split|code|repriced|failure|logger)\.json|report\.html|failed-client\.(?:json|safetensors)|[^/]+\.png"
     r"|flower\.log|confusion\.parquet|rounds-\d+-\d+\.parquet|round-\d+(?:\.old)?)(?:\.(\d+))?\.part|rounds-\d+-\d+\.part"
 )
 

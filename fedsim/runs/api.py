@@ -174,13 +174,16 @@ def run(*overrides: str, progress: bool = True, **settings: Any) -> Run:
     return Run(folder)
 
 
-def resume(folder: str | Path, *overrides: str, progress: bool = True, **settings: Any) -> Run:
+def resume(
+    folder: str | Path, *overrides: str, progress: bool = True, changed_code: bool = False, **settings: Any
+) -> Run:
     """Goes on with a run that was interrupted, or with a finished one to more `rounds`; returns its folder.
 
     Args:
         folder: of the run.
         overrides: as those of `compose`: `rounds`, and settings of the engine.
         progress: whether a terminal shows a bar over the rounds.
+        changed_code: whether it goes on where code of the user's is not what the run was begun with.
         settings: the same as keywords.
 
     Raises:
@@ -192,7 +195,7 @@ def resume(folder: str | Path, *overrides: str, progress: bool = True, **setting
 
     shown = console()
     shown.quiet = not progress
-    composed = resumed(Path(folder), [*overrides, *_all_overrides(settings)])
+    composed = resumed(Path(folder), [*overrides, *_all_overrides(settings)], changed_code)
     if not (Path(folder) / "summary.json").exists():
         with _process_as_before():
             run_experiment(composed, shown, Path(folder))

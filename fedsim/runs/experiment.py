@@ -52,18 +52,22 @@ def run_experiment(
     return folder, summary
 
 
-def resumed(run: Path, overrides: Sequence[str]) -> dict[str, Any]:
+def resumed(run: Path, overrides: Sequence[str], changed_code: bool = False) -> dict[str, Any]:
     """Returns the settings with which a run goes on; one that has finished and is given more `rounds` is prolonged.
 
     Args:
         run: its folder.
         overrides: `rounds=`, and settings of the engine.
+        changed_code: whether it goes on where code of the user's is not what the run was begun with.
 
     Raises:
+        ChangedCodeError: if it is not, and that was not said.
         ConfigError: for any other setting, or if the run cannot be prolonged.
     """
     from fedsim.errors import ConfigError
     from fedsim.report.files import read_summary
+    from fedsim.report.place import SUMMARY
+    from fedsim.runs.own_code import check_code
     from fedsim.runs.prolong import prolong
     from fedsim.runs.recorded import refuse_repriced, settings_of_run
     from fedsim.settings.compose import check_address, of_rounds, on_engine
@@ -78,6 +82,8 @@ def resumed(run: Path, overrides: Sequence[str]) -> dict[str, Any]:
     others = [text for one, text in given if one.key_or_group != "rounds"]
     settings = on_engine(settings_of_run(run), others)
     check_address(settings, others, str(run / "config.yaml"))
+    if not changed_code and (rounds or not (run / SUMMARY).exists()):
+        check_code(run, settings)
     if rounds:
         if not read_summary(run):
             raise ConfigError(f"{run} is not finished; end it first: fedsim resume {shlex.quote(str(run))}")

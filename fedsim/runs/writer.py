@@ -23,6 +23,7 @@ from fedsim.report.rounds import RoundReport, Totals
 from fedsim.report.split import write_split
 from fedsim.runs import checkpoint, forecast
 from fedsim.runs.federation import Federation
+from fedsim.runs.own_code import write_code
 from fedsim.runs.price_facts import price_facts
 from fedsim.runs.price_models import FROM_THE_START, price_models, repriced
 from fedsim.runs.summary import participation, summarise, unjudged, versions
@@ -114,6 +115,7 @@ class RunWriter:
         self.priced = FROM_THE_START if saved is None else repriced(saved.priced, last + 1)
         self.folder = RunFolder(out, settings, resume, last, sums, federation.primary, federation.origin)
         write_split(federation.world.workload, out)
+        write_code(out, settings)
         self.reports: list[RoundReport] = self.folder.before
         self.log: Log | None = None
         self.checkpoints = checkpoint.Checkpoints(out, federation.settings.checkpoint_s)
