@@ -75,3 +75,19 @@ def test_a_study_hands_hydra_nothing(here, fedsim, override: str):
     code, _, err = fedsim("study", "s.yaml")
     assert (code, err.count("\n")) == (2, 1)
     assert "is a setting of Hydra itself" in err
+
+
+@pytest.mark.parametrize("name", ["x", "net.py:Net"])
+@pytest.mark.parametrize("place", ["method", "model", "strategy@strategy.server", "+trainer@x", "hydra/launcher"])
+def test_an_option_that_climbs_out_of_the_folders_of_options_is_none(here, fedsim, name: str, place: str):
+    """Hydra would act on what such a file says of its own settings."""
+    (here / "sent").mkdir()
+    text = "# @package _global_\nhydra: {callbacks: {a: {_target_: os.mkdir, path: ran}}}\n"
+    (here / "sent" / f"{name}.yaml").write_text(text)
+    climb = "../" * 20 + str(here / "sent" / name).lstrip("/")
+    code, _, err = fedsim("run", *TINY, f"{place}={climb}", "out=A")
+    assert (code, err.count("\n")) == (2, 1), err
+    Path("s.yaml").write_text(yaml.safe_dump({"title": "T", "arms": {"A": [*TINY, f"{place}={climb}"]}}))
+    assert fedsim("study", "s.yaml").code == 2
+    assert not (here / "ran").exists()
+    assert not (here / "A").exists()

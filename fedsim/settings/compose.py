@@ -171,7 +171,8 @@ def one_sentence(overrides: Sequence[str] = ()) -> Iterator[None]:
     except UserError:
         raise
     except MissingConfigException as error:
-        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        missing = str(error.missing_cfg_file)
+        group, _, name = missing.partition("/") if missing.partition("/")[0] in GROUPS else missing.rpartition("/")
         if group and error.options is not None:
             forms = f"; {FORMS}" if group == "model" else ""
             raise ConfigError(f"{unknown(group, name, error.options)}{forms}") from error

@@ -69,7 +69,11 @@ def check(file: Path) -> None:
 
 # Called as Hydra's own are: its registry goes by these names.
 class FileConfigSource(HydrasFiles):
-    """Hydra's source of `file://`, which looks before it reads."""
+    """Hydra's source of `file://`, which looks before it reads, and reads nothing outside of its folder."""
+
+    def is_config(self, config_path: str) -> bool:
+        """Returns whether there is such a file in the folder."""
+        return not _climbs(config_path) and super().is_config(config_path)
 
     def load_config(self, config_path: str) -> ConfigResult:
         """Reads a file that `check` has taken."""
@@ -84,7 +88,11 @@ class FileConfigSource(HydrasFiles):
 
 
 class ImportlibResourcesConfigSource(HydrasPackages):
-    """Hydra's source of `pkg://`, which looks before it reads."""
+    """Hydra's source of `pkg://`, which looks before it reads, and reads nothing outside of its package."""
+
+    def is_config(self, config_path: str) -> bool:
+        """Returns whether there is such a file in the package."""
+        return not _climbs(config_path) and super().is_config(config_path)
 
     def load_config(self, config_path: str) -> ConfigResult:
         """Reads a file that `check` has taken."""
@@ -96,6 +104,11 @@ class ImportlibResourcesConfigSource(HydrasPackages):
             return super().load_config(config_path)
         except (*COMPOSING, OmegaConfBaseException) as error:
             raise _unusable(file, error) from error
+
+
+def _climbs(config_path: str) -> bool:
+    """Returns whether the name of an option leads out of the folder of options: such a file could set `hydra`."""
+    return ".." in config_path.split("/")
 
 
 def _unusable(file: Path, error: Exception) -> FileError:
