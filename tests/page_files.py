@@ -9,7 +9,7 @@ from pathlib import Path
 from fedsim.cli.templates import PARTS, files_of
 
 BLOCK = re.compile(r"^```\w*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-FILE = re.compile(r"# ([\w./-]+\.(?:py|yaml))\n")
+FILE = re.compile(r"(?:# @[^\n]*\n)?# ([\w./-]+\.(?:py|yaml))\n")
 COMMAND = re.compile(r"^((?:fedsim|python) .*?)(?:  +#.*)?$", re.MULTILINE)
 
 

@@ -17,13 +17,15 @@ from fedsim.settings.compose import compose
 
 SHORT = (*TINY[:-1], "rounds=1")
 FILES = {
-    "net.py": "import math\nimport json\nfrom beside import WIDTH\nfrom torch import nn\n\n\nclass Net(nn.Sequential):\n"
+    "net.py": "import math\nimport json\nfrom beside import WIDTH\nfrom torch import nn\n\n\n"
+    "class Net(nn.Sequential):\n"
     "    def __init__(self, input_shape, num_classes):\n"
     "        layers = nn.Linear(math.prod(input_shape), WIDTH), nn.Linear(WIDTH, num_classes)\n"
     "        super().__init__(nn.Flatten(), *layers)\n",
     "beside.py": "WIDTH = 5\n",
     "nets/__init__.py": "",
-    "nets/server.py": "from strategies.edge import EdgeStrategy\nfrom .deep import part\n\n\nclass Server(EdgeStrategy):\n"
+    "nets/server.py": "from strategies.edge import EdgeStrategy\nfrom .deep import part\n\n\n"
+    "class Server(EdgeStrategy):\n"
     "    def combine(self, number, updates):\n        import lazy_a\n        return super().combine(number, updates)\n",
     "nets/deep/__init__.py": "from ..up import x\n",
     "nets/deep/part.py": "",
