@@ -33,12 +33,16 @@ class DataCache:
             self._data.move_to_end(key)
             return self._data[key]
         raw = self.workload.client_part(client_id, part)
-        train, test = (some.materialise(self.device, self.memory_format) for some in (raw.train, raw.test))
-        data = self._data[key] = ClientData(train, test, raw.version)
+        data = self._data[key] = self.placed(raw)
         self._bytes += _bytes_of(data)
         while self._bytes > CACHE_BYTES and len(self._data) > 1:
             self._bytes -= _bytes_of(self._data.popitem(last=False)[1])
         return data
+
+    def placed(self, raw: ClientData) -> ClientData:
+        """The same data ready for the network, on its device."""
+        train, test = (some.materialise(self.device, self.memory_format) for some in (raw.train, raw.test))
+        return ClientData(train, test, raw.version)
 
 
 def _bytes_of(data: ClientData) -> int:

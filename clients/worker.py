@@ -17,6 +17,7 @@ import torch
 
 from clients.answers import check_metrics, check_records, check_tensors, check_update
 from clients.data_cache import DataCache
+from clients.front_end import FrontEnd
 from clients.judging import Judge
 from clients.live_model import LiveModel
 from clients.lone_examples import INSTEAD_OF_ONE, check_batches
@@ -82,6 +83,7 @@ class Worker:
         self.initial = {n: t.detach().clone() for n, t in self.live.weights.items() if n in self.trainer.private}
         self.trainer.setup(cast(Workload, ClientWorkload(self.workload, None, 0)), self.model, self.network)
         self.data = DataCache(self.workload, self.device, memory_format(settings.groups))
+        self.front_end = FrontEnd(self.workload)
         self.judge = Judge(world, compression, self.trainer, bool(self.initial))
 
     def _check_together(self) -> None:
@@ -140,6 +142,7 @@ class Worker:
             return []
         self.model.train()
         for client, broadcast in zip(clients, broadcasts, strict=True):
+            self.front_end.pay(client, "train")
             self._reserve_upload(client, broadcast)
         updates = self.trainer.fit_together(clients, broadcasts)
         answers = []
@@ -166,7 +169,7 @@ class Worker:
         client, reason, trace = None, "", ""
         try:
             with no_exit():
-                client = self.context(task)
+                client = self.context(task, phase)
                 return self.answer(phase, client, task)
         except ConfigError:
             raise
@@ -192,6 +195,7 @@ class Worker:
         broadcast = self.broadcast(client, task)
         if not self.trainer.own_network:
             self.live.load(broadcast.weights)
+        self.front_end.pay(client, phase)
         kind, _, question = phase.partition(".")
         if kind == "train":
             return self._train(client, task, broadcast)
@@ -223,9 +227,12 @@ class Worker:
             raise FloatingPointError(NOT_FINITE)
         return self._answer_of(client, task, update, self._compressed(client, broadcast, update, weights))
 
-    def context(self, task: ClientTask) -> ClientContext:
-        """What the trainer sees of one client."""
+    def context(self, task: ClientTask, phase: str = "train") -> ClientContext:
+        """What the trainer sees of one client; `phase` as for `answer`."""
         profile, number = self.fleet[task.client], task.broadcast.round
+        data = self.data.of(task.client, self.workload.part(number))
+        if phase == "train" and self.workload.augments:
+            data = self.data.placed(self.workload.for_training(task.client, number, data))
         return ClientContext(
             client_id=task.client,
             round=number,
@@ -239,7 +246,7 @@ class Worker:
             state=ClientState.of(task.state),
             device=self.device,
             log=WorkLog(profile.memory_bytes),
-            data=self.data.of(task.client, self.workload.part(number)),
+            data=data,
         )
 
     def broadcast(self, client: ClientContext, task: ClientTask) -> Broadcast:

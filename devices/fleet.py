@@ -20,6 +20,7 @@ from devices.cost import Jitter
 from devices.draws import stream, uniforms
 from devices.errors import DeviceError
 from devices.links import load_link
+from devices.microphones import Microphones
 from devices.profile import DeviceProfile, Units, load_profile
 
 _NORMAL = NormalDist()
@@ -43,6 +44,7 @@ class Fleet(Checked, group="fleet"):
             None takes the spread of each device's own link.
         link: a link of `devices.links` for every phone, in place of the network and radio of its profile, whatever the
             file says there; devices at home or in an office keep theirs. None leaves phones as they are.
+        microphones: through which sound is recorded, one kind for each device; None: sound as it is in the data.
 
     Raises:
         DeviceError: for an unknown device, a bad file, share or sigma, an unknown link, or a link without phones.
@@ -58,8 +60,9 @@ class Fleet(Checked, group="fleet"):
         speed_sigma: Annotated[float, Interval(ge=0, le=3)] = 0.15,
         network_sigma: Annotated[float, Interval(ge=0, le=3)] | None = 0.6,
         link: str | None = None,
+        microphones: Microphones | None = None,
     ):
-        self.name, self.num_clients, self.seed = name, num_clients, seed
+        self.name, self.num_clients, self.seed, self.microphones = name, num_clients, seed, microphones
         profiles, edges = _drawable(name, devices)
         self.profiles = profiles if link is None else _linked(name, profiles, link)
         kinds = np.searchsorted(edges, stream(seed, "device").random(num_clients), side="right")

@@ -23,6 +23,7 @@ from fedsim.errors import ConfigError, DataError
 from fedsim.models.bcresnet import BCResNet, BroadcastedBlock, SubSpectralNorm
 from fedsim.models.speech_resnet import SpeechResNet
 from fedsim.workloads.arrays import Arrays, ArrayWorkload
+from fedsim.workloads.augmenting import Augmentation
 from fedsim.workloads.bundle import Bundle
 from fedsim.workloads.log_mel import LogMel
 from fedsim.workloads.partition import Iid, Natural
@@ -308,6 +309,13 @@ def test_official_files_become_twelve_classes_by_speaker(official: Path):
     assert torch.bincount(workload.test.labels, minlength=12).tolist() == [2] * 12
     again = speech_commands()
     assert torch.equal(again.train_tensors["x"], x)
+
+
+def test_augmentation_takes_the_archives_recordings_of_backgrounds(official: Path):
+    recordings = speech_commands(augment=Augmentation()).noise_recordings()
+    assert [(len(one), float(one[0])) for one in recordings] == [(20000, 3000 / 32768)]
+    (official / "_background_noise_" / "hum.wav").unlink()
+    assert {len(one) for one in speech_commands().noise_recordings()} == {16000}  # silence of the train part
 
 
 def test_all_words_of_the_official_files(official: Path):

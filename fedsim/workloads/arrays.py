@@ -5,7 +5,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal, NamedTuple, get_args
+from functools import cached_property
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -14,10 +15,18 @@ from torch import Tensor, nn
 
 from fedsim.errors import ConfigError, DataError
 from fedsim.seeding import generator
+from fedsim.workloads.augmenting import Augmentation
 from fedsim.workloads.base import ClientData, Examples, ModelFactory, Tensors
 from fedsim.workloads.classification import ClassificationWorkload
 from fedsim.workloads.fingerprint import Fingerprint, content_of
+from fedsim.workloads.front_end import front_end_cost
 from fedsim.workloads.partition import Partition
+from fedsim.workloads.sound import Changed, Heard, noise_from, recorder, silence_of
+
+if TYPE_CHECKING:
+    from devices.cost import ModelCost
+    from devices.fleet import Fleet
+    from fedsim.report.rounds import RoundReport
 
 Kind = Literal["image", "text", "audio", "tabular"]
 
@@ -64,26 +73,43 @@ class Prepare:
     """
 
     def __init__(
-        self, kind: Kind, features: Features | None = None, mean: Tensor | None = None, std: Tensor | None = None
+        self,
+        kind: Kind,
+        features: Features | None = None,
+        mean: Tensor | None = None,
+        std: Tensor | None = None,
+        record: Features | None = None,
     ):
-        self.kind, self.features, self.mean, self.std = kind, features, mean, std
+        self.kind, self.features, self.mean, self.std, self.record = kind, features, mean, std, record
+
+    def recorded_by(self, record: Features) -> Prepare:
+        """Returns the same for sound that goes through a microphone first."""
+        return Prepare(self.kind, self.features, self.mean, self.std, record)
 
     def __call__(self, batch: Tensors) -> Tensors:
         """Turns `batch["x"]` [b, ...] from raw to float32 (text: int64); everything else is passed on."""
         x = batch["x"]
         if self.kind == "text":
             return {**batch, "x": x.long()}
+        return {**batch, "x": self.fed(self.sensed(x))}
+
+    def sensed(self, x: Tensor) -> Tensor:
+        """Returns raw rows as numbers of full scale 1, channels first, through the microphone: before the front-end."""
         if self.kind == "image":
             x = x.unsqueeze(1) if x.dim() == 3 else x.permute(0, 3, 1, 2)
         scale = FULL_SCALE.get(x.dtype)
         x = x.to(torch.float32, memory_format=torch.contiguous_format)
         if scale:
             x = x / scale
+        return x if self.record is None else self.record(x)
+
+    def fed(self, x: Tensor) -> Tensor:
+        """Returns what the network is fed, of numbers that `sensed` returned."""
         if self.features is not None:
             x = self.features(x)
         if self.mean is not None and self.std is not None:
             x = ((x.double() - self.mean) / self.std).to(x.dtype)  # in float32, a mean of 1e7 is off by up to 0.5
-        return {**batch, "x": x}
+        return x
 
 
 @dataclass(frozen=True)
@@ -143,7 +169,9 @@ class ArrayWorkload(ClassificationWorkload):
             training part (images), the whole (audio) or every feature (tabular) to mean 0 and standard deviation 1.
         client_test_fraction: share of its own examples that a client holds out; at least one always trains.
         default_clients: population size when `num_clients` does not say.
-        features: makes of sound [n, samples] in [-1, 1) what the network is fed, e.g. `LogMel`; None: the samples.
+        features: makes of sound [n, samples] in [-1, 1) what the network is fed, e.g. `LogMel`; None: the samples. Each
+            device pays for it, once a clip, and keeps the result; where sound is augmented, in every round.
+        augment: changes the sounds that clients train on, anew in every round.
 
     Raises:
         ConfigError: if a setting is wrong.
@@ -161,17 +189,21 @@ class ArrayWorkload(ClassificationWorkload):
         client_test_fraction: TestFraction = 0.1,
         default_clients: Annotated[int, Ge(1)] = 100,
         features: Features | None = None,
+        augment: Augmentation | None = None,
     ):
         super().__init__(model, seed)
         self.name, self.client_test_fraction, self.features = name, client_test_fraction, features
+        self.heard: Heard | None = None
         data = self.read()
         if input_range == "standard" and data.kind == "text":
             raise ConfigError(
                 f"workload.input_range=standard is for numbers and {data.source} holds tokens: set it to unit"
             )
-        if features is not None and (data.kind != "audio" or data.train.x.ndim != 2):
-            shape = f"{data.kind} {list(data.train.x.shape)}"
-            raise ConfigError(f"workload.features is for sound, and {data.source} holds {shape}; set it to null")
+        self.is_sound = data.kind == "audio" and data.train.x.ndim == 2
+        for key, given in (("features", features), ("augment", augment)):
+            if given is not None and not self.is_sound:
+                shape = f"{data.kind} {list(data.train.x.shape)}"
+                raise ConfigError(f"workload.{key} is for sound, and {data.source} holds {shape}; set it to null")
         data = data.checked()
         self.kind, self.classes, self.num_classes = data.kind, list(data.classes), len(data.classes)
         self._fingerprint: Fingerprint | None = None
@@ -183,6 +215,9 @@ class ArrayWorkload(ClassificationWorkload):
         self.test = Examples(test_tensors, prepare=self.prepare)
         self.input_shape = tuple(self.test.gather(torch.tensor([0]))["x"].shape[1:])
         self._own(data, partition, default_clients if num_clients is None and not partition.by_owner else num_clients)
+        self.changed: Changed | None = None
+        if augment is not None and (augment.changes_sound or augment.changes_spectrogram):
+            self.changed = self._changed(augment)
 
     @abstractmethod
     def read(self) -> DataSet:
@@ -217,6 +252,75 @@ class ArrayWorkload(ClassificationWorkload):
             self._fingerprint = {**hashed, "classes": str(self.num_classes)}
         return self._fingerprint
 
+    # --- sound -------------------------------------------------------------------------------------------------------
+
+    def noise_recordings(self) -> list[Tensor]:
+        """Returns recordings of noise for augmentation, in [-1, 1): the train part's clips of silence."""
+        silent = silence_of(self.classes, self.train_tensors["y"])
+        return list(self.prepare.sensed(self.train_tensors["x"][silent]))
+
+    def _changed(self, augment: Augmentation) -> Changed:
+        noise = None
+        if augment.needs_noise:
+            samples = self.train_tensors["x"].shape[1]
+            recordings = [one for one in self.noise_recordings() if len(one) >= samples]
+            if not recordings:
+                raise ConfigError(
+                    f"workload.augment.noise={augment.noise} needs recordings of noise, and {self.name} has none (no "
+                    "clips of a class _silence_); set it to 0"
+                )
+            noise = noise_from(recordings, samples)
+        return Changed(augment, self.seed, noise, self.classes)
+
+    @cached_property
+    def front_end(self) -> ModelCost | None:
+        """Returns what the features of one clip cost; None where there are none."""
+        if self.features is None:
+            return None
+        return front_end_cost(self.features, int(self.train_tensors["x"].shape[1]))
+
+    @property
+    def augments(self) -> bool:
+        """Returns whether training sounds are augmented."""
+        return self.changed is not None
+
+    @property
+    def recordings_change(self) -> bool:
+        """Returns whether sounds are shifted or get noise in every round."""
+        return self.changed is not None and self.changed.augment.changes_sound
+
+    def for_training(self, client_id: int, round: int, data: ClientData) -> ClientData:
+        """Returns a client's data of a round, with training sounds augmented."""
+        if self.changed is None:
+            return data
+        raw = self.client_data(client_id).train
+        prepare = self._prepare_of(client_id)
+        return replace(data, train=self.changed.again(raw, data.train, prepare, client_id, round))
+
+    def record_with(self, fleet: Fleet) -> None:
+        if not self.is_sound or fleet.microphones is None:
+            return super().record_with(fleet)
+        self.heard = Heard(fleet, fleet.microphones, self.test, self.prepare)
+        self._device_of = fleet.device_name
+
+    def _prepare_of(self, client_id: int) -> Prepare:
+        """Returns how a client's recordings become what the network is fed."""
+        if self.heard is None:
+            return self.prepare
+        return self.prepare.recorded_by(recorder(self.heard.microphones.of(self._device_of(client_id))))
+
+    def judge(self, model: nn.Module, round: int) -> dict[str, float]:
+        """Returns the metrics of the global model; with microphones, on what each kind hears."""
+        if self.heard is None:
+            return super().judge(model, round)
+        return self.heard.figures({kind: self.evaluate(model, self.heard.of(kind)) for kind in self.heard.kinds})
+
+    def figures(self, reports: Sequence[RoundReport]) -> dict[str, Any]:
+        """Returns the accuracy on each kind of microphone, where there are any."""
+        return {} if self.heard is None else self.heard.summary(reports)
+
+    # --- model -------------------------------------------------------------------------------------------------------
+
     def build_model(self) -> nn.Module:
         """Returns a fresh model: the same weights for the same seed.
 
@@ -240,14 +344,17 @@ class ArrayWorkload(ClassificationWorkload):
         """
         self.check_client(client_id)
         rows, theirs = self.parts[client_id], self._test_rows[client_id]
+        prepare = self._prepare_of(client_id)
+
+        def examples(tensors: Tensors, rows: np.ndarray) -> Examples:
+            return Examples(tensors, torch.from_numpy(rows), prepare)
+
         if theirs is not None:
-            return ClientData(self._examples(rows), Examples(self.test.tensors, torch.from_numpy(theirs), self.prepare))
+            return ClientData(examples(self.train_tensors, rows), examples(self.test.tensors, theirs))
         held = held_out(len(rows), self.client_test_fraction)
         order = generator(self.seed, "holdout", client_id).permutation(len(rows))
-        return ClientData(self._examples(rows[np.sort(order[held:])]), self._examples(rows[np.sort(order[:held])]))
-
-    def _examples(self, rows: np.ndarray) -> Examples:
-        return Examples(self.train_tensors, torch.from_numpy(rows), self.prepare)
+        ours, own_test = (rows[np.sort(some)] for some in (order[held:], order[:held]))
+        return ClientData(examples(self.train_tensors, ours), examples(self.train_tensors, own_test))
 
 
 def held_out(examples: int, fraction: float) -> int:

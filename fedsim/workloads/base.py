@@ -28,6 +28,8 @@ from fedsim.workloads.metrics import Metric
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from devices.cost import ModelCost
+    from devices.fleet import Fleet
     from fedsim.report.rounds import RoundReport
 
 Tensors = dict[str, Tensor]
@@ -251,6 +253,35 @@ class Workload(Checked, ABC, group="workload", error=ConfigError):
     def sample_on(self, device: torch.device | str, batch: int) -> Tensors:
         """Returns the same on a device."""
         return {key: tensor.to(device) for key, tensor in self.sample(batch).items()}
+
+    def for_training(self, client_id: int, round: int, data: ClientData) -> ClientData:
+        """Returns what a client trains on in a round, of its `data`: the same, where nothing is augmented."""
+        return data
+
+    # --- devices -----------------------------------------------------------------------------------------------------
+
+    @property
+    def front_end(self) -> ModelCost | None:
+        """Returns what making one example out of its recording costs a device; None where that is nothing."""
+        return None
+
+    @property
+    def augments(self) -> bool:
+        """Returns whether `for_training` changes anything."""
+        return False
+
+    @property
+    def recordings_change(self) -> bool:
+        """Returns whether training recordings are changed anew in every round, so that the front-end runs again."""
+        return False
+
+    def record_with(self, fleet: Fleet) -> None:
+        """Has every client record with the microphone of its device.
+
+        Raises:
+            ConfigError: for data that are not sound.
+        """
+        raise ConfigError(f"fleet.microphones is for sound, and workload {self.name} holds none; set it to null")
 
     # --- objective and judgement -----------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from fedsim.errors import ConfigError
 
 
 class LogMel(Checked, group="workload.features", error=ConfigError):
-    """ln(mel power + floor) of windowed Fourier transforms. What it costs a device is not priced.
+    """ln(mel power + floor) of windowed Fourier transforms.
 
     Source: the front-end of BC-ResNet's official code (Kim et al., Interspeech 2021), whose numbers are the defaults:
         40 HTK mel bands of 30 ms Hann windows every 10 ms, centred, with reflection at the ends.

@@ -8,6 +8,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from fedsim.errors import DataError
 from fedsim.seeding import generator
@@ -69,6 +71,11 @@ class SpeechCommands(ArrayWorkload):
         noise = _noise(where / FOLDER / NOISE) if self.words == 12 else []
         parts = [_read(clips, words, noise, subset) for clips, subset in ((train, "training"), (test, "testing"))]
         return DataSet(parts[0], parts[1], words, "audio", self.name)
+
+    def noise_recordings(self) -> list[Tensor]:
+        """Returns the recordings of backgrounds, in [-1, 1); without any, the train part's clips of silence."""
+        folder = OFFICIAL.root(self.root) / FOLDER / NOISE
+        return [torch.from_numpy(sound).float() / 32768 for sound in _noise(folder)] or super().noise_recordings()
 
     @staticmethod
     def locate(settings: Mapping[str, Any]) -> tuple[str, bool, str]:

@@ -28,6 +28,8 @@ from fedsim.workloads.streams import figures as continual
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from devices.cost import ModelCost
+    from devices.fleet import Fleet
     from fedsim.report.rounds import RoundReport
 
 Incremental = Literal["task", "domain", "class"]
@@ -207,6 +209,8 @@ class Stream(ClassificationWorkload, group="stream"):
         super().__init__(workload.model_factory, seed)
         if not isinstance(workload, ClassificationWorkload):
             raise ConfigError(f"a stream deals examples by their classes, and {workload.name} has none: stream=none")
+        if workload.augments:
+            raise ConfigError("workload.augment does not go with a stream: set it to null, or stream=none")
         if rounds % tasks:
             near = max(1, round(rounds / tasks)) * tasks
             raise ConfigError(f"rounds must be a multiple of stream.tasks={tasks}, got {rounds}; try rounds={near}")
@@ -398,6 +402,16 @@ class Stream(ClassificationWorkload, group="stream"):
             draw = generator(self.seed, "stream", "fresh", client, part, task, row)
             noise[place] = torch.from_numpy(draw.standard_normal(tuple(x.shape[1:]), dtype=np.float32))
         return x + self.noise.fresh * noise.to(x.device)
+
+    # --- devices ------------------------------------------------------------------------------------------------
+
+    @property
+    def front_end(self) -> ModelCost | None:
+        """Returns that of the wrapped workload."""
+        return self.inner.front_end
+
+    def record_with(self, fleet: Fleet) -> None:
+        raise ConfigError("fleet.microphones does not go with a stream: set it to null, or stream=none")
 
     # --- model, objective and judgement ---------------------------------------------------------------------------
 

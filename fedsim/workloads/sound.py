@@ -1,0 +1,142 @@
+"""Recordings of a workload of sound: the microphones they go through, and how training changes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from devices.microphones import Microphone, Microphones
+from fedsim.errors import ConfigError
+from fedsim.seeding import torch_generator
+from fedsim.workloads.augmenting import Augmentation, Noise
+from fedsim.workloads.base import Examples, Tensors
+
+if TYPE_CHECKING:
+    from devices.fleet import Fleet
+    from fedsim.report.rounds import RoundReport
+    from fedsim.workloads.arrays import Prepare
+
+SILENCE = ("_silence_", "silence")  # classes whose clips are noise
+HEARD_BYTES = 2**28  # of test examples, heard by one microphone each, that are kept
+OF_KIND, UNSEEN = "accuracy_on_", "accuracy_unseen"
+
+
+def silence_of(classes: Sequence[str], labels: Tensor) -> Tensor:
+    """Returns which examples are clips of silence, by their labels [n], [n] bool."""
+    silent = [number for number, name in enumerate(classes) if name in SILENCE]
+    return torch.isin(labels, torch.tensor(silent, dtype=labels.dtype))
+
+
+def noise_from(recordings: Sequence[Tensor], samples: int) -> Noise:
+    """Returns what draws so many samples from some recording.
+
+    Args:
+        recordings: of noise, [at least samples] each, in [-1, 1).
+        samples: of a clip.
+    """
+
+    def draw_noise(draw: torch.Generator) -> Tensor:
+        some = recordings[int(torch.randint(len(recordings), (), generator=draw))]
+        begin = int(torch.randint(len(some) - samples + 1, (), generator=draw))
+        return some[begin : begin + samples]
+
+    return draw_noise
+
+
+class Changed:
+    """Makes a client's training examples anew for a round: microphone, augmentation, front-end, masks.
+
+    Args:
+        augment: what is done.
+        seed: of the run.
+        noise: draws noise; None where there is none.
+        classes: names of all classes, among them that of silence.
+    """
+
+    def __init__(self, augment: Augmentation, seed: int, noise: Noise | None, classes: Sequence[str]):
+        self.augment, self.seed, self.noise, self.classes = augment, seed, noise, classes
+
+    def again(self, raw: Examples, prepared: Examples, prepare: Prepare, client_id: int, round: int) -> Examples:
+        """Returns changed examples.
+
+        Args:
+            raw: the client's recordings.
+            prepared: the same as the network is fed.
+            prepare: makes the one of the other.
+            client_id: whose.
+            round: in which.
+        """
+        draw = torch_generator(self.seed, "augment", round, client_id)
+        found: Tensors = dict(prepared.tensors)
+        if self.augment.changes_sound:
+            rows = raw.rows if raw.rows is not None else torch.arange(len(raw))
+            sound = prepare.sensed(raw.tensors["x"][rows])
+            silent = silence_of(self.classes, raw.labels)
+            found["x"] = prepare.fed(self.augment.sound(sound, silent, self.noise, draw))
+        if self.augment.changes_spectrogram:
+            found["x"] = self.augment.spectrogram(found["x"].cpu(), draw)
+        return Examples(found)
+
+
+def recorder(microphone: Microphone) -> Callable[[Tensor], Tensor]:
+    """Returns what records sound [n, samples] with a microphone."""
+    return lambda x: torch.from_numpy(microphone.record(x.numpy()))
+
+
+class Heard:
+    """Test examples as each kind of microphone hears them.
+
+    Args:
+        fleet: whose devices record; it has microphones.
+        test: the examples.
+        prepare: makes of them what the network is fed.
+
+    Attributes:
+        shares: of the clients, by kind of device.
+    """
+
+    def __init__(self, fleet: Fleet, microphones: Microphones, test: Examples, prepare: Prepare):
+        self.microphones, self.test, self.prepare = microphones, test, prepare
+        self.shares = {name: share for name, clients, share in fleet.summary() if clients}
+        if known := sorted(set(microphones.unseen) & set(self.shares)):
+            raise ConfigError(f"fleet.microphones.unseen must name kinds that no client has, got {known[0]!r}")
+        self._kept: dict[str, Examples] = {}
+
+    def of(self, kind: str) -> Examples:
+        """Returns the test examples as this kind hears them; made once, where they fit."""
+        if kind in self._kept:
+            return self._kept[kind]
+        prepare = self.prepare.recorded_by(recorder(self.microphones.of(kind)))
+        heard = Examples(self.test.tensors, self.test.rows, prepare).materialise()
+        if sum(t.nbytes for t in heard.tensors.values()) * len(self.kinds) <= HEARD_BYTES:
+            self._kept[kind] = heard
+        return heard
+
+    @property
+    def kinds(self) -> list[str]:
+        """Returns all kinds on which models are judged: those of clients, then unseen ones."""
+        return [*self.shares, *self.microphones.unseen]
+
+    def figures(self, found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+        """Returns the metrics of a round from those of each kind.
+
+        Accuracy and loss are means over the kinds that clients have, weighted by their shares of the clients.
+        """
+        first = next(iter(found.values()))
+        means = {key: sum(share * found[kind][key] for kind, share in self.shares.items()) for key in first}
+        apart = {f"{OF_KIND}{kind}": metrics["accuracy"] for kind, metrics in found.items()}
+        unseen = [found[kind]["accuracy"] for kind in self.microphones.unseen]
+        return means | apart | ({UNSEEN: sum(unseen) / len(unseen)} if unseen else {})
+
+    def summary(self, reports: Sequence[RoundReport]) -> dict[str, Any]:
+        """Returns what the last evaluation says of each kind of microphone; empty where none was made."""
+        for report in reversed(reports):
+            found = {kind: report.metrics.get(f"{OF_KIND}{kind}") for kind in self.kinds}
+            if None not in found.values():
+                seen = {kind: found[kind] for kind in self.shares}
+                unseen = {kind: found[kind] for kind in self.microphones.unseen}
+                return {"microphones": {"round": report.round, "seen": seen, "unseen": unseen}}
+        return {}

@@ -1,0 +1,291 @@
+"""Sound on devices: what the front-end costs, how training sounds change, and which microphone they come through."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import Parted
+
+from clients.app import serve
+from devices.draws import stream
+from devices.errors import DeviceError
+from devices.microphones import Microphones
+from fedsim.engines.local import LocalEngine
+from fedsim.errors import ConfigError
+from fedsim.runs import api, writer
+from fedsim.runs.federation import Federation
+from fedsim.settings.build import build_world
+from fedsim.settings.compose import compose
+from fedsim.workloads.augmenting import Augmentation, shifted
+from fedsim.workloads.front_end import NAME, front_end_cost
+from fedsim.workloads.log_mel import LogMel
+
+SAMPLES, CLIENTS, CLIPS = 1600, 4, 5  # of a clip; clips of each client, one of which is held out
+MICROPHONES = "fleet.microphones={_target_: devices.microphones.Microphones}"
+AUGMENTED = ("workload.augment.probability=0.8", "workload.augment.time_masks=1", "workload.augment.time_width=4")
+
+
+@pytest.fixture
+def sounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A bundle of tones in noise: two classes of words and silence, by four speakers."""
+    folder, draw = tmp_path / "bundles" / "tones", stream(0, "tones")
+    folder.mkdir(parents=True)
+    monkeypatch.setenv("FEDSIM_DATA", str(folder.parent))
+    for part, count in (("train", CLIENTS * CLIPS), ("test", 12)):
+        y = np.arange(count) % 3
+        tones = np.sin(np.outer(y * 0.3, np.arange(SAMPLES))) * (y < 2)[:, None]
+        x = (3000 * tones + 300 * draw.standard_normal((count, SAMPLES))).astype(np.int16)
+        owners = np.array([f"s{n % CLIENTS}" for n in range(count)])
+        np.savez(folder / f"{part}.npz", x=x, y=y.astype(np.uint8), client=owners)
+    meta = {"name": "tones", "classes": ["a", "b", "_silence_"], "kind": "audio", "sample_rate_hz": 16000}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    build_world.cache_clear()  # of the sounds of another test
+    return str(folder)
+
+
+def tones(*overrides: str) -> str:
+    base = (
+        *("workload=kws", "workload.path=tones", "workload.features.mels=8", "model=mlp", "model.hidden=[8]"),
+        *("partition=iid", f"num_clients={CLIENTS}", f"cohort={CLIENTS}", "rounds=3", "fleet=uniform", "latency=flops"),
+        *("trainer.batch_size=4", "trainer.local_epochs=1", "engine.device=cpu", "workload.client_test_fraction=0.2"),
+    )
+    return json.dumps(compose([*base, *overrides]))
+
+
+def rounds_of(config: str) -> tuple[Federation, list]:
+    federation = Federation(build_world(config), LocalEngine(serve))
+    return federation, [clients for _, clients in federation.rounds()]
+
+
+def front_ends(report) -> int:
+    """How many clips a client made features of."""
+    return sum(p.forwards * p.batch for p in report.whole_work.passes if p.network.name == NAME)
+
+
+# --- what the front-end costs ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fft, mels, hop", [(512, 40, 160), (1024, 64, 320)])
+def test_a_front_end_costs_its_transforms_and_mel_products(fft: int, mels: int, hop: int):
+    """A real transform takes 5/2 N log2 N operations, a mel product one multiply-add per bin and band."""
+    cost = front_end_cost(LogMel(fft=fft, mels=mels, hop=hop), 16000)
+    frames = 1 + 16000 // hop
+    transform, product = 2.5 * fft * math.log2(fft), 2 * (fft // 2 + 1) * mels
+    assert cost.forward_flops == pytest.approx(frames * (transform + product))
+    assert cost.backward_flops == 0
+    assert cost.inference_bytes[0][1] >= 4 * 16000 + 4 * frames * mels  # the clip and its features, at least
+
+
+def test_features_that_cannot_be_traced_are_refused_by_name():
+    class Broken:
+        def __call__(self, x: torch.Tensor) -> torch.Tensor:
+            raise ValueError("no")
+
+    with pytest.raises(ConfigError, match=r"workload.features Broken cannot be priced on devices: .*: no"):
+        front_end_cost(Broken(), 100)
+
+
+def test_a_client_makes_its_features_once_and_keeps_them(sounds):
+    _, reports = rounds_of(tones())
+    assert [{front_ends(client) for client in clients} for clients in reports[1:]] == [{CLIPS}, {0}, {0}]
+    feature_bytes = 4 * 8 * (1 + SAMPLES // 160)
+    assert {client.whole_work.storage_bytes for clients in reports[1:] for client in clients} == {
+        CLIPS * feature_bytes + 16
+    }
+
+
+def test_who_sits_out_pays_when_it_first_trains(sounds):
+    _, reports = rounds_of(tones("cohort=1", "rounds=6"))
+    seen: set[int] = set()
+    for clients in reports[1:]:
+        for client in clients:
+            assert front_ends(client) == (0 if client.client in seen else CLIPS)
+            seen.add(client.client)
+    assert len(seen) > 1
+
+
+def test_augmented_sounds_take_the_front_end_in_every_round(sounds):
+    _, reports = rounds_of(tones(*AUGMENTED))
+    assert [{front_ends(client) for client in clients} for clients in reports[1:]] == [
+        {CLIPS},
+        {CLIPS - 1},
+        {CLIPS - 1},
+    ]
+
+
+def test_masks_alone_take_features_that_are_kept(sounds):
+    _, reports = rounds_of(tones("workload.augment.time_masks=1", "workload.augment.time_width=4"))
+    assert [{front_ends(client) for client in clients} for clients in reports[1:]] == [{CLIPS}, {0}, {0}]
+
+
+def test_judging_before_training_takes_the_front_end_of_held_out_clips(sounds):
+    _, reports = rounds_of(tones("cohort=1", "evaluate_clients=4", "rounds=1"))
+    judged = {client.client: front_ends(client) for client in reports[1] if client.phase == "evaluate"}
+    trained = {client.client for client in reports[1] if client.phase == "train"}
+    assert {client: int(client not in trained) for client in judged} == judged
+
+
+def test_a_device_without_the_memory_of_a_clip_is_out_of_memory(sounds):
+    world = build_world(tones())  # the worker's, too: one process
+    for profile in world.fleet.profiles:
+        object.__setattr__(profile, "memory_bytes", 20_000)
+    world.fleet._cached.clear()
+    federation = Federation(world, LocalEngine(serve))
+    clients = [clients for _, clients in federation.rounds()][1]
+    assert {client.outcome for client in clients} == {"out_of_memory"}
+    build_world.cache_clear()
+
+
+# --- how training sounds change -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by, expected", [(0, [1, 2, 3]), (1, [0, 1, 2]), (-2, [3, 0, 0]), (3, [0, 0, 0])])
+def test_a_shift_moves_a_clip_and_fills_with_zeros(by: int, expected: list[int]):
+    assert shifted(torch.tensor([1, 2, 3]), by).tolist() == expected
+
+
+def test_sounds_change_with_their_probability_and_silence_always():
+    augment = Augmentation(shift_s=0.0, probability=0.25, noise=0.5)
+    x, silent = torch.zeros(4000, 3), torch.arange(4000) % 2 == 0
+    made = augment.sound(x, silent, lambda draw: torch.ones(3), torch.Generator().manual_seed(1))
+    changed = made.abs().sum(1) > 0
+    assert bool(changed[silent].all())
+    assert 0.22 < float(changed[~silent].float().mean()) < 0.28
+    assert float(made[~silent].max()) <= 0.5 < float(made[silent].max()) <= 1
+
+
+def test_masks_set_bands_and_frames_to_zero():
+    augment = Augmentation(probability=0, frequency_masks=1, frequency_width=4, time_masks=2, time_width=5)
+    x = torch.ones(200, 1, 10, 30)
+    made = augment.spectrogram(x, torch.Generator().manual_seed(2))[:, 0]
+    rows, frames = (made == 0).all(2).sum(1), (made == 0).all(1).sum(1)
+    assert (int(rows.max()), int(frames.max())) == (3, 8)
+    kept = made.sum((1, 2))
+    assert torch.equal(kept, ((10 - rows) * (30 - frames)).float())  # nothing else has changed
+    assert bool((x == 1).all())
+
+
+def test_a_clip_changes_from_round_to_round_and_for_nobody_else(sounds):
+    workload = build_world(tones(*AUGMENTED)).workload
+    data = workload.client_data(1)
+    data = type(data)(data.train.materialise(), data.test.materialise(), data.version)
+    first, again, later = (workload.for_training(1, number, data).train.tensors["x"] for number in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, later)
+    assert torch.equal(workload.for_training(1, 1, data).test.tensors["x"], data.test.tensors["x"])
+
+
+def test_noise_needs_clips_of_silence(sounds):
+    meta = json.loads((Path(sounds) / "meta.json").read_text())
+    (Path(sounds) / "meta.json").write_text(json.dumps({**meta, "classes": ["a", "b", "c"]}))
+    with pytest.raises(ConfigError, match=r"workload.augment.noise=0.1 needs recordings of noise, and kws has none"):
+        build_world(tones(*AUGMENTED))
+    build_world(tones(*AUGMENTED, "workload.augment.noise=0"))
+
+
+# --- microphones ----------------------------------------------------------------------------------------------------
+
+
+def test_a_microphone_without_a_curve_changes_nothing():
+    clips = stream(0, "clip").uniform(-0.9, 0.9, (3, 500)).astype(np.float32)
+    heard = Microphones(curve_db=0, gain_db=0, noise_db=None).of("any").record(clips)
+    assert np.abs(heard - clips).max() < 1e-6
+
+
+def test_a_gain_is_in_decibels():
+    microphones = Microphones(curve_db=0, gain_db=6, noise_db=None)
+    gain = 6 * stream(0, "microphone", "x").standard_normal(17)[16]  # after the 16 steps of the curve
+    clips = np.full((1, 400), 0.01, np.float32)
+    heard = microphones.of("x").record(clips)[0, 200]
+    assert heard == pytest.approx(0.01 * 10 ** (gain / 20), rel=1e-5)
+
+
+def test_a_microphone_is_its_name_and_seed():
+    clips = stream(0, "clip").uniform(-0.5, 0.5, (2, 500)).astype(np.float32)
+    heard = [Microphones(seed=seed).of(name).record(clips) for seed, name in ((0, "a"), (0, "a"), (0, "b"), (1, "a"))]
+    assert np.array_equal(heard[0], heard[1])
+    assert not np.allclose(heard[0], heard[2])
+    assert not np.allclose(heard[0], heard[3])
+    assert np.array_equal(Microphones().of("a").record(clips[1:])[0], heard[0][1])  # whatever else is recorded
+
+
+def test_the_noise_floor_is_at_its_level():
+    microphones = Microphones(curve_db=0, gain_db=0, noise_db=-40)
+    levels = [
+        20 * math.log10(microphones.of(f"m{n}").record(np.zeros((1, 16000), np.float32)).std()) for n in range(40)
+    ]
+    assert -46.2 < min(levels) < -44
+    assert -36 < max(levels) < -33.8
+
+
+def test_filters_have_an_odd_length():
+    with pytest.raises(DeviceError, match=r"fleet.microphones.taps must be odd, got 64"):
+        Microphones(taps=64)
+
+
+def test_clients_hear_through_their_own_device_and_models_are_judged_on_every_kind(sounds):
+    plain = build_world(tones("fleet=sbc")).workload
+    world = build_world(tones("fleet=sbc", MICROPHONES))
+    heard = world.workload
+    for client in range(CLIENTS):
+        raw, ours = plain.client_data(client).train, heard.client_data(client).train
+        microphone = world.fleet.microphones.of(world.fleet.device_name(client))
+        sound = plain.prepare.sensed(raw.tensors["x"][raw.rows]).numpy()
+        expected = plain.prepare.fed(torch.from_numpy(microphone.record(sound)))
+        assert torch.equal(ours.gather(torch.arange(len(ours)))["x"], expected)
+    metrics = heard.judge(heard.build_model(), 0)
+    kinds = {name: share for name, clients, share in world.fleet.summary() if clients}
+    assert metrics["accuracy"] == pytest.approx(sum(s * metrics[f"accuracy_on_{kind}"] for kind, s in kinds.items()))
+    unseen = [metrics[f"accuracy_on_unseen_{n}"] for n in (1, 2, 3)]
+    assert metrics["accuracy_unseen"] == pytest.approx(sum(unseen) / 3)
+
+
+@pytest.mark.parametrize(
+    "overrides, sentence",
+    [
+        (["workload=digits"], "fleet.microphones is for sound, and workload digits holds none; set it to null"),
+        (
+            ["stream=permuted", "stream.tasks=3", "workload.client_test_fraction=0"],
+            "fleet.microphones does not go with a stream: set it to null, or stream=none",
+        ),
+    ],
+)
+def test_microphones_are_for_sound_without_a_stream(sounds, overrides: list[str], sentence: str):
+    base = json.loads(tones(MICROPHONES)) if "workload=digits" not in overrides else None
+    config = json.dumps(compose([*overrides, MICROPHONES])) if base is None else tones(MICROPHONES, *overrides)
+    with pytest.raises(ConfigError) as refused:
+        build_world(config)
+    assert str(refused.value) == sentence
+
+
+def test_unseen_kinds_are_those_that_no_client_has(sounds):
+    config = tones(MICROPHONES.replace("}", ", unseen: [reference]}"))
+    with pytest.raises(ConfigError, match=r"must name kinds that no client has, got 'reference'"):
+        build_world(config)
+
+
+# --- the same bytes -------------------------------------------------------------------------------------------------
+
+
+def test_results_do_not_depend_on_where_clients_train_or_on_a_pause(sounds, tmp_path):
+    config = tones(*AUGMENTED, MICROPHONES, "fleet=sbc", "cohort=3", "evaluate_clients=2")
+    settings = json.loads(config)
+    lines = {}
+    for name, engine in (("one", LocalEngine(serve)), ("parts", Parted(1)), ("alone", Parted(2, alone=True))):
+        writer.run(settings, engine, tmp_path / name)
+        lines[name] = _rounds(tmp_path / name)
+    writer.run({**settings, "rounds": 1}, LocalEngine(serve), tmp_path / "longer")
+    api.resume(tmp_path / "longer", rounds=3)
+    lines["longer"] = _rounds(tmp_path / "longer")
+    assert lines["one"] == lines["parts"] == lines["alone"] == lines["longer"]
+    figures = json.loads((tmp_path / "one" / "summary.json").read_text())["microphones"]
+    assert figures["round"] == 3
+    assert set(figures["unseen"]) == {"unseen_1", "unseen_2", "unseen_3"}
+
+
+def _rounds(folder: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith("host")} for row in rows]
