@@ -77,10 +77,10 @@ class Microphones(Checked, group="fleet.microphones"):
             raise DeviceError(f"fleet.microphones.taps must be odd, got {taps}")
         self.curve_db, self.gain_db, self.noise_db, self.taps = curve_db, gain_db, noise_db, taps
         self.unseen, self.seed = tuple(unseen), seed
-        self.of = lru_cache(maxsize=None)(self._of)
+        self.of = lru_cache(maxsize=None)(self.drawn)  # of the kinds of a fleet
 
-    def _of(self, name: str) -> Microphone:
-        """Returns the microphone of that name."""
+    def drawn(self, name: str) -> Microphone:
+        """Returns the microphone of that name, which nobody may ask for again."""
         draw = stream(self.seed, "microphone", name)
         decibels = self._curve(draw) + self.gain_db * draw.standard_normal()
         taps = _filter(10 ** (decibels / FULL_DB), self.taps)

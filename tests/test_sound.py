@@ -19,12 +19,16 @@ from fedsim.runs import api, writer
 from fedsim.runs.federation import Federation
 from fedsim.settings.build import build_world
 from fedsim.settings.compose import compose
+from fedsim.workloads.arrays import Prepare
 from fedsim.workloads.augmenting import Augmentation, shifted
 from fedsim.workloads.front_end import NAME, front_end_cost
 from fedsim.workloads.log_mel import LogMel
+from fedsim.workloads.translating import laboratory_sounds, trained_translator
 
 SAMPLES, CLIENTS, CLIPS = 1600, 4, 5  # of a clip; clips of each client, one of which is held out
 MICROPHONES = "fleet.microphones={_target_: devices.microphones.Microphones}"
+SBC = "fleet.devices={raspberry_pi_4: 1, raspberry_pi_5: 1, rock_5b: 1}"
+TRANSLATED = "workload.augment.translated_share=0.5"
 AUGMENTED = ("workload.augment.probability=0.8", "workload.augment.time_masks=1", "workload.augment.time_width=4")
 
 
@@ -93,7 +97,7 @@ def test_a_client_makes_its_features_once_and_keeps_them(sounds):
     assert [{front_ends(client) for client in clients} for clients in reports[1:]] == [{CLIPS}, {0}, {0}]
     feature_bytes = 4 * 8 * (1 + SAMPLES // 160)
     assert {client.whole_work.storage_bytes for clients in reports[1:] for client in clients} == {
-        CLIPS * feature_bytes + 16
+        CLIPS * feature_bytes + 24
     }
 
 
@@ -267,11 +271,53 @@ def test_unseen_kinds_are_those_that_no_client_has(sounds):
         build_world(config)
 
 
+def test_a_translator_learns_what_microphones_do_from_generated_sounds():
+    """On other sounds, it leaves less than half of the squared distance between two microphones."""
+    kinds, microphones, prepare = ["a", "b", "c"], Microphones(curve_db=6), Prepare("audio", LogMel(mels=8, hop=320))
+    translator = trained_translator(kinds, microphones, prepare, seed=1)
+    sounds = laboratory_sounds(seed=99)[:20]
+    heard = [prepare.fed(torch.from_numpy(microphones.of(kind).record(sounds))) for kind in kinds]
+    for source, target in ((0, 1), (1, 2), (2, 0)):
+        made = translator(heard[source], torch.full((20,), source), torch.full((20,), target))
+        before, after = ((x - heard[target]).pow(2).mean() for x in (heard[source], made))
+        assert after < before / 2
+    again = trained_translator(kinds, microphones, prepare, seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(translator.parameters(), again.parameters(), strict=True))
+
+
+def test_translation_is_fetched_once_and_run_on_a_share_of_the_clips(sounds):
+    plain, reports = (rounds_of(tones(SBC, "seed=2", MICROPHONES, *more))[1] for more in ((), (TRANSLATED,)))
+    world = build_world(tones(SBC, "seed=2", MICROPHONES, TRANSLATED))
+    assert len(world.workload.heard.shares) > 1
+    size = sum(4 * p.numel() for p in world.workload.heard.translator.parameters())
+    for number, (before, clients) in enumerate(zip(plain[1:], reports[1:], strict=True)):
+        for old, new in zip(before, clients, strict=True):
+            run = sum(p.forwards for p in new.whole_work.passes if p.network.name == "translator")
+            assert run == round(0.5 * (CLIPS - 1))
+            assert new.whole_work.down_bytes - old.whole_work.down_bytes == (size if number == 0 else 0)
+            assert new.whole_work.storage_bytes - old.whole_work.storage_bytes == size
+
+
+def test_translation_needs_microphones(sounds):
+    with pytest.raises(ConfigError, match=r"translated_share=0.5 translates between the microphones of a fleet"):
+        build_world(tones(TRANSLATED))
+
+
+def test_a_random_curve_changes_a_share_of_the_clips():
+    augment = Augmentation(probability=0, noise=0, curve_share=0.5)
+    x = torch.from_numpy(stream(0, "clips").uniform(-0.5, 0.5, (200, 400)).astype(np.float32))
+    made = augment.sound(x, torch.zeros(200, dtype=torch.bool), None, torch.Generator().manual_seed(1))
+    changed = (made != x).any(1)
+    assert 80 < int(changed.sum()) < 120
+    assert len({tuple(clip.tolist()) for clip in (made - x)[changed]}) == int(changed.sum())
+
+
 # --- the same bytes -------------------------------------------------------------------------------------------------
 
 
 def test_results_do_not_depend_on_where_clients_train_or_on_a_pause(sounds, tmp_path):
-    config = tones(*AUGMENTED, MICROPHONES, "fleet=sbc", "cohort=3", "evaluate_clients=2")
+    curves = "workload.augment.curve_share=0.5"
+    config = tones(*AUGMENTED, MICROPHONES, TRANSLATED, curves, SBC, "seed=2", "cohort=3", "evaluate_clients=2")
     settings = json.loads(config)
     lines = {}
     for name, engine in (("one", LocalEngine(serve)), ("parts", Parted(1)), ("alone", Parted(2, alone=True))):

@@ -39,7 +39,8 @@ class WorkLog:
         self._held: dict[str, int] = {}
         self.peak_memory_bytes = 0
         self.stored_bytes = 0
-        self.features_bytes = 0  # that the device keeps of its examples, see `clients.front_end`
+        self.features_bytes = 0  # that the device keeps for its front-end, see `clients.front_end`
+        self.fetched_bytes = 0  # that it downloads beside what the strategy sends
         self.judged: dict[str, ModelCost] = {}  # networks that were judged: "" is the client's own, others by name
         self.saw_everything = False  # see `ClientContext.oracle`
         # By identity of the cost: hashing its fields at every step would take longer than the counting.
@@ -103,7 +104,7 @@ class WorkLog:
         """
         passes = tuple(Passes(cost, batch, *counts) for (_, batch), (cost, counts) in self._passes.items())
         stored_bytes = storage_bytes + self.stored_bytes + self.features_bytes
-        return Work(passes, self.peak_memory_bytes, stored_bytes, down_bytes, up_bytes)
+        return Work(passes, self.peak_memory_bytes, stored_bytes, down_bytes + self.fetched_bytes, up_bytes)
 
 
 class ClientWorkload:

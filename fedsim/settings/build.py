@@ -77,8 +77,7 @@ def build_world(config_json: str) -> World:
     workload, settings = build_workload(tree), RunSettings.of(tree)
     _check_memory(tree, model_factory(tree), workload)
     fleet = instantiate(tree, "fleet", num_clients=workload.num_clients, seed=settings.seed)
-    if fleet.microphones is not None:
-        workload.record_with(fleet)
+    workload.record_with(fleet)
     for key, number in (("cohort", settings.cohort), ("evaluate_clients", settings.evaluate_clients)):
         if number > workload.num_clients:
             raise ConfigError(f"{key} must be at most the {workload.num_clients} clients there are, got {number}")

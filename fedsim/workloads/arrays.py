@@ -14,14 +14,15 @@ from annotated_types import Ge, Interval
 from torch import Tensor, nn
 
 from fedsim.errors import ConfigError, DataError
-from fedsim.seeding import generator
+from fedsim.seeding import generator, torch_generator
 from fedsim.workloads.augmenting import Augmentation
 from fedsim.workloads.base import ClientData, Examples, ModelFactory, Tensors
 from fedsim.workloads.classification import ClassificationWorkload
 from fedsim.workloads.fingerprint import Fingerprint, content_of
 from fedsim.workloads.front_end import front_end_cost
 from fedsim.workloads.partition import Partition
-from fedsim.workloads.sound import Changed, Heard, noise_from, recorder, silence_of
+from fedsim.workloads.sound import Changed, Heard, noise_from, silence_of
+from fedsim.workloads.translating import translation_cost
 
 if TYPE_CHECKING:
     from devices.cost import ModelCost
@@ -216,7 +217,7 @@ class ArrayWorkload(ClassificationWorkload):
         self.input_shape = tuple(self.test.gather(torch.tensor([0]))["x"].shape[1:])
         self._own(data, partition, default_clients if num_clients is None and not partition.by_owner else num_clients)
         self.changed: Changed | None = None
-        if augment is not None and (augment.changes_sound or augment.changes_spectrogram):
+        if augment is not None and augment.acts:
             self.changed = self._changed(augment)
 
     @abstractmethod
@@ -289,25 +290,41 @@ class ArrayWorkload(ClassificationWorkload):
         """Returns whether sounds are shifted or get noise in every round."""
         return self.changed is not None and self.changed.augment.changes_sound
 
+    @cached_property
+    def translation(self) -> ModelCost | None:
+        """Returns what translating one example costs; None where nothing is translated."""
+        if self.heard is None or self.changed is None or not self.changed.translates:
+            return None
+        return translation_cost(self.heard.translator, self.input_shape)
+
+    def num_translated(self, examples: int) -> int:
+        """Returns how many of so many examples are translated in a round."""
+        return self.changed.augment.num_translated(examples) if self.changed and self.changed.translates else 0
+
     def for_training(self, client_id: int, round: int, data: ClientData) -> ClientData:
         """Returns a client's data of a round, with training sounds augmented."""
         if self.changed is None:
             return data
-        raw = self.client_data(client_id).train
-        prepare = self._prepare_of(client_id)
-        return replace(data, train=self.changed.again(raw, data.train, prepare, client_id, round))
+        raw, draw = self.client_data(client_id).train, torch_generator(self.seed, "augment", round, client_id)
+        kind = "" if self.heard is None else self.heard.kind_of(client_id)
+        return replace(data, train=self.changed.again(raw, data.train, self._prepare_of(client_id), draw, kind))
 
     def record_with(self, fleet: Fleet) -> None:
-        if not self.is_sound or fleet.microphones is None:
+        if fleet.microphones is None and self.changed is not None and self.changed.augment.translated_share:
+            raise ConfigError(
+                f"workload.augment.translated_share={self.changed.augment.translated_share} translates between the "
+                "microphones of a fleet, and fleet.microphones is null; set it, e.g. to "
+                "{_target_: devices.microphones.Microphones}"
+            )
+        if fleet.microphones is None or not self.is_sound:
             return super().record_with(fleet)
-        self.heard = Heard(fleet, fleet.microphones, self.test, self.prepare)
-        self._device_of = fleet.device_name
+        self.heard = Heard(fleet, fleet.microphones, self.test, self.prepare, self.seed)
+        if self.changed is not None:
+            self.changed.heard = self.heard
 
     def _prepare_of(self, client_id: int) -> Prepare:
         """Returns how a client's recordings become what the network is fed."""
-        if self.heard is None:
-            return self.prepare
-        return self.prepare.recorded_by(recorder(self.heard.microphones.of(self._device_of(client_id))))
+        return self.prepare if self.heard is None else self.heard.prepare_of(client_id)
 
     def judge(self, model: nn.Module, round: int) -> dict[str, float]:
         """Returns the metrics of the global model; with microphones, on what each kind hears."""

@@ -275,12 +275,23 @@ class Workload(Checked, ABC, group="workload", error=ConfigError):
         """Returns whether training recordings are changed anew in every round, so that the front-end runs again."""
         return False
 
+    @property
+    def translation(self) -> ModelCost | None:
+        """Returns what translating one example to another microphone costs a device, which fetches the network once."""
+        return None
+
+    def num_translated(self, examples: int) -> int:
+        """Returns how many of so many training examples are translated in a round."""
+        return 0
+
     def record_with(self, fleet: Fleet) -> None:
-        """Has every client record with the microphone of its device.
+        """Has every client record with the microphone of its device, where the fleet has microphones.
 
         Raises:
             ConfigError: for data that are not sound.
         """
+        if fleet.microphones is None:
+            return
         raise ConfigError(f"fleet.microphones is for sound, and workload {self.name} holds none; set it to null")
 
     # --- objective and judgement -----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,9 +11,9 @@ from torch import Tensor
 
 from devices.microphones import Microphone, Microphones
 from fedsim.errors import ConfigError
-from fedsim.seeding import torch_generator
 from fedsim.workloads.augmenting import Augmentation, Noise
 from fedsim.workloads.base import Examples, Tensors
+from fedsim.workloads.translating import Translator, trained_translator
 
 if TYPE_CHECKING:
     from devices.fleet import Fleet
@@ -54,28 +55,37 @@ class Changed:
         seed: of the run.
         noise: draws noise; None where there is none.
         classes: names of all classes, among them that of silence.
+        heard: the microphones of the run; None where there are none.
     """
 
-    def __init__(self, augment: Augmentation, seed: int, noise: Noise | None, classes: Sequence[str]):
-        self.augment, self.seed, self.noise, self.classes = augment, seed, noise, classes
+    def __init__(
+        self, augment: Augmentation, seed: int, noise: Noise | None, classes: Sequence[str], heard: Heard | None = None
+    ):
+        self.augment, self.seed, self.noise, self.classes, self.heard = augment, seed, noise, classes, heard
 
-    def again(self, raw: Examples, prepared: Examples, prepare: Prepare, client_id: int, round: int) -> Examples:
+    @property
+    def translates(self) -> bool:
+        """Returns whether examples are translated: there is a share of them to be, and another kind of microphone."""
+        return self.augment.translated_share > 0 and self.heard is not None and len(self.heard.shares) > 1
+
+    def again(self, raw: Examples, prepared: Examples, prepare: Prepare, draw: torch.Generator, kind: str) -> Examples:
         """Returns changed examples.
 
         Args:
             raw: the client's recordings.
             prepared: the same as the network is fed.
             prepare: makes the one of the other.
-            client_id: whose.
-            round: in which.
+            draw: of the client and the round.
+            kind: of its microphone.
         """
-        draw = torch_generator(self.seed, "augment", round, client_id)
         found: Tensors = dict(prepared.tensors)
         if self.augment.changes_sound:
             rows = raw.rows if raw.rows is not None else torch.arange(len(raw))
             sound = prepare.sensed(raw.tensors["x"][rows])
             silent = silence_of(self.classes, raw.labels)
             found["x"] = prepare.fed(self.augment.sound(sound, silent, self.noise, draw))
+        if self.heard is not None and self.translates:
+            found["x"] = self.augment.translated(found["x"].cpu(), kind, self.heard.translator, draw)
         if self.augment.changes_spectrogram:
             found["x"] = self.augment.spectrogram(found["x"].cpu(), draw)
         return Examples(found)
@@ -93,13 +103,15 @@ class Heard:
         fleet: whose devices record; it has microphones.
         test: the examples.
         prepare: makes of them what the network is fed.
+        seed: of the run.
 
     Attributes:
         shares: of the clients, by kind of device.
     """
 
-    def __init__(self, fleet: Fleet, microphones: Microphones, test: Examples, prepare: Prepare):
-        self.microphones, self.test, self.prepare = microphones, test, prepare
+    def __init__(self, fleet: Fleet, microphones: Microphones, test: Examples, prepare: Prepare, seed: int):
+        self.microphones, self.test, self.prepare, self.seed = microphones, test, prepare, seed
+        self.kind_of = fleet.device_name
         self.shares = {name: share for name, clients, share in fleet.summary() if clients}
         if known := sorted(set(microphones.unseen) & set(self.shares)):
             raise ConfigError(f"fleet.microphones.unseen must name kinds that no client has, got {known[0]!r}")
@@ -114,6 +126,15 @@ class Heard:
         if sum(t.nbytes for t in heard.tensors.values()) * len(self.kinds) <= HEARD_BYTES:
             self._kept[kind] = heard
         return heard
+
+    def prepare_of(self, client_id: int) -> Prepare:
+        """Returns how a client's recordings become what the network is fed."""
+        return self.prepare.recorded_by(recorder(self.microphones.of(self.kind_of(client_id))))
+
+    @cached_property
+    def translator(self) -> Translator:
+        """Returns what translates between the kinds that clients have; trained when it is first needed."""
+        return trained_translator(list(self.shares), self.microphones, self.prepare, self.seed)
 
     @property
     def kinds(self) -> list[str]:

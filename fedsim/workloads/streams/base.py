@@ -411,6 +411,8 @@ class Stream(ClassificationWorkload, group="stream"):
         return self.inner.front_end
 
     def record_with(self, fleet: Fleet) -> None:
+        if fleet.microphones is None:
+            return
         raise ConfigError("fleet.microphones does not go with a stream: set it to null, or stream=none")
 
     # --- model, objective and judgement ---------------------------------------------------------------------------
