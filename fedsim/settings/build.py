@@ -76,6 +76,8 @@ def build_world(config_json: str) -> World:
     check_trusted(tree)
     workload, settings = build_workload(tree), RunSettings.of(tree)
     _check_memory(tree, model_factory(tree), workload)
+    if settings.start_from is not None:
+        workload.build_model()  # so that weights of another network are refused before a run begins
     fleet = instantiate(tree, "fleet", num_clients=workload.num_clients, seed=settings.seed)
     workload.record_with(fleet)
     for key, number in (("cohort", settings.cohort), ("evaluate_clients", settings.evaluate_clients)):
@@ -224,13 +226,14 @@ def _check_complete(group: str, error: BaseException | None) -> None:
 
 
 def model_factory(groups: Mapping[str, Settings]) -> ModelFactory:
-    """Returns what makes the model, in the memory format of `memory_format`.
+    """Returns what makes the model, in the memory format of `memory_format`, with the weights of `start_from`.
 
     Raises:
         ConfigError: when its constructor refuses the settings, or the format is unknown.
     """
     own = {key: value for key, value in groups["model"].items() if key != FORMAT}
     make, layout = instantiate({"model": _of_file(own)}, "model"), memory_format(groups)
+    start = groups.get("start_from")
     taken: tuple[str, ...] = ("input_shape", "num_classes")
     try:
         signature = inspect.signature(make)
@@ -247,6 +250,7 @@ def model_factory(groups: Mapping[str, Settings]) -> ModelFactory:
     def model(**shapes: Any) -> nn.Module:
         from torch.nn import Module
 
+        from fedsim.models.starting import put_weights
         from fedsim.workloads.base import MEMORY_FORMATS
 
         with no_exit():
@@ -259,6 +263,8 @@ def model_factory(groups: Mapping[str, Settings]) -> ModelFactory:
             if not any(p.requires_grad for p in network.parameters()):
                 raise ConfigError(f"{target} makes a network without weights to train")
             network.to(memory_format=MEMORY_FORMATS[layout])  # type: ignore[call-overload]
+            if start is not None and not any(t.is_meta for t in network.state_dict().values()):
+                put_weights(network, str(start))
             return network
         except RecursionError as error:
             raise ConfigError(f"{target} makes a network that {ENDLESS}") from error

@@ -66,6 +66,10 @@ def check(settings: Settings) -> Settings:
             f"name is part of a folder's name: at most {FILE_BYTES} bytes on one line, without '/', got "
             f"{as_yaml(name)}; use out= for a path"
         )
+    if settings["start_from"] is not None:  # absolute: workers may stand elsewhere
+        from fedsim.models.starting import weights_file
+
+        settings = {**settings, "start_from": str(weights_file(settings["start_from"]).absolute())}
     return settings
 
 

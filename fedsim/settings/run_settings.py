@@ -42,6 +42,7 @@ class RunSettings:
     max_simulated_s: Seconds | None
     evaluate_every: Rounds
     evaluate_clients: Annotated[int, Ge(0), Le(10**9)]
+    start_from: str | None
     private: Sequence[str]
     checkpoint_s: Annotated[float, Ge(0), Le(1e10)] | None
     on_client_error: Literal["stop", "drop"]

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from fedsim.errors import ConfigError, DataError
 from fedsim.seeding import generator, torch_generator
 from fedsim.workloads.augmenting import Augmentation
-from fedsim.workloads.base import ClientData, Examples, ModelFactory, Tensors
+from fedsim.workloads.base import ClientData, Examples, ModelFactory, Tensors, added
+from fedsim.workloads.by_class import ByClass
 from fedsim.workloads.classification import ClassificationWorkload
 from fedsim.workloads.fingerprint import Fingerprint, content_of
 from fedsim.workloads.front_end import front_end_cost
@@ -331,6 +332,13 @@ class ArrayWorkload(ClassificationWorkload):
         if self.heard is None:
             return super().judge(model, round)
         return self.heard.figures({kind: self.evaluate(model, self.heard.of(kind)) for kind in self.heard.kinds})
+
+    def by_class(self, model: nn.Module, round: int) -> ByClass | None:
+        """Returns how the model does for each class; with microphones, on what all kinds that clients have hear."""
+        if self.heard is None:
+            return super().by_class(model, round)
+        kinds = [self.totals(model, self.heard.of(kind), self.sums_by_class) for kind in self.heard.shares]
+        return ByClass.of(self.class_names(), added(kinds)[0])
 
     def figures(self, reports: Sequence[RoundReport]) -> dict[str, Any]:
         """Returns the accuracy on each kind of microphone, where there are any."""

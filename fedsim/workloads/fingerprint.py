@@ -17,6 +17,7 @@ import yaml
 
 from devices.reading import read_yaml
 from fedsim.errors import DataError
+from fedsim.models.starting import weights_file
 
 if TYPE_CHECKING:
     from fedsim.workloads.base import Workload
@@ -53,7 +54,8 @@ def of_run(settings: Mapping[str, Any], workload: Workload) -> dict[str, str]:
 
 def files_of(settings: Mapping[str, Any]) -> dict[str, str]:
     """Returns a hash of each file that is named where a device, trace or weights may be, by its name there."""
-    found = {}
+    start = settings.get("start_from")
+    found = {} if start is None else {"start_from": sha256(weights_file(start).read_bytes()).hexdigest()[:HEX_DIGITS]}
     for text in (text for group in WITH_FILES for text in _texts(settings[group])):
         try:
             if Path(text).suffix and Path(text).is_file():
