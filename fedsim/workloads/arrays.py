@@ -21,6 +21,7 @@ from fedsim.workloads.by_class import ByClass
 from fedsim.workloads.classification import ClassificationWorkload
 from fedsim.workloads.fingerprint import Fingerprint, content_of
 from fedsim.workloads.front_end import front_end_cost
+from fedsim.workloads.newcomers import newcomers_of
 from fedsim.workloads.partition import Partition
 from fedsim.workloads.sound import Changed, Heard, noise_from, silence_of
 from fedsim.workloads.translating import translation_cost
@@ -174,6 +175,8 @@ class ArrayWorkload(ClassificationWorkload):
         features: makes of sound [n, samples] in [-1, 1) what the network is fed, e.g. `LogMel`; None: the samples. Each
             device pays for it, once a clip, and keeps the result; where sound is augmented, in every round.
         augment: changes the sounds that clients train on, anew in every round.
+        newcomers: so many examples of each owner of the test part are trained on, and its others are held out; the
+            train part is left aside. None: clients own the train part.
 
     Raises:
         ConfigError: if a setting is wrong.
@@ -192,6 +195,7 @@ class ArrayWorkload(ClassificationWorkload):
         default_clients: Annotated[int, Ge(1)] = 100,
         features: Features | None = None,
         augment: Augmentation | None = None,
+        newcomers: Annotated[int, Ge(1)] | None = None,
     ):
         super().__init__(model, seed)
         self.name, self.client_test_fraction, self.features = name, client_test_fraction, features
@@ -207,6 +211,8 @@ class ArrayWorkload(ClassificationWorkload):
                 shape = f"{data.kind} {list(data.train.x.shape)}"
                 raise ConfigError(f"workload.{key} is for sound, and {data.source} holds {shape}; set it to null")
         data = data.checked()
+        if newcomers is not None:
+            data = newcomers_of(data, newcomers, seed)
         self.kind, self.classes, self.num_classes = data.kind, list(data.classes), len(data.classes)
         self._fingerprint: Fingerprint | None = None
         statistics: tuple[Tensor | None, Tensor | None] = (None, None)
