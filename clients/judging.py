@@ -8,6 +8,7 @@ from dataclasses import replace
 from clients.trainers.base import ClientContext, LocalTrainer
 from devices.compression.plan import CompressionPlan, Pruned, Recipe
 from devices.cost import ModelCost
+from devices.latency.models import deployed_ms
 from devices.profile import DeviceProfile
 from fedsim.exchanges.slices import model_cost
 from fedsim.messages.updates import Broadcast
@@ -50,7 +51,7 @@ class Judge:
         shared = deployed.model is not client.model  # with others: what a trainer does to it is for this client only
         own = replace(client, model=deepcopy(deployed.model) if shared else client.model, step_cost=network)
         metrics = self.trainer.evaluate(own, task)
-        return {**metrics, **deployed.facts(), **self._predicted(network, client.profile)}
+        return {**metrics, **deployed.facts(), **self._predicted(network, client.profile, bits=recipe.bits)}
 
     def _pruned_by(self, recipe: Recipe, client: ClientContext, task: Broadcast) -> Pruned:
         """The model as devices with this recipe share it; once for all clients that were sent the same weights."""
@@ -63,9 +64,12 @@ class Judge:
             made[recipe] = self.compression.prune(client.model, example, recipe)
         return made[recipe]
 
-    def _predicted(self, network: ModelCost, own: DeviceProfile, name: str = "") -> dict[str, float]:
+    def _predicted(self, network: ModelCost, own: DeviceProfile, name: str = "", bits: int = 32) -> dict[str, float]:
         """FLOPs of one inference and its milliseconds on the client's device, and on each kind that the fleet has."""
         latency, end = self.world.latency, f"_{name}" if name else ""
-        found = {f"latency_ms{end}": latency.inference_ms(network, own), f"flops{end}": float(network.forward_flops)}
+        found = {
+            f"latency_ms{end}": deployed_ms(latency, network, own, bits),
+            f"flops{end}": float(network.forward_flops),
+        }
         kinds = self.world.fleet.profiles if len(self.world.fleet.profiles) > 1 else ()
-        return found | {f"latency_ms_on_{p.name}{end}": latency.inference_ms(network, p) for p in kinds}
+        return found | {f"latency_ms_on_{p.name}{end}": deployed_ms(latency, network, p, bits) for p in kinds}

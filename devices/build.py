@@ -160,6 +160,7 @@ class Builder:
             more = known.threads if chosen.family == "mobile" else chosen.threads
             enough = chosen.threads >= min(more, USUAL_THREADS)
             made["inference"] = own if enough else self._on_more_threads(chosen, own, more)
+            made |= self._int8_over_float(chosen)
         elif facts.get("help"):
             made["inference"] = self._help_section(name, kind, physics, known)
         for key_of, phase in (("forward", "forward"), ("step", "train_step")):
@@ -167,6 +168,14 @@ class Builder:
             if rows is not None:
                 made[key_of] = self._section(rows)
         return made
+
+    def _int8_over_float(self, chosen: Setting) -> dict[str, Any]:
+        """Returns the ratio of int8 networks to the same ones in floating point, where both were measured."""
+        ratio = self.tables.int8_over_float(chosen)
+        if ratio is None:
+            return {}
+        source = f"{chosen.source}: {ratio.networks} networks in int8 and {chosen.precision}, {ratio.threads} threads"
+        return {"int8_over_float": _figure(_round(ratio.value), "derived", source)}
 
     def _training(self, key: str, phase: str, kind: str) -> Setting | None:
         """Returns the setting of the training runtime: PyTorch in fp32 with most threads; None without rows."""

@@ -56,6 +56,7 @@ class LatencyFacts:
         forward: prices of a forward pass in the training runtime, or None.
         step: prices of a training step, or None.
         int8: prices of a forward pass on integer kernels, or None.
+        int8_over_float: time of an int8 network over that of the same one in floating point, or None.
         references: (space, network, batch, milliseconds of one forward pass); a network is the operation ids of its
             edges ("nb201", six) or layers ("fbnet", 22) in one word, e.g. "341213".
         embedding_ms: milliseconds of HELP's ten reference networks of NAS-Bench-201, or empty.
@@ -71,6 +72,7 @@ class LatencyFacts:
     forward: Prices | None = None
     step: Prices | None = None
     int8: Prices | None = None
+    int8_over_float: float | None = None
     sigma: float | None = None
     train_ratio: tuple[tuple[str, float], ...] = ()
 
@@ -89,6 +91,7 @@ class LatencyFacts:
         }
         return replace(
             self,
+            int8_over_float=None,
             references=tuple((space, network, batch, ms * whole) for space, network, batch, ms in self.references),
             embedding_ms=tuple(ms * whole for ms in self.embedding_ms),
             coefficients_ms=tuple(ms * whole for ms in self.coefficients_ms),
@@ -421,7 +424,7 @@ def _latency(file: str, tree: Any) -> LatencyFacts | DeviceProfile:
     Without a factor it is that other device itself: what its latencies are scaled by are figures of both.
     """
     keys = (*PRICED, "references", "embedding", "coefficients_ms", "int8_coefficients_ms", "sigma", "train_ratio")
-    _check_keys(file, "latency.", tree, (*keys, "scaled"), ())
+    _check_keys(file, "latency.", tree, (*keys, "int8_over_float", "scaled"), ())
     if "scaled" in tree:
         _check_keys(file, "latency.scaled.", tree["scaled"], ("device", "factor"), ("device",))
         scaled = tree["scaled"]
@@ -443,6 +446,11 @@ def _latency(file: str, tree: Any) -> LatencyFacts | DeviceProfile:
         references=_references(file, tree["references"]) if "references" in tree else (),
         embedding_ms=tuple(_plain(file, "latency.embedding.ms", ms) for ms in embedding),
         coefficients_ms=_figures(file, "latency.coefficients_ms", tree.get("coefficients_ms")),
+        int8_over_float=(
+            _number(file, "latency.int8_over_float", tree["int8_over_float"], _POSITIVE)
+            if "int8_over_float" in tree
+            else None
+        ),
         sigma=_number(file, "latency.sigma", tree["sigma"], _FROM_ZERO) if "sigma" in tree else None,
         train_ratio=tuple((k, _number(file, f"latency.train_ratio.{k}", v, _FROM_ZERO)) for k, v in ratios.items()),
         **priced,

@@ -9,7 +9,7 @@ import torch
 from devices.compression.plan import CompressionPlan, Recipe
 from devices.cost import ModelCost
 from devices.errors import DeviceError
-from devices.latency.models import int8_ms
+from devices.latency.models import StructuredLatency, deployed_ms, int8_ms
 from devices.profile import LatencyFacts, load_profile
 from devices.trace import KINDS, trace
 from fedsim.errors import ConfigError
@@ -158,6 +158,34 @@ def test_integer_kernels_are_priced_where_they_were_measured():
     measured = replace(profile, speed=2.0, latency=LatencyFacts(int8=Prices.of_cells(cells)))
     assert int8_ms(network, 1, measured) == pytest.approx(1.5)
     assert int8_ms(network, 1, replace(profile, latency=LatencyFacts())) is None
+
+
+@pytest.mark.parametrize("device, slower", [("raspberry_pi_4", False), ("rock_5b", True), ("mi_max_3", None)])
+def test_eight_bits_move_time_where_they_were_measured_in_either_direction(device: str, slower: bool | None):
+    profile, latency = load_profile(device), StructuredLatency()
+    network = ModelCost("one", 1.0, 2.0, 4, 4, layers=trace(LeNet5((1, 12, 12), 3), torch.randn(2, 1, 12, 12)).rows)
+    ms = latency.inference_ms(network, profile)
+    assert deployed_ms(latency, network, profile, 32) == deployed_ms(latency, network, profile, 4) == ms
+    if slower is None:
+        assert int8_ms(network, 1, profile) is None
+        assert deployed_ms(latency, network, profile, 8) == ms
+    else:
+        ratio = profile.latency.int8_over_float
+        assert deployed_ms(latency, network, profile, 8) == pytest.approx(ratio * ms)
+        assert (ratio > 1) == slower
+
+
+def test_a_run_prices_its_quantised_network_so(federation):
+    fleet = "fleet.devices={raspberry_pi_4: 1, mi_max_3: 1}"
+    common = (*LENET, "fleet=sbc", fleet, "evaluate_clients=6", "workload.client_test_fraction=0.25", "rounds=1")
+    plain, made = (federation(*common, "compression=quantise", f"compression.bits={bits}") for bits in (4, 8))
+    ratio = load_profile("raspberry_pi_4").latency.int8_over_float
+    judged = [[c for _, clients in one.rounds() for c in clients if c.phase == "evaluate"] for one in (plain, made)]
+    for before, after in zip(*judged, strict=True):
+        factor = ratio if made.world.fleet.device_name(after.client) == "raspberry_pi_4" else 1.0
+        assert after.metrics["latency_ms"] == pytest.approx(factor * before.metrics["latency_ms"])
+    (entry,) = made.deploy()
+    assert entry["no_int8"] == ["mi_max_3"]
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from devices.reading import read_yaml
 from devices.trace import COLUMNS, KINDS, LayerTable, trace
 
 USUAL_RATIO = 3.0  # of a training step to a forward pass, where a device has no figure (FedScale's rule)
+INT8_BITS = 8  # for which runtimes have kernels
 MAX_FILLED_SHARE = 0.5  # of a reference's time, for kinds that the references do not tell apart
 USUAL_BYTES_PER_S = 10e9  # of an unknown memory, for weights of layers that no reference has
 MAX_FRAMEWORK_THREADS = 8  # of the training rows; the cost of calls with more threads is not extrapolated
@@ -179,10 +180,31 @@ def pass_ms(prices: Prices, network: ModelCost, batch: int, device: DeviceProfil
 
 
 def int8_ms(network: ModelCost, batch: int, device: DeviceProfile) -> float | None:
-    """Returns the milliseconds of a forward pass on integer kernels; None where the device was not measured so."""
-    if device.latency is None or device.latency.int8 is None:
+    """Returns the milliseconds of a forward pass on integer kernels; None where the device was not measured so.
+
+    By prices of its own where they were fitted, else by the ratio of int8 networks to the same ones in floating point,
+    which is above 1 on some devices.
+    """
+    if device.latency is None:
         return None
-    return device.latency.int8.ms(_layers(network), batch) / device.speed
+    if device.latency.int8 is not None:
+        return device.latency.int8.ms(_layers(network), batch) / device.speed
+    if device.latency.int8_over_float is None:
+        return None
+    prices = device_prices(device).inference
+    return device.latency.int8_over_float * pass_ms(prices, network, batch, device, "inference")
+
+
+def deployed_ms(latency: LatencyModel, network: ModelCost, device: DeviceProfile, bits: int) -> float:
+    """Returns the milliseconds of one inference of a network whose weights and activations have so many bits.
+
+    Only 8 bits have kernels of their own, and only where they were measured does time change with them.
+    """
+    ms = latency.inference_ms(network, device)
+    if bits != INT8_BITS or network.layers is None:
+        return ms
+    own = int8_ms(network, 1, device)
+    return ms if own is None else ms * own / pass_ms(device_prices(device).inference, network, 1, device, "inference")
 
 
 @lru_cache(maxsize=4096)

@@ -20,6 +20,8 @@ from devices.errors import DeviceError
 from devices.latency.columns import TABLE_KINDS, Phase, Physics, counts
 from devices.latency.prior import IN_ORDER, Facts, Sample, recalled
 
+INFERENCE = ("ncnn.csv", "mobile_inference.csv")
+PAIRED_NETWORKS = 3  # that were measured in int8 and in floating point, for a ratio of them
 MEASUREMENTS = ("ncnn.csv", "mobile_inference.csv", "training.csv", "training_own.csv")
 LITTLE = frozenset(["A53", "A55", "A510", "A520", "FTC310", "Icestorm", "RaptorE"])
 X86 = frozenset(
@@ -74,6 +76,15 @@ def runtime_of(backend: str, gpu: bool) -> str | None:
         return "tensorflow_cuda" if gpu else None
     name, _, where = backend.partition("_")
     return name if where == "cpu" and name in RUNTIMES else None
+
+
+@dataclass(frozen=True)
+class IntegerRatio:
+    """Time of int8 networks over that of the same networks in floating point: a geometric mean over `networks`."""
+
+    value: float
+    networks: int
+    threads: int
 
 
 @dataclass(frozen=True)
@@ -278,6 +289,30 @@ class Tables:
                 if setting is not None:
                     found.append(setting)
         return found
+
+    def int8_over_float(self, setting: Setting) -> IntegerRatio | None:
+        """Returns how int8 networks compare with the same ones in floating point on a device, in one runtime and run.
+
+        Of the runs of the setting's runtime, that with its number of threads, then the one with most networks counts;
+        None where fewer than `PAIRED_NETWORKS` were measured in both ways.
+        """
+        found: list[tuple[bool, int, IntegerRatio]] = []
+        for name in INFERENCE:
+            if not (self.folder / name).exists():
+                continue
+            frame = self._csv(name, "device", "network", "input", "batch", "phase", "ms", "precision", "backend")
+            frame = frame[(frame.device == setting.device) & (frame.phase == "forward") & frame.ms.gt(0)]
+            runs_there = frame.backend.map(lambda backend: runtime_of(str(backend), False) == setting.runtime)
+            frame = frame[runs_there.astype(bool)]
+            for (threads, cores, _), group in frame.groupby(["threads", "cores", "run"], dropna=False, sort=False):
+                ms = {kind: rows.groupby(["network", "input"]).ms.median() for kind, rows in group.groupby("precision")}
+                if "int8" not in ms or setting.precision not in ms or str(cores) == "little":
+                    continue
+                ratios = (ms["int8"] / ms[setting.precision]).dropna()
+                if len(ratios) >= PAIRED_NETWORKS:
+                    ratio = IntegerRatio(float(np.exp(np.log(ratios).mean())), len(ratios), int(float(str(threads))))
+                    found.append((ratio.threads == setting.threads, len(ratios), ratio))
+        return max(found, key=lambda each: each[:2])[2] if found else None
 
     def _setting(self, key: dict[str, Any], group: pd.DataFrame) -> Setting | None:
         device = str(key["device"])

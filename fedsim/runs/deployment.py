@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from devices.compression.plan import CompressionPlan, Recipe
 from devices.errors import DeviceError
 from devices.fleet import Fleet
-from devices.latency.models import int8_ms
+from devices.latency.models import INT8_BITS, deployed_ms, int8_ms
 from fedsim.errors import NotFiniteError
 from fedsim.exchanges.slices import model_cost
 from fedsim.settings.build import World, instantiate
@@ -33,7 +33,8 @@ def deployments(world: World, model: nn.Module) -> list[dict[str, Any]]:
 
     Each has the recipe, the devices and how many clients own them; sizes; metrics on the test set; and the predicted
     milliseconds of one inference by device: `latency_ms` by the run's latency model and the compressed network's own
-    shape (zeros in it save no time), `int8_ms` where the device was measured with integers. Empty without compression.
+    shape (zeros in it save no time), in int8 for 8 bits where the device was measured so. `no_int8` names those that
+    were not: their time is that of floating point. Empty without compression.
 
     Args:
         world: of the run.
@@ -50,12 +51,13 @@ def deployments(world: World, model: nn.Module) -> list[dict[str, Any]]:
         batches = calibration(workload, workload.client_data(0).train)
         compressed = plan.apply(model, example, recipe, batches)
         cost = model_cost(workload, compressed.shape, "compressed")
-        predicted, integers = {}, {}
+        predicted: dict[str, float] = {}
+        unknown: list[str] = []
         for profile in world.fleet.profiles:
             if profile.name in devices:
-                predicted[profile.name] = world.latency.inference_ms(cost, profile)
-                if recipe.bits == 8 and (ms := int8_ms(cost, 1, profile)) is not None:
-                    integers[profile.name] = ms
+                predicted[profile.name] = deployed_ms(world.latency, cost, profile, recipe.bits)
+                if recipe.bits == INT8_BITS and int8_ms(cost, 1, profile) is None:
+                    unknown.append(profile.name)
         entries.append(
             {
                 **vars(recipe),
@@ -64,7 +66,7 @@ def deployments(world: World, model: nn.Module) -> list[dict[str, Any]]:
                 "flops": cost.forward_flops,
                 **_judged(workload, compressed.model),
                 "latency_ms": predicted,
-                **({"int8_ms": integers} if integers else {}),
+                **({"no_int8": unknown} if unknown else {}),
             }
         )
     return entries

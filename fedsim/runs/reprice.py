@@ -18,7 +18,9 @@ from typing import Any
 from flwr.app import ArrayRecord, Message, RecordDict
 
 from devices.availability import Always
+from devices.compression.plan import CompressionPlan
 from devices.cost import ModelCost, Work
+from devices.latency.models import deployed_ms
 from devices.profile import BY_LATENCY, BY_MEMORY, BY_NAME
 from fedsim.engines.base import Engine, assume_task_identity
 from fedsim.errors import ConfigError
@@ -122,6 +124,7 @@ class RecordedEngine(Engine):
     def __init__(self, before: World, now: World):
         assume_task_identity()
         self.before, self.now = before, now
+        self.plan: CompressionPlan = instantiate(now.settings.groups, "compression")
         self.exchange = RecordedExchange("", {})
 
     def run(self, task: CohortTask) -> Iterator[CohortAnswer]:
@@ -161,6 +164,7 @@ class RecordedEngine(Engine):
             UnknownError: if the network that they are of cannot be told from the work.
         """
         latency, fleet = self.now.latency, self.now.fleet
+        bits = self.plan.recipe(fleet[client]).bits if self.plan.active else 32
         kinds = fleet.profiles if len(fleet.profiles) > 1 else ()
         ends = [name.removeprefix(FLOPS) for name in metrics if name == FLOPS or name.startswith(f"{FLOPS}_")]
         before = {f"{MS}_on_{p.name}{end}" for p in self.before.fleet.profiles for end in ends}
@@ -169,11 +173,11 @@ class RecordedEngine(Engine):
             if name in before:
                 continue
             network = _network(work, metrics[FLOPS + name.removeprefix(MS)]) if name.startswith(MS) else None
-            found[name] = value if network is None else latency.inference_ms(network, fleet[client])
+            found[name] = value if network is None else deployed_ms(latency, network, fleet[client], bits)
             end = name.removeprefix(FLOPS)
             if name != end and end in ends:
                 judged = _network(work, value)
-                found |= {f"{MS}_on_{p.name}{end}": latency.inference_ms(judged, p) for p in kinds}
+                found |= {f"{MS}_on_{p.name}{end}": deployed_ms(latency, judged, p, bits) for p in kinds}
         return found
 
 
