@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from clients.app import serve
 from clients.trainers.compressing import dropbits
-from clients.trainers.compressing.gradual import TEACHER
+from clients.trainers.compressing.taught import TEACHER
 from devices.compression.attribution import (
     Attributed,
     cosine,
@@ -464,20 +464,18 @@ def test_the_teacher_is_what_was_received_behind_the_dense_rounds_and_stays(fede
     assert torch.equal(client.state[f"{TEACHER}.head.weight"], task.weights["head.weight"] + 2)
 
 
-def test_a_client_is_judged_by_how_its_maps_agree(federation):
-    made = federation(
-        "method=attribution",
-        "trainer.dense_rounds=1",
-        "trainer.prune_rounds=1",
-        *SMALL,
-        "rounds=3",
-        "evaluate_clients=3",
-        "workload.client_test_fraction=0.5",
-        "trainer.lr=0.01",
-    )
-    reports = [report for report, _ in made.rounds()]
+@pytest.mark.parametrize("weight", [0, 100])
+def test_a_client_is_judged_by_how_its_maps_agree_and_matching_costs_passes(federation, weight):
+    """With a weight of 0 maps are compared after training only: a step costs what it costs without them."""
+    judged = ("rounds=3", "evaluate_clients=3", "workload.client_test_fraction=0.5", "trainer.lr=0.01")
+    short = ("trainer.dense_rounds=1", "trainer.prune_rounds=1", *SMALL, *judged)
+    reports, rows = [], []
+    for report, clients in federation("method=attribution", f"trainer.attribution_weight={weight}", *short).rounds():
+        reports.append(report)
+        rows.append([c.work.flops for c in clients if c.phase == "train"])
     assert "client_attribution_cosine" not in reports[1].metrics
     assert 0 < reports[-1].metrics["client_attribution_cosine"] <= 1
+    assert (max(rows[3]) > 1.2 * max(rows[1])) == (weight > 0)
 
 
 def test_maps_are_compared_with_boxes_where_examples_have_them(federation):

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from annotated_types import Ge, Gt, Interval
@@ -22,65 +22,23 @@ from torch.func import functional_call
 
 from clients.trainers.base import ClientContext
 from clients.trainers.compressing.sparse import SparseRun, SparseTrainer, copy, sizes
+from clients.trainers.compressing.taught import TEACHER, Compressed, Layer, Seeing, agreement, cost_with_maps, see
 from clients.trainers.sgd import Objective
-from devices.compression.attribution import Attributed, cosine, distance, feature_layer, in_boxes, overlap, pointing
-from devices.compression.distil import Remembering, divergence
+from devices.compression.attribution import Attributed, feature_layer
+from devices.compression.distil import Remembering
 from devices.compression.masks import Masks, filter_masks, global_masks, masked, prunable, sparsity_of
 from devices.compression.quantise import fake_quantise, limits
 from devices.compression.two_paths import step_of
 from devices.cost import ModelCost
 from devices.errors import DeviceError
-from devices.meter import measure
 from fedsim.errors import ConfigError
 from fedsim.messages.updates import Broadcast, ClientUpdate
-from fedsim.workloads.base import JUDGED_AT_ONCE, Tensors, Workload
+from fedsim.workloads.base import Tensors, Workload
 
-TEACHER, QUANTISER = "teacher", "quantiser"  # groups of a client's state: the uncompressed network; learned numbers
+QUANTISER = "quantiser"  # group of a client's state: what the quantiser learns
 LEAST_STEP = 1e-8
 # Tensors as large as the pruned weights, found out by `test_memory_contract.py`: of making masks, of a step.
 MASK_COPIES, MASKED_COPIES, ROUNDED_COPIES = 7.3, 2.0, 3.3
-BOX = "box"  # of an example, where it has one: top, left, bottom, right of its object in pixels
-
-
-class Compressed(Objective):
-    """(1 - distil) CE + distil T^2 KL(teacher || student) + attribution_weight R; the first alone without a teacher.
-
-    R is the mean squared distance of the unit maps of both networks, for the class that the teacher answers.
-
-    Args:
-        distil: share of the divergence.
-        temperature: T.
-        attribution: kind of the maps; "none" leaves R out.
-        weight: beta of R.
-    """
-
-    def __init__(self, distil: float, temperature: float, attribution: str, weight: float):
-        self.distil, self.temperature, self.attribution, self.weight = distil, temperature, attribution, weight
-
-    def __call__(self, run: GradualRun, batch: Tensors) -> Tensor:
-        student = run.student()
-        loss = run.client.workload.loss(student, batch)  # type: ignore[arg-type]
-        if not run.teacher:
-            return loss
-        taught = run.taught(batch)
-        if self.distil:
-            loss = (1 - self.distil) * loss + self.distil * divergence(student.logits, taught.logits, self.temperature)
-        if isinstance(student, Seeing) and isinstance(taught, Attributed) and self.weight:
-            classes = taught.logits.argmax(-1)
-            theirs = taught.map(self.attribution, classes, run.left_out(taught))
-            loss = loss + self.weight * distance(student.network.map(self.attribution, classes), theirs)
-        return loss
-
-    def held(self, run: GradualRun) -> dict[str, int]:
-        return {TEACHER: run.client.step_cost.parameter_bytes} if run.teacher else {}
-
-
-class Seeing(Remembering):
-    """A network that keeps logits and features of its last call."""
-
-    def __init__(self, network: Attributed, tensors: Tensors):
-        super().__init__(lambda x: network(tensors, x))
-        self.network = network
 
 
 class GradualRun(SparseRun):
@@ -97,8 +55,7 @@ class GradualRun(SparseRun):
     def __init__(self, trainer: GradualTrainer, client: ClientContext, broadcast: Broadcast):
         super().__init__(trainer, client, broadcast)
         self.compresses = broadcast.round > trainer.dense_rounds
-        self.teacher: Tensors = {}
-        self.learned: Tensors = {}
+        self.teacher, self.learned = Tensors(), Tensors()
         self.draw = client.stream("attribution")
         if self.compresses and trainer.bits < 32:
             group = f"{QUANTISER}."
@@ -109,11 +66,11 @@ class GradualRun(SparseRun):
     def fit(self) -> ClientUpdate:
         trainer, client = self.trainer, self.client
         trainer.check_settings(self.broadcast)
-        if self.compresses and trainer.has_teacher:
+        if self.compresses and trainer.keeps_teacher:
             received = self.broadcast.weights
             if not all(f"{TEACHER}.{name}" in client.state for name in received):
                 client.state.store(TEACHER, received)
-            self.teacher = client.state.restored(TEACHER, received)
+            self.teacher = client.state.restored(TEACHER, received) if trainer.teaches else Tensors()
         self.reserve()
         self.client = replace(client, parameters=[*client.parameters, *self.trained()])
         train_loss = self.train(self.batches())
@@ -215,25 +172,6 @@ class GradualRun(SparseRun):
         return super().copies() + self.trainer.weight_copies(self) * share
 
 
-def see(
-    model: nn.Module, tensors: Mapping[str, Tensor], inputs: tuple[Tensor, ...], layer: tuple[str, bool]
-) -> Attributed:
-    """Returns a frozen network after a pass in evaluation mode, ready for a map.
-
-    Args:
-        model: whose tensors these take the place of.
-        tensors: the network.
-        inputs: of the pass.
-        layer: of the features.
-    """
-    network, was_training = Attributed(model, *layer, detached=True), model.training
-    model.eval()
-    with torch.enable_grad():
-        network({name: t.detach() for name, t in tensors.items()}, *inputs)
-    model.train(was_training)
-    return network
-
-
 class GradualTrainer(SparseTrainer):
     """SGD of a network that is pruned more and more, with fake integers for weights and for what layers read.
 
@@ -243,8 +181,8 @@ class GradualTrainer(SparseTrainer):
     and a cohort of all clients where it shall be no one else's half-pruned model.
 
     Fewer bits and zeros change sizes, never milliseconds: kernels multiply zeros and narrow integers as any number.
-    Only int8 runs at another speed, on devices with measured int8 rows and in either direction, and only where
-    `compression=quantise` says that devices run it: there the deployed model is priced by those rows.
+    Only int8 runs at another speed, in either direction: `compression=quantise` reports it (`int8_ms`) of the deployed
+    network on devices with measured int8 rows, and of no other.
 
     Args:
         dense_rounds: rounds of ordinary training before anything is compressed.
@@ -256,7 +194,7 @@ class GradualTrainer(SparseTrainer):
         temperature: of the divergence.
         attribution: maps by which the student shall look where the teacher does: "swa" (weighted by sensitivity), "ewa"
             (equally), "sswa" (as "swa", without some channels of the teacher), or "none".
-        attribution_weight: beta, of the distance between maps.
+        attribution_weight: beta, of the distance between maps; 0 only reports how maps agree.
         left_out: share of the teacher's channels that "sswa" leaves out, drawn anew for each step.
         sparse: arguments of SparseTrainer.
 
@@ -266,7 +204,7 @@ class GradualTrainer(SparseTrainer):
     """
 
     needs_classes = True
-    run = GradualRun
+    run: ClassVar[type[GradualRun]] = GradualRun
 
     def __init__(
         self,
@@ -288,10 +226,11 @@ class GradualTrainer(SparseTrainer):
         self.dense_rounds, self.prune, self.classifier = dense_rounds, prune, classifier
         self.bits, self.activation_bits = bits, activation_bits
         self.attribution, self.left_out = attribution, left_out
-        looks = attribution != "none" and attribution_weight > 0
-        self.has_teacher, self.looks = bool(distil) or looks, looks
+        self.attribution_weight = attribution_weight
+        self.keeps_teacher = distil > 0 or attribution != "none"
+        self.teaches = distil > 0 or (attribution != "none" and attribution_weight > 0)
         self.objective: Objective = Compressed(distil, temperature, attribution, attribution_weight)
-        self.layer: tuple[str, bool] | None = None
+        self.layer: Layer | None = None
         self.attributed_cost: ModelCost | None = None
 
     def names(self, model: nn.Module) -> list[str]:
@@ -306,37 +245,15 @@ class GradualTrainer(SparseTrainer):
             ConfigError: for a model without such weights or features.
         """
         super().setup(workload, model, network)
-        if not self.looks:
+        if self.attribution == "none":
             return
         device = next(model.parameters()).device
         try:
             self.layer = feature_layer(model, workload.inputs(workload.sample_on(device, 2)))
         except DeviceError as error:
             raise ConfigError(f"trainer.attribution={self.attribution} cannot be used: {error}") from error
-        self.attributed_cost = self._attributed_cost(workload, model, network)
-
-    def _attributed_cost(self, workload: Workload, model: nn.Module, network: ModelCost) -> ModelCost:
-        """Returns what a step with maps costs, without the teacher's way to its features and logits."""
-        assert self.layer is not None
-        layer, kind = self.layer, self.attribution
-
-        def loss(model: nn.Module, batch: Tensors) -> Tensor:
-            frozen = {name: t.detach() for name, t in model.state_dict().items()}
-            taught = see(model, frozen, workload.inputs(batch), layer)
-            classes = taught.logits.argmax(-1)
-            own = Attributed(model, *layer)
-            loss = workload.loss(lambda x: own({}, x), batch)  # type: ignore[arg-type]
-            return loss + distance(own.map(kind, classes), taught.map(kind, classes))
-
-        cost = measure(model, loss, workload.sample(4), network.name)
-        return replace(
-            network,
-            name=f"{network.name}, with maps",
-            forward_flops=cost.forward_flops - network.forward_flops,
-            backward_flops=cost.backward_flops,
-            activation_bytes=cost.activation_bytes,
-            step_bytes=cost.step_bytes,
-        )
+        if self.attribution_weight:
+            self.attributed_cost = cost_with_maps(workload, model, network, self.layer, self.attribution)
 
     def smallest(self, weights: Mapping[str, Tensor], sparsity: float, floor: float) -> Masks:
         """Returns masks of the smallest weights, or filters."""
@@ -413,32 +330,13 @@ class GradualTrainer(SparseTrainer):
         return {**metrics, **facts}
 
     def agreement(self, client: ClientContext, student: Mapping[str, Tensor], broadcast: Broadcast) -> dict[str, float]:
-        """Returns how the maps of student and teacher agree on held-out examples, for the class that the teacher says.
-
-        Their mean cosine and, where examples come with boxes, how often each map is largest inside (pointing game) and
-        the overlap of its largest positions with the box.
-        """
+        """Returns how the maps of the compressed network agree with those of the client's teacher."""
         assert self.layer is not None
-        model, found = client.model, dict[str, list[Tensor]]()
+        model, layer = client.model, self.layer
         teacher = client.state.restored(TEACHER, broadcast.weights)
-        for rows in torch.arange(len(client.data.test)).split(JUDGED_AT_ONCE):
-            batch = {name: t.to(client.device) for name, t in client.data.test.gather(rows).items()}
-            inputs = client.workload.inputs(batch)
-            theirs = see(model, teacher, inputs, self.layer)
+
+        def own(inputs: tuple[Tensor, ...]) -> Attributed:
             with self.integer_inputs(model):
-                own = see(model, student, inputs, self.layer)
-            classes = theirs.logits.argmax(-1)
-            maps = {"": _map(own, self.attribution, classes), "_teacher": _map(theirs, self.attribution, classes)}
-            found.setdefault("attribution_cosine", []).append(cosine(maps[""], maps["_teacher"]))
-            size, shape = inputs[0].shape[2:], theirs.features.shape[2:]
-            if BOX in batch and len(size) == len(shape) == 2:
-                inside = in_boxes(batch[BOX], (size[0], size[1]), (shape[0], shape[1]))
-                for whose, seen in maps.items():
-                    found.setdefault(f"pointing{whose}", []).append(pointing(seen, inside).float())
-                    found.setdefault(f"attribution_iou{whose}", []).append(overlap(seen, inside))
-        return {name: float(torch.cat(values).mean()) for name, values in found.items()}
+                return see(model, student, inputs, layer)
 
-
-def _map(network: Attributed, kind: str, classes: Tensor) -> Tensor:
-    with torch.enable_grad():
-        return network.map(kind, classes).detach()
+        return agreement(client, own, lambda inputs: see(model, teacher, inputs, layer), self.attribution)
