@@ -37,7 +37,7 @@ SMALL = {"batch_size": 3, "local_epochs": 1}  # of every trainer
 TAUGHT = {"dense_rounds": 1, "prune_rounds": 2, "sparsity": 0.85, "distil": 0.3, "attribution": "sswa", "left_out": 0.3}
 OWN: dict[str, dict[str, Any]] = {
     **{"pqk": {"prune_rounds": 2}, "dcil": {"prune_rounds": 3, "distil_after": 1}},
-    **dict.fromkeys(("gradual", "magnitude_attention", "cpq"), TAUGHT),
+    **dict.fromkeys(("gradual", "magnitude_attention", "cpq", "attribution"), TAUGHT),
     "dropbits": TAUGHT | {"gate_rounds": 1},
 }
 # Another value of each setting, and what else it needs to matter.

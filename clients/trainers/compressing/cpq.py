@@ -28,8 +28,8 @@ class CPQTrainer(GradualTrainer):
     """SGD through a grid with a step and a noise for each layer; the gradient pulls weights towards grid points.
 
     Each is the softplus of what is learned: the step begins at 2 mean |w| / sqrt(2^(bits - 1)), the noise at a third of
-    it. A weight in the cell of 0 gets no gradient, and that of any other grows with its integer: give it `dense_rounds`
-    and few bits, which the method is for.
+    it. A weight in the cell of 0 gets no gradient, and that of any other grows with its integer: give it dense rounds.
+    Weight decay acts on what is learned, too.
 
     Args:
         sparsity: final share of zeros; 0 prunes nothing.
