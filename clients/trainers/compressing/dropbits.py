@@ -115,7 +115,7 @@ class DropBitsTrainer(CPQTrainer):
         self,
         gate_rounds: Annotated[int, Ge(1)],
         gate_rate: Annotated[float, Gt(0)] = 100.0,
-        penalty: Annotated[float, Ge(0)] = 0.1,
+        penalty: Annotated[float, Ge(0)] = 0.01,
         size_limit_bytes: Annotated[int, Gt(0)] | Mapping[str, Annotated[int, Gt(0)]] | None = None,
         **cpq: Any,
     ):

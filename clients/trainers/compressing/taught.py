@@ -43,8 +43,8 @@ class Compressed(Objective):
         self.distil, self.temperature, self.attribution, self.weight = distil, temperature, attribution, weight
 
     def __call__(self, run: Any, batch: Tensors) -> Tensor:
-        student = run.student()
-        loss = run.client.workload.loss(student, batch)  # type: ignore[arg-type]
+        student: Remembering = run.student()
+        loss: Tensor = run.client.workload.loss(student, batch)
         if not run.teacher:
             return loss
         taught = run.taught(batch)
