@@ -3,18 +3,24 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import answered
-from flwr.app import RecordDict
+from conftest import answered, task_of
+from flwr.app import ConfigRecord, RecordDict
+from test_methods import bundles, fitting, spoken  # noqa: F401 - a fixture: text for char_lstm
+from test_prolong import PHONES, comparable, longer, made
+from test_stateless import BASE, answers, attributes
 from test_two_paths import IMAGES, start
 from torch import nn
 from torch.nn import functional as F
+from torchs_counter import counter
 
 from clients.app import serve
 from clients.trainers.compressing import dropbits
 from clients.trainers.compressing.taught import TEACHER
+from clients.worker import Worker
 from devices.compression.attribution import (
     Attributed,
     cosine,
@@ -206,6 +212,11 @@ def seen(model: nn.Module, kind: str = "swa", classes: torch.Tensor | None = Non
 
 def test_features_are_the_last_with_positions_before_pooling_or_what_the_head_reads():
     assert feature_layer(network(), (X,)) == ("4", True)
+    block = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Identity(), nn.ReLU())
+    pooled = nn.Sequential(block, nn.Sequential(nn.Conv2d(2, 2, 3), nn.MaxPool2d(2)), nn.Flatten(), nn.Linear(8, 3))
+    assert feature_layer(pooled.double(), (X,)) == ("1.0", True)
+    resnet = build_world(json.dumps(compose(fitting("resnet8")))).workload
+    assert feature_layer(resnet.build_model(), resnet.inputs(resnet.sample(2))) == ("blocks.2", True)
     flat = nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.ReLU(), nn.Linear(5, 3)).double()
     assert feature_layer(flat, (X,)) == ("3", False)
     with pytest.raises(DeviceError, match="has no features to attribute to"):
@@ -517,3 +528,48 @@ def test_maps_are_compared_with_boxes_where_examples_have_them(federation):
 def test_wrong_settings_are_one_sentence(federation, overrides, sentence):
     with pytest.raises(ConfigError, match=sentence):
         list(federation(*overrides).rounds())
+
+
+# --- what every method keeps, while it compresses -------------------------------------------------------------------
+
+TAUGHT = ("trainer.attribution=sswa", "trainer.distil=0.3", "trainer.activation_bits=8")
+AT_ONCE = {
+    "gradual": ("method=gradual", "trainer.prune_rounds=2", "trainer.bits=8", *TAUGHT),
+    "magnitude_attention": ("method=magnitude_attention", "trainer.prune_rounds=2"),
+    "cpq": ("method=cpq", "trainer.dense_rounds=0", *TAUGHT),
+    "dropbits": ("method=dropbits", "trainer.dense_rounds=1", "trainer.gate_rounds=1", "trainer.penalty=1"),
+    "attribution": ("method=attribution", "trainer.dense_rounds=1", "trainer.prune_rounds=1", "trainer.prune=filters"),
+}
+
+
+@pytest.mark.parametrize("kind", ["swa", "ewa", "sswa"])
+@pytest.mark.parametrize("model", ["convnet", "mlp", "char_lstm", "resnet8"])
+def test_flops_of_a_step_with_maps_are_those_that_torch_counts(model: str, kind: str):
+    own = ("trainer=attribution", f"trainer.attribution={kind}", "trainer.dense_rounds=0", "trainer.bits=8")
+    settings = compose([*fitting(model), *own])
+    federated = Federation(build_world(json.dumps(settings)), LocalEngine(serve))
+    worker, (first, part) = Worker(federated.world), spoken(federated)
+    client = worker.context(task_of(part, first, 1))
+    with counter() as counted:
+        answered(worker, client, part, "train")
+    work = client.log.work()
+    assert work.flops == pytest.approx(counted.get_total_flops(), rel=0.01)
+
+
+@pytest.mark.parametrize("method", AT_ONCE)
+def test_a_run_that_goes_on_is_the_longer_one(tmp_path: Path, method: str):
+    base = [*PHONES, "evaluate_clients=3", *AT_ONCE[method]]
+    run, straight = made(tmp_path / "run", *base, "rounds=3"), made(tmp_path / "straight", *base, "rounds=5")
+    assert comparable(longer(run, 5)) == comparable(straight)
+
+
+@pytest.mark.parametrize("method", AT_ONCE)
+def test_clients_answer_alike_in_any_order_and_leave_the_trainer_as_it_is(method: str):
+    federated = Federation(build_world(json.dumps(compose([*BASE, *AT_ONCE[method]]))), LocalEngine(serve))
+    messages = federated.strategy.configure_train(1, federated.arrays, ConfigRecord(), federated.grid)
+    parts = {message.metadata.dst_node_id: message.content for message in messages}
+    first, second = Worker(federated.world), Worker(federated.world)
+    before = attributes(vars(first.trainer))
+    there, back = dict(answers(first, parts, [0, 1])), dict(answers(second, parts, [1, 0]))
+    assert attributes(vars(first.trainer)) == before
+    assert there == back

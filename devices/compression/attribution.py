@@ -40,17 +40,21 @@ def feature_layer(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[str, bo
         DeviceError: for a network with neither.
     """
     behind_convolution, found, linear = False, "", ""
+    known: list[Tensor] = []  # what has been looked at, or pooled: a block may hand it on as its own
 
     def look(name: str, module: nn.Module, output: Any) -> None:
         nonlocal behind_convolution, found, linear
         behind_convolution |= isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
         if isinstance(module, nn.Linear):
             linear = name
-        elif behind_convolution and isinstance(output, Tensor) and output.dim() > 2 and output[0, 0].numel() > 1:
-            found = name if not isinstance(module, (*POOLING, *RESHAPING)) else found
+        elif isinstance(module, (*POOLING, *RESHAPING)):
+            known.append(output)
+        elif behind_convolution and _has_positions(output) and not any(output is t for t in known):
+            found = name
+            known.append(output)
 
-    leaves = [(name, module) for name, module in model.named_modules() if next(module.children(), None) is None]
-    handles = [m.register_forward_hook(lambda m, _, out, n=name: look(n, m, out)) for name, m in leaves]
+    parts = [(name, module) for name, module in model.named_modules() if name]  # a block ends behind its layers
+    handles = [m.register_forward_hook(lambda m, _, out, n=name: look(n, m, out)) for name, m in parts]
     was_training = model.training
     try:
         with torch.no_grad():
@@ -62,6 +66,10 @@ def feature_layer(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[str, bo
     if not found and not linear:
         raise DeviceError(f"network {type(model).__name__} has no features to attribute to: no convolution, no linear")
     return found or linear, bool(found)
+
+
+def _has_positions(output: Any) -> bool:
+    return isinstance(output, Tensor) and output.dim() > 2 and output[0, 0].numel() > 1
 
 
 class Attributed:
@@ -126,7 +134,8 @@ class Attributed:
         module = self.model.get_submodule(self.layer)
 
         def seen(f: Tensor) -> Tensor:
-            self.features = f.detach().requires_grad_() if self.detached else f
+            # A view, since torch's own FLOP counter cannot follow modules that are fed a leaf.
+            self.features = f.detach().requires_grad_().view_as(f) if self.detached else f
             return self.features
 
         if self.outputs:
