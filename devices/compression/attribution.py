@@ -20,7 +20,8 @@ from torch.nn.modules import pooling
 from devices.errors import DeviceError, unknown
 
 MAPS = ("swa", "ewa", "sswa")
-POOLING = tuple(kind for kind in vars(pooling).values() if getattr(kind, "__module__", "") == pooling.__name__)
+IN_POOLING = [kind for kind in vars(pooling).values() if isinstance(kind, type)]
+POOLING = tuple(kind for kind in IN_POOLING if issubclass(kind, nn.Module) and kind is not nn.Module)
 RESHAPING = (nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout)
 LEAST_NORM = 1e-12
 
