@@ -34,7 +34,12 @@ BASE = (
 )
 SMALL = {"batch_size": 3, "local_epochs": 1}  # of every trainer
 # Trainers whose default leaves out what a setting is about: the strategy's part, a schedule that a short run sees.
-OWN: dict[str, dict[str, Any]] = {"pqk": {"prune_rounds": 2}, "dcil": {"prune_rounds": 3, "distil_after": 1}}
+TAUGHT = {"dense_rounds": 1, "prune_rounds": 2, "sparsity": 0.85, "distil": 0.3, "attribution": "sswa", "left_out": 0.3}
+OWN: dict[str, dict[str, Any]] = {
+    **{"pqk": {"prune_rounds": 2}, "dcil": {"prune_rounds": 3, "distil_after": 1}},
+    **dict.fromkeys(("gradual", "magnitude_attention", "cpq", "attribution"), TAUGHT),
+    "dropbits": TAUGHT | {"gate_rounds": 1},
+}
 # Another value of each setting, and what else it needs to matter.
 OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "lr": (0.03, {}),
@@ -65,6 +70,15 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "refresh": (1, {}),
     "floor": (0.1, {}),
     "temperature": (5.0, {}),
+    "dense_rounds": (2, {}),
+    "prune": ("filters", {}),
+    "classifier": (True, {}),
+    "bits": (3, {}),
+    "activation_bits": (4, {}),
+    "distil": (0.8, {}),
+    "attribution": ("swa", {}),
+    "attribution_weight": (3.0, {}),
+    "left_out": (0.7, {}),
 }
 JUDGING = ("judged_at",)  # of evaluations: held to by tests/test_subnet.py and tests/test_ppp_deployment.py
 

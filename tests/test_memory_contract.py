@@ -35,7 +35,11 @@ WIDE = [
 # Methods that do something else once a task is over, or in a later round.
 SPLIT = ["stream=split_classes", "stream.tasks=2", "rounds=4"]
 CONTINUAL = ("agem", "coreset", "ewc", "gss", "lwf", "ocs", "reservoir", "finetune", "joint", "stable_sgd")
-OWN = dict.fromkeys(CONTINUAL, SPLIT) | {"pqk": ["trainer.prune_rounds=1"], "dcil": ["trainer.distil_after=1"]}
+OWN = dict.fromkeys(CONTINUAL, SPLIT) | {
+    **{"pqk": ["trainer.prune_rounds=1"], "dcil": ["trainer.distil_after=1"]},
+    **{"cpq": ["trainer.dense_rounds=1"], "attribution": ["trainer.dense_rounds=1", "trainer.prune_rounds=1"]},
+    "dropbits": ["trainer.dense_rounds=0", "trainer.gate_rounds=1"],
+}
 
 
 class HeldBytes(TorchDispatchMode):

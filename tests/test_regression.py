@@ -45,6 +45,7 @@ NEED_CLASSES = {
     *("agem", "coreset", "gss", "ocs", "reservoir"),  # the memory is balanced by class
     *("fedmix", "global_mixup", "local_mixup", "naivemix"),  # labels are mixed
     *("dcil", "fjord", "lwf", "pqk"),  # logits are distilled
+    *("attribution", "cpq", "dropbits", "gradual", "magnitude_attention"),  # they may be
     *("heterofl", "sub_fedavg"),  # labels are masked; an accuracy says when to prune
 }
 

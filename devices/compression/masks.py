@@ -21,6 +21,7 @@ NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)  # _NormBase: batch 
 PRUNABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 FLOOR = 0.03  # without a floor a global mask at 95 % can empty a layer
 RULES = ("masked", "ste")
+ATTENTIONS = ("magnitude", "none", "all")
 
 
 def prunable(model: nn.Module) -> list[str]:
@@ -64,6 +65,22 @@ def global_masks(weights: Mapping[str, Tensor], sparsity: float, floor: float = 
     return masks
 
 
+def filter_masks(weights: Mapping[str, Tensor], sparsity: float, floor: float = FLOOR) -> Masks:
+    """Removes whole output channels, exactly floor(sparsity x N) of N: those with the smallest mean magnitudes.
+
+    Args:
+        weights: [out, ...] each.
+        sparsity: share of channels without weights, in [0, 1).
+        floor: share of its channels that every layer keeps, see `global_masks`.
+    """
+    scores = {name: weight.detach().cpu().abs().flatten(1).mean(1) for name, weight in weights.items()}
+    kept = global_masks(scores, sparsity, floor)
+    return {
+        name: kept[name].view(-1, *[1] * (weight.dim() - 1)).expand(weight.shape).clone()
+        for name, weight in weights.items()
+    }
+
+
 def sparsity_of(masks: Mapping[str, Tensor]) -> float:
     """Returns the share of zeros among the entries of masks."""
     return 1 - sum(int(m.sum()) for m in masks.values()) / sum(m.numel() for m in masks.values())
@@ -90,6 +107,22 @@ def masked(weight: Tensor, mask: Tensor, rule: str = "masked") -> Tensor:
         return weight * mask
     product: Tensor = _StraightThrough.apply(weight, mask)  # type: ignore[no-untyped-call]
     return product
+
+
+def attended(weight: Tensor, mask: Tensor, attention: str = "magnitude") -> Tensor:
+    """Returns w (m + (1 - m) A), whose gradient is multiplied by the same.
+
+    Args:
+        weight: of a layer.
+        mask: m, of the same shape.
+        attention: A: "magnitude" is |w| / max |w|, "none" 0, "all" 1.
+    """
+    if attention not in ATTENTIONS:
+        raise DeviceError(unknown("attention", attention, ATTENTIONS))
+    mask, size = mask.to(weight), weight.detach().abs()
+    shares = {"magnitude": size / size.amax().clamp(min=torch.finfo(size.dtype).tiny)}
+    share = shares.get(attention, torch.full_like(mask, float(attention == "all")))
+    return weight * (mask + (1 - mask) * share)
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -26,8 +26,9 @@ AVERAGED: Mapping[str, str] = {
     **dict.fromkeys(("accuracy", "loss", "train_loss", "personal_loss", "head_loss"), BY_EXAMPLES),
     **dict.fromkeys(("own_loss", "partner_loss", "taylor", MACRO_F1, ECE), BY_EXAMPLES),
     **dict.fromkeys(("similarity", "diversity", "affinity"), BY_EXAMPLES),
+    **dict.fromkeys(("attribution_cosine", "attribution_iou", "pointing"), BY_EXAMPLES),
     **dict.fromkeys(("latency_ms", "flops", "keep_ratio", "sparsity"), BY_CLIENTS),
-    **dict.fromkeys(("dense_bytes", "nonzero_bytes", "wire_bytes"), BY_CLIENTS),
+    **dict.fromkeys(("dense_bytes", "nonzero_bytes", "wire_bytes", "mean_bits"), BY_CLIENTS),
     **dict.fromkeys(("memory_examples", "pool_pairs", "data_version", "oracle"), BY_CLIENTS),
 }
 
