@@ -37,7 +37,7 @@ class Judge:
             metrics = self.trainer.evaluate(client, task)
             prices: dict[str, float] = {}
             for name, network in client.log.judged.items():
-                prices |= self._predicted(network, client.profile, name)
+                prices |= self._predicted(network, client.profile, name, self.trainer.integer_bits)
             return {**prices, **metrics}
         recipe = self.compression.recipe(client.profile)
         pruned = self._pruned_by(recipe, client, task)

@@ -247,6 +247,11 @@ class LocalTrainer(Checked, group="trainer", error=ConfigError):
     needs_classes = False
 
     @property
+    def integer_bits(self) -> int:
+        """Returns the bits in which the judged network multiplies, by which its inference is priced; 32: floats."""
+        return 32
+
+    @property
     def device_reads(self) -> Mapping[str, str]:
         """Returns what clients decide by their device, in words, by the figure that they read; see `ServerHalf`."""
         return {}

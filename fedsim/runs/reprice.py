@@ -125,6 +125,7 @@ class RecordedEngine(Engine):
         assume_task_identity()
         self.before, self.now = before, now
         self.plan: CompressionPlan = instantiate(now.settings.groups, "compression")
+        self.trainer = instantiate(now.settings.groups, "trainer")
         self.exchange = RecordedExchange("", {})
 
     def run(self, task: CohortTask) -> Iterator[CohortAnswer]:
@@ -164,7 +165,7 @@ class RecordedEngine(Engine):
             UnknownError: if the network that they are of cannot be told from the work.
         """
         latency, fleet = self.now.latency, self.now.fleet
-        bits = self.plan.recipe(fleet[client]).bits if self.plan.active else 32
+        bits = self.plan.recipe(fleet[client]).bits if self.plan.active else self.trainer.integer_bits
         kinds = fleet.profiles if len(fleet.profiles) > 1 else ()
         ends = [name.removeprefix(FLOPS) for name in metrics if name == FLOPS or name.startswith(f"{FLOPS}_")]
         before = {f"{MS}_on_{p.name}{end}" for p in self.before.fleet.profiles for end in ends}

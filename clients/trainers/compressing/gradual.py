@@ -180,9 +180,8 @@ class GradualTrainer(SparseTrainer):
     round after the dense ones, kept on the device and never trained; give it `dense_rounds` in which to become good,
     and a cohort of all clients where it shall be no one else's half-pruned model.
 
-    Fewer bits and zeros change sizes, never milliseconds: kernels multiply zeros and narrow integers as any number.
-    Only int8 runs at another speed, in either direction: `compression=quantise` reports it (`int8_ms`) of the deployed
-    network on devices with measured int8 rows, and of no other.
+    Zeros change sizes, never milliseconds: kernels multiply them as any number. Integers change milliseconds where both
+    weights and what layers read have at most 8 bits, on devices that were measured in int8, in either direction.
 
     Args:
         dense_rounds: rounds of ordinary training before anything is compressed.

@@ -97,6 +97,11 @@ class SparseTrainer(SGDTrainer):
         self.schedule = SparsitySchedule(sparsity, end=1)
 
     @property
+    def integer_bits(self) -> int:
+        """Returns the larger of the bits of weights and of what layers read: a kernel needs both to be integers."""
+        return max(self.bits, self.activation_bits)
+
+    @property
     def last_pruning(self) -> int:
         """Returns the last round in which masks move."""
         return self.dense_rounds + self.prune_rounds
