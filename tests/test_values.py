@@ -56,6 +56,8 @@ IMAGES = ("workload.input_shape=[1,28,28]",)
 NEEDED = {
     "model": IMAGES,
     "model=mlp": (),
+    "model=bcresnet": ("workload.input_shape=[1,40,7]",),
+    "model=bcresnet_asc": ("workload.input_shape=[1,32,7]",),
     "stream": (*IMAGES, "rounds=4", "stream.tasks=2", "partition=iid"),
     "stream=none": (),
     "workload=blobs": (),
@@ -63,7 +65,7 @@ NEEDED = {
 # They need files, or token sequences.
 LEFT_OUT = {
     "workload": set(options("workload")) - {"blobs"},
-    "model": {"char_lstm", "bcresnet", "speech_resnet"},
+    "model": {"char_lstm"},
     "stream": {"domains"},
     "latency": {"help"},
 }
