@@ -28,6 +28,7 @@ from fedsim.settings.check import check
 from fedsim.settings.compose import compose
 from fedsim.settings.groups import GROUPS, Settings, options
 from fedsim.settings.parameters import check_parameters
+from fedsim.settings.run_settings import TEXTS
 from fedsim.workloads import host_memory as host
 
 ODD: dict[str, Any] = {
@@ -142,8 +143,9 @@ def walk(chosen: list[tuple[str, str, tuple[str, ...], str]]) -> int:
         assert len(sentence) < 3000, where
         assert time.process_time() - started < 10, where
         large = isinstance(ODD[what], int | float) and ODD[what] == ODD[what] and abs(ODD[what]) > 1e17
-        # A seed may be any whole number, and a learning rate anything: where it leads to NaN, the run says so.
-        if large and path[-1] not in ("lr", "seed"):
+        # A seed may be any whole number, a name any word, and a learning rate anything: where it leads to NaN, the run
+        # says so.
+        if large and path[-1] not in ("lr", "seed", *TEXTS):
             assert sentence, f"{where} was taken"
         refused += bool(sentence)
     return refused
