@@ -153,6 +153,18 @@ def test_fit_answers_for_a_phone_a_board_and_a_microcontroller(devices):
     assert (mcu["can_train"], mcu["int8"]["fits"]) == (False, True)
 
 
+@pytest.mark.parametrize(
+    "model, shape", [("bcresnet_asc", "1,256,64"), ("ds_cnn", "1,10,49"), ("matchboxnet", "1,64,101")]
+)
+def test_fit_answers_for_networks_that_hear(devices, model: str, shape: str):
+    """A Cortex-M7 of 1.4 MB runs the small ones; what a board needs for a step grows with the batch."""
+    some = ["--model", model, "--input-shape", shape, "--device", "raspberry_pi_4", "--device", "nucleo_h7a3zi"]
+    board, mcu = json.loads(devices("fit", *some, "--batch", "1,8", "--json").out)["devices"]
+    first, last = (row["step_bytes"]["total"] for row in board["batches"])
+    assert first < last < 8 * first
+    assert (mcu["can_train"], mcu["int8"]["fits"]) == (False, True)
+
+
 def test_own_file_is_priced_and_what_does_not_fit_gets_advice(devices, tmp_path):
     (tmp_path / "net.py").write_text("from torch import nn\n\ndef big():\n    return nn.Linear(30_000, 10_000)\n")
     own = ["--model", "net.py:big", "--input-shape", "30000"]

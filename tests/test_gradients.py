@@ -15,6 +15,7 @@ from devices.meter import measure
 from devices.trace import KINDS
 from fedsim.models.char_lstm import CharLSTM
 from fedsim.models.convnet import ConvNet
+from fedsim.models.matchboxnet import MatchboxNet
 from fedsim.models.mlp import MLP
 from fedsim.models.resnet import ResNet
 from fedsim.workloads.base import Examples, Tensors, Workload
@@ -65,6 +66,7 @@ def problem(name: str) -> tuple[Workload, nn.Module, Tensors]:
         "normed": lambda **s: ConvNet(**s, channels=[4, 6], groups=2),
         "resnet": lambda **s: ResNet(**s, depth=8, width=4, groups=2),
         "depthwise": Depthwise,
+        "over_time": lambda **s: MatchboxNet(**s, blocks=1, repeats=2, width=2),
     }
     if name == "letters":
         workload: Workload = Letters()
@@ -82,7 +84,7 @@ def found_in(mode: Mode, workload: Workload, model: nn.Module) -> Space:
     return space
 
 
-PROBLEMS = ("linear", "mlp", "convnet", "normed", "resnet", "depthwise", "letters")
+PROBLEMS = ("linear", "mlp", "convnet", "normed", "resnet", "depthwise", "over_time", "letters")
 
 
 def by_hand(workload: Workload, model: nn.Module, batch: Tensors, weights: list[Tensor]) -> Tensor:
@@ -113,12 +115,12 @@ def test_every_way_gives_the_products_of_autograd(name: str, mode: Mode):
             expected = by_hand(workload, model, batch, weights)
         reference = space.mean_gradient(workload, model, {key: t[:3] for key, t in batch.items()})
         found = space.products(workload, model, batch, reference)
+        assert space.products(workload, model, batch).past is None
     assert torch.allclose(reference, expected[:3].mean(0), rtol=0, atol=1e-12)
     assert torch.allclose(found.own, expected @ expected.T, rtol=0, atol=1e-10)
     assert found.past is not None
     assert torch.allclose(found.past, expected @ expected[:3].mean(0), rtol=0, atol=1e-10)
     assert found.past_norm == pytest.approx(float(expected[:3].mean(0).norm()))
-    assert space.products(workload, model, batch).past is None
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
@@ -145,7 +147,7 @@ def test_scoring_is_in_evaluation_mode_and_leaves_the_mode_as_it_was():
     assert not torch.equal(model(batch["x"]), model(batch["x"]))
 
 
-@pytest.mark.parametrize("name", ["mlp", "convnet", "depthwise"])
+@pytest.mark.parametrize("name", ["mlp", "convnet", "depthwise", "over_time"])
 @pytest.mark.parametrize("mode", ["full", "last_layer", "features"])
 def test_the_reported_flops_are_those_that_torch_counts(name: str, mode: Mode):
     workload, model, batch = problem(name)

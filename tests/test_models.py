@@ -21,7 +21,13 @@ from fedsim.workloads.blobs import Blobs
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs" / "model").glob("*.yaml"))
 IMAGES = (3, 32, 32)
-SPEECH = ("bcresnet", "speech_resnet")  # as published, with batch norm: see test_speech.py
+# As published, with batch norm: see test_speech.py. What each is fed:
+SPEECH = {
+    **dict.fromkeys(("bcresnet", "speech_resnet"), (1, 40, 101)),
+    "bcresnet_asc": (1, 64, 51),
+    "ds_cnn": (1, 10, 49),
+    "matchboxnet": (1, 64, 101),
+}
 
 
 def from_config(path: Path) -> nn.Module:
@@ -30,7 +36,7 @@ def from_config(path: Path) -> nn.Module:
 
 
 def shape_for(path: Path) -> tuple[int, ...]:
-    return (20,) if path.stem == "char_lstm" else (1, 40, 101) if path.stem in SPEECH else IMAGES
+    return (20,) if path.stem == "char_lstm" else SPEECH.get(path.stem, IMAGES)
 
 
 def batch_for(path: Path) -> torch.Tensor:

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from test_models import SPEECH
 
 from devices.cost import FlopsLatency, Jitter, ModelCost, Passes, Work
 from devices.enrol.picture import zoo_cost
@@ -13,9 +14,11 @@ from devices.latency.limits import peak_in, physics_of
 from devices.latency.models import StructuredLatency, device_prices, step_ms
 from devices.latency.prices import Prices
 from devices.profile import LatencyFacts, load_profile, profile_names
+from fedsim.cli.devices.own_model import named_model, trace_cost
 
 BATCHES = (1, 8, 64, 512)
 ZOO_COSTS = {name: zoo_cost(name) for name in ZOO}
+SPEECH_COSTS = {name: trace_cost(named_model(name, shape)) for name, shape in SPEECH.items()}
 SILICON = [name for name in profile_names() if load_profile(name).peak_macs_per_s is not None]
 CPUS = [name for name in SILICON if load_profile(name).kind not in ("gpu", "mcu")]
 MANY_CORES = {"epyc_7742", "vm_xeon", "xeon_gold_6226", "xeon_gold_6240"}  # see `test_time_grows_with_the_batch`
@@ -40,7 +43,7 @@ def test_nothing_is_faster_than_the_peak(name: str):
     for phase, prices in phases(name).items():
         peak = peak_in(profile, prices.precision)
         assert peak is not None
-        for cost in ZOO_COSTS.values():
+        for cost in (*ZOO_COSTS.values(), *SPEECH_COSTS.values()):
             for side in (1, 4, 49):  # pixels of the image, in times those of the zoo
                 table = np.array(layers_of(cost)) * [side, side, 1, 1]
                 macs = table[MAC_ROWS, 0]

@@ -8,10 +8,12 @@ import math
 from functools import partial
 from pathlib import Path
 
+import hydra
 import numpy as np
 import pytest
 import soundfile
 import torch
+import torchaudio
 from conftest import array_workload
 from torch import nn
 
@@ -21,11 +23,15 @@ from devices.compression.masks import apply_masks, global_masks, prunable
 from devices.compression.sizes import dense_bytes, nonzero_bytes
 from fedsim.errors import ConfigError, DataError
 from fedsim.models.bcresnet import BCResNet, BroadcastedBlock, SubSpectralNorm
+from fedsim.models.bcresnet_asc import BCResNetASC
+from fedsim.models.ds_cnn import DSCNN
+from fedsim.models.matchboxnet import MatchboxNet
 from fedsim.models.speech_resnet import SpeechResNet
+from fedsim.settings.compose import compose
 from fedsim.workloads.arrays import Arrays, ArrayWorkload
 from fedsim.workloads.augmenting import Augmentation
 from fedsim.workloads.bundle import Bundle
-from fedsim.workloads.log_mel import LogMel
+from fedsim.workloads.log_mel import LogMel, Mfcc
 from fedsim.workloads.partition import Iid, Natural
 from fedsim.workloads.speech_commands import FOLDER, KEYWORDS, SpeechCommands
 
@@ -72,6 +78,30 @@ def test_speech_resnets_have_the_published_sizes(depth: int, width: int, paramet
     assert model(torch.randn(2, *SHAPE)).shape == (2, 12)
 
 
+@pytest.mark.parametrize("tau, parameters", [(1, 8045), (2, 25_040), (4, 85_880), (6, 182_520), (8, 314_960)])
+def test_bcresnet_asc_has_the_published_size(tau: int, parameters: int):
+    """44.75 c^2 + 332 c + 2.5 c K with c = 10 tau and K = 10, whatever its norms by frequency; 315k are published."""
+    c = 10 * tau
+    assert parameters == 44.75 * c**2 + 332 * c + 2.5 * c * 10
+    for norm in ("none", "resnorm"):
+        assert sum(p.numel() for p in BCResNetASC((1, 256, 64), 10, tau, norm_in=norm).parameters()) == parameters
+
+
+def test_ds_cnn_has_the_size_of_its_layers():
+    """40 * 64 weights and 128 of the norm; four times 9 * 64 + 128 + 64 * 64 + 128; 65 * 12."""
+    assert sum(p.numel() for p in DSCNN((1, 10, 49), 12).parameters()) == 2560 + 128 + 4 * 4928 + 780 == 23_180
+
+
+@pytest.mark.parametrize(
+    "blocks, repeats, published, parameters", [(3, 1, 77, 77_214), (3, 2, 93, 92_766), (6, 2, 140, 138_846)]
+)
+def test_matchboxnets_have_the_published_sizes(blocks: int, repeats: int, published: int, parameters: int):
+    """Within 1 %, for the 30 classes of the first Speech Commands; 129 weights fewer for each class less."""
+    model = MatchboxNet((1, 64, 101), 30, blocks, repeats)
+    assert sum(p.numel() for p in model.parameters()) == parameters == pytest.approx(published * 1000, rel=0.01)
+    assert sum(p.numel() for p in MatchboxNet((1, 64, 101), 12, blocks, repeats).parameters()) == parameters - 18 * 129
+
+
 def test_speech_resnet_computes_what_its_definition_says():
     """res8 with two pairs written out: a map joins the next pair's sum before it is normalised."""
     model = noisy_norms(SpeechResNet(SHAPE, 3, width=5))
@@ -92,6 +122,41 @@ def test_shapes_of_the_stages():
         part.register_forward_hook(lambda module, args, out: seen.append(tuple(out.shape[1:])))
     assert model(torch.randn(1, *SHAPE)).shape == (1, 12)
     assert seen == [(128, 20, 101), (64, 20, 101), (96, 10, 101), (128, 5, 101), (160, 5, 101), (256, 1, 101)]
+
+
+def test_shapes_of_the_stages_for_scenes():
+    """Halved by the first convolution and by pools behind the first two stages, in frequency and in time."""
+    model, seen = BCResNetASC((1, 256, 101), 10, 8).eval(), []
+    for part in (model.stem, *(m for m in model.blocks if isinstance(m, BroadcastedBlock))):
+        part.register_forward_hook(lambda module, args, out: seen.append(tuple(out.shape[1:])))
+    features = model.features(torch.randn(1, 1, 256, 101))
+    first, second, rest = (80, 128, 51), (120, 64, 25), (160, 32, 12)
+    assert seen == [(160, 128, 51), first, first, second, second, rest, rest, *3 * [(200, 32, 12)]]
+    assert features.shape == (1, 200)
+
+
+def test_shapes_of_ds_cnn_and_matchboxnet():
+    small, box = DSCNN((1, 10, 49), 12).eval(), MatchboxNet((1, 64, 101), 12).eval()
+    assert small.body[:-2](torch.zeros(2, 1, 10, 49)).shape == (2, 64, 5, 25)
+    assert box.body[:-2](torch.zeros(2, 1, 64, 101)).shape == (2, 128, 101)
+    assert [m.kernel_size for m in box.modules() if isinstance(m, nn.Conv1d) and m.groups > 1] == [
+        *((11,), (13,), (15,), (17,), (29,))
+    ]
+
+
+@torch.no_grad()
+def test_an_impulse_reaches_54_frames_of_a_scene():
+    """2 frames by the stem, then one in each of 2, 2, 2 and 3 blocks, of 2, 4, 8 and 8 frames: 2 + 4 + 8 + 40 = 54."""
+    torch.manual_seed(0)
+    model = noisy_norms(BCResNetASC((1, 32, 401), 10, norm_in="none")).double()
+    quiet, impulse, seen = torch.zeros(1, 1, 32, 401).double(), torch.zeros(1, 1, 32, 401).double(), []
+    impulse[..., 200] = 100.0
+    model.blocks.register_forward_hook(lambda module, args, out: seen.append(out))
+    model(quiet), model(impulse)
+    changed = (seen[0] != seen[1]).any(2).any(1)[0].nonzero().flatten()
+    assert 8 * int(changed.min()) >= 200 - 54 - 8
+    assert 8 * int(changed.max()) <= 200 + 54
+    assert len(changed) >= 9
 
 
 @pytest.mark.parametrize("frames", [51, 201])
@@ -149,10 +214,19 @@ def test_half_of_the_channels_can_be_removed():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("make, operators", [(BCResNet, 60), (partial(SpeechResNet, width=48), 10)])
-def test_they_run_on_int8_kernels(make, operators: int):
+@pytest.mark.parametrize(
+    "make, shape, operators",
+    [
+        (BCResNet, SHAPE, 60),
+        (partial(SpeechResNet, width=48), SHAPE, 10),
+        (BCResNetASC, (1, 32, 101), 50),
+        (DSCNN, (1, 10, 49), 10),
+        (MatchboxNet, (1, 64, 101), 20),
+    ],
+)
+def test_they_run_on_int8_kernels(make, shape: tuple[int, ...], operators: int):
     torch.manual_seed(0)
-    model, x = noisy_norms(make(SHAPE, 12)), torch.randn(8, *SHAPE)
+    model, x = noisy_norms(make(shape, 12)), torch.randn(8, *shape)
     network = int8_network(model, x)
     assert len(integer_operators(network)) >= operators
     assert float((network(x) - model(x)).abs().mean() / model(x).abs().mean()) < 0.1
@@ -174,6 +248,12 @@ def test_a_fifth_of_the_weights_in_int8_takes_a_twentieth_of_the_bytes():
             partial(BCResNet, SHAPE, 12, tau=1.3),
             "model.tau must be a multiple of 1/8, got 1.3",
         ),
+        (
+            partial(BCResNetASC, SHAPE, 10),
+            "40 frequencies leave 10 rows .* 32 frequencies fit, or model.bands=5",
+        ),
+        (partial(BCResNetASC, (1, 32, 6), 10), "model bcresnet_asc needs images .* of at least 7x7"),
+        (partial(BCResNetASC, (1, 32, 9), 10, tau=0.25), "model.tau must be a multiple of 1/10, got 0.25"),
         (partial(BCResNet, SHAPE, 12, dropout=1), r"model.dropout must be in \[0, 1\)"),
         (partial(BCResNet, (16000,), 12), "model bcresnet needs images"),
         (partial(SpeechResNet, SHAPE, 12, depth=9), "model.depth must be 8, 15 or 26, got 9"),
@@ -204,6 +284,36 @@ def test_twice_the_amplitude_adds_ln_4():
     )
 
 
+def test_a_second_becomes_49_frames_of_10_coefficients():
+    """Windows of 40 ms every 20 ms: 1 + (1000 - 40) / 20. The first coefficient of flat bands is sqrt(40) times one."""
+    found = Mfcc()(torch.zeros(2, 16000))
+    assert found.shape == (2, 1, 10, 49)
+    assert Mfcc()(torch.zeros(0, 16000)).shape == (0, 1, 10, 49)
+    expected = torch.zeros(2, 1, 10, 49)
+    expected[:, :, 0] = math.sqrt(40) * math.log(1e-6)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("option, settings", [("mfcc", {}), ("mfcc_64", {"center": True, "f_min": 0.0, "f_max": None})])
+def test_coefficients_are_those_of_torchaudio(option: str, settings: dict):
+    """All of them as of torchaudio's own transform; without the last ones, what it gives is cut."""
+    tree = compose(["workload=kws", f"workload/features={option}"])["workload"]["features"]
+    front_end = hydra.utils.instantiate(tree)
+    mel = {
+        "n_fft": tree.get("fft", 640),
+        "win_length": tree["window"],
+        "hop_length": tree["hop"],
+        "n_mels": tree["mels"],
+    }
+    mel |= {"f_min": 20.0, "f_max": 4000.0, "center": False, **settings}
+    theirs = torchaudio.transforms.MFCC(16000, tree["coefficients"], log_mels=True, melkwargs=mel)
+    sound = 0.1 * torch.randn(3, 16000, generator=torch.Generator().manual_seed(0))
+    found = front_end(sound)
+    torch.testing.assert_close(found[:, 0], theirs(sound), rtol=0, atol=1e-3)
+    assert found.shape[1:] == ((1, 10, 49) if option == "mfcc" else (1, 64, 101))
+    assert torch.equal(found[1:2], front_end(sound[1:2]))
+
+
 def test_a_tone_is_loudest_in_its_band():
     """1 kHz is 1000 of 2840 mel (2595 log10(1 + f / 700)): band 13.4 of 40 + 1."""
     tone = torch.sin(2 * math.pi * 1000 * torch.arange(16000) / 16000)[None]
@@ -226,6 +336,15 @@ def test_a_clip_does_not_depend_on_its_batch():
 def test_wrong_settings_of_the_front_end(wrong: dict, sentence: str):
     with pytest.raises(ConfigError, match=sentence):
         LogMel(**wrong)
+
+
+def test_wrong_settings_of_the_coefficients():
+    with pytest.raises(ConfigError, match=r"features.coefficients must be at most workload.features.mels=8, got 9"):
+        Mfcc(coefficients=9, mels=8)
+    with pytest.raises(ConfigError, match=r"low_hz < high_hz <= 4000, half the sample rate, got 20 and 5000"):
+        Mfcc(8000, high_hz=5000.0)
+    with pytest.raises(ConfigError, match=r"unknown workload/features 'mfc'; did you mean 'mfcc'"):
+        compose(["workload=kws", "workload/features=mfc"])
 
 
 def sound_workload(**settings) -> ArrayWorkload:
@@ -253,6 +372,10 @@ def test_standard_is_of_the_spectrograms():
 
 def test_front_ends_are_for_sound_only_and_for_its_sample_rate(tmp_path):
     part = Arrays(np.zeros((4, 8), np.float32), np.zeros(4, int))
+    with pytest.raises(
+        ConfigError, match=r"must be a front-end, .* got '?mfcc'?; .* a slash, e.g. workload/features=mfcc"
+    ):
+        array_workload("w", part, part, ["a"], "tabular", SpeechResNet, Iid(), 2, seed=1, features="mfcc")
     with pytest.raises(ConfigError, match=r"workload.features is for sound, and w holds tabular \[4, 8\]"):
         array_workload("w", part, part, ["a"], "tabular", SpeechResNet, Iid(), 2, seed=1, features=LogMel())
     for split in ("train", "test"):

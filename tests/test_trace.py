@@ -25,7 +25,7 @@ from fedsim.settings.groups import model_settings
 CONFIGS = Path(__file__).parent.parent / "configs"
 VISION = ["resnet18", "mobilenet_v2", "mobilenet_v3_small", "shufflenet_v2_x1_0", "squeezenet1_1", "efficientnet_b0"]
 VISION += ["vit_b_16"]
-IMAGES = {"femnist_cnn": (1, 28, 28), "char_lstm": (12,), **dict.fromkeys(SPEECH, (1, 40, 101))}
+IMAGES = {"femnist_cnn": (1, 28, 28), "char_lstm": (12,), **SPEECH}
 
 
 def row(table: LayerTable, kind: str) -> tuple[float, ...]:

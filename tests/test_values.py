@@ -28,6 +28,7 @@ from fedsim.settings.check import check
 from fedsim.settings.compose import compose
 from fedsim.settings.groups import GROUPS, Settings, options
 from fedsim.settings.parameters import check_parameters
+from fedsim.settings.run_settings import TEXTS
 from fedsim.workloads import host_memory as host
 
 ODD: dict[str, Any] = {
@@ -56,6 +57,8 @@ IMAGES = ("workload.input_shape=[1,28,28]",)
 NEEDED = {
     "model": IMAGES,
     "model=mlp": (),
+    "model=bcresnet": ("workload.input_shape=[1,40,7]",),
+    "model=bcresnet_asc": ("workload.input_shape=[1,32,7]",),
     "stream": (*IMAGES, "rounds=4", "stream.tasks=2", "partition=iid"),
     "stream=none": (),
     "workload=blobs": (),
@@ -63,7 +66,7 @@ NEEDED = {
 # They need files, or token sequences.
 LEFT_OUT = {
     "workload": set(options("workload")) - {"blobs"},
-    "model": {"char_lstm", "bcresnet", "speech_resnet"},
+    "model": {"char_lstm"},
     "stream": {"domains"},
     "latency": {"help"},
 }
@@ -140,8 +143,9 @@ def walk(chosen: list[tuple[str, str, tuple[str, ...], str]]) -> int:
         assert len(sentence) < 3000, where
         assert time.process_time() - started < 10, where
         large = isinstance(ODD[what], int | float) and ODD[what] == ODD[what] and abs(ODD[what]) > 1e17
-        # A seed may be any whole number, and a learning rate anything: where it leads to NaN, the run says so.
-        if large and path[-1] not in ("lr", "seed"):
+        # A seed may be any whole number, a name any word, and a learning rate anything: where it leads to NaN, the run
+        # says so.
+        if large and path[-1] not in ("lr", "seed", *TEXTS):
             assert sentence, f"{where} was taken"
         refused += bool(sentence)
     return refused

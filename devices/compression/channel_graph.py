@@ -118,7 +118,8 @@ def find_groups(model: nn.Module, example: Tensor, network: str) -> dict[str, Ch
             else:
                 continue  # an operation without weights
             couplings.append(Coupling(place[0], side, place[1], place[2], _entries(item, channels, place[0], network)))
-        if not is_output:
+        # Without a layer that makes them, they are channels of the input, which a depthwise layer came first to.
+        if not is_output and any(c.side == "out" and c.layer in order for c in couplings):
             found.append(_group(model, channels, couplings, order))
     found.sort(key=lambda group: order[group.name])
     return {group.name: group for group in found}

@@ -288,8 +288,8 @@ class ChannelGroups:
             raise DeviceError(f"network {name} cannot run with fewer channels: {reason}") from failure
         if error > PROBE_ERROR:
             raise DeviceError(
-                f"network {name} mixes its channels outside convolutions and linear layers (a softmax or a reshape "
-                "over channels), so that removing some changes the others; it cannot be narrowed"
+                f"network {name} mixes its channels outside convolutions and linear layers (a norm, a softmax or a "
+                "reshape over channels), so that removing some changes the others; it cannot be narrowed"
             )
 
 

@@ -6,6 +6,7 @@ the batch, as published: clients' statistics are averaged with their weights (`m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from devices.bounds import checked
 from fedsim.errors import ConfigError
+from fedsim.models.frequency_norms import NormIn, Positive, Share, chain, frequency_norm, mixed_styles
 from fedsim.models.shapes import DropoutRate, HeadedNetwork, Size, image_shape
 
 STAGES = ((2, 1, 1), (2, 2, 2), (4, 2, 4), (4, 1, 8))  # blocks, frequency stride of the first one, dilation in time
@@ -30,6 +32,10 @@ class BCResNet(HeadedNetwork):
         tau: the paper's multiplier of 8 channels (1, 1.5, 2, 3, 6 or 8 there); 8 tau must be whole.
         bands: frequency bands that are normalised apart.
         dropout: rate at which a block drops whole channels.
+        norm_in: norm by frequency of the input and behind each stage: none, resnorm, rfn or ifn.
+        norm_weight: lambda of it; None is 0.1 for resnorm and 0.5 for rfn.
+        mixstyle: share of training batches whose styles are mixed (`FreqMixStyle`); 0 is none.
+        mixstyle_alpha: how far; see there.
     Source: Kim et al., "Broadcasted Residual Learning for Efficient Keyword Spotting", Interspeech 2021, table 1 and
         its official code. Differs: the last 1x1 convolution, behind the average, is written as a linear layer.
     """
@@ -41,32 +47,34 @@ class BCResNet(HeadedNetwork):
         tau: Annotated[float, Gt(0)] = 1.0,
         bands: Size = 5,
         dropout: DropoutRate = 0.1,
+        norm_in: NormIn = "none",
+        norm_weight: Share | None = None,
+        mixstyle: Share = 0.0,
+        mixstyle_alpha: Positive = 0.3,
     ):
         super().__init__()
         channels, height, _ = image_shape("bcresnet", input_shape, smallest=5)
         if 8 * tau != int(8 * tau):
             raise ConfigError(f"model.tau must be a multiple of 1/8, got {tau!r}")
-        left = height
-        for _ in range(3):
-            left = (left + 1) // 2
-            if left % bands:
-                raise ConfigError(
-                    f"model bcresnet normalises model.bands={bands} bands apart, and {height} frequencies leave {left} "
-                    f"rows in between, which they do not divide; {8 * bands} frequencies fit"
-                )
-        if left < 5:
-            raise ConfigError(f"model bcresnet needs 5 rows behind its stages, and {height} frequencies leave {left}")
+        rows = [-(-height // 2), -(-height // 4), -(-height // 8)]
+        check_bands("bcresnet", height, rows, bands, fewest=5)
         base = int(8 * tau)
         widths = [base, base * 3 // 2, 2 * base, base * 5 // 2]
-        self.stem = nn.Sequential(
-            nn.Conv2d(channels, 2 * base, 5, stride=(2, 1), padding=2, bias=False), nn.BatchNorm2d(2 * base), nn.ReLU()
+        self.stem = chain(
+            *mixed_styles(mixstyle, mixstyle_alpha),
+            *frequency_norm(norm_in, norm_weight),
+            nn.Conv2d(channels, 2 * base, 5, stride=(2, 1), padding=2, bias=False),
+            nn.BatchNorm2d(2 * base),
+            nn.ReLU(),
         )
-        blocks, before = [], 2 * base
+        blocks: list[nn.Module] = []
+        before = 2 * base
         for width, (count, stride, dilation) in zip(widths, STAGES, strict=True):
             for i in range(count):
                 blocks.append(BroadcastedBlock(before, width, 1 if i else stride, dilation, bands, dropout))
                 before = width
-        self.blocks = nn.Sequential(*blocks)
+            blocks += frequency_norm(norm_in, norm_weight)
+        self.blocks = chain(*blocks)
         self.tail = nn.Sequential(
             nn.Conv2d(before, before, 5, padding=(0, 2), groups=before, bias=False),
             nn.Conv2d(before, 4 * base, 1, bias=False),
@@ -78,6 +86,33 @@ class BCResNet(HeadedNetwork):
     def features(self, x: Tensor) -> Tensor:
         """Returns what the head sees: [batch, 32 tau] from x [batch, 1, frequencies, frames]."""
         return F.adaptive_avg_pool2d(self.tail(self.blocks(self.stem(x))), 1).flatten(1)
+
+
+def check_bands(model: str, height: int, rows: Sequence[int], bands: int, fewest: int = 1) -> None:
+    """Refuses frequencies whose bands cannot be normalised apart.
+
+    Args:
+        model: what the error calls the network, which halves the frequencies three times.
+        height: frequencies of the input.
+        rows: what is left of them where norms stand, falling.
+        bands: must divide each of these.
+        fewest: rows that must be left in the end.
+
+    Raises:
+        ConfigError: with what would fit.
+    """
+    for left in rows:
+        if left % bands:
+            common = math.gcd(*rows)
+            instead = f", or model.bands={common}" if common > 1 and rows[-1] >= fewest else ""
+            raise ConfigError(
+                f"model {model} normalises model.bands={bands} bands apart, and {height} frequencies leave {left} "
+                f"rows in between, which they do not divide; {8 * bands} frequencies fit{instead}"
+            )
+    if rows[-1] < fewest:
+        raise ConfigError(
+            f"model {model} needs {fewest} rows behind its stages, and {height} frequencies leave {rows[-1]}"
+        )
 
 
 class BroadcastedBlock(nn.Module):

@@ -13,6 +13,7 @@ import torch
 from annotated_types import Ge, Interval
 from torch import Tensor, nn
 
+from devices.texts import as_yaml
 from fedsim.errors import ConfigError, DataError
 from fedsim.seeding import generator, torch_generator
 from fedsim.workloads.augmenting import Augmentation
@@ -204,6 +205,11 @@ class ArrayWorkload(ClassificationWorkload):
         if input_range == "standard" and data.kind == "text":
             raise ConfigError(
                 f"workload.input_range=standard is for numbers and {data.source} holds tokens: set it to unit"
+            )
+        if features is not None and not callable(features):
+            raise ConfigError(
+                f"workload.features must be a front-end, made by a `_target_`, got {as_yaml(features)}; by name "
+                "one is taken with a slash, e.g. workload/features=mfcc"
             )
         self.is_sound = data.kind == "audio" and data.train.x.ndim == 2
         for key, given in (("features", features), ("augment", augment)):

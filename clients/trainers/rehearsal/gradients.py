@@ -23,7 +23,8 @@ from fedsim.errors import ConfigError
 from fedsim.workloads.base import Tensors, Workload
 from fedsim.workloads.classification import classification
 
-Layer = nn.Linear | nn.Conv2d
+Convolution = nn.Conv1d | nn.Conv2d
+Layer = nn.Linear | Convolution
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
@@ -94,7 +95,7 @@ def layers_of(model: nn.Module) -> list[Layer]:
     for module in model.modules():
         trained = any(p.requires_grad for p in module.parameters(recurse=False))
         plain = isinstance(module, nn.Linear) or (
-            isinstance(module, nn.Conv2d) and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+            isinstance(module, Convolution) and module.padding_mode == "zeros" and not isinstance(module.padding, str)
         )
         if trained and plain:
             found.append(module)  # type: ignore[arg-type]
@@ -169,10 +170,14 @@ def watched(
             hook.remove()
 
 
-def convolution_gradients(layer: nn.Conv2d, error: Tensor, inputs: Tensor) -> Tensor:
+def convolution_gradients(layer: Convolution, error: Tensor, inputs: Tensor) -> Tensor:
     """Returns each example's gradient of a convolution's weights and bias, [n, weights], from its patches."""
     n, groups = len(error), layer.groups
-    patches = F.unfold(inputs, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # type: ignore[arg-type]
+    kernel, dilation, padding, stride = layer.kernel_size, layer.dilation, layer.padding, layer.stride
+    if isinstance(layer, nn.Conv1d):  # one row of an image
+        inputs = inputs.unsqueeze(2)
+        kernel, dilation, padding, stride = (1, *kernel), (1, *dilation), (0, *padding), (1, *stride)
+    patches = F.unfold(inputs, kernel, dilation, padding, stride)  # type: ignore[arg-type]
     patches = patches.view(n * groups, -1, patches.shape[-1])  # [n * groups, in / groups * kernel, places]
     flat = error.flatten(2)
     weight = torch.bmm(flat.reshape(n * groups, -1, flat.shape[-1]), patches.transpose(1, 2)).view(n, -1)
