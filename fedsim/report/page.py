@@ -64,8 +64,8 @@ from fedsim.report.text import late_note
 from fedsim.workloads.by_class import CALIBRATION, CLASSES, ECE, MACRO_F1
 from fedsim.workloads.by_class import CONFUSION as CONFUSED
 from fedsim.workloads.describe import Split
+from fedsim.workloads.metrics import ACCURACY, Metric, judged, took_part
 from fedsim.workloads.metrics import CLIENTS as OF_CLIENTS
-from fedsim.workloads.metrics import Metric, judged, took_part
 
 OF_AN_EXCHANGE = (
     "Seconds and joules are of a completed exchange: a client that is asked to train, or to judge a model. Tail J is "
@@ -353,8 +353,8 @@ def _by_class(summary: dict[str, Any]) -> Iterator[Part]:
     if bins := [(b["confidence"], b["accuracy"]) for b in summary.get(CALIBRATION, ()) if b["predictions"]]:
         drawn.append(reliability(bins))
     final = summary.get("final", {})
-    said = [f"macro F1 {100 * final[MACRO_F1]:.1f} %"] if MACRO_F1 in final else []
-    said += [f"calibration error {100 * final[ECE]:.1f} %"] if ECE in final else []
+    said = [f"macro F1 {ACCURACY.with_unit(final[MACRO_F1])}"] if MACRO_F1 in final else []
+    said += [f"calibration error {ACCURACY.with_unit(final[ECE])}"] if ECE in final else []
     if classes or drawn:
         note = f"On the test set, with the last model that was judged: {', '.join(said)}." if said else ""
         yield Part("Class by class", drawn, [classes_table(classes)] if classes else [], note)
