@@ -104,6 +104,7 @@ def test_a_method_is_explained_by_paper_halves_records_settings_command_and_stud
         ("fedmix", "averages, up, once for each version"),
         ("fjord", "arrays, down and up: the tensors of the part"),  # by a class above
         ("fedbn", "but those of private=[norm]; nothing else"),
+        ("dp_fedavg", "the weights, both ways; nothing else"),  # "Records: none of its own."
     ],
 )
 def test_what_a_method_sends_is_said(method: str, sent: str):

@@ -14,8 +14,10 @@ from pathlib import Path
 import fedsim
 
 MAX_ABOVE = 12  # classes that one is followed up to
-SOURCE = re.compile(r"\bSource:\s+(.+?)(?=\n\s*\n|\s+Records:|\s+State:|$)", re.DOTALL)  # to the end of its paragraph
-RECORDS = re.compile(r"\bRecords(?:, beside the weights)?:\s+(.+?)(?=\s+State:|$)", re.DOTALL)  # of the docstring
+SOURCE = re.compile(r"\bSources?:\s+(.+?)(?=\n\s*\n|\s+Records:|\s+State:|$)", re.DOTALL)  # to the end of its paragraph
+RECORDS = re.compile(
+    r"\bRecords(?:, beside the weights)?:\s+(?!none\b)(.+?)(?=\s+State:|$)", re.DOTALL
+)  # of the docstring
 SEE = re.compile(r"Records:\s+see\s+`([\w.]+)`")
 BESIDE = str(Path(fedsim.__file__).resolve().parent.parent)  # our other packages are beside fedsim
 
