@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import TINY
 from sent_folder import write_module
 
@@ -230,6 +231,32 @@ def test_options_of_ones_own_set_nothing_of_hydras(own: Path, fedsim: Callable):
     assert (code, err.count("\n")) == (2, 1)
     assert "sets hydra" in err
     assert not Path("B").exists()
+
+
+OF_HYDRA = {
+    "launcher/basic": "_target_: evil.L\n",
+    "sweeper/basic": "_target_: evil.L\n",
+    "config": "no_such_key: 1\n",
+    "launcher/mine": "- no map\n",
+}
+COMPOSING = (["run", *SHORT], ["run", "-m", *SHORT, "seed=1,2"], ["explain", "method", "fedavg"], ["study", "s.yaml"])
+
+
+@pytest.mark.parametrize("name", OF_HYDRA)
+@pytest.mark.parametrize("command", COMPOSING, ids=["run", "sweep", "explain", "study"])
+def test_a_folder_of_options_has_none_of_hydras(own: Path, fedsim: Callable, name: str, command: list[str]):
+    Path("s.yaml").write_text(yaml.safe_dump({"title": "T", "arms": {"A": [*SHORT]}}))
+    file = own / "hydra" / f"{name}.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text(OF_HYDRA[name])
+    code, _, err = fedsim(*command)
+    assert (code, err.count("\n")) == (2, 1), err
+    assert f"hydra/{name}.yaml sets hydra" in err
+    own.rename("theirs")
+    if command[0] == "run":
+        code, _, err = fedsim(*command, "--config-dir", "theirs")
+        assert (code, err.count("\n")) == (2, 1), err
+        assert f"theirs/hydra/{name}.yaml sets hydra" in err
 
 
 def test_a_study_of_the_users_configs_goes_with_their_options_and_another_folders_does_not(own: Path):

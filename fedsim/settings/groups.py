@@ -40,9 +40,12 @@ def config_folders() -> list[Path]:
     They are fedsim's, those of `--config-dir`, `configs` of the working folder, and those of plug-ins.
 
     Raises:
-        ConfigError: for an option in one of the user's that another one has, too, or that is not the user's.
+        ConfigError: for an option in one of the user's that another one has, too, or that is not the user's, and for
+            what would take the place of Hydra's own settings.
     """
     others, own = [config_dir(), *plugin_folders()], own_folders()
+    for folder in (*own, *others[1:]):
+        refuse_of_hydra(folder)
     for number, folder in enumerate(own):
         _check_options(folder, [*others, *own[:number]])
     return [others[0], *own, *others[1:]]
@@ -57,6 +60,26 @@ def own_folders() -> list[Path]:
     if here is None or here == config_dir() or all((here / name).is_file() for name in ("__init__.py", "run.yaml")):
         return searched()
     return [*searched(), here]
+
+
+def refuse_of_hydra(folder: Path) -> None:
+    """Refuses a folder of options with a folder `hydra`: its files would take the place of Hydra's own.
+
+    Raises:
+        ConfigError: naming the first file in it.
+    """
+    if (place := folder / "hydra").is_dir():
+        file = min(place.rglob("*.yaml"), default=place)
+        key = ".".join(file.relative_to(folder).parent.parts if file.is_file() else ("hydra",))
+        raise sets_hydra(key, file)
+
+
+def sets_hydra(key: str, where: Path | str) -> ConfigError:
+    """Returns the error for what sets something of Hydra's own."""
+    return ConfigError(
+        f"{where} sets {key}: Hydra would act on that by itself, so a config tree may not set it; give it on the "
+        "command line"
+    )
 
 
 def _check_options(folder: Path, others: Sequence[Path]) -> None:
