@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from fedsim.errors import ConfigError
 from fedsim.report.rounds import RoundReport
 from fedsim.study import compare as comparisons
 from fedsim.study.compare import run_folders
-from fedsim.study.page import to_target
+from fedsim.study.page import text_of, to_target
 from fedsim.study.paired import Row, correction, half_width_of, holm, p_value, scored, span
 from fedsim.study.tables import result_table
 
@@ -132,6 +133,66 @@ def test_a_sweep_a_study_and_a_pattern_stand_for_their_runs_in_their_order(tmp_p
     arms = [made(tmp_path / "study" / arm / f"seed-{seed}", arm, seed, 0.5) for arm in "ab" for seed in (1, 2)]
     made(tmp_path / "study" / "a" / "seed-2.unfinished-1", "a", 2, 0.5)
     assert run_folders([tmp_path / "study"]) == arms
+
+
+def test_all_runs_below_a_folder_are_found_at_any_depth(tmp_path):
+    """Single runs beside a sweep and a study; not what is put aside, hidden, or in a run's own folder; links are."""
+    made(tmp_path / "away", "plain", 1, 0.5)
+    names = ("runs/a", "runs/sweep/0", "runs/study/Arm/seed-1", "runs/more/study/Arm/seed-1")
+    runs = [made(tmp_path / name, "plain", 1, 0.5) for name in names]
+    for left_out in ("runs/.hidden", "runs/a/inner", "runs/study/Arm/seed-2.unfinished-1"):
+        made(tmp_path / left_out, "plain", 1, 0.5)
+    (tmp_path / "runs" / "z").symlink_to(tmp_path / "away")
+    assert set(run_folders([tmp_path / "runs"])) == {*runs, tmp_path / "runs" / "z"}
+
+
+SUMMARY = {
+    **dict.fromkeys(("method", "workload", "fleet"), ""),
+    **dict.fromkeys(("seed", "rounds", "down_bytes", "up_bytes", "peak_memory_bytes", "storage_bytes"), 1),
+    **dict.fromkeys(("simulated_s", "host_s"), 1.0),
+    **{"final": {"accuracy": 0.5}, "best": {"accuracy": 0.5, "round": 1}, "outcomes": {"completed": 1}},
+    **{"energy_j": {"total": 2.0, "max_client": 1.0, "waiting": 0.0}, "to_target": None},
+}
+
+
+def judged_on(run: Path, workload: str, **data: str) -> Path:
+    """Has a run say on which data it was judged; without any it is not finished."""
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["choices"]["workload"] = workload
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    if data:
+        figures = {**SUMMARY, "data": {f"test {key}": value for key, value in data.items()}}
+        (run / "summary.json").write_text(json.dumps(figures))
+    return run
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "is_compared"),
+    [
+        (("digits", {"x": "A", "y": "B"}), ("digits", {"x": "A", "y": "B"}), True),
+        (("digits", {"x": "A", "y": "B"}), ("mine", {"x": "A", "y": "B"}), True),  # the same data by another name
+        (("digits", {"x": "A", "y": "B"}), ("digits", {"x": "A", "y": "C"}), False),
+        (("digits", {"x": "A", "y": "B"}), ("blobs", {"y": "C"}), False),
+        (("digits", {"x": "A", "y": "B"}), ("blobs", {}), False),
+        (("digits", {}), ("digits", {"x": "A"}), True),
+    ],
+)
+def test_scores_on_other_test_data_have_no_difference(tmp_path, one, other, is_compared):
+    for name, (workload, data) in (("a", one), ("b", other)):
+        for seed in (1, 2, 3):
+            judged_on(made(tmp_path / f"{name}{seed}", name, seed, 0.5 + 0.01 * seed), workload, **data)
+    result = comparisons.compare([tmp_path])
+    row = result.rows[1]
+    assert math.isnan(row.difference) == math.isnan(row.p) == (not is_compared)
+    words = "judged on other test data than a"
+    assert (words in str(result_table(result).caption)) == (words.capitalize() in text_of(result, {})) != is_compared
+
+
+def test_the_pages_command_is_the_one_that_compares(tmp_path):
+    for seed in (1, 2):
+        made(tmp_path / "sweep" / str(seed), "plain", seed, 0.5)
+    result = comparisons.compare([tmp_path / "sweep"], last=1, target=0.4)
+    assert f"```\nfedsim compare {tmp_path / 'sweep'} --against plain --last 1 --target 0.4\n```" in text_of(result, {})
 
 
 def reports(count: int, every: int) -> list[RoundReport]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,13 @@ from fedsim.settings.groups import GROUPS
 from fedsim.study.paired import common_metric, compare_rows
 from fedsim.study.results import FinishedRun, Result
 from fedsim.study.spec import Arm, PlannedRun, Study
+from fedsim.workloads.fingerprint import DATA, TEST
 from fedsim.workloads.metrics import Metric, judged
 
 NAME = "comparison"  # of what is compared by itself, and of its files
 IGNORED = ("seed", "out", "name", "choices", "checkpoint_s", "engine", "logger")  # in which runs of one row may differ
 OF_METHOD = ("strategy", "trainer", "method", "experiment")  # groups that the name of a method stands for
 ASIDE = ".unfinished-"  # in the name of what a study has put aside
-DEPTH = 2  # folders below the given one: of a sweep the runs, of a study the arms with their runs
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,12 @@ class ReadRun:
         chosen = self.settings["choices"]
         usual = chosen.get("method") or f"{chosen.get('strategy')}+{chosen.get('trainer')}"
         return str(self.summary.get("method") or usual)
+
+    @property
+    def test_data(self) -> dict[str, Any]:
+        """Returns what its fingerprint says of the data that models are judged by; nothing where it has none."""
+        found = self.summary.get(DATA)
+        return {key: value for key, value in found.items() if TEST in key} if isinstance(found, dict) else {}
 
 
 def compare(
@@ -87,7 +94,7 @@ def compare(
     groups = {first: groups[first], **groups}
     study = Study(
         name=NAME,
-        title=f"{len(runs)} runs",
+        title=f"{len(runs)} run{'s' if len(runs) > 1 else ''}",
         arms=tuple(Arm(label, (), label) for label in groups),
         seeds=tuple(sorted({run.settings["seed"] for run in runs})),
         against=first,
@@ -108,7 +115,20 @@ def _result(groups: Mapping[str, Mapping[int, ReadRun]], study: Study, metric: M
         ]
         for arm in study.arms
     }
-    return Result(study, metric, compare_rows(rounds, study.last, study.against, metric), {}, finished)
+    base = groups[study.against]
+    elsewhere = {
+        label: {seed for seed, run in group.items() if seed in base and not _is_judged_alike(run, base[seed])}
+        for label, group in groups.items()
+    }
+    return Result(study, metric, compare_rows(rounds, study.last, study.against, metric, elsewhere), {}, finished)
+
+
+def _is_judged_alike(run: ReadRun, base: ReadRun) -> bool:
+    """Returns whether two runs were judged on the same test data; where they do not tell, on the same workload."""
+    own, other = run.test_data, base.test_data
+    if common := own.keys() & other.keys():
+        return all(own[key] == other[key] for key in common)
+    return bool(run.settings["choices"].get("workload") == base.settings["choices"].get("workload"))
 
 
 def run_folders(given: Iterable[Path]) -> list[Path]:
@@ -137,12 +157,16 @@ def _spread(pattern: Path) -> list[Path]:
 
 
 def _below(folder: Path) -> list[Path]:
-    for depth in range(1, DEPTH + 1):
-        pattern = "/".join(["*"] * depth)
-        found = {p.parent for p in folder.glob(f"{pattern}/rounds.jsonl") if ASIDE not in p.parent.name}
-        if found:
-            return sorted(found, key=lambda p: [(len(part), part) for part in p.relative_to(folder).parts])
-    return []
+    return sorted(_runs_in(folder), key=lambda p: [(len(part), part) for part in p.relative_to(folder).parts])
+
+
+def _runs_in(folder: Path) -> Iterator[Path]:
+    """Yields all runs below a folder, single ones and those of sweeps and studies; a link to a run is one of them."""
+    for above, names, _ in os.walk(folder):
+        names[:] = [name for name in names if ASIDE not in name and not name.startswith(".")]
+        runs = [name for name in names if (Path(above) / name / "rounds.jsonl").is_file()]
+        yield from (Path(above) / name for name in runs)
+        names[:] = [name for name in names if name not in runs]
 
 
 def _read(folder: Path, metric: Metric) -> ReadRun:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,11 +13,13 @@ from devices.texts import visible_lines
 from devices.units import energy, simulated, size
 from devices.writing import write_atomic
 from fedsim.report.plots.style import METRICS
-from fedsim.study.paired import Row, span
+from fedsim.study.compare import NAME, run_folders
+from fedsim.study.paired import Row, span, unmatched
 from fedsim.study.results import Result, cost_of_target
+from fedsim.study.spec import Study
 
 PAGE = "study.md"
-MAX_COLUMNS = 8
+MAX_COLUMNS, MOST_NAMED = 8, 12  # of a table; folders in a command
 
 
 def write_page(result: Result, failed: Mapping[str, str], out: Path, name: str = PAGE) -> None:
@@ -31,11 +34,11 @@ def write_page(result: Result, failed: Mapping[str, str], out: Path, name: str =
 def text_of(result: Result, failed: Mapping[str, str]) -> str:
     """Returns the page as Markdown."""
     study = result.study
-    command = shlex.join(["fedsim", "study", study.name, *study.own])
+    command = compare_command(result) if study.name == NAME else study_command(study)
     parts = [
         f"# {_plain(study.title)}",
         study.question,
-        f"```\n{command}\n```",
+        f"```\n{command}\n```" if command else "",
         _table(_columns(result)),
         _table({"arm": [row.label for row in result.rows], **columns}) if (columns := to_target(result)) else "",
         "  \n".join(_notes(result)),
@@ -43,6 +46,43 @@ def text_of(result: Result, failed: Mapping[str, str]) -> str:
         study.reading if not study.own else "",
     ]
     return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
+
+
+def study_command(study: Study) -> str:
+    """Returns the command that runs a study."""
+    return shlex.join(["fedsim", "study", study.name, *study.own])
+
+
+def compare_command(result: Result, target: str = "") -> str:
+    """Returns the command that compares these runs; empty where there are too many to name.
+
+    Args:
+        result: of which.
+        target: that is asked for instead, without the row that others are compared with.
+    """
+    study = result.study
+    given = _given([str(run.run.folder) for runs in result.runs.values() for run in runs])
+    against = ["--against", study.against] if study.name == NAME and not target else []
+    last = ["--last", str(study.last)] if study.last is not None else []
+    target = target or (f"{study.target:g}" if study.target is not None else "")
+    return (
+        shlex.join(["fedsim", "compare", *given, *against, *last, *(["--target", target] if target else [])])
+        if given
+        else ""
+    )
+
+
+def _given(folders: Sequence[str]) -> list[str]:
+    """Returns the runs as a command takes them: the folder that holds them and no others, or each."""
+    try:
+        above = os.path.commonpath([os.path.dirname(folder) for folder in folders]) if folders else ""
+    except ValueError:  # some absolute, some not
+        above = ""
+    here = Path.cwd()
+    is_small = above and Path(above) not in (here, *here.parents)  # these may hold a whole disk
+    if is_small and {str(folder) for folder in run_folders([Path(above)])} == set(folders):
+        return [above]
+    return list(folders) if len(folders) <= MOST_NAMED else []
 
 
 def _columns(result: Result) -> dict[str, list[str]]:
@@ -115,7 +155,7 @@ def _notes(result: Result) -> list[str]:
             f"Differences are paired by seed, each with its own 95 % interval; bold: p < 0.05 after Holm's correction "
             f"for the {count} of the table."
         )
-    return notes
+    return [*notes, *(f"{line[0].upper()}{line[1:]}." for line in unmatched(result.rows, study.against))]
 
 
 def scores_are_of(last: int | None, rows: Sequence[Row]) -> str:

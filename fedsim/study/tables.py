@@ -9,7 +9,7 @@ from devices.units import energy, simulated, size
 from fedsim.report.plots.style import METRICS
 from fedsim.report.terminal import PlainTable, table
 from fedsim.study.page import figure, label, score, scores_are_of, to_target
-from fedsim.study.paired import correction
+from fedsim.study.paired import correction, unmatched
 from fedsim.study.results import Result
 
 HEADING = 15  # characters of a line of a heading, so that the arms keep their room
@@ -26,22 +26,10 @@ def result_table(result: Result) -> PlainTable:
     notes = [text] if (text := scores_are_of(study.last, result.rows)) else []
     if "difference" in columns and (note := correction(result.rows)):
         notes.append(note)
-    shown.caption = "\n".join([*notes, *unmatched(result)]) or None
+    shown.caption = "\n".join([*notes, *unmatched(result.rows, study.against)]) or None
     for number, row in enumerate(result.rows):
         shown.add_row(label(row, len(study.seeds)), *(cells[number] for cells in columns.values()))
     return shown
-
-
-def unmatched(result: Result) -> list[str]:
-    """Returns a line for rows whose seeds are not those of the row that they are compared with."""
-    base = next((set(row.scores) for row in result.rows if row.label == result.study.against), set())
-    alone = [row.label for row in result.rows if base and not base & set(row.scores)]
-    some = [row for row in result.rows if base & set(row.scores) and set(row.scores) != base]
-    lines = [f"no seed in common with {result.study.against}, so no difference: {', '.join(alone)}"] if alone else []
-    for row in some:
-        seeds = ", ".join(map(str, sorted(base & set(row.scores))))
-        lines.append(f"difference of {row.label}: over the seeds in common, {seeds}")
-    return lines
 
 
 def scores(result: Result) -> dict[str, list[str]]:
