@@ -14,7 +14,7 @@ import yaml
 
 from devices.errors import FileError, one_line
 from devices.reading import read_text, read_yaml
-from fedsim.settings.docstrings import records_of, source_of, written_about
+from fedsim.settings.docstrings import Written, records_of, says_records, source_of, written_about
 from fedsim.settings.groups import GROUPS, PRIMARY, config_folders, option_file, options, target_of
 from fedsim.settings.hydra_text import as_hydra
 
@@ -46,7 +46,7 @@ class Option:
         source: the paper that it is from; empty where nothing is said.
         notes: what else its file says.
         text: what its class says of itself.
-        records: what it sends beside weights; of halves of a method.
+        records: what it sends beside weights, None where its code does not say; of halves of a method.
         examples: commands with it.
         target: its class; empty for those that only choose others.
         chooses: options of other groups that it takes.
@@ -60,7 +60,7 @@ class Option:
     source: str
     notes: str
     text: str
-    records: str
+    records: str | None
     examples: tuple[str, ...]
     target: str
     chooses: dict[str, str]
@@ -98,13 +98,18 @@ def describe(group: str, name: str) -> Option:
         head.source or source_of(found),
         head.notes,
         text,
-        records_of(found) if group in HALVES else "",
+        _records(target, found) if group in HALVES else "",
         examples,
         target,
         _chosen(file),
         tuple(settings),
         file,
     )
+
+
+def _records(target: str, found: list[Written]) -> str | None:
+    """Returns what a half sends beside the weights; None where nobody says whether it does."""
+    return records_of(found) if says_records(target, found) else None
 
 
 def sentence_of(group: str, name: str) -> str:
