@@ -71,10 +71,7 @@ OF_AN_EXCHANGE = (
     "Seconds and joules are of a completed exchange: a client that is asked to train, or to judge a model. Tail J is "
     "what its radio takes while it stays awake after a transfer; it is part of mean J."
 )
-WHO_CLOSED = (
-    "Stragglers are the clients that were most often the last of a round whose reply was taken: without a deadline, it "
-    "took as long as they did."
-)
+WHO_CLOSED = "Stragglers are the clients that were most often the last of a round whose reply was taken"
 OF_FAIRNESS = (
     "The last score of each client that judged a model, its own where the method has one, on its own held-out "
     "examples; worst tenth is the mean of the lowest tenth of the clients."
@@ -318,7 +315,9 @@ def _parts(told: Told) -> Iterator[Part]:
     yield from _fairness(told)
     if (became := outcomes(told.rounds)) is not None:
         slowest = stragglers(told.rows) if told.rows else None
-        note = " ".join(filter(None, [late_note(told.settings), WHO_CLOSED if slowest else ""]))
+        bounded = told.settings.get("deadline_s") is not None
+        waited = f"{WHO_CLOSED}{'.' if bounded else ': it took as long as they did.'}"
+        note = " ".join(filter(None, [late_note(told.settings), waited if slowest else ""]))
         yield Part("Who was asked to train, and who was waited for", [became], [slowest] if slowest else [], note)
     if told.population is not None:
         absent = never_took_part(told.rows, told.took_part, told.population, told.split)
