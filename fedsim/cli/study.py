@@ -58,7 +58,7 @@ def study(
     from fedsim.report.terminal import console
     from fedsim.settings.folder_names import check_folder
     from fedsim.study.page import write_page
-    from fedsim.study.results import check_columns, collect, write_result
+    from fedsim.study.results import check_lacking, collect, write_result
     from fedsim.study.spec import plan, read_study
     from fedsim.study.web_page import write_web_page
 
@@ -84,7 +84,7 @@ def study(
         write_page(result, failed, folder)
         _draw(result, folder)
         shown.say(f"page: {write_web_page(result, failed, folder, 'study')}")
-        check_columns(result)
+        check_lacking(result)
     if failed:
         raise RunError(f"{len(failed)} of {len(runs)} runs failed: {'; '.join(f'{n}: {r}' for n, r in failed.items())}")
     if not result.rows:

@@ -29,6 +29,7 @@ from fedsim.settings.groups import Settings, option_file, options, own_folders
 from fedsim.settings.hydra_text import as_hydra, quoted
 from fedsim.settings.permissions import keep_out_beside, real_path
 from fedsim.settings.run_settings import RunSettings
+from fedsim.study.figure_names import check_figure, check_metric
 from fedsim.workloads.fingerprint import SEED, Fingerprint, difference, files_of
 
 KEYS = ("title", "question", "base", "seeds", "arms", "against", "metric", "x", "last", "target", "columns", "reading")
@@ -261,6 +262,13 @@ def _checked(path: Path, study: Study) -> Study:
             raise ConfigError(
                 f"{path}: {unknown('axis in x', axis, (*AXES, *WHOLE_FIGURES))}, or a dotted path in summary.json"
             )
+    for path_of in study.columns:
+        check_figure(f"{path}: columns", path_of)
+    for axis in study.x:
+        if axis not in (*AXES, *WHOLE_FIGURES):
+            check_figure(f"{path}: x", axis)
+    if study.metric:
+        check_metric(f"{path}: metric", study.metric)
     folders: dict[str, str] = {}
     trained = [arm.label for arm in study.trained]
     for arm in study.arms:
@@ -382,11 +390,22 @@ def plan(study: Study, out: Path, building: bool = True) -> list[PlannedRun]:
         except ValueError as error:
             error.add_note(f"in arm {arm.label!r} of study {study.name}")
             raise
+    _check_targets(study, composed.values())
     return [
         PlannedRun(arm, seed, _with_seed(arm, composed[arm], seed), out / arm.slug / f"seed-{seed}")
         for seed in study.seeds
         for arm in study.trained
     ]
+
+
+def _check_targets(study: Study, composed: Iterable[Settings]) -> None:
+    """Refuses columns and axes on what a run ended at, where no run of the study has such a target."""
+    asked = next((path for path in (*study.columns, *study.x) if path.startswith("to_target.")), None)
+    if asked and not any(s["target"] is not None or s["target_accuracy"] is not None for s in composed):
+        raise ConfigError(
+            f"study {study.name}: no run has {asked}, as no arm sets target=, where a run ends; a target in the study "
+            "itself, e.g. target: 0.8, gives columns of what it costs and ends no run"
+        )
 
 
 def _with_seed(arm: Arm, settings: Settings, seed: int) -> Settings:
