@@ -72,6 +72,7 @@ def test_every_method_costs_there_what_it_would_have_cost(tmp_path: Path, method
     summary, refusal = repriced(run, tmp_path / "repriced", *there)
     if refusal:
         assert "cannot be re-priced on these devices" in refusal
+        assert "fleet=mixed" in refusal.partition("run it there: fedsim run ")[2]
         assert recorded(run, 4)[0][-1]["metrics"] != recorded(fresh, 4)[0][-1]["metrics"]
         return
     assert summary["repriced"]["ended"] == ""
