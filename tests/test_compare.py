@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import yaml
 from typer import Typer
 from typer.testing import CliRunner
 
+import fedsim
 from fedsim.cli.compare import compare as command
 from fedsim.errors import ConfigError
 from fedsim.report.rounds import RoundReport
@@ -97,7 +99,12 @@ def test_comparisons_are_corrected_for_their_number(tmp_path):
     assert math.isnan(base.p)
     assert [row.p_holm for row in both] == pytest.approx([2 * alone[1].p] * 2)
     assert not any(row.is_significant for row in both)
+    assert correction([base, *both]) == (
+        "intervals: of one difference each; none has p < 0.05 after Holm's correction for 2"
+    )
+    both = [replace(row, p_holm=0.01) for row in both]
     assert correction([base, *both]) == "intervals: of one difference each; *: p < 0.05 after Holm's correction for 2"
+    assert correction([base, replace(both[0], p_holm=0.2, p=0.2)]) == ""  # no star, no word on it
 
 
 def test_rows_are_told_apart_by_the_settings_that_differ_within_a_method(tmp_path):
@@ -108,6 +115,54 @@ def test_rows_are_told_apart_by_the_settings_that_differ_within_a_method(tmp_pat
     ]
     assert [row.label for row in compare(runs, 1)] == ["a mix=0.1", "a mix=0.2", "b"]
     assert compare(runs, 1, against="b")[0].label == "b"
+
+
+def test_a_label_has_as_few_settings_as_tell_its_row_apart(tmp_path):
+    """Of three settings that differ, `lr` tells the rows of `a` apart; the others are said once, with their rows."""
+    runs = [
+        made(tmp_path / "0", "a", 1, 0.5, lr=1.0, mix=0.1, clip=None),
+        made(tmp_path / "1", "a", 1, 0.5, lr=2.0, mix=0.2, clip=None),
+        made(tmp_path / "2", "a", 1, 0.5, lr=3.0, mix=0.2, clip=True),
+        made(tmp_path / "3", "b", 1, 0.5, lr=1.0),
+    ]
+    result = comparisons.compare(runs)
+    assert [row.label for row in result.rows] == ["a lr=1.0", "a lr=2.0", "a lr=3.0", "b"]
+    assert result.study.differs == (
+        "trainer.clip: null (a lr=1.0, a lr=2.0), true (a lr=3.0)",
+        "trainer.lr: 1.0, 2.0, 3.0",
+        "trainer.mix: 0.1 (a lr=1.0), 0.2 (a lr=2.0, a lr=3.0)",
+    )
+
+
+def test_a_name_that_is_one_rows_alone_is_its_label(tmp_path):
+    names = {"0": "mine", "1": "mine", "2": "shared", "3": "shared", "4": "b", "5": None}
+    given = [("a", 1, 1.0), ("a", 2, 1.0), ("a", 1, 2.0), ("a", 1, 3.0), ("a", 1, 4.0), ("b", 1, 1.0)]
+    for (number, name), (method, seed, lr) in zip(names.items(), given, strict=True):
+        run = made(tmp_path / number, method, seed, 0.5, lr=lr)
+        settings = yaml.safe_load((run / "config.yaml").read_text())
+        (run / "config.yaml").write_text(yaml.safe_dump({**settings, "name": name}))
+    assert [row.label for row in compare([tmp_path])] == ["mine", "a lr=2.0", "a lr=3.0", "a lr=4.0", "b"]
+
+
+def test_a_run_without_an_evaluated_round_is_left_out_and_said(tmp_path):
+    made(tmp_path / "0", "a", 1, 0.5)
+    made(tmp_path / "1", "b", 1)
+    result = comparisons.compare([tmp_path])
+    assert [row.label for row in result.rows] == ["a"]
+    assert result.study.left_out == f"left out, as no round was evaluated: {tmp_path / '1'}"
+    with pytest.raises(ConfigError, match=r"nothing to compare: no round was evaluated in .*/1$"):
+        comparisons.compare([tmp_path / "1"])
+
+
+def test_runs_of_python_stand_for_their_folders(tmp_path):
+    run = fedsim.Run(made(tmp_path / "0", "a", 1, 0.5))
+    assert fedsim.compare(run, str(made(tmp_path / "1", "b", 1, 0.5))).table["arm"].tolist() == ["a", "b"]
+    for call in (fedsim.resume, fedsim.reprice):
+        with pytest.raises(ConfigError) as by_run:
+            call(run)
+        with pytest.raises(ConfigError) as by_path:
+            call(run.folder)
+        assert str(by_run.value) == str(by_path.value)
 
 
 def test_wrong_folders_and_rows_are_named(tmp_path):

@@ -60,6 +60,17 @@ def test_a_column_that_no_run_has_is_named_and_nothing_is_lost(file, fedsim):
     assert [arm["rounds"] for arm in json.loads(Path("runs/mine/study.json").read_text())["arms"]] == [1, 1, 1]
 
 
+def test_figures_are_in_the_unit_of_elsewhere_and_commands_name_the_file(file, fedsim):
+    columns = ["peak_memory_bytes", "simulated_s", "energy_j.total", "metrics.accuracy"]
+    name = f"./{file(columns=columns)}"
+    assert fedsim("study", name, "--seeds", "1")[0] == 0
+    page = Path("runs/mine/study.md").read_text()
+    assert f"```\nfedsim study {name}\n```" in page
+    assert "| 10 B | 10.0 s |" in page
+    assert "peak memory |" in page
+    assert f"fedsim study {name}" in Path("runs/mine/study.html").read_text()
+
+
 def test_one_seed_has_no_interval():
     assert half_width_of([0.1]) == math.inf
 

@@ -73,6 +73,14 @@ def test_sections_and_titles_stay(capsys: pytest.CaptureFixture[str]):
     assert text.count("├") == 2  # the section, in both parts
 
 
+def test_what_is_below_a_table_folds_where_the_terminal_ends(capsys: pytest.CaptureFixture[str]):
+    made = table("name", "figure", left=("name",))
+    made.caption = "a line below that is wider than the table"
+    made.add_row("one", "1")
+    PlainConsole(markup=False, emoji=False, width=60).print(made)
+    assert capsys.readouterr().out.splitlines()[-1] == made.caption
+
+
 @pytest.mark.parametrize("colours", [True, False])
 def test_a_bar_has_no_gap(monkeypatch: pytest.MonkeyPatch, colours: bool):
     """Rich draws what is missing in a colour, or not at all."""

@@ -78,6 +78,8 @@ def show(result: Result, folder: Path, shown: PlainConsole) -> None:
 
     for line in result.study.differs:
         shown.say(line)
+    if result.study.left_out:
+        shown.say(result.study.left_out)
     shown.print(result_table(result))
     write_result(result, {}, folder, NAME)
     write_page(result, {}, folder, f"{NAME}.md")

@@ -37,7 +37,10 @@ class PlainConsole(Console):
         """Prints as rich does, with what cannot be seen written as escapes, and wide tables in parts."""
         if len(objects) == 1 and isinstance(objects[0], PlainTable):
             for part in objects[0].parts(self.width):
+                below, part.caption = part.caption, None  # rich would fold it to the width of the table
                 super().print(part, **how)
+                if below:
+                    self.note(str(below))
             return
         super().print(*(visible_lines(o) if isinstance(o, str) else o for o in objects), **how)
 

@@ -50,7 +50,7 @@ def text_of(result: Result, failed: Mapping[str, str]) -> str:
 
 def study_command(study: Study) -> str:
     """Returns the command that runs a study."""
-    return shlex.join(["fedsim", "study", study.name, *study.own])
+    return shlex.join(["fedsim", "study", study.given or study.name, *study.own])
 
 
 def compare_command(result: Result, target: str = "") -> str:
@@ -95,7 +95,7 @@ def _columns(result: Result) -> dict[str, list[str]]:
         "energy": [energy(row.joules) for row in compared],
         "traffic": [size(row.traffic_bytes) for row in compared],
     }
-    own = {_heading(path): [figure(value) for value in values] for path, values in result.columns.items()}
+    own = {_heading(path): [figure(path, value) for value in values] for path, values in result.columns.items()}
     for name, cells in [*own.items(), ("rounds", [f"{row.rounds:g}" for row in compared])]:
         if len(columns) < MAX_COLUMNS:
             columns[name] = cells
@@ -151,10 +151,9 @@ def _notes(result: Result) -> list[str]:
         notes.append(f"{text}.")
     if sum(not math.isnan(row.p) for row in result.rows) > 1:
         count = sum(not math.isnan(row.p) for row in result.rows)
-        notes.append(
-            f"Differences are paired by seed, each with its own 95 % interval; bold: p < 0.05 after Holm's correction "
-            f"for the {count} of the table."
-        )
+        holm = f"p < 0.05 after Holm's correction for the {count} of the table"
+        found = f"bold: {holm}" if any(row.is_significant for row in result.rows) else f"none has {holm}"
+        notes.append(f"Differences are paired by seed, each with its own 95 % interval; {found}.")
     return [*notes, *(f"{line[0].upper()}{line[1:]}." for line in unmatched(result.rows, study.against))]
 
 
@@ -166,12 +165,26 @@ def scores_are_of(last: int | None, rows: Sequence[Row]) -> str:
 
 
 def _heading(path: str) -> str:
-    return path.removeprefix(METRICS).replace("_", " ").replace(".", " ")
+    return in_words(path).replace(".", " ")
 
 
-def figure(value: float) -> str:
-    """Returns a figure of a run in four digits; empty where there is none."""
-    return "" if math.isnan(value) else f"{value:.4g}"
+def in_words(path: str) -> str:
+    """Returns the path of a figure as a heading, without the unit that its cells have."""
+    return path.removeprefix(METRICS).removesuffix("_bytes").replace("_", " ")
+
+
+def figure(path: str, value: float) -> str:
+    """Returns a figure of a run: bytes, seconds and joules in the unit that reads best, else four digits.
+
+    It is empty where there is none.
+    """
+    if math.isnan(value):
+        return ""
+    if path.startswith("energy_j.") or path.endswith(("_joules", "energy_j")):
+        return energy(value)
+    if path.endswith(("_bytes", "_s")):
+        return size(value) if path.endswith("_bytes") else simulated(value)
+    return f"{value:.4g}"
 
 
 def _table(columns: Mapping[str, Sequence[str]]) -> str:

@@ -152,11 +152,12 @@ def correction(rows: Sequence[Row]) -> str:
     """Returns a table's caption on its comparisons; empty where none has a p."""
     count = sum(not math.isnan(row.p) for row in rows)
     if count > 1:
-        return f"intervals: of one difference each; *: p < {SIGNIFICANT} after Holm's correction for {count}"
+        star = "*:" if any(row.is_significant for row in rows) else "none has"
+        return f"intervals: of one difference each; {star} p < {SIGNIFICANT} after Holm's correction for {count}"
     few = max((len(row.scores) for row in rows), default=0)
     if not count and len(rows) > 1 and few < FEWEST:
         return f"{few} seed{'s' if few > 1 else ''}: no interval"
-    return f"*: p < {SIGNIFICANT}" if count else ""
+    return f"*: p < {SIGNIFICANT}" if any(row.is_significant for row in rows) else ""
 
 
 def unmatched(rows: Sequence[Row], against: str) -> list[str]:

@@ -81,12 +81,14 @@ class Study:
             (WHOLE_FIGURES, or by its dotted path), against which an arm's score is a point.
         last: evaluations that make a score; those of the last tenth of the rounds when None.
         differs: of runs that are there, a line for each setting that differs.
+        left_out: of runs that are there, a line on those that are not compared; empty where all are.
         target: value of the metric for which the table says what it costs to reach it; no run stops there.
         columns: further values of `summary.json` by dotted path, or `metrics.NAME` of a metric of the rounds.
         question: what the study asks, for its page; Markdown.
         reading: how its table is to be read, for its page; Markdown.
         sources: arms that have no row, but whose runs have the metrics of some that do.
         own: the user's overrides for all arms, which do not stand in the file.
+        given: how the user named it, by a path or by its name.
     """
 
     name: str
@@ -102,8 +104,10 @@ class Study:
     own: tuple[str, ...] = ()
     target: float | None = None
     differs: tuple[str, ...] = ()
+    left_out: str = ""
     question: str = ""
     reading: str = ""
+    given: str = ""
 
     def only(self, labels: Sequence[str]) -> Study:
         """Returns the study with some arms: those with a label, or whose label begins with it; all when none is given.
@@ -207,6 +211,7 @@ def read_study(name: str, overrides: Sequence[str] = (), seeds: Sequence[int] = 
         own=tuple(overrides),
         question=_text(path, "question", tree),
         reading=_text(path, "reading", tree),
+        given=name,
     )
     if "metric" in tree and not (isinstance(study.metric, str) and study.metric):
         raise ConfigError(

@@ -6,9 +6,8 @@ import math
 from textwrap import wrap
 
 from devices.units import energy, simulated, size
-from fedsim.report.plots.style import METRICS
 from fedsim.report.terminal import PlainTable, table
-from fedsim.study.page import figure, label, score, scores_are_of, to_target
+from fedsim.study.page import figure, in_words, label, score, scores_are_of, to_target
 from fedsim.study.paired import correction, unmatched
 from fedsim.study.results import Result
 
@@ -48,7 +47,7 @@ def scores(result: Result) -> dict[str, list[str]]:
 
 def costs(result: Result) -> dict[str, list[str]]:
     """Returns cells by column: what a run of each arm took, and the study's own columns."""
-    columns = {_heading(path): [figure(v) for v in values] for path, values in result.columns.items()}
+    columns = {_heading(path): [figure(path, v) for v in values] for path, values in result.columns.items()}
     return {
         "time": [simulated(row.simulated_s) for row in result.rows],
         "energy": [energy(row.joules) for row in result.rows],
@@ -60,4 +59,4 @@ def costs(result: Result) -> dict[str, list[str]]:
 
 def _heading(path: str) -> str:
     """Returns a value's path as a narrow heading of several lines."""
-    return "\n".join(wrap(path.removeprefix(METRICS).replace("_", " "), HEADING))
+    return "\n".join(wrap(in_words(path), HEADING))

@@ -74,11 +74,15 @@ def page_of(result: Result, failed: Mapping[str, str], out: Path, name: str) -> 
         where=str(out),
         answer=answer(result),
         warnings=[f"{run} failed: {reason}" for run, reason in failed.items()],
-        lines=[*([study.question] if study.question else []), *study.differs, *_reading(result)],
+        lines=[*([study.question] if study.question else []), *study.differs, *_left_out(result), *_reading(result)],
         parts=[*parts, _runs(result, out)],
         commands=list(_commands(result)),
         files=[(f"{name}.{ending}", what) for ending, what in FILES.items()],
     )
+
+
+def _left_out(result: Result) -> list[str]:
+    return [result.study.left_out] if result.study.left_out else []
 
 
 def _reading(result: Result) -> list[str]:
@@ -117,7 +121,7 @@ def _runs(result: Result, out: Path) -> Part:
     rows = [_line(result, run) for run in shown]
     pages = [run.run.folder / PAGE for run in shown]
     links = [os.path.relpath(page, out) if page.is_file() else "" for page in pages]
-    header = ["run", "seed", result.metric.label, "time", "energy", "traffic", "rounds"]
+    header = ["run", "seed", f"{result.metric.label}, last evaluation", "time", "energy", "traffic", "rounds"]
     more = f"{len(runs) - MOST_RUNS} more runs are in {NAME}.json." if len(runs) > MOST_RUNS else ""
     return Part("Runs", (), [Table(header, rows, "", links)], more)
 
