@@ -259,6 +259,30 @@ def test_a_folder_of_options_has_none_of_hydras(own: Path, fedsim: Callable, nam
         assert f"theirs/hydra/{name}.yaml sets hydra" in err
 
 
+@pytest.mark.parametrize("group", ["method", "experiment"])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("", "is empty; it begins with the line"), ("defaults: [{override /strategy: mine}]\n", "lacks the line")],
+)
+def test_a_preset_that_hydra_would_take_for_a_setting_is_named(own: Path, fedsim: Callable, group, text, words):
+    (own / group).mkdir(exist_ok=True)
+    (own / group / "bare.yaml").write_text(text)
+    for command in (["run", *SHORT, f"{group}=bare"], ["explain", group, "bare"]):
+        code, _, err = fedsim(*command)
+        assert (code, err.count("\n")) == (2, 1)
+        assert f"{group}/bare.yaml {words} # @package _global_" in err
+
+
+def test_a_link_to_a_file_of_no_settings_does_not_tell_what_is_in_it(own: Path, fedsim: Callable):
+    (own.parent / "secret").write_text("root:x:0:0:root\nother:y:1:1\n")
+    (own / "trainer").mkdir()
+    (own / "trainer" / "odd.yaml").symlink_to(own.parent / "secret")
+    code, _, err = fedsim("run", *SHORT, "trainer=odd")
+    assert code == 2
+    assert "odd.yaml must be a map of settings" in err
+    assert "root" not in err.replace(str(own.parent), "")
+
+
 def test_a_study_of_the_users_configs_goes_with_their_options_and_another_folders_does_not(own: Path):
     read_study(str(own / "study" / "mine.yaml"))
     assert "mine" in options("method")

@@ -15,10 +15,19 @@ import yaml
 from devices.errors import FileError, one_line
 from devices.reading import read_text, read_yaml
 from fedsim.settings.docstrings import Written, records_of, says_records, source_of, written_about
-from fedsim.settings.groups import GROUPS, PRIMARY, config_folders, option_file, options, target_of
+from fedsim.settings.groups import (
+    GROUPS,
+    PRESETS,
+    PRIMARY,
+    check_preset,
+    config_folders,
+    option_file,
+    options,
+    target_of,
+)
 from fedsim.settings.hydra_text import as_hydra
 
-HALVES, PRESETS = ("strategy", "trainer"), ("method", "experiment")
+HALVES = ("strategy", "trainer")
 OVERRIDE = re.compile(r"override /(\w+)(?:@\S+)?")
 MAX_NAMED, NEAR = 3, 0.8  # options in a sentence, and how alike names are that may be meant
 SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[\"A-Z])")
@@ -83,6 +92,7 @@ def describe(group: str, name: str) -> Option:
         FileError: if its file cannot be read.
     """
     file, target = option_file(group, name), target_of(group, name) or ""
+    check_preset(group, file)
     head, found = _head(file), written_about(target)
     text = " ".join(found[0].text.split("\n\n")[0].split()) if found else ""
     examples = head.examples or (f"fedsim run {group}={name}",)

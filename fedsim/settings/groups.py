@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from devices.reading import read_yaml
+from devices.errors import FileError
+from devices.reading import read_text, read_yaml
 from fedsim.errors import ConfigError
 from fedsim.settings.origins import came_with_a_run, own_configs
 from fedsim.settings.permissions import real_path, searched
@@ -19,7 +21,8 @@ GROUPS = (
     *("strategy", "trainer", "method"),
     *("engine", "experiment"),
 )
-NEEDED = tuple(group for group in GROUPS if group not in ("method", "experiment"))  # presets leave no settings behind
+PRESETS, PACKAGE = ("method", "experiment"), re.compile(r"^\s*#\s*@package\s+_global_\s*$", re.MULTILINE)
+NEEDED = tuple(group for group in GROUPS if group not in PRESETS)  # presets leave no settings behind
 PRIMARY = "run"
 FREE_MAPS = ("fleet.devices",)  # whose keys are the user's own: giving the map replaces it
 AFFECTS_RESULTS = ("threads", "device", "batch_clients")  # of the engine's settings, in the last bits
@@ -109,6 +112,17 @@ def option_file(group: str, name: str) -> Path:
     """Returns the file of an option; where fedsim would have it, if there is none."""
     files = [folder / group / f"{name}.yaml" for folder in config_folders()]
     return next((file for file in files if file.is_file()), files[0])
+
+
+def check_preset(group: str, file: Path) -> None:
+    """Refuses a file of a group of presets that does not set settings of all groups: Hydra would take it for a setting.
+
+    Raises:
+        FileError: if it is empty, or lacks the line that says so.
+    """
+    if group in PRESETS and not PACKAGE.search(text := read_text(file)):
+        what = "lacks the line" if text.strip() else "is empty; it begins with the line"
+        raise FileError(f"{file} {what} # @package _global_")
 
 
 def following(group: str, name: str | None, key: str) -> list[tuple[str, ...]]:
