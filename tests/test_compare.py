@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import fedsim
 from fedsim.cli.compare import compare as command
+from fedsim.cli.compare import place
 from fedsim.errors import ConfigError
 from fedsim.report.rounds import RoundReport
 from fedsim.study import compare as comparisons
@@ -248,6 +249,32 @@ def test_the_pages_command_is_the_one_that_compares(tmp_path):
         made(tmp_path / "sweep" / str(seed), "plain", seed, 0.5)
     result = comparisons.compare([tmp_path / "sweep"], last=1, target=0.4)
     assert f"```\nfedsim compare {tmp_path / 'sweep'} --against plain --last 1 --target 0.4\n```" in text_of(result, {})
+
+
+def test_a_target_that_the_untrained_model_reaches_counts_from_round_1(tmp_path):
+    run = made(tmp_path / "0", "a", 1, 0.5, 0.6)
+    untrained = RoundReport(round=0, now_s=0.0, round_s=0.0, metrics={"accuracy": 0.5})
+    (run / "rounds.jsonl").write_text(untrained.to_json() + "\n" + (run / "rounds.jsonl").read_text())
+    found = to_target(comparisons.compare([run], target=0.5))
+    assert list(found.values()) == [["10.0 s"], ["2.0 J"], ["100 B"]]
+
+
+def test_rows_name_seeds_of_their_own_and_one_row_has_no_difference(tmp_path):
+    made(tmp_path / "0", "plain", 1, 0.5)
+    alone = comparisons.compare([tmp_path])
+    assert alone.study.title == "1 run"
+    assert "differences" not in str(result_table(alone).title)
+    made(tmp_path / "1", "other", 1, 0.5)
+    made(tmp_path / "2", "other", 2, 0.5)
+    shown = text_of(comparisons.compare([tmp_path], against="plain"), {})
+    assert "| plain (seed 1) |" in shown
+    assert "| other |" in shown
+
+
+def test_a_folder_that_is_taken_is_named_as_it_was_typed(tmp_path):
+    made(tmp_path / "run", "plain", 1, 0.5)
+    with pytest.raises(ConfigError, match=rf"^--out {tmp_path}/run holds another run"):
+        place(tmp_path / "run")
 
 
 def reports(count: int, every: int) -> list[RoundReport]:

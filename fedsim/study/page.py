@@ -19,7 +19,7 @@ from fedsim.study.results import Result, cost_of_target
 from fedsim.study.spec import Study
 
 PAGE = "study.md"
-MAX_COLUMNS, MOST_NAMED = 8, 12  # of a table; folders in a command
+MAX_COLUMNS, MOST_NAMED, MOST_SEEDS = 8, 12, 3  # of a table; folders in a command; seeds by number
 
 
 def write_page(result: Result, failed: Mapping[str, str], out: Path, name: str = PAGE) -> None:
@@ -88,7 +88,7 @@ def _given(folders: Sequence[str]) -> list[str]:
 def _columns(result: Result) -> dict[str, list[str]]:
     study, compared = result.study, result.rows
     columns = {
-        "arm": [label(row, len(study.seeds)) for row in compared],
+        "arm": [label(row, study) for row in compared],
         result.metric.label: [score(row) for row in compared],
         f"difference to {_plain(study.against)}": [_difference(row, study.against) for row in compared],
         "time": [simulated(row.simulated_s) for row in compared],
@@ -102,9 +102,15 @@ def _columns(result: Result) -> dict[str, list[str]]:
     return columns
 
 
-def label(row: Row, seeds: int) -> str:
-    """Returns the name of an arm, and how many of the seeds it has where some lack."""
-    return f"{row.label} ({len(row.scores)} of {seeds} seeds)" if len(row.scores) < seeds else row.label
+def label(row: Row, study: Study) -> str:
+    """Returns the name of an arm; where seeds lack, how many of a study's it has, or of compared runs which ones."""
+    own, planned = sorted(row.scores), len(study.seeds)
+    if len(own) == planned:
+        return row.label
+    if study.name != NAME:
+        return f"{row.label} ({len(own)} of {planned} seeds)"
+    which = f"seed{'s' if len(own) > 1 else ''} {', '.join(map(str, own))}"
+    return f"{row.label} ({which if len(own) <= MOST_SEEDS else f'{len(own)} seeds'})"
 
 
 def score(row: Row) -> str:

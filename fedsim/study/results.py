@@ -201,12 +201,14 @@ def _record(result: Result, number: int) -> dict[str, Any]:
 def cost_of_target(result: Result, label: str) -> dict[str, Any]:
     """Returns how many seeds reach the target, and the means of what it took; nothing without a target.
 
+    What the untrained model reaches, in round 0, is no cost of learning: it counts from the first round on.
     A mean over the seeds stands only where all of them got there: that of the others would flatter a row.
     """
     target, runs = result.study.target, result.runs[label]
     if target is None:
         return {}
-    reached = [found for run in runs if (found := to_target(run.rounds, target, result.metric)) is not None]
+    trained = [[r if r.round else replace(r, metrics={}) for r in run.rounds] for run in runs]
+    reached = [found for rounds in trained if (found := to_target(rounds, target, result.metric)) is not None]
     every = len(reached) == len(runs)
     costs = {
         "simulated_s": [one["simulated_s"] for one in reached],

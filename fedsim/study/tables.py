@@ -20,14 +20,14 @@ def result_table(result: Result) -> PlainTable:
     study, many = result.study, len(result.study.seeds) > 1
     seeds = ", ".join(map(str, study.seeds))
     over = f"mean ± standard deviation of seeds {seeds}" if many else f"seed {seeds}"
-    title = f"{study.title}\n{over}; differences to {study.against}"
+    title = f"{study.title}\n{over}" + (f"; differences to {study.against}" if len(result.rows) > 1 else "")
     shown = table("arm", *columns, left=("arm",), title=title, same_below=True)
     notes = [text] if (text := scores_are_of(study.last, result.rows)) else []
     if "difference" in columns and (note := correction(result.rows)):
         notes.append(note)
     shown.caption = "\n".join([*notes, *unmatched(result.rows, study.against)]) or None
     for number, row in enumerate(result.rows):
-        shown.add_row(label(row, len(study.seeds)), *(cells[number] for cells in columns.values()))
+        shown.add_row(label(row, study), *(cells[number] for cells in columns.values()))
     return shown
 
 

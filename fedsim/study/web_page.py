@@ -94,7 +94,8 @@ def _table(result: Result) -> Part:
     seeds = ", ".join(map(str, study.seeds))
     over = f"Mean ± standard deviation of seeds {seeds}" if len(study.seeds) > 1 else f"Seed {seeds}"
     columns = {**scores(result), **costs(result)}
-    notes = [over, f"differences to {study.against}", scores_are_of(study.last, result.rows)]
+    notes = [over, *([f"differences to {study.against}"] if len(result.rows) > 1 else [])]
+    notes += [scores_are_of(study.last, result.rows)]
     notes += [correction(result.rows)] if "difference" in columns else []
     notes += unmatched(result.rows, study.against)
     return Part("Scores and costs", (), [_as_table(result, columns)], "; ".join(filter(None, notes)) + ".")
@@ -109,7 +110,7 @@ def _targets(result: Result) -> Iterator[Part]:
 
 
 def _as_table(result: Result, columns: Mapping[str, Sequence[str]]) -> Table:
-    labels = [label(row, len(result.study.seeds)) for row in result.rows]
+    labels = [label(row, result.study) for row in result.rows]
     header = ["arm", *(" ".join(name.split()) for name in columns)]
     return Table(header, [list(cells) for cells in zip(labels, *columns.values(), strict=True)])
 
