@@ -16,7 +16,7 @@ from devices.reading import parse_json, parse_yaml, read_bytes, read_json, read_
 from fedsim.errors import ConfigError
 from fedsim.report.checksums import check_inside, check_signed
 from fedsim.report.client_rows import client_schema
-from fedsim.report.place import CLIENTS, CONFIG, FAILURE, PICTURES, ROUNDS, ROWS, SUMMARY
+from fedsim.report.place import BY_ROUNDS, CLIENTS, CONFIG, FAILURE, PICTURES, ROUNDS, ROWS, SUMMARY
 from fedsim.settings.forms import (
     FIGURE,
     INTEGERS,
@@ -62,6 +62,7 @@ FIGURES: Forms = {
     "prices": optional(MAP),
     "compression": optional(MAPS),
     "repriced": optional(MAP),
+    BY_ROUNDS: optional(TEXT),
     **dict.fromkeys(("continual", "versions"), optional(MAP)),
     "classes": optional(MAPS),
     "calibration": optional(MAPS),

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fedsim.settings.run_settings import RunSettings
 
 MAX_NAMED = 6  # of the things in a folder that is taken
+BY_ROUNDS = "goes_by_rounds"  # of a summary: what of the run depends on its number of rounds
 CONFIG, SUMMARY, FAILURE, PAGE = "config.yaml", "summary.json", "failure.json", "report.html"
 ROUNDS, CLIENTS, EVENTS, CHECKPOINT, PICTURES = "rounds.jsonl", "clients", "tensorboard", "checkpoint", "pictures"
 SPLIT, SWEEP, CONFUSION = "split.json", "multirun.yaml", "confusion.parquet"
