@@ -38,7 +38,14 @@ MODULES = (
     *("clients.app", "clients.trainers.batched", "strategies.stock", "configs"),
     *("hydra._internal.logging_config", "jinja2"),
     *("numpy.ma", "numpy.random", "portalocker", "psutil", "pyarrow.parquet"),
-    *("safetensors.numpy", "tensorboard.summary.writer.event_file_writer", "torch.utils._device", "zoneinfo"),
+    *(
+        "safetensors.numpy",
+        "tensorboard.plugins.hparams.api_pb2",
+        "tensorboard.plugins.hparams.metadata",
+        "tensorboard.summary.writer.event_file_writer",
+        "torch.utils._device",
+        "zoneinfo",
+    ),
 )
 MESSAGE_BYTES, POLL_S = 2**20, 0.05
 JEMALLOC = "JE_ARROW_MALLOC_CONF"  # pyarrow would start a thread that tidies memory; forks are for single ones
