@@ -192,7 +192,8 @@ def test_a_sweep_makes_a_folder_per_run_and_a_table(arguments: list[str], fedsim
     assert (ended.code, ended.err) == (0, "")
     seeds = [json.loads(Path(f"sweep/{i}/summary.json").read_text())["seed"] for i in (0, 1)]
     assert seeds == [1, 2]
-    assert "differences to fedavg" in ended.out
+    assert "accuracy: of round 1" in ended.out  # one row: there is nothing to differ from
+    assert "differences" not in ended.out
     assert "comparison: sweep (" in ended.out
     assert "┃ round ┃" not in ended.out  # the tables of single runs are in their folders
 
