@@ -135,7 +135,7 @@ class ByClass:
             {"predictions": int(n), "accuracy": float(r / n), "confidence": float(c / n)} if n else {"predictions": 0}
             for n, r, c in zip(predictions, right, confidence, strict=True)
         ]
-        listed = [{"name": n, "examples": int(e), "accuracy": _or_none(a), "f1": _or_none(f)} for n, e, a, f in rows]
+        listed = [{"name": n, "examples": int(e), "accuracy": or_none(a), "f1": or_none(f)} for n, e, a, f in rows]
         return {
             **({CLASSES: listed} if few <= MAX_LISTED else {}),
             **({CONFUSION: self.confusion.dense().tolist()} if few <= MAX_SHOWN else {}),
@@ -148,6 +148,6 @@ class ByClass:
         return rows, columns, self.confusion.counts.tolist()
 
 
-def _or_none(value: float) -> float | None:
-    """Returns None for a class that nothing is known of."""
+def or_none(value: float) -> float | None:
+    """Returns None for nan: what nothing is known of, as JSON holds it."""
     return None if np.isnan(value) else float(value)
