@@ -286,7 +286,9 @@ def parse_profile(tree: Any, file: str) -> DeviceProfile:
     isa = reader.choice(tree, "isa", ISAS, default="none")
     link, free = _link(reader, tree.get("network"))
     given = {
-        section: reader.section(section, tree[section], figures, free, ("link",) if section == "network" else ())
+        section: reader.section(
+            section, tree[section], figures, free.get(section, ()), ("link",) if section == "network" else ()
+        )
         for section, figures in FIGURES.items()
         if section in tree
     }
@@ -311,11 +313,13 @@ def parse_profile(tree: Any, file: str) -> DeviceProfile:
     )
 
 
-def _link(reader: Reader, network: Any) -> tuple[Link | None, tuple[str, ...]]:
-    """Returns the link that a network section names, and the keys that may be missing beside it."""
-    if not isinstance(network, dict) or "link" not in network:
-        return None, ()
-    free = ("down_mbps", "up_mbps", "rtt_ms", "jitter_sigma", "rx_w", "tx_w")
+def _link(reader: Reader, network: Any) -> tuple[Link | None, Mapping[str, tuple[str, ...]]]:
+    """Returns the link that a network section names, and the keys that may be missing beside it, by section."""
+    free = {"network": ("down_mbps", "up_mbps", "rtt_ms", "jitter_sigma"), "power": ("rx_w", "tx_w")}
+    if not isinstance(network, dict):
+        return None, free
+    if "link" not in network:
+        return None, {}
     try:
         return load_link(network["link"]), free
     except DeviceError as error:

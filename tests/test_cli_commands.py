@@ -94,6 +94,7 @@ DEVICES += ["enroll", "evaluate", "compare", "train-help"]
         ["study"],
         ["list"],
         ["explain"],
+        ["new"],
         ["doctor"],
         ["data", "list"],
         ["data", "averages"],
@@ -114,7 +115,7 @@ def test_every_help_has_an_example(command: list[str], fedsim: Callable[..., End
 def test_every_command_is_covered_by_the_help_test():
     group = typer.main.get_command(cli.app)
     commands = {"run", "flwr", "compare", "paired", "study", "bench", "replay", "resume", "reprice", "report", "doctor"}
-    commands |= {"data", "devices", "list", "explain"}
+    commands |= {"data", "devices", "list", "explain", "new"}
     assert set(group.commands) == commands  # type: ignore[attr-defined]
     assert set(group.commands["data"].commands) == {"list", "describe", "averages", "import"}  # type: ignore[attr-defined]
     assert set(group.commands["data"].commands["import"].commands) == set(IMPORTS)  # type: ignore[attr-defined]

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from conftest import Ended
 
 from devices.latency.spaces import DEVICE_SETS, SPLITS
 from devices.nas.tables import network_features
-from devices.profile import profile_names
+from devices.profile import SHIPPED, profile_names
 
 EVALUATE = ["evaluate", "--data", "x.npz", "--space"]
 
@@ -227,3 +228,18 @@ def test_population_is_counted_from_a_list(devices, tmp_path):
     assert "1 of 2 phones of 2016 to 2019 have the SoC of a shipped device: 50%" in ended.out
     assert "pixel3: {phones: 0.33, tier: " in (tmp_path / "p.yaml").read_text()
     assert devices("population", "--data", "elsewhere").code == 2
+
+
+def test_a_missing_figure_is_asked_for_at_every_door(devices, fedsim, tmp_path):
+    tree = yaml.safe_load((SHIPPED / "raspberry_pi_zero_w.yaml").read_text())
+    del tree["compute"]["jitter_sigma"]
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(tree))
+    doors = [
+        devices("show", "mine.yaml"),
+        devices("fit", "--model", "lenet5", "--input-shape", "1,28,28", "--device", "mine.yaml"),
+        devices("predict", "--model", "lenet5", "--input-shape", "1,28,28", "--device", "mine.yaml"),
+        fedsim("run", "fleet.devices={mine.yaml: 1}"),
+    ]
+    for ended in doors:
+        assert (ended.code, ended.err.count("\n")) == (2, 1)
+        assert "mine.yaml: key 'compute.jitter_sigma' is missing" in ended.err

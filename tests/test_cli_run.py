@@ -12,6 +12,7 @@ import pytest
 import yaml
 from conftest import SHORT, Ended, assert_refused
 
+from devices.profile import SHIPPED
 from fedsim.report.place import WRITTEN
 from fedsim.report.rounds import read_rounds
 from fedsim.settings.compose import compose
@@ -191,7 +192,8 @@ def test_a_sweep_makes_a_folder_per_run_and_a_table(arguments: list[str], fedsim
     assert (ended.code, ended.err) == (0, "")
     seeds = [json.loads(Path(f"sweep/{i}/summary.json").read_text())["seed"] for i in (0, 1)]
     assert seeds == [1, 2]
-    assert "differences to fedavg" in ended.out
+    assert "accuracy: of round 1" in ended.out  # one row: there is nothing to differ from
+    assert "differences" not in ended.out
     assert "comparison: sweep (" in ended.out
     assert "┃ round ┃" not in ended.out  # the tables of single runs are in their folders
 
@@ -223,3 +225,43 @@ def test_a_sweep_that_fails_midway_says_where_and_keeps_what_it_has(fedsim: Call
     assert Path("sweep/0/summary.json").exists()
     assert Path("sweep/1/summary.json").exists()
     assert not Path("sweep/2").exists()
+
+
+def few_rounds(fedsim: Callable[..., Ended], *overrides: str) -> Ended:
+    return fedsim(
+        "run", "workload=digits", "num_clients=6", "cohort=3", "rounds=2", "engine=local", "out=o", *overrides
+    )
+
+
+ASLEEP = ["fleet.availability._target_=devices.availability.Diurnal", "fleet.availability.hours=0.01"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["deadline_s=0.001"], ["6 came after deadline_s=0.001; raise it"]),
+        (["fleet.devices={tiny.yaml: 1}"], ["6 lacked the memory, up to ", "fedsim devices fit", "again 60 s after"]),
+        (ASLEEP, ["6 were offline", "again 60 s after"]),
+    ],
+)
+def test_a_run_in_which_nobody_completed_says_so_once(
+    overrides: list[str], words: list[str], fedsim: Callable[..., Ended]
+):
+    tree = yaml.safe_load((SHIPPED / "raspberry_pi_zero_w.yaml").read_text())
+    tree["memory"] = {"ram_mb": 1, "usable_fraction": 0.6, "runtime_mb": 0.59}
+    Path("tiny.yaml").write_text(yaml.safe_dump(tree))
+    ended = few_rounds(fedsim, *overrides)
+    warned = [text for text in json.loads(Path("o/summary.json").read_text())["warnings"] if "no client ever" in text]
+    assert (ended.code, len(warned), ended.out.count("no client ever")) == (0, 1, 1)
+    assert [word for word in words if word not in warned[0]] == []
+    assert "no client ever completed" in Path("o/report.html").read_text()
+
+
+@pytest.mark.parametrize("overrides", [[], ["deadline_s=1000"]])
+def test_a_round_took_as_long_as_its_last_client_where_there_is_no_deadline(
+    overrides: list[str], fedsim: Callable[..., Ended]
+):
+    ended, page = few_rounds(fedsim, *overrides), Path("o/report.html").read_text()
+    assert "no client ever" not in ended.out
+    assert "whose reply was taken" in page
+    assert ("as long as they did" in page) == (not overrides)

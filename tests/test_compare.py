@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,12 +12,14 @@ import yaml
 from typer import Typer
 from typer.testing import CliRunner
 
+import fedsim
 from fedsim.cli.compare import compare as command
+from fedsim.cli.compare import place
 from fedsim.errors import ConfigError
 from fedsim.report.rounds import RoundReport
 from fedsim.study import compare as comparisons
 from fedsim.study.compare import run_folders
-from fedsim.study.page import to_target
+from fedsim.study.page import text_of, to_target
 from fedsim.study.paired import Row, correction, half_width_of, holm, p_value, scored, span
 from fedsim.study.tables import result_table
 
@@ -96,7 +100,12 @@ def test_comparisons_are_corrected_for_their_number(tmp_path):
     assert math.isnan(base.p)
     assert [row.p_holm for row in both] == pytest.approx([2 * alone[1].p] * 2)
     assert not any(row.is_significant for row in both)
+    assert correction([base, *both]) == (
+        "intervals: of one difference each; none has p < 0.05 after Holm's correction for 2"
+    )
+    both = [replace(row, p_holm=0.01) for row in both]
     assert correction([base, *both]) == "intervals: of one difference each; *: p < 0.05 after Holm's correction for 2"
+    assert correction([base, replace(both[0], p_holm=0.2, p=0.2)]) == ""  # no star, no word on it
 
 
 def test_rows_are_told_apart_by_the_settings_that_differ_within_a_method(tmp_path):
@@ -107,6 +116,54 @@ def test_rows_are_told_apart_by_the_settings_that_differ_within_a_method(tmp_pat
     ]
     assert [row.label for row in compare(runs, 1)] == ["a mix=0.1", "a mix=0.2", "b"]
     assert compare(runs, 1, against="b")[0].label == "b"
+
+
+def test_a_label_has_as_few_settings_as_tell_its_row_apart(tmp_path):
+    """Of three settings that differ, `lr` tells the rows of `a` apart; the others are said once, with their rows."""
+    runs = [
+        made(tmp_path / "0", "a", 1, 0.5, lr=1.0, mix=0.1, clip=None),
+        made(tmp_path / "1", "a", 1, 0.5, lr=2.0, mix=0.2, clip=None),
+        made(tmp_path / "2", "a", 1, 0.5, lr=3.0, mix=0.2, clip=True),
+        made(tmp_path / "3", "b", 1, 0.5, lr=1.0),
+    ]
+    result = comparisons.compare(runs)
+    assert [row.label for row in result.rows] == ["a lr=1.0", "a lr=2.0", "a lr=3.0", "b"]
+    assert result.study.differs == (
+        "trainer.clip: null (a lr=1.0, a lr=2.0), true (a lr=3.0)",
+        "trainer.lr: 1.0, 2.0, 3.0",
+        "trainer.mix: 0.1 (a lr=1.0), 0.2 (a lr=2.0, a lr=3.0)",
+    )
+
+
+def test_a_name_that_is_one_rows_alone_is_its_label(tmp_path):
+    names = {"0": "mine", "1": "mine", "2": "shared", "3": "shared", "4": "b", "5": None}
+    given = [("a", 1, 1.0), ("a", 2, 1.0), ("a", 1, 2.0), ("a", 1, 3.0), ("a", 1, 4.0), ("b", 1, 1.0)]
+    for (number, name), (method, seed, lr) in zip(names.items(), given, strict=True):
+        run = made(tmp_path / number, method, seed, 0.5, lr=lr)
+        settings = yaml.safe_load((run / "config.yaml").read_text())
+        (run / "config.yaml").write_text(yaml.safe_dump({**settings, "name": name}))
+    assert [row.label for row in compare([tmp_path])] == ["mine", "a lr=2.0", "a lr=3.0", "a lr=4.0", "b"]
+
+
+def test_a_run_without_an_evaluated_round_is_left_out_and_said(tmp_path):
+    made(tmp_path / "0", "a", 1, 0.5)
+    made(tmp_path / "1", "b", 1)
+    result = comparisons.compare([tmp_path])
+    assert [row.label for row in result.rows] == ["a"]
+    assert result.study.left_out == f"left out, as no round was evaluated: {tmp_path / '1'}"
+    with pytest.raises(ConfigError, match=r"nothing to compare: no round was evaluated in .*/1$"):
+        comparisons.compare([tmp_path / "1"])
+
+
+def test_runs_of_python_stand_for_their_folders(tmp_path):
+    run = fedsim.Run(made(tmp_path / "0", "a", 1, 0.5))
+    assert fedsim.compare(run, str(made(tmp_path / "1", "b", 1, 0.5))).table["arm"].tolist() == ["a", "b"]
+    for call in (fedsim.resume, fedsim.reprice):
+        with pytest.raises(ConfigError) as by_run:
+            call(run)
+        with pytest.raises(ConfigError) as by_path:
+            call(run.folder)
+        assert str(by_run.value) == str(by_path.value)
 
 
 def test_wrong_folders_and_rows_are_named(tmp_path):
@@ -132,6 +189,92 @@ def test_a_sweep_a_study_and_a_pattern_stand_for_their_runs_in_their_order(tmp_p
     arms = [made(tmp_path / "study" / arm / f"seed-{seed}", arm, seed, 0.5) for arm in "ab" for seed in (1, 2)]
     made(tmp_path / "study" / "a" / "seed-2.unfinished-1", "a", 2, 0.5)
     assert run_folders([tmp_path / "study"]) == arms
+
+
+def test_all_runs_below_a_folder_are_found_at_any_depth(tmp_path):
+    """Single runs beside a sweep and a study; not what is put aside, hidden, or in a run's own folder; links are."""
+    made(tmp_path / "away", "plain", 1, 0.5)
+    names = ("runs/a", "runs/sweep/0", "runs/study/Arm/seed-1", "runs/more/study/Arm/seed-1")
+    runs = [made(tmp_path / name, "plain", 1, 0.5) for name in names]
+    for left_out in ("runs/.hidden", "runs/a/inner", "runs/study/Arm/seed-2.unfinished-1"):
+        made(tmp_path / left_out, "plain", 1, 0.5)
+    (tmp_path / "runs" / "z").symlink_to(tmp_path / "away")
+    assert set(run_folders([tmp_path / "runs"])) == {*runs, tmp_path / "runs" / "z"}
+
+
+SUMMARY = {
+    **dict.fromkeys(("method", "workload", "fleet"), ""),
+    **dict.fromkeys(("seed", "rounds", "down_bytes", "up_bytes", "peak_memory_bytes", "storage_bytes"), 1),
+    **dict.fromkeys(("simulated_s", "host_s"), 1.0),
+    **{"final": {"accuracy": 0.5}, "best": {"accuracy": 0.5, "round": 1}, "outcomes": {"completed": 1}},
+    **{"energy_j": {"total": 2.0, "max_client": 1.0, "waiting": 0.0}, "to_target": None},
+}
+
+
+def judged_on(run: Path, workload: str, **data: str) -> Path:
+    """Has a run say on which data it was judged; without any it is not finished."""
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["choices"]["workload"] = workload
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    if data:
+        figures = {**SUMMARY, "data": {f"test {key}": value for key, value in data.items()}}
+        (run / "summary.json").write_text(json.dumps(figures))
+    return run
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "is_compared"),
+    [
+        (("digits", {"x": "A", "y": "B"}), ("digits", {"x": "A", "y": "B"}), True),
+        (("digits", {"x": "A", "y": "B"}), ("mine", {"x": "A", "y": "B"}), True),  # the same data by another name
+        (("digits", {"x": "A", "y": "B"}), ("digits", {"x": "A", "y": "C"}), False),
+        (("digits", {"x": "A", "y": "B"}), ("blobs", {"y": "C"}), False),
+        (("digits", {"x": "A", "y": "B"}), ("blobs", {}), False),
+        (("digits", {}), ("digits", {"x": "A"}), True),
+    ],
+)
+def test_scores_on_other_test_data_have_no_difference(tmp_path, one, other, is_compared):
+    for name, (workload, data) in (("a", one), ("b", other)):
+        for seed in (1, 2, 3):
+            judged_on(made(tmp_path / f"{name}{seed}", name, seed, 0.5 + 0.01 * seed), workload, **data)
+    result = comparisons.compare([tmp_path])
+    row = result.rows[1]
+    assert math.isnan(row.difference) == math.isnan(row.p) == (not is_compared)
+    words = "judged on other test data than a"
+    assert (words in str(result_table(result).caption)) == (words.capitalize() in text_of(result, {})) != is_compared
+
+
+def test_the_pages_command_is_the_one_that_compares(tmp_path):
+    for seed in (1, 2):
+        made(tmp_path / "sweep" / str(seed), "plain", seed, 0.5)
+    result = comparisons.compare([tmp_path / "sweep"], last=1, target=0.4)
+    assert f"```\nfedsim compare {tmp_path / 'sweep'} --against plain --last 1 --target 0.4\n```" in text_of(result, {})
+
+
+def test_a_target_that_the_untrained_model_reaches_counts_from_round_1(tmp_path):
+    run = made(tmp_path / "0", "a", 1, 0.5, 0.6)
+    untrained = RoundReport(round=0, now_s=0.0, round_s=0.0, metrics={"accuracy": 0.5})
+    (run / "rounds.jsonl").write_text(untrained.to_json() + "\n" + (run / "rounds.jsonl").read_text())
+    found = to_target(comparisons.compare([run], target=0.5))
+    assert list(found.values()) == [["10.0 s"], ["2.0 J"], ["100 B"]]
+
+
+def test_rows_name_seeds_of_their_own_and_one_row_has_no_difference(tmp_path):
+    made(tmp_path / "0", "plain", 1, 0.5)
+    alone = comparisons.compare([tmp_path])
+    assert alone.study.title == "1 run"
+    assert "differences" not in str(result_table(alone).title)
+    made(tmp_path / "1", "other", 1, 0.5)
+    made(tmp_path / "2", "other", 2, 0.5)
+    shown = text_of(comparisons.compare([tmp_path], against="plain"), {})
+    assert "| plain (seed 1) |" in shown
+    assert "| other |" in shown
+
+
+def test_a_folder_that_is_taken_is_named_as_it_was_typed(tmp_path):
+    made(tmp_path / "run", "plain", 1, 0.5)
+    with pytest.raises(ConfigError, match=rf"^--out {tmp_path}/run holds another run"):
+        place(tmp_path / "run")
 
 
 def reports(count: int, every: int) -> list[RoundReport]:

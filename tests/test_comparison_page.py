@@ -18,6 +18,7 @@ from test_page import Page
 
 from fedsim.report import strict_json
 from fedsim.report.plots.compared import arm_styles, curves_of_arms, front, scores_against_costs
+from fedsim.report.plots.study import study_figure
 from fedsim.report.rounds import read_rounds
 from fedsim.study.answer import answer
 from fedsim.study.compare import compare
@@ -71,6 +72,29 @@ def test_too_few_seeds_claim_nothing(tmp_path: Path):
         "other has the best accuracy, 60.00 % against 50.00 % of plain, for the same time, energy and traffic; 1 seed "
         "cannot tell whether that is more than chance (3 can)."
     )
+
+
+def test_equal_scores_of_few_seeds_are_said_to_be_equal(tmp_path: Path):
+    """Equal as they are shown: 60.000 % and 60.001 %."""
+    result = compare([runs(tmp_path, plain=(0.6,), other=(0.60001,))])
+    assert answer(result) == (
+        "plain and other have the same accuracy, 60.00 %, other for the same time, energy and traffic; 1 seed cannot "
+        "tell whether they differ (3 can)."
+    )
+    made(tmp_path / "9", "third", 1, 0.2)
+    assert answer(compare([tmp_path])).startswith("plain and other have the best accuracy, 60.00 %, other for the same")
+
+
+def test_equal_points_do_not_hide_each_other(tmp_path: Path):
+    result = compare([runs(tmp_path, a=(0.5,), b=(0.5,), c=(0.7,))])
+    for drawn in scores_against_costs(result, arm_styles(result)):
+        circles = ElementTree.fromstring(drawn).findall(".//{*}circle")
+        first, second, _ = (float(circle.get("cx")) for circle in circles)
+        assert 5 < second - first < 10
+    points = replace(result, study=replace(result.study, x=("mb",)), columns={"mb": [1.0, 1.0, 2.0]})
+    (panel,) = study_figure(points).axes
+    sizes = [bars.lines[0].get_markersize() for bars in panel.containers]
+    assert sizes == [5, 9, 5]  # a ring around the point that it would hide
 
 
 def test_one_arm_says_what_it_reached(tmp_path: Path):
@@ -132,6 +156,7 @@ def test_the_page_leads_to_its_runs_and_loads_nothing(tmp_path: Path):
     assert page.open == []
     assert page.texts["p"][0] == answer(result)
     assert "x failed: <b>broke</b>" in page.texts["p"]
+    assert "accuracy, %, last evaluation" in page.texts["th"]
     assert page.texts["h2"] == [
         "Scores and costs", "What it took to reach 50.00 %", "What accuracy took", "The score against its cost", "Runs",
         "Commands", "Files",

@@ -43,6 +43,7 @@ def completed(fedsim: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch) -> 
         ("fedsim run method=nope trainer.lr", ["trainer.lr=", "trainer.lr_decay="]),
         ("fedsim study mafl_d", ["mafl_digits"]),
         ("fedsim data describe partition=d", ["dirichlet"]),
+        ("fedsim devices show pixel3", ["pixel3"]),
         ("fedsim list mod", ["models"]),
         ("fedsim explain model res", ["resnet8"]),
         ("fedsim run nothing_begins_so", []),

@@ -158,6 +158,7 @@ def test_more_clients_than_examples_is_refused(tmp_path):
 
 
 def test_a_bundle_that_is_here_comes_before_files_that_are_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # ./data of the checkout may hold real bundles
     monkeypatch.setenv("FEDSIM_DATA", str(tmp_path))
     (tmp_path / "mnist").mkdir()
     (tmp_path / "mnist" / "meta.json").write_text("{}")

@@ -423,7 +423,12 @@ CSV_FAULTS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "a missing value": ("x,y\n1,a\n,b\n", (), ("no value in row 2, column 'x'",)),
     "a text": ("x,y\n1,a\ntwo,b\n", (), ("holds 'two' in row 2, column 'x'",)),
     "true and false": ("x,y\nTrue,a\nFalse,b\n", (), ("holds 'True' in row 1, column 'x'",)),
-    "infinite": ("x,y\n1,a\n1e300,b\n", (), ("holds '1e+300' in row 2, column 'x'",)),
+    "infinite": (
+        "x,y\n1,a\n1e300,b\n",
+        (),
+        ("holds '1e+300' in row 2, column 'x'", "too large for float32 (at most 3.4e+38)"),
+    ),
+    "no number": ("x,y\n1,a\ninf,b\n", (), ("holds 'inf' in row 2, column 'x'", "must be numbers")),
     "no label": ("x,y\n1,a\n2,\n", (), ("no value in row 2, column 'y'",)),
     "a row too short": ("x,y\n1,a\n2\n", (), ("no value in row 2, column 'y'",)),
     "no such column": ("x,label\n1,a\n", (), ("'y'", "allowed: label, x")),

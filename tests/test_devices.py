@@ -302,3 +302,39 @@ def test_folder_is_no_device_file(tmp_path):
 def test_wrong_device_name_gets_the_nearest_and_how_to_give_a_file():
     with pytest.raises(DeviceError, match=r"unknown device 'pixel_3x'; did you mean 'pixel_3a'\?.*ending in \.yaml"):
         load_profile("pixel_3x")
+
+
+def keys_of(tree: dict[str, object], at: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Lists every key of a tree with its parents."""
+    inner = [keys_of(value, (*at, key)) for key, value in tree.items() if isinstance(value, dict)]
+    return [*((*at, key) for key in tree), *(key for keys in inner for key in keys)]
+
+
+def problem_of(tree: dict[str, object]) -> str:
+    """Returns what is wrong with a profile; empty where nothing is."""
+    try:
+        parse_profile(tree, "mine.yaml")
+    except DeviceError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("name", ["raspberry_pi_zero_w", "raspberry_pi_4", "reference", "nucleo_l4r5zi"])
+def test_each_key_that_is_left_out_has_a_default_or_is_asked_for_by_its_name(name: str):
+    """With a link and without one, which stands for figures of the network and the radio only."""
+    shipped = yaml.safe_load((SHIPPED / f"{name}.yaml").read_text())
+    keys = [path for path in keys_of(shipped) if path[0] != "variants"]
+    for *parents, last in keys:
+        tree = copy.deepcopy(shipped)
+        place = tree
+        for parent in parents:
+            place = place[parent]
+        del place[last]
+        problem = problem_of(tree)
+        if last == "link":  # in place of a link, each of its figures
+            assert all(f"'network.{figure}' is missing" in problem for figure in ("down_mbps", "up_mbps", "rtt_ms"))
+        elif len(parents) == 1 and last in FIGURES.get(parents[0], {}):
+            assert bool(problem) == FIGURES[parents[0]][last].required
+        if problem and last != "link":
+            assert "\n" not in problem
+            assert last in problem

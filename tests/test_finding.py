@@ -15,6 +15,7 @@ from fedsim.cli.explain import facts
 from fedsim.cli.listing import KINDS, line_of, names_of
 from fedsim.settings.compose import _composed, compose
 from fedsim.settings.described import PRESETS, Setting, describe, settings_of_top
+from fedsim.settings.docstrings import _tree
 from fedsim.settings.groups import GROUPS, options
 
 pytestmark = pytest.mark.usefixtures("place")
@@ -104,6 +105,7 @@ def test_a_method_is_explained_by_paper_halves_records_settings_command_and_stud
         ("fedmix", "averages, up, once for each version"),
         ("fjord", "arrays, down and up: the tensors of the part"),  # by a class above
         ("fedbn", "but those of private=[norm]; nothing else"),
+        ("dp_fedavg", "the weights, both ways; nothing else"),  # "Records: none of its own."
     ],
 )
 def test_what_a_method_sends_is_said(method: str, sent: str):
@@ -162,4 +164,32 @@ def test_options_of_a_plug_in_are_listed_and_explained(
     assert (said.sentence, said.settings) == (
         "Trains in a way of its own.",
         (Setting("trainer.pull", "2.0", "how much it is drawn"),),
+    )
+
+
+@pytest.mark.parametrize(
+    "docstring, sent",
+    [
+        ("", "what else is not said: no line `Records:` in the docstring of mine.Scaffold"),
+        ("Corrects drift.\n\nRecords: none.", "the weights, both ways; nothing else"),
+        ("Corrects drift.\n\nRecords: control, both ways.", "beside them:\ncontrol, both ways."),
+    ],
+)
+@pytest.mark.parametrize("of_class", [False, True])
+def test_what_an_own_strategy_sends_is_said_only_where_its_docstring_says_it(
+    place: Path, fedsim: Callable[..., Ended], monkeypatch, docstring: str, sent: str, of_class: bool
+):
+    monkeypatch.syspath_prepend(str(place / "cwd"))
+    _tree.cache_clear()
+    heads = ("", docstring) if of_class else (docstring, "")
+    module, own = (f'"""{text}"""' if text else "" for text in heads)
+    Path("mine.py").write_text(
+        f"{module}\nfrom strategies.edge import EdgeStrategy\n\nclass Scaffold(EdgeStrategy):\n    {own or 'pass'}\n"
+    )
+    Path("configs/strategy").mkdir(parents=True)
+    Path("configs/strategy/scaffold.yaml").write_text("_target_: mine.Scaffold\n")
+    assert sent in facts("strategy", "scaffold")["sends"]
+    assert fedsim("explain", "strategy", "scaffold").out.splitlines()[0].rstrip() in (
+        "strategy scaffold",
+        "strategy scaffold: Corrects drift.",
     )

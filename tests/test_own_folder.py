@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import TINY
 from sent_folder import write_module
 
@@ -232,10 +234,61 @@ def test_options_of_ones_own_set_nothing_of_hydras(own: Path, fedsim: Callable):
     assert not Path("B").exists()
 
 
+OF_HYDRA = {
+    "launcher/basic": "_target_: evil.L\n",
+    "sweeper/basic": "_target_: evil.L\n",
+    "config": "no_such_key: 1\n",
+    "launcher/mine": "- no map\n",
+}
+COMPOSING = (["run", *SHORT], ["run", "-m", *SHORT, "seed=1,2"], ["explain", "method", "fedavg"], ["study", "s.yaml"])
+
+
+@pytest.mark.parametrize("name", OF_HYDRA)
+@pytest.mark.parametrize("command", COMPOSING, ids=["run", "sweep", "explain", "study"])
+def test_a_folder_of_options_has_none_of_hydras(own: Path, fedsim: Callable, name: str, command: list[str]):
+    Path("s.yaml").write_text(yaml.safe_dump({"title": "T", "arms": {"A": [*SHORT]}}))
+    file = own / "hydra" / f"{name}.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text(OF_HYDRA[name])
+    code, _, err = fedsim(*command)
+    assert (code, err.count("\n")) == (2, 1), err
+    assert f"hydra/{name}.yaml sets hydra" in err
+    own.rename("theirs")
+    if command[0] == "run":
+        code, _, err = fedsim(*command, "--config-dir", "theirs")
+        assert (code, err.count("\n")) == (2, 1), err
+        assert f"theirs/hydra/{name}.yaml sets hydra" in err
+
+
+@pytest.mark.parametrize("group", ["method", "experiment"])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("", "is empty; it begins with the line"), ("defaults: [{override /strategy: mine}]\n", "lacks the line")],
+)
+def test_a_preset_that_hydra_would_take_for_a_setting_is_named(own: Path, fedsim: Callable, group, text, words):
+    (own / group).mkdir(exist_ok=True)
+    (own / group / "bare.yaml").write_text(text)
+    for command in (["run", *SHORT, f"{group}=bare"], ["explain", group, "bare"]):
+        code, _, err = fedsim(*command)
+        assert (code, err.count("\n")) == (2, 1)
+        assert f"{group}/bare.yaml {words} # @package _global_" in err
+
+
+def test_a_link_to_a_file_of_no_settings_does_not_tell_what_is_in_it(own: Path, fedsim: Callable):
+    (own.parent / "secret").write_text("root:x:0:0:root\nother:y:1:1\n")
+    (own / "trainer").mkdir()
+    (own / "trainer" / "odd.yaml").symlink_to(own.parent / "secret")
+    code, _, err = fedsim("run", *SHORT, "trainer=odd")
+    assert code == 2
+    assert "odd.yaml must be a map of settings" in err
+    assert "root" not in err.replace(str(own.parent), "")
+
+
 def test_a_study_of_the_users_configs_goes_with_their_options_and_another_folders_does_not(own: Path):
     read_study(str(own / "study" / "mine.yaml"))
     assert "mine" in options("method")
-    assert read_study("mine") == read_study(str(own / "study" / "mine.yaml"))
+    of_file = read_study(str(own / "study" / "mine.yaml"))
+    assert read_study("mine") == replace(of_file, given="mine")
     (own / "sub").mkdir()
     (own / "study" / "mine.yaml").rename(own / "sub" / "mine.yaml")
     read_study(str(own / "sub" / "mine.yaml"))

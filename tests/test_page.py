@@ -210,7 +210,7 @@ def test_classes_are_listed_from_the_worst():
         {"name": "a", "examples": 2, "accuracy": 1.0, "f1": 0.8},
         {"name": "b", "examples": 0, "accuracy": None, "f1": 0.0},
     ]
-    assert classes_table(classes).rows == [["b", "0", "", "0.0 %"], ["a", "2", "100.0 %", "80.0 %"]]
+    assert classes_table(classes).rows == [["b", "0", "", "0.00 %"], ["a", "2", "100.00 %", "80.00 %"]]
     many = classes_table([{**classes[0], "f1": number / 30} for number in range(30)])
     assert (len(many.rows), many.caption) == (20, "The 20 worst of 30 classes")
 

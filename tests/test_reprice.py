@@ -72,6 +72,7 @@ def test_every_method_costs_there_what_it_would_have_cost(tmp_path: Path, method
     summary, refusal = repriced(run, tmp_path / "repriced", *there)
     if refusal:
         assert "cannot be re-priced on these devices" in refusal
+        assert "fleet=mixed" in refusal.partition("run it there: fedsim run ")[2]
         assert recorded(run, 4)[0][-1]["metrics"] != recorded(fresh, 4)[0][-1]["metrics"]
         return
     assert summary["repriced"]["ended"] == ""
@@ -122,6 +123,23 @@ def test_it_goes_as_far_as_the_work_is_known(tmp_path: Path, method: str, change
     assert recorded(tmp_path / "repriced", last) == recorded(fresh, last)
     ended = summary["repriced"]["ended"]
     assert bool(ended) == (last < read_rounds(fresh)[-1].round)
+
+
+ALWAYS = "devices.availability.Always"
+
+
+def test_another_fleet_keeps_who_is_online_unless_that_is_given(here: Path):
+    """A fleet of the user's own with nights of its own has these."""
+    run = compose([*PHONES, *NIGHTS])
+    (here / "configs" / "fleet").mkdir(parents=True)
+    text = "defaults: [sbc, _self_]\navailability: {_target_: devices.availability.Diurnal, hours: 16}\n"
+    (here / "configs" / "fleet" / "nightly.yaml").write_text(text)
+    moved = on_devices(run, ["fleet=sbc"])["fleet"]
+    assert moved["availability"] == run["fleet"]["availability"]
+    assert moved["devices"] == compose(["fleet=sbc"])["fleet"]["devices"]
+    given = on_devices(run, ["fleet=sbc", f"fleet.availability._target_={ALWAYS}"])["fleet"]["availability"]
+    assert given == {"_target_": ALWAYS, "_partial_": True}
+    assert on_devices(run, ["fleet=nightly"])["fleet"]["availability"]["hours"] == 16
 
 
 # --- its folder ------------------------------------------------------------------------------------------------------

@@ -166,7 +166,8 @@ def test_every_method_goes_on_from_what_it_wrote_down(choice: str):
 
     With batch norm: numbers without a dimension are on their way, too.
     """
-    norm = "model.norm=null" if choice.endswith("=fjord") else "model.norm=batch"
+    norm = {"fjord": "null", "dp_fedavg": "layer", "dp_adaptive": "layer"}.get(choice.partition("=")[2], "batch")
+    norm = f"model.norm={norm}"
     given = [*BLOBS, *honest([choice]), choice, norm, "rounds=4", "evaluate_clients=2", "cohort=4"]
     settings = compose(given)
 

@@ -61,7 +61,9 @@ def test_what_cannot_be_resumed_is_one_sentence(go, tmp_path: Path, fedsim):
     assert "holds no run: there is no config.yaml in it" in say(str(tmp_path / "nowhere"))
     go("cut", *RICH, until=3)
     cut = str(tmp_path / "cut")
-    assert "cohort=2 cannot be given: only the engine of a run may change, e.g. engine=ray" in say(cut, "cohort=2")
+    assert "cohort=2 cannot be given: only rounds and engine of a run may change, e.g. engine=ray" in say(
+        cut, "cohort=2"
+    )
     assert f"{cut} is not finished; end it first: fedsim resume {cut}" in say(cut, "rounds=9")
     assert "engine.threads cannot change: the last bits of results depend on it" in say(cut, "engine.threads=2")
     for point in (tmp_path / "cut" / "checkpoint").iterdir():

@@ -47,10 +47,28 @@ def test_without_the_arm_that_is_compared_with_there_are_no_differences(file, fe
 
 
 def test_a_column_that_no_run_has_is_named_and_nothing_is_lost(file, fedsim):
-    code, out, err = fedsim("study", file(columns=["final.acuracy"]), "--seeds", "1")
+    """The table is whole, and every name that no run has is said once: typos of names that nobody knows beforehand."""
+    columns = ["metrics.msat", "rounds", "of_my_own.value"]
+    code, out, err = fedsim("study", file(columns=columns, metric="ms_of_all"), "--seeds", "1")
     assert code == 2
-    assert "did you mean 'final.accuracy'?" in err
     assert "51.00" in out
+    assert "msat" not in out
+    assert err.startswith("fedsim: study mine: unknown metric of the runs 'ms_of_all'")
+    assert "so scores are accuracy; " in err
+    for name in ("ms_of_all", "metrics.msat", "of_my_own.value"):
+        assert err.count(repr(name)) == 1
+    assert [arm["rounds"] for arm in json.loads(Path("runs/mine/study.json").read_text())["arms"]] == [1, 1, 1]
+
+
+def test_figures_are_in_the_unit_of_elsewhere_and_commands_name_the_file(file, fedsim):
+    columns = ["peak_memory_bytes", "simulated_s", "energy_j.total", "metrics.accuracy"]
+    name = f"./{file(columns=columns)}"
+    assert fedsim("study", name, "--seeds", "1")[0] == 0
+    page = Path("runs/mine/study.md").read_text()
+    assert f"```\nfedsim study {name}\n```" in page
+    assert "| 10 B | 10.0 s |" in page
+    assert "peak memory |" in page
+    assert f"fedsim study {name}" in Path("runs/mine/study.html").read_text()
 
 
 def test_one_seed_has_no_interval():

@@ -62,6 +62,17 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "grid without list": ({"arms": {"A": {"grid": {"seed": 1}}}}, r"arms\.A\.grid must be a map of settings to lists"),
     "against": ({"against": "Plan"}, "unknown arm in against 'Plan'; did you mean 'Plain'"),
     "axis": ({"x": ["round"]}, r"unknown axis in x 'round'; did you mean 'rounds'\?.*dotted path"),
+    "column": ({"columns": ["final.acuracy"]}, r"columns: unknown figure of a run 'final.acuracy'; did you mean 'fin"),
+    "column of metrics": ({"columns": ["metrics.client_acuracy"]}, "did you mean 'metrics.client_accuracy'"),
+    "map in columns": ({"columns": ["energy_j"]}, r"unknown figure of a run 'energy_j'.*energy_j\.total"),
+    "head of a column": ({"columns": ["outcome.late"]}, r"did you mean 'outcomes\.late'"),
+    "key of a column": ({"columns": ["energy_j.totl"]}, r"did you mean 'energy_j\.total'"),
+    "half a column": ({"columns": ["final."]}, "columns must name a figure by its dotted path"),
+    "figure": ({"columns": ["peak_memory_byte"]}, "did you mean 'peak_memory_bytes'"),
+    "dotted axis": ({"x": ["final.acuracy"]}, r"x: unknown figure of a run.*did you mean 'final\.accuracy'"),
+    "no target": ({"columns": ["to_target.simulated_s"]}, r"no run has to_target\.simulated_s, as no arm sets target="),
+    "metric": ({"metric": "acuracy"}, r"metric: unknown figure of a run 'acuracy'; did you mean 'accuracy'"),
+    "metric as path": ({"metric": "final.accuracy"}, r"must name a metric of the rounds alone, e\.g\. accuracy, got"),
     "seeds": ({"seeds": [1, -2]}, "seeds must be a list of whole numbers of at least 0"),
     "seed twice": ({"seeds": [1, 1]}, "a seed is there twice"),
     "last": ({"last": 0}, "last must be a whole number of at least 1, or left out, got 0"),
@@ -92,6 +103,13 @@ def test_a_mistake_is_one_sentence_before_anything_runs(case: str, file, fedsim)
     code, out, err = fedsim("study", name)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert not Path("runs").exists()
+
+
+def test_names_that_own_code_may_bring_pass(file):
+    """Nobody knows before a run what a workload or strategy of the user's reports."""
+    columns = ["metrics.mine", "final.macro_f2", "metrics.accuracy_at_0.5", "facts.mine", "mine", "to_target.round"]
+    study = read_study(file(columns=columns, metric="mine_at_0.5", base=[*BASE, "target_accuracy=0.9"]))
+    assert plan(study, Path("runs/mine"))
 
 
 def test_a_wrong_setting_names_its_arm(file, fedsim):

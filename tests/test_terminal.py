@@ -73,6 +73,14 @@ def test_sections_and_titles_stay(capsys: pytest.CaptureFixture[str]):
     assert text.count("├") == 2  # the section, in both parts
 
 
+def test_what_is_below_a_table_folds_where_the_terminal_ends(capsys: pytest.CaptureFixture[str]):
+    made = table("name", "figure", left=("name",))
+    made.caption = "a line below that is wider than the table"
+    made.add_row("one", "1")
+    PlainConsole(markup=False, emoji=False, width=60).print(made)
+    assert capsys.readouterr().out.splitlines()[-1] == made.caption
+
+
 @pytest.mark.parametrize("colours", [True, False])
 def test_a_bar_has_no_gap(monkeypatch: pytest.MonkeyPatch, colours: bool):
     """Rich draws what is missing in a colour, or not at all."""
@@ -98,3 +106,15 @@ def test_names_stand_beside_texts_that_are_broken_between_words(capsys: pytest.C
         " " + "a" * 30,
         "           nine",
     ]
+
+
+@pytest.mark.parametrize("width", range(20, 60, 5))
+def test_no_line_below_a_table_ends_between_a_number_and_its_unit(capsys: pytest.CaptureFixture[str], width: int):
+    printed = table("arm", "score", left=("arm",))
+    printed.add_row("one", "1")
+    printed.caption = "time: 3.50 min, energy: 5.40 kJ, traffic: 231.42 MB, waiting: 12.5 s, memory: 3.1 GB, 150 rounds"
+    PlainConsole(markup=False, emoji=False, width=width + 12).print(printed)
+    lines = capsys.readouterr().out.splitlines()[5:]
+    assert "".join("".join(lines).split()) == "".join(printed.caption.split())
+    assert not any(re.search(r"\d\s*$", line) for line in lines)
+    assert "\N{NO-BREAK SPACE}" not in "".join(lines)

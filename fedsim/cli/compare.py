@@ -62,7 +62,7 @@ def place(out: Path | None) -> Path:
     if out is None:
         return new_folder(Path("runs"), "compare", [])
     check_folder("--out", str(out))
-    check_free(out)
+    check_free(out, "--out ")
     make_folders(out)
     return out
 
@@ -77,10 +77,12 @@ def show(result: Result, folder: Path, shown: PlainConsole) -> None:
     from fedsim.study.web_page import write_web_page
 
     for line in result.study.differs:
-        shown.say(line)
+        shown.note(line)
+    if result.study.left_out:
+        shown.note(result.study.left_out)
     shown.print(result_table(result))
     write_result(result, {}, folder, NAME)
     write_page(result, {}, folder, f"{NAME}.md")
     draw_study(result, folder / f"{NAME}.png")
-    shown.say(f"comparison: {folder} ({NAME}.md, {NAME}.csv, {NAME}.json, {NAME}.png)")
+    shown.say(f"comparison: {folder} ({NAME}.md, .csv, .json, .png)")
     shown.say(f"page: {write_web_page(result, {}, folder, NAME)}")

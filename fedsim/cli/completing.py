@@ -35,6 +35,11 @@ class OverridesCommand(typer.core.TyperCommand):
         ] or super().shell_complete(ctx, incomplete)
 
 
+def complete_device(incomplete: str) -> list[tuple[str, str]]:
+    """Returns the shipped devices that begin so, with what they are."""
+    return list(_options("device", incomplete))
+
+
 def _options(group: str, beginning: str) -> Iterator[tuple[str, str]]:
     from fedsim.cli.listing import KINDS, line_of, names_of
 

@@ -24,12 +24,16 @@ KWS_RATE = 16000  # see configs/workload/kws.yaml
 app = typer.Typer(no_args_is_help=True, help="Make a bundle of your own files: train.npz, test.npz and meta.json.")
 
 Out = Annotated[Path, typer.Argument(help="Folder of the bundle; must not be there, or be empty.")]
-Fraction = Annotated[float, typer.Option(help="Share of the examples to test on, where the files have no test part.")]
-Seed = Annotated[int, typer.Option(help="Of the draw of the test part.", min=0, max=2**31 - 1)]
+Fraction = Annotated[
+    float, typer.Option(help="Share of the examples to test on, where the files have no test part.", min=0, max=1)
+]
+Seed = Annotated[int, typer.Option(help="Of the draw of the test part.", min=0, max=10**9)]
 Gray = Annotated[bool | None, typer.Option("--gray/--colour", help="One channel or three; as the images are.")]
 SizeOption = Annotated[str | None, typer.Option("--size", help="HEIGHT,WIDTH that all images are brought to.")]
-Rate = Annotated[int | None, typer.Option(help="Samples a second that all sounds are resampled to.")]
-Seconds = Annotated[float | None, typer.Option(help="Length that all sounds are cut to, or filled to with silence.")]
+Rate = Annotated[int | None, typer.Option(help="Samples a second that all sounds are resampled to.", min=1, max=10**7)]
+Seconds = Annotated[
+    float | None, typer.Option(help="Length that all sounds are cut to, or filled to with silence.", min=0, max=10**6)
+]
 
 
 @app.command("images")

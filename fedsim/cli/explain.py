@@ -134,6 +134,8 @@ def _sends(parts: list[Option]) -> str:
     private = next((s.default for part in parts for s in part.settings if s.key == "private"), "")
     weights = f"the weights, both ways{f', but those of private={private}' if private else ''}"
     records = next((part.records for part in parts if part.records), "")
+    if not records and (silent := [part.target for part in parts if part.records is None]):
+        return f"{weights}; what else is not said: no line `Records:` in the docstring of {' or '.join(silent)}"
     if not records:
         return f"{weights}; nothing else"
     return records if records.startswith("arrays") else f"{weights}; beside them:\n{records}"
@@ -142,7 +144,7 @@ def _sends(parts: list[Option]) -> str:
 def show(found: dict[str, Any], shown: PlainConsole) -> None:
     """Prints what is known of something."""
     halves = found.get("halves", [])
-    shown.note(f"{found['kind']} {found['name']}: {found['is']}", style="bold")
+    shown.note(f"{found['kind']} {found['name']}{': ' if found['is'] else ''}{found['is']}", style="bold")
     for text in _about(found):
         shown.indented(text, INDENT)
     for half, side in zip(halves, ("server", "client"), strict=False):

@@ -36,9 +36,16 @@ MODULES = (
     *("fedsim.report.plots.run", "fedsim.report.progress", "fedsim.settings.foreign", "fedsim.engines.local"),
     *("fedsim.workloads.classification", "fedsim.workloads.partition", "fedsim.workloads.streams"),
     *("clients.app", "clients.trainers.batched", "strategies.stock", "configs"),
-    *("hydra._internal.logging_config", "jinja2", "matplotlib.figure", "matplotlib.backends.backend_agg"),
-    *("matplotlib.backends.backend_svg", "numpy.ma", "numpy.random", "portalocker", "psutil", "pyarrow.parquet"),
-    *("safetensors.numpy", "tensorboard.summary.writer.event_file_writer", "torch.utils._device", "zoneinfo"),
+    *("hydra._internal.logging_config", "jinja2"),
+    *("numpy.ma", "numpy.random", "portalocker", "psutil", "pyarrow.parquet"),
+    *(
+        "safetensors.numpy",
+        "tensorboard.plugins.hparams.api_pb2",
+        "tensorboard.plugins.hparams.metadata",
+        "tensorboard.summary.writer.event_file_writer",
+        "torch.utils._device",
+        "zoneinfo",
+    ),
 )
 MESSAGE_BYTES, POLL_S = 2**20, 0.05
 JEMALLOC = "JE_ARROW_MALLOC_CONF"  # pyarrow would start a thread that tidies memory; forks are for single ones
@@ -73,10 +80,12 @@ def serve(study: socket.socket) -> dict[str, Any]:
                 return request
             os.close(files[0])
             running.add(pid)
-            study.send(json.dumps({"started": pid}).encode())
+            facts = {"started": pid}
+            study.send(json.dumps(facts).encode())
         for pid, code in _ended(running):
+            facts = {"ended": pid, "code": code}
             with suppress(OSError):  # the study has gone: the next message says so
-                study.send(json.dumps({"ended": pid, "code": code}).encode())
+                study.send(json.dumps(facts).encode())
 
 
 def run_composed(settings: dict[str, Any], arguments: list[str], standalone_mode: bool) -> None:

@@ -42,7 +42,7 @@ def run_app(app: Callable[..., Any]) -> NoReturn:
         sys.stdout.flush()
     except BaseException as error:
         if isinstance(error, SystemExit | OSError) and _has_no_reader(output):  # rich and click end without a word
-            _give_up(f"nobody reads the output any more (closed pipe); {_what_stays()}", CLOSED_PIPE)
+            _give_up(f"nobody reads the output any more; {_what_stays()}" if in_progress else "", CLOSED_PIPE)
         _end(error, typed)
     if code == INTERRUPTED:  # click's own answer to Ctrl-C
         _give_up(f"interrupted; {_what_stays()}", INTERRUPTED)
@@ -191,9 +191,9 @@ def _give_up(text: str, code: int, error: BaseException | None = None) -> NoRetu
         print(getattr(error, "traceback", ""), file=sys.stderr)
         traceback.print_exception(error)
     notes = "; ".join(["", *getattr(error, "__notes__", ())])
-    sentence = visible(" ".join((text + notes).split()), SENTENCE_LETTERS)
-    with suppress(OSError):
-        print(f"fedsim: {sentence}", file=sys.stderr, flush=True)
+    if sentence := visible(" ".join((text + notes).split()), SENTENCE_LETTERS):
+        with suppress(OSError):
+            print(f"fedsim: {sentence}", file=sys.stderr, flush=True)
     try:
         sys.stdout.flush()
     except (OSError, ValueError):  # else Python says so too, at its very end

@@ -57,10 +57,8 @@ def study(
 
     from fedsim.report.terminal import console
     from fedsim.settings.folder_names import check_folder
-    from fedsim.study.page import write_page
-    from fedsim.study.results import check_columns, collect, write_result
+    from fedsim.study.results import collect
     from fedsim.study.spec import plan, read_study
-    from fedsim.study.web_page import write_web_page
 
     if out is not None:
         check_folder("--out", str(out))
@@ -79,17 +77,26 @@ def study(
         check_folder_place("--out", folder)
     result = collect(chosen, runs)
     if result.rows:
-        _show(result, failed, folder, shown)
-        write_result(result, failed, folder)
-        write_page(result, failed, folder)
-        _draw(result, folder)
-        shown.say(f"page: {write_web_page(result, failed, folder, 'study')}")
-        check_columns(result)
+        _tell(result, failed, folder, shown)
     if failed:
         raise RunError(f"{len(failed)} of {len(runs)} runs failed: {'; '.join(f'{n}: {r}' for n, r in failed.items())}")
     if not result.rows:
         raise ConfigError(f"no run of study {chosen.name} is finished in {folder}")
     return None
+
+
+def _tell(result: Result, failed: dict[str, str], folder: Path, shown: PlainConsole) -> None:
+    """Prints, draws and writes what came of a study."""
+    from fedsim.study.page import write_page
+    from fedsim.study.results import check_lacking, write_result
+    from fedsim.study.web_page import write_web_page
+
+    _show(result, failed, folder, shown)
+    write_result(result, failed, folder)
+    write_page(result, failed, folder)
+    _draw(result, folder)
+    shown.say(f"page: {write_web_page(result, failed, folder, 'study')}")
+    check_lacking(result)
 
 
 def _seeds(text: str) -> list[int]:

@@ -16,7 +16,7 @@ from devices.reading import parse_json, parse_yaml, read_bytes, read_json, read_
 from fedsim.errors import ConfigError
 from fedsim.report.checksums import check_inside, check_signed
 from fedsim.report.client_rows import client_schema
-from fedsim.report.place import CLIENTS, CONFIG, FAILURE, PICTURES, ROUNDS, ROWS, SUMMARY
+from fedsim.report.place import BY_ROUNDS, CLIENTS, CONFIG, FAILURE, PICTURES, ROUNDS, ROWS, SUMMARY
 from fedsim.settings.forms import (
     FIGURE,
     INTEGERS,
@@ -35,6 +35,7 @@ from fedsim.settings.forms import (
     optional,
 )
 from fedsim.settings.moved import updated
+from fedsim.workloads.by_class import ECE, MACRO_F1
 from fedsim.workloads.metrics import PRIMARY, Metric
 
 if TYPE_CHECKING:
@@ -61,13 +62,15 @@ FIGURES: Forms = {
     "prices": optional(MAP),
     "compression": optional(MAPS),
     "repriced": optional(MAP),
-    "continual": optional(MAP),
+    BY_ROUNDS: optional(TEXT),
+    **dict.fromkeys(("continual", "versions"), optional(MAP)),
     "classes": optional(MAPS),
     "calibration": optional(MAPS),
     "confusion": optional(
         Form("a list of lists of whole numbers", lambda v: isinstance(v, list) and all(map(INTEGERS.fits, v)))
     ),
 }
+BY_CLASS = dict.fromkeys((MACRO_F1, ECE), optional(NUMBER))
 CLASS = {"name": TEXT, "examples": WHOLE, "accuracy": FIGURE, "f1": FIGURE}
 BIN = {"predictions": WHOLE, "accuracy": optional(NUMBER), "confidence": optional(NUMBER)}
 MATRIX = Form(
@@ -142,7 +145,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
     check_tree(summary, FIGURES, str(path))
     check_tree(summary, METRIC if PRIMARY in summary else {}, str(path))
     primary = Metric.named_in(summary).name
-    check_tree(summary, {"final": {primary: FIGURE}, "best": {primary: FIGURE, "round": ROUND}}, str(path))
+    check_tree(summary, {"final": {primary: FIGURE, **BY_CLASS}, "best": {primary: FIGURE, "round": ROUND}}, str(path))
     target = {primary: NUMBER, **TARGET}
     for key, forms in (
         ("to_target", target),

@@ -7,7 +7,6 @@ what a library refuses while the run is going on is warned of once.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import uuid
@@ -21,6 +20,7 @@ from devices.errors import one_line
 from devices.reading import read_json
 from devices.writing import write_atomic
 from fedsim.errors import ConfigError
+from fedsim.report import strict_json
 from fedsim.report.place import LOGGED
 from fedsim.report.rounds import RoundReport
 from fedsim.report.scalars import Spent, hyperparameters, of_end, of_round
@@ -151,7 +151,7 @@ class Log:
             self._service = make(folder, label_of(typed), hyperparameters(settings), known.get(self.name))
         except Exception as error:
             raise ConfigError(f"logger={self.name} cannot begin: {one_line(error)}; or set logger=null") from error
-        write_atomic(folder / LOGGED, json.dumps({**known, self.name: self._service.id}) + "\n")
+        write_atomic(folder / LOGGED, strict_json.dumps({**known, self.name: self._service.id}) + "\n")
         for report in before:
             self.add(report, self.name not in known)
 

@@ -64,17 +64,14 @@ from fedsim.report.text import late_note
 from fedsim.workloads.by_class import CALIBRATION, CLASSES, ECE, MACRO_F1
 from fedsim.workloads.by_class import CONFUSION as CONFUSED
 from fedsim.workloads.describe import Split
+from fedsim.workloads.metrics import ACCURACY, Metric, judged, took_part
 from fedsim.workloads.metrics import CLIENTS as OF_CLIENTS
-from fedsim.workloads.metrics import Metric, judged, took_part
 
 OF_AN_EXCHANGE = (
     "Seconds and joules are of a completed exchange: a client that is asked to train, or to judge a model. Tail J is "
     "what its radio takes while it stays awake after a transfer; it is part of mean J."
 )
-WHO_CLOSED = (
-    "Stragglers are the clients that were most often the last of a round whose reply was taken: without a deadline, it "
-    "took as long as they did."
-)
+WHO_CLOSED = "Stragglers are the clients that were most often the last of a round whose reply was taken"
 OF_FAIRNESS = (
     "The last score of each client that judged a model, its own where the method has one, on its own held-out "
     "examples; worst tenth is the mean of the lowest tenth of the clients."
@@ -318,7 +315,9 @@ def _parts(told: Told) -> Iterator[Part]:
     yield from _fairness(told)
     if (became := outcomes(told.rounds)) is not None:
         slowest = stragglers(told.rows) if told.rows else None
-        note = " ".join(filter(None, [late_note(told.settings), WHO_CLOSED if slowest else ""]))
+        bounded = told.settings.get("deadline_s") is not None
+        waited = f"{WHO_CLOSED}{'.' if bounded else ': it took as long as they did.'}"
+        note = " ".join(filter(None, [late_note(told.settings), waited if slowest else ""]))
         yield Part("Who was asked to train, and who was waited for", [became], [slowest] if slowest else [], note)
     if told.population is not None:
         absent = never_took_part(told.rows, told.took_part, told.population, told.split)
@@ -353,8 +352,8 @@ def _by_class(summary: dict[str, Any]) -> Iterator[Part]:
     if bins := [(b["confidence"], b["accuracy"]) for b in summary.get(CALIBRATION, ()) if b["predictions"]]:
         drawn.append(reliability(bins))
     final = summary.get("final", {})
-    said = [f"macro F1 {100 * final[MACRO_F1]:.1f} %"] if MACRO_F1 in final else []
-    said += [f"calibration error {100 * final[ECE]:.1f} %"] if ECE in final else []
+    said = [f"macro F1 {ACCURACY.with_unit(final[MACRO_F1])}"] if MACRO_F1 in final else []
+    said += [f"calibration error {ACCURACY.with_unit(final[ECE])}"] if ECE in final else []
     if classes or drawn:
         note = f"On the test set, with the last model that was judged: {', '.join(said)}." if said else ""
         yield Part("Class by class", drawn, [classes_table(classes)] if classes else [], note)

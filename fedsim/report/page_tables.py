@@ -14,7 +14,7 @@ from fedsim.messages.cohort import OUTCOMES
 from fedsim.report.files import Rows, select_rows
 from fedsim.report.html import Table
 from fedsim.workloads.describe import Split
-from fedsim.workloads.metrics import Metric
+from fedsim.workloads.metrics import ACCURACY, Metric
 
 SLOWEST, MOST_DEVICES, MOST_CLASSES = 8, 40, 20  # lines of tables
 JOULES = ("down", "compute", "up", "tail")  # the parts of a client's joules; runs of fedsim 0.1 have their sum alone
@@ -159,7 +159,7 @@ def classes_table(classes: Sequence[dict[str, Any]]) -> Table:
 
 
 def _share(value: float | None) -> str:
-    return "" if value is None or value != value else f"{100 * value:.1f} %"
+    return "" if value is None or value != value else ACCURACY.with_unit(value)
 
 
 def deployed_table(entries: Sequence[dict[str, Any]]) -> Table:

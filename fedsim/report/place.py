@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fedsim.settings.run_settings import RunSettings
 
 MAX_NAMED = 6  # of the things in a folder that is taken
+BY_ROUNDS = "goes_by_rounds"  # of a summary: what of the run depends on its number of rounds
 CONFIG, SUMMARY, FAILURE, PAGE = "config.yaml", "summary.json", "failure.json", "report.html"
 ROUNDS, CLIENTS, EVENTS, CHECKPOINT, PICTURES = "rounds.jsonl", "clients", "tensorboard", "checkpoint", "pictures"
 SPLIT, SWEEP, CONFUSION = "split.json", "multirun.yaml", "confusion.parquet"
@@ -132,10 +133,14 @@ def _make(folder: Path) -> list[Path]:
         raise ConfigError(f"out={folder} cannot be made: {reason}; name another folder") from error
 
 
-def check_free(folder: Path) -> None:
+def check_free(folder: Path, given: str = "out=") -> None:
     """Refuses a folder that holds anything, or is no folder; called before anything is built or written.
 
     What a run writes before its `config.yaml` does not count: it was killed in its first instant.
+
+    Args:
+        folder: which.
+        given: how its name was typed.
 
     Raises:
         ConfigError: naming the folder and what is in it, or the run that it would lie in: that one's checkpoints go.
@@ -146,14 +151,20 @@ def check_free(folder: Path) -> None:
         above = ()
     for outer in above:
         if (outer / CONFIG).is_file() and (outer / ROUNDS).exists():
-            raise ConfigError(f"out={folder} lies in the folder of another run, {outer}; name a folder outside of it")
-    refuse_taken(folder)
+            raise ConfigError(
+                f"{given}{folder} lies in the folder of another run, {outer}; name a folder outside of it"
+            )
+    refuse_taken(folder, given)
     if (folder / ROUNDS).exists() and _is_locked(folder / ROUNDS):
-        raise ConfigError(f"a run is beginning in out={folder} just now; name another folder")
+        raise ConfigError(f"a run is beginning in {given}{folder} just now; name another folder")
 
 
-def refuse_taken(folder: Path) -> None:
+def refuse_taken(folder: Path, given: str = "out=") -> None:
     """Refuses a folder that holds anything of another run, for the run that has begun to write there.
+
+    Args:
+        folder: which.
+        given: how its name was typed.
 
     Raises:
         ConfigError: naming the folder and what is in it.
@@ -165,16 +176,16 @@ def refuse_taken(folder: Path) -> None:
     except NotADirectoryError as error:
         free = "is a file; name a folder that is new or empty"
         what = free if folder.exists() else f"cannot be made: {error.strerror}"
-        raise ConfigError(f"out={folder} {what}") from None
+        raise ConfigError(f"{given}{folder} {what}") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"out={folder} cannot be read: {reason}; name another folder") from error
+        raise ConfigError(f"{given}{folder} cannot be read: {reason}; name another folder") from error
     taken = [name for name in there if not _precedes_config(folder / name)]
     if not taken:
         return
     run = [name for name in WRITTEN if name in taken]
     what = f"another run ({', '.join(run)})" if run else f"something else ({_listed(taken)})"
-    raise ConfigError(f"out={folder} holds {what}; name a new folder{' or remove it' if run else ''}")
+    raise ConfigError(f"{given}{folder} holds {what}; name a new folder{' or remove it' if run else ''}")
 
 
 def _listed(names: list[str]) -> str:

@@ -10,9 +10,9 @@ from typing import Any
 from devices.errors import FileError
 from devices.reading import read_yaml
 from fedsim.errors import ConfigError
-from fedsim.report.place import CHECKPOINT
+from fedsim.report.place import BY_ROUNDS, CHECKPOINT
 from fedsim.settings.compose import completed, compose
-from fedsim.settings.groups import GROUPS, NEEDED, PRIMARY, Settings, config_dir, following, options, preset
+from fedsim.settings.groups import GROUPS, NEEDED, PRIMARY, Settings, config_dir, options, preset
 from fedsim.settings.hydra_text import as_hydra
 
 MOST = 40  # settings in a command; more are read from the run's own file
@@ -68,9 +68,7 @@ def _can_go_on(folder: Path, settings: Settings, summary: Mapping[str, Any]) -> 
     """Returns whether a finished run can be given more rounds, as far as its folder tells."""
     if summary.get("repriced") or summary["rounds"] != settings.get("rounds") or not (folder / CHECKPOINT).exists():
         return False
-    choices = settings.get("choices", {})
-    by_rounds = any(following(group, choices[group], "rounds") for group in NEEDED if choices.get(group))
-    return not by_rounds and choices.get("stream") in (None, "none") and choices.get("method") != "ppp"
+    return not summary.get(BY_ROUNDS)
 
 
 def usual_options() -> dict[str, str]:

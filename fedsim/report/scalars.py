@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from fedsim.messages.cohort import OUTCOMES
+from fedsim.report import strict_json
 from fedsim.report.rounds import RoundReport
 from fedsim.settings.groups import FREE_MAPS, NEEDED, Settings
 from fedsim.settings.names import fleet_name, method_name, used, workload_name
@@ -91,4 +91,4 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bool
         elif isinstance(value, bool | int | float | str):
             yield path, value
         elif value:
-            yield path, json.dumps(value)
+            yield path, strict_json.dumps(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import textwrap
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
@@ -27,6 +28,7 @@ CELL_LETTERS = 400  # of a line in a cell; commands and paths are the longest
 NAME_WIDTH = 24  # columns that a column of text needs at most: what is longer may be broken
 EDGE, BETWEEN = 1, 3  # columns that a frame takes: once, and for each column
 BAR_WIDTH = 40  # columns
+NUMBER = re.compile(r"(\d) (?=\S)")
 PIPED_WIDTH = 100_000  # of what is not printed to a terminal: nothing is shrunk there
 
 
@@ -37,7 +39,10 @@ class PlainConsole(Console):
         """Prints as rich does, with what cannot be seen written as escapes, and wide tables in parts."""
         if len(objects) == 1 and isinstance(objects[0], PlainTable):
             for part in objects[0].parts(self.width):
+                below, part.caption = part.caption, None  # rich would fold it to the width of the table
                 super().print(part, **how)
+                if below:
+                    self.note(_unbroken(str(below), self.width))
             return
         super().print(*(visible_lines(o) if isinstance(o, str) else o for o in objects), **how)
 
@@ -164,6 +169,13 @@ class PlainTable(Table):
         texts = [self.headings[column], *(self._text(cells, column) for cells, _ in self.lines)]
         widest = max(cell_len(line) for text in texts for line in [*text.splitlines(), ""])
         return BETWEEN + (min(widest, NAME_WIDTH) if self.headings[column] in self.left else widest)
+
+
+def _unbroken(text: str, width: int) -> str:
+    """Returns a text in lines of a width, none of which ends between a number and its unit."""
+    glued = NUMBER.sub("\\1\N{NO-BREAK SPACE}", text)
+    lines = (textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False) for line in glued.split("\n"))
+    return "\n".join(part for wrapped in lines for part in wrapped or [""]).replace("\N{NO-BREAK SPACE}", " ")
 
 
 def _in_line(heading: str) -> str:

@@ -108,7 +108,7 @@ def repriced_line(summary: Mapping[str, Any]) -> str:
     """Returns which run was re-priced, and how far."""
     made = summary["repriced"]
     if not made["ended"]:
-        return f"re-priced: all {made['rounds']} rounds of {made['run']}, which was trained on other devices"
+        return f"re-priced: all {made['rounds']} rounds of {made['run']}, priced anew"
     return (
         f"re-priced: the first {summary['rounds']} of {made['rounds']} rounds of {made['run']}; it ends {made['ended']}"
     )

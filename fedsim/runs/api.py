@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import html
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -96,6 +97,10 @@ class Run:
 
         return curves(read_rounds(self.folder), self.primary)
 
+    def __fspath__(self) -> str:
+        """Returns the folder, so that a run stands wherever a path does."""
+        return str(self.folder)
+
     def __repr__(self) -> str:
         return f"Run({str(self.folder)!r})"
 
@@ -175,12 +180,12 @@ def run(*overrides: str, progress: bool = True, **settings: Any) -> Run:
 
 
 def resume(
-    folder: str | Path, *overrides: str, progress: bool = True, changed_code: bool = False, **settings: Any
+    folder: str | os.PathLike[str], *overrides: str, progress: bool = True, changed_code: bool = False, **settings: Any
 ) -> Run:
     """Goes on with a run that was interrupted, or with a finished one to more `rounds`; returns its folder.
 
     Args:
-        folder: of the run.
+        folder: of the run, or the run itself.
         overrides: as those of `compose`: `rounds`, and settings of the engine.
         progress: whether a terminal shows a bar over the rounds.
         changed_code: whether it goes on where code of the user's is not what the run was begun with.
@@ -202,11 +207,11 @@ def resume(
     return Run(Path(folder))
 
 
-def reprice(folder: str | Path, *overrides: str, progress: bool = True, **settings: Any) -> Run:
+def reprice(folder: str | os.PathLike[str], *overrides: str, progress: bool = True, **settings: Any) -> Run:
     """Writes a finished run anew as it would have been on other devices, without training; returns the new folder.
 
     Args:
-        folder: of the run.
+        folder: of the run, or the run itself.
         overrides: as those of `compose`: fleet, latency, deadline_s, round_every_s, max_simulated_s, name, out.
         progress: whether a terminal shows a bar over the rounds.
         settings: the same as keywords.
@@ -224,7 +229,7 @@ def reprice(folder: str | Path, *overrides: str, progress: bool = True, **settin
     return Run(again)
 
 
-def load(folder: str | Path) -> Run:
+def load(folder: str | os.PathLike[str]) -> Run:
     """Returns a run folder to look into.
 
     Raises:

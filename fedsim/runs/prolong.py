@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import yaml
+from flwr.serverapp.strategy import Strategy
 
 from devices.writing import write_atomic
 from fedsim.engines.locks import hold
@@ -17,7 +18,7 @@ from fedsim.report.files import read_summary
 from fedsim.report.place import CONFIG, PAGE, ROUNDS, SUMMARY
 from fedsim.runs import checkpoint
 from fedsim.runs.recorded import settings_of_run
-from fedsim.settings.build import build_strategy, build_world, instantiate
+from fedsim.settings.build import World, build_strategy, build_world, instantiate
 from fedsim.settings.groups import Settings
 
 
@@ -67,10 +68,14 @@ def _check_method(folder: Path, settings: Settings) -> None:
         ConfigError: saying what depends on it.
     """
     world = build_world(json.dumps(settings))
-    half = server_half(build_strategy(world.settings, world.workload.num_clients))
-    for part in (half, instantiate(world.settings.groups, "trainer"), world.workload):
-        if part.reads_rounds:
-            raise ConfigError(
-                f"{folder} cannot be prolonged: {part.reads_rounds}, so that a longer run would have begun in another "
-                f"way; run it anew: fedsim run rounds={settings['rounds']}"
-            )
+    if said := goes_by_rounds(world, build_strategy(world.settings, world.workload.num_clients)):
+        raise ConfigError(
+            f"{folder} cannot be prolonged: {said}, so that a longer run would have begun in another way; run it anew: "
+            f"fedsim run rounds={settings['rounds']}"
+        )
+
+
+def goes_by_rounds(world: World, strategy: Strategy) -> str:
+    """Returns what of a run depends on its number of rounds, in words; empty where nothing does."""
+    parts = (server_half(strategy), instantiate(world.settings.groups, "trainer"), world.workload)
+    return next((part.reads_rounds for part in parts if part.reads_rounds), "")

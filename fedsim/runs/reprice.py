@@ -30,6 +30,7 @@ from fedsim.grid.pricing import CRASHED
 from fedsim.grid.server_half import server_half
 from fedsim.messages.cohort import ClientAnswer, ClientTask, CohortAnswer, CohortTask
 from fedsim.report.files import read_rows, read_summary, row_files
+from fedsim.report.repeat import command_of
 from fedsim.report.rounds import RoundReport, Totals, read_rounds
 from fedsim.runs import checkpoint
 from fedsim.runs.federation import Federation
@@ -201,6 +202,7 @@ class RepricedFederation(Federation):
         world: of the run, but for its fleet, latency model and limits of time.
         before: of the run itself.
         folder: where that was written.
+        there: the command that trains it there.
 
     Attributes:
         ended: why it ends before the run did; empty where it does not.
@@ -209,11 +211,11 @@ class RepricedFederation(Federation):
 
     weights: ArrayRecord | None = None
 
-    def __init__(self, world: World, before: World, folder: Path):
+    def __init__(self, world: World, before: World, folder: Path, there: str):
         self.recorder = RecordedEngine(before, world)
         super().__init__(world, self.recorder)
         self.grid.averages = False  # nobody sends weights
-        self.folder = folder
+        self.folder, self.there = folder, there
         self.before = {report.round: report for report in read_rounds(folder)}
         if (saved := checkpoint.load(folder)) is not None:
             if saved.damaged:
@@ -247,13 +249,13 @@ class RepricedFederation(Federation):
                 if changed[figure]():
                     raise ConfigError(
                         f"{self.folder} cannot be re-priced on these devices: {what}, so that its clients would have "
-                        "learned something else; run it there: fedsim run"
+                        f"learned something else; run it there: {self.there}"
                     )
         always = all(isinstance(world.fleet.availability, Always) for world in (before, now))
         if half.asks_reachable and not always:
             raise ConfigError(
                 f"{self.folder} cannot be re-priced where clients sleep: {type(self.strategy).__name__} asks those "
-                "whom it can reach, and others would have answered; run it there: fedsim run"
+                f"whom it can reach, and others would have answered; run it there: {self.there}"
             )
 
     def rounds(self, after: RoundReport | None = None) -> Iterator[tuple[RoundReport, list[ClientReport]]]:
@@ -367,7 +369,8 @@ def reprice(
     settings_before = settings_of_run(folder)
     before, world = build_world(json.dumps(settings_before)), build_world(json.dumps(settings))
     check_same(data_of_run(folder), settings_before, before.workload, folder)
-    federation = RepricedFederation(world, before, folder)
+    there = command_of(settings) or "fedsim run"
+    federation = RepricedFederation(world, before, folder, there)
     federation.check()
     writer = RunWriter(federation, out, settings, of_run(settings, world.workload), Totals(), False, None)
     with writer:
@@ -376,7 +379,7 @@ def reprice(
             if watch:
                 watch(report)
         if federation.ended and not report.round:
-            raise ConfigError(f"{folder} cannot be re-priced so: {federation.ended}; run it there: fedsim run")
+            raise ConfigError(f"{folder} cannot be re-priced so: {federation.ended}; run it there: {there}")
         if not federation.is_whole:
             writer.checkpoints.every_s = None
         return writer.finish()

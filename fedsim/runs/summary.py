@@ -7,7 +7,9 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from devices.fleet import Fleet
+from devices.units import short_size
 from fedsim import __version__
+from fedsim.grid.edge import EMPTY_ROUND_S
 from fedsim.messages.cohort import OUTCOMES
 from fedsim.report.rounds import RoundReport, Totals, weights_sha256
 from fedsim.settings.names import fleet_name, method_name, workload_name
@@ -56,6 +58,31 @@ def unjudged(federation: Federation) -> list[str]:
         f"(private=[{','.join(settings.private)}]) has never been trained; evaluate_clients=10 judges clients "
         "with their own"
     ]
+
+
+def nobody_completed(reports: list[RoundReport], federation: Federation) -> list[str]:
+    """Says what happened in a run in which no client's reply was ever taken, and what to change."""
+    asked = [report for report in reports if report.round]
+    if not asked or any(report.outcomes.get("completed") for report in asked):
+        return []
+    count = {outcome: sum(len(report.outcomes.get(outcome, ())) for report in asked) for outcome in OUTCOMES}
+    limit, fleet = federation.settings.deadline_s, federation.world.fleet
+    small = next((c for report in asked for c in report.outcomes.get("out_of_memory", ())), 0)
+    name, has = fleet.device_name(small), short_size(fleet[small].memory_bytes)
+    needs = short_size(max(report.peak_memory_bytes for report in asked))
+    what = {
+        "late": f"{count['late']} came after deadline_s={limit}; raise it, or leave it out with deadline_s=null",
+        "out_of_memory": f"{count['out_of_memory']} lacked the memory, up to {needs} where {name} has {has}; take "
+        f"other devices or a smaller trainer.batch_size; what fits: fedsim devices fit --device {name} --model MODEL",
+        "offline": f"{count['offline']} were offline; "
+        "fleet.availability._target_=devices.availability.Always keeps all online",
+        "failed": f"{count['failed']} failed; see on_client_error",
+    }
+    told = [what[outcome] for outcome in OUTCOMES if count[outcome]]
+    if any(not report.cohort for report in asked):
+        told.append("in some rounds nobody was awake; round_every_s=600 starts six an hour")
+    idle = "" if limit else f"; the server tries again {EMPTY_ROUND_S:g} s after a round without a reply"
+    return [f"no client ever completed, so the model is the untrained one: {'; '.join(told)}{idle}"]
 
 
 def participation(reports: list[RoundReport], fleet: Fleet, primary: Metric, needed: int = 1) -> dict[str, Any]:

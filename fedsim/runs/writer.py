@@ -18,7 +18,7 @@ from fedsim.grid.exchange import ClientReport
 from fedsim.messages.updates import Instruction
 from fedsim.report.folder import RunFolder
 from fedsim.report.loggers import Log, check_logger
-from fedsim.report.place import check_free
+from fedsim.report.place import BY_ROUNDS, check_free
 from fedsim.report.rounds import RoundReport, Totals
 from fedsim.report.split import write_split
 from fedsim.runs import checkpoint, forecast
@@ -26,7 +26,8 @@ from fedsim.runs.federation import Federation
 from fedsim.runs.own_code import write_code
 from fedsim.runs.price_facts import price_facts
 from fedsim.runs.price_models import FROM_THE_START, price_models, repriced
-from fedsim.runs.summary import participation, summarise, unjudged, versions
+from fedsim.runs.prolong import goes_by_rounds
+from fedsim.runs.summary import nobody_completed, participation, summarise, unjudged, versions
 from fedsim.settings.build import build_world, stock_rule
 from fedsim.settings.groups import Settings
 from fedsim.settings.run_settings import RunSettings
@@ -158,8 +159,14 @@ class RunWriter:
         summary = summarise(federation, reports, self.totals, time.perf_counter() - self._started)
         summary |= participation(reports, world.fleet, federation.primary, needed) | {DATA: self.data}
         summary["price_models"], warning = price_models(self.priced, summary["rounds"])
-        summary["warnings"] += [*unjudged(federation), *([warning] if warning else [])]
+        summary["warnings"] += [
+            *nobody_completed(reports, federation),
+            *unjudged(federation),
+            *([warning] if warning else []),
+        ]
         summary |= world.workload.figures(reports)
+        if said := goes_by_rounds(world, federation.strategy):
+            summary[BY_ROUNDS] = said
         by_class = federation.by_class(summary["rounds"])
         summary |= by_class.figures() if by_class else {}
         if entries := federation.deploy():

@@ -27,7 +27,7 @@ from fedsim.settings.own_networks import IN_FILE, TORCHVISION
 from fedsim.settings.parameters import check_parameters, takes
 from fedsim.settings.permissions import allow, real_path
 from fedsim.settings.run_settings import RunSettings
-from fedsim.settings.trust import check_group, source_file
+from fedsim.settings.trust import check_group, locate, source_file
 from fedsim.workloads.host_memory import check_fits, model_bytes
 
 if TYPE_CHECKING:
@@ -333,8 +333,6 @@ def build_strategy(settings: RunSettings, num_clients: int) -> Strategy:
 
     All strategies take them but Flower's wrappers: there the strategy inside does.
     """
-    from hydra.utils import get_object
-
     train, judge = min(settings.num_asked, num_clients), settings.evaluate_clients
     sampling = {
         "fraction_train": train / num_clients,
@@ -345,7 +343,7 @@ def build_strategy(settings: RunSettings, num_clients: int) -> Strategy:
     }
     tree = settings.groups["strategy"]
     check_group("strategy", tree)  # what it is, and what its wrappers take, is looked up next
-    if isinstance(kind := get_object(str(tree["_target_"])), type):
+    if isinstance(kind := locate("strategy._target_", tree["_target_"]), type):
         stock_rule("check_class")(kind)
     if "strategy" in tree:
         strategy: Strategy = instantiate({"strategy": _with_sampling(tree, sampling)}, "strategy")

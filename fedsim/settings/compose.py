@@ -109,7 +109,7 @@ def on_engine(settings: Settings, overrides: Sequence[str]) -> Settings:
     for text in overrides:
         key = parsed(text).key_or_group
         if key != "engine" and not key.startswith("engine."):
-            raise ConfigError(f"{text} cannot be given: only the engine of a run may change, e.g. engine=ray")
+            raise ConfigError(f"{text} cannot be given: only rounds and engine of a run may change, e.g. engine=ray")
         if key.removeprefix("engine.") in AFFECTS_RESULTS:
             raise ConfigError(f"{key} cannot change: the last bits of results depend on it")
     if overrides:
@@ -239,6 +239,7 @@ def check_address(settings: Settings, overrides: Sequence[str], source: str) -> 
 
 
 REPRICED = ("fleet", "latency")  # groups, and settings of the top, that say what work costs and when it is late
+AVAILABILITY = "availability"  # of a fleet: when its clients are online
 LIMITS = ("deadline_s", "round_every_s", "max_simulated_s")
 
 
@@ -258,6 +259,8 @@ def of_rounds(settings: Settings, rounds: Any) -> Settings:
 def on_devices(settings: Settings, overrides: Sequence[str]) -> Settings:
     """Returns the settings of the same run on other devices: another fleet, latency model or limit of time.
 
+    Where another fleet says nothing of who is online when, its clients are online as those of the run were.
+
     Raises:
         ConfigError: for any other setting.
     """
@@ -271,8 +274,15 @@ def on_devices(settings: Settings, overrides: Sequence[str]) -> Settings:
     composed = compose([f"{group}={name}" for group, name in groups.items()])
     now: Settings = {**deepcopy(settings), "choices": {**settings["choices"], **groups}}
     now |= {group: composed[group] for group in groups}
+    if "fleet" in groups and _is_always_online(now["fleet"]) and AVAILABILITY in settings["fleet"]:
+        now["fleet"][AVAILABILITY] = deepcopy(settings["fleet"][AVAILABILITY])
     now = _overridden(now, [override for override in given if override.key_or_group not in REPRICED])
     return check(without_leftovers(now, overrides))
+
+
+def _is_always_online(fleet: Settings) -> bool:
+    found = fleet.get(AVAILABILITY)
+    return isinstance(found, dict) and str(found.get("_target_")).endswith(".Always")
 
 
 def _overridden(settings: Settings, overrides: list[Any]) -> Settings:

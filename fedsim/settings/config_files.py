@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from devices.errors import FileError, one_line
 from devices.reading import read_yaml
 from devices.texts import as_yaml
+from fedsim.settings.groups import check_preset
 from fedsim.settings.own_networks import SCHEME, network_settings
 
 MAX_SETTINGS = 10_000  # of a file, its aliases written out: OmegaConf takes a millisecond for each
@@ -52,7 +53,8 @@ def check(file: Path) -> None:
     """
     tree = read_yaml(file, max_nodes=MAX_SETTINGS)
     if tree is not None and not isinstance(tree, dict):
-        raise FileError(f"{file} must be a map of settings, got {as_yaml(tree)}")
+        kind = "a list" if isinstance(tree, list) else "a text or number"  # not which: a link leads to any file
+        raise FileError(f"{file} must be a map of settings, and holds {kind}")
     left: list[Any] = [tree]
     while left:
         value = left.pop()
@@ -81,6 +83,7 @@ class FileConfigSource(HydrasFiles):
         if Path(self.path) == SHIPPED or not self.is_config(config_path):
             return super().load_config(config_path)
         check(file)
+        check_preset(config_path.partition("/")[0], file)
         try:
             return super().load_config(config_path)
         except (*COMPOSING, OmegaConfBaseException) as error:

@@ -14,11 +14,20 @@ import yaml
 
 from devices.errors import FileError, one_line
 from devices.reading import read_text, read_yaml
-from fedsim.settings.docstrings import records_of, source_of, written_about
-from fedsim.settings.groups import GROUPS, PRIMARY, config_folders, option_file, options, target_of
+from fedsim.settings.docstrings import Written, records_of, says_records, source_of, written_about
+from fedsim.settings.groups import (
+    GROUPS,
+    PRESETS,
+    PRIMARY,
+    check_preset,
+    config_folders,
+    option_file,
+    options,
+    target_of,
+)
 from fedsim.settings.hydra_text import as_hydra
 
-HALVES, PRESETS = ("strategy", "trainer"), ("method", "experiment")
+HALVES = ("strategy", "trainer")
 OVERRIDE = re.compile(r"override /(\w+)(?:@\S+)?")
 MAX_NAMED, NEAR = 3, 0.8  # options in a sentence, and how alike names are that may be meant
 SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[\"A-Z])")
@@ -46,7 +55,7 @@ class Option:
         source: the paper that it is from; empty where nothing is said.
         notes: what else its file says.
         text: what its class says of itself.
-        records: what it sends beside weights; of halves of a method.
+        records: what it sends beside weights, None where its code does not say; of halves of a method.
         examples: commands with it.
         target: its class; empty for those that only choose others.
         chooses: options of other groups that it takes.
@@ -60,7 +69,7 @@ class Option:
     source: str
     notes: str
     text: str
-    records: str
+    records: str | None
     examples: tuple[str, ...]
     target: str
     chooses: dict[str, str]
@@ -83,6 +92,7 @@ def describe(group: str, name: str) -> Option:
         FileError: if its file cannot be read.
     """
     file, target = option_file(group, name), target_of(group, name) or ""
+    check_preset(group, file)
     head, found = _head(file), written_about(target)
     text = " ".join(found[0].text.split("\n\n")[0].split()) if found else ""
     examples = head.examples or (f"fedsim run {group}={name}",)
@@ -98,13 +108,18 @@ def describe(group: str, name: str) -> Option:
         head.source or source_of(found),
         head.notes,
         text,
-        records_of(found) if group in HALVES else "",
+        _records(target, found) if group in HALVES else "",
         examples,
         target,
         _chosen(file),
         tuple(settings),
         file,
     )
+
+
+def _records(target: str, found: list[Written]) -> str | None:
+    """Returns what a half sends beside the weights; None where nobody says whether it does."""
+    return records_of(found) if says_records(target, found) else None
 
 
 def sentence_of(group: str, name: str) -> str:

@@ -14,9 +14,13 @@ from pathlib import Path
 import fedsim
 
 MAX_ABOVE = 12  # classes that one is followed up to
-SOURCE = re.compile(r"\bSource:\s+(.+?)(?=\n\s*\n|\s+Records:|\s+State:|$)", re.DOTALL)  # to the end of its paragraph
-RECORDS = re.compile(r"\bRecords(?:, beside the weights)?:\s+(.+?)(?=\s+State:|$)", re.DOTALL)  # of the docstring
+SOURCE = re.compile(r"\bSources?:\s+(.+?)(?=\n\s*\n|\s+Records:|\s+State:|$)", re.DOTALL)  # to the end of its paragraph
+RECORDS = re.compile(
+    r"\bRecords(?:, beside the weights)?:\s+(?!none\b)(.+?)(?=\s+State:|$)", re.DOTALL
+)  # of the docstring
+SAID = re.compile(r"\bRecords(?:, beside the weights)?:\s")  # be it that there are none
 SEE = re.compile(r"Records:\s+see\s+`([\w.]+)`")
+SHIPPED = ("clients", "strategies", "flwr")  # whose halves without records send none
 BESIDE = str(Path(fedsim.__file__).resolve().parent.parent)  # our other packages are beside fedsim
 
 
@@ -50,10 +54,20 @@ def records_of(found: list[Written]) -> str:
     """Returns what a class sends beside the weights, as its module or that of a class above it says; or nothing."""
     for written in found:
         see = SEE.search(written.module)
-        text = _docstring(see[1]) if see else written.module
-        if records := RECORDS.search(text):
-            return records[1] if "\n\n" in records[1] else " ".join(records[1].split())
+        for text in (_docstring(see[1]) if see else written.module, written.text):
+            if records := RECORDS.search(text):
+                return records[1] if "\n\n" in records[1] else " ".join(records[1].split())
     return ""
+
+
+def says_records(target: str, found: list[Written]) -> bool:
+    """Returns whether it is known if a class sends more than the weights: of those shipped, and where its text says it.
+
+    Args:
+        target: name of the class with its module.
+        found: what is written about it and those above it.
+    """
+    return target.split(".")[0] in SHIPPED or any(SAID.search(w.module) or SAID.search(w.text) for w in found)
 
 
 def _docstring(module: str) -> str:

@@ -15,7 +15,7 @@ from devices.reading import read_yaml
 from fedsim.errors import ConfigError
 from fedsim.settings.build import check_trusted
 from fedsim.settings.compose import check_address, one_sentence, resolve, search_path
-from fedsim.settings.groups import PRIMARY, config_dir, own_folders
+from fedsim.settings.groups import PRIMARY, config_dir, own_folders, refuse_of_hydra, sets_hydra
 from fedsim.settings.overrides import is_of_hydra, sweep_overrides
 from fedsim.settings.permissions import FLAG, allowed, keep_out
 from fedsim.settings.plugins import plugins
@@ -54,6 +54,8 @@ def check_foreign(flags: Sequence[str], overrides: Sequence[str]) -> list[str]:
         tree = _folder("--config-path", known.config_path)
         own = own_folders()
     for folder in (tree, *own):
+        if folder != config_dir():
+            refuse_of_hydra(folder)
         _check_primary(folder / (name if name.endswith((".yaml", ".yml")) else f"{name}.yaml"))
     where = " or ".join(map(str, [tree] if known.config_path else own or [tree]))
     for run in [list(overrides)] if not _sweeps(flags, overrides) else _runs(overrides):
@@ -114,7 +116,7 @@ def _check_primary(file: Path) -> None:
         return
     tree = read_yaml(file)
     if isinstance(tree, dict) and "hydra" in tree:
-        raise _refused("hydra", file)
+        raise sets_hydra("hydra", file)
 
 
 def _check_run(tree: Path, where: str, name: str, overrides: Sequence[str], shown: bool) -> None:
@@ -126,7 +128,7 @@ def _check_run(tree: Path, where: str, name: str, overrides: Sequence[str], show
         composed = _composed(tree, name, overrides)
         usual = _composed(config_dir(), PRIMARY, [text for text in overrides if is_of_hydra(text)])
         if key := _difference(_of_hydra(composed), _of_hydra(usual), "hydra"):
-            raise _refused(key, where)
+            raise sets_hydra(key, where)
         if not shown:
             settings = resolve(composed, composed.hydra.runtime.choices, overrides)
             check_trusted(settings)
@@ -171,10 +173,3 @@ def _difference(there: Any, usual: Any, key: str) -> str:
         _difference(there.get(name, missing), usual.get(name, missing), f"{key}.{name}") for name in {**usual, **there}
     )
     return next((one for one in found if one), "")
-
-
-def _refused(key: str, where: Path | str) -> ConfigError:
-    return ConfigError(
-        f"{where} sets {key}: Hydra would act on that by itself, so a config tree may not set it; give it on the "
-        "command line"
-    )

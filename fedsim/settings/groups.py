@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from devices.reading import read_yaml
+from devices.errors import FileError
+from devices.reading import read_text, read_yaml
 from fedsim.errors import ConfigError
 from fedsim.settings.origins import came_with_a_run, own_configs
 from fedsim.settings.permissions import real_path, searched
@@ -19,7 +21,8 @@ GROUPS = (
     *("strategy", "trainer", "method"),
     *("engine", "experiment"),
 )
-NEEDED = tuple(group for group in GROUPS if group not in ("method", "experiment"))  # presets leave no settings behind
+PRESETS, PACKAGE = ("method", "experiment"), re.compile(r"^\s*#\s*@package\s+_global_\s*$", re.MULTILINE)
+NEEDED = tuple(group for group in GROUPS if group not in PRESETS)  # presets leave no settings behind
 PRIMARY = "run"
 FREE_MAPS = ("fleet.devices",)  # whose keys are the user's own: giving the map replaces it
 AFFECTS_RESULTS = ("threads", "device", "batch_clients")  # of the engine's settings, in the last bits
@@ -40,9 +43,12 @@ def config_folders() -> list[Path]:
     They are fedsim's, those of `--config-dir`, `configs` of the working folder, and those of plug-ins.
 
     Raises:
-        ConfigError: for an option in one of the user's that another one has, too, or that is not the user's.
+        ConfigError: for an option in one of the user's that another one has, too, or that is not the user's, and for
+            what would take the place of Hydra's own settings.
     """
     others, own = [config_dir(), *plugin_folders()], own_folders()
+    for folder in (*own, *others[1:]):
+        refuse_of_hydra(folder)
     for number, folder in enumerate(own):
         _check_options(folder, [*others, *own[:number]])
     return [others[0], *own, *others[1:]]
@@ -57,6 +63,26 @@ def own_folders() -> list[Path]:
     if here is None or here == config_dir() or all((here / name).is_file() for name in ("__init__.py", "run.yaml")):
         return searched()
     return [*searched(), here]
+
+
+def refuse_of_hydra(folder: Path) -> None:
+    """Refuses a folder of options with a folder `hydra`: its files would take the place of Hydra's own.
+
+    Raises:
+        ConfigError: naming the first file in it.
+    """
+    if (place := folder / "hydra").is_dir():
+        file = min(place.rglob("*.yaml"), default=place)
+        key = ".".join(file.relative_to(folder).parent.parts if file.is_file() else ("hydra",))
+        raise sets_hydra(key, file)
+
+
+def sets_hydra(key: str, where: Path | str) -> ConfigError:
+    """Returns the error for what sets something of Hydra's own."""
+    return ConfigError(
+        f"{where} sets {key}: Hydra would act on that by itself, so a config tree may not set it; give it on the "
+        "command line"
+    )
 
 
 def _check_options(folder: Path, others: Sequence[Path]) -> None:
@@ -86,6 +112,17 @@ def option_file(group: str, name: str) -> Path:
     """Returns the file of an option; where fedsim would have it, if there is none."""
     files = [folder / group / f"{name}.yaml" for folder in config_folders()]
     return next((file for file in files if file.is_file()), files[0])
+
+
+def check_preset(group: str, file: Path) -> None:
+    """Refuses a file of a group of presets that does not set settings of all groups: Hydra would take it for a setting.
+
+    Raises:
+        FileError: if it is empty, or lacks the line that says so.
+    """
+    if group in PRESETS and not PACKAGE.search(text := read_text(file)):
+        what = "lacks the line" if text.strip() else "is empty; it begins with the line"
+        raise FileError(f"{file} {what} # @package _global_")
 
 
 def following(group: str, name: str | None, key: str) -> list[tuple[str, ...]]:

@@ -53,6 +53,15 @@ def _untested(base: Row, others: Sequence[Row]) -> str:
     seeds = max(len(row.scores) for row in (base, *others))
     shared = any(set(row.scores) & set(base.scores) for row in others)
     few = f"{seeds} seed{'s' if seeds > 1 else ''}" if shared else "runs without a seed in common"
+    tied = [row for row in (base, *others) if row.metric.number(row.mean) == best.metric.number(best.mean)]
+    if len(tied) > 1:
+        first = "the same" if len(tied) == len(others) + 1 else "the best"
+        price = f", {tied[1].label} {_price(tied[1], tied[0])}" if len(tied) == 2 else ""
+        chance = f"whether they differ{f' ({FEWEST} can)' if shared else ''}"
+        return (
+            f"{_listed([row.label for row in tied])} have {first} {best.metric.title}, "
+            f"{best.metric.with_unit(best.mean)}{price}; {few} cannot tell {chance}."
+        )
     return (
         f"{best.label} has the best {best.metric.title}, {best.metric.with_unit(best.mean)} against "
         f"{other.metric.with_unit(other.mean)} of {other.label}, {_price(best, other)}; {few} cannot tell "

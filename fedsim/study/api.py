@@ -7,6 +7,7 @@ Example:
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -56,17 +57,18 @@ class Comparison:
         """Returns a notebook's view: what differs, and the table."""
         import html
 
-        lines = "".join(f"<p>{html.escape(line)}</p>" for line in self.differs)
+        said = filter(None, (*self.differs, self.result.study.left_out))
+        lines = "".join(f"<p>{html.escape(line)}</p>" for line in said)
         return lines + self.table.to_html(index=False, float_format=lambda value: f"{value:.4g}")
 
 
 def compare(
-    *runs: str | Path, target: float | None = None, against: str | None = None, last: int | None = None
+    *runs: str | os.PathLike[str], target: float | None = None, against: str | None = None, last: int | None = None
 ) -> Comparison:
     """Compares runs that are there, as `fedsim compare` does; writes nothing.
 
     Args:
-        runs: folders of runs, sweeps or studies, or patterns of such.
+        runs: of `fedsim.run`, or folders of runs, sweeps or studies, or patterns of such.
         target: value of the metric whose cost is asked for.
         against: label (or its beginning) of the row that the others are compared with; the first when None.
         last: evaluations that make a score; those of the last tenth of the rounds when None.

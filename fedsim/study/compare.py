@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,21 @@ from fedsim.report.checksums import check_rounds
 from fedsim.report.files import read_config, read_summary
 from fedsim.report.plots.style import AXES
 from fedsim.report.rounds import RoundReport, read_rounds
+from fedsim.report.split import primary_of
 from fedsim.settings.forms import MAP, WHOLE, check_tree
 from fedsim.settings.groups import GROUPS
+from fedsim.settings.hydra_text import as_hydra
 from fedsim.study.paired import common_metric, compare_rows
 from fedsim.study.results import FinishedRun, Result
 from fedsim.study.spec import Arm, PlannedRun, Study
+from fedsim.workloads.fingerprint import DATA, TEST
 from fedsim.workloads.metrics import Metric, judged
 
 NAME = "comparison"  # of what is compared by itself, and of its files
 IGNORED = ("seed", "out", "name", "choices", "checkpoint_s", "engine", "logger")  # in which runs of one row may differ
 OF_METHOD = ("strategy", "trainer", "method", "experiment")  # groups that the name of a method stands for
 ASIDE = ".unfinished-"  # in the name of what a study has put aside
-DEPTH = 2  # folders below the given one: of a sweep the runs, of a study the arms with their runs
+NAMED = 3  # rows behind a value; more are counted
 
 
 @dataclass(frozen=True)
@@ -36,12 +40,14 @@ class ReadRun:
     Attributes:
         settings: as they stand: earlier versions had fewer.
         summary: empty where the run is not finished.
+        is_judged: a round of it was evaluated.
     """
 
     folder: Path
     settings: dict[str, Any]
     rounds: list[RoundReport]
     summary: dict[str, Any]
+    is_judged: bool
 
     @property
     def method(self) -> str:
@@ -49,6 +55,12 @@ class ReadRun:
         chosen = self.settings["choices"]
         usual = chosen.get("method") or f"{chosen.get('strategy')}+{chosen.get('trainer')}"
         return str(self.summary.get("method") or usual)
+
+    @property
+    def test_data(self) -> dict[str, Any]:
+        """Returns what its fingerprint says of the data that models are judged by; nothing where it has none."""
+        found = self.summary.get(DATA)
+        return {key: value for key, value in found.items() if TEST in key} if isinstance(found, dict) else {}
 
 
 def compare(
@@ -69,11 +81,16 @@ def compare(
     folders = run_folders(given)
     if not folders:
         raise ConfigError("there are no runs to compare; give folders of runs, of a sweep or of a study")
-    metric = common_metric(folders)
-    runs = [_read(folder, metric) for folder in folders]
+    every = [_read(folder) for folder in folders]
+    runs = [run for run in every if run.is_judged]
+    without = ", ".join(str(run.folder) for run in every if not run.is_judged)
+    if not runs:
+        raise ConfigError(f"there is nothing to compare: no round was evaluated in {without}")
+    metric = common_metric([run.folder for run in runs])
     groups: dict[str, dict[int, ReadRun]] = {}
     own = differing(runs)
-    for run, label in zip(runs, labels(runs, own), strict=True):
+    names = labels(runs, own)
+    for run, label in zip(runs, names, strict=True):
         seed, group = run.settings["seed"], groups.setdefault(label, {})
         if seed in group:
             raise ConfigError(
@@ -87,14 +104,15 @@ def compare(
     groups = {first: groups[first], **groups}
     study = Study(
         name=NAME,
-        title=f"{len(runs)} runs",
+        title=f"{len(runs)} run{'s' if len(runs) > 1 else ''}",
         arms=tuple(Arm(label, (), label) for label in groups),
         seeds=tuple(sorted({run.settings["seed"] for run in runs})),
         against=first,
         x=AXES,
         last=last,
         target=target,
-        differs=tuple(differences_text(own)),
+        differs=tuple(differences_text(own, names)),
+        left_out=f"left out, as no round was evaluated: {without}" if without else "",
     )
     return _result(groups, study, metric)
 
@@ -108,7 +126,20 @@ def _result(groups: Mapping[str, Mapping[int, ReadRun]], study: Study, metric: M
         ]
         for arm in study.arms
     }
-    return Result(study, metric, compare_rows(rounds, study.last, study.against, metric), {}, finished)
+    base = groups[study.against]
+    elsewhere = {
+        label: {seed for seed, run in group.items() if seed in base and not _is_judged_alike(run, base[seed])}
+        for label, group in groups.items()
+    }
+    return Result(study, metric, compare_rows(rounds, study.last, study.against, metric, elsewhere), {}, finished)
+
+
+def _is_judged_alike(run: ReadRun, base: ReadRun) -> bool:
+    """Returns whether two runs were judged on the same test data; where they do not tell, on the same workload."""
+    own, other = run.test_data, base.test_data
+    if common := own.keys() & other.keys():
+        return all(own[key] == other[key] for key in common)
+    return bool(run.settings["choices"].get("workload") == base.settings["choices"].get("workload"))
 
 
 def run_folders(given: Iterable[Path]) -> list[Path]:
@@ -137,35 +168,71 @@ def _spread(pattern: Path) -> list[Path]:
 
 
 def _below(folder: Path) -> list[Path]:
-    for depth in range(1, DEPTH + 1):
-        pattern = "/".join(["*"] * depth)
-        found = {p.parent for p in folder.glob(f"{pattern}/rounds.jsonl") if ASIDE not in p.parent.name}
-        if found:
-            return sorted(found, key=lambda p: [(len(part), part) for part in p.relative_to(folder).parts])
-    return []
+    return sorted(_runs_in(folder), key=lambda p: [(len(part), part) for part in p.relative_to(folder).parts])
 
 
-def _read(folder: Path, metric: Metric) -> ReadRun:
+def _runs_in(folder: Path) -> Iterator[Path]:
+    """Yields all runs below a folder, single ones and those of sweeps and studies; a link to a run is one of them."""
+    for above, names, _ in os.walk(folder):
+        names[:] = [name for name in names if ASIDE not in name and not name.startswith(".")]
+        runs = [name for name in names if (Path(above) / name / "rounds.jsonl").is_file()]
+        yield from (Path(above) / name for name in runs)
+        names[:] = [name for name in names if name not in runs]
+
+
+def _read(folder: Path) -> ReadRun:
     try:
         settings, rounds = read_config(folder), read_rounds(folder)
         check_rounds(folder)
         check_tree(settings, {"seed": WHOLE, "choices": MAP}, str(folder / "config.yaml"))
-        summary = read_summary(folder)
+        summary, metric = read_summary(folder), primary_of(folder)
     except (ConfigError, FileError) as error:
         raise ConfigError(f"{folder} is not a run that can be read: {error}") from error
-    if not judged(rounds, metric):
-        raise ConfigError(f"{folder} holds no evaluated round")
-    return ReadRun(folder, settings, rounds, summary)
+    return ReadRun(folder, settings, rounds, summary, bool(judged(rounds, metric)))
 
 
 # --- what differs ----------------------------------------------------------------------------------------------------
 
 
 def labels(runs: Sequence[ReadRun], own: Sequence[Mapping[str, str]]) -> list[str]:
-    """Names each run by its method, and by the settings of `differing`."""
+    """Names each run by what its row alone is named or by its method, and by as few of `differing` as tell it apart."""
     short = _short(key for settings in own for key in settings)
-    texts = ([f"{short[key]}={value}" for key, value in settings.items()] for settings in own)
-    return [" ".join([run.method, *text]) for run, text in zip(runs, texts, strict=True)]
+    rows: dict[str, dict[tuple[tuple[str, str], ...], None]] = defaultdict(dict)  # by method
+    names: dict[str, set[tuple[Any, ...]]] = defaultdict(set)
+    for run, settings in zip(runs, own, strict=True):
+        rows[run.method][tuple(settings.items())] = None
+        names[str(run.settings.get("name") or "")].add((run.method, *settings.items()))
+    own_names = {next(iter(of)): name for name, of in names.items() if name and len(of) == 1 and name not in rows}
+    of_row = [(run.method, *settings.items()) for run, settings in zip(runs, own, strict=True)]
+    own_names = {row: name for row, name in own_names.items() if _is_named(runs, of_row, row, name)}
+    needed = {method: _telling([dict(row) for row in found]) for method, found in rows.items()}
+    found = []
+    for run, settings, row in zip(runs, own, of_row, strict=True):
+        texts = [f"{short[key]}={settings[key]}" for key in needed[run.method] if key in settings]
+        found.append(own_names.get(row) or " ".join([run.method, *texts]))
+    return found
+
+
+def _is_named(runs: Sequence[ReadRun], of_row: Sequence[tuple[Any, ...]], row: tuple[Any, ...], name: str) -> bool:
+    """Returns whether all runs of a row have its name."""
+    return all(run.settings.get("name") == name for run, own in zip(runs, of_row, strict=True) if own == row)
+
+
+def _telling(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """Returns few settings by which rows that all differ are told apart, in their order: each the one that tells most.
+
+    A row without a setting is told from those that have it.
+    """
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    chosen: list[str] = []
+
+    def apart(more: str) -> tuple[int, bool]:
+        told = len({tuple(row.get(key) for key in (*chosen, more)) for row in rows})
+        return told, all(row.get(more, "null") != "null" for row in rows)  # a value says more than none
+
+    while len({tuple(row.get(key) for key in chosen) for row in rows}) < len(rows):
+        chosen.append(max((key for key in keys if key not in chosen), key=apart))
+    return [key for key in keys if key in chosen]
 
 
 def differing(runs: Sequence[ReadRun]) -> list[dict[str, str]]:
@@ -207,15 +274,29 @@ def _kind(key: str, choices: Mapping[str, Any]) -> str:
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     found: dict[str, str] = {}
     for key, value in tree.items():
-        below = _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": str(value)}
+        below = (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": as_hydra(value, str)}
+        )
         found.update(below)
     return found
 
 
-def differences_text(own: Sequence[Mapping[str, str]]) -> list[str]:
-    """Returns a line for each setting of `differing`, with its values in the order of the runs."""
-    every: dict[str, dict[str, None]] = {}
-    for settings in own:
+def differences_text(own: Sequence[Mapping[str, str]], names: Sequence[str]) -> list[str]:
+    """Returns a line for each setting of `differing`, with its values in the order of the runs.
+
+    Behind a value that its rows' labels do not have, it says which these are.
+    """
+    short = _short(key for settings in own for key in settings)
+    every: dict[str, dict[str, dict[str, None]]] = {}
+    for settings, name in zip(own, names, strict=True):
         for key, value in settings.items():
-            every.setdefault(key, {})[value] = None
-    return [f"{key}: {', '.join(values)}" for key, values in every.items()]
+            every.setdefault(key, {}).setdefault(value, {})[name] = None
+    lines = []
+    for key, values in every.items():
+        texts = []
+        for value, rows in values.items():
+            told = all(f"{short[key]}={value}" in row for row in rows)
+            more = f" and {len(rows) - NAMED} more" if len(rows) > NAMED else ""
+            texts.append(value if told else f"{value} ({', '.join(list(rows)[:NAMED])}{more})")
+        lines.append(f"{key}: {', '.join(texts)}")
+    return lines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,11 +13,13 @@ from devices.texts import visible_lines
 from devices.units import energy, simulated, size
 from devices.writing import write_atomic
 from fedsim.report.plots.style import METRICS
-from fedsim.study.paired import Row, span
+from fedsim.study.compare import NAME, run_folders
+from fedsim.study.paired import Row, span, unmatched
 from fedsim.study.results import Result, cost_of_target
+from fedsim.study.spec import Study
 
 PAGE = "study.md"
-MAX_COLUMNS = 8
+MAX_COLUMNS, MOST_NAMED, MOST_SEEDS = 8, 12, 3  # of a table; folders in a command; seeds by number
 
 
 def write_page(result: Result, failed: Mapping[str, str], out: Path, name: str = PAGE) -> None:
@@ -31,11 +34,11 @@ def write_page(result: Result, failed: Mapping[str, str], out: Path, name: str =
 def text_of(result: Result, failed: Mapping[str, str]) -> str:
     """Returns the page as Markdown."""
     study = result.study
-    command = shlex.join(["fedsim", "study", study.name, *study.own])
+    command = compare_command(result) if study.name == NAME else study_command(study)
     parts = [
         f"# {_plain(study.title)}",
         study.question,
-        f"```\n{command}\n```",
+        f"```\n{command}\n```" if command else "",
         _table(_columns(result)),
         _table({"arm": [row.label for row in result.rows], **columns}) if (columns := to_target(result)) else "",
         "  \n".join(_notes(result)),
@@ -45,26 +48,69 @@ def text_of(result: Result, failed: Mapping[str, str]) -> str:
     return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
 
 
+def study_command(study: Study) -> str:
+    """Returns the command that runs a study."""
+    return shlex.join(["fedsim", "study", study.given or study.name, *study.own])
+
+
+def compare_command(result: Result, target: str = "") -> str:
+    """Returns the command that compares these runs; empty where there are too many to name.
+
+    Args:
+        result: of which.
+        target: that is asked for instead, without the row that others are compared with.
+    """
+    study = result.study
+    given = _given([str(run.run.folder) for runs in result.runs.values() for run in runs])
+    against = ["--against", study.against] if study.name == NAME and not target else []
+    last = ["--last", str(study.last)] if study.last is not None else []
+    target = target or (f"{study.target:g}" if study.target is not None else "")
+    return (
+        shlex.join(["fedsim", "compare", *given, *against, *last, *(["--target", target] if target else [])])
+        if given
+        else ""
+    )
+
+
+def _given(folders: Sequence[str]) -> list[str]:
+    """Returns the runs as a command takes them: the folder that holds them and no others, or each."""
+    try:
+        above = os.path.commonpath([os.path.dirname(folder) for folder in folders]) if folders else ""
+    except ValueError:  # some absolute, some not
+        above = ""
+    here = Path.cwd()
+    is_small = above and Path(above) not in (here, *here.parents)  # these may hold a whole disk
+    if is_small and {str(folder) for folder in run_folders([Path(above)])} == set(folders):
+        return [above]
+    return list(folders) if len(folders) <= MOST_NAMED else []
+
+
 def _columns(result: Result) -> dict[str, list[str]]:
     study, compared = result.study, result.rows
     columns = {
-        "arm": [label(row, len(study.seeds)) for row in compared],
+        "arm": [label(row, study) for row in compared],
         result.metric.label: [score(row) for row in compared],
         f"difference to {_plain(study.against)}": [_difference(row, study.against) for row in compared],
         "time": [simulated(row.simulated_s) for row in compared],
         "energy": [energy(row.joules) for row in compared],
         "traffic": [size(row.traffic_bytes) for row in compared],
     }
-    own = {_heading(path): [figure(value) for value in values] for path, values in result.columns.items()}
+    own = {_heading(path): [figure(path, value) for value in values] for path, values in result.columns.items()}
     for name, cells in [*own.items(), ("rounds", [f"{row.rounds:g}" for row in compared])]:
         if len(columns) < MAX_COLUMNS:
             columns[name] = cells
     return columns
 
 
-def label(row: Row, seeds: int) -> str:
-    """Returns the name of an arm, and how many of the seeds it has where some lack."""
-    return f"{row.label} ({len(row.scores)} of {seeds} seeds)" if len(row.scores) < seeds else row.label
+def label(row: Row, study: Study) -> str:
+    """Returns the name of an arm; where seeds lack, how many of a study's it has, or of compared runs which ones."""
+    own, planned = sorted(row.scores), len(study.seeds)
+    if len(own) == planned:
+        return row.label
+    if study.name != NAME:
+        return f"{row.label} ({len(own)} of {planned} seeds)"
+    which = f"seed{'s' if len(own) > 1 else ''} {', '.join(map(str, own))}"
+    return f"{row.label} ({which if len(own) <= MOST_SEEDS else f'{len(own)} seeds'})"
 
 
 def score(row: Row) -> str:
@@ -111,11 +157,10 @@ def _notes(result: Result) -> list[str]:
         notes.append(f"{text}.")
     if sum(not math.isnan(row.p) for row in result.rows) > 1:
         count = sum(not math.isnan(row.p) for row in result.rows)
-        notes.append(
-            f"Differences are paired by seed, each with its own 95 % interval; bold: p < 0.05 after Holm's correction "
-            f"for the {count} of the table."
-        )
-    return notes
+        holm = f"p < 0.05 after Holm's correction for the {count} of the table"
+        found = f"bold: {holm}" if any(row.is_significant for row in result.rows) else f"none has {holm}"
+        notes.append(f"Differences are paired by seed, each with its own 95 % interval; {found}.")
+    return [*notes, *(f"{line[0].upper()}{line[1:]}." for line in unmatched(result.rows, study.against))]
 
 
 def scores_are_of(last: int | None, rows: Sequence[Row]) -> str:
@@ -126,12 +171,26 @@ def scores_are_of(last: int | None, rows: Sequence[Row]) -> str:
 
 
 def _heading(path: str) -> str:
-    return path.removeprefix(METRICS).replace("_", " ").replace(".", " ")
+    return in_words(path).replace(".", " ")
 
 
-def figure(value: float) -> str:
-    """Returns a figure of a run in four digits; empty where there is none."""
-    return "" if math.isnan(value) else f"{value:.4g}"
+def in_words(path: str) -> str:
+    """Returns the path of a figure as a heading, without the unit that its cells have."""
+    return path.removeprefix(METRICS).removesuffix("_bytes").replace("_", " ")
+
+
+def figure(path: str, value: float) -> str:
+    """Returns a figure of a run: bytes, seconds and joules in the unit that reads best, else four digits.
+
+    It is empty where there is none.
+    """
+    if math.isnan(value):
+        return ""
+    if path.startswith("energy_j.") or path.endswith(("_joules", "energy_j")):
+        return energy(value)
+    if path.endswith(("_bytes", "_s")):
+        return size(value) if path.endswith("_bytes") else simulated(value)
+    return f"{value:.4g}"
 
 
 def _table(columns: Mapping[str, Sequence[str]]) -> str:

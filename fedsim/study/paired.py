@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
@@ -34,6 +35,7 @@ class Row:
         simulated_s, joules, traffic_bytes, rounds: means over the seeds.
         metric: what the scores are values of.
         span: first and last of the rounds that are scored, how many, and the last of the run; None where runs differ.
+        elsewhere: seeds in common that have no difference, since the runs were judged on other test data.
     """
 
     label: str
@@ -48,6 +50,7 @@ class Row:
     p_holm: float = math.nan
     metric: Metric = ACCURACY
     span: tuple[int, int, int, int] | None = None
+    elsewhere: frozenset[int] = frozenset()
 
     @property
     def is_early(self) -> bool:
@@ -101,7 +104,11 @@ def common_metric(folders: Sequence[Path]) -> Metric:
 
 
 def compare_rows(
-    groups: Mapping[str, Mapping[int, list[RoundReport]]], last: int | None, against: str, metric: Metric = ACCURACY
+    groups: Mapping[str, Mapping[int, list[RoundReport]]],
+    last: int | None,
+    against: str,
+    metric: Metric = ACCURACY,
+    elsewhere: Mapping[str, Collection[int]] = MappingProxyType({}),
 ) -> list[Row]:
     """Returns a row per label, in their order.
 
@@ -110,12 +117,17 @@ def compare_rows(
         last: evaluations that make a score; those of the last tenth of the rounds when None.
         against: label of the row that all are compared with; where it has no runs there are no differences.
         metric: of the rounds, that makes a score.
+        elsewhere: by label, seeds whose runs were judged on other test data than those of `against`.
 
     Raises:
         ConfigError: if a run has no such metric.
     """
     base = {seed: score(rounds, last, metric.name) for seed, rounds in groups.get(against, {}).items()}
-    found = [_row(label, group, base, last, metric) for label, group in groups.items()]
+    found = []
+    for label, group in groups.items():
+        other = frozenset(elsewhere.get(label, ()))
+        own = {seed: value for seed, value in base.items() if seed not in other}
+        found.append(replace(_row(label, group, own, last, metric), elsewhere=other))
     found = [replace(row, p=math.nan) if row.label == against else row for row in found]
     return [replace(row, p_holm=p) for row, p in zip(found, holm([row.p for row in found]), strict=True)]
 
@@ -140,11 +152,30 @@ def correction(rows: Sequence[Row]) -> str:
     """Returns a table's caption on its comparisons; empty where none has a p."""
     count = sum(not math.isnan(row.p) for row in rows)
     if count > 1:
-        return f"intervals: of one difference each; *: p < {SIGNIFICANT} after Holm's correction for {count}"
+        star = "*:" if any(row.is_significant for row in rows) else "none has"
+        return f"intervals: of one difference each; {star} p < {SIGNIFICANT} after Holm's correction for {count}"
     few = max((len(row.scores) for row in rows), default=0)
     if not count and len(rows) > 1 and few < FEWEST:
         return f"{few} seed{'s' if few > 1 else ''}: no interval"
-    return f"*: p < {SIGNIFICANT}" if count else ""
+    return f"*: p < {SIGNIFICANT}" if any(row.is_significant for row in rows) else ""
+
+
+def unmatched(rows: Sequence[Row], against: str) -> list[str]:
+    """Returns a line for rows whose runs are not matched by those of the row that they are compared with."""
+    base = next((set(row.scores) for row in rows if row.label == against), set())
+    common = {row.label: base & set(row.scores) - row.elsewhere for row in rows if base}
+    none = [row for row in rows if base and not common[row.label]]
+    other = [row.label for row in none if row.elsewhere]
+    alone = [row.label for row in none if not row.elsewhere]
+    lines = [f"no seed in common with {against}, so no difference: {', '.join(alone)}"] if alone else []
+    lines += [f"judged on other test data than {against}, so no difference: {', '.join(other)}"] if other else []
+    for row in rows:
+        if common.get(row.label) and (row.elsewhere or set(row.scores) != base):
+            what = "seeds in common and judged on the same test data" if row.elsewhere else "seeds in common"
+            lines.append(
+                f"difference of {row.label}: over the {what}, {', '.join(map(str, sorted(common[row.label])))}"
+            )
+    return lines
 
 
 def scored(rounds: list[RoundReport], last: int | None, metric: str = ACCURACY.name) -> list[RoundReport]:

@@ -130,9 +130,9 @@ class _ForkServer:
         before = set(self.running)
         if json.loads(json.dumps(settings)) != settings:  # a map has keys that JSON cannot tell from texts
             settings = None
-        message = json.dumps({"arguments": list(arguments), "settings": settings})
+        facts = {"arguments": list(arguments), "settings": settings}
         try:
-            socket.send_fds(self.socket, [message.encode()], [output.fileno()])
+            socket.send_fds(self.socket, [json.dumps(facts).encode()], [output.fileno()])
         except OSError:  # it is gone, or the message too long
             return None
         while not (started := self.running.keys() - before) and not self.has_ended:

@@ -19,7 +19,7 @@ from fedsim.report.plots.style import AXES, METRICS
 from fedsim.report.rounds import RoundReport, read_rounds
 from fedsim.study.paired import Row, common_metric, compare_rows
 from fedsim.study.spec import Arm, PlannedRun, Study, is_finished
-from fedsim.workloads.metrics import Metric, to_target
+from fedsim.workloads.metrics import Metric, judged, to_target
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Result:
         rows: one per arm that has a finished run, in the study's order; scores as in rounds, seconds, joules, bytes.
         columns: by path, the mean over the seeds of each row; nan where no run of the row has the value.
         runs: by label, for the picture.
+        lacking: what the study names and no run has, a phrase for each.
     """
 
     study: Study
@@ -52,6 +53,7 @@ class Result:
     rows: list[Row]
     columns: dict[str, list[float]]
     runs: dict[str, list[FinishedRun]]
+    lacking: tuple[str, ...] = ()
 
 
 def collect(study: Study, runs: Sequence[PlannedRun]) -> Result:
@@ -71,15 +73,30 @@ def collect(study: Study, runs: Sequence[PlannedRun]) -> Result:
         for arm in study.arms
         if (arm.of or arm.label) in found
     }
-    compared = compare_rows(
-        {label: {f.run.seed: f.rounds for f in finished} for label, finished in found.items()},
-        study.last,
-        study.against,
-        metric,
-    )
+    rounds = {label: {f.run.seed: f.rounds for f in finished} for label, finished in found.items()}
+    lacking = []
+    if without := _without(metric, rounds):
+        own = common_metric([run.folder for run in finished_runs])
+        if metric != own and not _without(own, rounds):
+            known = {
+                name for runs in rounds.values() for reports in runs.values() for r in reports for name in r.metrics
+            }
+            arms = "" if len(without) == len(rounds) else f" (arms without it: {', '.join(without)})"
+            lacking.append(f"{unknown('metric of the runs', metric.name, known)}{arms}, so scores are {own.title}")
+            metric = own
+    compared = compare_rows(rounds, study.last, study.against, metric)
     paths = [*study.columns, *(axis for axis in study.x if axis not in AXES)]
     columns = {path: [mean_of(path, finished) for finished in found.values()] for path in paths}
-    return Result(study, metric, compared, columns, found)
+    known = {name for runs in found.values() for f in runs for name in figures(f)}
+    missing = [path for path, values in columns.items() if found and all(map(math.isnan, values))]
+    lacking += [unknown("value of a run", path, known) for path in missing]
+    columns = {path: values for path, values in columns.items() if path not in missing or path in study.x}
+    return Result(study, metric, compared, columns, found, tuple(lacking))
+
+
+def _without(metric: Metric, rounds: Mapping[str, Mapping[int, Sequence[RoundReport]]]) -> list[str]:
+    """Returns the labels of arms with a run that was never judged by a metric."""
+    return [label for label, runs in rounds.items() if not all(judged(reports, metric) for reports in runs.values())]
 
 
 def _read_as(arm: Arm, finished: FinishedRun) -> FinishedRun:
@@ -93,16 +110,14 @@ def _read_as(arm: Arm, finished: FinishedRun) -> FinishedRun:
     return replace(finished, rounds=rounds)
 
 
-def check_columns(result: Result) -> None:
-    """Refuses a column that no run has a value for.
+def check_lacking(result: Result) -> None:
+    """Refuses a study that names a metric or column for which no run has a value, after all else is shown.
 
     Raises:
-        ConfigError: naming the nearest value there is.
+        ConfigError: naming the nearest that there is.
     """
-    for path, values in result.columns.items():
-        if result.rows and all(math.isnan(value) for value in values):
-            known = {name for runs in result.runs.values() for f in runs for name in figures(f)}
-            raise ConfigError(f"study {result.study.name}: {unknown('value of a run', path, known)}")
+    if result.lacking:
+        raise ConfigError(f"study {result.study.name}: {'; '.join(result.lacking)}")
 
 
 def mean_of(path: str, finished: Sequence[FinishedRun]) -> float:
@@ -186,12 +201,14 @@ def _record(result: Result, number: int) -> dict[str, Any]:
 def cost_of_target(result: Result, label: str) -> dict[str, Any]:
     """Returns how many seeds reach the target, and the means of what it took; nothing without a target.
 
+    What the untrained model reaches, in round 0, is no cost of learning: it counts from the first round on.
     A mean over the seeds stands only where all of them got there: that of the others would flatter a row.
     """
     target, runs = result.study.target, result.runs[label]
     if target is None:
         return {}
-    reached = [found for run in runs if (found := to_target(run.rounds, target, result.metric)) is not None]
+    trained = [[r if r.round else replace(r, metrics={}) for r in run.rounds] for run in runs]
+    reached = [found for rounds in trained if (found := to_target(rounds, target, result.metric)) is not None]
     every = len(reached) == len(runs)
     costs = {
         "simulated_s": [one["simulated_s"] for one in reached],

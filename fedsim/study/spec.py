@@ -29,6 +29,7 @@ from fedsim.settings.groups import Settings, option_file, options, own_folders
 from fedsim.settings.hydra_text import as_hydra, quoted
 from fedsim.settings.permissions import keep_out_beside, real_path
 from fedsim.settings.run_settings import RunSettings
+from fedsim.study.figure_names import check_figure, check_metric
 from fedsim.workloads.fingerprint import SEED, Fingerprint, difference, files_of
 
 KEYS = ("title", "question", "base", "seeds", "arms", "against", "metric", "x", "last", "target", "columns", "reading")
@@ -80,12 +81,14 @@ class Study:
             (WHOLE_FIGURES, or by its dotted path), against which an arm's score is a point.
         last: evaluations that make a score; those of the last tenth of the rounds when None.
         differs: of runs that are there, a line for each setting that differs.
+        left_out: of runs that are there, a line on those that are not compared; empty where all are.
         target: value of the metric for which the table says what it costs to reach it; no run stops there.
         columns: further values of `summary.json` by dotted path, or `metrics.NAME` of a metric of the rounds.
         question: what the study asks, for its page; Markdown.
         reading: how its table is to be read, for its page; Markdown.
         sources: arms that have no row, but whose runs have the metrics of some that do.
         own: the user's overrides for all arms, which do not stand in the file.
+        given: how the user named it, by a path or by its name.
     """
 
     name: str
@@ -101,8 +104,10 @@ class Study:
     own: tuple[str, ...] = ()
     target: float | None = None
     differs: tuple[str, ...] = ()
+    left_out: str = ""
     question: str = ""
     reading: str = ""
+    given: str = ""
 
     def only(self, labels: Sequence[str]) -> Study:
         """Returns the study with some arms: those with a label, or whose label begins with it; all when none is given.
@@ -206,6 +211,7 @@ def read_study(name: str, overrides: Sequence[str] = (), seeds: Sequence[int] = 
         own=tuple(overrides),
         question=_text(path, "question", tree),
         reading=_text(path, "reading", tree),
+        given=name,
     )
     if "metric" in tree and not (isinstance(study.metric, str) and study.metric):
         raise ConfigError(
@@ -261,6 +267,13 @@ def _checked(path: Path, study: Study) -> Study:
             raise ConfigError(
                 f"{path}: {unknown('axis in x', axis, (*AXES, *WHOLE_FIGURES))}, or a dotted path in summary.json"
             )
+    for path_of in study.columns:
+        check_figure(f"{path}: columns", path_of)
+    for axis in study.x:
+        if axis not in (*AXES, *WHOLE_FIGURES):
+            check_figure(f"{path}: x", axis)
+    if study.metric:
+        check_metric(f"{path}: metric", study.metric)
     folders: dict[str, str] = {}
     trained = [arm.label for arm in study.trained]
     for arm in study.arms:
@@ -382,11 +395,22 @@ def plan(study: Study, out: Path, building: bool = True) -> list[PlannedRun]:
         except ValueError as error:
             error.add_note(f"in arm {arm.label!r} of study {study.name}")
             raise
+    _check_targets(study, composed.values())
     return [
         PlannedRun(arm, seed, _with_seed(arm, composed[arm], seed), out / arm.slug / f"seed-{seed}")
         for seed in study.seeds
         for arm in study.trained
     ]
+
+
+def _check_targets(study: Study, composed: Iterable[Settings]) -> None:
+    """Refuses columns and axes on what a run ended at, where no run of the study has such a target."""
+    asked = next((path for path in (*study.columns, *study.x) if path.startswith("to_target.")), None)
+    if asked and not any(s["target"] is not None or s["target_accuracy"] is not None for s in composed):
+        raise ConfigError(
+            f"study {study.name}: no run has {asked}, as no arm sets target=, where a run ends; a target in the study "
+            "itself, e.g. target: 0.8, gives columns of what it costs and ends no run"
+        )
 
 
 def _with_seed(arm: Arm, settings: Settings, seed: int) -> Settings:

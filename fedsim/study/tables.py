@@ -6,10 +6,9 @@ import math
 from textwrap import wrap
 
 from devices.units import energy, simulated, size
-from fedsim.report.plots.style import METRICS
 from fedsim.report.terminal import PlainTable, table
-from fedsim.study.page import figure, label, score, scores_are_of, to_target
-from fedsim.study.paired import correction
+from fedsim.study.page import figure, in_words, label, score, scores_are_of, to_target
+from fedsim.study.paired import correction, unmatched
 from fedsim.study.results import Result
 
 HEADING = 15  # characters of a line of a heading, so that the arms keep their room
@@ -21,27 +20,15 @@ def result_table(result: Result) -> PlainTable:
     study, many = result.study, len(result.study.seeds) > 1
     seeds = ", ".join(map(str, study.seeds))
     over = f"mean ± standard deviation of seeds {seeds}" if many else f"seed {seeds}"
-    title = f"{study.title}\n{over}; differences to {study.against}"
+    title = f"{study.title}\n{over}" + (f"; differences to {study.against}" if len(result.rows) > 1 else "")
     shown = table("arm", *columns, left=("arm",), title=title, same_below=True)
     notes = [text] if (text := scores_are_of(study.last, result.rows)) else []
     if "difference" in columns and (note := correction(result.rows)):
         notes.append(note)
-    shown.caption = "\n".join([*notes, *unmatched(result)]) or None
+    shown.caption = "\n".join([*notes, *unmatched(result.rows, study.against)]) or None
     for number, row in enumerate(result.rows):
-        shown.add_row(label(row, len(study.seeds)), *(cells[number] for cells in columns.values()))
+        shown.add_row(label(row, study), *(cells[number] for cells in columns.values()))
     return shown
-
-
-def unmatched(result: Result) -> list[str]:
-    """Returns a line for rows whose seeds are not those of the row that they are compared with."""
-    base = next((set(row.scores) for row in result.rows if row.label == result.study.against), set())
-    alone = [row.label for row in result.rows if base and not base & set(row.scores)]
-    some = [row for row in result.rows if base & set(row.scores) and set(row.scores) != base]
-    lines = [f"no seed in common with {result.study.against}, so no difference: {', '.join(alone)}"] if alone else []
-    for row in some:
-        seeds = ", ".join(map(str, sorted(base & set(row.scores))))
-        lines.append(f"difference of {row.label}: over the seeds in common, {seeds}")
-    return lines
 
 
 def scores(result: Result) -> dict[str, list[str]]:
@@ -60,7 +47,7 @@ def scores(result: Result) -> dict[str, list[str]]:
 
 def costs(result: Result) -> dict[str, list[str]]:
     """Returns cells by column: what a run of each arm took, and the study's own columns."""
-    columns = {_heading(path): [figure(v) for v in values] for path, values in result.columns.items()}
+    columns = {_heading(path): [figure(path, v) for v in values] for path, values in result.columns.items()}
     return {
         "time": [simulated(row.simulated_s) for row in result.rows],
         "energy": [energy(row.joules) for row in result.rows],
@@ -72,4 +59,4 @@ def costs(result: Result) -> dict[str, list[str]]:
 
 def _heading(path: str) -> str:
     """Returns a value's path as a narrow heading of several lines."""
-    return "\n".join(wrap(path.removeprefix(METRICS).replace("_", " "), HEADING))
+    return "\n".join(wrap(in_words(path), HEADING))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -20,14 +19,14 @@ from fedsim.report.plots.compared import (
 )
 from fedsim.report.rounds import running_costs
 from fedsim.study.answer import answer
-from fedsim.study.compare import NAME, run_folders
-from fedsim.study.page import label, scores_are_of, to_target
-from fedsim.study.paired import correction
+from fedsim.study.compare import NAME
+from fedsim.study.page import compare_command, label, scores_are_of, study_command, to_target
+from fedsim.study.paired import correction, unmatched
 from fedsim.study.results import FinishedRun, Result
-from fedsim.study.tables import costs, scores, unmatched
+from fedsim.study.tables import costs, scores
 from fedsim.workloads.metrics import judged
 
-MOST_RUNS, MOST_NAMED = 500, 12  # lines of the table of runs; folders in a command
+MOST_RUNS = 500  # lines of the table of runs
 FILES = {
     "md": "the same as Markdown",
     "csv": "the table",
@@ -60,6 +59,7 @@ def page_of(result: Result, failed: Mapping[str, str], out: Path, name: str) -> 
     study, styles = result.study, arm_styles(result)
     few = f"Drawn are {len(styles)} of {len(result.rows)} arms: the best, and the one that others are compared with. "
     note = few if len(result.rows) > len(styles) else ""
+    count = sum(map(len, result.runs.values()))
     parts = [_table(result), *_targets(result)]
     if drawn := curves_of_arms(result, styles):
         parts.append(Part(f"What {result.metric.title} took", drawn, (), note + BANDS, arm_legend(styles)))
@@ -70,15 +70,19 @@ def page_of(result: Result, failed: Mapping[str, str], out: Path, name: str) -> 
         parts.append(Part("The score against its cost", drawn, (), NOT_BEATEN, arm_legend(styles)))
     return Page(
         title=study.title if study.name != NAME else f"{study.title} compared",
-        mark=f"comparison of {sum(map(len, result.runs.values()))} runs",
+        mark=f"comparison of {count} run{'s' if count > 1 else ''}",
         where=str(out),
         answer=answer(result),
         warnings=[f"{run} failed: {reason}" for run, reason in failed.items()],
-        lines=[*([study.question] if study.question else []), *study.differs, *_reading(result)],
+        lines=[*([study.question] if study.question else []), *study.differs, *_left_out(result), *_reading(result)],
         parts=[*parts, _runs(result, out)],
         commands=list(_commands(result)),
         files=[(f"{name}.{ending}", what) for ending, what in FILES.items()],
     )
+
+
+def _left_out(result: Result) -> list[str]:
+    return [result.study.left_out] if result.study.left_out else []
 
 
 def _reading(result: Result) -> list[str]:
@@ -90,9 +94,10 @@ def _table(result: Result) -> Part:
     seeds = ", ".join(map(str, study.seeds))
     over = f"Mean ± standard deviation of seeds {seeds}" if len(study.seeds) > 1 else f"Seed {seeds}"
     columns = {**scores(result), **costs(result)}
-    notes = [over, f"differences to {study.against}", scores_are_of(study.last, result.rows)]
+    notes = [over, *([f"differences to {study.against}"] if len(result.rows) > 1 else [])]
+    notes += [scores_are_of(study.last, result.rows)]
     notes += [correction(result.rows)] if "difference" in columns else []
-    notes += unmatched(result)
+    notes += unmatched(result.rows, study.against)
     return Part("Scores and costs", (), [_as_table(result, columns)], "; ".join(filter(None, notes)) + ".")
 
 
@@ -105,7 +110,7 @@ def _targets(result: Result) -> Iterator[Part]:
 
 
 def _as_table(result: Result, columns: Mapping[str, Sequence[str]]) -> Table:
-    labels = [label(row, len(result.study.seeds)) for row in result.rows]
+    labels = [label(row, result.study) for row in result.rows]
     header = ["arm", *(" ".join(name.split()) for name in columns)]
     return Table(header, [list(cells) for cells in zip(labels, *columns.values(), strict=True)])
 
@@ -117,7 +122,7 @@ def _runs(result: Result, out: Path) -> Part:
     rows = [_line(result, run) for run in shown]
     pages = [run.run.folder / PAGE for run in shown]
     links = [os.path.relpath(page, out) if page.is_file() else "" for page in pages]
-    header = ["run", "seed", result.metric.label, "time", "energy", "traffic", "rounds"]
+    header = ["run", "seed", f"{result.metric.label}, last evaluation", "time", "energy", "traffic", "rounds"]
     more = f"{len(runs) - MOST_RUNS} more runs are in {NAME}.json." if len(runs) > MOST_RUNS else ""
     return Part("Runs", (), [Table(header, rows, "", links)], more)
 
@@ -133,27 +138,10 @@ def _line(result: Result, run: FinishedRun) -> list[str]:
 
 def _commands(result: Result) -> Iterator[tuple[str, str]]:
     study = result.study
-    folders = [str(run.run.folder) for runs in result.runs.values() for run in runs]
     if study.name != NAME:
-        yield "Run it again: what is finished stays", shlex.join(["fedsim", "study", study.name, *study.own])
-    given = _given(folders)
-    if not given:
-        return
-    against = ["--against", study.against] if study.name == NAME else []
-    last = ["--last", str(study.last)] if study.last is not None else []
-    target = ["--target", f"{study.target:g}"] if study.target is not None else []
-    yield "Compare these runs", shlex.join(["fedsim", "compare", *given, *against, *last, *target])
-    if not target:
-        value = f"{max(row.mean for row in result.rows):.2g}"
-        yield "Ask what a score costs", shlex.join(["fedsim", "compare", *given, *last, "--target", value])
-
-
-def _given(folders: Sequence[str]) -> list[str]:
-    """Returns the runs as a command takes them: the folder that holds them and no others, or each."""
-    try:
-        above = os.path.commonpath([os.path.dirname(folder) for folder in folders]) if folders else ""
-    except ValueError:  # some absolute, some not
-        above = ""
-    if above and {str(folder) for folder in run_folders([Path(above)])} == set(folders):
-        return [above]
-    return list(folders) if len(folders) <= MOST_NAMED else []
+        yield "Run it again: what is finished stays", study_command(study)
+    if command := compare_command(result):
+        yield "Compare these runs", command
+        if study.target is None:
+            value = f"{max(row.mean for row in result.rows):.2g}"
+            yield "Ask what a score costs", compare_command(result, value)

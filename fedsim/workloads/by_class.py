@@ -135,7 +135,7 @@ class ByClass:
             {"predictions": int(n), "accuracy": float(r / n), "confidence": float(c / n)} if n else {"predictions": 0}
             for n, r, c in zip(predictions, right, confidence, strict=True)
         ]
-        listed = [{"name": n, "examples": int(e), "accuracy": float(a), "f1": float(f)} for n, e, a, f in rows]
+        listed = [{"name": n, "examples": int(e), "accuracy": or_none(a), "f1": or_none(f)} for n, e, a, f in rows]
         return {
             **({CLASSES: listed} if few <= MAX_LISTED else {}),
             **({CONFUSION: self.confusion.dense().tolist()} if few <= MAX_SHOWN else {}),
@@ -146,3 +146,8 @@ class ByClass:
         """Returns label, predicted class and count of the cells of the confusion matrix that hold any."""
         rows, columns = ([self.names[place] for place in places] for places in self.confusion.places())
         return rows, columns, self.confusion.counts.tolist()
+
+
+def or_none(value: float) -> float | None:
+    """Returns None for nan: what nothing is known of, as JSON holds it."""
+    return None if np.isnan(value) else float(value)

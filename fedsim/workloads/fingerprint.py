@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Fingerprint = Mapping[str, str]
 DATA, SEED = "data", "seed"  # where it is kept, in a checkpoint's state and in summary.json; of data that are drawn
+TEST = "test"  # in the names of entries on what models are judged by
 MADE_BY = "made by"  # then: the class of the workload
 HASHED_BYTES, ROW_BYTES = 2**24, 2**15  # of an array that is hashed as it is; of the rows that a larger one is cut into
 HEX_DIGITS = 16

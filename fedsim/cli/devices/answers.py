@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fedsim.cli.completing import complete_device
 from fedsim.cli.options import MAX_COUNT, check_picture
 from fedsim.report import strict_json
 
@@ -77,7 +78,9 @@ def list_devices(kind: Kind = None, as_json: AsJson = False) -> None:
 
 
 def show(
-    name: Annotated[str, typer.Argument(help="A shipped device, or the path of a profile.")],
+    name: Annotated[
+        str, typer.Argument(help="A shipped device, or the path of a profile.", autocompletion=complete_device)
+    ],
     picture: Annotated[Path, typer.Option(help="Where the plot goes.")] = Path("device.png"),
     batch: Annotated[int, typer.Option(help="Examples per pass.", min=1, max=MAX_COUNT)] = 1,
 ) -> None:

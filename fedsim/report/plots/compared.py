@@ -17,6 +17,7 @@ from fedsim.report.plots.svg import DASHES, Frame, Line, draw_lines, fill, legen
 if TYPE_CHECKING:
     from fedsim.study.results import Result
 
+RADIUS = 5  # of a point, in a picture
 FEWEST = 3  # seeds that a band needs
 WIDE = 20.0  # from the least to the most: costs that are further apart are drawn by their logarithm
 
@@ -118,12 +119,30 @@ def _scatter(
         best = front(x, [metric.gain(row.mean) for row in rows])
         line = Line("not beaten in both", [shown[i] for i in best], [y[i] for i in best], FAINT)
         parts.append(draw_lines(frame, [line]))
+    across = _side_by_side([(frame.across(left), frame.down(up)) for left, up in zip(shown, y, strict=True)])
     for place, row in enumerate(rows):
         title = f"{row.label}: {metric.with_unit(row.mean)}, {x[place]:.4g} ({name})"
         style = fill(styles[row.label][0] if row.label in styles else FAINT)
-        place_of = {"cx": frame.across(shown[place]), "cy": frame.down(y[place]), "r": 5}
+        place_of = {"cx": across[place], "cy": frame.down(y[place]), "r": RADIUS}
         parts.append(tag("circle", tag("title", title), style=style, **place_of))
     return tag("figure", picture(f"{metric.label} against {name}", parts))
+
+
+def _side_by_side(places: Sequence[tuple[float, float]]) -> list[float]:
+    """Returns where points stand across, moved apart where one would hide another."""
+    groups: list[list[int]] = []
+    for number, place in enumerate(places):
+        near = (group for group in groups if math.dist(places[group[0]], place) < RADIUS)
+        found = next(near, None)
+        if found is None:
+            groups.append([number])
+        else:
+            found.append(number)
+    moved = [across for across, _ in places]
+    for group in groups:
+        for order, number in enumerate(group):
+            moved[number] = places[group[0]][0] + 1.5 * RADIUS * (order - (len(group) - 1) / 2) * (len(group) > 1)
+    return moved
 
 
 def _scale(between: tuple[float, float], by_log: bool) -> tuple[Any, ...]:

@@ -146,12 +146,24 @@ def _draw_points(
     """Draws a point per arm, its score with the deviation over the seeds: a figure of a run has no course."""
     scale = result.metric.scale
     rows = {row.label: (x, row) for row, x in zip(result.rows, result.columns[axis], strict=True)}
+    drawn: list[tuple[float, float]] = []
     for family, labels in chosen.items():
         points = sorted((rows[label] for label in labels if np.isfinite(rows[label][0])), key=lambda point: point[0])
         if points:
             error = [scale * row.deviation if len(row.scores) > 1 else 0.0 for _, row in points]
             x, y = [x for x, _ in points], [scale * row.mean for _, row in points]
+            below = max(sum(np.allclose(one, each) for each in drawn) for one in zip(x, y, strict=True))
+            ring: dict[str, Any] = {"markerfacecolor": "none"} if below else {}  # around what it would hide
             panel.errorbar(
-                x, y, yerr=error, label=legend_label(family), markersize=5, capsize=2, elinewidth=0.7, **styles[family]
+                x,
+                y,
+                yerr=error,
+                label=legend_label(family),
+                markersize=5 + 4 * below,
+                capsize=2,
+                elinewidth=0.7,
+                **styles[family],
+                **ring,
             )
+            drawn += zip(x, y, strict=True)
     panel.set_xlabel(visible(axis.removeprefix(METRICS).replace("_", " "), 2 * NAME_LETTERS), fontsize="small")

@@ -152,15 +152,18 @@ def _numbers(column: pd.Series, name: str, file: Path) -> np.ndarray:
     numeric = pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
     read = column if numeric else pd.to_numeric(column.astype(str), errors="coerce")
     with np.errstate(over="ignore"):
-        values = read.to_numpy(np.float64, na_value=np.nan).astype(np.float32)
+        wide = read.to_numpy(np.float64, na_value=np.nan)
+        values = wide.astype(np.float32)
     wrong = ~np.isfinite(values)
     if not wrong.any():
         return values
     row = int(wrong.argmax())
     held = "no value" if column.isna().iloc[row] else quoted(str(column.iloc[row]))
+    too_large = f"which is too large for float32 (at most {np.finfo(np.float32).max:.1e})"
+    why = too_large if np.isfinite(wide[row]) else "and features must be numbers"
     raise DataError(
-        f"{file} holds {held} in row {row + 1}, column {name!r}, and features must be numbers; mend or remove the row, "
-        "or choose the columns with --features"
+        f"{file} holds {held} in row {row + 1}, column {name!r}, {why}; mend or remove the row, or choose the columns "
+        "with --features"
     )
 
 

@@ -92,7 +92,7 @@ def _write(data: DataSet, meta: dict[str, object], out: Path) -> int:
                 np.savez(file, **held)  # type: ignore[arg-type]  # numpy's dates in the archive are fixed
                 file.flush()
                 os.fsync(file.fileno())
-        write_new(part / "meta.json", json.dumps(meta, indent=1) + "\n")
+        write_new(part / "meta.json", json.JSONEncoder(allow_nan=False, indent=1).encode(meta) + "\n")
         sync_folder(part)
         size = sum((part / name).stat().st_size for name in FILES)
         os.replace(part, out)

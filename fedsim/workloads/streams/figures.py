@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedsim.workloads.by_class import or_none
+
 if TYPE_CHECKING:
     from fedsim.report.rounds import RoundReport
 
@@ -79,8 +81,8 @@ def summary(first: np.ndarray, a: Matrix) -> dict[str, Any]:
         "backward_transfer": backward_transfer(own),
         "forward_transfer": forward_transfer(first[: len(a)], own),
         "learning_accuracy": learning_accuracy(own),
-        "accuracy_matrix": [[None if np.isnan(v) else float(v) for v in row] for row in a],
-        "untrained_accuracy": [None if np.isnan(v) else float(v) for v in first],
+        "accuracy_matrix": [[or_none(v) for v in row] for row in a],
+        "untrained_accuracy": [or_none(v) for v in first],
     }
 
 
