@@ -40,6 +40,7 @@ from fedsim.report.page_tables import (
     deployed_table,
     devices_table,
     fairness_table,
+    microphones_table,
     never_took_part,
     stragglers,
 )
@@ -65,7 +66,7 @@ from fedsim.workloads.by_class import CALIBRATION, CLASSES, ECE, MACRO_F1
 from fedsim.workloads.by_class import CONFUSION as CONFUSED
 from fedsim.workloads.describe import Split
 from fedsim.workloads.metrics import CLIENTS as OF_CLIENTS
-from fedsim.workloads.metrics import Metric, judged, took_part
+from fedsim.workloads.metrics import MICROPHONES, Metric, judged, took_part
 
 OF_AN_EXCHANGE = (
     "Seconds and joules are of a completed exchange: a client that is asked to train, or to judge a model. Tail J is "
@@ -78,6 +79,10 @@ WHO_CLOSED = (
 OF_FAIRNESS = (
     "The last score of each client that judged a model, its own where the method has one, on its own held-out "
     "examples; worst tenth is the mean of the lowest tenth of the clients."
+)
+OF_MICROPHONES = (
+    "The last model that was judged, on the test set as each kind of microphone hears it. They are simulated: drawn, "
+    "not measured."
 )
 LOST = {"late": "were late", "offline": "were offline", "out_of_memory": "lacked the memory", "failed": "failed"}
 WORTH_A_WORD = 0.01  # of those asked
@@ -315,6 +320,9 @@ def _parts(told: Told) -> Iterator[Part]:
     elif own := read_pictures(told.folder):
         yield Part("Pictures", [_png(picture) for picture in own])
     yield from _by_class(told.summary)
+    if heard := told.summary.get(MICROPHONES):
+        table = microphones_table(heard, told.summary.get("compression", ()))
+        yield Part("Microphones", (), [table], OF_MICROPHONES)
     yield from _fairness(told)
     if (became := outcomes(told.rounds)) is not None:
         slowest = stragglers(told.rows) if told.rows else None
