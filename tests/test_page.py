@@ -12,11 +12,19 @@ import pandas
 import pytest
 from conftest import DAILY
 
+from devices.errors import FileError
 from fedsim.cli import main as cli
 from fedsim.errors import ConfigError
 from fedsim.report.files import Rows, read_config
 from fedsim.report.page import write_page
-from fedsim.report.page_tables import classes_table, devices_table, fairness_table, never_took_part, stragglers
+from fedsim.report.page_tables import (
+    classes_table,
+    devices_table,
+    fairness_table,
+    microphones_table,
+    never_took_part,
+    stragglers,
+)
 from fedsim.report.plots.on_page import (
     confusion_map,
     heat_map,
@@ -213,6 +221,35 @@ def test_classes_are_listed_from_the_worst():
     assert classes_table(classes).rows == [["b", "0", "", "0.00 %"], ["a", "2", "100.00 %", "80.00 %"]]
     many = classes_table([{**classes[0], "f1": number / 30} for number in range(30)])
     assert (len(many.rows), many.caption) == (20, "The 20 worst of 30 classes")
+
+
+def test_unseen_microphones_are_marked_and_stand_last():
+    heard = {
+        "round": 3,
+        "seen": {"pixel3": {"share": 0.75, "accuracy": 0.5, "loss": 1.25}},
+        "unseen": {"unseen_1": {"accuracy": 0.25, "loss": None}},
+    }
+    plain = microphones_table(heard, [{"keep": 0.5}])
+    assert plain.header == ["microphone", "clients", "accuracy", "loss"]
+    assert plain.rows == [["pixel3", "75.0 %", "50.0 %", "1.25"], ["unseen_1", "none: unseen", "25.0 %", ""]]
+    deployed = [{"microphones": {"pixel3": {"accuracy": 0.4, "loss": 2.0}}}]
+    table = microphones_table(heard, deployed)
+    assert table.header[4:] == ["compressed: accuracy", "loss"]
+    assert [row[4:] for row in table.rows] == [["40.0 %", "2"], ["", ""]]
+
+
+def test_a_page_has_the_microphones_of_its_summary(run, tmp_path: Path):
+    summary = run(*COSTS)
+    assert "<h2>Microphones</h2>" not in write_page(tmp_path).read_text()
+    summary["microphones"] = {"round": 3, "seen": {"<b>": {"share": 1.0, "accuracy": 0.5, "loss": 1.0}}, "unseen": {}}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    page = Page(write_page(tmp_path).read_text())
+    assert "Microphones" in page.texts["h2"]
+    assert {"<b>", "100.0 %"} <= set(page.texts["td"])
+    summary["microphones"]["seen"] = ["pixel3"]
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(FileError, match=r"microphones: .*seen"):
+        write_page(tmp_path)
 
 
 def test_the_first_sentence_answers(run, tmp_path: Path):

@@ -428,6 +428,18 @@ def test_fine_tuning_is_not_kept():
     assert judged[0] != judged[1]
 
 
+def test_tuning_alone_leaves_the_weights_as_they_came():
+    still, tuned = (federate("trainer=tune_only", "evaluate_clients=6", f"trainer.tune_epochs={n}") for n in (0, 3))
+    first = still.world.workload.build_model().state_dict()
+    for federation in (still, tuned):
+        after = tensors_of(federation.arrays)
+        assert all(torch.equal(after[name], tensor) for name, tensor in first.items())
+    judged = [{c.client: c.metrics["loss"] for c in f.clients if c.phase == "evaluate"} for f in (still, tuned)]
+    assert sum(judged[1].values()) < sum(judged[0].values())
+    work = [sum(c.work.flops for c in f.clients if c.phase == "train") for f in (still, tuned)]
+    assert work == [0, 0]
+
+
 @pytest.mark.parametrize(
     "override, said",
     [

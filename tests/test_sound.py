@@ -242,9 +242,29 @@ def test_clients_hear_through_their_own_device_and_models_are_judged_on_every_ki
         assert torch.equal(ours.gather(torch.arange(len(ours)))["x"], expected)
     metrics = heard.judge(heard.build_model(), 0)
     kinds = {name: share for name, clients, share in world.fleet.summary() if clients}
-    assert metrics["accuracy"] == pytest.approx(sum(s * metrics[f"accuracy_on_{kind}"] for kind, s in kinds.items()))
-    unseen = [metrics[f"accuracy_on_unseen_{n}"] for n in (1, 2, 3)]
-    assert metrics["accuracy_unseen"] == pytest.approx(sum(unseen) / 3)
+    for key in ("accuracy", "loss"):
+        assert metrics[key] == pytest.approx(sum(s * metrics[f"{key}_on_{kind}"] for kind, s in kinds.items()))
+        unseen = [metrics[f"{key}_on_unseen_{n}"] for n in (1, 2, 3)]
+        assert metrics[f"{key}_unseen"] == pytest.approx(sum(unseen) / 3)
+    assert len({metrics[f"loss_on_{kind}"] for kind in (*kinds, "unseen_1")}) == len(kinds) + 1
+
+
+def test_what_devices_run_is_judged_on_every_microphone(sounds, tmp_path):
+    """All weights stay, so that it is the trained network; with half of them gone it is another one."""
+    shares, losses = [], []
+    for sparsity in (1e-9, 0.5):
+        config = tones(SBC, MICROPHONES, "compression=magnitude", f"compression.sparsity={sparsity}", "rounds=1")
+        writer.run(json.loads(config), LocalEngine(serve), tmp_path / str(sparsity))
+        summary = json.loads((tmp_path / str(sparsity) / "summary.json").read_text())
+        (entry,), heard = summary["compression"], summary["microphones"]
+        dense = {**heard["seen"], **heard["unseen"]}
+        shares.append(sum(one["share"] for one in heard["seen"].values()))
+        losses.append([(entry["microphones"][kind]["loss"], dense[kind]["loss"]) for kind in dense])
+        expected = sum(one["share"] * entry["microphones"][kind]["loss"] for kind, one in heard["seen"].items())
+        assert entry["loss"] == pytest.approx(expected)
+    assert shares == pytest.approx([1, 1])
+    assert [a for a, _ in losses[0]] == pytest.approx([b for _, b in losses[0]])
+    assert all(abs(a - b) > 1e-6 for a, b in losses[1])
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,23 @@ def test_bcresnet_asc_has_the_published_size(tau: int, parameters: int):
         assert sum(p.numel() for p in BCResNetASC((1, 256, 64), 10, tau, norm_in=norm).parameters()) == parameters
 
 
+def test_the_small_system_for_scenes_has_61_kb_of_parameters():
+    """As the challenge counts: a byte for each parameter that is not zero, those of norms too, and 1,024 in a KB.
+
+    PQK never prunes the classifier, the network for devices may; none of the norms' parameters are taken to be zero.
+    """
+    settings = compose(["experiment=dcase_esc10"])
+    model = BCResNetASC((1, 256, 101), 10, settings["model"]["tau"])
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    names = prunable(model)
+    trained, deployed = settings["trainer"], settings["compression"]
+    for pruned, given in ((names[:-1], trained), (names, deployed)):
+        masks = global_masks({name: weights[name] for name in pruned}, given["sparsity"], given["floor"])
+        kept = {name: masks.get(name, torch.ones_like(w)).to(torch.int8) for name, w in weights.items()}
+        assert 60.5 * 1024 < nonzero_bytes(kept) <= 61 * 1024
+        assert given["bits"] == 8
+
+
 def test_ds_cnn_has_the_size_of_its_layers():
     """40 * 64 weights and 128 of the norm; four times 9 * 64 + 128 + 64 * 64 + 128; 65 * 12."""
     assert sum(p.numel() for p in DSCNN((1, 10, 49), 12).parameters()) == 2560 + 128 + 4 * 4928 + 780 == 23_180

@@ -25,6 +25,7 @@ from fedsim.settings.forms import (
     METRIC,
     NAME,
     NUMBER,
+    NUMBERS,
     TEXT,
     TEXTS,
     WHOLE,
@@ -61,6 +62,7 @@ FIGURES: Forms = {
     "warnings": optional(TEXTS),
     "prices": optional(MAP),
     "compression": optional(MAPS),
+    "microphones": optional(MAP),
     "repriced": optional(MAP),
     BY_ROUNDS: optional(TEXT),
     **dict.fromkeys(("continual", "versions"), optional(MAP)),
@@ -85,6 +87,8 @@ ROUND = Form("a round or null", lambda value: value is None or WHOLE.fits(value)
 TARGET: Forms = {"round": WHOLE, "simulated_s": NUMBER, "energy_j": NUMBER}
 PRICES = {"line": TEXT, "calls_share": NUMBER}
 CLIENTS_SEEN = {"population": WHOLE}
+HEARD: Forms = {"round": WHOLE, "seen": maps_of(NUMBERS), "unseen": maps_of(NUMBERS)}
+DEPLOYED: Forms = {"microphones": optional(maps_of(NUMBERS))}
 REPRICED = {"run": TEXT, "rounds": WHOLE, "ended": TEXT}
 NOTE = {"error": TEXT, "reason": TEXT}
 LATER_COLUMNS = {"down_joules", "compute_joules", "up_joules", "tail_joules"}  # fedsim 0.1 had their sum alone
@@ -151,12 +155,13 @@ def read_summary(folder: Path) -> dict[str, Any]:
         ("to_target", target),
         ("prices", PRICES),
         ("clients", CLIENTS_SEEN),
+        ("microphones", HEARD),
         ("repriced", REPRICED),
         ("continual", STREAM),
     ):
         if summary.get(key):
             check_tree(summary[key], forms, f"{path}: {key}")
-    for key, forms in (("classes", CLASS), ("calibration", BIN)):
+    for key, forms in (("classes", CLASS), ("calibration", BIN), ("compression", DEPLOYED)):
         for entry in summary.get(key, ()):
             check_tree(entry, forms, f"{path}: {key}")
     if any(len(row) != len(summary.get("classes", ())) for row in summary.get("confusion", ())):

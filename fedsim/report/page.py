@@ -40,6 +40,7 @@ from fedsim.report.page_tables import (
     deployed_table,
     devices_table,
     fairness_table,
+    microphones_table,
     never_took_part,
     stragglers,
 )
@@ -64,7 +65,7 @@ from fedsim.report.text import late_note
 from fedsim.workloads.by_class import CALIBRATION, CLASSES, ECE, MACRO_F1
 from fedsim.workloads.by_class import CONFUSION as CONFUSED
 from fedsim.workloads.describe import Split
-from fedsim.workloads.metrics import ACCURACY, Metric, judged, took_part
+from fedsim.workloads.metrics import ACCURACY, MICROPHONES, Metric, judged, took_part
 from fedsim.workloads.metrics import CLIENTS as OF_CLIENTS
 
 OF_AN_EXCHANGE = (
@@ -75,6 +76,10 @@ WHO_CLOSED = "Stragglers are the clients that were most often the last of a roun
 OF_FAIRNESS = (
     "The last score of each client that judged a model, its own where the method has one, on its own held-out "
     "examples; worst tenth is the mean of the lowest tenth of the clients."
+)
+OF_MICROPHONES = (
+    "The last model that was judged, on the test set as each kind of microphone hears it. They are simulated: drawn, "
+    "not measured."
 )
 LOST = {"late": "were late", "offline": "were offline", "out_of_memory": "lacked the memory", "failed": "failed"}
 WORTH_A_WORD = 0.01  # of those asked
@@ -312,6 +317,9 @@ def _parts(told: Told) -> Iterator[Part]:
     elif own := read_pictures(told.folder):
         yield Part("Pictures", [_png(picture) for picture in own])
     yield from _by_class(told.summary)
+    if heard := told.summary.get(MICROPHONES):
+        table = microphones_table(heard, told.summary.get("compression", ()))
+        yield Part("Microphones", (), [table], OF_MICROPHONES)
     yield from _fairness(told)
     if (became := outcomes(told.rounds)) is not None:
         slowest = stragglers(told.rows) if told.rows else None

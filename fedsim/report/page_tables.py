@@ -14,7 +14,7 @@ from fedsim.messages.cohort import OUTCOMES
 from fedsim.report.files import Rows, select_rows
 from fedsim.report.html import Table
 from fedsim.workloads.describe import Split
-from fedsim.workloads.metrics import ACCURACY, Metric
+from fedsim.workloads.metrics import ACCURACY, LOSS, MICROPHONES, Metric
 
 SLOWEST, MOST_DEVICES, MOST_CLASSES = 8, 40, 20  # lines of tables
 JOULES = ("down", "compute", "up", "tail")  # the parts of a client's joules; runs of fedsim 0.1 have their sum alone
@@ -164,12 +164,32 @@ def _share(value: float | None) -> str:
 
 def deployed_table(entries: Sequence[dict[str, Any]]) -> Table:
     """Returns what each kind of device runs."""
-    names = list(dict.fromkeys(key for entry in entries for key in entry))
+    names = [key for key in dict.fromkeys(key for entry in entries for key in entry) if key != MICROPHONES]
     rows = [
         [short(entry[n]) if isinstance(entry.get(n), float) else str(entry.get(n, "")) for n in names]
         for entry in entries
     ]
     return Table([name.replace("_", " ") for name in names], rows)
+
+
+def microphones_table(heard: dict[str, Any], deployed: Sequence[dict[str, Any]]) -> Table:
+    """Returns a line per kind of microphone, those that no client has behind the others.
+
+    Args:
+        heard: accuracy and loss of the last model on each kind, and the share of the clients that have it.
+        deployed: what devices run of that model, with the same figures where there are any.
+    """
+    runs = [entry[MICROPHONES] for entry in deployed if MICROPHONES in entry]
+    header, lines = ["microphone", "clients", "accuracy", "loss"], []
+    for number in range(len(runs)):
+        name = "compressed" if len(runs) == 1 else f"compressed {number + 1}"
+        header += [f"{name}: accuracy", "loss"]
+    for kind, figures in {**heard["seen"], **heard["unseen"]}.items():
+        clients = "none: unseen" if kind in heard["unseen"] else _share(figures.get("share"))
+        found = [figures, *(run.get(kind, {}) for run in runs)]
+        shown = [text for one in found for text in (_share(one.get(ACCURACY.name)), short(one.get(LOSS)))]
+        lines.append([kind, clients, *shown])
+    return Table(header, lines)
 
 
 def _mean(values: np.ndarray) -> str:

@@ -72,10 +72,10 @@ def deployments(world: World, model: nn.Module) -> list[dict[str, Any]]:
     return entries
 
 
-def _judged(workload: Workload, model: nn.Module) -> dict[str, float | None]:
+def _judged(workload: Workload, model: nn.Module) -> dict[str, Any]:
     """Returns a model's metrics on the test set; None where its output is not finite."""
     try:
-        return {**workload.evaluate(model, workload.test)}
+        return workload.judge_deployed(model)
     except NotFiniteError:
         return {workload.primary.name: None, LOSS: None}
 

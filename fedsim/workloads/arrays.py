@@ -345,6 +345,12 @@ class ArrayWorkload(ClassificationWorkload):
             return super().judge(model, round)
         return self.heard.figures({kind: self.evaluate(model, self.heard.of(kind)) for kind in self.heard.kinds})
 
+    def judge_deployed(self, model: nn.Module) -> dict[str, Any]:
+        """Returns the metrics of a network as devices run it; with microphones, on what each kind hears."""
+        if self.heard is None:
+            return super().judge_deployed(model)
+        return self.heard.of_deployed({kind: self.evaluate(model, self.heard.of(kind)) for kind in self.heard.kinds})
+
     def by_class(self, model: nn.Module, round: int) -> ByClass | None:
         """Returns how the model does for each class; with microphones, on what all kinds that clients have hear."""
         if self.heard is None:

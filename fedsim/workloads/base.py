@@ -350,6 +350,10 @@ class Workload(Checked, ABC, group="workload", error=ConfigError):
         """Returns the metrics of the global model after a round (0: untrained): here on the held-out test set."""
         return self.evaluate(model, self.test)
 
+    def judge_deployed(self, model: nn.Module) -> dict[str, Any]:
+        """Returns the metrics of a network as devices run it when the run is over, on the held-out test set."""
+        return {**self.evaluate(model, self.test)}
+
     def by_class(self, model: nn.Module, round: int) -> ByClass | None:
         """Returns how `judge` comes out by class; None where there are no classes."""
         return None

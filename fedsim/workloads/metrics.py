@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fedsim.report.rounds import RoundReport
 
 LOSS = "loss"
+MICROPHONES = "microphones"  # in a summary: accuracy and loss on what each kind of them hears
 CLIENTS = "client_"  # before the name of a metric: its mean over clients that judged, of the model that each uses
 NOT_FINITE = "not_finite"  # in place of all, 1: the output of the judged model is NaN or infinite
 BY_EXAMPLES, BY_CLIENTS = "examples", "clients"

@@ -13,6 +13,7 @@ from devices.microphones import Microphone, Microphones
 from fedsim.errors import ConfigError
 from fedsim.workloads.augmenting import Augmentation, Noise
 from fedsim.workloads.base import Examples, Tensors
+from fedsim.workloads.metrics import ACCURACY, LOSS, MICROPHONES
 from fedsim.workloads.translating import Translator, trained_translator
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 SILENCE = ("_silence_", "silence")  # classes whose clips are noise
 HEARD_BYTES = 2**28  # of test examples, heard by one microphone each, that are kept
-OF_KIND, UNSEEN = "accuracy_on_", "accuracy_unseen"
+ON, UNSEEN = "_on_", "_unseen"  # of accuracy and loss, on a kind of microphone and on those that no client has
 
 
 def silence_of(classes: Sequence[str], labels: Tensor) -> Tensor:
@@ -144,20 +145,33 @@ class Heard:
     def figures(self, found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         """Returns the metrics of a round from those of each kind.
 
-        Accuracy and loss are means over the kinds that clients have, weighted by their shares of the clients.
+        All metrics are means over the kinds that clients have, weighted by their shares of the clients.
         """
+        means = self._means(found)
+        unseen = [found[kind] for kind in self.microphones.unseen]
+        for key in (ACCURACY.name, LOSS):
+            means |= {f"{key}{ON}{kind}": metrics[key] for kind, metrics in found.items()}
+            means |= {f"{key}{UNSEEN}": sum(one[key] for one in unseen) / len(unseen)} if unseen else {}
+        return means
+
+    def of_deployed(self, found: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+        """Returns the metrics of a network as devices run it, and accuracy and loss on each kind apart."""
+        apart = {kind: {key: metrics[key] for key in (ACCURACY.name, LOSS)} for kind, metrics in found.items()}
+        return {**self._means(found), MICROPHONES: apart}
+
+    def _means(self, found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         first = next(iter(found.values()))
-        means = {key: sum(share * found[kind][key] for kind, share in self.shares.items()) for key in first}
-        apart = {f"{OF_KIND}{kind}": metrics["accuracy"] for kind, metrics in found.items()}
-        unseen = [found[kind]["accuracy"] for kind in self.microphones.unseen]
-        return means | apart | ({UNSEEN: sum(unseen) / len(unseen)} if unseen else {})
+        return {key: sum(share * found[kind][key] for kind, share in self.shares.items()) for key in first}
 
     def summary(self, reports: Sequence[RoundReport]) -> dict[str, Any]:
         """Returns what the last evaluation says of each kind of microphone; empty where none was made."""
         for report in reversed(reports):
-            found = {kind: report.metrics.get(f"{OF_KIND}{kind}") for kind in self.kinds}
-            if None not in found.values():
-                seen = {kind: found[kind] for kind in self.shares}
+            found = {
+                kind: {key: report.metrics.get(f"{key}{ON}{kind}") for key in (ACCURACY.name, LOSS)}
+                for kind in self.kinds
+            }
+            if all(one[ACCURACY.name] is not None for one in found.values()):
+                seen = {kind: {"share": share, **found[kind]} for kind, share in self.shares.items()}
                 unseen = {kind: found[kind] for kind in self.microphones.unseen}
-                return {"microphones": {"round": report.round, "seen": seen, "unseen": unseen}}
+                return {MICROPHONES: {"round": report.round, "seen": seen, "unseen": unseen}}
         return {}

@@ -11,7 +11,7 @@ from annotated_types import Ge, Le
 
 from clients.trainers.base import ClientContext
 from clients.trainers.sgd import SGDTrainer
-from fedsim.messages.updates import Broadcast
+from fedsim.messages.updates import Broadcast, ClientUpdate
 
 
 class FineTuneTrainer(SGDTrainer):
@@ -34,3 +34,12 @@ class FineTuneTrainer(SGDTrainer):
             client.model.train()
             run.train(self.shuffled(client, "tune-batches", self.tune_epochs))
         return super().evaluate(client, broadcast)
+
+
+class TuneOnlyTrainer(FineTuneTrainer):
+    """Fine-tunes before an evaluation and trains nothing: clients send the weights back as they came."""
+
+    def fit(self, client: ClientContext, broadcast: Broadcast) -> ClientUpdate:
+        """Returns the received weights."""
+        self.check_settings(broadcast)
+        return ClientUpdate(client.client_id, client.num_examples, client.weights)
