@@ -7,8 +7,10 @@ import torch
 from test_subnet import IMAGES
 from torch.nn import functional as F
 
+from clients.trainers.widths.heterofl import HeteroFLTrainer
 from clients.worker import Worker
 from fedsim.errors import ConfigError
+from fedsim.exchanges.slices import Slices
 from fedsim.messages.records import tensors_of
 from fedsim.settings.build import build_world
 
@@ -93,3 +95,17 @@ def test_batch_norms_are_refused_by_ordered_dropout(settings):
     made = settings("method=fjord", "model=nb201", "model.norm=batch", "model.channels=4", "model.cells=1", IMAGES[0])
     with pytest.raises(ConfigError, match="batch statistics differ"):
         Worker(build_world(json.dumps(made)))
+
+
+@pytest.mark.parametrize("scale", [True, False])
+def test_a_part_is_judged_as_the_network_that_was_trained(federation, scale):
+    """With the statistics of one batch, a part gives in evaluation what it gives on that batch in training."""
+    workload, trainer = federation(*NORMED).world.workload, HeteroFLTrainer(scale=scale, lr=0.1, batch_size=4)
+    trainer.slices = Slices(workload, torch.device("cpu"), trainer.prepare)
+    part = trainer.slices.network(trainer.slices.groups.first(0.5)).train()
+    x = torch.randn(64, 1, 12, 12)
+    trained = part(x)
+    for norm in (m for m in part.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        norm.track_running_stats, norm.momentum = True, 1.0
+    part(x)
+    torch.testing.assert_close(part.eval()(x), trained, rtol=1e-2, atol=1e-3)  # variances of n - 1 examples

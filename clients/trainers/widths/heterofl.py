@@ -63,7 +63,8 @@ class HeteroFLTrainer(SubnetTrainer):
     """Subnet training with HeteroFL's scaler and masked loss.
 
     Args:
-        scale: divide what a narrowed layer gives by its share of channels, in training only.
+        scale: divide what a narrowed layer gives by its share of channels, in training only; with batch norms also when
+            the part is judged, as their statistics are of what was divided.
         mask_labels: logits of classes that the client has no example of are 0 in training, and the server leaves its
             rows of the classifier for these out of the mean; it is told which they are.
         static_norm: batch norms keep no running statistics in training; without, they are averaged like weights.
@@ -81,7 +82,8 @@ class HeteroFLTrainer(SubnetTrainer):
 
     def prepare(self, network: nn.Module, kept: Kept) -> None:
         """Hangs the scaler on every layer that makes channels of a narrowed group, and makes batch norms static."""
-        for norm in _batch_norms(network).values():
+        norms = _batch_norms(network)
+        for norm in norms.values():
             norm.track_running_stats = not self.static_norm  # with statistics at hand, evaluation still uses them
         for name, group in self.slices.groups.groups.items():
             share = len(kept[name]) / group.channels
@@ -90,7 +92,7 @@ class HeteroFLTrainer(SubnetTrainer):
             for coupling in group.couplings:
                 if coupling.side == "out":
                     network.get_submodule(coupling.layer).register_forward_hook(
-                        lambda layer, _, out, share=share: out / share if layer.training else out
+                        lambda layer, _, out, share=share: out / share if layer.training or norms else out
                     )
 
     @torch.no_grad()
