@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from clients.trainers.sgd import SGDTrainer, WorkloadLoss
 from clients.worker import Worker
-from fedsim.errors import RunError
+from fedsim.errors import ConfigError, RunError
 from fedsim.messages.cohort import ClientTask
 from fedsim.messages.records import from_array, tensors_of
 from fedsim.messages.updates import Broadcast, ClientUpdate
@@ -215,6 +215,19 @@ def test_learning_rate_decays_by_round(federation):
     """0.8 * 0.5 ** 2 in round 3."""
     client = Worker(federation().world).context(ClientTask(0, Broadcast(3, {})))
     assert SGDTrainer(lr=0.8, batch_size=1, lr_decay=0.5).learning_rate(client, Broadcast(3, {})) == pytest.approx(0.2)
+
+
+def test_learning_rate_warms_up_and_falls_along_a_cosine(federation):
+    """In equal steps to its full value at the end of warm-up, then down half a cosine, to 0 behind the last round."""
+    client = Worker(federation().world).context(ClientTask(0, Broadcast(1, {})))
+    trainer = SGDTrainer(lr=0.1, batch_size=1, warmup_rounds=2, cosine_rounds=6)
+    rates = [trainer.learning_rate(client, Broadcast(number, {})) for number in range(1, 9)]
+    root = 2**0.5
+    assert rates == pytest.approx([0.05, 0.1, 0.1, (2 + root) / 40, 0.05, *[(2 - root) / 40] * 3])
+    constant = SGDTrainer(lr=0.1, batch_size=1, warmup_rounds=1)
+    assert constant.learning_rate(client, Broadcast(9, {})) == 0.1
+    with pytest.raises(ConfigError, match=r"cosine_rounds must be more than the 3 of warm-up, got 3"):
+        SGDTrainer(lr=0.1, batch_size=1, warmup_rounds=3, cosine_rounds=3)
 
 
 def test_our_own_mean_is_fedavg_up_to_rounding(federation):

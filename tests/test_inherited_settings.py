@@ -51,6 +51,8 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "lr_decay": (0.5, {}),
     "clip_norm": (0.01, {}),
     "task_decay": (0.5, {}),
+    "warmup_rounds": (2, {}),
+    "cosine_rounds": (3, {}),
     "proximal_mu": (0.5, {}),
     "mix_ratio": (0.3, {}),
     "average_clip": (0.1, {}),
@@ -105,10 +107,12 @@ def plain(trainer: str, context: str) -> str:
 
 
 def inherited(trainer: str) -> list[str]:
-    """What the classes that a trainer comes from take, and it does not itself."""
-    own, *others = get_class(json.loads(base(trainer))["trainer"]["_target_"]).__mro__
+    """What the classes that a trainer comes from take, and it does not itself; only what its config has."""
+    taken_over = json.loads(base(trainer))["trainer"]
+    own, *others = get_class(taken_over["_target_"]).__mro__
     mine = named(own) if others[0].__name__ != "LocalTrainer" else {}  # of plain SGD all
-    return sorted({key for kind in others for key in named(kind)} - set(mine) | set({} if mine else named(own)))
+    others_take = {key for kind in others for key in named(kind)} & taken_over.keys()
+    return sorted(others_take - set(mine) | set({} if mine else named(own)))
 
 
 def named(kind: type) -> dict[str, inspect.Parameter]:

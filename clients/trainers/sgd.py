@@ -8,6 +8,7 @@ McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentra
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
@@ -167,6 +168,9 @@ class SGDTrainer(LocalTrainer):
         lr_decay: factor on the learning rate per round.
         clip_norm: largest gradient norm of a step; None does not clip.
         task_decay: factor on the learning rate per task, where the workload is a stream.
+        warmup_rounds: through which the learning rate rises to its full value, in equal steps.
+        cosine_rounds: after so many rounds, warm-up among them, the rate would be 0 along half a cosine; rounds beyond
+            keep the last one. None: no cosine.
 
     Attributes:
         objective: of a step.
@@ -188,8 +192,15 @@ class SGDTrainer(LocalTrainer):
         lr_decay: Annotated[float, Interval(gt=0, le=1)] = 1.0,
         clip_norm: Annotated[float, Gt(0)] | None = None,
         task_decay: Annotated[float, Interval(gt=0, le=1)] = 1.0,
+        warmup_rounds: Annotated[int, Ge(0)] = 0,
+        cosine_rounds: Annotated[int, Ge(1)] | None = None,
     ):
+        if cosine_rounds is not None and cosine_rounds <= warmup_rounds:
+            raise ConfigError(
+                f"trainer.cosine_rounds must be more than the {warmup_rounds} of warm-up, got {cosine_rounds}"
+            )
         self.lr, self.batch_size, self.task_decay = lr, batch_size, task_decay
+        self.warmup_rounds, self.cosine_rounds = warmup_rounds, cosine_rounds
         self.local_epochs, self.local_steps = local_epochs, local_steps
         self.momentum, self.weight_decay = momentum, weight_decay
         self.lr_decay, self.clip_norm = lr_decay, clip_norm
@@ -288,7 +299,16 @@ class SGDTrainer(LocalTrainer):
     def learning_rate(self, client: ClientContext, broadcast: Broadcast) -> float:
         """Returns the learning rate of this round and task; a strategy's `lr` setting comes before the trainer's."""
         lr = float(broadcast.settings.get("lr", self.lr)) * self.lr_decay ** (broadcast.round - 1)
-        return lr * self.task_decay ** client.workload.phase(broadcast.round)
+        return lr * self.task_decay ** client.workload.phase(broadcast.round) * self.rate_of_round(broadcast.round)
+
+    def rate_of_round(self, number: int) -> float:
+        """Returns the share of the learning rate that warm-up and cosine leave in a round, counted from 1."""
+        if number <= self.warmup_rounds:
+            return number / self.warmup_rounds
+        if self.cosine_rounds is None:
+            return 1.0
+        done = min(number, self.cosine_rounds) - 1 - self.warmup_rounds
+        return (1 + math.cos(math.pi * done / (self.cosine_rounds - self.warmup_rounds))) / 2
 
     @torch.no_grad()
     def step(self, parameters: Arrays, gradients: Gradients, lr: float, velocity: Arrays | None) -> Arrays | None:

@@ -37,7 +37,23 @@ class FineTuneTrainer(SGDTrainer):
 
 
 class TuneOnlyTrainer(FineTuneTrainer):
-    """Fine-tunes before an evaluation and trains nothing: clients send the weights back as they came."""
+    """Fine-tunes before an evaluation and trains nothing: clients send the weights back as they came.
+
+    Args:
+        lr, batch_size, tune_epochs, momentum, weight_decay, clip_norm: of the fine-tuning, as in FineTuneTrainer.
+    """
+
+    def __init__(
+        self,
+        lr: float,
+        batch_size: int,
+        tune_epochs: int,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        clip_norm: float | None = None,
+    ):
+        tuning = {"momentum": momentum, "weight_decay": weight_decay, "clip_norm": clip_norm}
+        super().__init__(tune_epochs, lr=lr, batch_size=batch_size, **tuning)
 
     def fit(self, client: ClientContext, broadcast: Broadcast) -> ClientUpdate:
         """Returns the received weights."""
