@@ -2,18 +2,15 @@
 
 import json
 
-import numpy as np
 import pytest
+import torch
 from conftest import DAILY, Parted
 
-from fedsim.engines.blocks import Arrays, BlockSum, WeightedSum, blocks
+from fedsim.engines.blocks import BlockSum, WeightedSum, blocks
 from fedsim.grid.round_sum import RoundSum
 from fedsim.runs.federation import Federation
 from fedsim.settings.build import build_world
-
-
-def arrays(**values) -> Arrays:
-    return {name: np.asarray(v) for name, v in values.items()}
+from fedsim.workloads.base import Tensors
 
 
 @pytest.mark.parametrize(
@@ -33,78 +30,78 @@ def test_cohort_is_cut_into_blocks_of_equal_size(clients: int, sizes: list[int])
     assert [client for block in cut for client in block] == list(range(clients))
 
 
-def mean(*blocks_of: list[tuple[Arrays, float]]) -> Arrays:
-    """The weighted mean over blocks, each a list of (arrays, weight), in the dtypes of the first."""
+def mean(*blocks_of: list[tuple[Tensors, float]]) -> Tensors:
+    """The weighted mean over blocks, each a list of (tensors, weight), in the dtypes of the first."""
     total = WeightedSum()
     for clients in blocks_of:
         block = BlockSum()
         for own, weight in clients:
             block.add(own, weight)
-        total.add(block.arrays, block.weight, block.clients)
-    return total.mean({name: values.dtype for name, values in blocks_of[0][0][0].items()})
+        total.add(block.tensors, block.weight, block.clients)
+    return total.mean({name: t.dtype for name, t in blocks_of[0][0][0].items()})
 
 
 def test_mean_is_weighted_by_examples():
     """(1 * [1, 2] + 3 * [5, 10]) / 4 = [4, 8]."""
-    one, two = arrays(w=np.array([1, 2], np.float32)), arrays(w=np.array([5, 10], np.float32))
+    one, two = {"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([5.0, 10.0])}
     for result in (mean([(one, 1)], [(two, 3)]), mean([(one, 1), (two, 3)])):
         values = result["w"]
-        assert (values.tolist(), values.dtype) == ([4.0, 8.0], np.float32)
+        assert (values.tolist(), values.dtype) == ([4.0, 8.0], torch.float32)
 
 
 def test_blocks_are_summed_by_themselves_in_float64():
     """1e16 swallows a single 1 in float64, but not the 2 that a block of its own adds up to."""
-    big, one = arrays(w=np.array([1e16])), arrays(w=np.array([1.0]))
+    big, one = ({"w": torch.tensor([value], dtype=torch.float64)} for value in (1e16, 1.0))
     assert mean([(big, 1)], [(one, 1)], [(one, 1)])["w"][0] == 1e16 / 3
     assert mean([(big, 1)], [(one, 1), (one, 1)])["w"][0] == (1e16 + 2) / 3
 
 
 def test_products_are_made_in_float64():
     """(3 a + 7 b) / 10, rounded once at the end."""
-    a, b = np.random.default_rng(1).standard_normal((2, 1000)).astype(np.float32)
-    by_hand = (3 * a.astype(np.float64) + 7 * b.astype(np.float64)) / 10
-    result = mean([(arrays(w=a), 3), (arrays(w=b), 7)])
-    assert np.array_equal(result["w"], by_hand.astype(np.float32))
+    a, b = torch.randn(2, 1000)
+    by_hand = (3 * a.double() + 7 * b.double()) / 10
+    result = mean([({"w": a}, 3), ({"w": b}, 7)])
+    assert torch.equal(result["w"], by_hand.float())
 
 
 def test_sum_of_a_block_is_the_same_whoever_adds_it_up():
-    """A worker's float64 sum of two clients, and the clients' own arrays added up by the server."""
-    a, b, c = (arrays(w=v) for v in np.random.default_rng(2).standard_normal((3, 1000)).astype(np.float32))
+    """A worker's float64 sum of two clients, and the clients' own tensors added up by the server."""
+    a, b, c = ({"w": values} for values in torch.randn(3, 1000))
     in_worker = BlockSum()
     in_worker.add(a, 3)
     in_worker.add(b, 7)
-    assert (in_worker.arrays["w"].dtype, in_worker.clients, in_worker.weight) == (np.float64, 2, 10)
+    assert (in_worker.tensors["w"].dtype, in_worker.clients, in_worker.weight) == (torch.float64, 2, 10)
     total = WeightedSum()
-    total.add(in_worker.arrays, 10, 2)
+    total.add(in_worker.tensors, 10, 2)
     total.add(c, 5, 1)
     by_server = mean([(a, 3), (b, 7)], [(c, 5)])["w"]
-    assert total.mean({"w": np.dtype(np.float32)})["w"].tobytes() == by_server.tobytes()
+    assert torch.equal(total.mean({"w": torch.float32})["w"], by_server)
 
 
 def test_many_examples_do_not_overflow_half_precision():
     """7000 x 100 is beyond the 65504 of float16."""
-    hundred = arrays(w=np.array([100], np.float16))
+    hundred = {"w": torch.tensor([100], dtype=torch.float16)}
     assert mean([(hundred, 7000)], [(hundred, 7000)])["w"].tolist() == [100]
 
 
 def test_mean_of_integers_is_rounded_to_the_nearest():
     """(1 * 2 + 2 * 3) / 3 = 2.67, and a counter that all agree on stays as it is."""
-    first, second = arrays(n=np.int64(2), same=np.int64(5)), arrays(n=np.int64(3), same=np.int64(5))
+    first, second = ({"n": torch.tensor(n), "same": torch.tensor(5)} for n in (2, 3))
     result = mean([(first, 1)], [(second, 2)])
-    assert (result["n"], result["same"], result["n"].dtype) == (3, 5, np.int64)
+    assert (result["n"], result["same"], result["n"].dtype) == (3, 5, torch.int64)
 
 
 def test_adding_does_not_change_what_was_added():
-    first = arrays(w=np.array([1.0, 2.0]))
+    first = {"w": torch.tensor([1.0, 2.0])}
     before = first["w"].tolist()
     mean([(first, 2), (first, 2)], [(first, 1)])
     assert first["w"].tolist() == before
 
 
-@pytest.mark.parametrize("other", [{"v": np.zeros(2)}, {"w": np.zeros(3)}, {"w": np.zeros(2), "v": np.zeros(1)}])
-def test_mean_of_unlike_weights_is_refused(other: dict):
+@pytest.mark.parametrize("sizes", [{"v": 2}, {"w": 3}, {"w": 2, "v": 1}])
+def test_mean_of_unlike_weights_is_refused(sizes: dict[str, int]):
     sentence = r"^clients sent weights of different names or shapes; a mean needs equal"
-    first, second = arrays(w=np.zeros(2)), arrays(**other)
+    first, second = {"w": torch.zeros(2)}, {name: torch.zeros(size) for name, size in sizes.items()}
     with pytest.raises(ValueError, match=sentence):
         mean([(first, 1)], [(second, 1)])
     with pytest.raises(ValueError, match=sentence):
@@ -113,7 +110,7 @@ def test_mean_of_unlike_weights_is_refused(other: dict):
 
 def test_mean_over_no_examples_is_refused():
     with pytest.raises(ValueError, match=r"must sum to more than zero, got 0\.0$"):
-        mean([(arrays(w=np.zeros(2)), 0)])
+        mean([({"w": torch.zeros(2)}, 0)])
 
 
 def test_weights_do_not_depend_on_how_clients_are_put_into_parts(settings):

@@ -216,7 +216,11 @@ def test_answer_survives_the_journey():
     assert (back.weights.form, back.weights.tensors[JOINED].tolist()) == ("joined last", [0, 1, 2])
     assert back.extras["means"]["m"].dtype == torch.float16
     assert failed == bad
-    assert (came.sums[0].clients, came.sums[0].weight, came.sums[0].total.arrays["w"]) == ((3, 5), 12.0, [1.0])
+    assert (came.sums[0].clients, came.sums[0].weight, came.sums[0].total.tensors["w"].tolist()) == (
+        (3, 5),
+        12.0,
+        [1.0],
+    )
     assert came.sums[1] == BlockAnswer(2)
 
 

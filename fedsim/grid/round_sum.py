@@ -6,15 +6,14 @@ Both leave out the clients that are late, and both price them alike; see `engine
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
-import numpy as np
-import torch
+from torch import Tensor
 
 from devices.cost import LatencyModel
 from devices.fleet import Fleet
-from fedsim.engines.blocks import Arrays, BlockSum, WeightedSum
+from fedsim.engines.blocks import BlockSum, WeightedSum
 from fedsim.errors import RunError
 from fedsim.grid.contact import Contact
 from fedsim.grid.pricing import Prices
@@ -70,14 +69,14 @@ class BlockSums:
             if answer.weights is not None and arrives:
                 block, clients = self._blocks[task.block]
                 weights = decompressed(answer.weights, task.broadcast.weights)
-                block.add(weights.arrays, float(answer.num_examples))
+                block.add(weights.tensors, float(answer.num_examples))
                 clients.append(task.client)
                 self._forms[task.block] = weights.form
             self._answers.append(answer.without_weights())
         self._waiting, self._waiting_bytes = [], 0
 
     def _total(self, number: int, block: BlockSum) -> SentWeights:
-        return SentWeights(_tensors(block.arrays), self._forms[number])
+        return SentWeights(dict(block.tensors), self._forms[number])
 
 
 class RoundSum:
@@ -94,7 +93,7 @@ class RoundSum:
         self._awaited: deque[int] = deque()
         self._missing: Counter[int] = Counter()
         self._separate: dict[int, list[Contact]] = {}
-        self._early: dict[int, tuple[Arrays, float, int] | None] = {}
+        self._early: dict[int, tuple[Mapping[str, Tensor], float, int] | None] = {}
 
     def expect(self, online: Iterable[Contact]) -> None:
         """Says which clients will answer, in order."""
@@ -108,7 +107,7 @@ class RoundSum:
                 self._put(block.block, (), None)
             else:
                 self._form = block.total.form
-                self._put(block.block, block.clients, (block.total.arrays, block.weight, len(block.clients)))
+                self._put(block.block, block.clients, (block.total.tensors, block.weight, len(block.clients)))
 
     def add_separate(self, contacts: Iterable[Contact]) -> None:
         """Takes clients with their own updates; a block is added up when the last of it is here."""
@@ -138,26 +137,22 @@ class RoundSum:
             raise RunError(
                 f"workers and server disagree on whether clients {odd} were in time; do their versions differ?"
             )
-        mean = self.total.mean({name: t.numpy().dtype for name, t in model.items()})
-        return SentWeights(_tensors(mean), self._form).by_name(model)
+        mean = self.total.mean({name: t.dtype for name, t in model.items()})
+        return SentWeights(mean, self._form).on_host().by_name(model)
 
     def _put_separate(self, number: int, group: Sequence[Contact]) -> None:
         block = BlockSum()
         for contact in group:
             weights = contact.take_weights()
-            block.add(weights.arrays, float(contact.answer.num_examples))
+            block.add(weights.tensors, float(contact.answer.num_examples))
             self._form = weights.form
         clients = [contact.client for contact in group]
-        self._put(number, clients, (block.arrays, block.weight, block.clients) if group else None)
+        self._put(number, clients, (block.tensors, block.weight, block.clients) if group else None)
 
-    def _put(self, number: int, clients: Iterable[int], block: tuple[Arrays, float, int] | None) -> None:
+    def _put(self, number: int, clients: Iterable[int], block: tuple[Mapping[str, Tensor], float, int] | None) -> None:
         self.clients.update(clients)
         self._early[number] = block
         while self._awaited and self._awaited[0] in self._early:
             ready = self._early.pop(self._awaited.popleft())
             if ready is not None:
                 self.total.add(*ready)
-
-
-def _tensors(arrays: Arrays) -> Tensors:
-    return {name: torch.from_numpy(np.asarray(values)) for name, values in arrays.items()}

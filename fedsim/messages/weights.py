@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +21,7 @@ JOINED = "joined"  # name of the one tensor of joined weights
 
 @dataclass(frozen=True, slots=True)
 class SentWeights:
-    """Tensors on the CPU that are nobody else's.
+    """Tensors that are nobody else's, on the CPU; what never leaves its process may lie where it was made.
 
     Attributes:
         tensors: by name; of joined weights one, JOINED, [sum of sizes], in the order of the weights that were sent.
@@ -37,10 +36,9 @@ class SentWeights:
         """Bytes of numbers."""
         return bytes_of(self.tensors)
 
-    @property
-    def arrays(self) -> dict[str, np.ndarray]:
-        """The same numbers, without a copy."""
-        return {name: t.numpy() for name, t in self.tensors.items()}
+    def on_host(self) -> SentWeights:
+        """The same on the CPU, to leave this process."""
+        return SentWeights({name: t.cpu() for name, t in self.tensors.items()}, self.form)
 
     def by_name(self, model: Tensors) -> Tensors:
         """One tensor per name, views where they were joined; `model` gives names and shapes."""
@@ -105,6 +103,11 @@ def own_copies(tensors: Mapping[str, Tensor]) -> Tensors:
 def bytes_of(tensors: Mapping[str, Tensor]) -> int:
     """Bytes of numbers: itemsize x elements."""
     return sum(t.element_size() * t.numel() for t in tensors.values())
+
+
+def rounded_to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The numbers in another dtype; integers and flags are rounded, not cut off."""
+    return (tensor if dtype.is_floating_point else tensor.round()).to(dtype)
 
 
 def are_finite(tensors: Iterable[Tensor]) -> bool:

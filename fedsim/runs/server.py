@@ -35,9 +35,9 @@ from fedsim.messages.records import (
     NUM_EXAMPLES,
     array_record,
     arrays_in,
-    from_array,
     in_float64,
-    to_array,
+    record_of,
+    tensors_of,
 )
 from fedsim.models.roles import TensorRoles
 
@@ -260,12 +260,13 @@ class ServerSide:
             examples: Any = numbers.get(NUM_EXAMPLES, 0) if isinstance(numbers, MetricRecord) else 0
             if not isinstance(arrays, ArrayRecord) or not all(name in arrays for name in self.beside):
                 continue  # what it lacks, the strategy names
-            total.add({name: from_array(arrays[name]) for name in shared if name in self.beside}, examples, 1)
+            mine = array_record({name: arrays[name] for name in shared if name in self.beside})
+            total.add(tensors_of(mine), examples, 1)
             reply.content = RecordDict({**content, ARRAYS: _without(arrays, self.beside)})
         if not total.weight > 0:
             return shared
-        mean = total.mean({name: np.dtype(array.dtype) for name, array in shared.items()})
-        return array_record({**shared, **{name: to_array(values) for name, values in mean.items()}})
+        mean = total.mean({name: t.dtype for name, t in tensors_of(shared).items()})
+        return array_record({**shared, **record_of(mean)})
 
 
 def _check_hooks(strategy: Strategy) -> None:
