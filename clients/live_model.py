@@ -26,6 +26,16 @@ class LiveModel:
         self._received: tuple[Tensors, Tensors] = ({}, {})  # as they came, and on the device
         self._joined: Tensor | None = None  # those on the device, joined as the model's are
 
+    def blank(self) -> tuple[Tensors, Tensor | None]:
+        """Returns tensors like the network's weights, without the numbers, and the buffer of all where there is one."""
+        if self._buffer is None:
+            return {name: torch.empty_like(t) for name, t in self.weights.items()}, None
+        buffer, views, start = torch.empty_like(self._buffer), {}, 0
+        for name, slot in self.weights.items():
+            views[name] = buffer.as_strided(slot.shape, slot.stride(), start)
+            start += slot.numel()
+        return views, buffer
+
     def received(self, weights: Tensors) -> Tensors:
         """Broadcast weights on this worker's device; taken over once when the cohort shares them."""
         if not weights:
@@ -49,32 +59,37 @@ class LiveModel:
             return
         if weights.keys() != self.weights.keys():
             raise ValueError(f"the broadcast has weights {sorted(weights)}, the model {sorted(self.weights)}")
-        if self._buffer is not None and self._joined is not None:
-            self._buffer.copy_(self._joined)
-            return
-        torch._foreach_copy_(list(self.weights.values()), [weights[name] for name in self.weights])
+        self.put(weights, self._joined)
 
-    def sent(self, weights: Tensors, broadcast: Tensors) -> SentWeights:
+    @torch.no_grad()
+    def put(self, weights: Tensors, buffer: Tensor | None) -> None:
+        """Puts weights with the names of the network's into it, at once where they lie in a buffer like its own."""
+        if self._buffer is not None and buffer is not None:
+            self._buffer.copy_(buffer)
+        else:
+            torch._foreach_copy_(list(self.weights.values()), [weights[name] for name in self.weights])
+
+    def sent(self, weights: Tensors, broadcast: Tensors, stay: bool = False) -> SentWeights:
         """A copy of weights for the way back.
 
         Args:
             weights: of an update; the network's own are one copy.
             broadcast: as they came.
+            stay: leave them on this device.
         """
-        if weights is self.weights and self._buffer is not None and self._joined is not None:
-            return joined(self._buffer, self._channels_last)
-        return joined_like(weights, broadcast, self._channels_last)
+        device = self.device if stay else "cpu"
+        if weights is self.weights and self._buffer is not None and (stay or self._joined is not None):
+            return joined(self._buffer, self._channels_last, device)
+        return joined_like(weights, broadcast, self._channels_last, device)
 
     def _laid_out(self, weights: Tensors) -> tuple[Tensors, Tensor | None]:
         """A copy of the weights; where they fit the model's buffer, in one like it, which comes beside them."""
         fits = self._buffer is not None and list(weights) == list(self.weights)
         if not fits or any(weights[n].dtype != t.dtype or weights[n].shape != t.shape for n, t in self.weights.items()):
             return {name: t.to(self.device, copy=True) for name, t in weights.items()}, None
-        assert self._buffer is not None
-        buffer, views, start = torch.empty_like(self._buffer), {}, 0
-        for name, slot in self.weights.items():
-            views[name] = buffer.as_strided(slot.shape, slot.stride(), start).copy_(weights[name])
-            start += slot.numel()
+        views, buffer = self.blank()
+        for name, view in views.items():
+            view.copy_(weights[name])
         return views, buffer
 
 

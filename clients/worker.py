@@ -7,10 +7,11 @@ a method.
 from __future__ import annotations
 
 import gc
+import math
 import traceback
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from itertools import groupby
+from itertools import groupby, islice
 from typing import cast
 
 import torch
@@ -21,8 +22,11 @@ from clients.front_end import FrontEnd
 from clients.judging import Judge
 from clients.live_model import LiveModel
 from clients.lone_examples import INSTEAD_OF_ONE, check_batches
+from clients.slots.cohort import InSlots, make_slots
+from clients.slots.slot import Slot
 from clients.state import ClientState
 from clients.trainers.base import RECEIVED, ClientContext, ClientWorkload, LocalTrainer, OutOfMemoryError, WorkLog
+from clients.trainers.sgd import SGDRun, SGDTrainer
 from devices.compression.plan import CompressionPlan
 from devices.cost import Work
 from devices.errors import one_line
@@ -30,7 +34,7 @@ from fedsim.engines.memory import keep_freed_memory
 from fedsim.errors import ConfigError, in_words, no_exit
 from fedsim.exchanges.slices import model_cost
 from fedsim.grid.round_sum import BlockSums
-from fedsim.messages.cohort import ClientAnswer, ClientTask, CohortAnswer, CohortTask, Outcome
+from fedsim.messages.cohort import ClientAnswer, ClientTask, CohortAnswer, CohortTask
 from fedsim.messages.records import check_extra_names
 from fedsim.messages.updates import Broadcast, ClientUpdate
 from fedsim.messages.uplink import compressed
@@ -77,6 +81,7 @@ class Worker:
         self.roles = TensorRoles.of(self.model, settings.private)
         if settings.engine.batch_clients > 1:
             self._check_together()
+        self.slots = make_slots(settings.engine.slots, self.workload.build_model, self.live)
         self.network = model_cost(self.workload, self.model, "dense", self.device)
         self.refusal_of_one = check_batches(settings, self.workload, self.model, self.trainer, self.device)
         self.trainer.private = self.roles.private
@@ -106,16 +111,24 @@ class Worker:
         Of a task that closes, every block comes back as one sum over its clients that are in time, and the clients
         without their weights.
         """
+        answers = self._answers(task)
         for unit in task.units():
             if task.close is None:
-                answers = [answer for group in _groups(unit) for answer in self._serve_group(task, group)]
-                yield CohortAnswer(tuple(answers))
+                yield CohortAnswer(tuple(islice(answers, len(unit))))
                 continue
             sums = BlockSums(self.fleet, self.world.latency, task.round, task.close)
-            for group in _groups(unit):
-                for one, answer in zip(group, self._serve_group(task, group), strict=True):
-                    sums.add(one, answer)
+            for one, answer in zip(unit, islice(answers, len(unit)), strict=True):
+                sums.add(one, answer)
             yield sums.answer()
+
+    def _answers(self, task: CohortTask) -> Iterator[ClientAnswer]:
+        """The answer of each client, in order; in slots, others may be at work when one is given."""
+        if self.slots and task.phase == "train":
+            yield from InSlots(self, self.slots, stay=task.close is not None).answers(task.clients)
+            return
+        for unit in task.units():
+            for group in _groups(unit):
+                yield from self._serve_group(task, group)
 
     def _serve_group(self, cohort: CohortTask, group: Sequence[ClientTask]) -> list[ClientAnswer]:
         """The answers of clients that train at once; one by one where they cannot."""
@@ -159,28 +172,81 @@ class Worker:
 
     # --- one client ---------------------------------------------------------------------------------------------
 
-    def serve_one(self, phase: str, task: ClientTask) -> ClientAnswer:
+    def serve_one(self, phase: str, task: ClientTask, slot: Slot | None = None) -> ClientAnswer:
         """What one client answers; what goes wrong in its work is an outcome.
+
+        Args:
+            phase: as for `answer`.
+            task: its own.
+            slot: that trains it; None: the worker's network, unrecorded.
 
         Raises:
             ConfigError: for a wrong setting, which is no client's fault.
         """
-        outcome: Outcome = "failed"
-        client, reason, trace = None, "", ""
+        client = None
         try:
             with no_exit():
-                client = self.context(task, phase)
+                client = self.context(task, phase, slot)
                 return self.answer(phase, client, task)
         except ConfigError:
             raise
-        except OutOfMemoryError as error:
-            outcome, reason = "out_of_memory", str(error)
         except Exception as error:
-            reason, trace = in_words(error), traceback.format_exc()
-            if reason == self.refusal_of_one:
-                reason += f"; that was a batch of one example: {INSTEAD_OF_ONE}"
+            return self._failed(task, client, error)
+
+    def _failed(self, task: ClientTask, client: ClientContext | None, error: Exception) -> ClientAnswer:
+        """The answer of a client in whose work something went wrong."""
         work = self._work(client, task) if client else Work(down_bytes=task.down_bytes)
-        return ClientAnswer(task.client, outcome, reason, trace, work)
+        if isinstance(error, OutOfMemoryError):
+            return ClientAnswer(task.client, "out_of_memory", str(error), work=work)
+        reason = in_words(error)
+        if reason == self.refusal_of_one:
+            reason += f"; that was a batch of one example: {INSTEAD_OF_ONE}"
+        trace = "".join(traceback.format_exception(error))
+        return ClientAnswer(task.client, "failed", reason, trace, work)
+
+    def begin(self, task: ClientTask, slot: Slot) -> tuple[ClientContext, SGDRun] | ClientAnswer:
+        """Asks for the steps of a client whose trainer can wait for them; one that fails has answered.
+
+        Raises:
+            ConfigError: as `serve_one`.
+        """
+        client = None
+        try:
+            with no_exit():
+                client = self.context(task, "train", slot)
+                broadcast = self._prepared("train", client, task)
+                self._reserve_upload(client, broadcast)
+                run = cast(SGDTrainer, self.trainer).start(client, broadcast)
+                run.begin()
+                return client, run
+        except ConfigError:
+            raise
+        except Exception as error:
+            return self._failed(task, client, error)
+
+    def end(
+        self, task: ClientTask, client: ClientContext, run: SGDRun, sent: SentWeights, sums: Sequence[float]
+    ) -> ClientAnswer:
+        """What a client answers whose steps are done.
+
+        Args:
+            task: its own.
+            client: of `begin`, as the run.
+            run: whose steps are done.
+            sent: its weights, a copy.
+            sums: of these.
+        """
+        try:
+            with no_exit():
+                update = run.end()
+                check_update(self.trainer, update, client.state)
+                if not all(map(math.isfinite, sums)):
+                    raise FloatingPointError(NOT_FINITE)
+                return self._answer_of(client, task, update, sent)
+        except ConfigError:
+            raise
+        except Exception as error:
+            return self._failed(task, client, error)
 
     def answer(self, phase: str, client: ClientContext, task: ClientTask) -> ClientAnswer:
         """What a client answers that does not fail.
@@ -190,12 +256,7 @@ class Worker:
             client: of `context`.
             task: its own.
         """
-        # Dropout and its like draw from torch's global generators: they must not depend on who came before.
-        seed_torch(self.device, derive(self.seed, "global", client.round, client.client_id))
-        broadcast = self.broadcast(client, task)
-        if not self.trainer.own_network:
-            self.live.load(broadcast.weights)
-        self.front_end.pay(client, phase)
+        broadcast = self._prepared(phase, client, task)
         kind, _, question = phase.partition(".")
         if kind == "train":
             return self._train(client, task, broadcast)
@@ -216,9 +277,19 @@ class Worker:
             state=own_copies(client.state),
         )
 
+    def _prepared(self, phase: str, client: ClientContext, task: ClientTask) -> Broadcast:
+        """What the client is sent, with the network and the generators ready for its work."""
+        # Dropout and its like draw from torch's global generators: they must not depend on who came before.
+        seed_torch(self.device, derive(self.seed, "global", client.round, client.client_id))
+        broadcast = self.broadcast(client, task)
+        if not self.trainer.own_network:
+            (client.slot or self.live).load(broadcast.weights)
+        if phase == "train" and not client.model.training:
+            client.model.train()
+        self.front_end.pay(client, phase)
+        return broadcast
+
     def _train(self, client: ClientContext, task: ClientTask, broadcast: Broadcast) -> ClientAnswer:
-        if not self.model.training:
-            self.model.train()
         self._reserve_upload(client, broadcast)
         update = self.trainer.fit(client, broadcast)
         check_update(self.trainer, update, client.state)
@@ -227,8 +298,9 @@ class Worker:
             raise FloatingPointError(NOT_FINITE)
         return self._answer_of(client, task, update, self._compressed(client, broadcast, update, weights))
 
-    def context(self, task: ClientTask, phase: str = "train") -> ClientContext:
-        """What the trainer sees of one client; `phase` as for `answer`."""
+    def context(self, task: ClientTask, phase: str = "train", slot: Slot | None = None) -> ClientContext:
+        """What the trainer sees of one client; `phase` and `slot` as for `serve_one`."""
+        live = slot.live if slot else self.live
         profile, number = self.fleet[task.client], task.broadcast.round
         data = self.data.of(task.client, self.workload.part(number))
         if phase == "train" and self.workload.augments:
@@ -238,15 +310,16 @@ class Worker:
             round=number,
             seed=self.seed,
             workload=cast(Workload, ClientWorkload(self.workload, task.client, number)),
-            model=self.model,
-            parameters=self.live.parameters,
-            weights=self.live.weights,
+            model=live.model,
+            parameters=live.parameters,
+            weights=live.weights,
             step_cost=self.network,
             profile=profile,
             state=ClientState.of(task.state),
             device=self.device,
             log=WorkLog(profile.memory_bytes),
             data=data,
+            slot=slot,
         )
 
     def broadcast(self, client: ClientContext, task: ClientTask) -> Broadcast:
@@ -256,6 +329,11 @@ class Worker:
         if self.initial and weights:
             weights = {**weights, **client.state.restored(PRIVATE, self.initial)}
         return Broadcast(came.round, weights, came.extras, came.settings)
+
+    @property
+    def keeps_or_packs(self) -> bool:
+        """Whether a client keeps a part of its weights, or packs what it sends: work on the host for each client."""
+        return bool(self.initial) or self.uplink.active
 
     # --- what it sends back -------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from fedsim.errors import ConfigError
 from fedsim.messages.updates import Broadcast, ClientUpdate
 from fedsim.seeding import torch_generator
 from fedsim.workloads.base import JUDGED_AT_ONCE, ClientData, Examples, Tensors, Workload
+
+if TYPE_CHECKING:
+    from clients.slots.slot import Slot
 
 Gradients = Sequence[Tensor | None]  # of each parameter; None where the pass did not use it
 RECEIVED = "received weights"  # what a trainer or the uplink holds, see `WorkLog.hold`
@@ -182,6 +185,7 @@ class ClientContext:
         step_cost: what one example costs in `model`.
         state: what this client kept from earlier rounds; change it in place.
         log: where the trainer reports its work.
+        slot: where `model` lies, if that can record steps.
     """
 
     client_id: int
@@ -197,6 +201,7 @@ class ClientContext:
     device: torch.device
     log: WorkLog = field(repr=False)
     data: ClientData = field(repr=False)
+    slot: Slot | None = field(default=None, repr=False)
 
     @property
     def num_examples(self) -> int:

@@ -62,9 +62,12 @@ class Stack:
 
         def of_one(parameters: Tensors, weights: Tensors, batch: Tensors) -> Tensor:
             run = copy(first)
-            run.broadcast = replace(first.broadcast, weights=weights)
+            run.broadcast, run.notes = replace(first.broadcast, weights=weights), {}
             with _reparametrize_module(self.model, parameters):
-                return objective(run, batch)
+                loss = objective(run, batch)
+            if run.notes:
+                raise ConfigError(f"{type(objective).__name__} notes figures of each client, {sorted(run.notes)}")
+            return loss
 
         step = vmap(grad_and_value(of_one))
         self.step: Callable[[Tensors], tuple[Tensors, Tensor]] = lambda batch: step(self.parameters, sent, batch)

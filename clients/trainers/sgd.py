@@ -26,6 +26,7 @@ from fedsim.messages.updates import Broadcast, ClientUpdate
 from fedsim.workloads.base import Tensors
 
 Arrays = tuple[Tensor, ...] | list[Tensor]
+LOSS = "loss"  # of a step, among the means of a run
 HOOKS_ELSEWHERE = frozenset({"gradients", "size_of", "after_step", "update", "train", "log_step", "reserve", "copies"})
 HOOKS_ELSEWHERE |= {"loss", "penalty", "proximal", "mu"}  # of a trainer of 0.1
 BESIDE_THE_EQUATION = ("__init__", "copies", "held")  # functions of an objective that no loss depends on
@@ -38,8 +39,9 @@ class Objective:
 
     Attributes:
         is_pure: it depends on nothing but the model's parameters, the batch, the received weights and the settings that
-            came with them, and draws and notes nothing, so that several clients can be mapped through it at once, if
-            the objectives that it is made of are pure, too. A class that changes the equation says so itself.
+            came with them, draws nothing, and decides nothing by their numbers, so that a step on it can be recorded
+            for all clients, or several be mapped through it at once, if the objectives that it is made of are pure,
+            too. A class that changes the equation says so itself.
     """
 
     is_pure: ClassVar[bool] = False
@@ -88,34 +90,71 @@ class SGDRun(LocalRun):
         client: whose parameters are trained.
         broadcast: what the server sent.
         objective: of the steps; None is the trainer's.
+
+    Attributes:
+        notes: scalars that the objective has noted, a list of one per step by name.
+        means: of the steps' losses and notes, scalars by name; they may still be on their way to the host.
+        ends_later: `end` looks at no weights, so that the network may train others before it. A class that changes
+            `fit` or `update` says so itself.
     """
 
     trainer: SGDTrainer
+    ends_later: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **rest: Any) -> None:
+        """Takes a new `fit` or `update` for one that looks at the weights until its class says that it does not."""
+        super().__init_subclass__(**rest)
+        if {"fit", "begin", "end", "update"} & vars(cls).keys():
+            cls.ends_later = vars(cls).get("ends_later", False)
 
     def __init__(
         self, trainer: SGDTrainer, client: ClientContext, broadcast: Broadcast, objective: Objective | None = None
     ):
         super().__init__(client, broadcast)
         self.trainer, self.objective = trainer, objective or trainer.objective
+        self.notes: dict[str, list[Tensor]] = {}
+        self.means: dict[str, Tensor] = {}
 
     def fit(self) -> ClientUpdate:
-        """Checks the settings, reserves the memory of a step, trains on all batches."""
+        """Trains on all batches, and answers."""
+        self.begin()
+        return self.end()
+
+    def begin(self) -> None:
+        """Checks the settings, reserves the memory of a step, and steps on all batches; waits for no result."""
         self.trainer.check_settings(self.broadcast)
         self.reserve()
-        return self.update(self.train(self.batches()))
+        self.take_steps(self.batches())
+
+    def end(self) -> ClientUpdate:
+        """Returns what is answered when all steps are done."""
+        return self.update(float(self.means[LOSS]))
 
     def train(self, batches: Iterable[Any]) -> float:
-        """Steps along the gradient of each batch's objective, the one loop of SGD; returns the mean loss of a step."""
-        parameters, step = self.client.parameters, self.trainer.step
-        lr, velocity = self.trainer.learning_rate(self.client, self.broadcast), None
+        """Steps along the gradient of each batch's objective; returns the mean loss of a step."""
+        self.take_steps(batches)
+        return float(self.means[LOSS])
+
+    def take_steps(self, batches: Iterable[Any]) -> None:
+        """Takes a step on each batch, the one loop of SGD; in a slot, as that has recorded it."""
+        if (slot := self.client.slot) is not None and slot.can_train(self):
+            self.means = slot.train(self, batches)
+            return
+        parameters, trainer = self.client.parameters, self.trainer
+        lr, velocity = trainer.rate_on(self.client.device, trainer.learning_rate(self.client, self.broadcast)), None
         losses = []
         for batch in batches:
             gradients, loss = self.gradients(batch)
-            velocity = step(parameters, gradients, lr, velocity)
+            velocity = trainer.step(parameters, gradients, lr, velocity)
             del gradients  # as large as the model: the next step shall not find them in memory
             self.after_step(batch)
             losses.append(loss)
-        return float(torch.stack(losses).mean())
+        self.means = {name: torch.stack(some).mean() for name, some in {LOSS: losses, **self.notes}.items()}
+
+    def note(self, **scalars: Tensor) -> None:
+        """Takes notice of scalars beside a step's loss, of which `update` reports the means."""
+        for name, scalar in scalars.items():
+            self.notes.setdefault(name, []).append(scalar.detach())
 
     def batches(self) -> Iterator[Any]:
         """Yields what the steps of the round are taken on, in order."""
@@ -136,9 +175,9 @@ class SGDRun(LocalRun):
         """Takes notice of what a step was trained on; here nothing happens."""
 
     def update(self, train_loss: float) -> ClientUpdate:
-        """Returns what is answered."""
-        client = self.client
-        return ClientUpdate(client.client_id, client.num_examples, client.weights, {"train_loss": train_loss})
+        """Returns what is answered: the weights, the mean loss, and the means of what was noted."""
+        client, noted = self.client, {name: float(mean) for name, mean in self.means.items() if name != LOSS}
+        return ClientUpdate(client.client_id, client.num_examples, client.weights, {"train_loss": train_loss, **noted})
 
     def log_step(self, batch: int) -> None:
         """Reports what one step ran; override together with an objective that costs more."""
@@ -301,6 +340,10 @@ class SGDTrainer(LocalTrainer):
         lr = float(broadcast.settings.get("lr", self.lr)) * self.lr_decay ** (broadcast.round - 1)
         return lr * self.task_decay ** client.workload.phase(broadcast.round) * self.rate_of_round(broadcast.round)
 
+    def rate_on(self, device: torch.device, lr: float) -> float | Tensor:
+        """Returns a learning rate as `step` takes it there: on a card a scalar, which a recorded step can be told."""
+        return lr if device.type == "cpu" else torch.tensor(lr, device=device)
+
     def rate_of_round(self, number: int) -> float:
         """Returns the share of the learning rate that warm-up and cosine leave in a round, counted from 1."""
         if number <= self.warmup_rounds:
@@ -311,10 +354,13 @@ class SGDTrainer(LocalTrainer):
         return (1 + math.cos(math.pi * done / (self.cosine_rounds - self.warmup_rounds))) / 2
 
     @torch.no_grad()
-    def step(self, parameters: Arrays, gradients: Gradients, lr: float, velocity: Arrays | None) -> Arrays | None:
+    def step(
+        self, parameters: Arrays, gradients: Gradients, lr: float | Tensor, velocity: Arrays | None
+    ) -> Arrays | None:
         """Updates `parameters` in place by the arithmetic of torch.optim.SGD; returns the new velocity.
 
-        As there, a parameter without a gradient stays, whatever its momentum and the weight decay.
+        As there, a parameter without a gradient stays, whatever its momentum and the weight decay. A velocity of -0
+        everywhere is that of the first step.
 
         Written out with foreach operators: making an optimiser per client and its bookkeeping per step cost 8 % of a
         LeNet-5 step on a CPU.
@@ -335,11 +381,14 @@ class SGDTrainer(LocalTrainer):
                 torch._foreach_mul_(velocity, self.momentum)
                 torch._foreach_add_(velocity, moves)
             moves = velocity
-        torch._foreach_add_(parameters, moves, alpha=-lr)
+        if isinstance(lr, Tensor):
+            torch._foreach_sub_(parameters, torch._foreach_mul(moves, lr))
+        else:
+            torch._foreach_add_(parameters, moves, alpha=-lr)
         return velocity
 
     def _step_of_some(
-        self, parameters: Arrays, gradients: Mapping[int, Tensor], lr: float, velocity: Arrays | None
+        self, parameters: Arrays, gradients: Mapping[int, Tensor], lr: float | Tensor, velocity: Arrays | None
     ) -> Arrays | None:
         """Steps the parameters at these places; the others begin at velocity zero when they are first used."""
         own = None if velocity is None else [velocity[n] for n in gradients]

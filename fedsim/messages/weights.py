@@ -60,25 +60,30 @@ class SentWeights:
         return are_finite(self.tensors.values())
 
 
-def named(tensors: Mapping[str, Tensor]) -> SentWeights:
+Place = torch.device | str
+
+
+def named(tensors: Mapping[str, Tensor], device: Place = "cpu") -> SentWeights:
     """Copies of named tensors."""
-    return SentWeights(own_copies(tensors))
+    return SentWeights(own_copies(tensors, device))
 
 
-def joined(buffer: Tensor, channels_last: bool = False) -> SentWeights:
+def joined(buffer: Tensor, channels_last: bool = False, device: Place = "cpu") -> SentWeights:
     """A copy of weights that lie in one buffer, see `join_storage`."""
-    return SentWeights({JOINED: own_copy(buffer)}, "joined last" if channels_last else "joined")
+    return SentWeights({JOINED: own_copy(buffer, device)}, "joined last" if channels_last else "joined")
 
 
-def joined_like(tensors: Mapping[str, Tensor], model: Tensors, channels_last: bool = False) -> SentWeights:
+def joined_like(
+    tensors: Mapping[str, Tensor], model: Tensors, channels_last: bool = False, device: Place = "cpu"
+) -> SentWeights:
     """Copies of tensors: joined where they have the names, shapes and one dtype of `model`, else by name.
 
     One tensor instead of one per name takes a tenth of the time to send and to add up.
     """
     if not _are_alike(tensors, model):
-        return named(tensors)
+        return named(tensors, device)
     every = (t.permute(0, 2, 3, 1) if channels_last and t.dim() == 4 else t for t in tensors.values())
-    buffer = torch.cat([t.detach().reshape(-1) for t in every]).cpu()
+    buffer = torch.cat([t.detach().reshape(-1) for t in every]).to(device)
     return SentWeights({JOINED: buffer}, "joined last" if channels_last else "joined")
 
 
@@ -90,14 +95,14 @@ def _are_alike(tensors: Mapping[str, Tensor], model: Tensors) -> bool:
     )
 
 
-def own_copy(tensor: Tensor) -> Tensor:
-    """The tensor's numbers on the CPU, where nobody else changes them; in order, whatever its memory format."""
-    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+def own_copy(tensor: Tensor, device: Place = "cpu") -> Tensor:
+    """The tensor's numbers where nobody else changes them; in order, whatever its memory format."""
+    return tensor.detach().to(device, copy=True, memory_format=torch.contiguous_format)
 
 
-def own_copies(tensors: Mapping[str, Tensor]) -> Tensors:
+def own_copies(tensors: Mapping[str, Tensor], device: Place = "cpu") -> Tensors:
     """`own_copy` of each."""
-    return {name: own_copy(t) for name, t in tensors.items()}
+    return {name: own_copy(t, device) for name, t in tensors.items()}
 
 
 def bytes_of(tensors: Mapping[str, Tensor]) -> int:
@@ -112,7 +117,12 @@ def rounded_to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def are_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether there is no NaN and no infinity: a sum over each tensor finds them without a test per element."""
-    return all(cmath.isfinite(t.sum(dtype=torch.float32 if t.dtype in HALVES else None).item()) for t in tensors)
+    return all(cmath.isfinite(total.item()) for total in sums_of(tensors))
+
+
+def sums_of(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The sum over each tensor, a scalar; of halves in float32."""
+    return [t.sum(dtype=torch.float32 if t.dtype in HALVES else None) for t in tensors]
 
 
 def join_storage(tensors: Iterable[Tensor]) -> Tensor | None:

@@ -83,6 +83,7 @@ class EngineSettings:
     threads: AtOnce
     device: Literal["auto", "cpu", "cuda"]
     batch_clients: AtOnce
+    slots: Annotated[int, Interval(ge=0, le=1024)]
 
 
 def check_bounds(tree: Settings) -> None:

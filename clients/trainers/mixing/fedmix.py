@@ -139,7 +139,12 @@ class Expanded(Mixed):
         form: how T is found, one of FORMS.
     """
 
+    is_pure = True
     parts = (OWN, PARTNER, TAYLOR)
+
+    def can_be_mapped(self) -> bool:
+        """Returns whether the slope is found without looking at numbers, which differences do."""
+        return super().can_be_mapped() and self.form != "central"
 
     def __init__(self, ratio: float, scale: float, form: str):
         super().__init__(ratio)

@@ -24,7 +24,7 @@ from clients.trainers.sgd import Objective, SGDRun, SGDTrainer
 from devices.cost import ModelCost
 from devices.meter import measure
 from fedsim.errors import ConfigError
-from fedsim.messages.updates import Broadcast, ClientUpdate
+from fedsim.messages.updates import Broadcast
 from fedsim.workloads.base import Tensors, Workload
 
 OWN, PARTNER = "own_loss", "partner_loss"
@@ -98,6 +98,7 @@ class Mixed(Objective):
         passes: forward and backward passes of a step, in those of plain SGD.
     """
 
+    is_pure = True
     parts: tuple[str, ...] = (OWN, PARTNER)
     passes = 1
 
@@ -110,7 +111,7 @@ class Mixed(Objective):
         else:
             loss = run.client.workload.loss(run.client.model, batch)
             parts = {name: torch.zeros_like(loss) for name in self.parts} | {OWN: loss}
-        run.parts.append({name: t.detach() for name, t in parts.items()})
+        run.note(**parts)
         return loss
 
     def mixed(self, model: nn.Module, batch: Tensors) -> tuple[Tensor, Tensors]:
@@ -131,7 +132,6 @@ class MixupRun(SGDRun):
     """The local loop of SGD on mixed examples; reports the mean parts of the loss beside it.
 
     Attributes:
-        parts: of the loss of each step.
         mixes: whether the client's examples are mixed in this round.
     """
 
@@ -139,7 +139,6 @@ class MixupRun(SGDRun):
 
     def __init__(self, trainer: MixupTrainer, client: ClientContext, broadcast: Broadcast):
         super().__init__(trainer, client, broadcast)
-        self.parts: list[Tensors] = []
         self.mixes = trainer.mixes(client)
         if self.mixes:
             assert trainer.mixed_cost is not None
@@ -150,11 +149,6 @@ class MixupRun(SGDRun):
         draw = self.client.stream("partners")
         for batch in super().batches():
             yield {**batch, **self.trainer.partner(self.client, batch, draw)} if self.mixes else batch
-
-    def update(self, train_loss: float) -> ClientUpdate:
-        update = super().update(train_loss)
-        means = {name: float(torch.stack([parts[name] for parts in self.parts]).mean()) for name in self.parts[0]}
-        return replace(update, metrics={**update.metrics, **means})
 
     def log_step(self, batch: int) -> None:
         passes = self.trainer.mixture.passes if self.mixes else 1

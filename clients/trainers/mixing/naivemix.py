@@ -49,6 +49,7 @@ class PoolRun(MixupRun):
     """
 
     trainer: NaiveMixTrainer
+    ends_later = True
 
     def __init__(self, trainer: NaiveMixTrainer, client: ClientContext, broadcast: Broadcast):
         trainer.check_settings(broadcast)
