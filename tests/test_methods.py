@@ -202,7 +202,8 @@ def test_two_rounds_keep_the_contract_and_repeat(group: str, option: str):
     first = federate(taken(group, option))
     build_world.cache_clear()
     worker_for.cache_clear()
-    again = federate(taken(group, option))  # priced anew, by a process that has trained before
+    # Priced anew, by a process that has trained before, and in slots.
+    again = federate(taken(group, option), "engine.slots=2")
     assert_contract(first, rounds=2)
     assert all(len(r.outcomes["completed"]) == len(r.cohort) == 5 for r in first.reports[1:])  # always online, no crash
     assert weights_sha256(first.federation.arrays) != weights_sha256(first.first), "nothing was learnt"
@@ -423,7 +424,7 @@ def test_every_latency_model_runs_a_round(latency: str, tmp_path: Path):
 
 @pytest.mark.parametrize("uplink", options("uplink"))
 def test_every_uplink_runs_and_repeats(uplink: str):
-    first, again = federate(f"uplink={uplink}"), federate(f"uplink={uplink}")
+    first, again = federate(f"uplink={uplink}"), federate(f"uplink={uplink}", "engine.slots=2")
     assert_contract(first, rounds=2)
     assert first.comparable() == again.comparable()
 

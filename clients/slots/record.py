@@ -12,7 +12,13 @@ WARM_UPS = 2  # kernels are chosen and workspaces made when an operation first r
 
 
 class Recorder(Protocol):
-    """Makes one call of many."""
+    """Makes one call of many.
+
+    Attributes:
+        freezes_numbers: what is no tensor is in a later call what it was when the work was recorded.
+    """
+
+    freezes_numbers: bool
 
     def record(self, work: Work) -> Work | None:
         """Returns what does the same work again; None where it cannot be recorded. May do it several times."""
@@ -20,6 +26,8 @@ class Recorder(Protocol):
 
 class Repeater:
     """Records nothing: the work is done again as it was written, as on a CPU."""
+
+    freezes_numbers = False
 
     def record(self, work: Work) -> Work:
         """Returns the work itself."""
@@ -32,6 +40,8 @@ class GraphRecorder:
     Args:
         stream: on which they are recorded and replayed: one at a time.
     """
+
+    freezes_numbers = True
 
     def __init__(self, stream: torch.cuda.Stream):
         self.stream, self.pool = stream, torch.cuda.graph_pool_handle()

@@ -7,10 +7,10 @@ the step is one CUDA graph for all clients. Its arithmetic is that of `SGDRun.ta
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -18,12 +18,53 @@ from torch import Tensor
 
 from clients.live_model import LiveModel
 from clients.slots.record import Recorder, Work
-from clients.trainers.base import WorkLog
-from clients.trainers.sgd import LOSS, SGDRun, SGDTrainer
+from clients.trainers.base import ClientContext, ClientWorkload
+from clients.trainers.sgd import LOSS, Objective, SGDRun, SGDTrainer
+from fedsim.errors import ConfigError
+from fedsim.messages.updates import Broadcast
 from fedsim.workloads.base import Tensors
 
 KEPT_FIGURES = 1024  # of the steps, before they are taken out of the fixed buffer
 MOST_RECORDED = 64  # steps of a slot; the one that was used longest ago makes room
+
+
+class Anyone:
+    """Stands for every client, or for what each is sent, in a recorded step: it has what a pure objective may read.
+
+    Args:
+        objective: that reads it.
+        has: what there is, by name.
+    """
+
+    def __init__(self, objective: Objective, **has: Any):
+        self._objective = objective
+        vars(self).update(has)
+
+    def __getattr__(self, name: str) -> Any:
+        raise ConfigError(
+            f"{type(self._objective).__name__} says that it is pure and reads {name!r} of a client's round; it may "
+            "read model, workload, received weights and settings; else its class says is_pure = False"
+        )
+
+
+class Settings(dict[str, Any]):
+    """Settings that a broadcast brings, and those that were read.
+
+    Attributes:
+        read: their names.
+    """
+
+    def __init__(self, settings: Mapping[str, Any]):
+        super().__init__(settings)
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.read.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.read.add(name)
+        return super().get(name, default)
 
 
 @dataclass
@@ -60,6 +101,7 @@ class Slot:
         self.rate: float | Tensor = 0.0  # what a step multiplies by: `lr`, on a CPU a plain number
         self._holds: Tensors = {}  # the broadcast weights that `received` is a copy of
         self._steps: OrderedDict[Hashable, Step] = OrderedDict()
+        self._read: dict[Objective, set[str]] = {}  # names of the settings that an objective reads
 
     def works(self) -> AbstractContextManager[Any]:
         """Returns a block in which what is asked of the device is done on the slot's stream."""
@@ -116,7 +158,7 @@ class Slot:
         self.number.zero_()
         rate = run.trainer.learning_rate(run.client, run.broadcast)
         self.lr.fill_(rate)
-        self.rate = rate if self.live.device.type == "cpu" else self.lr
+        self.rate = self.lr if self.recorder.freezes_numbers else run.trainer.rate_on(self.live.device, rate)
 
     def _hold(self, weights: Tensors) -> None:
         """Copies a broadcast's weights to where recorded steps look for them."""
@@ -131,30 +173,45 @@ class Slot:
 
     def _step_like(self, run: SGDRun, batch: Tensors) -> Step:
         """Returns the recorded step for batches like this one."""
-        shapes = tuple((name, t.shape, t.dtype, t.stride()) for name, t in batch.items())
-        key = (run.objective, shapes, tuple(sorted(run.broadcast.settings.items())))
+        key = self._key(run, batch)
         if key not in self._steps:
             given = {name: torch.empty_like(t).copy_(t) for name, t in batch.items()}
             names: list[str] = []
-            work = self._work(run, given, names)
+            settings = Settings(run.broadcast.settings)
+            work = self._work(run, given, settings, names)
             with self._unchanged():
+                work()  # says what it reads and leaves
+                self._read.setdefault(run.objective, set()).update(settings.read)
+                key = self._key(run, batch)
                 self._steps[key] = Step(given, self.recorder.record(work) or work, names)
             if len(self._steps) > MOST_RECORDED:
                 self._steps.popitem(last=False)
         self._steps.move_to_end(key)
         return self._steps[key]
 
-    def _work(self, run: SGDRun, batch: Tensors, names: list[str]) -> Work:
+    def _key(self, run: SGDRun, batch: Tensors) -> Hashable:
+        """Returns what a recorded step depends on beside the numbers in its tensors."""
+        shapes = tuple((name, t.shape, t.dtype, t.stride()) for name, t in batch.items())
+        settings = run.broadcast.settings
+        return (
+            run.objective,
+            shapes,
+            tuple((name, settings.get(name)) for name in sorted(self._read.get(run.objective, ()))),
+        )
+
+    def _work(self, run: SGDRun, batch: Tensors, settings: Settings, names: list[str]) -> Work:
         """Returns what takes a step on this batch, whoever the client is; it fills in the names of its figures."""
+        objective, trainer, parameters = run.objective, run.trainer, self.live.parameters
         anyone = copy(run)
-        anyone.broadcast = replace(run.broadcast, weights=self.received, extras={})
-        anyone.client = replace(run.client, log=cast(WorkLog, None), data=cast(Any, None), state=cast(Any, None))
-        trainer, parameters = run.trainer, self.live.parameters
+        anyone.broadcast = cast(Broadcast, Anyone(objective, weights=self.received, settings=settings))
+        workload = ClientWorkload(run.client.workload, None, 0)
+        seen = {"workload": workload, "model": self.live.model, "parameters": parameters, "device": self.live.device}
+        anyone.client = cast(ClientContext, Anyone(objective, **seen))
         velocity = self.velocity if trainer.momentum else None
 
         def work() -> None:
             anyone.notes = {}
-            loss = anyone.objective(anyone, batch)
+            loss = objective(anyone, batch)
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
             trainer.step(parameters, gradients, self.rate, velocity)
             found = {LOSS: loss.detach(), **{name: noted[0] for name, noted in anyone.notes.items()}}

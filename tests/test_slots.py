@@ -1,0 +1,187 @@
+"""Slots: steps that are recorded once and done again for every client, to the bytes of one client after the other."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from clients import worker as workers
+from clients.app import serve
+from clients.slots import cohort
+from clients.slots.slot import MOST_RECORDED, Slot
+from clients.trainers.sgd import SGDTrainer, WorkloadLoss
+from fedsim.engines.local import LocalEngine
+from fedsim.errors import ConfigError
+from fedsim.report.rounds import weights_sha256
+from fedsim.runs.federation import Federation
+from fedsim.settings.build import build_world
+from fedsim.settings.compose import compose
+
+IMAGES = ("workload.input_shape=[1,12,12]", "model=convnet", "model.channels=[4,6]")
+NORMED = (*IMAGES, "model.batch_norm=true")
+Outcome = tuple[str, list[Any]]
+
+
+class Tape:
+    """Records as a CUDA graph does: the operators, on the tensors that they were given, and nothing else.
+
+    Whatever Python decided, and every number that it passed, is frozen; a replay writes into the tensors that the
+    recording made.
+    """
+
+    freezes_numbers = True
+    recorded = 0
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        type(self).recorded += 1
+        work()  # as a warm-up
+        operators: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
+
+        class Recording(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                made = func(*args, **(kwargs or {}))
+                if not func.is_view:
+                    operators.append((func, args, kwargs or {}, made))
+                return made
+
+        with Recording():
+            work()
+
+        def replay() -> None:
+            with torch.no_grad():
+                for func, args, kwargs, made in operators:
+                    again = func(*args, **kwargs)
+                    if func._schema.is_mutable:
+                        continue
+                    for old, new in zip(_tensors(made), _tensors(again), strict=True):
+                        old.detach().copy_(new)
+
+        return replay
+
+
+def _tensors(made: Any) -> list[torch.Tensor]:
+    every = made if isinstance(made, (tuple, list)) else [made]
+    return [t for t in every if isinstance(t, torch.Tensor)]
+
+
+@pytest.fixture
+def on_tape(monkeypatch: pytest.MonkeyPatch) -> type[Tape]:
+    """Slots record on a tape, and the learning rate is a scalar on the device, as on a card."""
+    monkeypatch.setattr(cohort, "Repeater", Tape)
+    monkeypatch.setattr(SGDTrainer, "rate_on", lambda self, device, lr: torch.tensor(lr))
+    monkeypatch.setattr(Tape, "recorded", 0)
+    return Tape
+
+
+def outcome(*overrides: str) -> Outcome:
+    """What a run leaves: the hash of its weights, and all that is reported of its rounds and clients."""
+    workers.worker_for.cache_clear()
+    run = Federation(build_world(json.dumps(compose([*TINY, *overrides]))), LocalEngine(serve))
+    rows = [
+        (json.loads(report.to_json()) | {"host_s": 0}, list(map(repr, clients))) for report, clients in run.rounds()
+    ]
+    return weights_sha256(run.arrays), rows
+
+
+CASES = {
+    "plain": ("model=mlp",),
+    "everything of SGD": ("trainer.momentum=0.9", "trainer.weight_decay=0.01", "trainer.clip_norm=0.5"),
+    "smaller last batches": (*IMAGES, "trainer.batch_size=5", "trainer.local_epochs=3"),
+    "a rate that falls": (*IMAGES, "trainer.lr_decay=0.5", "rounds=3"),
+    "batch norms": (*NORMED, "workload.examples_per_client=9"),
+    "fedprox": ("method=fedprox", "trainer.proximal_mu=0.5"),
+    "fedmix": ("method=fedmix",),
+    "ditto": ("method=ditto",),
+    "fedbn": (*NORMED, "method=fedbn"),
+    "updates by themselves": ("strategy=krum", "cohort=5"),
+    "packed": ("uplink=topk",),
+    "some fail": ("trainer.lr=1e25", "trainer.local_epochs=3", "on_client_error=drop", "trainer.momentum=0.9"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_slots_give_the_bytes_of_one_after_the_other(case: str):
+    plain = outcome(*CASES[case])
+    for slots in (1, 2, 5):
+        assert outcome(*CASES[case], f"engine.slots={slots}") == plain, slots
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "some fail"])
+def test_recorded_steps_give_them_too(case: str, on_tape: type[Tape]):
+    plain = outcome(*CASES[case])
+    assert on_tape.recorded == 0
+    for slots in (1, 3):
+        assert outcome(*CASES[case], f"engine.slots={slots}") == plain, slots
+    assert on_tape.recorded > 0
+
+
+def test_a_step_is_recorded_once_for_all_clients_and_rounds(on_tape: type[Tape]):
+    """A client trains on seven examples: batches of four and of three."""
+    outcome("engine.slots=1", "rounds=3", "cohort=6")
+    assert on_tape.recorded == 2
+    outcome("engine.slots=3", "rounds=3", "cohort=6")
+    assert on_tape.recorded == 2 + 6
+
+
+def test_a_setting_that_the_objective_reads_makes_another_step(on_tape: type[Tape]):
+    """Flower's FedProx sends its mu in every round, and the number of the round, which nobody reads."""
+    outcome("method=fedprox", "engine.slots=1", "rounds=3")
+    assert on_tape.recorded == 2
+
+
+class Peeks(WorkloadLoss):
+    is_pure = True
+
+    def __call__(self, run: Any, batch: Any) -> torch.Tensor:
+        return super().__call__(run, batch) * run.client.round
+
+
+def test_an_objective_that_is_not_as_pure_as_it_says_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(SGDTrainer, "objective", Peeks())
+    outcome()
+    with pytest.raises(ConfigError, match=r"^Peeks says that it is pure and reads 'round' of a client's round; it may"):
+        outcome("engine.slots=1")
+
+
+def test_steps_that_were_used_longest_ago_make_room(on_tape: type[Tape], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("clients.slots.slot.MOST_RECORDED", 1)
+    sizes = ("workload.examples_per_client=10", "trainer.batch_size=5", "trainer.local_epochs=2")
+    many = outcome(*sizes, "engine.slots=2")
+    assert on_tape.recorded > 4
+    monkeypatch.setattr("clients.slots.slot.MOST_RECORDED", MOST_RECORDED)
+    assert outcome(*sizes, "engine.slots=2") == many
+
+
+def test_more_steps_than_figures_have_place(monkeypatch: pytest.MonkeyPatch):
+    plain = outcome("trainer.local_steps=11")
+    monkeypatch.setattr("clients.slots.slot.KEPT_FIGURES", 4)
+    assert outcome("trainer.local_steps=11", "engine.slots=2") == plain
+
+
+def test_what_is_asked_of_others_does_not_move_a_client(on_tape: type[Tape], monkeypatch: pytest.MonkeyPatch):
+    """Recording takes steps; the client that comes first must not feel them, nor draw other numbers."""
+    before = []
+    inner = Slot._unchanged
+
+    def watched(self: Slot) -> Any:
+        before.append([t.detach().clone() for t in self.live.weights.values()] + [torch.get_rng_state()])
+        return inner(self)
+
+    taken = Slot._step_like
+
+    def after(self: Slot, *args: Any) -> Any:
+        count = len(before)
+        step = taken(self, *args)
+        if len(before) > count:
+            now = [*self.live.weights.values(), torch.get_rng_state()]
+            assert all(torch.equal(a, b) for a, b in zip(before[-1], now, strict=True))
+        return step
+
+    monkeypatch.setattr(Slot, "_unchanged", watched)
+    monkeypatch.setattr(Slot, "_step_like", after)
+    outcome("model=mlp", "engine.slots=2")
+    assert len(before) == 4  # two slots, batches of four and of three
