@@ -246,9 +246,8 @@ class LocalTrainer(Checked, group="trainer", error=ConfigError):
     own_network = False
     needs_classes = False
 
-    @property
-    def integer_bits(self) -> int:
-        """Returns the bits in which the judged network multiplies, by which its inference is priced; 32: floats."""
+    def integer_bits(self, round: int) -> int:
+        """Returns the bits in which the network judged in a round multiplies, which price its inference; 32: floats."""
         return 32
 
     @property

@@ -180,8 +180,8 @@ class GradualTrainer(SparseTrainer):
     round after the dense ones, kept on the device and never trained; give it `dense_rounds` in which to become good,
     and a cohort of all clients where it shall be no one else's half-pruned model.
 
-    Zeros change sizes, never milliseconds: kernels multiply them as any number. Integers change milliseconds where both
-    weights and what layers read have at most 8 bits, on devices that were measured in int8, in either direction.
+    Zeros change sizes, never milliseconds: kernels multiply them as any number. Integers change milliseconds where
+    weights or what layers read have 8 bits and neither has more, on devices that were measured in int8, either way.
 
     Args:
         dense_rounds: rounds of ordinary training before anything is compressed.

@@ -96,10 +96,9 @@ class SparseTrainer(SGDTrainer):
         self.sparsity, self.prune_rounds, self.refresh, self.floor = sparsity, prune_rounds, refresh, floor
         self.schedule = SparsitySchedule(sparsity, end=1)
 
-    @property
-    def integer_bits(self) -> int:
+    def integer_bits(self, round: int) -> int:
         """Returns the larger of the bits of weights and of what layers read: a kernel needs both to be integers."""
-        return max(self.bits, self.activation_bits)
+        return max(self.bits, self.activation_bits) if round > self.dense_rounds else 32
 
     @property
     def last_pruning(self) -> int:
