@@ -385,6 +385,64 @@ def test_the_judged_network_is_what_is_stored_and_its_sizes_are_of_the_bytes(fed
     assert metrics["mean_bits"] == sum(bits[n] * size for n, size in entries.items()) / sum(entries.values())
 
 
+@pytest.mark.parametrize("method", [*COMPRESSING, "attribution"])
+def test_nothing_but_the_dense_model_is_sent_and_what_compresses_it_stays(federation, method):
+    """Masks, steps, widths and the teacher are the client's own; names of weights never change."""
+    own = COMPRESSING.get(method, ("method=attribution", "trainer.dense_rounds=0", *PRUNED))
+    made = federation(*own, *IMAGES, "rounds=4")
+    names, size = list(made.world.workload.build_model().state_dict()), 0
+    for number, (_, clients) in enumerate(made.rounds()):
+        size = sum(t.nbytes for t in tensors_of(made.arrays).values())
+        assert list(made.arrays) == names
+        assert {client.work.up_bytes for client in clients} <= {size}
+        assert {client.work.down_bytes for client in clients} <= {size}
+        assert len(clients) > 0 or number == 0
+    kept = {name.split(".")[0] for client in range(7) for name in made.grid.store.get(client)}
+    beside = {"gradual": {"quantiser"}, "attribution": {TEACHER}, "dropbits": {"quantiser", "widths"}}
+    assert kept == {"masks", *beside.get(method, {"quantiser"})}
+
+
+@pytest.mark.parametrize("method", ["gradual", "magnitude_attention", "cpq"])
+def test_pruned_weights_stay_to_the_bit_once_masks_are_final(federation, monkeypatch, method):
+    """With attention they learn until then, by as much as they take part; otherwise not even then."""
+    pruned = ("trainer.sparsity=0.5", "trainer.prune_rounds=1", "trainer.dense_rounds=0")
+    _, worker, client, task = start(federation, f"method={method}", *pruned, *SMALL)
+    masks = worker.trainer.masks_at(1)
+    monkeypatch.setattr(worker.trainer, "masks_at", lambda rounds: masks)
+    for number, learns in ((1, method == "magnitude_attention"), (2, False)):
+        worker.live.load(task.weights)
+        before = {name: w.detach().clone() for name, w in worker.trainer.weights().items()}
+        worker.trainer.start(replace(client, round=number), replace(task, round=number)).fit()
+        for name, weight in worker.trainer.weights().items():
+            gone = ~masks[name]
+            assert gone.any()
+            assert torch.equal(weight[gone], before[name][gone]) != learns
+            assert not torch.equal(weight, before[name])
+
+
+@pytest.mark.parametrize("strategy", ["fedadam", "qfedavg", "fedmedian"])
+@pytest.mark.parametrize("trainer", COMPRESSING)
+def test_they_train_under_other_strategies(federation, trainer, strategy):
+    short = [s for s in COMPRESSING[trainer] if s.startswith("trainer.")]
+    made = federation(f"strategy={strategy}", f"trainer={trainer}", *short, "rounds=2")
+    before = weights_sha256(made.arrays)
+    for report, clients in made.rounds():
+        assert math.isfinite(report.metrics["loss"])
+        assert all(client.outcome == "completed" for client in clients)
+    assert weights_sha256(made.arrays) != before
+
+
+def test_a_share_of_the_teachers_channels_is_left_out_anew_in_each_step(federation):
+    own = ("method=attribution", "trainer.attribution=sswa", "trainer.left_out=0.3", "trainer.dense_rounds=0")
+    run, _, batch = taught(federation, *own, *SMALL)
+    seen_by = run.taught(batch)
+    seen_by.features = torch.zeros(1, 5000, 2, 2)
+    first, second = run.left_out(seen_by), run.left_out(seen_by)
+    assert not torch.equal(first, second)
+    assert [float(mask.float().mean()) for mask in (first, second)] == pytest.approx([0.3, 0.3], abs=0.03)
+    assert taught(federation, "method=attribution", *SMALL)[0].left_out(seen_by) is None
+
+
 def test_a_budget_of_bytes_is_met_and_spares_what_it_can(federation):
     """Every limit between the least that any widths take, which is refused below, and what gates alone leave."""
     own = ("method=dropbits", "trainer.dense_rounds=0", "trainer.gate_rounds=1", "trainer.bits=8", *SMALL)
