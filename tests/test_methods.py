@@ -197,6 +197,9 @@ def chosen(method: str) -> str:
     return str(compose([f"method={method}"])["choices"]["trainer"])
 
 
+STILL = ("tune_only",)  # trainers that leave the weights as they came
+
+
 @pytest.mark.parametrize("group, option", everything())
 def test_two_rounds_keep_the_contract_and_repeat(group: str, option: str):
     first = federate(taken(group, option))
@@ -205,7 +208,8 @@ def test_two_rounds_keep_the_contract_and_repeat(group: str, option: str):
     again = federate(taken(group, option))  # priced anew, by a process that has trained before
     assert_contract(first, rounds=2)
     assert all(len(r.outcomes["completed"]) == len(r.cohort) == 5 for r in first.reports[1:])  # always online, no crash
-    assert weights_sha256(first.federation.arrays) != weights_sha256(first.first), "nothing was learnt"
+    learnt = weights_sha256(first.federation.arrays) != weights_sha256(first.first)
+    assert learnt == (option not in STILL), "nothing was learnt"
     assert first.comparable() == again.comparable()
     if group == "method":
         assert federate(f"{group}={option}", "seed=2").comparable() != first.comparable()
@@ -302,6 +306,7 @@ COUNTED = [
     pytest.param(trainer, model, marks=[pytest.mark.slow] if model not in USUAL and trainer != "sgd" else [])
     for trainer in options("trainer")
     for model in options("model")
+    if trainer not in STILL
 ]
 
 
@@ -403,7 +408,8 @@ def test_every_partition_runs_a_round(partition: str):
 
 @pytest.mark.parametrize("fleet", options("fleet"))
 def test_every_fleet_runs_a_round(fleet: str):
-    result = federate(f"fleet={fleet}", "rounds=1", "num_clients=40", "cohort=20")
+    own = ["fleet.microphones=null"]  # there is nothing to hear
+    result = federate(f"fleet={fleet}", "rounds=1", "num_clients=40", "cohort=20", *own)
     assert_contract(result, rounds=1)
     shares = {name for name, count, _ in result.federation.world.fleet.summary() if count}
     assert {c.device for c in result.clients} <= shares
