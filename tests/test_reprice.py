@@ -243,11 +243,11 @@ def test_what_a_method_reads_of_devices_and_rounds_it_declares(case: str, monkey
     read, reached, rounds = set[str](), [], []
     context, reachable, client = Worker.context, EdgeGrid.reachable, EdgeGrid.client
 
-    def watched(self, task):
-        made = context(self, task)
+    def watched(self, task, phase="train"):
+        made = context(self, task, phase)
         return replace(made, profile=Watched(made.profile, read))
 
-    def predicted(self, network, own, name=""):
+    def predicted(self, network, own, name="", bits=32):
         return {}  # of the judge's, which a re-priced run predicts anew
 
     class Context(ServerContext):
