@@ -36,7 +36,7 @@ class Judge:
         if not self.compression.active or not len(client.data.test):
             metrics = self.trainer.evaluate(client, task)
             prices: dict[str, float] = {}
-            bits = self.trainer.integer_bits(task.round)
+            bits = self.trainer.integer_bits(task.round, client.profile)
             for name, network in client.log.judged.items():
                 prices |= self._predicted(network, client.profile, name, bits)
             return {**prices, **metrics}

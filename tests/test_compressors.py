@@ -443,6 +443,33 @@ def test_a_share_of_the_teachers_channels_is_left_out_anew_in_each_step(federati
     assert taught(federation, "method=attribution", *SMALL)[0].left_out(seen_by) is None
 
 
+ON_BOARDS = ("fleet=sbc", "fleet.devices={raspberry_pi_4: 1, pixel3: 1}", "latency=flops", "evaluate_clients=6")
+
+
+@pytest.mark.parametrize("method", COMPRESSING)
+def test_a_tier_that_all_devices_are_of_is_the_usual_one_to_the_byte(federation, method):
+    own = (*COMPRESSING[method], *ON_BOARDS)
+    same = [f"trainer.{key}={value}" for key, value in (("sparsity", 0.7), ("bits", 2), ("activation_bits", 4))]
+    tiers = "{phone: {sparsity: 0.7, bits: 2, activation_bits: 4}, raspberry_pi_4: {sparsity: 0.7, bits: 2, "
+    tiers += "activation_bits: 4}, sbc: {bits: 8}}"
+    assert weights_after(federation, *own, f"trainer.tiers={tiers}") == weights_after(federation, *own, *same)
+    assert weights_after(federation, *own, "trainer.tiers={mcu: {bits: 2}}") == weights_after(federation, *own)
+
+
+def test_devices_of_other_tiers_have_other_masks_and_bits(federation):
+    own = ("method=gradual", "trainer.sparsity=0.5", "trainer.prune_rounds=1", "trainer.bits=8", *ON_BOARDS, *SMALL)
+    tiers = "trainer.tiers={phone: {sparsity: 0.9, bits: 3, activation_bits: 8}}"
+    made = federation(*own, tiers, "rounds=2", "workload.client_test_fraction=0.3")
+    rows = [c for _, clients in made.rounds() for c in clients if c.phase == "evaluate" and c.round == 2]
+    found = {made.world.fleet.device_name(c.client): (c.metrics["sparsity"], c.metrics["mean_bits"]) for c in rows}
+    assert found["pixel3"] == (pytest.approx(0.9, abs=0.01), 3)
+    assert found["raspberry_pi_4"] == (pytest.approx(0.5, abs=0.01), 8)
+    trainer = Worker(made.world).trainer
+    assert trainer.device_reads
+    profiles = {profile.name: profile for profile in made.world.fleet.profiles}
+    assert [trainer.integer_bits(1, profiles[name]) for name in ("pixel3", "raspberry_pi_4")] == [8, 32]
+
+
 def test_a_budget_of_bytes_is_met_and_spares_what_it_can(federation):
     """Every limit between the least that any widths take, which is refused below, and what gates alone leave."""
     own = ("method=dropbits", "trainer.dense_rounds=0", "trainer.gate_rounds=1", "trainer.bits=8", *SMALL)
@@ -578,6 +605,11 @@ def test_maps_are_compared_with_boxes_where_examples_have_them(federation):
         (("method=gradual", "trainer.distil=1.5"), r"trainer.distil must be in \[0, 1\]"),
         (("method=gradual", "trainer.attribution=sw"), "did you mean 'swa'"),
         (("method=cpq", "trainer.bits=32"), r"trainer.bits must be"),
+        (("method=cpq", "trainer.tiers={phone: {bits: 32}}"), r"trainer.tiers.phone.bits must be from 2 to 8"),
+        (("method=gradual", "trainer.tiers={phon: {bits: 8}}"), "did you mean 'phone'"),
+        (("method=gradual", "trainer.tiers={phone: {bit: 8}}"), "did you mean 'bits'"),
+        (("method=gradual", "trainer.tiers={phone: {sparsity: 1}}"), r"trainer.tiers.sparsity must be in \[0, 1\)"),
+        (("method=gradual", "trainer.tiers={phone: {sparsity: 0.99}}"), "trainer.floor at most what it leaves"),
         (("method=dropbits", "trainer.gate_rounds=0"), "trainer.gate_rounds must be at least 1"),
         (("method=dropbits", "trainer.size_limit_bytes=0"), "trainer.size_limit_bytes must be"),
         (("method=magnitude_attention", "trainer.attention=al"), "did you mean 'all'"),

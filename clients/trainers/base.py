@@ -246,8 +246,8 @@ class LocalTrainer(Checked, group="trainer", error=ConfigError):
     own_network = False
     needs_classes = False
 
-    def integer_bits(self, round: int) -> int:
-        """Returns the bits in which the network judged in a round multiplies, which price its inference; 32: floats."""
+    def integer_bits(self, round: int, profile: DeviceProfile) -> int:
+        """Returns the bits in which the network that a device judges multiplies, which price it; 32: floats."""
         return 32
 
     @property

@@ -166,7 +166,8 @@ class RecordedEngine(Engine):
             UnknownError: if the network that they are of cannot be told from the work.
         """
         latency, fleet = self.now.latency, self.now.fleet
-        bits = self.plan.recipe(fleet[client]).bits if self.plan.active else self.trainer.integer_bits(number)
+        own = fleet[client]
+        bits = self.plan.recipe(own).bits if self.plan.active else self.trainer.integer_bits(number, own)
         kinds = fleet.profiles if len(fleet.profiles) > 1 else ()
         ends = [name.removeprefix(FLOPS) for name in metrics if name == FLOPS or name.startswith(f"{FLOPS}_")]
         before = {f"{MS}_on_{p.name}{end}" for p in self.before.fleet.profiles for end in ends}
