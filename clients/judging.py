@@ -36,8 +36,9 @@ class Judge:
         if not self.compression.active or not len(client.data.test):
             metrics = self.trainer.evaluate(client, task)
             prices: dict[str, float] = {}
+            bits = self.trainer.integer_bits(task.round, client.profile)
             for name, network in client.log.judged.items():
-                prices |= self._predicted(network, client.profile, name, self.trainer.integer_bits)
+                prices |= self._predicted(network, client.profile, name, bits)
             return {**prices, **metrics}
         recipe = self.compression.recipe(client.profile)
         pruned = self._pruned_by(recipe, client, task)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Annotated
 
 import numpy as np
@@ -77,7 +76,13 @@ class Microphones(Checked, group="fleet.microphones"):
             raise DeviceError(f"fleet.microphones.taps must be odd, got {taps}")
         self.curve_db, self.gain_db, self.noise_db, self.taps = curve_db, gain_db, noise_db, taps
         self.unseen, self.seed = tuple(unseen), seed
-        self.of = lru_cache(maxsize=None)(self.drawn)  # of the kinds of a fleet
+        self._drawn: dict[str, Microphone] = {}
+
+    def of(self, name: str) -> Microphone:
+        """Returns the microphone of that name, a kind of the fleet; drawn once."""
+        if name not in self._drawn:
+            self._drawn[name] = self.drawn(name)
+        return self._drawn[name]
 
     def drawn(self, name: str) -> Microphone:
         """Returns the microphone of that name, which nobody may ask for again."""

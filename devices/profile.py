@@ -25,6 +25,7 @@ import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -240,8 +241,15 @@ def load_profile(path_or_name: str | Path) -> DeviceProfile:
             wrong = unknown("device", path_or_name, profile_names())
             how = "`fedsim devices list` shows all; a file of your own is given by its path, ending in .yaml"
             raise DeviceError(f"{wrong}; {how}")
-        path = SHIPPED / f"{base}.yaml"
-    return parse_profile(as_variant(read_yaml(path), variant, str(path_or_name)), str(path))
+        return _shipped(base, variant)
+    return parse_profile(read_yaml(path), str(path))
+
+
+@cache
+def _shipped(base: str, variant: str) -> DeviceProfile:
+    """Reads a shipped device once for all fleets of this process."""
+    path = SHIPPED / f"{base}.yaml"
+    return parse_profile(as_variant(read_yaml(path), variant, f"{base}@{variant}"), str(path))
 
 
 def as_variant(tree: Any, variant: str, name: str) -> Any:

@@ -77,9 +77,13 @@ DAILY = ("fleet.availability._target_=devices.availability.Diurnal", "+fleet.ava
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_quiet_process():
+    """It waits for no disk either: no test has the power fail."""
     torch.set_num_threads(1)
     assume_task_identity()
     logging.getLogger("flwr").setLevel(logging.ERROR)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 class Ended(NamedTuple):

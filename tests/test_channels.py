@@ -18,6 +18,7 @@ MODELS = {
     "resnet8": (3, 16, 16),
     "vgg": (3, 16, 16),
 }
+HEARING = {"bcresnet": (1, 40, 9), "ds_cnn": (1, 10, 21), "matchboxnet": (1, 8, 21)}
 
 
 class Inverted(nn.Module):
@@ -44,10 +45,10 @@ def model_of(name: str) -> tuple[nn.Module, torch.Tensor]:
     if name == "inverted":
         model, x = Inverted(), torch.randn(3, 3, 8, 8)
     else:
-        settings = compose([f"model={name}", "workload=digits"])
-        model, x = model_factory(settings)(input_shape=MODELS[name], num_classes=10), torch.randn(3, *MODELS[name])
+        settings, shape = compose([f"model={name}", "workload=digits"]), {**MODELS, **HEARING}[name]
+        model, x = model_factory(settings)(input_shape=shape, num_classes=10), torch.randn(3, *shape)
     for module in model.modules():
-        if isinstance(module, nn.GroupNorm | nn.BatchNorm2d):
+        if isinstance(module, nn.GroupNorm | nn.BatchNorm1d | nn.BatchNorm2d):
             for tensor in (module.weight, module.bias, getattr(module, "running_mean", None)):
                 if tensor is not None:
                     nn.init.normal_(tensor, mean=0.5)
@@ -76,7 +77,7 @@ def silence(model: nn.Module, groups: ChannelGroups, kept) -> None:
                 layer.register_forward_pre_hook(lambda _, given, entries=entries: given[0].index_fill(1, entries, 0.0))
 
 
-@pytest.mark.parametrize("name", [*MODELS, "inverted"])
+@pytest.mark.parametrize("name", [*MODELS, *HEARING, "inverted"])
 @torch.no_grad()
 def test_sliced_network_is_the_masked_network(name: str):
     model, x = model_of(name)
@@ -101,7 +102,7 @@ def test_keeping_all_channels_is_the_dense_network_bit_for_bit(name: str):
     assert all(torch.equal(t, state[key]) and t.stride() == state[key].stride() for key, t in sliced.items())
 
 
-@pytest.mark.parametrize("name", [*MODELS, "inverted"])
+@pytest.mark.parametrize("name", [*MODELS, *HEARING, "inverted"])
 def test_scatter_is_the_inverse_of_slice(name: str):
     model, x = model_of(name)
     groups, state = ChannelGroups.find(model, x[:1]), model.state_dict()

@@ -79,8 +79,20 @@ def after(method: str, *, averages: bool, rounds: int = 2) -> Federation:
     return run
 
 
-@pytest.mark.parametrize("averages", [True, False], ids=["sums", "updates"])
-@pytest.mark.parametrize("method", options("method"))
+# Where updates arrive one by one, one method of each kind; the others are left to slow.
+LATE = [
+    pytest.param(
+        method,
+        averages,
+        marks=[] if averages or method in ("fedavg", "ditto", "ocs", "fedmix", "ewc") else [pytest.mark.slow],
+        id=f"{method}-{'sums' if averages else 'updates'}",
+    )
+    for method in options("method")
+    for averages in (True, False)
+]
+
+
+@pytest.mark.parametrize("method, averages", LATE)
 def test_a_late_client_keeps_what_it_has_computed_and_owes_what_it_owed(method: str, averages: bool):
     """Round 3 is the first of a new task: everything that can change in a state does."""
     run = after(method, averages=averages)

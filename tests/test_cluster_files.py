@@ -153,6 +153,7 @@ except RunError as error:
 """
 
 
+@pytest.mark.slow  # a minute; test_ray.py has a cluster of two nodes by default
 @pytest.mark.ray
 @pytest.mark.skipif(sys.platform != "linux", reason="Ray makes clusters on Linux only")
 def test_the_start_commands_make_a_cluster_that_trains_on_both_nodes(cluster: str, tmp_path: Path):

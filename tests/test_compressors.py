@@ -385,6 +385,91 @@ def test_the_judged_network_is_what_is_stored_and_its_sizes_are_of_the_bytes(fed
     assert metrics["mean_bits"] == sum(bits[n] * size for n, size in entries.items()) / sum(entries.values())
 
 
+@pytest.mark.parametrize("method", [*COMPRESSING, "attribution"])
+def test_nothing_but_the_dense_model_is_sent_and_what_compresses_it_stays(federation, method):
+    """Masks, steps, widths and the teacher are the client's own; names of weights never change."""
+    own = COMPRESSING.get(method, ("method=attribution", "trainer.dense_rounds=0", *PRUNED))
+    made = federation(*own, *IMAGES, "rounds=4")
+    names, size = list(made.world.workload.build_model().state_dict()), 0
+    for number, (_, clients) in enumerate(made.rounds()):
+        size = sum(t.nbytes for t in tensors_of(made.arrays).values())
+        assert list(made.arrays) == names
+        assert {client.work.up_bytes for client in clients} <= {size}
+        assert {client.work.down_bytes for client in clients} <= {size}
+        assert len(clients) > 0 or number == 0
+    kept = {name.split(".")[0] for client in range(7) for name in made.grid.store.get(client)}
+    beside = {"gradual": {"quantiser"}, "attribution": {TEACHER}, "dropbits": {"quantiser", "widths"}}
+    assert kept == {"masks", *beside.get(method, {"quantiser"})}
+
+
+@pytest.mark.parametrize("method", ["gradual", "magnitude_attention", "cpq"])
+def test_pruned_weights_stay_to_the_bit_once_masks_are_final(federation, monkeypatch, method):
+    """With attention they learn until then, by as much as they take part; otherwise not even then."""
+    pruned = ("trainer.sparsity=0.5", "trainer.prune_rounds=1", "trainer.dense_rounds=0")
+    _, worker, client, task = start(federation, f"method={method}", *pruned, *SMALL)
+    masks = worker.trainer.masks_at(1)
+    monkeypatch.setattr(worker.trainer, "masks_at", lambda rounds: masks)
+    for number, learns in ((1, method == "magnitude_attention"), (2, False)):
+        worker.live.load(task.weights)
+        before = {name: w.detach().clone() for name, w in worker.trainer.weights().items()}
+        worker.trainer.start(replace(client, round=number), replace(task, round=number)).fit()
+        for name, weight in worker.trainer.weights().items():
+            gone = ~masks[name]
+            assert gone.any()
+            assert torch.equal(weight[gone], before[name][gone]) != learns
+            assert not torch.equal(weight, before[name])
+
+
+@pytest.mark.parametrize("strategy", ["fedadam", "qfedavg", "fedmedian"])
+@pytest.mark.parametrize("trainer", COMPRESSING)
+def test_they_train_under_other_strategies(federation, trainer, strategy):
+    short = [s for s in COMPRESSING[trainer] if s.startswith("trainer.")]
+    made = federation(f"strategy={strategy}", f"trainer={trainer}", *short, "rounds=2")
+    before = weights_sha256(made.arrays)
+    for report, clients in made.rounds():
+        assert math.isfinite(report.metrics["loss"])
+        assert all(client.outcome == "completed" for client in clients)
+    assert weights_sha256(made.arrays) != before
+
+
+def test_a_share_of_the_teachers_channels_is_left_out_anew_in_each_step(federation):
+    own = ("method=attribution", "trainer.attribution=sswa", "trainer.left_out=0.3", "trainer.dense_rounds=0")
+    run, _, batch = taught(federation, *own, *SMALL)
+    seen_by = run.taught(batch)
+    seen_by.features = torch.zeros(1, 5000, 2, 2)
+    first, second = run.left_out(seen_by), run.left_out(seen_by)
+    assert not torch.equal(first, second)
+    assert [float(mask.float().mean()) for mask in (first, second)] == pytest.approx([0.3, 0.3], abs=0.03)
+    assert taught(federation, "method=attribution", *SMALL)[0].left_out(seen_by) is None
+
+
+ON_BOARDS = ("fleet=sbc", "fleet.devices={raspberry_pi_4: 1, pixel3: 1}", "latency=flops", "evaluate_clients=6")
+
+
+@pytest.mark.parametrize("method", COMPRESSING)
+def test_a_tier_that_all_devices_are_of_is_the_usual_one_to_the_byte(federation, method):
+    own = (*COMPRESSING[method], *ON_BOARDS)
+    same = [f"trainer.{key}={value}" for key, value in (("sparsity", 0.7), ("bits", 2), ("activation_bits", 4))]
+    tiers = "{phone: {sparsity: 0.7, bits: 2, activation_bits: 4}, raspberry_pi_4: {sparsity: 0.7, bits: 2, "
+    tiers += "activation_bits: 4}, sbc: {bits: 8}}"
+    assert weights_after(federation, *own, f"trainer.tiers={tiers}") == weights_after(federation, *own, *same)
+    assert weights_after(federation, *own, "trainer.tiers={mcu: {bits: 2}}") == weights_after(federation, *own)
+
+
+def test_devices_of_other_tiers_have_other_masks_and_bits(federation):
+    own = ("method=gradual", "trainer.sparsity=0.5", "trainer.prune_rounds=1", "trainer.bits=8", *ON_BOARDS, *SMALL)
+    tiers = "trainer.tiers={phone: {sparsity: 0.9, bits: 3, activation_bits: 8}}"
+    made = federation(*own, tiers, "rounds=2", "workload.client_test_fraction=0.3")
+    rows = [c for _, clients in made.rounds() for c in clients if c.phase == "evaluate" and c.round == 2]
+    found = {made.world.fleet.device_name(c.client): (c.metrics["sparsity"], c.metrics["mean_bits"]) for c in rows}
+    assert found["pixel3"] == (pytest.approx(0.9, abs=0.01), 3)
+    assert found["raspberry_pi_4"] == (pytest.approx(0.5, abs=0.01), 8)
+    trainer = Worker(made.world).trainer
+    assert trainer.device_reads
+    profiles = {profile.name: profile for profile in made.world.fleet.profiles}
+    assert [trainer.integer_bits(1, profiles[name]) for name in ("pixel3", "raspberry_pi_4")] == [8, 32]
+
+
 def test_a_budget_of_bytes_is_met_and_spares_what_it_can(federation):
     """Every limit between the least that any widths take, which is refused below, and what gates alone leave."""
     own = ("method=dropbits", "trainer.dense_rounds=0", "trainer.gate_rounds=1", "trainer.bits=8", *SMALL)
@@ -520,6 +605,11 @@ def test_maps_are_compared_with_boxes_where_examples_have_them(federation):
         (("method=gradual", "trainer.distil=1.5"), r"trainer.distil must be in \[0, 1\]"),
         (("method=gradual", "trainer.attribution=sw"), "did you mean 'swa'"),
         (("method=cpq", "trainer.bits=32"), r"trainer.bits must be"),
+        (("method=cpq", "trainer.tiers={phone: {bits: 32}}"), r"trainer.tiers.phone.bits must be from 2 to 8"),
+        (("method=gradual", "trainer.tiers={phon: {bits: 8}}"), "did you mean 'phone'"),
+        (("method=gradual", "trainer.tiers={phone: {bit: 8}}"), "did you mean 'bits'"),
+        (("method=gradual", "trainer.tiers={phone: {sparsity: 1}}"), r"trainer.tiers.sparsity must be in \[0, 1\)"),
+        (("method=gradual", "trainer.tiers={phone: {sparsity: 0.99}}"), "trainer.floor at most what it leaves"),
         (("method=dropbits", "trainer.gate_rounds=0"), "trainer.gate_rounds must be at least 1"),
         (("method=dropbits", "trainer.size_limit_bytes=0"), "trainer.size_limit_bytes must be"),
         (("method=magnitude_attention", "trainer.attention=al"), "did you mean 'all'"),

@@ -189,6 +189,33 @@ def test_a_run_prices_its_quantised_network_so(federation):
 
 
 @pytest.mark.parametrize(
+    "own, in_int8",
+    [
+        (("trainer.bits=8", "trainer.activation_bits=8"), True),
+        (("trainer.bits=4", "trainer.activation_bits=8"), True),
+        (("trainer.bits=8",), False),
+        (("trainer.bits=4", "trainer.activation_bits=4"), False),
+        (("trainer.sparsity=0.9",), False),
+    ],
+)
+def test_a_network_that_a_trainer_compressed_is_priced_so_behind_the_dense_rounds(federation, own, in_int8):
+    """Zeros, fewer bits and integers of weights alone move no time, and neither do rounds in floats."""
+    common = (*LENET, "fleet=sbc", "fleet.devices={raspberry_pi_4: 1, mi_max_3: 1}", "evaluate_clients=6", "rounds=2")
+    common += ("method=gradual", "trainer.sparsity=0", "trainer.dense_rounds=1", "trainer.prune_rounds=0")
+    made = federation(*common, *own, "workload.client_test_fraction=0.25")
+    latency, judged = made.world.latency, []
+    for number, (_, clients) in enumerate(made.rounds()):
+        for client in (c for c in clients if c.phase == "evaluate"):
+            profile = made.world.fleet[client.client]
+            (network,) = {p.network for p in client.work.passes}
+            factor = profile.latency.int8_over_float if in_int8 and number == 2 else None
+            expected = latency.inference_ms(network, profile) * (factor or 1.0)
+            assert client.metrics["latency_ms"] == pytest.approx(expected)
+            judged.append((number, profile.name))
+    assert {(number, name) for number in (1, 2) for name in ("raspberry_pi_4", "mi_max_3")} <= set(judged)
+
+
+@pytest.mark.parametrize(
     "overrides, sentence",
     [
         (("compression.keep=0.0",), r"compression.keep must be in \(0, 1\]"),

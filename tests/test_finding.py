@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from fedsim.cli.explain import facts
 from fedsim.cli.listing import KINDS, line_of, names_of
 from fedsim.settings.compose import _composed, compose
+from fedsim.settings.config_files import check_before_hydra
 from fedsim.settings.described import PRESETS, Setting, describe, settings_of_top
 from fedsim.settings.docstrings import _tree
 from fedsim.settings.groups import GROUPS, options
@@ -55,6 +56,7 @@ def test_what_is_explained_of_a_method_is_what_it_takes(method: str):
 def test_what_is_explained_of_an_option_is_what_it_takes(names: tuple[str | None, ...]):
     """One of each group at a time, and every other row: those between are composed with the methods."""
     chosen = {group: name for group, name in zip(WITH_SETTINGS, names, strict=True) if name}
+    check_before_hydra()
     tree = OmegaConf.to_container(_composed([f"{group}={name}" for group, name in chosen.items()]), resolve=False)
     for group, name in chosen.items():
         said = describe(group, name)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import Parted
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from clients.app import serve
 from devices.compression.channels import ChannelGroups
 from devices.errors import DeviceError
+from devices.microphones import Microphones
 from fedsim.engines.local import LocalEngine
 from fedsim.errors import ConfigError
 from fedsim.models.bcresnet import BCResNet
@@ -26,6 +28,7 @@ from fedsim.report.rounds import weights_sha256
 from fedsim.runs.federation import Federation
 from fedsim.settings.build import build_world
 from fedsim.settings.compose import compose
+from fedsim.workloads.log_mel import LogMel
 
 NETWORKS = {"bcresnet": partial(BCResNet, (1, 40, 33), 12), "bcresnet_asc": partial(BCResNetASC, (1, 32, 33), 12)}
 
@@ -51,13 +54,23 @@ def test_without_its_other_part_a_norm_does_not_hear_the_microphone(norm: nn.Mod
 
 
 def test_each_frequency_of_each_clip_has_mean_0_and_variance_1():
-    """Over channels and frames; a gain for each frequency changes nothing either, beside the 1e-5 in the variance."""
+    """Over channels and frames; gains and offsets by frequency change nothing, beside the 1e-5 in the variance."""
     x = spectrograms(torch.float64, channels=4)
     y = ResidualNorm(0.0)(x)
     assert y.mean((1, 3)).abs().max() < 1e-12
     torch.testing.assert_close(y.var((1, 3), correction=0), torch.ones(3, 40).double(), rtol=0, atol=1e-5)
     assert y.mean(3).abs().max() > 0.1  # not each channel by itself
-    torch.testing.assert_close(ResidualNorm(0.0)(3 * x), y, rtol=0, atol=1e-4)
+    gains = (microphone(torch.float64) / 4).exp()
+    assert gains.max() / gains.min() > 4
+    torch.testing.assert_close(ResidualNorm(0.0)(gains * x + microphone(torch.float64)), y, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("norm", [RelaxedNorm(0.5), ResidualNorm(0.0)])
+def test_where_nothing_varies_zeros_come_out(norm: nn.Module):
+    """One frame of one channel, or silence: the variance is 0, and its 1e-5 decides."""
+    assert not ResidualNorm(0.0)(spectrograms()[..., :1]).any()
+    assert torch.equal(norm(torch.full((2, 1, 40, 5), -13.8155)), torch.zeros(2, 1, 40, 5))
+    assert not [*norm.parameters(), *norm.buffers()]
 
 
 def test_the_residual_part_is_lambda_times_the_input():
@@ -125,13 +138,16 @@ def test_a_share_of_the_batches_is_mixed_and_none_that_is_judged():
 
 @pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
 def test_norms_stand_at_the_input_and_behind_each_stage_and_have_nothing_to_send(make: Callable[..., nn.Module]):
+    """For scenes before the pool of the stage."""
     model, seen = make(norm_in="rfn").eval(), []
     for part in model.modules():
         if isinstance(part, RelaxedNorm):
-            part.register_forward_hook(lambda _, given, out: seen.append(given[0].shape[1]))
+            part.register_forward_hook(lambda _, given, out: seen.append(tuple(given[0].shape[1:3])))
     model(torch.zeros(2, *((1, 40, 33) if isinstance(model, BCResNet) else (1, 32, 33))))
-    base = 8 if isinstance(model, BCResNet) else 10
-    assert seen == [1, base, base * 3 // 2, 2 * base, base * 5 // 2]
+    if isinstance(model, BCResNet):
+        assert seen == [(1, 40), (8, 20), (12, 10), (16, 5), (20, 5)]
+    else:
+        assert seen == [(1, 32), (10, 16), (15, 8), (20, 4), (25, 4)]
     plain, mixed = make(norm_in="none"), make(norm_in="ifn", mixstyle=0.5)
     assert plain.state_dict().keys() == model.state_dict().keys() == mixed.state_dict().keys()
 
@@ -144,6 +160,18 @@ def test_a_network_with_ifn_at_its_input_does_not_hear_the_microphone(make: Call
     for norm, deaf in (("ifn", True), ("none", False)):
         model = make(norm_in=norm).eval().double()
         assert torch.allclose(model(x + curve), model(x), rtol=0, atol=1e-9) == deaf
+
+
+def test_what_hears_by_ifn_does_not_hear_the_gain_of_a_real_recording():
+    """Sound through a microphone that is a gain alone, and the front-end: 2 ln gain is added to every loud band."""
+    clips = np.random.default_rng(0).uniform(-0.1, 0.1, (3, 8000)).astype(np.float32)
+    heard = Microphones(curve_db=0, gain_db=9, noise_db=None).of("a").record(clips)
+    before, after = (LogMel()(torch.from_numpy(sound)) for sound in (clips, heard))
+    added = after - before
+    assert added.std() < 1e-2 < 0.3 < abs(added.mean())
+    for kind, deaf in (("ifn", True), ("none", False)):
+        heard_by = nn.Sequential(*frequency_norm(kind))
+        assert torch.allclose(heard_by(after), heard_by(before), rtol=0, atol=5e-2) == deaf
 
 
 def test_only_a_network_without_norms_over_all_channels_can_be_narrowed():

@@ -68,6 +68,7 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "candidate_size": (1, {}),
     "class_balanced": (False, {"memory_size": 2}),
     "sparsity": (0.5, {}),
+    "tiers": ({"reference": {"sparsity": 0.5}}, {}),
     "prune_rounds": (1, {}),
     "refresh": (1, {}),
     "floor": (0.1, {}),

@@ -231,11 +231,11 @@ def test_unseen_microphones_are_marked_and_stand_last():
     }
     plain = microphones_table(heard, [{"keep": 0.5}])
     assert plain.header == ["microphone", "clients", "accuracy", "loss"]
-    assert plain.rows == [["pixel3", "75.0 %", "50.0 %", "1.25"], ["unseen_1", "none: unseen", "25.0 %", ""]]
+    assert plain.rows == [["pixel3", "75.00 %", "50.00 %", "1.25"], ["unseen_1", "none: unseen", "25.00 %", ""]]
     deployed = [{"microphones": {"pixel3": {"accuracy": 0.4, "loss": 2.0}}}]
     table = microphones_table(heard, deployed)
     assert table.header[4:] == ["compressed: accuracy", "loss"]
-    assert [row[4:] for row in table.rows] == [["40.0 %", "2"], ["", ""]]
+    assert [row[4:] for row in table.rows] == [["40.00 %", "2"], ["", ""]]
 
 
 def test_a_page_has_the_microphones_of_its_summary(run, tmp_path: Path):
@@ -245,7 +245,7 @@ def test_a_page_has_the_microphones_of_its_summary(run, tmp_path: Path):
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     page = Page(write_page(tmp_path).read_text())
     assert "Microphones" in page.texts["h2"]
-    assert {"<b>", "100.0 %"} <= set(page.texts["td"])
+    assert {"<b>", "100.00 %"} <= set(page.texts["td"])
     summary["microphones"]["seen"] = ["pixel3"]
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     with pytest.raises(FileError, match=r"microphones: .*seen"):

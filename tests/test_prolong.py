@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from pathlib import Path
 
 import pytest
 from conftest import honest
-from test_methods import NEEDS
+from test_methods import NEEDS, methods_of_each_kind
 from test_methods import TINY as BLOBS
 from test_resume import comparable
 
@@ -20,7 +21,7 @@ from fedsim.runs.checkpoint import Checkpoints
 from fedsim.runs.prolong import prolong
 from fedsim.runs.recorded import settings_of_run
 from fedsim.settings.compose import compose, of_rounds
-from fedsim.settings.groups import following, options
+from fedsim.settings.groups import following
 
 PHONES = [*BLOBS, "fleet=phones", "cohort=4"]
 
@@ -38,8 +39,9 @@ def longer(run: Path, rounds: int) -> Path:
     return run
 
 
+# Methods of a kind of which another one is here are left to slow.
 @pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 2])
-@pytest.mark.parametrize("method", [None, *options("method")])
+@pytest.mark.parametrize("method", [None, *methods_of_each_kind()])
 def test_a_prolonged_run_is_the_longer_one(tmp_path: Path, method: str | None, every: int):
     """Also where it judged the model after its last round alone, which takes its devices time: 3 is odd."""
     chosen = [] if method is None else [f"method={method}", *NEEDS.get(f"method={method}", [])]
@@ -57,15 +59,20 @@ def test_a_prolonged_run_is_the_longer_one(tmp_path: Path, method: str | None, e
 STEPS = ("put_beside", "unlink", "write_atomic", "take_beside")
 
 
-@pytest.mark.parametrize("every", [1, 2])
+@pytest.fixture(scope="module", params=[1, 2])
+def straight(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Runs of three and of five rounds that were never stopped."""
+    place = tmp_path_factory.mktemp("straight")
+    base = [*PHONES, "method=ditto", f"evaluate_every={request.param}"]
+    return {rounds: made(place / str(rounds), *base, f"rounds={rounds}") for rounds in (3, 5)}
+
+
 @pytest.mark.parametrize("step", STEPS)
 def test_one_that_was_killed_on_the_way_is_a_run_to_go_on_with(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, every: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, straight: dict[int, Path]
 ):
     """Killed before a step, the folder is that of the run as it was, or of the longer one."""
-    base = [*PHONES, "method=ditto", f"evaluate_every={every}"]
-    run = made(tmp_path / "run", *base, "rounds=3")
-    straight = {rounds: made(tmp_path / str(rounds), *base, f"rounds={rounds}") for rounds in (3, 5)}
+    run = shutil.copytree(straight[3], tmp_path / "run")
     target = {"unlink": Path, "write_atomic": prolong_module}.get(step, Checkpoints)
     with monkeypatch.context() as patched:
         patched.setattr(target, step, killed)

@@ -73,7 +73,7 @@ def tried(overrides: tuple[str, ...], folder: Path) -> str:
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("number", [15, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [8, pytest.param(300, marks=pytest.mark.slow)])
 def test_a_run_with_an_odd_value_runs_or_ends_in_a_sentence(number: int, tmp_path: Path):
     wrong = []
     for index, overrides in enumerate(tries(number)):

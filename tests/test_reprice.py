@@ -12,7 +12,7 @@ import pandas
 import pytest
 import yaml
 from conftest import DAILY, honest
-from test_methods import NEEDS
+from test_methods import NEEDS, methods_of_each_kind
 from test_methods import TINY as BLOBS
 
 from clients.app import serve
@@ -61,7 +61,8 @@ def recorded(folder: Path, last: int) -> tuple:
     return rounds, "".join(rows)
 
 
-@pytest.mark.parametrize("method", [None, *options("method")])
+# Methods of a kind of which another one is here are left to slow: below every one declares what it reads.
+@pytest.mark.parametrize("method", [None, *methods_of_each_kind()])
 def test_every_method_costs_there_what_it_would_have_cost(tmp_path: Path, method: str | None):
     """Or it says why it would have gone another way."""
     chosen = [] if method is None else [f"method={method}", *NEEDS.get(f"method={method}", [])]
@@ -95,10 +96,17 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize(
-    "method", ["fedavg", "ditto", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fedmix", "fedbn"))]
-)
+# All with one method, and with one that keeps a model at each client those that change who takes part; others are slow.
+OF_DITTO = ("a deadline", "over-selection", "other nights")
+GOES = [
+    pytest.param(method, change, marks=[] if method == "fedavg" or change in OF_DITTO else [pytest.mark.slow])
+    for method in ("fedavg", "ditto")
+    for change in CHANGES
+]
+GOES += [pytest.param(m, change, marks=pytest.mark.slow) for m in ("fedmix", "fedbn") for change in CHANGES]
+
+
+@pytest.mark.parametrize("method, change", GOES)
 def test_it_goes_as_far_as_the_work_is_known(tmp_path: Path, method: str, change: str):
     """What there is, is what a run there says; and where it ends early, that one goes on otherwise."""
     frail = tmp_path / "frail.yaml"
@@ -243,11 +251,11 @@ def test_what_a_method_reads_of_devices_and_rounds_it_declares(case: str, monkey
     read, reached, rounds = set[str](), [], []
     context, reachable, client = Worker.context, EdgeGrid.reachable, EdgeGrid.client
 
-    def watched(self, task):
-        made = context(self, task)
+    def watched(self, task, phase="train"):
+        made = context(self, task, phase)
         return replace(made, profile=Watched(made.profile, read))
 
-    def predicted(self, network, own, name=""):
+    def predicted(self, network, own, name="", bits=32):
         return {}  # of the judge's, which a re-priced run predicts anew
 
     class Context(ServerContext):

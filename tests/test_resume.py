@@ -9,6 +9,7 @@ import torch
 from conftest import honest
 from cut_short import RICH, SURPLUS, comparable
 from test_methods import TINY as BLOBS
+from test_methods import everything
 
 from clients.app import serve
 from fedsim.engines.local import LocalEngine
@@ -20,7 +21,6 @@ from fedsim.runs.checkpoint import decode, encode
 from fedsim.runs.federation import Federation
 from fedsim.settings.build import build_world
 from fedsim.settings.compose import compose
-from fedsim.settings.groups import options
 
 
 def test_what_is_kept_of_replies_that_were_not_taken_goes_on_too(go, tmp_path: Path):
@@ -156,17 +156,14 @@ def test_without_a_checkpoint_the_run_starts_anew(go, tmp_path: Path):
     assert comparable(tmp_path / "cut") == comparable(tmp_path / "whole")
 
 
-def everything() -> list[str]:
-    return [f"{group}={option}" for group in ("method", "strategy") for option in options(group)]
-
-
-@pytest.mark.parametrize("choice", everything())
-def test_every_method_goes_on_from_what_it_wrote_down(choice: str):
+@pytest.mark.parametrize("group, option", everything("method", "strategy"))
+def test_every_method_goes_on_from_what_it_wrote_down(group: str, option: str):
     """State as JSON and arrays into a new federation after every round: the next rounds are the same.
 
     With batch norm: numbers without a dimension are on their way, too.
     """
-    norm = {"fjord": "null", "dp_fedavg": "layer", "dp_adaptive": "layer"}.get(choice.partition("=")[2], "batch")
+    choice = f"{group}={option}"
+    norm = {"fjord": "null", "dp_fedavg": "layer", "dp_adaptive": "layer"}.get(option, "batch")
     norm = f"model.norm={norm}"
     given = [*BLOBS, *honest([choice]), choice, norm, "rounds=4", "evaluate_clients=2", "cohort=4"]
     settings = compose(given)

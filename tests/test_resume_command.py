@@ -19,11 +19,11 @@ from fedsim.settings.compose import on_engine
 FEDSIM = str(Path(sys.executable).parent / "fedsim")
 
 
-def test_a_killed_command_goes_on_elsewhere(tmp_path: Path, monkeypatch):
+def test_a_killed_command_goes_on_elsewhere(tmp_path: Path, monkeypatch, fedsim):
     """SIGKILL at some moment, then the rest on Ray; the other run was never stopped."""
     monkeypatch.chdir(tmp_path)
-    common = ["rounds=60", "cohort=5", "checkpoint_s=0"]
-    subprocess.run([FEDSIM, "run", *common, "out=whole"], check=True, stdout=subprocess.DEVNULL)
+    common = ["rounds=30", "cohort=5", "checkpoint_s=0"]
+    assert fedsim("run", *common, "out=whole").code == 0
     run = subprocess.Popen([FEDSIM, "run", *common, "out=cut"], stdout=subprocess.DEVNULL)
     rounds, end = tmp_path / "cut" / "rounds.jsonl", time.monotonic() + 60
     while not (rounds.exists() and rounds.read_bytes().count(b"\n") > 8) and time.monotonic() < end:
@@ -35,8 +35,7 @@ def test_a_killed_command_goes_on_elsewhere(tmp_path: Path, monkeypatch):
     assert resumed.returncode == 0, resumed.stderr
     assert "run folder: cut" in resumed.stdout
     assert comparable(tmp_path / "cut") == comparable(tmp_path / "whole")
-    again = subprocess.run([FEDSIM, "resume", "cut"], capture_output=True, text=True)
-    assert (again.returncode, again.stdout) == (0, "cut has finished: nothing is left to do\n")
+    assert fedsim("resume", "cut")[:2] == (0, "cut has finished: nothing is left to do\n")
 
 
 @pytest.mark.ray

@@ -12,6 +12,7 @@ from conftest import Parted
 from clients.app import serve
 from devices.draws import stream
 from devices.errors import DeviceError
+from devices.meter import inference_memory_bytes
 from devices.microphones import Microphones
 from fedsim.engines.local import LocalEngine
 from fedsim.errors import ConfigError
@@ -22,7 +23,7 @@ from fedsim.settings.compose import compose
 from fedsim.workloads.arrays import Prepare
 from fedsim.workloads.augmenting import Augmentation, shifted
 from fedsim.workloads.front_end import NAME, front_end_cost
-from fedsim.workloads.log_mel import LogMel
+from fedsim.workloads.log_mel import LogMel, Mfcc
 from fedsim.workloads.translating import laboratory_sounds, trained_translator
 
 SAMPLES, CLIENTS, CLIPS = 1600, 4, 5  # of a clip; clips of each client, one of which is held out
@@ -81,6 +82,24 @@ def test_a_front_end_costs_its_transforms_and_mel_products(fft: int, mels: int, 
     assert cost.forward_flops == pytest.approx(frames * (transform + product))
     assert cost.backward_flops == 0
     assert cost.inference_bytes[0][1] >= 4 * 16000 + 4 * frames * mels  # the clip and its features, at least
+
+
+def test_coefficients_cost_a_product_more():
+    """49 frames of 640 samples, whose 10 coefficients are sums over 40 bands."""
+    transform, mel, cosine = 2.5 * 640 * math.log2(640), 2 * 321 * 40, 2 * 40 * 10
+    assert front_end_cost(Mfcc(), 16000).forward_flops == pytest.approx(49 * (transform + mel + cosine))
+
+
+def test_a_front_end_takes_seconds_joules_and_memory(sounds):
+    """A client's first round is longer than its next by its five clips, at its device's rate and watts."""
+    federation, (_, first, second, *_) = rounds_of(tones())
+    front_end = federation.world.workload.front_end
+    for one, other in zip(first, second, strict=True):
+        profile = federation.world.fleet[one.client]
+        seconds = CLIPS * front_end.forward_flops / profile.flops_per_s
+        assert one.cost.compute_s - other.cost.compute_s == pytest.approx(seconds)
+        assert one.cost.compute_joules - other.cost.compute_joules == pytest.approx(seconds * profile.compute_watts)
+        assert one.whole_work.peak_memory_bytes >= inference_memory_bytes(front_end, 1)
 
 
 def test_features_that_cannot_be_traced_are_refused_by_name():

@@ -16,6 +16,7 @@ import torch
 import torchaudio
 from conftest import array_workload
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from devices.compression.channels import ChannelGroups
 from devices.compression.kernels import int8_network, integer_operators
@@ -69,6 +70,41 @@ def test_wider_and_narrower_ones_too(tau: float, parameters: int):
 
 
 @pytest.mark.parametrize(
+    "tau, ten, thirty_five, statistics, products",
+    [
+        (1, 9166, 9991, 2446, 2_482_156),
+        (1.5, 17_056, 18_281, 3654, 4_607_994),
+        (2, 27_154, 28_779, 4862, 7_323_672),
+        (3, 53_974, 56_399, 7278, 14_524_548),
+        (6, 187_426, 192_251, 14_526, 50_283_336),
+        (8, 320_554, 326_979, 19_358, 85_919_328),
+    ],
+)
+def test_other_classes_statistics_and_multiply_adds_of_bcresnet(tau, ten, thirty_five, statistics, products):
+    """Statistics travel with the weights; products are those of convolutions and head, one clip and 12 classes."""
+    for classes, parameters in ((10, ten), (35, thirty_five)):
+        assert sum(p.numel() for p in BCResNet(SHAPE, classes, tau).parameters()) == parameters
+    model = BCResNet(SHAPE, 12, tau).eval()
+    assert sum(b.numel() for b in model.buffers()) == statistics
+    with FlopCounterMode(display=False) as counted:
+        model(torch.zeros(1, *SHAPE))
+    assert counted.get_total_flops() == 2 * products
+
+
+@pytest.mark.parametrize(
+    "tau, parts",
+    [(1, (432, 560, 840, 2400, 3400, 1600)), (8, (3456, 18_816, 28_224, 87_296, 134_720, 48_556))],
+)
+def test_each_part_of_bcresnet_has_its_size(tau: int, parts: tuple[int, ...]):
+    """Stem, four stages, and what is behind them."""
+    model = BCResNet(SHAPE, 12, tau)
+    blocks = list(model.blocks)
+    stages = [nn.ModuleList(blocks[begin:end]) for begin, end in ((0, 2), (2, 4), (4, 8), (8, 12))]
+    found = [model.stem, *stages, nn.ModuleList([model.tail, model.head])]
+    assert tuple(sum(p.numel() for p in part.parameters()) for part in found) == parts
+
+
+@pytest.mark.parametrize(
     "depth, width, parameters",
     [(8, 45, 110_307), (8, 19, 19_905), (15, 45, 237_882), (15, 19, 42_648), (26, 45, 438_357), (26, 19, 78_387)],
 )
@@ -85,6 +121,20 @@ def test_bcresnet_asc_has_the_published_size(tau: int, parameters: int):
     assert parameters == 44.75 * c**2 + 332 * c + 2.5 * c * 10
     for norm in ("none", "resnorm"):
         assert sum(p.numel() for p in BCResNetASC((1, 256, 64), 10, tau, norm_in=norm).parameters()) == parameters
+
+
+@pytest.mark.parametrize("bands, height, parameters", [(5, 320, 317_600), (1, 256, 307_040)])
+def test_other_bands_would_not_give_the_published_315_thousand(bands: int, height: int, parameters: int):
+    assert sum(p.numel() for p in BCResNetASC((1, height, 64), 10, 8, bands=bands).parameters()) == parameters
+
+
+def test_the_head_for_scenes_is_the_convolution_before_the_average():
+    model, seen = noisy_norms(BCResNetASC((1, 32, 101), 10)), []
+    model.blocks.register_forward_hook(lambda module, args, out: seen.append(out))
+    found = model(torch.randn(2, 1, 32, 101, generator=torch.Generator().manual_seed(0)))
+    expected = nn.functional.conv2d(seen[0], model.head.weight[:, :, None, None]).mean((2, 3))
+    torch.testing.assert_close(found, expected)
+    assert model.head.bias is None
 
 
 def test_the_small_system_for_scenes_has_61_kb_of_parameters():
@@ -133,12 +183,42 @@ def test_speech_resnet_computes_what_its_definition_says():
     torch.testing.assert_close(model(torch.ones(1, *SHAPE)), model.head(x.mean((2, 3))))
 
 
-def test_shapes_of_the_stages():
-    model, seen = BCResNet(SHAPE, 12, 8).eval(), []
+@pytest.mark.parametrize("tau", [1, 8])
+def test_shapes_of_the_stages(tau: int):
+    model, seen = BCResNet(SHAPE, 12, tau).eval(), []
     for part in (model.stem, *[model.blocks[i] for i in (1, 3, 7, 11)], model.tail):
         part.register_forward_hook(lambda module, args, out: seen.append(tuple(out.shape[1:])))
     assert model(torch.randn(1, *SHAPE)).shape == (1, 12)
-    assert seen == [(128, 20, 101), (64, 20, 101), (96, 10, 101), (128, 5, 101), (160, 5, 101), (256, 1, 101)]
+    rows = [(16, 20), (8, 20), (12, 10), (16, 5), (20, 5), (32, 1)]
+    assert seen == [(tau * channels, left, 101) for channels, left in rows]
+
+
+@torch.no_grad()
+def test_bcresnet_computes_what_its_definition_says():
+    """Written out from the paper's table, with weights and statistics in the order in which the network has them."""
+    model, f = noisy_norms(BCResNet(SHAPE, 12)), nn.functional
+    left = iter([t for name, t in model.state_dict().items() if not name.endswith("num_batches_tracked")])
+
+    def norm(x: torch.Tensor, bands: int = 1) -> torch.Tensor:
+        weight, bias, mean, variance = (next(left).view(1, -1, bands, 1, 1) for _ in range(4))
+        y = x.view(len(x), x.shape[1], bands, -1, x.shape[3])
+        return ((y - mean) / (variance + 1e-5).sqrt() * weight + bias).view(x.shape)
+
+    x = given = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
+    x = norm(f.conv2d(x, next(left), stride=(2, 1), padding=2)).relu()
+    for stage, (width, count) in enumerate(((8, 2), (12, 2), (16, 4), (20, 4))):
+        for block in range(count):
+            y = x if block else norm(f.conv2d(x, next(left))).relu()
+            stride = 2 if block == 0 and stage in (1, 2) else 1
+            h = norm(f.conv2d(y, next(left), stride=(stride, 1), padding=(1, 0), groups=width), 5)
+            far = 2**stage
+            g = f.conv2d(h.mean(2, keepdim=True), next(left), padding=(0, far), dilation=(1, far), groups=width)
+            g = f.conv2d(f.silu(norm(g)), next(left))
+            x = (h + g + x if block else h + g).relu()
+    x = f.conv2d(x, next(left), padding=(0, 2), groups=20)
+    x = norm(f.conv2d(x, next(left))).relu().mean((2, 3))
+    torch.testing.assert_close(model(given), x @ next(left).T + next(left))
+    assert not list(left)
 
 
 def test_shapes_of_the_stages_for_scenes():
@@ -221,10 +301,12 @@ def test_one_band_is_batch_norm_and_bands_do_not_see_each_other():
     louder[:, :, 2:4] *= 3  # the second band
     torch.testing.assert_close(norm(x), norm(louder), rtol=0, atol=1e-4)
     assert norm.norm.running_var[1] > 1.5 * norm.norm.running_var[0]  # channel 0, bands 1 and 0
+    assert sum(p.numel() for p in norm.parameters()) == 2 * 5 * 4
+    assert sum(b.numel() for b in norm.buffers()) == 2 * 5 * 4 + 1
 
 
 def test_half_of_the_channels_can_be_removed():
-    """What Torch-Pruning leaves of the widest one; the narrow network computes what the silenced one does."""
+    """As many parameters as Torch-Pruning leaves of the widest one; what they compute is asked in test_channels."""
     groups = ChannelGroups.find(BCResNet(SHAPE, 12, 8), torch.randn(2, *SHAPE))
     small = groups.build(BCResNet(SHAPE, 12, 8), groups.first(0.5, round_to=8))
     assert sum(p.numel() for p in small.parameters()) == 89_884

@@ -209,6 +209,27 @@ def test_rows_become_counts_and_physics(small: Path):
     assert setting.sample.facts.year == pytest.approx(2022 + 5 / 12)
 
 
+def test_int8_is_compared_with_the_same_networks_in_the_same_run(small: Path):
+    """Ratios 1/2, 1/2 and 4: their geometric mean is 1; of the other run, and on little cores, there are too few."""
+    (setting,) = Tables(small).settings()
+    assert Tables(small).int8_over_float(setting) is None  # one network, in two runs
+    rows = "source,device,threads,cores,backend,precision,network,input,batch,phase,ms,date,run\n"
+    pairs = {"a": (4, 2), "b": (6, 3), "c": (1, 4), "d": (5, None), "e": (None, 9)}
+    for network, both in pairs.items():
+        for precision, ms in zip(("fp32", "int8"), both, strict=True):
+            for run, cores, factor in ((1, "all", 1), (2, "little", 7)):
+                if ms:
+                    rows += (
+                        f"s,board,2,{cores},cpu,{precision},{network},3x8x8,1,forward,{factor * ms},2022-06-01,{run}\n"
+                    )
+    (small / "ncnn.csv").write_text(rows)
+    ratio = Tables(small).int8_over_float(setting)
+    assert ratio is not None
+    assert (ratio.value, ratio.networks, ratio.threads) == (pytest.approx(1.0), 3, 2)
+    assert Tables(small).int8_over_float(replace(setting, precision="fp16")) is None
+    assert Tables(small).int8_over_float(replace(setting, device="other")) is None
+
+
 def test_a_missing_table_or_column_is_one_sentence(small: Path):
     with pytest.raises(DeviceError, match="no setting has 15 networks"):
         evaluate_tables(small)

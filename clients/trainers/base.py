@@ -251,9 +251,8 @@ class LocalTrainer(Checked, group="trainer", error=ConfigError):
     own_network = False
     needs_classes = False
 
-    @property
-    def integer_bits(self) -> int:
-        """Returns the bits in which the judged network multiplies, by which its inference is priced; 32: floats."""
+    def integer_bits(self, round: int, profile: DeviceProfile) -> int:
+        """Returns the bits in which the network that a device judges multiplies, which price it; 32: floats."""
         return 32
 
     @property

@@ -154,19 +154,20 @@ class RecordedEngine(Engine):
             return ClientAnswer(client, "failed", recorded.reason, work=recorded.work)
         metrics = recorded.metrics
         if cohort.phase == EVALUATE:
-            metrics = self._predicted(metrics, recorded.work, client)
+            metrics = self._predicted(metrics, recorded.work, client, task.broadcast.round)
         if ended:
             return ClientAnswer(client, "out_of_memory", recorded.reason, work=recorded.work)
         return ClientAnswer(client, work=recorded.work, num_examples=recorded.num_examples, metrics=metrics)
 
-    def _predicted(self, metrics: Mapping[str, float], work: Work, client: int) -> dict[str, float]:
+    def _predicted(self, metrics: Mapping[str, float], work: Work, client: int, number: int) -> dict[str, float]:
         """Metrics of a judged model with the milliseconds of one inference as they are predicted here.
 
         Raises:
             UnknownError: if the network that they are of cannot be told from the work.
         """
         latency, fleet = self.now.latency, self.now.fleet
-        bits = self.plan.recipe(fleet[client]).bits if self.plan.active else self.trainer.integer_bits
+        own = fleet[client]
+        bits = self.plan.recipe(own).bits if self.plan.active else self.trainer.integer_bits(number, own)
         kinds = fleet.profiles if len(fleet.profiles) > 1 else ()
         ends = [name.removeprefix(FLOPS) for name in metrics if name == FLOPS or name.startswith(f"{FLOPS}_")]
         before = {f"{MS}_on_{p.name}{end}" for p in self.before.fleet.profiles for end in ends}

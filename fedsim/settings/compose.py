@@ -29,6 +29,7 @@ from fedsim.settings.groups import (
     config_folders,
     following,
     left_out_group,
+    options,
 )
 from fedsim.settings.hydra_text import as_hydra
 from fedsim.settings.leftovers import without_leftovers
@@ -172,7 +173,9 @@ def one_sentence(overrides: Sequence[str] = ()) -> Iterator[None]:
         raise
     except MissingConfigException as error:
         missing = str(error.missing_cfg_file)
-        group, _, name = missing.partition("/") if missing.partition("/")[0] in GROUPS else missing.rpartition("/")
+        group, _, name = missing.rpartition("/")
+        if missing.partition("/")[0] in GROUPS and not (re.fullmatch(r"[\w/]+", group) and options(group)):
+            group, _, name = missing.partition("/")  # a name with slashes; else a group below the group
         if group and error.options is not None:
             forms = f"; {FORMS}" if group == "model" else ""
             raise ConfigError(f"{unknown(group, name, error.options)}{forms}") from error

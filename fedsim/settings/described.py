@@ -246,6 +246,8 @@ def _settings(group: str, name: str) -> list[Setting]:
     merged: dict[str, tuple[str, str]] = {}
     for file in _layers(group, name):
         merged |= {f"{group}.{key}": (value, "") for key, value in _beside(file)}
+        for key, option in _below(file):
+            merged |= _leaves(option, f"{group}.{key}")
         for key, (default, meaning) in _leaves(file, "" if group in PRESETS else group).items():
             merged[key] = (default, meaning or merged.get(key, ("", ""))[1])
     return [Setting(key, *rest) for key, rest in merged.items()]
@@ -258,6 +260,15 @@ def _beside(file: Path) -> Iterator[tuple[str, str]]:
         for key, value in entry.items() if isinstance(entry, Mapping) else ():
             if match := BESIDE.fullmatch(str(key)):
                 yield match[2], str(value)
+
+
+def _below(file: Path) -> Iterator[tuple[str, Path]]:
+    """Yields the groups below its own from which a file takes an option, each with that option's file."""
+    tree = read_yaml(file)
+    for entry in tree.get("defaults", ()) if isinstance(tree, dict) else ():
+        for key, value in entry.items() if isinstance(entry, Mapping) else ():
+            if (option := file.parent / str(key) / f"{value}.yaml").is_file():
+                yield str(key), option
 
 
 def _layers(group: str, name: str) -> list[Path]:

@@ -12,7 +12,7 @@ from devices.errors import FileError
 from devices.reading import read_text, read_yaml
 from fedsim.errors import ConfigError
 from fedsim.settings.origins import came_with_a_run, own_configs
-from fedsim.settings.permissions import real_path, searched
+from fedsim.settings.permissions import real_path, searched, working_folder
 from fedsim.settings.plugins import plugin_folders
 
 Settings = dict[str, Any]
@@ -59,10 +59,11 @@ def own_folders() -> list[Path]:
 
     The working folder's is left out where that is a checkout of fedsim.
     """
-    here = own_configs()
-    if here is None or here == config_dir() or all((here / name).is_file() for name in ("__init__.py", "run.yaml")):
+    beside = working_folder() / "configs"
+    if real_path(beside) == config_dir() or all((beside / name).is_file() for name in ("__init__.py", "run.yaml")):
         return searched()
-    return [*searched(), here]
+    here = own_configs()
+    return searched() if here is None else [*searched(), here]
 
 
 def refuse_of_hydra(folder: Path) -> None:
@@ -110,8 +111,11 @@ def options(group: str) -> list[str]:
 
 def option_file(group: str, name: str) -> Path:
     """Returns the file of an option; where fedsim would have it, if there is none."""
-    files = [folder / group / f"{name}.yaml" for folder in config_folders()]
-    return next((file for file in files if file.is_file()), files[0])
+    shipped = config_dir() / group / f"{name}.yaml"
+    if shipped.is_file():  # the folders of others may have none of that name, and are not looked through for it
+        return shipped
+    files = [folder / group / f"{name}.yaml" for folder in config_folders()[1:]]
+    return next((file for file in files if file.is_file()), shipped)
 
 
 def check_preset(group: str, file: Path) -> None:
@@ -208,10 +212,8 @@ def _method_file(method: str) -> Settings:
 
 def devices_of_fleet(name: str) -> dict[str, float] | None:
     """Returns the devices in a fleet's own file with their shares; None where it has none, or lies in another tree."""
-    import yaml
-
     file = option_file("fleet", name)
-    tree = yaml.safe_load(file.read_text()) if file.is_file() else None
+    tree = read_yaml(file) if file.is_file() else None
     return tree.get("devices") if isinstance(tree, dict) else None
 
 

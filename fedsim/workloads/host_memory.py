@@ -96,6 +96,8 @@ def model_bytes(
                     for module in network.modules():
                         module.register_forward_hook(look)
                     network(*inputs(examples))
+            except ConfigError:
+                raise
             except Exception:
                 if is_small and (error := _fault(network, inputs(2))):  # a norm may want more than one
                     refuse(error)

@@ -18,6 +18,7 @@ from clients.trainers.compressing.gradual import GradualRun, GradualTrainer
 from devices.compression.categorical import AT_ONCE, categorical, levels, nearest
 from devices.compression.masks import Masks
 from devices.compression.quantise import above_zero
+from fedsim.errors import ConfigError
 from fedsim.workloads.base import Tensors
 
 CATEGORICAL_COPIES, SCRATCH_TENSORS = 2.4, 22
@@ -46,6 +47,8 @@ class CPQTrainer(GradualTrainer):
         **gradual: Any,
     ):
         super().__init__(sparsity=sparsity, prune_rounds=prune_rounds, bits=bits, **gradual)
+        if floats := [name for name, tier in self.tiers.items() if tier.bits == 32]:
+            raise ConfigError(f"trainer.tiers.{floats[0]}.bits must be from 2 to 8, got 32")
 
     def first_learned(self, masks: Masks) -> Tensors:
         """Returns what each layer's step and noise are the softplus of."""

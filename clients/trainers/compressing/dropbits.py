@@ -133,8 +133,9 @@ class DropBitsTrainer(CPQTrainer):
 
     @property
     def device_reads(self) -> Mapping[str, str]:
-        """Returns what clients decide by their device: how many bytes it may hold, where limits go by device."""
-        return {BY_NAME: "bytes are limited by device (trainer.size_limit_bytes)"} if self.limits else {}
+        """Returns what clients decide by their device: also how many bytes it may hold, where limits go by device."""
+        limited = {BY_NAME: "bytes are limited by device (trainer.size_limit_bytes)"} if self.limits else {}
+        return {**super().device_reads, **limited}
 
     @property
     def last_gating(self) -> int:

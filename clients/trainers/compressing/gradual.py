@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import replace
+from copy import copy as copy_of
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -23,20 +24,24 @@ from torch.func import functional_call
 from clients.trainers.base import ClientContext
 from clients.trainers.compressing.sparse import SparseRun, SparseTrainer, copy, sizes
 from clients.trainers.compressing.taught import TEACHER, Compressed, Layer, Seeing, agreement, cost_with_maps, see
-from clients.trainers.sgd import Objective
+from clients.trainers.sgd import Objective, SGDRun
+from devices.bounds import checked
 from devices.compression.attribution import Attributed, feature_layer
 from devices.compression.distil import Remembering
 from devices.compression.masks import Masks, filter_masks, global_masks, masked, prunable, sparsity_of
 from devices.compression.quantise import fake_quantise, limits
 from devices.compression.two_paths import step_of
 from devices.cost import ModelCost
-from devices.errors import DeviceError
+from devices.errors import DeviceError, unknown
+from devices.population import group_names, groups_of
+from devices.profile import BY_NAME, DeviceProfile, kind_named
 from fedsim.errors import ConfigError
 from fedsim.messages.updates import Broadcast, ClientUpdate
 from fedsim.workloads.base import Tensors, Workload
 
 QUANTISER = "quantiser"  # group of a client's state: what the quantiser learns
 LEAST_STEP = 1e-8
+Bits = Literal[32] | Annotated[int, Interval(ge=2, le=8)]
 # Tensors as large as the pruned weights, found out by `test_memory_contract.py`: of making masks, of a step.
 MASK_COPIES, MASKED_COPIES, ROUNDED_COPIES = 7.3, 2.0, 3.3
 
@@ -172,6 +177,16 @@ class GradualRun(SparseRun):
         return super().copies() + self.trainer.weight_copies(self) * share
 
 
+@checked("trainer.tiers", ConfigError)
+@dataclass(frozen=True)
+class Tier:
+    """How far a device compresses: see GradualTrainer."""
+
+    sparsity: Annotated[float, Interval(ge=0, lt=1)]
+    bits: Bits
+    activation_bits: Bits
+
+
 class GradualTrainer(SparseTrainer):
     """SGD of a network that is pruned more and more, with fake integers for weights and for what layers read.
 
@@ -180,8 +195,8 @@ class GradualTrainer(SparseTrainer):
     round after the dense ones, kept on the device and never trained; give it `dense_rounds` in which to become good,
     and a cohort of all clients where it shall be no one else's half-pruned model.
 
-    Zeros change sizes, never milliseconds: kernels multiply them as any number. Integers change milliseconds where both
-    weights and what layers read have at most 8 bits, on devices that were measured in int8, in either direction.
+    Zeros change sizes, never milliseconds: kernels multiply them as any number. Integers change milliseconds where
+    weights or what layers read have 8 bits and neither has more, on devices that were measured in int8, either way.
 
     Args:
         dense_rounds: rounds of ordinary training before anything is compressed.
@@ -195,9 +210,12 @@ class GradualTrainer(SparseTrainer):
             (equally), "sswa" (as "swa", without some channels of the teacher), or "none".
         attribution_weight: beta, of the distance between maps; 0 only reports how maps agree.
         left_out: share of the teacher's channels that "sswa" leaves out, drawn anew for each step.
+        tiers: other `sparsity`, `bits` and `activation_bits` by name, tier (low, mid, high) or kind of device, the
+            narrowest first, e.g. {phone: {sparsity: 0.5}}. All train the same dense weights, which are averaged.
         sparse: arguments of SparseTrainer.
 
     Attributes:
+        variants: this trainer as devices of other tiers have it.
         layer: of the features that maps are of; None without attribution.
         attributed_cost: of the student's part of a step with maps.
     """
@@ -212,16 +230,27 @@ class GradualTrainer(SparseTrainer):
         dense_rounds: Annotated[int, Ge(0)] = 0,
         prune: Literal["weights", "filters"] = "weights",
         classifier: bool = False,
-        bits: Literal[32] | Annotated[int, Interval(ge=2, le=8)] = 32,
-        activation_bits: Literal[32] | Annotated[int, Interval(ge=2, le=8)] = 32,
+        bits: Bits = 32,
+        activation_bits: Bits = 32,
         distil: Annotated[float, Interval(ge=0, le=1)] = 0.0,
         temperature: Annotated[float, Gt(0)] = 2.0,
         attribution: Literal["none", "swa", "ewa", "sswa"] = "none",
         attribution_weight: Annotated[float, Ge(0)] = 100.0,
         left_out: Annotated[float, Interval(ge=0, lt=1)] = 0.1,
+        tiers: Mapping[str, Mapping[str, float]] | None = None,
         **sparse: Any,
     ):
         super().__init__(sparsity, prune_rounds, **sparse)
+        self.usual, self.tiers = Tier(sparsity, bits, activation_bits), dict[str, Tier]()
+        self.variants: dict[Tier, GradualTrainer] = {}
+        for name, changes in (tiers or {}).items():
+            if kind_named(name) not in group_names():
+                raise ConfigError(unknown("device, tier or kind in trainer.tiers", name, group_names()))
+            for key in changes:
+                if key not in vars(self.usual):
+                    raise ConfigError(unknown(f"setting in trainer.tiers.{name}", key, vars(self.usual)))
+            own: dict[str, Any] = dict(changes)
+            self.tiers[kind_named(name)] = replace(self.usual, **own)
         self.dense_rounds, self.prune, self.classifier = dense_rounds, prune, classifier
         self.bits, self.activation_bits = bits, activation_bits
         self.attribution, self.left_out = attribution, left_out
@@ -231,6 +260,30 @@ class GradualTrainer(SparseTrainer):
         self.objective: Objective = Compressed(distil, temperature, attribution, attribution_weight)
         self.layer: Layer | None = None
         self.attributed_cost: ModelCost | None = None
+
+    @property
+    def device_reads(self) -> Mapping[str, str]:
+        """Returns what clients decide by their device: how far they compress, where that goes by tier."""
+        return {BY_NAME: "compression goes by tier (trainer.tiers)"} if self.tiers else {}
+
+    def tier(self, profile: DeviceProfile) -> Tier:
+        """Returns how far a device compresses."""
+        names = groups_of(profile) if self.tiers else ()
+        return next((self.tiers[name] for name in names if name in self.tiers), self.usual)
+
+    def on(self, profile: DeviceProfile) -> GradualTrainer:
+        """Returns this trainer as a device has it."""
+        return self.variants.get(self.tier(profile), self)
+
+    def integer_bits(self, round: int, profile: DeviceProfile) -> int:
+        """Returns the larger of the bits of weights and of what layers read on a device, behind the dense rounds."""
+        tier = self.tier(profile)
+        return max(tier.bits, tier.activation_bits) if round > self.dense_rounds else 32
+
+    def start(self, client: ClientContext, broadcast: Broadcast) -> SGDRun:
+        """Begins one client's round, as its device is to compress."""
+        own = self.on(client.profile)
+        return own.run(own, client, broadcast)
 
     def names(self, model: nn.Module) -> list[str]:
         """Returns weights of convolutions and linear layers; of several, the last one's only with `classifier`."""
@@ -244,8 +297,17 @@ class GradualTrainer(SparseTrainer):
             ConfigError: for a model without such weights or features.
         """
         super().setup(workload, model, network)
-        if self.attribution == "none":
-            return
+        if self.attribution != "none":
+            self._find_features(workload, model, network)
+        self.variants = {tier: self._as(tier) for tier in self.tiers.values()}
+
+    def _as(self, tier: Tier) -> GradualTrainer:
+        made = copy_of(self)
+        made.variants, made.bits, made.activation_bits = {}, tier.bits, tier.activation_bits
+        made.become_sparse(tier.sparsity)
+        return made
+
+    def _find_features(self, workload: Workload, model: nn.Module, network: ModelCost) -> None:
         device = next(model.parameters()).device
         try:
             self.layer = feature_layer(model, workload.inputs(workload.sample_on(device, 2)))
@@ -313,6 +375,8 @@ class GradualTrainer(SparseTrainer):
         """Returns metrics and sizes of the compressed network and, with attribution, how its maps agree."""
         if not len(client.data.test):
             return {}
+        if (own := self.on(client.profile)) is not self:
+            return own.evaluate(client, broadcast)
         run = self.run(self, client, broadcast)
         run.settle(broadcast)
         tensors, bits = self.exported(run)

@@ -20,6 +20,7 @@ from devices.compression.masks import FLOOR, PRUNABLE, Masks, SparsitySchedule, 
 from devices.compression.quantise import ActivationRange
 from devices.compression.sizes import dense_bytes, nonzero_bytes, wire_bytes
 from devices.cost import ModelCost
+from devices.profile import DeviceProfile
 from fedsim.errors import ConfigError
 from fedsim.messages.updates import Broadcast
 from fedsim.workloads.base import Tensors, Workload
@@ -88,18 +89,25 @@ class SparseTrainer(SGDTrainer):
         **sgd: Any,
     ):
         super().__init__(**sgd)
-        if floor > 1 - sparsity:
+        self.prune_rounds, self.refresh, self.floor = prune_rounds, refresh, floor
+        self.become_sparse(sparsity)
+
+    def become_sparse(self, sparsity: float) -> None:
+        """Takes a final share of zeros.
+
+        Raises:
+            ConfigError: if it leaves less than the floor.
+        """
+        if self.floor > 1 - sparsity:
             raise ConfigError(
                 "trainer.sparsity must be in [0, 1), and trainer.floor at most what it leaves, got "
-                f"{sparsity!r} and {floor!r}"
+                f"{sparsity!r} and {self.floor!r}"
             )
-        self.sparsity, self.prune_rounds, self.refresh, self.floor = sparsity, prune_rounds, refresh, floor
-        self.schedule = SparsitySchedule(sparsity, end=1)
+        self.sparsity, self.schedule = sparsity, SparsitySchedule(sparsity, end=1)
 
-    @property
-    def integer_bits(self) -> int:
+    def integer_bits(self, round: int, profile: DeviceProfile) -> int:
         """Returns the larger of the bits of weights and of what layers read: a kernel needs both to be integers."""
-        return max(self.bits, self.activation_bits)
+        return max(self.bits, self.activation_bits) if round > self.dense_rounds else 32
 
     @property
     def last_pruning(self) -> int:
