@@ -69,7 +69,7 @@ class Worker:
         self.world, self.workload, self.fleet = world, world.workload, world.fleet
         settings = world.settings
         prepare_process(settings.engine.threads)
-        self.seed, self.device = settings.seed, pick_device(settings.engine.device)
+        self.seed, self.device = settings.seed, pick_device(settings.engine.device, settings.engine.tf32)
         self.trainer: LocalTrainer = instantiate(settings.groups, "trainer")
         self.uplink = instantiate(settings.groups, "uplink")
         compression: CompressionPlan = instantiate(settings.groups, "compression")
@@ -81,7 +81,7 @@ class Worker:
         self.roles = TensorRoles.of(self.model, settings.private)
         if settings.engine.batch_clients > 1:
             self._check_together()
-        self.slots = make_slots(settings.engine.slots, self.workload.build_model, self.live)
+        self.slots = make_slots(settings.engine.slots or 0, self.workload.build_model, self.live)
         self.network = model_cost(self.workload, self.model, "dense", self.device)
         self.refusal_of_one = check_batches(settings, self.workload, self.model, self.trainer, self.device)
         self.trainer.private = self.roles.private

@@ -24,7 +24,7 @@ from fedsim.errors import ConfigError
 from fedsim.messages.updates import Broadcast
 from fedsim.workloads.base import Tensors
 
-KEPT_FIGURES = 1024  # of the steps, before they are taken out of the fixed buffer
+KEPT_FIGURES = 256  # of the steps, before they are taken out of the fixed buffer
 MOST_RECORDED = 64  # steps of a slot; the one that was used longest ago makes room
 
 
@@ -96,6 +96,7 @@ class Slot:
         self.received, self._joined = live.blank()
         self.velocity = [torch.empty_like(p) for p in live.parameters]
         self.number = torch.zeros(1, dtype=torch.int64, device=live.device)  # of the step, in `figures`
+        self.places = torch.arange(KEPT_FIGURES, device=live.device)
         self.lr = torch.zeros((), device=live.device)
         self.figures: Tensors = {}  # of each step, [KEPT_FIGURES] by name
         self.rate: float | Tensor = 0.0  # what a step multiplies by: `lr`, on a CPU a plain number
@@ -218,7 +219,8 @@ class Slot:
             for name, figure in found.items():
                 if name not in self.figures:
                     self.figures[name] = figure.new_zeros(KEPT_FIGURES)
-                self.figures[name].index_copy_(0, self.number, figure.reshape(1))
+                row = self.figures[name]  # not by index: a card has no way to that which is sure to repeat, and quick
+                row.copy_(torch.where(self.places == self.number, figure, row))
             self.number.add_(1)
             names[:] = found
 

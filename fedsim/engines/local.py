@@ -13,10 +13,18 @@ class LocalEngine(Engine):
 
     Args:
         serve: lets the worker of this process do a task.
-        threads, device, batch_clients, slots: for the worker, which reads them from the settings it is sent.
+        threads, device, batch_clients, slots, tf32: for the worker, which reads them from the settings it is sent.
     """
 
-    def __init__(self, serve: Serve, threads: int = 1, device: str = "auto", batch_clients: int = 1, slots: int = 0):
+    def __init__(
+        self,
+        serve: Serve,
+        threads: int = 1,
+        device: str = "auto",
+        batch_clients: int = 1,
+        slots: int | None = 0,
+        tf32: bool = False,
+    ):
         assume_task_identity()
         self.serve = serve
 

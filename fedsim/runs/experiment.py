@@ -35,10 +35,14 @@ def run_experiment(
     from fedsim.report.page import write_page
     from fedsim.report.place import new_run_folder
     from fedsim.report.progress import progress_bar
+    from fedsim.runs.engine_choice import settled
     from fedsim.runs.writer import run
     from fedsim.settings.run_settings import RunSettings
 
     forget_worlds()
+    (settings,), choice = settled([settings])
+    if choice:
+        shown.print(choice, highlight=False, soft_wrap=True)
     typed = RunSettings.of(settings)
     with new_run_folder(typed) if unfinished is None else nullcontext(unfinished) as folder:
         began(folder)

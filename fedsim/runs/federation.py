@@ -61,7 +61,7 @@ class Federation:
         settings = world.settings
         self.world, self.settings, self.seed = world, settings, settings.seed
         self.strategy = build_strategy(settings, world.workload.num_clients)
-        self.model = world.workload.build_model().to(pick_device(settings.engine.device))
+        self.model = world.workload.build_model().to(pick_device(settings.engine.device, settings.engine.tf32))
         self.roles = TensorRoles.of(self.model, settings.private)
         self.arrays = record_of(self.model.state_dict())
         self.primary = world.workload.primary

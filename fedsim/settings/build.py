@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -369,12 +370,25 @@ def stock_rule(name: str) -> Callable[..., Any]:
     return found
 
 
-def pick_device(name: str) -> Any:
-    """Returns the torch device of `engine.device`: "auto" takes a GPU when there is one."""
+def pick_device(name: str, tf32: bool = False) -> Any:
+    """Returns the torch device of `engine.device`: "auto" takes a GPU when there is one.
+
+    A GPU is told to compute the same numbers every time; operations that cannot be repeated are refused there.
+
+    Args:
+        name: auto, cpu or cuda.
+        tf32: let a GPU multiply in 19 bits.
+    """
     import torch
 
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("engine.device=cuda needs a GPU, and torch finds none here; use engine.device=auto or cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        torch.backends.cudnn.benchmark = False  # a search would choose kernels by the time they take
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     return torch.device(name)

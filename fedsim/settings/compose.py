@@ -117,7 +117,7 @@ def on_engine(settings: Settings, overrides: Sequence[str]) -> Settings:
         chosen = compose([f"engine={name}", *overrides])
         given = {parsed(text).key_or_group for text in overrides}
         if "engine" in given:
-            fixed = {key: engine[key] for key in AFFECTS_RESULTS}
+            fixed = {key: engine[key] for key in AFFECTS_RESULTS if key in engine}
             engine, name = {**chosen["engine"], **fixed}, chosen["choices"]["engine"]
         else:
             engine |= {key: value for key, value in chosen["engine"].items() if f"engine.{key}" in given}

@@ -25,7 +25,7 @@ PRESETS, PACKAGE = ("method", "experiment"), re.compile(r"^\s*#\s*@package\s+_gl
 NEEDED = tuple(group for group in GROUPS if group not in PRESETS)  # presets leave no settings behind
 PRIMARY = "run"
 FREE_MAPS = ("fleet.devices",)  # whose keys are the user's own: giving the map replaces it
-AFFECTS_RESULTS = ("threads", "device", "batch_clients")  # of the engine's settings, in the last bits
+AFFECTS_RESULTS = ("threads", "device", "batch_clients", "tf32")  # of the engine's settings, in the last bits
 FORMAT, FORMATS = "memory_format", ("contiguous", "channels_last")
 
 

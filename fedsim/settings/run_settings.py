@@ -62,7 +62,8 @@ class RunSettings:
     @property
     def engine(self) -> EngineSettings:
         """Returns what workers read of the engine's settings."""
-        return EngineSettings(**{field.name: self.groups["engine"][field.name] for field in fields(EngineSettings)})
+        names = [field.name for field in fields(EngineSettings)]
+        return EngineSettings(**{key: value for key, value in self.groups["engine"].items() if key in names})
 
     @property
     def cluster_address(self) -> str | None:
@@ -78,12 +79,13 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """Holds what every engine has among its settings, for the workers."""
+    """Holds what every engine has among its settings, for the workers; the last two came later."""
 
     threads: AtOnce
     device: Literal["auto", "cpu", "cuda"]
     batch_clients: AtOnce
-    slots: Annotated[int, Interval(ge=0, le=1024)]
+    slots: Annotated[int, Interval(ge=0, le=1024)] | None = 0
+    tf32: bool = False
 
 
 def check_bounds(tree: Settings) -> None:
@@ -97,6 +99,8 @@ def check_bounds(tree: Settings) -> None:
             if key in ("groups", *TEXTS):
                 continue
             if key not in node:
+                if key in vars(kind):
+                    continue
                 raise ConfigError(f"the setting {prefix}{key} is missing; a whole configuration has it")
             if sentence := problem(f"{prefix}{key}", node[key], hint):
                 raise ConfigError(sentence)

@@ -21,6 +21,7 @@ from devices.texts import as_yaml, file_name, storable
 from fedsim.errors import ConfigError, DataError
 from fedsim.report.files import read_config
 from fedsim.report.plots.style import AXES
+from fedsim.runs.engine_choice import settled
 from fedsim.runs.recorded import data_of_summary
 from fedsim.settings.build import build_workload
 from fedsim.settings.check import try_out
@@ -396,6 +397,7 @@ def plan(study: Study, out: Path, building: bool = True) -> list[PlannedRun]:
             error.add_note(f"in arm {arm.label!r} of study {study.name}")
             raise
     _check_targets(study, composed.values())
+    composed = dict(zip(composed, settled(list(composed.values()))[0], strict=True))  # one engine for all arms
     return [
         PlannedRun(arm, seed, _with_seed(arm, composed[arm], seed), out / arm.slug / f"seed-{seed}")
         for seed in study.seeds
@@ -416,7 +418,7 @@ def _check_targets(study: Study, composed: Iterable[Settings]) -> None:
 def _with_seed(arm: Arm, settings: Settings, seed: int) -> Settings:
     """Returns the arm's settings with another seed; composed anew only where one may depend on it."""
     if any("${" in override for override in arm.overrides):
-        return compose([*arm.overrides, f"seed={seed}"])
+        return {**compose([*arm.overrides, f"seed={seed}"]), "engine": settings["engine"]}
     return {**settings, "seed": seed}
 
 

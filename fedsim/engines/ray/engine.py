@@ -36,7 +36,7 @@ class RayEngine(Engine):
         workers: processes; None for as many as this machine's cores, or the cluster, have room for.
         address: HOST:PORT of a Ray cluster, "auto" for the one on this machine; None starts Ray for this run alone.
         cpus_per_worker, gpus_per_worker: what each worker claims of the machine or cluster.
-        threads, device, batch_clients, slots: for the worker, which reads them from the settings it is sent.
+        threads, device, batch_clients, slots, tf32: for the worker, which reads them from the settings it is sent.
         client_timeout_s: host seconds that a client may take; None waits for ever.
         retries: workers that a part of the cohort may lose before its clients are tried one by one, and then each.
 
@@ -54,7 +54,8 @@ class RayEngine(Engine):
         threads: int = 1,
         device: str = "auto",
         batch_clients: int = 1,
-        slots: int = 0,
+        slots: int | None = 0,
+        tf32: bool = False,
         client_timeout_s: Annotated[float, Gt(0)] | None = None,
         retries: Annotated[int, Ge(1), Le(1000)] = 3,
     ):
