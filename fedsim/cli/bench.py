@@ -14,7 +14,10 @@ from fedsim.runs.experiment import build_engine
 def bench(
     model: Annotated[str, typer.Option(help="Model config to train.")] = "lenet5",
     rounds: Annotated[int, typer.Option(help="Rounds per side; the sides take turns.", min=2, max=MAX_COUNT)] = 30,
-    engines: Annotated[str, typer.Option(help="Engines to measure.")] = "local,ray",
+    engines: Annotated[str, typer.Option(help="Engines to measure; of a card slots.")] = "",
+    device: Annotated[str, typer.Option(help="Where all sides train: cpu or cuda.")] = "cpu",
+    skew: Annotated[float, typer.Option(help="Clients' sizes ~ Dirichlet(skew); 0: all equal.", min=0)] = 0,
+    method: Annotated[str, typer.Option(help="Method of the engines' runs.")] = "",
     workers: Annotated[int, typer.Option(help="Workers of ray; 0: one per core.", min=0, max=4096)] = 0,
     population: Annotated[str, typer.Option(help="Also time rounds with these numbers of clients.")] = "",
     cohort: Annotated[str, typer.Option(help="Also time rounds with these cohorts.")] = "",
@@ -25,12 +28,16 @@ def bench(
     Example: fedsim bench --engines local --population 1000,1000000 --cohort 100
     """
     from devices.errors import unknown
-    from fedsim.cli.bench_rounds import measure, tables
+    from fedsim.cli.bench_rounds import Bench, measure, tables
     from fedsim.errors import ConfigError
     from fedsim.report.terminal import console
+    from fedsim.settings.build import pick_device
     from fedsim.settings.groups import options
 
-    names = [name for name in engines.split(",") if name]
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(unknown("--device", device, ("cpu", "cuda")))
+    pick_device(device)
+    names = [name for name in (engines or ("slots" if device == "cuda" else "local,ray")).split(",") if name]
     for name in names or [engines]:
         if name not in options("engine"):
             raise ConfigError(unknown("engine", name, options("engine")))
@@ -38,7 +45,8 @@ def bench(
         [parse_whole(flag, text) for text in given.split(",")] if given else []
         for flag, given in (("--population", population), ("--cohort", cohort))
     )
-    result = measure(build_engine, model, rounds, names, workers or None, populations, cohorts)
+    given = Bench(model, device, skew or None, (f"method={method}",) if method else ())
+    result = measure(build_engine, given, rounds, names, workers or None, populations, cohorts)
     if as_json:
         print(strict_json.dumps(result))
     else:

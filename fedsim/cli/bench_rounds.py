@@ -9,40 +9,87 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from fedsim.cli.bench_sides import EngineFactory, EngineRounds, FastLoop, PlainLoop, SideProcess
+from fedsim.cli.bench_sides import CapturedLoop, EngineFactory, EngineRounds, FastLoop, PlainLoop, SideProcess
 from fedsim.errors import ConfigError
 from fedsim.report.terminal import console, table, work_bar
 from fedsim.settings.compose import compose
 from fedsim.settings.groups import Settings
 
 COHORT, CLIENTS, EXAMPLES, BATCH = 10, 100, 100, 20
+ON_A_CARD = (128, 256)  # cohort and clients there
 WARM_UP = 2
-PLAIN, FAST = "plain", "plain, channels last"
+PLAIN, FAST, CAPTURED = "plain", "plain, channels last", "plain, captured"
+SHAPES = {"resnet8": (3, 32, 32)}  # of examples; others take 1x28x28
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a bench trains.
+
+    Attributes:
+        model: a model config that takes images.
+        device: where all sides train.
+        skew: alpha of the Dirichlet distribution of the clients' sizes; None: all have 100 examples.
+        others: further overrides of the engines' runs, such as a method.
+    """
+
+    model: str = "lenet5"
+    device: str = "cpu"
+    skew: float | None = None
+    others: tuple[str, ...] = ()
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Returns cohort and clients."""
+        return ON_A_CARD if self.device == "cuda" else (COHORT, CLIENTS)
+
+    def settings(self, engine: str, workers: int | None, clients: int, cohort: int) -> Settings:
+        """Returns the settings of a run on an engine."""
+        overrides = [
+            "workload=blobs",
+            f"workload.input_shape={list(SHAPES.get(self.model, (1, 28, 28)))}",
+            f"workload.examples_per_client={EXAMPLES}",
+            f"workload.size_alpha={'null' if self.skew is None else self.skew}",
+            "workload.client_test_fraction=0",
+            f"num_clients={clients}",
+            f"cohort={cohort}",
+            f"evaluate_clients={min(clients, max(CLIENTS, cohort))}",
+            f"model={self.model}",
+            "fleet=uniform",
+            f"trainer.batch_size={BATCH}",
+            "trainer.local_epochs=1",
+            f"engine={engine}",
+            f"engine.device={self.device}",
+            *self.others,
+        ]
+        return compose([*overrides, f"engine.workers={workers}"] if workers and engine == "ray" else overrides)
 
 
 def measure(
     make_engine: EngineFactory,
-    model: str = "lenet5",
+    bench: Bench,
     rounds: int = 30,
     engines: Sequence[str] = ("local",),
     workers: int | None = None,
     populations: Sequence[int] = (),
     cohorts: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """Measures client updates per second of two bare loops and of each engine.
+    """Measures client updates per second of bare loops and of each engine.
 
-    Every update is one epoch over 100 examples of 1x28x28 in batches of 20, cohort 10 of 100. A round of an engine is
-    the whole round: sampling, packing, training, averaging, clock, report files; only evaluation is left out.
+    Every update is one epoch over 100 examples of 1x28x28 in batches of 20, cohort 10 of 100; on a card 128 of 256. A
+    round of an engine is the whole round: sampling, packing, training, averaging, clock, report files; only evaluation
+    is left out.
 
     Args:
         make_engine: builds the engine that the settings name; a function of a module.
-        model: a model config that takes 1x28x28 images.
+        bench: what is trained, and where.
         rounds: measured rounds of each side, after two to warm up.
         engines: options of the group `engine`, but for Flower's runtime.
         workers: of engines that have them; none for their own default.
@@ -50,44 +97,57 @@ def measure(
         cohorts: with each of these cohorts.
 
     Returns:
-        {"model", "plain_updates_per_s", "plain_channels_last_updates_per_s", "engines": {name: {"updates_per_s",
-        "ratio", "start_s", "peak_rss_bytes", "cpu_ms_per_update", "cpu_ratio", "ratio_channels_last"}}, "sweep": [{
-        "engine", "clients", "cohort", "round_s", "updates_per_s", "start_s", "idle_rss_bytes", "peak_rss_bytes"}]};
+        {"model", "device", "cohort", "clients", "plain_updates_per_s", "plain_cpu_ms_per_update",
+        "plain_channels_last_updates_per_s" (on a card "plain_captured_updates_per_s"), "engines": {name: {
+        "updates_per_s", "examples_per_s", "ratio", "ratio_channels_last" (on a card "ratio_captured"), "start_s",
+        "peak_rss_bytes", "cpu_ms_per_update", "cpu_ratio"}}, "sweep": [{"engine", "clients", "cohort", "round_s",
+        "updates_per_s", "start_s", "idle_rss_bytes", "peak_rss_bytes"}]};
         ratios are medians over rounds, against the bare loop in the same turn; memory is that of the driver's process.
 
     Raises:
         ConfigError: for a population smaller than the cohort, or a model that takes no such images.
     """
-    sizes = [(n, c) for n in populations or ([max(CLIENTS, *cohorts)] if cohorts else ()) for c in cohorts or (COHORT,)]
+    own_cohort, own_clients = bench.sizes
+    sizes = [
+        (n, c)
+        for n in populations or ([max(own_clients, *cohorts)] if cohorts else ())
+        for c in cohorts or (own_cohort,)
+    ]
     for clients, cohort in sizes:
         if clients < cohort:
             raise ConfigError(f"--population takes numbers of at least {cohort} (the cohort), got {clients}")
-    settings = {name: _settings(name, workers, model, CLIENTS, COHORT) for name in engines}
-    plain = _settings("local", None, model, CLIENTS, COHORT)
+    settings = {name: bench.settings(name, workers, own_clients, own_cohort) for name in engines}
+    plain = replace(bench, others=()).settings("local", None, own_clients, own_cohort)
+    beside = _beside(bench)
     with tempfile.TemporaryDirectory() as folder, work_bar(console()) as progress:
         task = progress.add_task("bench", total=(rounds + WARM_UP) * (1 + len(sizes)))
-        makers: dict[str, Callable[[], SideProcess]] = {
-            PLAIN: partial(SideProcess, PlainLoop, plain),
-            FAST: partial(SideProcess, FastLoop, plain),
-        }
+        makers: dict[str, Callable[[], SideProcess]] = {PLAIN: partial(SideProcess, PlainLoop, plain)}
+        makers |= {name: partial(SideProcess, loop, plain) for name, loop in beside.items()}
         for name in engines:
             makers[name] = partial(SideProcess, EngineRounds, settings[name], make_engine, Path(folder) / name)
         measured = _take_turns(makers, rounds, lambda: progress.advance(task))
         base = measured[PLAIN]
         result = {
-            "model": model,
-            "plain_updates_per_s": COHORT / base.round_s,
-            "plain_channels_last_updates_per_s": COHORT / measured[FAST].round_s,
-            "plain_cpu_ms_per_update": base.cpu_ms(COHORT),
+            "model": bench.model,
+            "device": bench.device,
+            "cohort": own_cohort,
+            "clients": own_clients,
+            "plain_updates_per_s": own_cohort / base.round_s,
+            **{f"{_key(name)}_updates_per_s": own_cohort / measured[name].round_s for name in beside},
+            "plain_cpu_ms_per_update": base.cpu_ms(own_cohort),
             "engines": {
                 name: {
-                    "updates_per_s": COHORT / measured[name].round_s,
+                    "updates_per_s": own_cohort / measured[name].round_s,
+                    "examples_per_s": measured[name].examples_per_s,
                     "ratio": base.over(measured[name]),
-                    "ratio_channels_last": measured[FAST].over(measured[name]),
+                    **{
+                        f"ratio_{_key(other).removeprefix('plain_')}": measured[other].over(measured[name])
+                        for other in beside
+                    },
                     "start_s": measured[name].start_s,
                     "peak_rss_bytes": measured[name].peak_bytes,
-                    "cpu_ms_per_update": measured[name].cpu_ms(COHORT),
-                    "cpu_ratio": measured[name].cpu_ms(COHORT) / base.cpu_ms(COHORT),
+                    "cpu_ms_per_update": measured[name].cpu_ms(own_cohort),
+                    "cpu_ratio": measured[name].cpu_ms(own_cohort) / base.cpu_ms(own_cohort),
                 }
                 for name in engines
             },
@@ -95,13 +155,24 @@ def measure(
         makers = {}
         for clients, cohort in sizes:
             for name in engines:
-                given = _settings(name, workers, model, clients, cohort)
+                given = bench.settings(name, workers, clients, cohort)
                 where = Path(folder) / f"{name}-{clients}-{cohort}"
                 makers[f"{name} {clients} {cohort}"] = partial(SideProcess, EngineRounds, given, make_engine, where)
         if makers:
             measured = _take_turns(makers, rounds, lambda: progress.advance(task, len(sizes)))
             result["sweep"] = [_sweep_row(key, measured[key]) for key in makers]
     return result
+
+
+def _beside(bench: Bench) -> dict[str, type[PlainLoop]]:
+    """Returns the loops beside the plain one: on a card the captured one, for equal clients."""
+    if bench.device == "cpu":
+        return {FAST: FastLoop}
+    return {CAPTURED: CapturedLoop} if bench.skew is None else {}
+
+
+def _key(side: str) -> str:
+    return side.replace(", ", "_").replace(" ", "_")
 
 
 class _Measured:
@@ -111,11 +182,17 @@ class _Measured:
         self.start_s, self.idle_bytes, self.peak_bytes = side.start_s, int(side.idle_bytes), 0
         self.seconds: list[float] = []
         self.cpu_seconds: list[float] = []
+        self.examples: list[float] = []
 
     @property
     def round_s(self) -> float:
         """Returns the median of a round's host seconds."""
         return statistics.median(self.seconds)
+
+    @property
+    def examples_per_s(self) -> float:
+        """Returns examples a second over all rounds."""
+        return sum(self.examples) / sum(self.seconds)
 
     def cpu_ms(self, cohort: int) -> float:
         """Returns CPU milliseconds per update, the mean over rounds."""
@@ -137,10 +214,11 @@ def _take_turns(
         for number in range(-WARM_UP, rounds):
             # Taking turns at being first keeps slow drifts of the host out of the ratio.
             for name in sides if number % 2 else reversed(sides):
-                seconds, cpu_s = sides[name].round(number + WARM_UP)
+                seconds, cpu_s, examples = sides[name].round(number + WARM_UP)
                 if number >= 0:
                     measured[name].seconds.append(seconds)
                     measured[name].cpu_seconds.append(cpu_s)
+                    measured[name].examples.append(examples)
             advance()
         for name, side in sides.items():
             measured[name].peak_bytes = side.close()
@@ -167,13 +245,16 @@ def _sweep_row(key: str, measured: _Measured) -> dict[str, Any]:
 
 def tables(result: dict[str, Any]) -> list[Table]:
     """Returns the result as tables for people."""
-    title = f"{result['model']}, {EXAMPLES} examples a client, batch {BATCH}, cohort {COHORT} of {CLIENTS}"
+    where = "" if result["device"] == "cpu" else f", on {result['device']}"
+    of = f"cohort {result['cohort']} of {result['clients']}"
+    title = f"{result['model']}, {EXAMPLES} examples a client, batch {BATCH}, {of}{where}"
     columns = ("side", "updates/s", "of the bare loop", "CPU ms/update", "start s", "peak MB")
     shown = table(*columns, left=("side",), title=title)
     base = result["plain_updates_per_s"]
-    fast = result["plain_channels_last_updates_per_s"]
     shown.add_row("bare loop", f"{base:.1f}", "1.000", f"{result['plain_cpu_ms_per_update']:.1f}", "", "")
-    shown.add_row("bare loop, channels last", f"{fast:.1f}", f"{fast / base:.3f}", "", "", "")
+    for side in (FAST, CAPTURED):
+        if found := result.get(f"{_key(side)}_updates_per_s"):
+            shown.add_row(side.replace("plain", "bare loop"), f"{found:.1f}", f"{found / base:.3f}", "", "", "")
     for name, e in result["engines"].items():
         shown.add_row(
             name,
@@ -201,22 +282,3 @@ def _sweep_table(rows: Sequence[dict[str, Any]]) -> Table:
             f"{row['peak_rss_bytes'] / 1e6:.0f}",
         )
     return shown
-
-
-def _settings(engine: str, workers: int | None, model: str, clients: int, cohort: int) -> Settings:
-    overrides = [
-        "workload=blobs",
-        "workload.input_shape=[1,28,28]",
-        f"workload.examples_per_client={EXAMPLES}",
-        "workload.client_test_fraction=0",
-        f"num_clients={clients}",
-        f"cohort={cohort}",
-        f"evaluate_clients={min(clients, max(CLIENTS, cohort))}",
-        f"model={model}",
-        "fleet=uniform",
-        f"trainer.batch_size={BATCH}",
-        "trainer.local_epochs=1",
-        f"engine={engine}",
-        "engine.device=cpu",
-    ]
-    return compose([*overrides, f"engine.workers={workers}"] if workers and engine != "local" else overrides)

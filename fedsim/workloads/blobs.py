@@ -36,6 +36,8 @@ class Blobs(ClassificationWorkload):
         test_examples: size of the test split.
         separation: distance of the centres from the origin, in standard deviations; 0 cannot be learnt.
         alpha: class mix of a client ~ Dirichlet(alpha), small is skewed; None: all classes equally likely.
+        size_alpha: a client's share of all examples ~ Dirichlet(size_alpha) over the clients, but for their sum, as
+            each is drawn by itself: `examples_per_client` in the mean, and 2 at least; None: all have as many.
 
     Raises:
         ConfigError: if a setting is wrong.
@@ -56,6 +58,7 @@ class Blobs(ClassificationWorkload):
         test_examples: Annotated[int, Ge(1)] = 1000,
         separation: Annotated[float, Ge(0)] = 4.0,
         alpha: Annotated[float, Gt(0)] | None = None,
+        size_alpha: Annotated[float, Gt(0)] | None = None,
         client_test_fraction: TestFraction = 0.1,
         default_clients: Annotated[int, Ge(1)] = 100,
     ):
@@ -69,7 +72,7 @@ class Blobs(ClassificationWorkload):
         self.input_shape = tuple(input_shape)
         self.classes = [str(label) for label in range(num_classes)]
         self.kind = "image" if len(self.input_shape) == 3 else "tabular"
-        self.examples_per_client, self.alpha = examples_per_client, alpha
+        self.examples_per_client, self.alpha, self.size_alpha = examples_per_client, alpha, size_alpha
         self.client_test_fraction = client_test_fraction
         centres = self._directions(generator(seed, "blobs", "centres"))
         self._centres = (separation * centres / np.linalg.norm(centres, axis=1, keepdims=True)).astype(np.float32)
@@ -85,8 +88,12 @@ class Blobs(ClassificationWorkload):
         self.check_client(client_id)
         rng = generator(self.seed, "blobs", "client", client_id)
         mix = None if self.alpha is None else rng.dirichlet(np.full(self.num_classes, self.alpha))
-        drawn = self._draw(rng.choice(self.num_classes, self.examples_per_client, p=mix), rng).tensors
-        held = held_out(self.examples_per_client, self.client_test_fraction)
+        size = self.examples_per_client
+        if self.size_alpha is not None:
+            share = generator(self.seed, "blobs", "size", client_id).gamma(self.size_alpha) / self.size_alpha
+            size = max(2, round(size * share))
+        drawn = self._draw(rng.choice(self.num_classes, size, p=mix), rng).tensors
+        held = held_out(size, self.client_test_fraction)
         return ClientData(
             Examples({key: t[held:] for key, t in drawn.items()}), Examples({key: t[:held] for key, t in drawn.items()})
         )
