@@ -9,7 +9,8 @@ import torch
 from fedsim.messages.weights import bytes_of
 from fedsim.workloads.base import ClientData, Workload
 
-CACHE_BYTES = 512 * 2**20  # of a process
+CACHE_BYTES = 512 * 2**20  # of a process, on a CPU
+SHARE_OF_CARD = 0.5  # of the memory that is free on a card when a process begins
 
 
 class DataCache:
@@ -23,6 +24,9 @@ class DataCache:
 
     def __init__(self, workload: Workload, device: torch.device, memory_format: str):
         self.workload, self.device, self.memory_format = workload, device, memory_format
+        self.most_bytes = CACHE_BYTES
+        if device.type == "cuda":
+            self.most_bytes = int(SHARE_OF_CARD * torch.cuda.mem_get_info(device)[0])
         self._data: OrderedDict[tuple[int, int], ClientData] = OrderedDict()
         self._bytes = 0
 
@@ -35,7 +39,7 @@ class DataCache:
         raw = self.workload.client_part(client_id, part)
         data = self._data[key] = self.placed(raw)
         self._bytes += _bytes_of(data)
-        while self._bytes > CACHE_BYTES and len(self._data) > 1:
+        while self._bytes > self.most_bytes and len(self._data) > 1:
             self._bytes -= _bytes_of(self._data.popitem(last=False)[1])
         return data
 

@@ -17,6 +17,7 @@ def bench(
     engines: Annotated[str, typer.Option(help="Engines to measure; of a card slots.")] = "",
     device: Annotated[str, typer.Option(help="Where all sides train: cpu or cuda.")] = "cpu",
     skew: Annotated[float, typer.Option(help="Clients' sizes ~ Dirichlet(skew); 0: all equal.", min=0)] = 0,
+    tf32: Annotated[bool, typer.Option("--tf32", help="Let a GPU multiply in 19 bits.")] = False,
     method: Annotated[str, typer.Option(help="Method of the engines' runs.")] = "",
     workers: Annotated[int, typer.Option(help="Workers of ray; 0: one per core.", min=0, max=4096)] = 0,
     population: Annotated[str, typer.Option(help="Also time rounds with these numbers of clients.")] = "",
@@ -45,7 +46,8 @@ def bench(
         [parse_whole(flag, text) for text in given.split(",")] if given else []
         for flag, given in (("--population", population), ("--cohort", cohort))
     )
-    given = Bench(model, device, skew or None, (f"method={method}",) if method else ())
+    others = ((f"method={method}",) if method else ()) + (("engine.tf32=true",) if tf32 else ())
+    given = Bench(model, device, skew or None, others)
     result = measure(build_engine, given, rounds, names, workers or None, populations, cohorts)
     if as_json:
         print(strict_json.dumps(result))

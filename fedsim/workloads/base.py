@@ -38,6 +38,7 @@ Sums = Callable[[nn.Module, Tensors], tuple[dict[str, Any], int]]  # of a model 
 OUTPUT_NOT_FINITE = (
     "its model's output on held-out examples is NaN or infinite; lower trainer.lr or set trainer.clip_norm"
 )
+KEPT_BYTES = 2**30  # of the examples of one evaluation that stay on a card
 JUDGED_AT_ONCE = 512  # examples of a batch when a model is judged
 GATHERED_BYTES = 2**19  # of batches gathered at once: they should still be in the cache when they are trained on
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -56,6 +57,7 @@ class Examples(Dataset[Tensors]):
         self, tensors: Tensors, rows: Tensor | None = None, prepare: Callable[[Tensors], Tensors] | None = None
     ):
         self.tensors, self.rows, self.prepare = tensors, rows, prepare
+        self._there: Examples | None = None  # on a card
 
     def __len__(self) -> int:
         return len(self.rows if self.rows is not None else next(iter(self.tensors.values()), ()))
@@ -92,6 +94,18 @@ class Examples(Dataset[Tensors]):
         raw = self.rows is None and self.prepare is None
         own = self.tensors if raw else self.gather(torch.arange(len(self)))
         return Examples({name: in_format(t.to(device), memory_format) for name, t in own.items()})
+
+    def on(self, device: torch.device) -> Examples:
+        """Returns the examples where they will be used: on a card prepared, and kept there if they are few enough."""
+        if device.type == "cpu" or all(t.device.type == device.type for t in self.tensors.values()):
+            return self
+        if self._there is not None:
+            return self._there
+        one = self.gather(torch.arange(min(1, len(self))))
+        if len(self) * sum(t.nbytes for t in one.values()) > KEPT_BYTES:
+            return self
+        self._there = self.materialise(device)
+        return self._there
 
     @property
     def labels(self) -> Tensor:
@@ -331,7 +345,7 @@ class Workload(Checked, ABC, group="workload", error=ConfigError):
             NotFiniteError: if a number is NaN or infinite, as the model's output is then.
         """
         device = next(model.parameters()).device
-        was_training = model.training
+        was_training, data = model.training, data.on(device)
         model.eval()
         totals, count = added(
             sums(model, {name: t.to(device) for name, t in data.gather(rows).items()})
