@@ -91,8 +91,8 @@ def test_a_method_is_explained_by_paper_halves_records_settings_command_and_stud
         "on the server: strategy=fedavg",
         "on the client: trainer=ditto",
         "the weights, both ways; nothing else",
-        "trainer.pull=1.0           lambda: how much the personal model is drawn to the received weights",
-        "trainer.lr=0.1             learning rate of round 1",
+        "trainer.pull=1.0            lambda: how much the personal model is drawn to the received weights",
+        "trainer.lr=0.1              learning rate of round 1",
         "fedsim run method=ditto",
         "fedsim study personal_digits",
     ):
