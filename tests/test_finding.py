@@ -15,7 +15,7 @@ from fedsim.cli.explain import facts
 from fedsim.cli.listing import KINDS, line_of, names_of
 from fedsim.settings.compose import _composed, compose
 from fedsim.settings.config_files import check_before_hydra
-from fedsim.settings.described import PRESETS, Setting, describe, settings_of_top
+from fedsim.settings.described import PRESETS, Setting, all_chosen, describe, settings_of_top
 from fedsim.settings.docstrings import _tree
 from fedsim.settings.groups import GROUPS, options
 
@@ -74,6 +74,10 @@ def compose_value(text: str) -> object:
 
     value = None if text == "???" else OverridesParser.create().parse_override(f"a={text}").value()
     return str(value) if type(value).__name__ == "QuotedString" else value
+
+
+def test_an_option_of_a_group_within_another_is_not_taken_for_one_of_that():
+    assert all_chosen("experiment", "mafl_cifar10")["workload"] == "bundle"  # it takes workload/augment=crop_flip, too
 
 
 def test_settings_of_the_top_have_a_word_each():
