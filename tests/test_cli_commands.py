@@ -156,7 +156,7 @@ def test_help_of_run_has_every_setting_with_its_comment_and_what_hydra_takes(fed
 def test_help_of_run_explains_the_options_on_the_line(fedsim: Callable[..., Ended]):
     ended = fedsim("run", "method=ditto", "partition=dirichlet", "--help")
     assert (ended.code, ended.err) == (0, "")
-    assert "trainer.pull=1.0           lambda: how much the personal model is drawn" in ended.out
+    assert "trainer.pull=1.0            lambda: how much the personal model is drawn" in ended.out
     assert "partition.alpha=0.3       small: few classes dominate a client" in ended.out
     assert "Hydra" not in ended.out
     assert_refused(fedsim("run", "method=dito", "-h"), "unknown method 'dito'; did you mean 'ditto'?")

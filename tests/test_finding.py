@@ -15,7 +15,7 @@ from fedsim.cli.explain import facts
 from fedsim.cli.listing import KINDS, line_of, names_of
 from fedsim.settings.compose import _composed, compose
 from fedsim.settings.config_files import check_before_hydra
-from fedsim.settings.described import PRESETS, Setting, describe, settings_of_top
+from fedsim.settings.described import PRESETS, Setting, all_chosen, describe, settings_of_top
 from fedsim.settings.docstrings import _tree
 from fedsim.settings.groups import GROUPS, options
 
@@ -76,6 +76,10 @@ def compose_value(text: str) -> object:
     return str(value) if type(value).__name__ == "QuotedString" else value
 
 
+def test_an_option_of_a_group_within_another_is_not_taken_for_one_of_that():
+    assert all_chosen("experiment", "mafl_cifar10")["workload"] == "bundle"  # it takes workload/augment=crop_flip, too
+
+
 def test_settings_of_the_top_have_a_word_each():
     said = settings_of_top()
     assert {s.key for s in said} == {key for key in compose([]) if key not in (*GROUPS, "choices")}
@@ -91,8 +95,8 @@ def test_a_method_is_explained_by_paper_halves_records_settings_command_and_stud
         "on the server: strategy=fedavg",
         "on the client: trainer=ditto",
         "the weights, both ways; nothing else",
-        "trainer.pull=1.0           lambda: how much the personal model is drawn to the received weights",
-        "trainer.lr=0.1             learning rate of round 1",
+        "trainer.pull=1.0            lambda: how much the personal model is drawn to the received weights",
+        "trainer.lr=0.1              learning rate of round 1",
         "fedsim run method=ditto",
         "fedsim study personal_digits",
     ):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY
+from test_methods import for_case
 from test_values import AT_THE_TOP, NEEDED, leaves, places, settings_of
 
 from fedsim.cli import main as cli
@@ -47,7 +48,7 @@ def tried(overrides: tuple[str, ...], folder: Path) -> str:
             for stream, file in ((1, out), (2, err)):
                 os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream)
             sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
-            sys.argv = ["fedsim", "run", *TINY, *overrides]
+            sys.argv = ["fedsim", "run", *for_case(TINY, *overrides), *overrides]
             cli.main()
         except SystemExit as ended:
             code = int(ended.code or 0)

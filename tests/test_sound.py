@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from conftest import Parted
 from clients.app import serve
 from devices.draws import stream
 from devices.errors import DeviceError
+from devices.fleet import Fleet
 from devices.meter import inference_memory_bytes
 from devices.microphones import Microphones
 from fedsim.engines.local import LocalEngine
@@ -151,15 +153,12 @@ def test_judging_before_training_takes_the_front_end_of_held_out_clips(sounds):
     assert {client: int(client not in trained) for client in judged} == judged
 
 
-def test_a_device_without_the_memory_of_a_clip_is_out_of_memory(sounds):
-    world = build_world(tones())  # the worker's, too: one process
-    for profile in world.fleet.profiles:
-        object.__setattr__(profile, "memory_bytes", 20_000)
-    world.fleet._cached.clear()
+def test_a_device_without_the_memory_of_a_clip_is_out_of_memory(sounds, monkeypatch):
+    world, own = build_world(tones()), Fleet.__getitem__  # the worker's, too: one process
+    monkeypatch.setattr(Fleet, "__getitem__", lambda fleet, client: replace(own(fleet, client), memory_bytes=20_000))
     federation = Federation(world, LocalEngine(serve))
     clients = [clients for _, clients in federation.rounds()][1]
     assert {client.outcome for client in clients} == {"out_of_memory"}
-    build_world.cache_clear()
 
 
 # --- how training sounds change -------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import answered, honest, task_of
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
-from test_methods import NEEDS, taken
+from test_methods import NEEDS, for_case, taken
 from torch import nn
 
 from clients.app import serve
@@ -47,7 +47,7 @@ ON_DEMAND = (Slices, OnDemand, nn.Module)
 def spoken(request: pytest.FixtureRequest) -> tuple[Federation, dict[int, RecordDict]]:
     """A federation, and what its strategy sends to each client in round 1."""
     case = request.param
-    settings = compose([*BASE, *NEEDS.get(case, []), *honest([case]), case])
+    settings = compose([*for_case(BASE, case), *NEEDS.get(case, []), *honest([case]), case])
     federation = Federation(build_world(json.dumps(settings)), LocalEngine(serve))
     messages = federation.strategy.configure_train(1, federation.arrays, ConfigRecord(), federation.grid)
     return federation, {message.metadata.dst_node_id: message.content for message in messages}

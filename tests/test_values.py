@@ -18,6 +18,7 @@ import click
 import pytest
 import typer
 from conftest import TINY
+from test_methods import for_case
 
 from devices.availability import Trace
 from devices.errors import DeviceError, UserError
@@ -103,7 +104,13 @@ def try_to_build(settings: Settings) -> str:
 
 
 def settings_of(group: str, option: str) -> Settings:
-    return compose([*TINY, f"{group}={option}", *NEEDED.get(f"{group}={option}", NEEDED.get(group, ()))])
+    return compose(
+        [
+            *for_case(TINY, f"{group}={option}"),
+            f"{group}={option}",
+            *NEEDED.get(f"{group}={option}", NEEDED.get(group, ())),
+        ]
+    )
 
 
 def places() -> list[tuple[str, str]]:

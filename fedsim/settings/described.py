@@ -236,7 +236,7 @@ def _chosen(file: Path) -> dict[str, str]:
         if isinstance(entry, str) and entry != "_self_" and (base := file.with_name(f"{entry}.yaml")).is_file():
             chosen |= _chosen(base)
         for key, value in entry.items() if isinstance(entry, Mapping) else ():
-            if match := OVERRIDE.match(str(key)):
+            if match := OVERRIDE.fullmatch(str(key)):
                 chosen[match[1]] = str(value)
     return chosen
 

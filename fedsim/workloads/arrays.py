@@ -20,6 +20,7 @@ from fedsim.workloads.augmenting import Augmentation
 from fedsim.workloads.base import ClientData, Examples, ModelFactory, Tensors, added
 from fedsim.workloads.by_class import ByClass
 from fedsim.workloads.classification import ClassificationWorkload
+from fedsim.workloads.cropping import CropAndFlip
 from fedsim.workloads.fingerprint import Fingerprint, content_of
 from fedsim.workloads.front_end import front_end_cost
 from fedsim.workloads.newcomers import newcomers_of
@@ -175,7 +176,7 @@ class ArrayWorkload(ClassificationWorkload):
         default_clients: population size when `num_clients` does not say.
         features: makes of sound [n, samples] in [-1, 1) what the network is fed, e.g. `LogMel`; None: the samples. Each
             device pays for it, once a clip, and keeps the result; where sound is augmented, in every round.
-        augment: changes the sounds that clients train on, anew in every round.
+        augment: changes the sounds or images that clients train on, anew in every round.
         newcomers: so many examples of each owner of the test part are trained on, and its others are held out; the
             train part is left aside. None: clients own the train part.
 
@@ -195,7 +196,7 @@ class ArrayWorkload(ClassificationWorkload):
         client_test_fraction: TestFraction = 0.1,
         default_clients: Annotated[int, Ge(1)] = 100,
         features: Features | None = None,
-        augment: Augmentation | None = None,
+        augment: Augmentation | CropAndFlip | None = None,
         newcomers: Annotated[int, Ge(1)] | None = None,
     ):
         super().__init__(model, seed)
@@ -212,10 +213,12 @@ class ArrayWorkload(ClassificationWorkload):
                 "one is taken with a slash, e.g. workload/features=mfcc"
             )
         self.is_sound = data.kind == "audio" and data.train.x.ndim == 2
-        for key, given in (("features", features), ("augment", augment)):
-            if given is not None and not self.is_sound:
+        holds = "sound" if self.is_sound else {"image": "images"}.get(data.kind, data.kind)
+        sound = None if features is None else "sound"
+        for key, wanted in (("features", sound), ("augment", None if augment is None else augment.changes)):
+            if wanted not in (None, holds):
                 shape = f"{data.kind} {list(data.train.x.shape)}"
-                raise ConfigError(f"workload.{key} is for sound, and {data.source} holds {shape}; set it to null")
+                raise ConfigError(f"workload.{key} is for {wanted}, and {data.source} holds {shape}; set it to null")
         data = data.checked()
         if newcomers is not None:
             data = newcomers_of(data, newcomers, seed)
@@ -230,7 +233,11 @@ class ArrayWorkload(ClassificationWorkload):
         self.input_shape = tuple(self.test.gather(torch.tensor([0]))["x"].shape[1:])
         self._own(data, partition, default_clients if num_clients is None and not partition.by_owner else num_clients)
         self.changed: Changed | None = None
-        if augment is not None and augment.acts:
+        self.cropped: CropAndFlip | None = None
+        if isinstance(augment, CropAndFlip):
+            augment.check_sides(*self.input_shape[-2:])
+            self.cropped = augment if augment.acts else None
+        elif augment is not None and augment.acts:
             self.changed = self._changed(augment)
 
     @abstractmethod
@@ -295,8 +302,8 @@ class ArrayWorkload(ClassificationWorkload):
 
     @property
     def augments(self) -> bool:
-        """Returns whether training sounds are augmented."""
-        return self.changed is not None
+        """Returns whether training sounds or images are augmented."""
+        return self.changed is not None or self.cropped is not None
 
     @property
     def recordings_change(self) -> bool:
@@ -315,10 +322,15 @@ class ArrayWorkload(ClassificationWorkload):
         return self.changed.augment.num_translated(examples) if self.changed and self.changed.translates else 0
 
     def for_training(self, client_id: int, round: int, data: ClientData) -> ClientData:
-        """Returns a client's data of a round, with training sounds augmented."""
+        """Returns a client's data of a round, with training sounds or images augmented."""
+        draw = torch_generator(self.seed, "augment", round, client_id)
+        if self.cropped is not None:
+            black = self.prepare.fed(torch.zeros(1, self.input_shape[0], 1, 1))
+            found = data.train.tensors
+            return replace(data, train=Examples({**found, "x": self.cropped.images(found["x"], black, draw)}))
         if self.changed is None:
             return data
-        raw, draw = self.client_data(client_id).train, torch_generator(self.seed, "augment", round, client_id)
+        raw = self.client_data(client_id).train
         kind = "" if self.heard is None else self.heard.kind_of(client_id)
         return replace(data, train=self.changed.again(raw, data.train, self._prepare_of(client_id), draw, kind))
 

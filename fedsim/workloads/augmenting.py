@@ -45,6 +45,8 @@ class Augmentation(Checked, group="workload.augment", error=ConfigError):
         official code; masks as in Park et al., "SpecAugment", Interspeech 2019.
     """
 
+    changes = "sound"
+
     def __init__(
         self,
         sample_rate_hz: Annotated[int, Ge(1)] = 16000,
