@@ -107,7 +107,10 @@ def rounds(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> list[tuple[int, 
         return reply
 
     # Copies for the way back are the simulation's: a device sends its weights as they lie in memory.
-    monkeypatch.setattr(sent_weights, "own_copy", lambda tensor: torch.from_numpy(tensor.detach().cpu().numpy().copy()))
+    def copied(tensor: torch.Tensor, device: str = "cpu") -> torch.Tensor:
+        return torch.from_numpy(tensor.detach().numpy().copy())
+
+    monkeypatch.setattr(sent_weights, "own_copy", copied)
     monkeypatch.setattr(Worker, "answer", followed)
     settings = compose([*WIDE, *honest(overrides), *overrides])
     federation = Federation(build_world(json.dumps(settings)), instantiate(settings, "engine", serve=serve))

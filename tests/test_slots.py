@@ -16,7 +16,10 @@ from clients.slots.slot import MOST_RECORDED, Slot
 from clients.trainers.sgd import SGDTrainer, WorkloadLoss
 from fedsim.engines.local import LocalEngine
 from fedsim.errors import ConfigError
+from fedsim.report.files import read_config
 from fedsim.report.rounds import weights_sha256
+from fedsim.runs import engine_choice
+from fedsim.runs.engine_choice import settled
 from fedsim.runs.federation import Federation
 from fedsim.settings.build import build_world
 from fedsim.settings.compose import compose
@@ -185,3 +188,35 @@ def test_what_is_asked_of_others_does_not_move_a_client(on_tape: type[Tape], mon
     monkeypatch.setattr(Slot, "_step_like", after)
     outcome("model=mlp", "engine.slots=2")
     assert len(before) == 4  # two slots, batches of four and of three
+
+
+# --- where a run is trained ------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_leaves_it_open_is_trained_on_the_cpu_where_there_is_no_card():
+    trees, said = settled([compose([]), compose(["engine=local"]), compose(["engine=slots", "engine.slots=3"])])
+    assert said == ""
+    assert [(t["engine"]["device"], t["engine"]["slots"]) for t in trees] == [("cpu", 0), ("cpu", 0), ("cpu", 3)]
+    assert settled(trees) == (trees, "")
+
+
+def test_with_a_card_the_work_of_a_step_decides_for_all_runs_alike(monkeypatch: pytest.MonkeyPatch):
+    """LeNet-5 with ten clients is worth it, the default network is not; one that names a place goes there."""
+    monkeypatch.setattr(engine_choice, "has_card", lambda: True)
+    small, large = compose(["cohort=10"]), compose(["workload=blobs", "workload.input_shape=[1,28,28]", "model=lenet5"])
+    here = compose(["engine.device=cpu"])
+
+    def places(*trees: Any) -> list[Any]:
+        return [(tree["engine"]["device"], tree["engine"]["slots"]) for tree in settled(trees)[0]]
+
+    assert places(small) == [("cpu", 0)]
+    assert places(large, here) == [("cuda", 32), ("cpu", 0)]
+    assert places(small, large) == [("cuda", 32)] * 2
+    assert places(compose(["engine=local"])) == [("cuda", 0)]
+    assert settled([small])[1].startswith("trained on cpu: a step of the clients that train at once takes ")
+
+
+def test_the_choice_is_in_the_config_of_the_run(fedsim, place):
+    assert fedsim("run", *TINY[:-3], "engine.device=auto", "rounds=1", "out=a").code == 0
+    engine = read_config(place / "cwd" / "a")["engine"]
+    assert (engine["device"], engine["slots"]) == ("cpu", 0)
