@@ -190,8 +190,9 @@ class Worker:
             client: of `context`.
             task: its own.
         """
-        # Dropout and its like draw from torch's global generators: they must not depend on who came before.
+        # What own networks and functions draw from torch's global generators must not depend on who came before.
         seed_torch(self.device, derive(self.seed, "global", client.round, client.client_id))
+        client.seed_dropout(self.model)
         broadcast = self.broadcast(client, task)
         if not self.trainer.own_network:
             self.live.load(broadcast.weights)
