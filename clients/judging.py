@@ -51,6 +51,7 @@ class Judge:
             client.log.add_examples(network, min(len(client.data.train), batches * size), size)
         shared = deployed.model is not client.model  # with others: what a trainer does to it is for this client only
         own = replace(client, model=deepcopy(deployed.model) if shared else client.model, step_cost=network)
+        own.seed_dropout(own.model)
         metrics = self.trainer.evaluate(own, task)
         return {**metrics, **deployed.facts(), **self._predicted(network, client.profile, bits=recipe.bits)}
 

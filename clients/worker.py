@@ -279,8 +279,9 @@ class Worker:
 
     def _prepared(self, phase: str, client: ClientContext, task: ClientTask) -> Broadcast:
         """What the client is sent, with the network and the generators ready for its work."""
-        # Dropout and its like draw from torch's global generators: they must not depend on who came before.
+        # What own networks and functions draw from torch's global generators must not depend on who came before.
         seed_torch(self.device, derive(self.seed, "global", client.round, client.client_id))
+        client.seed_dropout(client.model)
         broadcast = self.broadcast(client, task)
         if not self.trainer.own_network:
             (client.slot or self.live).load(broadcast.weights)

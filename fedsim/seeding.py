@@ -37,7 +37,7 @@ def torch_generator(seed: int, *names: str | int) -> torch.Generator:
 
 
 def seed_torch(device: torch.device, seed: int) -> None:
-    """Seeds torch's own generators of the CPU and of `device`, from which dropout and its like draw.
+    """Seeds torch's own generators of the CPU and of `device`, from which own layers and `F.dropout` draw.
 
     As torch.manual_seed, without looking through the kinds of device that are not used: a hundredth of the time.
     """

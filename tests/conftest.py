@@ -86,6 +86,13 @@ def _one_quiet_process():
         yield
 
 
+@pytest.fixture(autouse=True)
+def _gpu(request: pytest.FixtureRequest) -> None:
+    """Skips tests marked `gpu` where there is none."""
+    if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device, and torch finds none here")
+
+
 class Ended(NamedTuple):
     """How a command ended: its exit code, stdout and stderr."""
 

@@ -8,7 +8,6 @@ import torch
 from flwr.app import RecordDict
 from torch import Tensor
 
-import clients.worker
 from clients.app import serve
 from clients.state import ClientState
 from clients.trainers.rehearsal.memory import CANDIDATES, NAMES, PHASES, Memory
@@ -149,10 +148,10 @@ class Alone:
         self.state = ClientState()
 
     def train(self, number: int) -> None:
-        torch.default_generator.manual_seed(clients.worker.derive(self.worker.seed, "global", number, 0))
         self.worker.live.load(self.weights)
         self.worker.model.train()
         client = self.worker.context(ClientTask(0, Broadcast(number, {}), self.state))
+        client.seed_dropout(self.worker.model)
         update = self.worker.trainer.fit(client, Broadcast(number, self.weights))
         self.weights = {name: t.clone() for name, t in update.weights.items()}
         self.state = client.state

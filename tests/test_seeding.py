@@ -1,13 +1,12 @@
-"""Dropout draws from the client's own stream, on every device."""
+"""Torch's own generators, from which functions and layers of others draw, are seeded for each client."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from clients.worker import Worker
 from fedsim.seeding import seed_torch
-from fedsim.settings.build import build_world
 
 
 def test_the_generator_of_the_device_is_seeded_beside_that_of_the_cpu(monkeypatch: pytest.MonkeyPatch):
@@ -30,16 +29,11 @@ def test_every_client_of_every_round_seeds_the_device_it_trains_on(federation, m
     assert {kind for kind, _ in seeds} == {"cpu"}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_dropout_on_a_gpu_does_not_depend_on_who_came_before(settings):
-    import json
-
-    made = build_world(json.dumps(settings("engine.device=cuda", "model.dropout=0.5")))
-    worker = Worker(made)
-    x = torch.ones(8, *made.workload.input_shape, device="cuda")
+@pytest.mark.gpu
+def test_dropout_called_as_a_function_on_a_gpu_does_not_depend_on_who_came_before():
     drawn = []
     for before in (0, 3):
         torch.rand(before, device="cuda")
-        seed_torch(worker.device, 7)
-        drawn.append(worker.model.train()(x).detach())
+        seed_torch(torch.device("cuda"), 7)
+        drawn.append(F.dropout(torch.ones(8, 9, device="cuda")))
     assert torch.equal(*drawn)

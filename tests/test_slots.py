@@ -95,6 +95,7 @@ CASES = {
     "everything of SGD": ("trainer.momentum=0.9", "trainer.weight_decay=0.01", "trainer.clip_norm=0.5"),
     "smaller last batches": (*IMAGES, "trainer.batch_size=5", "trainer.local_epochs=3"),
     "a rate that falls": (*IMAGES, "trainer.lr_decay=0.5", "rounds=3"),
+    "dropout": ("model=mlp", "model.dropout=0.3", "trainer.local_epochs=2"),
     "batch norms": (*NORMED, "workload.examples_per_client=9"),
     "fedprox": ("method=fedprox", "trainer.proximal_mu=0.5"),
     "fedmix": ("method=fedmix",),

@@ -22,6 +22,7 @@ from clients.trainers.base import ClientContext, ClientWorkload
 from clients.trainers.sgd import LOSS, Objective, SGDRun, SGDTrainer
 from fedsim.errors import ConfigError
 from fedsim.messages.updates import Broadcast
+from fedsim.models.dropout import rewinding
 from fedsim.workloads.base import Tensors
 
 KEPT_FIGURES = 256  # of the steps, before they are taken out of the fixed buffer
@@ -231,8 +232,9 @@ class Slot:
         """Takes back what recording a step has done: it may take it several times."""
         model = self.live.model
         own = [*model.parameters(), *model.buffers(), *self.velocity, *self.figures.values(), self.number]
-        before = [t.detach().clone() for t in own]
+        before, rewind = [t.detach().clone() for t in own], rewinding(model)
         with torch.random.fork_rng(devices=[self.live.device] if self.live.device.type == "cuda" else []):
             yield
         with torch.no_grad():
             torch._foreach_copy_(own, before)
+            rewind()

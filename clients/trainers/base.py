@@ -16,7 +16,8 @@ from devices.meter import inference_memory_bytes
 from devices.profile import DeviceProfile
 from fedsim.errors import ConfigError
 from fedsim.messages.updates import Broadcast, ClientUpdate
-from fedsim.seeding import torch_generator
+from fedsim.models.dropout import seed_dropout
+from fedsim.seeding import derive, torch_generator
 from fedsim.workloads.base import JUDGED_AT_ONCE, ClientData, Examples, Tensors, Workload
 
 if TYPE_CHECKING:
@@ -211,6 +212,10 @@ class ClientContext:
     def stream(self, *names: str | int) -> torch.Generator:
         """Returns random numbers for one purpose of this client and round; no other purpose or client shifts them."""
         return torch_generator(self.seed, *names, self.round, self.client_id)
+
+    def seed_dropout(self, network: nn.Module) -> None:
+        """Lets a network's dropout begin anew, for this client and round; a trainer's own network needs that."""
+        seed_dropout(network, derive(self.seed, "dropout", self.round, self.client_id))
 
     def marked(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Returns metrics as numbers, with the mark `oracle` where the client has seen what no federation could."""

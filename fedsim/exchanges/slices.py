@@ -22,6 +22,7 @@ from devices.meter import inference_bytes, measure
 from devices.profile import DeviceProfile
 from devices.trace import trace
 from fedsim.errors import ConfigError
+from fedsim.models.dropout import unseeded
 from fedsim.workloads.base import Tensors
 
 NETWORKS = 32  # static networks kept per process; others are built anew
@@ -55,7 +56,7 @@ class Traceable(Protocol):
 
 def model_cost(workload: Traceable, model: nn.Module, name: str, device: torch.device | str = "cpu") -> ModelCost:
     """Returns what one example costs in a network: FLOPs and memory of a step, and layers that can be traced."""
-    four = workload.sample_on(device, 4)
+    model, four = unseeded(model), workload.sample_on(device, 4)
     cost = measure(model, workload.loss, four, name)
     cost = replace(cost, inference_bytes=inference_bytes(model, workload.loss, four))
     for examples in (1, 2):  # norms without running statistics refuse one; rows are of one example either way

@@ -118,7 +118,7 @@ class FreqMixStyle(nn.Module):
         self.rate, self.alpha = rate, alpha
 
     def forward(self, x: Tensor) -> Tensor:
-        """Keeps the shape of x [batch, 1, frequencies, frames]; draws as dropout does, from torch's own generator."""
+        """Keeps the shape of x [batch, 1, frequencies, frames]; draws from torch's own generator."""
         if not self.training:
             return x
         # All is drawn and computed for every batch, on the CPU: a step has one cost, and devices draw alike.

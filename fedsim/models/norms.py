@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedsim.errors import in_words, no_exit
+from fedsim.models.dropout import seed_dropout
 
 _LONE = "normalises_by_running_statistics"
 
@@ -69,7 +70,9 @@ def refusal_of_one(model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], t
     def refusal(batch: Any) -> str:
         try:
             with no_exit(), torch.no_grad(), torch.random.fork_rng(devices=[]):
-                loss(deepcopy(model).train(), batch)
+                copy = deepcopy(model).train()
+                seed_dropout(copy, 0)  # or it would draw from the generator of the device
+                loss(copy, batch)
         except Exception as error:
             return in_words(error)
         return ""

@@ -22,7 +22,7 @@ class VGG(HeadedNetwork):
         num_classes: size of the output.
         width: channels of the first convolution; the others are 2, 4, 4, 8 and 8 times as wide.
         hidden: units of both hidden layers.
-        dropout: rate in [0, 1); drawn from torch's global generator, so whoever trains must seed that per client.
+        dropout: rate in [0, 1).
     Source: the "modified VGG" of Yoon et al., "FedMix", ICLR 2021, in the layout of Flower's baseline (dropout 0.1).
         Differs: weights start as in He et al. 2015; with torch's default the loss stayed at 2.30 for 400 steps
         on CIFAR-10.

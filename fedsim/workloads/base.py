@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 
 from devices.bounds import Checked
 from fedsim.errors import ConfigError, DataError, NotFiniteError
+from fedsim.models.dropout import replace_dropout
 from fedsim.models.norms import allow_single_examples
 from fedsim.seeding import derive
 from fedsim.workloads.by_class import ByClass
@@ -188,6 +189,7 @@ class Workload(Checked, ABC, group="workload", error=ConfigError):
             torch.manual_seed(derive(self.seed, "model"))
             model = self.model_factory(**self.model_arguments())
         allow_single_examples(model)
+        replace_dropout(model)
         return model
 
     def model_arguments(self) -> dict[str, Any]:

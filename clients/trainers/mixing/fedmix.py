@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
@@ -22,6 +23,7 @@ from clients.trainers.mixing.tangents import jvp
 from devices.cost import ModelCost
 from devices.errors import one_line
 from fedsim.errors import ConfigError
+from fedsim.models.dropout import rewinding, seed_dropout
 from fedsim.workloads.base import Tensors, Workload
 
 TAYLOR = "taylor"
@@ -72,13 +74,20 @@ def forward_mode(logits: Logits, u: Tensor, direction: Tensor, y: Tensor, partne
     return cross_entropy(z, y), cross_entropy(z, partner_y), rise.mean()
 
 
-def central_difference(logits: Logits, u: Tensor, direction: Tensor, y: Tensor, partner_y: Tensor) -> Terms:
+def central_difference(
+    logits: Logits,
+    u: Tensor,
+    direction: Tensor,
+    y: Tensor,
+    partner_y: Tensor,
+    rewind: Callable[[], None] = lambda: None,
+) -> Terms:
     """Takes differences of the loss a small step to both sides; losses at u are the means of the sides.
 
     Arguments and results as in `double_backward`, up to the square of STEP. It needs no second derivatives, so fused
     recurrent kernels can be used. Where a step crosses the kink of a ReLU or of a maximum, the gradient of the slope
     holds the kink's curvature, which the other forms do not see: it grows as 1 / STEP and outweighs the rest. Both
-    sides draw the same dropout.
+    sides draw the same dropout: from torch's generator, and from whatever `rewind` takes back.
     """
     length = torch.linalg.vector_norm(direction.detach())
     size = torch.linalg.vector_norm(u.detach()) / len(u) ** 0.5
@@ -87,6 +96,7 @@ def central_difference(logits: Logits, u: Tensor, direction: Tensor, y: Tensor, 
     drawn = generator.get_state()
     up = logits(u + h * direction)
     generator.set_state(drawn)
+    rewind()
     down = logits(u - h * direction)
     own, other = ([cross_entropy(z, label) for z in (up, down)] for label in (y, partner_y))
     taylor = (own[0] - own[1]) / (2 * h) if length > 0 else torch.zeros_like(own[0])
@@ -160,6 +170,8 @@ class Expanded(Mixed):
         with nullcontext() if self.form == "central" else twice_differentiable(model):
             x, direction = entrance(batch["x"]), entrance(batch["partner_x"])
             form, labels = FORMS[self.form], (batch["y"], batch["partner_y"])
+            if form is central_difference:
+                form = partial(form, rewind=rewinding(model))
             own, partner, taylor = form(entrance.logits, (1 - ratio) * x, direction, *labels)
         loss = (1 - ratio) * own + ratio * partner + self.scale * taylor
         return loss, {OWN: own, PARTNER: partner, TAYLOR: taylor}
@@ -220,7 +232,7 @@ class FedMixTrainer(NaiveMixTrainer):
         """Returns the forms that `auto` tries, in order."""
         sample = {n: t.to(next(model.parameters()).device) for n, t in workload.sample(2).items()}
         with torch.random.fork_rng(devices=[]):
-            entrance = Entrance(deepcopy(model), sample["x"])
+            entrance = Entrance(_probe(model), sample["x"])
             kinks = has_kinks(entrance.logits(entrance(sample["x"])))
         if any(isinstance(part, nn.RNNBase) for part in model.modules()):
             return ["double"] if kinks else ["central"]
@@ -228,7 +240,7 @@ class FedMixTrainer(NaiveMixTrainer):
 
     def _reason_against(self, form: str, workload: Workload, model: nn.Module) -> str:
         """Returns why a form does not work with a model; empty where it does."""
-        probe, device = deepcopy(model), next(model.parameters()).device
+        probe, device = _probe(model), next(model.parameters()).device
         sample = workload.sample(2)
         batch = {n: t.to(device) for n, t in (sample | self.sample_partner(workload, model, sample)).items()}
         with torch.random.fork_rng(devices=[]):
@@ -238,3 +250,10 @@ class FedMixTrainer(NaiveMixTrainer):
             except (RuntimeError, NotImplementedError) as error:
                 return one_line(error).partition(". ")[0]
         return ""
+
+
+def _probe(model: nn.Module) -> nn.Module:
+    """Returns a copy to try things out on, with dropout as clients will have it."""
+    probe = deepcopy(model)
+    seed_dropout(probe, 0)
+    return probe

@@ -112,7 +112,7 @@ class ReplayRun(SGDRun):
             kept = None if places is None else self.memory.batch(places)
             chosen = self.choose(own, kept)
             if chosen is not None:
-                names, own = names[chosen], {key: t[chosen] for key, t in own.items()}
+                names, own = names[chosen.to(names.device)], {key: t[chosen] for key, t in own.items()}
             yield StreamBatch(own, names, kept, is_last_pass)
 
     def stream(self) -> Iterator[tuple[bool, Tensor, Tensors]]:

@@ -99,7 +99,7 @@ def seeding(points: Tensor, size: int, draw: torch.Generator) -> Tensor:
     chosen, points = [int(torch.randint(len(points), (), generator=draw))], points.double()  # squares could underflow
     nearest = (points - points[chosen[0]]).square().sum(1)
     for _ in range(size - 1):
-        nearest[chosen] = 0
+        nearest[torch.tensor(chosen)] = 0
         if nearest.sum() > 0:
             place = int(torch.multinomial(nearest.cpu(), 1, generator=draw))
         else:
@@ -114,7 +114,7 @@ def farthest(points: Tensor, size: int) -> Tensor:
     chosen, points = [0], points.double()  # squares could underflow
     nearest = (points - points[0]).square().sum(1)
     for _ in range(size - 1):
-        nearest[chosen] = -1
+        nearest[torch.tensor(chosen)] = -1
         chosen.append(int(nearest.argmax()))
         nearest = torch.minimum(nearest, (points - points[chosen[-1]]).square().sum(1))
     return torch.tensor(chosen)

@@ -79,6 +79,8 @@ class FjORDRun(SubnetRun):
     def __init__(self, trainer: FjORDTrainer, client: ClientContext, broadcast: Broadcast):
         super().__init__(trainer, client, broadcast)
         self.widths = trainer.widths(self.channels)
+        for choice in self.widths[:-1]:
+            client.seed_dropout(trainer.slices.network(choice))
 
     def batches(self) -> Iterator[Tensors]:
         """Yields the batches of plain SGD, each with the number of a width."""

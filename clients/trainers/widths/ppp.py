@@ -8,6 +8,7 @@ see `fedsim.exchanges.ppp`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -71,7 +72,8 @@ class Gated(Objective):
         loss = loss + self.beta * budget
         if self.diversity and SHARE in extras:
             share = extras[SHARE]
-            loss = loss + self.diversity * sum(likeness(p[0], share[n]) for n, p in user.prototypes.items())
+            own = {name: p[0] for name, p in user.prototypes.items()}
+            loss = loss + self.diversity * sum(likeness(p, share[name].to(p.device)) for name, p in own.items())
         return loss
 
     def regulariser(self, values: Mapping[str, Tensor], ratio: float, flops: Mapping[str, float]) -> Tensor:
@@ -295,7 +297,7 @@ class PPPTrainer(SubnetTrainer):
         """Returns what one example costs on one path of a narrowed network under gates."""
         sizes = tuple(map(len, kept.values()))
         if sizes not in self.on_demand.costs:
-            network = GatedNetwork(self.slices.groups.build(self.slices.model, kept), gates, kept)
+            network = GatedNetwork(self.slices.groups.build(self.slices.model, kept), deepcopy(gates).cpu(), kept)
             network.switch = PerSample(network.gates, 0.5)
             self.on_demand.costs[sizes] = model_cost(
                 self.slices.workload, network, f"{self.slices.cost(kept).name}, gated"

@@ -116,6 +116,7 @@ class SubnetTrainer(SGDTrainer):
         for name, tensor in own.items():
             tensor.copy_(weights[name])
         network.train()
+        client.seed_dropout(network)
         return replace(
             client,
             model=network,
