@@ -29,7 +29,7 @@ def told(overrides: list[str], on_card: bool) -> str:
     """Everything that a run leaves but host seconds."""
     worker.worker_for.cache_clear()
     build_world.cache_clear()
-    worker.pick_device = federation.pick_device = (lambda name: CARD) if on_card else pick_device
+    worker.pick_device = federation.pick_device = (lambda name, tf32=False: CARD) if on_card else pick_device
     with Card() if on_card else nullcontext():
         run = federation.Federation(build_world(json.dumps(compose(overrides))), LocalEngine(serve))
         rounds = [(dataclasses.asdict(report), [dataclasses.asdict(c) for c in rows]) for report, rows in run.rounds()]
