@@ -342,7 +342,7 @@ class SGDTrainer(LocalTrainer):
 
     def rate_on(self, device: torch.device, lr: float) -> float | Tensor:
         """Returns a learning rate as `step` takes it there: on a card a scalar, which a recorded step can be told."""
-        return lr if device.type == "cpu" else torch.tensor(lr, device=device)
+        return torch.full((), lr, device=device) if device.type == "cuda" else lr
 
     def rate_of_round(self, number: int) -> float:
         """Returns the share of the learning rate that warm-up and cosine leave in a round, counted from 1."""
