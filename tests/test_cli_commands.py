@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 from conftest import Ended, assert_refused
 
@@ -65,12 +66,20 @@ def test_bench_prints_what_a_script_needs(fedsim: Callable[..., Ended]):
         (["--engines", "lokal"], ["unknown engine 'lokal'", "'local'"]),
         (["--engines", ","], ["unknown engine ','"]),
         (["--cohort", "20", "--population", "10"], ["--population takes numbers of at least 20", "got 10"]),
+        (["--device", "gpu"], ["unknown --device 'gpu'", "cpu, cuda"]),
+        (["--skew", "-1"], ["'--skew'", "x>=0"]),
+        (["--method", "nope"], ["unknown method 'nope'"]),
         (["--nope"], ["--nope"]),
         (["extra"], ["extra"]),
     ],
 )
 def test_bench_refuses_in_one_sentence(arguments: list[str], words: list[str], fedsim: Callable[..., Ended]):
     assert_refused(fedsim("bench", *([] if "--engines" in arguments else ["--engines", "local"]), *arguments), *words)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_bench_on_a_card_needs_one(fedsim: Callable[..., Ended]):
+    assert_refused(fedsim("bench", "--device", "cuda"), "needs a GPU, and torch finds none here")
 
 
 # --- help ------------------------------------------------------------------------------------------------------------

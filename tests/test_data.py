@@ -1,5 +1,7 @@
 """Workloads over arrays, blobs and digits: preparation, splits, held-out parts, and how they are described."""
 
+import statistics
+
 import numpy as np
 import pytest
 import torch
@@ -166,6 +168,15 @@ def test_a_million_blob_clients_cost_nothing_and_repeat_themselves():
     assert (len(data.train), len(data.test)) == (29, 3)
     assert torch.equal(data.train.tensors["x"], again.client_data(999_999).train.tensors["x"])
     assert not torch.equal(data.train.tensors["x"], w.client_data(0).train.tensors["x"])
+
+
+def test_sizes_of_blobs_are_dirichlet_shares_but_for_their_sum():
+    """Variance of a share of n clients: (n - 1) / (n^2 (n alpha + 1)), of a size 100^2 / alpha for many."""
+    sizes = [len(Blobs(MLP, 400, 3, examples_per_client=100, size_alpha=0.3).client_data(c).train) for c in range(400)]
+    whole = [size / 0.9 for size in sizes]  # a tenth is held out
+    assert statistics.mean(whole) == pytest.approx(100, rel=0.2)
+    assert statistics.stdev(whole) == pytest.approx(100 / 0.3**0.5, rel=0.3)
+    assert min(sizes) == 2
 
 
 def test_blobs_can_be_skewed_and_image_shaped():
