@@ -56,7 +56,7 @@ class Flight:
     run: SGDRun
     sent: SentWeights
     sums: list[Tensor]
-    landed: Any
+    landed: Any = None
 
 
 class InSlots:
@@ -82,26 +82,36 @@ class InSlots:
         yield from self._landed(waiting)
 
     def _begin(self, task: ClientTask, slot: Slot) -> ClientAnswer | Flight:
-        """Asks for a client's steps; a client that must be waited for, or fails, has answered."""
-        worker = self.worker
-        if slot.stream is not None:
-            slot.stream.wait_stream(torch.cuda.current_stream(slot.live.device))
-        with slot.works():
-            if len(self.slots) == 1:
-                return worker.serve_one("train", task, slot)
-            begun = worker.begin(task, slot)
-            if isinstance(begun, ClientAnswer):
-                return begun
-            client, run = begun
-            sent = slot.live.sent(slot.live.weights, run.broadcast.weights, stay=True)
-            return Flight(task, client, run, sent, sums_of(sent.tensors.values()), self._mark(slot, sent))
+        """Asks for a client's steps, on its slot's stream; a client that must be waited for, or fails, has answered.
 
-    def _mark(self, slot: Slot, sent: SentWeights) -> Any:
+        What one stream has made and another uses is kept until both are through with it.
+        """
         if slot.stream is None:
-            return None
-        for tensor in sent.tensors.values():
-            tensor.record_stream(torch.cuda.current_stream(slot.live.device))
-        return slot.stream.record_event()
+            return self._begun(task, slot)
+        main, live = torch.cuda.current_stream(slot.live.device), self.worker.live
+        received = live.received(task.broadcast.weights)
+        slot.stream.wait_stream(main)
+        with torch.cuda.stream(slot.stream):
+            begun = self._begun(task, slot)
+        used = [*received.values()]
+        if isinstance(begun, Flight):
+            begun.landed = slot.stream.record_event()
+            used += begun.client.data.train.tensors.values()
+            for tensor in (*begun.sent.tensors.values(), *begun.sums, *begun.run.means.values()):
+                tensor.record_stream(main)
+        for tensor in used:
+            tensor.record_stream(slot.stream)
+        return begun
+
+    def _begun(self, task: ClientTask, slot: Slot) -> ClientAnswer | Flight:
+        if len(self.slots) == 1:
+            return self.worker.serve_one("train", task, slot)
+        begun = self.worker.begin(task, slot)
+        if isinstance(begun, ClientAnswer):
+            return begun
+        client, run = begun
+        sent = slot.live.sent(slot.live.weights, run.broadcast.weights, stay=True)
+        return Flight(task, client, run, sent, sums_of(sent.tensors.values()))
 
     def _landed(self, some: Iterable[ClientAnswer | Flight]) -> list[ClientAnswer]:
         """Waits for all of them, and returns their answers."""

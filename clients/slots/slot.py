@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from typing import Any, cast
@@ -104,10 +104,6 @@ class Slot:
         self._holds: Tensors = {}  # the broadcast weights that `received` is a copy of
         self._steps: OrderedDict[Hashable, Step] = OrderedDict()
         self._read: dict[Objective, set[str]] = {}  # names of the settings that an objective reads
-
-    def works(self) -> AbstractContextManager[Any]:
-        """Returns a block in which what is asked of the device is done on the slot's stream."""
-        return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
 
     def load(self, weights: Tensors) -> None:
         """Puts a broadcast's weights into the network.
