@@ -38,7 +38,7 @@ from fedsim.messages.cohort import ClientAnswer, ClientTask, CohortAnswer, Cohor
 from fedsim.messages.records import check_extra_names
 from fedsim.messages.updates import Broadcast, ClientUpdate
 from fedsim.messages.uplink import compressed
-from fedsim.messages.weights import SentWeights, bytes_of, own_copies
+from fedsim.messages.weights import SentWeights, bytes_of, own_copies, own_copy
 from fedsim.models.roles import TensorRoles
 from fedsim.seeding import derive, seed_torch
 from fedsim.settings.build import WORLD_CACHE_SIZE, World, build_world, instantiate, memory_format, pick_device
@@ -46,6 +46,7 @@ from fedsim.workloads.base import Tensors, Workload
 
 NOT_FINITE = "its update holds NaN or infinite weights; lower trainer.lr or set trainer.clip_norm"
 PRIVATE = "private"  # group of a client's state
+ROOM = 0.25  # of a card's memory, that stays free of what clients keep
 
 
 def prepare_process(threads: int) -> None:
@@ -274,7 +275,7 @@ class Worker:
             client.client_id,
             work=self._work(client, task, sum(map(bytes_of, extras.values()))),
             extras=extras,
-            state=own_copies(client.state),
+            state=self._kept(client),
         )
 
     def _prepared(self, phase: str, client: ClientContext, task: ClientTask) -> Broadcast:
@@ -381,8 +382,23 @@ class Worker:
             metrics=client.marked(update.metrics),
             weights=weights,
             extras=extras,
-            state=own_copies(client.state),
+            state=self._kept(client),
         )
+
+    def _kept(self, client: ClientContext) -> Tensors:
+        """Copies of what the client keeps: each tensor where it lies, as long as there is room for it."""
+        if not client.state:
+            return {}
+        places = {name: t.device if self._has_room else "cpu" for name, t in client.state.items()}
+        return {name: own_copy(t, places[name]) for name, t in client.state.items()}
+
+    @property
+    def _has_room(self) -> bool:
+        """Whether more of what clients keep may stay on the device."""
+        if self.device.type != "cuda":
+            return True
+        free, total = torch.cuda.mem_get_info(self.device)
+        return free > ROOM * total
 
     def _work(self, client: ClientContext, task: ClientTask, up_bytes: int = 0) -> Work:
         return client.log.work(client.state.storage_bytes, task.down_bytes, up_bytes)
