@@ -67,7 +67,7 @@ def test_bench_prints_what_a_script_needs(fedsim: Callable[..., Ended]):
         (["--engines", ","], ["unknown engine ','"]),
         (["--cohort", "20", "--population", "10"], ["--population takes numbers of at least 20", "got 10"]),
         (["--device", "gpu"], ["unknown --device 'gpu'", "cpu, cuda"]),
-        (["--skew", "-1"], ["'--skew'", "x>=0"]),
+        (["--skew", "-1"], ["'--skew'", "0<=x"]),
         (["--method", "nope"], ["unknown method 'nope'"]),
         (["--nope"], ["--nope"]),
         (["extra"], ["extra"]),

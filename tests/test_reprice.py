@@ -251,8 +251,8 @@ def test_what_a_method_reads_of_devices_and_rounds_it_declares(case: str, monkey
     read, reached, rounds = set[str](), [], []
     context, reachable, client = Worker.context, EdgeGrid.reachable, EdgeGrid.client
 
-    def watched(self, task, phase="train"):
-        made = context(self, task, phase)
+    def watched(self, *given):
+        made = context(self, *given)
         return replace(made, profile=Watched(made.profile, read))
 
     def predicted(self, network, own, name="", bits=32):

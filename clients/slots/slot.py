@@ -122,8 +122,10 @@ class Slot:
     def can_train(self, run: SGDRun) -> bool:
         """Returns whether a run's steps can be recorded: a pure objective, and the plain step on its gradient."""
         plain = type(run).gradients is SGDRun.gradients and type(run.trainer).step is SGDTrainer.step
-        whole = run.client.model is self.live.model and run.broadcast.weights.keys() == self.received.keys()
-        return plain and whole and run.objective.can_be_mapped()
+        client = run.client
+        whole = client.model is self.live.model and client.parameters is self.live.parameters
+        known = run.broadcast.weights.keys() == self.received.keys()
+        return plain and whole and known and run.objective.can_be_mapped()
 
     def train(self, run: SGDRun, batches: Iterable[Tensors]) -> Tensors:
         """Takes a step on each batch and waits for none; returns the means of their losses and notes, scalars by name.

@@ -16,7 +16,7 @@ def bench(
     rounds: Annotated[int, typer.Option(help="Rounds per side; the sides take turns.", min=2, max=MAX_COUNT)] = 30,
     engines: Annotated[str, typer.Option(help="Engines to measure; of a card slots.")] = "",
     device: Annotated[str, typer.Option(help="Where all sides train: cpu or cuda.")] = "cpu",
-    skew: Annotated[float, typer.Option(help="Clients' sizes ~ Dirichlet(skew); 0: all equal.", min=0)] = 0,
+    skew: Annotated[float, typer.Option(help="Clients' sizes ~ Dirichlet(skew); 0: all equal.", min=0, max=1000)] = 0,
     tf32: Annotated[bool, typer.Option("--tf32", help="Let a GPU multiply in 19 bits.")] = False,
     method: Annotated[str, typer.Option(help="Method of the engines' runs.")] = "",
     workers: Annotated[int, typer.Option(help="Workers of ray; 0: one per core.", min=0, max=4096)] = 0,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -118,40 +118,14 @@ def measure(
             raise ConfigError(f"--population takes numbers of at least {cohort} (the cohort), got {clients}")
     settings = {name: bench.settings(name, workers, own_clients, own_cohort) for name in engines}
     plain = replace(bench, others=()).settings("local", None, own_clients, own_cohort)
-    beside = _beside(bench)
     with tempfile.TemporaryDirectory() as folder, work_bar(console()) as progress:
         task = progress.add_task("bench", total=(rounds + WARM_UP) * (1 + len(sizes)))
         makers: dict[str, Callable[[], SideProcess]] = {PLAIN: partial(SideProcess, PlainLoop, plain)}
-        makers |= {name: partial(SideProcess, loop, plain) for name, loop in beside.items()}
+        makers |= {name: partial(SideProcess, loop, plain) for name, loop in _beside(bench).items()}
         for name in engines:
             makers[name] = partial(SideProcess, EngineRounds, settings[name], make_engine, Path(folder) / name)
         measured = _take_turns(makers, rounds, lambda: progress.advance(task))
-        base = measured[PLAIN]
-        result = {
-            "model": bench.model,
-            "device": bench.device,
-            "cohort": own_cohort,
-            "clients": own_clients,
-            "plain_updates_per_s": own_cohort / base.round_s,
-            **{f"{_key(name)}_updates_per_s": own_cohort / measured[name].round_s for name in beside},
-            "plain_cpu_ms_per_update": base.cpu_ms(own_cohort),
-            "engines": {
-                name: {
-                    "updates_per_s": own_cohort / measured[name].round_s,
-                    "examples_per_s": measured[name].examples_per_s,
-                    "ratio": base.over(measured[name]),
-                    **{
-                        f"ratio_{_key(other).removeprefix('plain_')}": measured[other].over(measured[name])
-                        for other in beside
-                    },
-                    "start_s": measured[name].start_s,
-                    "peak_rss_bytes": measured[name].peak_bytes,
-                    "cpu_ms_per_update": measured[name].cpu_ms(own_cohort),
-                    "cpu_ratio": measured[name].cpu_ms(own_cohort) / base.cpu_ms(own_cohort),
-                }
-                for name in engines
-            },
-        }
+        result = _result(bench, engines, measured)
         makers = {}
         for clients, cohort in sizes:
             for name in engines:
@@ -162,6 +136,33 @@ def measure(
             measured = _take_turns(makers, rounds, lambda: progress.advance(task, len(sizes)))
             result["sweep"] = [_sweep_row(key, measured[key]) for key in makers]
     return result
+
+
+def _result(bench: Bench, engines: Sequence[str], measured: Mapping[str, _Measured]) -> dict[str, Any]:
+    """Returns what `measure` does, from the sides of its first part."""
+    base, beside, (cohort, clients) = measured[PLAIN], _beside(bench), bench.sizes
+    return {
+        "model": bench.model,
+        "device": bench.device,
+        "cohort": cohort,
+        "clients": clients,
+        "plain_updates_per_s": cohort / base.round_s,
+        **{f"{_key(name)}_updates_per_s": cohort / measured[name].round_s for name in beside},
+        "plain_cpu_ms_per_update": base.cpu_ms(cohort),
+        "engines": {
+            name: {
+                "updates_per_s": cohort / measured[name].round_s,
+                "examples_per_s": measured[name].examples_per_s,
+                "ratio": base.over(measured[name]),
+                **{f"ratio_{_key(o).removeprefix('plain_')}": measured[o].over(measured[name]) for o in beside},
+                "start_s": measured[name].start_s,
+                "peak_rss_bytes": measured[name].peak_bytes,
+                "cpu_ms_per_update": measured[name].cpu_ms(cohort),
+                "cpu_ratio": measured[name].cpu_ms(cohort) / base.cpu_ms(cohort),
+            }
+            for name in engines
+        },
+    }
 
 
 def _beside(bench: Bench) -> dict[str, type[PlainLoop]]:

@@ -73,7 +73,7 @@ def _composed(arguments: list[str]) -> dict[str, Any]:
         raise _wrong(f"fedsim flwr does not know {flags[0]}; it takes KEY=VALUE settings (sweeps: fedsim run -m)")
     settings = compose(arguments)
     engine = RunSettings.of(settings).choices["engine"]
-    if engine != "local":
+    if engine not in ("auto", "local"):
         raise _wrong(f"fedsim flwr runs on Flower's own engine: leave out engine={engine} (--workers=N sets its size)")
     return settings
 

@@ -48,12 +48,12 @@ def has_card() -> bool:
     return torch.cuda.is_available()
 
 
-def flops_at_once(tree: Settings) -> float:
+def flops_at_once(settings: Settings) -> float:
     """Returns the FLOPs of one training step of as many clients as a card trains at once."""
     from fedsim.exchanges.slices import model_cost
     from fedsim.settings.build import build_world
 
-    world = build_world(json.dumps(tree))
+    world = build_world(json.dumps(settings))
     cost = model_cost(world.workload, world.workload.build_model(), "dense")
     at_once = int(world.settings.groups["trainer"].get("batch_size", 1)) * min(world.settings.cohort, SLOTS)
     return float(cost.forward_flops + cost.backward_flops) * at_once

@@ -491,7 +491,8 @@ def can_be_resumed(run: PlannedRun) -> bool:
 
 def _changed(run: PlannedRun) -> tuple[str, Any, Any] | None:
     """Returns the first setting in which what the folder holds differs from what the study asks for."""
-    return _difference(completed(read_config(run.folder)), {**run.settings, "out": None})
+    (there,), _ = settled([completed(read_config(run.folder))])
+    return _difference(there, {**run.settings, "out": None})
 
 
 def _difference(there: Any, asked: Any, prefix: str = "") -> tuple[str, Any, Any] | None:
