@@ -6,6 +6,7 @@ A fleet holds a few bytes per client: a million clients cost a few megabytes.
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from operator import index
 from statistics import NormalDist
@@ -62,6 +63,11 @@ class Fleet(Checked, group="fleet"):
         link: str | None = None,
         microphones: Microphones | None = None,
     ):
+        if microphones is not None and not isinstance(microphones, Microphones):
+            raise DeviceError(
+                "fleet.microphones must be null or {_target_: devices.microphones.Microphones, ...}, "
+                f"got {reprlib.repr(microphones)}"
+            )
         self.name, self.num_clients, self.seed, self.microphones = name, num_clients, seed, microphones
         profiles, edges = _drawable(name, devices)
         self.profiles = profiles if link is None else _linked(name, profiles, link)

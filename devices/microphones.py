@@ -74,6 +74,8 @@ class Microphones(Checked, group="fleet.microphones"):
     ):
         if taps % 2 == 0:
             raise DeviceError(f"fleet.microphones.taps must be odd, got {taps}")
+        if len(set(unseen)) < len(unseen) or not all(name.strip() for name in unseen):
+            raise DeviceError(f"fleet.microphones.unseen must be different names, got {list(unseen)}")
         self.curve_db, self.gain_db, self.noise_db, self.taps = curve_db, gain_db, noise_db, taps
         self.unseen, self.seed = tuple(unseen), seed
         self._drawn: dict[str, Microphone] = {}

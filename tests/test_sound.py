@@ -18,10 +18,11 @@ from devices.meter import inference_memory_bytes
 from devices.microphones import Microphones
 from fedsim.engines.local import LocalEngine
 from fedsim.errors import ConfigError
+from fedsim.report.files import read_config
 from fedsim.runs import api, writer
 from fedsim.runs.federation import Federation
 from fedsim.settings.build import build_world
-from fedsim.settings.compose import compose
+from fedsim.settings.compose import compose, on_devices
 from fedsim.workloads.arrays import Prepare
 from fedsim.workloads.augmenting import Augmentation, shifted
 from fedsim.workloads.front_end import NAME, front_end_cost
@@ -373,3 +374,37 @@ def test_results_do_not_depend_on_where_clients_train_or_on_a_pause(sounds, tmp_
 def _rounds(folder: Path) -> list[dict]:
     rows = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
     return [{key: value for key, value in row.items() if not key.startswith("host")} for row in rows]
+
+
+# --- what cannot be asked --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (("fleet.microphones=yes",), "fleet.microphones must be null or .*, got 'yes'"),
+        (
+            ("fleet.microphones={_target_: devices.microphones.Microphones, unseen: [a, a]}",),
+            "unseen must be different",
+        ),
+        (("fleet.microphones={_target_: devices.microphones.Microphones, unseen: ['']}",), "unseen must be different"),
+        (
+            ("workload.augment.sample_rate_hz=8000", "workload.augment.curve_share=0.5"),
+            "must be that of workload.features",
+        ),
+    ],
+)
+def test_what_makes_no_sense_of_sound_is_refused(sounds, given, words):
+    with pytest.raises((ConfigError, DeviceError), match=words):
+        build_world(tones(*given))
+
+
+def test_what_clients_heard_stays_where_a_run_is_priced_anew(sounds, tmp_path):
+    plain, heard = (tmp_path / name for name in ("plain", "heard"))
+    for folder, given in ((plain, ()), (heard, (MICROPHONES, SBC))):
+        writer.run(json.loads(tones("rounds=1", *given)), LocalEngine(serve), folder)
+    with pytest.raises(ConfigError, match="clients record with the microphones of their devices, so that its clients"):
+        api.reprice(heard, fleet="phones")
+    with pytest.raises(ConfigError, match=r"fleet.microphones=null cannot be given: what clients heard"):
+        api.reprice(heard, **{"fleet.microphones": None})
+    assert on_devices(read_config(plain), ["fleet=dcase_phones"])["fleet"]["microphones"] is None

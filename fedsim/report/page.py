@@ -364,6 +364,8 @@ def _by_class(summary: dict[str, Any]) -> Iterator[Part]:
     said += [f"calibration error {ACCURACY.with_unit(final[ECE])}"] if ECE in final else []
     if classes or drawn:
         note = f"On the test set, with the last model that was judged: {', '.join(said)}." if said else ""
+        if (heard := summary.get(MICROPHONES)) and (kinds := len(heard.get("seen", ()))) > 1:
+            note += f" Tables and pictures have the test set {kinds} times, once by each kind of microphone, alike."
         yield Part("Class by class", drawn, [classes_table(classes)] if classes else [], note)
 
 

@@ -245,7 +245,7 @@ class RepricedFederation(Federation):
             BY_MEMORY: lambda: any(before.fleet[c].memory_bytes != now.fleet[c].memory_bytes for c in clients),
             BY_LATENCY: lambda: True,
         }
-        for part in (half, trainer, compression):
+        for part in (half, trainer, compression, before.workload):
             for figure, what in part.device_reads.items():
                 if changed[figure]():
                     raise ConfigError(

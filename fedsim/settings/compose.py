@@ -243,6 +243,7 @@ def check_address(settings: Settings, overrides: Sequence[str], source: str) -> 
 
 REPRICED = ("fleet", "latency")  # groups, and settings of the top, that say what work costs and when it is late
 AVAILABILITY = "availability"  # of a fleet: when its clients are online
+MICROPHONES = "microphones"  # of a fleet: what its clients record with
 LIMITS = ("deadline_s", "round_every_s", "max_simulated_s")
 
 
@@ -262,7 +263,8 @@ def of_rounds(settings: Settings, rounds: Any) -> Settings:
 def on_devices(settings: Settings, overrides: Sequence[str]) -> Settings:
     """Returns the settings of the same run on other devices: another fleet, latency model or limit of time.
 
-    Where another fleet says nothing of who is online when, its clients are online as those of the run were.
+    Where another fleet says nothing of who is online when, its clients are online as those of the run were. What they
+    record with stays.
 
     Raises:
         ConfigError: for any other setting.
@@ -273,12 +275,16 @@ def on_devices(settings: Settings, overrides: Sequence[str]) -> Settings:
         if override.key_or_group.partition(".")[0] not in allowed or override.is_sweep_override():
             names = ", ".join(f"{name}=" for name in allowed)
             raise ConfigError(f"{text} cannot be given: what clients learned stays, and only {names} may change")
+        if override.key_or_group.startswith(f"fleet.{MICROPHONES}"):
+            raise ConfigError(f"{text} cannot be given: what clients heard, and learned from, stays")
     groups = {override.key_or_group: override.value() for override in given if override.key_or_group in REPRICED}
     composed = compose([f"{group}={name}" for group, name in groups.items()])
     now: Settings = {**deepcopy(settings), "choices": {**settings["choices"], **groups}}
     now |= {group: composed[group] for group in groups}
     if "fleet" in groups and _is_always_online(now["fleet"]) and AVAILABILITY in settings["fleet"]:
         now["fleet"][AVAILABILITY] = deepcopy(settings["fleet"][AVAILABILITY])
+    if "fleet" in groups and MICROPHONES in now["fleet"]:
+        now["fleet"][MICROPHONES] = deepcopy(settings["fleet"].get(MICROPHONES))
     now = _overridden(now, [override for override in given if override.key_or_group not in REPRICED])
     return check(without_leftovers(now, overrides))
 

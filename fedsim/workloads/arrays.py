@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args
@@ -13,6 +13,7 @@ import torch
 from annotated_types import Ge, Interval
 from torch import Tensor, nn
 
+from devices.profile import BY_NAME
 from devices.texts import as_yaml
 from fedsim.errors import ConfigError, DataError
 from fedsim.seeding import generator, torch_generator
@@ -238,6 +239,12 @@ class ArrayWorkload(ClassificationWorkload):
             augment.check_sides(*self.input_shape[-2:])
             self.cropped = augment if augment.acts else None
         elif augment is not None and augment.acts:
+            rate = getattr(features, "sample_rate_hz", augment.sample_rate_hz)
+            if rate != augment.sample_rate_hz:
+                raise ConfigError(
+                    f"workload.augment.sample_rate_hz must be that of workload.features, {rate}, got "
+                    f"{augment.sample_rate_hz}"
+                )
             self.changed = self._changed(augment)
 
     @abstractmethod
@@ -334,6 +341,11 @@ class ArrayWorkload(ClassificationWorkload):
         kind = "" if self.heard is None else self.heard.kind_of(client_id)
         return replace(data, train=self.changed.again(raw, data.train, self._prepare_of(client_id), draw, kind))
 
+    @property
+    def device_reads(self) -> Mapping[str, str]:
+        """Returns the microphones, where devices have some."""
+        return {} if self.heard is None else {BY_NAME: "clients record with the microphones of their devices"}
+
     def record_with(self, fleet: Fleet) -> None:
         if fleet.microphones is None and self.changed is not None and self.changed.augment.translated_share:
             raise ConfigError(
@@ -344,6 +356,12 @@ class ArrayWorkload(ClassificationWorkload):
         if fleet.microphones is None or not self.is_sound:
             return super().record_with(fleet)
         self.heard = Heard(fleet, fleet.microphones, self.test, self.prepare, self.seed)
+        if len(self.heard.shares) == 1 and self.changed is not None and self.changed.augment.translated_share:
+            raise ConfigError(
+                f"workload.augment.translated_share={self.changed.augment.translated_share} translates to other kinds "
+                f"of microphone, and all clients have {next(iter(self.heard.shares))}; set it to 0, or take a fleet of "
+                "several kinds"
+            )
         if self.changed is not None:
             self.changed.heard = self.heard
 

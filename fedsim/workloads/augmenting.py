@@ -62,6 +62,7 @@ class Augmentation(Checked, group="workload.augment", error=ConfigError):
         curve_db: Annotated[float, Interval(ge=0, le=30)] = 6.0,
         translated_share: Probability = 0.0,
     ):
+        self.sample_rate_hz = sample_rate_hz
         self.shift, self.noise, self.silence_noise = int(shift_s * sample_rate_hz), noise, silence_noise
         self.probability, self.curve_share, self.translated_share = probability, curve_share, translated_share
         self.curves = Microphones(curve_db=curve_db, gain_db=0.0, noise_db=None, unseen=())

@@ -296,6 +296,11 @@ class Workload(Checked, ABC, group="workload", error=ConfigError):
         """Returns what translating one example to another microphone costs a device, which fetches the network once."""
         return None
 
+    @property
+    def device_reads(self) -> Mapping[str, str]:
+        """Returns what of the data goes by the clients' devices, in words, by the figure that is read."""
+        return {}
+
     def num_translated(self, examples: int) -> int:
         """Returns how many of so many training examples are translated in a round."""
         return 0

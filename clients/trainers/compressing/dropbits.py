@@ -154,11 +154,11 @@ class DropBitsTrainer(CPQTrainer):
             tensors[name] = torch.full_like(tensors[name], -1, dtype=torch.int8)
             tensors[f"{name.removesuffix('weight')}scale"] = torch.ones(1)
         least = wire_bytes(tensors, dict.fromkeys(self.pruned, 1))
-        for limit in (self.limit, *self.limits.values()):
+        for where, limit in {"": self.limit, **{f".{name}": limit for name, limit in self.limits.items()}}.items():
             if limit is not None and limit < least:
                 raise ConfigError(
-                    f"trainer.size_limit_bytes must be at least {least}, what {type(model).__name__} takes with one "
-                    f"bit for each weight, got {limit}"
+                    f"trainer.size_limit_bytes{where} must be at least {least}, what {type(model).__name__} takes with "
+                    f"one bit for each weight, got {limit}"
                 )
 
     def limit_of(self, profile: DeviceProfile) -> int | None:
