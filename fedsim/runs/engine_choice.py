@@ -61,7 +61,9 @@ def flops_at_once(settings: Settings) -> float:
 
 def _is_open(tree: Settings) -> bool:
     """Returns whether device or slots are left open, in an engine whose clients are in this process."""
-    engine = tree["engine"]
+    engine = tree.get("engine")
+    if not isinstance(engine, dict) or "device" not in engine:  # of a damaged file, as others will say
+        return False
     return "workers" not in engine and (engine["device"] == "auto" or engine.get("slots", 0) is None)
 
 
