@@ -8,20 +8,23 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import yaml
 
-from devices.errors import DeviceError, FileError
-from devices.profile import KINDS, SHIPPED, DeviceProfile, profile_names
+from devices.errors import DeviceError, FileError, unknown
+from devices.profile import KINDS, SHIPPED, DeviceProfile, kind_named, profile_names
 from devices.profile_file import read_yaml
 from devices.reading import read_text
 
+T = TypeVar("T")
+U = TypeVar("U")
+D = TypeVar("D", bound=Any)  # a dataclass
 FILE = Path(__file__).parent / "population.yaml"
 LIST = "phones_ai_benchmark.csv"
 YEARS = (2016, 2019)
@@ -144,6 +147,44 @@ def groups_of(device: DeviceProfile) -> tuple[str, ...]:
 def group_names() -> tuple[str, ...]:
     """Returns all words that settings by tier may use."""
     return (*KINDS, *TIERS, *profile_names())
+
+
+def by_group(given: Mapping[str, T], where: str, error: type[Exception]) -> dict[str, T]:
+    """Returns what a setting gives by device, tier or kind, by the present name of each.
+
+    Args:
+        given: by name.
+        where: the setting, as a user writes it.
+        error: raised for a name that is none.
+    """
+    for name in given:
+        if kind_named(name) not in group_names():
+            raise error(unknown(f"device, tier or kind in {where}", name, group_names()))
+    return {kind_named(name): value for name, value in given.items()}
+
+
+def changed_by_group(
+    usual: D, given: Mapping[str, Mapping[str, Any]], where: str, error: type[Exception]
+) -> dict[str, D]:
+    """Returns settings with what changes in them by device, tier or kind; see `by_group`.
+
+    Args:
+        usual: a dataclass of settings.
+        given: by name, the fields that change.
+        where: as for `by_group`.
+        error: raised for a name that is none, or is no field.
+    """
+    found = by_group(given, where, error)
+    for name, changes in given.items():
+        for key in changes:
+            if key not in vars(usual):
+                raise error(unknown(f"setting in {where}.{name}", key, vars(usual)))
+    return {name: replace(usual, **changes) for name, changes in found.items()}
+
+
+def of_device(given: Mapping[str, T], device: DeviceProfile, usual: U) -> T | U:
+    """Returns what goes for a device, of what is given by device, tier or kind: the narrowest; else the usual."""
+    return next((given[name] for name in groups_of(device) if name in given), usual) if given else usual
 
 
 def from_list(phones: Sequence[Phone], devices: Mapping[str, str]) -> Population:

@@ -14,9 +14,8 @@ from annotated_types import Gt, Interval, MinLen
 
 from devices.compression.channels import Kept
 from devices.compression.prune import largest_ratio
-from devices.errors import unknown
-from devices.population import group_names, groups_of
-from devices.profile import BY_LATENCY, BY_NAME, kind_named
+from devices.population import by_group, of_device
+from devices.profile import BY_LATENCY, BY_NAME
 from fedsim.errors import ConfigError
 from fedsim.exchanges.slices import RATIO
 from fedsim.grid.edge import Enrolled
@@ -65,10 +64,7 @@ class WidthStrategy(SubnetStrategy):
                 "strategy.step_ms must be greater than 0 with strategy.assign=latency and null otherwise, got "
                 f"{step_ms!r} with assign={assign}"
             )
-        for name in tiers or ():
-            if kind_named(name) not in group_names():
-                raise ConfigError(unknown("device, tier or kind in strategy.tiers", name, group_names()))
-        self.tiers = {kind_named(name): ratio for name, ratio in (tiers or {}).items()}
+        self.tiers = by_group(tiers or {}, "strategy.tiers", ConfigError)
         self.levels, self.assign, self.weighted = list(levels), assign, weighted
         self.step_ms, self.batch_size, self.judged_at = step_ms, batch_size, list(judged_at)
         self._ratios: dict[int, float] = {}
@@ -106,7 +102,7 @@ class WidthStrategy(SubnetStrategy):
             draw = generator(self.context.seed, "width", client.client_id)
             return self.levels[int(draw.integers(len(self.levels)))]
         if self.assign == "tier":
-            return float(next((self.tiers[name] for name in groups_of(client.profile) if name in self.tiers), 1.0))
+            return float(of_device(self.tiers, client.profile, 1.0))
 
         def takes_ms(ratio: float) -> float:
             kept = self.slices.groups.first(ratio)

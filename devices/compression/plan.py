@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 from annotated_types import Ge, Interval
@@ -16,9 +16,9 @@ from devices.compression.masks import apply_masks, global_masks, prunable
 from devices.compression.prune import ROUND_TO, channel_scores, strongest
 from devices.compression.quantise import quantise
 from devices.compression.sizes import dense_bytes, nonzero_bytes, wire_bytes
-from devices.errors import DeviceError, unknown
-from devices.population import group_names, groups_of
-from devices.profile import BY_NAME, DeviceProfile, kind_named
+from devices.errors import DeviceError
+from devices.population import changed_by_group, of_device
+from devices.profile import BY_NAME, DeviceProfile
 
 KeepRatio = Annotated[float, Interval(gt=0, le=1)]
 Sparsity = Annotated[float, Interval(ge=0, lt=1)]
@@ -106,15 +106,7 @@ class CompressionPlan(Checked, group="compression"):
         floor: Annotated[float, Interval(ge=0, le=1)] = 0.03,
     ):
         self.usual = Recipe(keep, sparsity, bits)
-        self.tiers: dict[str, Recipe] = {}
-        for name, tier in (tiers or {}).items():
-            if kind_named(name) not in group_names():
-                raise DeviceError(unknown("device, tier or kind in compression.tiers", name, group_names()))
-            for key in tier:
-                if key not in vars(self.usual):
-                    raise DeviceError(unknown(f"setting in compression.tiers.{name}", key, vars(self.usual)))
-            changes: dict[str, Any] = dict(tier)
-            self.tiers[kind_named(name)] = replace(self.usual, **changes)
+        self.tiers = changed_by_group(self.usual, tiers or {}, "compression.tiers", DeviceError)
         self.order, self.round_to, self.floor = order, round_to, floor
 
     @property
@@ -129,7 +121,7 @@ class CompressionPlan(Checked, group="compression"):
 
     def recipe(self, profile: DeviceProfile) -> Recipe:
         """Returns the recipe that a device follows."""
-        return next((self.tiers[name] for name in groups_of(profile) if name in self.tiers), self.usual)
+        return of_device(self.tiers, profile, self.usual)
 
     @torch.no_grad()
     def apply(self, model: nn.Module, example: Tensor, recipe: Recipe, batches: Iterable[Tensor] = ()) -> Compressed:

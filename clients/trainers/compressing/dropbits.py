@@ -22,9 +22,8 @@ from devices.compression.categorical import chance_open, drawn_gates, nested, us
 from devices.compression.masks import Masks
 from devices.compression.sizes import wire_bytes
 from devices.cost import ModelCost
-from devices.errors import unknown
-from devices.population import group_names, groups_of
-from devices.profile import BY_NAME, DeviceProfile, kind_named
+from devices.population import by_group, of_device
+from devices.profile import BY_NAME, DeviceProfile
 from fedsim.errors import ConfigError
 from fedsim.messages.updates import Broadcast, ClientUpdate
 from fedsim.workloads.base import Tensors, Workload
@@ -125,11 +124,7 @@ class DropBitsTrainer(CPQTrainer):
         self.limits: dict[str, int] = {}
         self.limit: int | None = size_limit_bytes if isinstance(size_limit_bytes, int) else None
         if isinstance(size_limit_bytes, Mapping):
-            for name, limit in size_limit_bytes.items():
-                if kind_named(name) not in group_names():
-                    what = unknown("device, tier or kind in trainer.size_limit_bytes", name, group_names())
-                    raise ConfigError(what)
-                self.limits[kind_named(name)] = limit
+            self.limits = by_group(size_limit_bytes, "trainer.size_limit_bytes", ConfigError)
 
     @property
     def device_reads(self) -> Mapping[str, str]:
@@ -163,9 +158,7 @@ class DropBitsTrainer(CPQTrainer):
 
     def limit_of(self, profile: DeviceProfile) -> int | None:
         """Returns how many bytes a device may hold; None: any number."""
-        if not self.limits:
-            return self.limit
-        return next((self.limits[name] for name in groups_of(profile) if name in self.limits), None)
+        return of_device(self.limits, profile, self.limit)
 
     def first_learned(self, masks: Masks) -> Tensors:
         """Returns what CPQ learns, and open gates for each width from 2 on."""

@@ -32,9 +32,9 @@ from devices.compression.masks import Masks, filter_masks, global_masks, masked,
 from devices.compression.quantise import fake_quantise, limits
 from devices.compression.two_paths import step_of
 from devices.cost import ModelCost
-from devices.errors import DeviceError, unknown
-from devices.population import group_names, groups_of
-from devices.profile import BY_NAME, DeviceProfile, kind_named
+from devices.errors import DeviceError
+from devices.population import changed_by_group, of_device
+from devices.profile import BY_NAME, DeviceProfile
 from fedsim.errors import ConfigError
 from fedsim.messages.updates import Broadcast, ClientUpdate
 from fedsim.workloads.base import Tensors, Workload
@@ -241,16 +241,9 @@ class GradualTrainer(SparseTrainer):
         **sparse: Any,
     ):
         super().__init__(sparsity, prune_rounds, **sparse)
-        self.usual, self.tiers = Tier(sparsity, bits, activation_bits), dict[str, Tier]()
+        self.usual = Tier(sparsity, bits, activation_bits)
+        self.tiers = changed_by_group(self.usual, tiers or {}, "trainer.tiers", ConfigError)
         self.variants: dict[Tier, GradualTrainer] = {}
-        for name, changes in (tiers or {}).items():
-            if kind_named(name) not in group_names():
-                raise ConfigError(unknown("device, tier or kind in trainer.tiers", name, group_names()))
-            for key in changes:
-                if key not in vars(self.usual):
-                    raise ConfigError(unknown(f"setting in trainer.tiers.{name}", key, vars(self.usual)))
-            own: dict[str, Any] = dict(changes)
-            self.tiers[kind_named(name)] = replace(self.usual, **own)
         self.dense_rounds, self.prune, self.classifier = dense_rounds, prune, classifier
         self.bits, self.activation_bits = bits, activation_bits
         self.attribution, self.left_out = attribution, left_out
@@ -268,8 +261,7 @@ class GradualTrainer(SparseTrainer):
 
     def tier(self, profile: DeviceProfile) -> Tier:
         """Returns how far a device compresses."""
-        names = groups_of(profile) if self.tiers else ()
-        return next((self.tiers[name] for name in names if name in self.tiers), self.usual)
+        return of_device(self.tiers, profile, self.usual)
 
     def on(self, profile: DeviceProfile) -> GradualTrainer:
         """Returns this trainer as a device has it."""
