@@ -389,8 +389,8 @@ class Worker:
         """Copies of what the client keeps: each tensor where it lies, as long as there is room for it."""
         if not client.state:
             return {}
-        places = {name: t.device if self._has_room else "cpu" for name, t in client.state.items()}
-        return {name: own_copy(t, places[name]) for name, t in client.state.items()}
+        stay = self._has_room
+        return {name: own_copy(t, t.device if stay else "cpu") for name, t in client.state.items()}
 
     @property
     def _has_room(self) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from clients.live_model import LiveModel
-from clients.slots.record import GraphRecorder, Recorder, Repeater
+from clients.slots.record import GraphRecorder, Repeater
 from clients.slots.slot import Slot
 from clients.trainers.base import ClientContext, LocalTrainer
 from clients.trainers.sgd import SGDRun, SGDTrainer
@@ -22,22 +22,19 @@ if TYPE_CHECKING:
     from clients.worker import Worker
 
 
-def make_slots(
-    count: int, build: Callable[[], nn.Module], first: LiveModel, recorder: Recorder | None = None
-) -> list[Slot]:
-    """Makes slots on the device of a network.
+def make_slots(count: int, build: Callable[[], nn.Module], first: LiveModel) -> list[Slot]:
+    """Makes slots on the device of a network; they record on a card, and nowhere else.
 
     Args:
         count: how many.
         build: makes a network.
         first: the network of the first slot.
-        recorder: of all; None: CUDA graphs on a card, and no recording elsewhere.
     """
     made = []
     for number in range(count):
         live = first if number == 0 else LiveModel(build(), first.device)
         stream: Any = torch.cuda.Stream(first.device) if first.device.type == "cuda" else None
-        made.append(Slot(live, recorder or (Repeater() if stream is None else GraphRecorder(stream)), stream))
+        made.append(Slot(live, Repeater() if stream is None else GraphRecorder(stream), stream))
     return made
 
 
@@ -113,21 +110,24 @@ class InSlots:
         sent = slot.live.sent(slot.live.weights, run.broadcast.weights, stay=True)
         return Flight(task, client, run, sent, sums_of(sent.tensors.values()))
 
-    def _landed(self, some: Iterable[ClientAnswer | Flight]) -> list[ClientAnswer]:
-        """Waits for all of them, and returns their answers."""
+    def _landed(self, some: Iterable[ClientAnswer | Flight]) -> Iterator[ClientAnswer]:
+        """Waits for all of them, and yields their answers in order."""
         every = list(some)
         flights = [one for one in every if isinstance(one, Flight)]
-        scalars = [t for flight in flights for t in (*flight.run.means.values(), *flight.sums)]
         for flight in flights:
             if flight.landed is not None:
                 flight.landed.wait()
-        numbers = iter(torch.stack([t.double() for t in scalars]).tolist() if scalars else [])
-        for flight in flights:
-            flight.run.means = {name: next(numbers) for name in flight.run.means}
-            sums = [next(numbers) for _ in flight.sums]
-            sent = flight.sent if self.stay else flight.sent.on_host()
-            every[every.index(flight)] = self.worker.end(flight.task, flight.client, flight.run, sent, sums)
-        return [one for one in every if isinstance(one, ClientAnswer)]
+        scalars = [t.double() for flight in flights for t in (*flight.run.means.values(), *flight.sums)]
+        numbers = iter(torch.stack(scalars).tolist() if scalars else [])
+        for one in every:
+            yield self._ended(one, numbers) if isinstance(one, Flight) else one
+
+    def _ended(self, flight: Flight, numbers: Iterator[Any]) -> ClientAnswer:
+        """The answer of a client whose figures are the next of these numbers."""
+        flight.run.means = {name: next(numbers) for name in flight.run.means}
+        sums = [next(numbers) for _ in flight.sums]
+        sent = flight.sent if self.stay else flight.sent.on_host()
+        return self.worker.end(flight.task, flight.client, flight.run, sent, sums)
 
 
 def can_wait(trainer: LocalTrainer) -> bool:
