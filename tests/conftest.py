@@ -25,7 +25,7 @@ from fedsim.messages.cohort import ClientTask, CohortAnswer, CohortTask
 from fedsim.messages.records import NUM_EXAMPLES, STATE, Instructions, record_of, tensors_of
 from fedsim.messages.updates import Broadcast
 from fedsim.messages.uplink import decompressed
-from fedsim.runs import writer
+from fedsim.runs import api, writer
 from fedsim.runs.federation import Federation
 from fedsim.settings.build import build_world
 from fedsim.settings.compose import compose
@@ -126,6 +126,21 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
     return tmp_path
+
+
+def every_way(settings: Settings, folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The rounds of a run of three, without host times, by how it is made: at once, in parts, prolonged."""
+    for name, engine in (("one", LocalEngine(serve)), ("parts", Parted(1)), ("alone", Parted(2, alone=True))):
+        writer.run(settings, engine, folder / name)
+    writer.run({**settings, "rounds": 1}, LocalEngine(serve), folder / "longer")
+    api.resume(folder / "longer", rounds=3)
+    return {name: rounds_in(folder / name) for name in ("one", "parts", "alone", "longer")}
+
+
+def rounds_in(folder: Path) -> list[dict[str, Any]]:
+    """The rounds of a run, without host times."""
+    rows = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith("host")} for row in rows]
 
 
 def assert_refused(ended: Ended, *words: str, cwd: Path | None = None) -> None:

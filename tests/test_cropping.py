@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Parted, array_workload
+from conftest import array_workload, every_way, rounds_in
 
 from clients.app import serve
 from fedsim.engines.local import LocalEngine
 from fedsim.errors import ConfigError
 from fedsim.models.mlp import MLP
-from fedsim.runs import api, writer
+from fedsim.runs import writer
 from fedsim.runs.federation import Federation
 from fedsim.settings.build import build_world
 from fedsim.settings.compose import compose
@@ -118,13 +118,8 @@ def test_means_that_clients_share_are_of_images_as_they_are():
 
 
 def test_results_do_not_depend_on_where_clients_train_or_on_a_pause(tmp_path: Path):
-    settings, lines = digits(*CROPS), {}
-    for name, engine in (("one", LocalEngine(serve)), ("parts", Parted(1)), ("alone", Parted(2, alone=True))):
-        writer.run(settings, engine, tmp_path / name)
-        lines[name] = _rounds(tmp_path / name)
-    writer.run({**settings, "rounds": 1}, LocalEngine(serve), tmp_path / "longer")
-    api.resume(tmp_path / "longer", rounds=3)
-    lines["longer"] = _rounds(tmp_path / "longer")
+    settings = digits(*CROPS)
+    lines = every_way(settings, tmp_path)
     assert lines["one"] == lines["parts"] == lines["alone"] == lines["longer"]
 
 
@@ -133,15 +128,10 @@ def test_without_augmentation_nothing_changes_and_with_it_no_price(tmp_path: Pat
     rows = {}
     for name, more in (("none", ()), ("null", ("+workload.augment=null",)), ("still", STILL), ("crops", CROPS)):
         writer.run(digits(*more), LocalEngine(serve), tmp_path / name)
-        rows[name] = _rounds(tmp_path / name)
+        rows[name] = rounds_in(tmp_path / name)
     assert rows["none"] == rows["null"] == rows["still"]
     assert rows["crops"] != rows["none"]
     assert [row | {"metrics": {}} for row in rows["crops"]] == [row | {"metrics": {}} for row in rows["none"]]
-
-
-def _rounds(folder: Path) -> list[dict]:
-    rows = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if not key.startswith("host")} for row in rows]
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------

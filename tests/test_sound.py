@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Parted
+from conftest import every_way
 
 from clients.app import serve
 from devices.draws import stream
@@ -358,22 +358,11 @@ def test_results_do_not_depend_on_where_clients_train_or_on_a_pause(sounds, tmp_
     curves = "workload.augment.curve_share=0.5"
     config = tones(*AUGMENTED, MICROPHONES, TRANSLATED, curves, SBC, "seed=2", "cohort=3", "evaluate_clients=2")
     settings = json.loads(config)
-    lines = {}
-    for name, engine in (("one", LocalEngine(serve)), ("parts", Parted(1)), ("alone", Parted(2, alone=True))):
-        writer.run(settings, engine, tmp_path / name)
-        lines[name] = _rounds(tmp_path / name)
-    writer.run({**settings, "rounds": 1}, LocalEngine(serve), tmp_path / "longer")
-    api.resume(tmp_path / "longer", rounds=3)
-    lines["longer"] = _rounds(tmp_path / "longer")
+    lines = every_way(settings, tmp_path)
     assert lines["one"] == lines["parts"] == lines["alone"] == lines["longer"]
     figures = json.loads((tmp_path / "one" / "summary.json").read_text())["microphones"]
     assert figures["round"] == 3
     assert set(figures["unseen"]) == {"unseen_1", "unseen_2", "unseen_3"}
-
-
-def _rounds(folder: Path) -> list[dict]:
-    rows = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if not key.startswith("host")} for row in rows]
 
 
 # --- what cannot be asked --------------------------------------------------------------------------------------------
