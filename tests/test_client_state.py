@@ -28,7 +28,7 @@ TINY = [
     *("stream=split_classes", "stream.tasks=2", "uplink=topk", "uplink.ratio=0.1"),
 ]
 # Methods whose clients have something of their own that changes in the third round.
-PERSONAL = ("ditto", "fedbn", "fedrep", "lg_fedavg")
+PERSONAL = ("apfl", "ditto", "fedbn", "fedrep", "lg_fedavg")
 REHEARSING = ("agem", "coreset", "gss", "lwf", "ocs", "reservoir")
 
 State = dict[str, bytes]

@@ -149,6 +149,8 @@ def test_compressing_the_update_is_reserved(uplink: str, monkeypatch: pytest.Mon
         ["trainer.clip_norm=1.0", "trainer.weight_decay=0.01", "trainer.momentum=0.9"],
         ["method=fedprox", "uplink=topk"],  # both hold the received weights, which are there once
         ["method=ditto", "trainer.proximal_mu=0.1"],
+        ["method=perfedavg", "trainer.form=hf"],
+        ["method=apfl", "trainer.momentum=0.9"],
     ],
     ids=" ".join,
 )
