@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from devices.cost import ModelCost
 from devices.errors import DeviceError
 from devices.held import Moments, fullest_moments, lstm_kernels
+from devices.latency.columns import TABLE_KINDS
 from devices.modes import UncompiledMode
 from devices.operators import macs_of
 
@@ -220,3 +222,14 @@ def inference_memory_bytes(cost: ModelCost, batch: int) -> int:
 def most_bytes(moments: Moments, batch: int) -> int:
     """Returns the bytes of the fullest moment with so many examples."""
     return max(fixed + batch * each for fixed, each in moments)
+
+
+@lru_cache(maxsize=256)
+def matrix_product(inner: int, outer: int) -> ModelCost:
+    """Returns what [n, inner] @ [inner, outer] costs per row: its multiply-adds, and nothing else.
+
+    A runtime would do such a product inside of the step; it is no network that somebody loads and starts.
+    """
+    macs = float(inner * outer)
+    rows = tuple((macs if kind == "fc" else 0.0, 0.0, 0.0, 0.0) for kind in TABLE_KINDS)
+    return ModelCost(f"product {inner}x{outer}", 2 * macs, 0.0, 0, 0, calls=0, layers=rows)

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 from torchs_counter import counter
 
 from clients.trainers.base import WorkLog
-from clients.trainers.rehearsal.gradients import compared_weights, head_of, matrix_product, per_sample, scoring
+from clients.trainers.rehearsal.gradients import compared_weights, head_of, per_sample, scoring
 from clients.trainers.rehearsal.spaces import MODES, Mode, Space, space_of
-from devices.meter import measure
+from devices.meter import matrix_product, measure
 from devices.trace import KINDS
 from fedsim.models.char_lstm import CharLSTM
 from fedsim.models.convnet import ConvNet

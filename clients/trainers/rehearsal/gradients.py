@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +15,7 @@ from torch.func import grad, vmap
 from torch.nn import functional as F
 from torch.nn.utils.stateless import _reparametrize_module
 
-from devices.cost import ModelCost
 from devices.errors import one_line
-from devices.trace import KINDS
 from fedsim.errors import ConfigError
 from fedsim.workloads.base import Tensors, Workload
 from fedsim.workloads.classification import classification
@@ -210,14 +207,3 @@ def require_head(workload: Workload, model: nn.Module) -> None:
     device = next(model.parameters()).device
     with scoring(model):
         last_layer(workload, model, workload.sample_on(device, 2))
-
-
-@lru_cache(maxsize=256)
-def matrix_product(inner: int, outer: int) -> ModelCost:
-    """Returns what [n, inner] @ [inner, outer] costs per row: its multiply-adds, and nothing else.
-
-    A runtime would do such a product inside of the step; it is no network that somebody loads and starts.
-    """
-    macs = float(inner * outer)
-    rows = tuple((macs if kind == "fc" else 0.0, 0.0, 0.0, 0.0) for kind in KINDS)
-    return ModelCost(f"product {inner}x{outer}", 2 * macs, 0.0, 0, 0, calls=0, layers=rows)

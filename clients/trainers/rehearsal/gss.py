@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clients.trainers.rehearsal.gradients import matrix_product, require_head
+from clients.trainers.rehearsal.gradients import require_head
 from clients.trainers.rehearsal.memory import PHASE
 from clients.trainers.rehearsal.replay import StreamBatch, StreamReplayRun, StreamReplayTrainer
 from clients.trainers.rehearsal.selection import Pool
 from devices.cost import ModelCost
+from devices.meter import matrix_product
 from fedsim.workloads.base import Tensors, Workload
 
 SCORES, COMPARED = "gss_scores", 10

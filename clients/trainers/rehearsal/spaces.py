@@ -24,7 +24,6 @@ from clients.trainers.rehearsal.gradients import (
     head_of,
     last_layer,
     layers_of,
-    matrix_product,
     per_sample,
     recurrent,
     require_head,
@@ -33,6 +32,7 @@ from clients.trainers.rehearsal.gradients import (
     watched,
 )
 from devices.cost import ModelCost
+from devices.meter import matrix_product
 from fedsim.workloads.base import Tensors, Workload
 
 Mode = Literal["full", "full_vmap", "chunked", "last_layer", "features"]
