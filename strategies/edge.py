@@ -83,12 +83,18 @@ class EdgeStrategy(Checked, ServerHalf, FedAvg, group="strategy", error=ConfigEr
     ) -> None:
         """Gives each message its client's broadcast; `arrays` is the packed form of `weights`."""
         packed = {id(weights): (weights, arrays)}  # what several clients get is packed once; held, so that ids stay
+        extras: dict[str, tuple[Tensors, ArrayRecord]] = {}  # of the last client: what each has of its own is not held
         for message in messages:
             broadcast = self.broadcast(number, grid.client(message.metadata.dst_node_id), weights)
             own = broadcast.weights
             if id(own) not in packed:
                 packed[id(own)] = (own, record_of(own))
-            message.content = content_of(broadcast, packed[id(own)][1])
+            for name, tensors in broadcast.extras.items():
+                if name not in extras or extras[name][0] is not tensors:
+                    extras[name] = (tensors, record_of(tensors))
+            message.content = content_of(
+                broadcast, packed[id(own)][1], {name: extras[name][1] for name in broadcast.extras}
+            )
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]

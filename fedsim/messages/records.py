@@ -179,11 +179,22 @@ class Instructions:
         return self._tensors[id(record)][1]
 
 
-def content_of(broadcast: Broadcast, weights: ArrayRecord) -> RecordDict:
-    """Packs an instruction; `weights` is the packed form of `broadcast.weights`, made once per round by the caller."""
+def content_of(
+    broadcast: Broadcast, weights: ArrayRecord, extras: Mapping[str, ArrayRecord] | None = None
+) -> RecordDict:
+    """Packs an instruction; `weights` and `extras` are packed forms that the caller has made once for several clients.
+
+    Args:
+        broadcast: to one client.
+        weights: its weights.
+        extras: its extras; None: they are packed here.
+    """
     settings = {**broadcast.settings, "server-round": broadcast.round}
     content: dict[str, Any] = {ARRAYS: weights, CONFIG: ConfigRecord(settings)}  # type: ignore[arg-type]
-    return RecordDict(content | _extra_records(broadcast.extras))
+    check_extra_names(broadcast.extras)
+    if extras is None:
+        extras = {name: record_of(tensors) for name, tensors in broadcast.extras.items()}
+    return RecordDict(content | dict(extras))
 
 
 def check_extra_names(names: Iterable[str]) -> None:
@@ -195,11 +206,6 @@ def check_extra_names(names: Iterable[str]) -> None:
     for name in names:
         if name in (ARRAYS, CONFIG, METRICS, STATE):
             raise ValueError(f"an extra record may not be called {name!r}; that name is taken")
-
-
-def _extra_records(extras: Mapping[str, Tensors]) -> dict[str, ArrayRecord]:
-    check_extra_names(extras)
-    return {name: record_of(tensors) for name, tensors in extras.items()}
 
 
 def update_of(content: RecordDict, client_id: int) -> ClientUpdate:
