@@ -1,0 +1,110 @@
+"""Methods against a second, independent account of their equations: a network of two layers in float64, three rounds.
+
+Data, initial weights, cohorts and the order of the examples are the run's own; all arithmetic is written out here.
+"""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedsim.messages.records import tensors_of
+from fedsim.runs.federation import Federation
+from fedsim.seeding import torch_generator
+
+Weights = list[Tensor]
+LR, BATCH, EPOCHS, N, CLASSES = 0.1, 4, 2, 4, 3
+RUN = (
+    *("workload.num_classes=3", "workload.input_shape=[6]", "workload.examples_per_client=14", "model.hidden=[5]"),
+    *("workload.alpha=0.5", "workload.size_alpha=1.0", "num_clients=4", "rounds=3", f"trainer.lr={LR}"),
+    *(f"trainer.batch_size={BATCH}", f"trainer.local_epochs={EPOCHS}"),
+)
+
+
+class Account:
+    """What the server and the clients of a run do, written out."""
+
+    def __init__(self, federation: Federation):
+        self.workload, self.seed = federation.world.workload, federation.settings.seed
+        self.x: Weights = [t.double() for t in tensors_of(federation.arrays).values()]
+        self.sizes: dict[int, int] = {}
+
+    def batches(self, client: int, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of a client's round, in order."""
+        data, draw = self.workload.client_data(client).train, torch_generator(self.seed, "batches", number, client)
+        self.sizes[client] = len(data)
+        for _ in range(EPOCHS):
+            for rows in torch.randperm(len(data), generator=draw).split(BATCH):
+                batch = data.gather(rows)
+                yield batch["x"].double(), batch["y"]
+
+    def gradient(self, w: Weights, x: Tensor, y: Tensor) -> Weights:
+        """The gradient of the mean cross-entropy, by the chain rule."""
+        w1, b1, w2, b2 = w
+        before = x @ w1.T + b1
+        hidden = before.clamp(min=0)
+        error = (torch.softmax(hidden @ w2.T + b2, 1) - torch.eye(CLASSES)[y]) / len(y)
+        back = (error @ w2) * (before > 0)
+        return [back.T @ x, back.sum(0), error.T @ hidden, error.sum(0)]
+
+    def local(self, client: int, number: int, direction: Callable[[Weights, Weights], Weights]) -> tuple[Weights, int]:
+        """A client's weights after its steps along `direction(gradient, weights)`, and how many these were."""
+        y, steps = [t.clone() for t in self.x], 0
+        for x, label in self.batches(client, number):
+            y = [w - LR * d for w, d in zip(y, direction(self.gradient(y, x, label), y), strict=True)]
+            steps += 1
+        return y, steps
+
+    def mean(self, some: dict[int, Weights], shares: dict[int, float] | None = None) -> Weights:
+        """The mean over clients, by examples where no shares are given."""
+        total = sum(self.sizes[i] for i in some)
+        shares = shares or {i: self.sizes[i] / total for i in some}
+        return [sum(shares[i] * w[n] for i, w in some.items()) for n in range(4)]
+
+
+def fedavg(a: Account, number: int, cohort: tuple[int, ...]) -> Weights:
+    return a.mean({i: a.local(i, number, lambda g, y: g)[0] for i in cohort})
+
+
+def fedprox(a: Account, number: int, cohort: tuple[int, ...]) -> Weights:
+    def pulled(g: Weights, y: Weights) -> Weights:
+        return [gradient + 0.5 * (w - x) for gradient, w, x in zip(g, y, a.x, strict=True)]
+
+    return a.mean({i: a.local(i, number, pulled)[0] for i in cohort})
+
+
+def scaffold(a: Account, number: int, cohort: tuple[int, ...]) -> Weights:
+    """Algorithm 1 with option II; every client counts the same, the server steps half of the way."""
+    if number == 1:
+        a.c, a.own = [0 * t for t in a.x], {i: [0 * t for t in a.x] for i in range(N)}
+    ends, change = {}, [0 * t for t in a.x]
+    for i in cohort:
+        ends[i], steps = a.local(
+            i, number, lambda g, y, i=i: [d - o + c for d, o, c in zip(g, a.own[i], a.c, strict=True)]
+        )
+        new = [o - c + (x - y) / (steps * LR) for o, c, x, y in zip(a.own[i], a.c, a.x, ends[i], strict=True)]
+        change = [s + n - o for s, n, o in zip(change, new, a.own[i], strict=True)]
+        a.own[i] = new
+    a.c = [c + s / N for c, s in zip(a.c, change, strict=True)]
+    mean = a.mean(ends, dict.fromkeys(cohort, 1 / len(cohort)))
+    return [x + 0.5 * (m - x) for x, m in zip(a.x, mean, strict=True)]
+
+
+CASES = {
+    "strategy=edge_mean": fedavg,
+    "method=fedprox trainer.proximal_mu=0.5": fedprox,
+    "method=scaffold strategy.server_lr=0.5 strategy.weight=equal": scaffold,
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_three_rounds_are_those_of_the_equations(federation, case: str):
+    made = federation(*RUN, *case.split())
+    account = Account(made)
+    for report, _ in made.rounds():
+        if report.round:
+            account.x = CASES[case](account, report.round, report.cohort)
+            for own, weights in zip(account.x, tensors_of(made.arrays).values(), strict=True):
+                assert torch.allclose(weights.double(), own, rtol=1e-6, atol=1e-6)
+    assert len(set(account.sizes.values())) > 1, "clients are alike"
