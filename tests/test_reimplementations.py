@@ -91,10 +91,29 @@ def scaffold(a: Account, number: int, cohort: tuple[int, ...]) -> Weights:
     return [x + 0.5 * (m - x) for x, m in zip(a.x, mean, strict=True)]
 
 
+def fednova(a: Account, number: int, cohort: tuple[int, ...]) -> Weights:
+    """With momentum: the sum of the gradients' weights by the paper's formula."""
+    ways, norms, m = {}, {}, 0.9
+    for i in cohort:
+        velocity = [0 * t for t in a.x]
+
+        def rolled(g: Weights, y: Weights, velocity: Weights = velocity) -> Weights:
+            velocity[:] = [m * v + d for v, d in zip(velocity, g, strict=True)]
+            return velocity
+
+        end, tau = a.local(i, number, rolled)
+        norms[i] = (tau - m * (1 - m**tau) / (1 - m)) / (1 - m)
+        ways[i] = [(y - x) / norms[i] for y, x in zip(end, a.x, strict=True)]
+    total = sum(a.sizes[i] for i in cohort)
+    tau_eff = sum(a.sizes[i] / total * norms[i] for i in cohort)
+    return [x + tau_eff * d for x, d in zip(a.x, a.mean(ways), strict=True)]
+
+
 CASES = {
     "strategy=edge_mean": fedavg,
     "method=fedprox trainer.proximal_mu=0.5": fedprox,
     "method=scaffold strategy.server_lr=0.5 strategy.weight=equal": scaffold,
+    "method=fednova trainer.momentum=0.9": fednova,
 }
 
 
