@@ -109,11 +109,30 @@ def fednova(a: Account, number: int, cohort: tuple[int, ...]) -> Weights:
     return [x + tau_eff * d for x, d in zip(a.x, a.mean(ways), strict=True)]
 
 
+def feddyn(a: Account, number: int, cohort: tuple[int, ...]) -> Weights:
+    """Algorithm 1 with the paper's h and gradients of the clients."""
+    alpha = 0.5
+    if number == 1:
+        a.h, a.own = [0 * t for t in a.x], {i: [0 * t for t in a.x] for i in range(N)}
+    ends = {}
+    for i in cohort:
+        ends[i], _ = a.local(
+            i,
+            number,
+            lambda g, y, i=i: [d - o + alpha * (w - x) for d, o, w, x in zip(g, a.own[i], y, a.x, strict=True)],
+        )
+        a.own[i] = [o - alpha * (w - x) for o, w, x in zip(a.own[i], ends[i], a.x, strict=True)]
+        a.h = [h - alpha / N * (w - x) for h, w, x in zip(a.h, ends[i], a.x, strict=True)]
+    mean = a.mean(ends, dict.fromkeys(cohort, 1 / len(cohort)))
+    return [m - h / alpha for m, h in zip(mean, a.h, strict=True)]
+
+
 CASES = {
     "strategy=edge_mean": fedavg,
     "method=fedprox trainer.proximal_mu=0.5": fedprox,
     "method=scaffold strategy.server_lr=0.5 strategy.weight=equal": scaffold,
     "method=fednova trainer.momentum=0.9": fednova,
+    "method=feddyn trainer.alpha=0.5": feddyn,
 }
 
 
