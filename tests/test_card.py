@@ -52,6 +52,8 @@ CHOICES = {
     "ocs replayed": [*OCS, "trainer.ref_source=replayed", "trainer.grad_mode=last_layer"],
     "ocs global": [*OCS, "strategy=ocs", "trainer.ref_scope=global"],
     "ppp, all controls": ["method=ppp", "trainer.controls=[other,global,random,magnitude,gates,dense]"],
+    "scaffold, the gradient": ["method=scaffold", "trainer.option=1", "rounds=3"],
+    "moon, every client again": ["method=moon", "cohort=7"],
     "ppp, diverse": ["method=ppp", "trainer.diversity=0.5", "trainer.gate_noise=true", "rounds=3"],
     "gradual, sswa": ["method=attribution", "trainer.attribution=sswa"],
     "naivemix, noise": ["method=naivemix", "trainer.average_noise=0.1", "trainer.average_clip=1"],
