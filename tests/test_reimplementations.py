@@ -29,6 +29,7 @@ class Account:
         self.workload, self.seed = federation.world.workload, federation.settings.seed
         self.x: Weights = [t.double() for t in tensors_of(federation.arrays).values()]
         self.sizes: dict[int, int] = {}
+        self.lr = LR
 
     def batches(self, client: int, number: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of a client's round, in order."""
@@ -52,7 +53,7 @@ class Account:
         """A client's weights after its steps along `direction(gradient, weights)`, and how many these were."""
         y, steps = [t.clone() for t in self.x], 0
         for x, label in self.batches(client, number):
-            y = [w - LR * d for w, d in zip(y, direction(self.gradient(y, x, label), y), strict=True)]
+            y = [w - self.lr * d for w, d in zip(y, direction(self.gradient(y, x, label), y), strict=True)]
             steps += 1
         return y, steps
 
@@ -75,15 +76,20 @@ def fedprox(a: Account, number: int, cohort: tuple[int, ...]) -> Weights:
 
 
 def scaffold(a: Account, number: int, cohort: tuple[int, ...]) -> Weights:
-    """Algorithm 1 with option II; every client counts the same, the server steps half of the way."""
+    """Algorithm 1 with option II; every client counts the same, the server steps half of the way.
+
+    The local rate halves with every round, and a weight decay is a part of the loss.
+    """
+    a.lr = LR * 0.5 ** (number - 1)
     if number == 1:
         a.c, a.own = [0 * t for t in a.x], {i: [0 * t for t in a.x] for i in range(N)}
     ends, change = {}, [0 * t for t in a.x]
     for i in cohort:
+        drift = [c - o for c, o in zip(a.c, a.own[i], strict=True)]
         ends[i], steps = a.local(
-            i, number, lambda g, y, i=i: [d - o + c for d, o, c in zip(g, a.own[i], a.c, strict=True)]
+            i, number, lambda g, y, drift=drift: [d + 0.1 * w + e for d, w, e in zip(g, y, drift, strict=True)]
         )
-        new = [o - c + (x - y) / (steps * LR) for o, c, x, y in zip(a.own[i], a.c, a.x, ends[i], strict=True)]
+        new = [(x - y) / (steps * a.lr) - e for x, y, e in zip(a.x, ends[i], drift, strict=True)]
         change = [s + n - o for s, n, o in zip(change, new, a.own[i], strict=True)]
         a.own[i] = new
     a.c = [c + s / N for c, s in zip(a.c, change, strict=True)]
@@ -130,7 +136,8 @@ def feddyn(a: Account, number: int, cohort: tuple[int, ...]) -> Weights:
 CASES = {
     "strategy=edge_mean": fedavg,
     "method=fedprox trainer.proximal_mu=0.5": fedprox,
-    "method=scaffold strategy.server_lr=0.5 strategy.weight=equal": scaffold,
+    "method=scaffold strategy.server_lr=0.5 strategy.weight=equal trainer.lr_decay=0.5 "
+    "trainer.weight_decay=0.1": scaffold,
     "method=fednova trainer.momentum=0.9": fednova,
     "method=feddyn trainer.alpha=0.5": feddyn,
 }
