@@ -1,4 +1,4 @@
-"""Runs by way of Hydra, which composes the config and, with -m, expands the sweep."""
+"""Runs what `fedsim run` is given: sweeps, and what has Hydra's own flags or settings, by way of Hydra."""
 
 from __future__ import annotations
 
@@ -14,6 +14,21 @@ from fedsim.cli.sentences import shortened
 
 
 def run_with_hydra(arguments: list[str]) -> None:
+    """Composes the config and runs it; Hydra itself, which composes twice for it, is only called for what it adds."""
+    from fedsim.settings.compose import compose
+    from fedsim.settings.foreign import check_foreign
+    from fedsim.settings.overrides import check_overrides, is_of_hydra, parsed
+
+    flags, given = _split(arguments)
+    overrides = check_overrides(given)
+    flags = check_foreign(flags, overrides)
+    if flags or any(is_of_hydra(text) or parsed(text).is_sweep_override() for text in overrides):
+        _hand_over(flags, overrides)
+    else:
+        run_one(compose(given), brief=False)
+
+
+def _hand_over(flags: list[str], overrides: list[str]) -> None:
     """Hands over to Hydra, which composes the config and, with -m, expands the sweep."""
     import hydra
     from hydra.core.hydra_config import HydraConfig
@@ -22,12 +37,7 @@ def run_with_hydra(arguments: list[str]) -> None:
 
     from devices.writing import remove_empty
     from fedsim.settings.compose import one_sentence, resolve, search_path
-    from fedsim.settings.foreign import check_foreign
-    from fedsim.settings.overrides import check_overrides
 
-    flags, given = _split(arguments)
-    overrides = check_overrides(given)
-    flags = check_foreign(flags, overrides)
     sweeping = bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & {*flags, *overrides})
     if sweeping:
         _check_sweep(flags, overrides)

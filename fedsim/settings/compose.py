@@ -23,9 +23,7 @@ from fedsim.settings.groups import (
     AFFECTS_RESULTS,
     GROUPS,
     NEEDED,
-    PRIMARY,
     Settings,
-    config_dir,
     config_folders,
     following,
     left_out_group,
@@ -50,21 +48,13 @@ def compose(overrides: Sequence[str]) -> Settings:
             raise ConfigError(f"{text} is a setting of Hydra itself, which only fedsim run takes, on its command line")
     with one_sentence(overrides):
         composed = _composed(overrides)
-        return resolve(composed, composed.hydra.runtime.choices, overrides)
+        return _resolved(composed, composed.hydra.runtime.choices, overrides)
 
 
 def _composed(overrides: Sequence[str]) -> Any:
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
+    from fedsim.settings.bases import composed  # Hydra is imported where it composes
 
-    outer = GlobalHydra.instance().hydra  # leave a surrounding @hydra.main alone
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            return hydra_compose(PRIMARY, [*overrides, *search_path()], return_hydra_config=True)
-    finally:
-        GlobalHydra.instance().hydra = outer
+    return composed(overrides, search_path())
 
 
 def search_path(given: Sequence[str] = ()) -> list[str]:
@@ -132,9 +122,13 @@ def resolve(config: Any, choices: Any, overrides: Sequence[str]) -> Settings:
         choices: which option each group took.
         overrides: with which it was composed.
     """
+    return _resolved(config.copy(), choices, overrides)
+
+
+def _resolved(config: Any, choices: Any, overrides: Sequence[str]) -> Settings:
+    """Resolves a config that nobody needs as it is."""
     from omegaconf import OmegaConf, open_dict
 
-    config = config.copy()
     with open_dict(config):
         config.pop("hydra", None)
         earlier = bool(config.get("choices"))

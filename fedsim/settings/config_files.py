@@ -6,6 +6,8 @@ with fedsim is not read twice.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import date
 from functools import cache
 from importlib import resources
@@ -33,6 +35,7 @@ MAX_SETTINGS = 10_000  # of a file, its aliases written out: OmegaConf takes a m
 SHIPPED = Path(__file__).resolve().parents[2] / "configs"
 PACKAGES = ("configs", "hydra")  # whose files are known
 PLAIN = (str, int, float, bool, date)
+NOTES: list[dict[Path, bytes | None]] = []  # see `noting`
 COMPOSING = (yaml.YAMLError, ValueError, OverflowError, RecursionError)  # what Hydra and OmegaConf let through
 
 
@@ -42,6 +45,26 @@ def check_before_hydra() -> None:
     Plugins.instance()  # registers Hydra's own
     ours = {"file": FileConfigSource, "pkg": ImportlibResourcesConfigSource, SCHEME: NetworkSource}
     SourcesRegistry.instance().types |= ours
+
+
+@contextmanager
+def noting() -> Iterator[dict[Path, bytes | None]]:
+    """Notes what Hydra looks at meanwhile: the content of every file that it reads, None for one that is not there."""
+    NOTES.append({})
+    try:
+        yield NOTES[-1]
+    finally:
+        NOTES.pop()
+
+
+def content(file: Path) -> bytes | None:
+    """Returns what is in a file; None where there is none."""
+    return file.read_bytes() if file.is_file() else None
+
+
+def _note(file: Path) -> None:
+    for notes in NOTES[-1:]:
+        notes[file] = content(file)
 
 
 def check(file: Path) -> None:
@@ -75,13 +98,18 @@ class FileConfigSource(HydrasFiles):
 
     def is_config(self, config_path: str) -> bool:
         """Returns whether there is such a file in the folder."""
-        return not _climbs(config_path) and super().is_config(config_path)
+        found = not _climbs(config_path) and super().is_config(config_path)
+        if not found:
+            _note(Path(self.path) / self._normalize_file_name(config_path))
+        return found
 
     def load_config(self, config_path: str) -> ConfigResult:
         """Reads a file that `check` has taken."""
         file = Path(self.path) / self._normalize_file_name(config_path)
         if Path(self.path) == SHIPPED or not self.is_config(config_path):
+            _note(file)
             return super().load_config(config_path)
+        _note(file)
         check(file)
         check_preset(config_path.partition("/")[0], file)
         try:

@@ -6,6 +6,7 @@ import itertools
 import re
 import shlex
 from collections.abc import Collection, Sequence
+from functools import lru_cache
 from typing import Any
 
 from devices.errors import one_line, unknown
@@ -86,8 +87,9 @@ def sweep_overrides(overrides: Sequence[str]) -> list[list[str]]:
     return [list(run) for run in itertools.product(*choices.values())]
 
 
+@lru_cache(maxsize=1024)
 def parsed(text: str) -> Any:
-    """Returns an override as Hydra reads it.
+    """Returns an override as Hydra reads it; the same object each time, which nobody changes.
 
     Raises:
         ConfigError: for a text that is none.
