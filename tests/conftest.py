@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -73,6 +74,12 @@ def array_workload(*given: Any, **settings: Any) -> Given:
 
 # Clients sleep eight hours a day, each at hours of its own.
 DAILY = ("fleet.availability._target_=devices.availability.Diurnal", "+fleet.availability.hours=16")
+
+
+def pytest_collection_finish() -> None:
+    """Keeps what was imported out of the search for garbage, and out of what a fork would copy for it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -58,7 +58,7 @@ SIGNALS = {
     "sigterm": (signal.SIGTERM, 143, "terminated", "Terminated"),
     "sighup": (signal.SIGHUP, 129, "the terminal was closed", "Terminated"),
 }
-OF_RAY = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
+OF_RAY = [pytest.mark.ray]
 # Left to slow: SIGHUP with Ray, which is answered as SIGTERM is.
 SENT = [
     *(pytest.param("local", *sent, id=f"local-{name}") for name, sent in SIGNALS.items()),

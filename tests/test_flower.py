@@ -108,8 +108,8 @@ def flwr(tmp_path: Path) -> Iterator[Callable[..., Command]]:
 
 
 def real(test: Callable[..., None]) -> Callable[..., None]:
-    """Marks a test that starts a SuperLink: one at a time."""
-    for mark in (pytest.mark.flower, pytest.mark.timeout(400), pytest.mark.xdist_group("flower")):
+    """Marks a test that starts a SuperLink."""
+    for mark in (pytest.mark.flower, pytest.mark.timeout(400)):
         test = mark(test)
     return test
 

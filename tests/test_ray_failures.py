@@ -22,7 +22,7 @@ from fedsim.engines.ray.engine import RayEngine
 from fedsim.engines.ray.session import RaySession
 from fedsim.errors import ConfigError, RunError
 
-pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
+pytestmark = pytest.mark.ray
 
 
 # --- a Ray that dies -------------------------------------------------------------------------------------------------

@@ -23,8 +23,6 @@ from devices.latency.tables import Core, Tables, cluster, parse_cores, runtime_o
 from devices.nas.tables import network_features
 from devices.profile import SHIPPED, load_profile, profile_names
 
-tables_of_tests = pytest.mark.xdist_group("tables")  # one worker evaluates, once
-
 
 @pytest.fixture(scope="module")
 def folder() -> Path:
@@ -46,7 +44,6 @@ def figures(folder: Path) -> dict[str, Figure]:
 
 
 @pytest.mark.data
-@tables_of_tests
 def test_left_out_networks_and_devices_are_predicted(figures: dict[str, Figure]):
     """Median over 171 settings of 69 devices; measured 14.3 and 11.9, 28.8, 19.1, 16.4 %."""
     everything = figures["ncnn on processors, network left out"]
@@ -58,7 +55,6 @@ def test_left_out_networks_and_devices_are_predicted(figures: dict[str, Figure])
 
 
 @pytest.mark.data
-@tables_of_tests
 @pytest.mark.parametrize(
     ("setting", "mean", "median"),
     [
@@ -79,7 +75,6 @@ def test_settings_are_predicted_with_a_network_left_out(
 
 
 @pytest.mark.data
-@tables_of_tests
 def test_joules_of_a_card_are_predicted_with_predicted_times(figures: dict[str, Figure]):
     """Measured 9 % with measured times and 15 % with predicted ones; a constant watt is 65 % off."""
     assert figures["joules of cards, measured times, network left out"].mean <= 0.10
@@ -87,7 +82,6 @@ def test_joules_of_a_card_are_predicted_with_predicted_times(figures: dict[str, 
 
 
 @pytest.mark.data
-@tables_of_tests
 def test_shipped_profiles_are_what_the_tables_give(folder: Path, tmp_path: Path):
     """Built anew, every figure of every profile is the shipped one."""
     written = write_all(Builder(folder), tmp_path)
