@@ -40,7 +40,7 @@ from fedsim.messages.updates import Broadcast, ClientUpdate
 from fedsim.messages.uplink import compressed
 from fedsim.messages.weights import SentWeights, bytes_of, own_copies, own_copy
 from fedsim.models.roles import TensorRoles
-from fedsim.seeding import derive, seed_torch
+from fedsim.seeding import seed_torch
 from fedsim.settings.build import WORLD_CACHE_SIZE, World, build_world, instantiate, memory_format, pick_device
 from fedsim.workloads.base import Tensors, Workload
 
@@ -281,7 +281,7 @@ class Worker:
     def _prepared(self, phase: str, client: ClientContext, task: ClientTask) -> Broadcast:
         """What the client is sent, with the network and the generators ready for its work."""
         # What own networks and functions draw from torch's global generators must not depend on who came before.
-        seed_torch(self.device, derive(self.seed, "global", client.round, client.client_id))
+        seed_torch(self.device, client.derived("global"))
         client.seed_dropout(client.model)
         broadcast = self.broadcast(client, task)
         if not self.trainer.own_network:
@@ -304,10 +304,7 @@ class Worker:
         """What the trainer sees of one client; `phase` and `slot` as for `serve_one`."""
         live = slot.live if slot else self.live
         profile, number = self.fleet[task.client], task.broadcast.round
-        data = self.data.of(task.client, self.workload.part(number))
-        if phase == "train" and self.workload.augments:
-            data = self.data.placed(self.workload.for_training(task.client, number, data))
-        return ClientContext(
+        client = ClientContext(
             client_id=task.client,
             round=number,
             seed=self.seed,
@@ -320,9 +317,14 @@ class Worker:
             state=ClientState.of(task.state),
             device=self.device,
             log=WorkLog(profile.memory_bytes),
-            data=data,
+            data=self.data.of(task.client, self.workload.part(number)),
             slot=slot,
+            repeat=task.repeat,
         )
+        if phase == "train" and self.workload.augments:
+            changed = self.workload.for_training(task.client, client.data, client.stream("augment"))
+            client.data = self.data.placed(changed)
+        return client
 
     def broadcast(self, client: ClientContext, task: ClientTask) -> Broadcast:
         """What the client is sent, on this worker's device; its private tensors stand beside the weights that came."""

@@ -122,21 +122,31 @@ class Fleet(Checked, group="fleet"):
         """Returns the simulated time at which the client goes offline: inf if never, `now_s` if it is offline now."""
         return self.availability.online_until(self._checked(client_id), now_s)
 
-    def jitter(self, client_id: int, round: int) -> Jitter:
-        """Draws the lognormal factors on the client's seconds in one round: computing, receiving, sending."""
+    def jitter(self, client_id: int, round: int, repeat: int = 0) -> Jitter:
+        """Draws the lognormal factors on the client's seconds in one round: computing, receiving, sending.
+
+        Args:
+            client_id: of the client.
+            round: of the draw.
+            repeat: how often the client was sent out in that round before; each time has draws of its own.
+        """
         profile = self._profile(client_id)
         if profile.compute_jitter_sigma == profile.jitter_sigma == 0:
             return Jitter()
-        z = [_NORMAL.inv_cdf(u) for u in uniforms(3, self.seed, "jitter", client_id, round)]
+        z = [_NORMAL.inv_cdf(u) for u in uniforms(3, self.seed, "jitter", *_turn(client_id, round, repeat))]
         sigma, transfer_sigma = profile.compute_jitter_sigma, profile.jitter_sigma
         return Jitter(math.exp(sigma * z[0]), math.exp(transfer_sigma * z[1]), math.exp(transfer_sigma * z[2]))
 
-    def crash_s(self, client_id: int, round: int) -> float:
-        """Draws the seconds of work in one round after which the device crashes: exponential, inf if it never does."""
+    def crash_s(self, client_id: int, round: int, repeat: int = 0) -> float:
+        """Draws the seconds of work in one round after which the device crashes: exponential, inf if it never does.
+
+        Arguments are those of `jitter`.
+        """
         failures_per_min = self._profile(client_id).failures_per_min
         if failures_per_min == 0:
             return math.inf
-        return -math.log(uniforms(1, self.seed, "crash", client_id, round)[0]) * 60 / failures_per_min
+        (u,) = uniforms(1, self.seed, "crash", *_turn(client_id, round, repeat))
+        return -math.log(u) * 60 / failures_per_min
 
     def summary(self) -> list[tuple[str, int, float]]:
         """Returns rows of (device, clients that own it, their share of the fleet), in the configuration's order."""
@@ -150,6 +160,11 @@ class Fleet(Checked, group="fleet"):
 
     def _profile(self, client_id: int) -> DeviceProfile:
         return self.profiles[int(self.device[self._checked(client_id)])]
+
+
+def _turn(client_id: int, round: int, repeat: int) -> tuple[int, ...]:
+    """Returns the names of a draw for a client in a round; the first has no number, as where nobody goes twice."""
+    return (client_id, round, repeat) if repeat else (client_id, round)
 
 
 def _drawable(name: str, devices: Mapping[str, float]) -> tuple[tuple[DeviceProfile, ...], np.ndarray]:

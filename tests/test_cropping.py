@@ -15,6 +15,7 @@ from fedsim.errors import ConfigError
 from fedsim.models.mlp import MLP
 from fedsim.runs import writer
 from fedsim.runs.federation import Federation
+from fedsim.seeding import torch_generator
 from fedsim.settings.build import build_world
 from fedsim.settings.compose import compose
 from fedsim.workloads.arrays import Arrays
@@ -82,7 +83,7 @@ def test_black_is_what_the_network_is_fed_for_it(channels: tuple[int, ...]):
     )
     data = workload.client_data(0)
     fed = replace(data, train=data.train.materialise())
-    made = workload.for_training(0, 1, fed).train
+    made = workload.for_training(0, fed, torch_generator(1)).train
     assert torch.equal(made.labels, fed.train.labels)
     padded = np.pad(x[data.train.rows.numpy()], [(0, 0), (2, 2), (2, 2)] + [(0, 0)] * len(channels))
     for row, image in enumerate(made.tensors["x"]):
@@ -99,7 +100,7 @@ def test_images_change_from_round_to_round_and_not_those_held_out():
     workload = build_world(json.dumps(digits(*CROPS))).workload
     data = workload.client_data(1)
     data = replace(data, train=data.train.materialise(), test=data.test.materialise())
-    first, again, later = (workload.for_training(1, number, data) for number in (1, 1, 2))
+    first, again, later = (workload.for_training(1, data, torch_generator(n)) for n in (1, 1, 2))
     assert torch.equal(first.train.tensors["x"], again.train.tensors["x"])
     assert not torch.equal(first.train.tensors["x"], later.train.tensors["x"])
     assert not torch.equal(first.train.tensors["x"], data.train.tensors["x"])

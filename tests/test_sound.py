@@ -21,6 +21,7 @@ from fedsim.errors import ConfigError
 from fedsim.report.files import read_config
 from fedsim.runs import api, writer
 from fedsim.runs.federation import Federation
+from fedsim.seeding import torch_generator
 from fedsim.settings.build import build_world
 from fedsim.settings.compose import compose, on_devices
 from fedsim.workloads.arrays import Prepare
@@ -195,10 +196,10 @@ def test_a_clip_changes_from_round_to_round_and_for_nobody_else(sounds):
     workload = build_world(tones(*AUGMENTED)).workload
     data = workload.client_data(1)
     data = type(data)(data.train.materialise(), data.test.materialise(), data.version)
-    first, again, later = (workload.for_training(1, number, data).train.tensors["x"] for number in (1, 1, 2))
+    first, again, later = (workload.for_training(1, data, torch_generator(n)).train.tensors["x"] for n in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, later)
-    assert torch.equal(workload.for_training(1, 1, data).test.tensors["x"], data.test.tensors["x"])
+    assert torch.equal(workload.for_training(1, data, torch_generator(1)).test.tensors["x"], data.test.tensors["x"])
 
 
 def test_noise_needs_clips_of_silence(sounds):

@@ -17,7 +17,7 @@ from devices.profile import DeviceProfile
 from fedsim.errors import ConfigError
 from fedsim.messages.updates import Broadcast, ClientUpdate
 from fedsim.models.dropout import seed_dropout
-from fedsim.seeding import derive, torch_generator
+from fedsim.seeding import derive
 from fedsim.workloads.base import JUDGED_AT_ONCE, ClientData, Examples, Tensors, Workload
 
 if TYPE_CHECKING:
@@ -187,6 +187,7 @@ class ClientContext:
         state: what this client kept from earlier rounds; change it in place.
         log: where the trainer reports its work.
         slot: where `model` lies, if that can record steps.
+        repeat: how often it was sent out in this round before; draws differ.
     """
 
     client_id: int
@@ -203,19 +204,25 @@ class ClientContext:
     log: WorkLog = field(repr=False)
     data: ClientData = field(repr=False)
     slot: Slot | None = field(default=None, repr=False)
+    repeat: int = 0
 
     @property
     def num_examples(self) -> int:
         """Returns how many examples the client counts for in a mean of updates."""
         return self.workload.num_examples(self.data.train)
 
+    def derived(self, *names: str | int) -> int:
+        """Returns a seed for one purpose of this client and round."""
+        again = (self.repeat,) if self.repeat else ()
+        return derive(self.seed, *names, self.round, self.client_id, *again)
+
     def stream(self, *names: str | int) -> torch.Generator:
         """Returns random numbers for one purpose of this client and round; no other purpose or client shifts them."""
-        return torch_generator(self.seed, *names, self.round, self.client_id)
+        return torch.Generator().manual_seed(self.derived(*names))
 
     def seed_dropout(self, network: nn.Module) -> None:
         """Lets a network's dropout begin anew, for this client and round; a trainer's own network needs that."""
-        seed_dropout(network, derive(self.seed, "dropout", self.round, self.client_id))
+        seed_dropout(network, self.derived("dropout"))
 
     def marked(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Returns metrics as numbers, with the mark `oracle` where the client has seen what no federation could."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from fedsim.grid.events import Event, EventQueue
+
 
 @dataclass(frozen=True)
 class RoundTiming:
@@ -49,17 +51,19 @@ class SimClock:
             keep: only the first `keep` replies are accepted and the last of them ends the round (over-selection); the
                 rest are late. Equal arrivals are ordered by client id.
         """
-        order = sorted(arrival_s, key=lambda client: (arrival_s[client], client))
-        in_time = [c for c in order if deadline_s is None or arrival_s[c] <= deadline_s]
-        accepted = in_time if keep is None else in_time[:keep]
-        filled = keep is not None and len(accepted) == keep
-        if deadline_s is not None and len(in_time) < len(order) and not filled:
-            round_s = deadline_s
-        else:
-            round_s = max((arrival_s[c] for c in accepted), default=0.0)
+        coming = EventQueue[None]()
+        for client, time_s in arrival_s.items():
+            coming.put(Event(time_s, client), None)
+        accepted, round_s = list[int](), 0.0
+        while coming and (keep is None or len(accepted) < keep):
+            if deadline_s is not None and coming.next_s > deadline_s:
+                round_s = deadline_s
+                break
+            (round_s, client, _), _ = coming.pop()
+            accepted.append(client)
         self.now_s += round_s
-        taken = set(accepted)
-        return RoundTiming(tuple(sorted(accepted)), tuple(sorted(c for c in order if c not in taken)), round_s)
+        late = sorted(event.client for event, _ in coming)
+        return RoundTiming(tuple(sorted(accepted)), tuple(late), round_s)
 
     def advance(self, seconds: float) -> None:
         """Lets time pass without an exchange."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from flwr.app import Message
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from devices.cost import Cost, Work
 from fedsim.grid.pricing import Priced
 from fedsim.messages.cohort import ClientAnswer, ClientTask
+from fedsim.messages.records import ARRAYS, METRICS, NUM_EXAMPLES, record_of
 from fedsim.messages.uplink import decompressed
 from fedsim.messages.weights import SentWeights
 
@@ -24,6 +25,9 @@ class Contact:
         answer: of a client that has not answered yet, or never will, one that failed.
         priced: what its part of the exchange costs.
         late: why its reply came after the round had closed; empty where it did not.
+        start_s: simulated time at which it was sent the message.
+        number: of the round in which that was; its draws are named by it and by `repeat`.
+        repeat: how often it was sent out in that round before.
     """
 
     client: int
@@ -33,6 +37,14 @@ class Contact:
     answer: ClientAnswer = field(default_factory=lambda: ClientAnswer(-1, "failed"))
     priced: Priced = field(default_factory=lambda: Priced("failed"))
     late: str = ""
+    start_s: float = 0.0
+    number: int = 0
+    repeat: int = 0
+
+    @property
+    def phase(self) -> str:
+        """Of its exchange: "train", "evaluate" or "query.<question>"."""
+        return self.message.metadata.message_type
 
     @property
     def is_accepted(self) -> bool:
@@ -66,3 +78,15 @@ class Contact:
         assert weights is not None, "this client sent no weights"
         self.answer = self.answer.without_weights()
         return weights
+
+    def reply(self) -> Message:
+        """The client's reply as Flower's strategies take it."""
+        answer = self.answer
+        content: dict[str, ArrayRecord | ConfigRecord | MetricRecord] = {}
+        if (weights := self.weights) is not None:
+            assert self.task is not None
+            content[ARRAYS] = record_of(weights.by_name(self.task.broadcast.weights))
+        if self.phase in ("train", "evaluate"):
+            content[METRICS] = MetricRecord({NUM_EXAMPLES: answer.num_examples, **answer.metrics})
+        extras = {name: record_of(tensors) for name, tensors in answer.extras.items()}
+        return Message(RecordDict({**content, **extras}), reply_to=self.message)

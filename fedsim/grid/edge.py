@@ -9,41 +9,34 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
 from devices.cost import LatencyModel
 from devices.fleet import Fleet
 from devices.profile import DeviceProfile
 from fedsim.engines.base import Engine
-from fedsim.engines.blocks import blocks
-from fedsim.errors import ClientError, RunError
+from fedsim.errors import RunError
 from fedsim.grid.clock import SimClock
 from fedsim.grid.contact import Contact
 from fedsim.grid.exchange import ClientReport, Exchange
-from fedsim.grid.pricing import Priced, Prices, RadioTails
 from fedsim.grid.round_sum import RoundSum
-from fedsim.grid.store import ClientStore
-from fedsim.messages.cohort import ClientTask, Close, CohortAnswer, CohortTask
+from fedsim.grid.serving import Serving
+from fedsim.messages.cohort import Close
 from fedsim.messages.records import (
     ARRAYS,
     METRICS,
     NUM_EXAMPLES,
-    STATE,
-    Instructions,
-    all_finite,
-    arrays_in,
-    payload_bytes,
     record_of,
 )
 from fedsim.messages.updates import Instruction
 from fedsim.workloads import metrics as figures
 
-NOT_THERE, TOO_LATE = "offline when the round began", "the round closed before its reply arrived"
+TOO_LATE = "the round closed before its reply arrived"
 NOT_NEEDED = "enough others had replied before"  # of over-selection
 ONE_METHOD = "so take the strategy and the trainer of one method"
 EMPTY_ROUND_S = 60.0  # when nobody answers and there is no deadline, the server tries again after this long
@@ -89,13 +82,15 @@ class EdgeGrid(Grid):
         observe: Callable[[int], None] | None = None,
     ):
         self.engine, self.fleet, self.latency, self.settings = engine, fleet, latency, config_json
-        self.seed, self.deadline_s, self.keep, self.averages = seed, deadline_s, keep, averages
-        self.on_client_error, self.batch_clients, self.observe = on_client_error, batch_clients, observe
-        self.clock, self.store, self.tails = SimClock(), ClientStore(), RadioTails()
+        self.deadline_s, self.keep, self.averages = deadline_s, keep, averages
+        self.serving = Serving(
+            engine, fleet, latency, config_json, seed, on_client_error, batch_clients, observe=observe
+        )
+        self.store, self.tails = self.serving.store, self.serving.tails
+        self.clock = SimClock()
         self.round = 0
         self.reports: list[ClientReport] = []
         self._pushed: dict[str, list[Message]] = {}
-        self._flops: dict[int, float] = {}  # of each client's last training: what its next one will take on the host
 
     # --- what a strategy sees -----------------------------------------------------------------------------------
 
@@ -161,6 +156,10 @@ class EdgeGrid(Grid):
         self.store.restore(state["clients"])
         self.tails.awake_until_s = dict(state.get("awake_until_s", {}))
 
+    def instruction(self, message: Message) -> Instruction:
+        """All that a client is sent with a message of this round: its records, and what the client keeps."""
+        return self.serving.instruction(message, self.round)
+
     # --- one exchange, step by step -----------------------------------------------------------------------------
 
     def exchange(self, messages: Iterable[Message], timeout: float | None = None) -> Exchange:
@@ -187,10 +186,10 @@ class EdgeGrid(Grid):
         # Who is among the first `keep` is known when all have answered: only then can they be added up.
         close = Close(start_s, limit_s) if total is not None and keep is None else None
 
-        contacts = self._reach(asked)
-        self._serve([c for c in contacts if c.task is not None], phase, close, total)
+        contacts = self.serving.reach(asked, self.round, start_s)
+        self.serving.serve([c for c in contacts if c.task is not None], close, total)
         round_s = self._close(contacts, limit_s, keep)
-        reports = tuple(self._record(contact, phase, start_s, round_s) for contact in contacts)
+        reports = tuple(self.record(contact, round_s) for contact in contacts)
         self.reports += reports
 
         accepted = [contact for contact in contacts if contact.is_accepted]
@@ -216,120 +215,6 @@ class EdgeGrid(Grid):
                 raise ValueError(f"no client {client_id}: the fleet has clients 0..{len(self.fleet) - 1}")
         return asked
 
-    def _reach(self, asked: Sequence[Message]) -> list[Contact]:
-        """Makes contact with each client; those that are online get their task."""
-        now_s = self.clock.now_s
-        instructions, sizes, checked = Instructions(), {}, set()  # type: Instructions, dict[int, int], set[int]
-        usual = sum(self._flops.values()) / len(self._flops) if self._flops else 1.0
-        contacts = []
-        for number, block in enumerate(blocks(asked)):
-            for message in block:
-                client, content = message.metadata.dst_node_id, message.content
-                contact = Contact(client, message, number)
-                contacts.append(contact)
-                if not self.fleet.online(client, now_s):
-                    contact.priced = Priced("offline", NOT_THERE)
-                    continue
-                if id(content) not in sizes:
-                    self._check_sent(content, checked)
-                    sizes[id(content)] = payload_bytes(content)
-                contact.task = ClientTask(
-                    client,
-                    instructions.broadcast(content, self.round),
-                    self.store.get(client),
-                    number,
-                    down_bytes=sizes[id(content)],
-                    expected_flops=self._flops.get(client, usual),
-                )
-        return contacts
-
-    def _check_sent(self, content: RecordDict, checked: set[int]) -> None:
-        """Refuses to send NaN and infinity: clients would fail who have done nothing wrong."""
-        for name, record in arrays_in(content).items():
-            if id(record) not in checked and not all_finite(record):
-                what = f"the {name!r} that the server would send in round {self.round} are NaN or infinite"
-                raise RunError(
-                    f"{what}, though every client's update was finite; lower trainer.lr or set trainer.clip_norm"
-                )
-            checked.add(id(record))
-
-    def _serve(self, online: Sequence[Contact], phase: str, close: Close | None, total: RoundSum | None) -> None:
-        """Lets the engine serve the clients that are online, and prices what they did.
-
-        Args:
-            online: they get their answers and prices.
-            phase: of the exchange.
-            close: given, blocks are added up as they come, in `total`.
-            total: of the round.
-        """
-        early = total if close is not None else None
-        if early is not None:
-            early.expect(online)
-        self.tails.forget(self.clock.now_s)
-        prices = Prices(self.fleet, self.latency, self.round, self.clock.now_s)
-        by_client, answered = {contact.client: contact for contact in online}, set()  # type: dict[int, Contact], set[int]
-        for answer in self.engine.run(self._task(online, phase, close)):
-            self._take(answer, by_client)
-            answered.update(one.client for one in answer.clients)
-            if early is not None and answer.sums:
-                early.add_sums(answer.sums)
-            elif early is not None:
-                alone = [by_client[one.client] for one in answer.clients]
-                _price(alone, prices)
-                early.add_separate(alone)
-        if missing := [contact.client for contact in online if contact.client not in answered]:
-            raise ClientError(
-                f"the engine returned no reply for clients {missing[:5]} in round {self.round} (seed {self.seed})"
-            )
-        _price(online, prices)  # together: one by one is slow
-        for contact in online:  # in client order, whatever the order of the answers
-            cost = self.tails.contact(contact.client, self.clock.now_s, contact.cost)
-            if cost is not contact.cost:
-                contact.priced = replace(contact.priced, cost=cost)
-
-    def _task(self, online: Sequence[Contact], phase: str, close: Close | None) -> CohortTask:
-        """The tasks of all clients that are online; those that train at once in their groups."""
-        tasks = tuple(contact.task for contact in online if contact.task is not None)
-        task = CohortTask(self.round, phase, tasks, self.settings, close)
-        if phase != "train" or self.batch_clients == 1:
-            return task
-        return task.of(self._grouped(task))
-
-    def _grouped(self, task: CohortTask) -> Iterable[ClientTask]:
-        """Clients in groups of `batch_clients`, which never leave a block half in a group that the block is not in."""
-        units: list[list[ClientTask]] = []
-        for unit in task.units():
-            if units and len(units[-1]) < self.batch_clients:
-                units[-1] += unit
-            else:
-                units.append(unit)
-        for unit in units:
-            for place, one in enumerate(unit):
-                yield replace(one, group=unit[place - place % self.batch_clients].client)
-
-    def _take(self, answer: CohortAnswer, online: dict[int, Contact]) -> None:
-        """Takes what clients answered."""
-        for one in answer.clients:
-            contact = online[one.client]
-            if one.outcome == "failed" and self.on_client_error == "stop":
-                raise self._failure(contact, one.reason, one.traceback)
-            contact.answer = one
-            if self.observe:
-                self.observe(one.client)
-
-    def instruction(self, message: Message) -> Instruction:
-        """All that a client is sent with a message of this round: its records, and what the client keeps."""
-        content, metadata = message.content, message.metadata
-        state = self.store.get(metadata.dst_node_id)
-        whole = RecordDict({**content, STATE: record_of(state)}) if state else content
-        return Instruction(self.round, metadata.dst_node_id, metadata.message_type, whole)
-
-    def _failure(self, contact: Contact, reason: str, trace: str) -> ClientError:
-        """Names the client and holds what it was sent, so that it can be replayed."""
-        who = f"client {contact.client} ({self.fleet.device_name(contact.client)})"
-        where = f"failed in round {self.round} (seed {self.seed})"
-        return ClientError(f"{who} {where}: {reason}", trace, self.instruction(contact.message))
-
     def _close(self, contacts: Sequence[Contact], limit_s: float | None, keep: int | None) -> float:
         """Decides who is late and lets the round's time pass; its seconds."""
         arrival_s = {c.client: c.cost.total_s for c in contacts if c.priced.outcome == "completed"}
@@ -346,39 +231,38 @@ class EdgeGrid(Grid):
         self.clock.advance(round_s)
         return round_s
 
-    def _record(self, contact: Contact, phase: str, start_s: float, round_s: float) -> ClientReport:
-        """Stores what the client has for later rounds, and says what became of it."""
+    def record(self, contact: Contact, round_s: float | None = None, **noted: float) -> ClientReport:
+        """Stores what the client has for later rounds, and says what became of it.
+
+        Args:
+            contact: whose part has ended.
+            round_s: seconds until the exchange closed, for which it waited; None: it did not wait.
+            noted: metrics beside the client's own.
+        """
         answer, priced = contact.answer, contact.priced
-        wait_s = max(0.0, round_s - contact.cost.total_s) if contact.is_accepted else 0.0
-        if phase == "train" and (flops := answer.work.flops):
-            self._flops[contact.client] = flops
-        if priced.work_ended and answer.state:
-            self.store.commit(contact.client, answer.state, contact.is_accepted)
+        wait_s = max(0.0, round_s - contact.cost.total_s) if contact.is_accepted and round_s is not None else 0.0
+        self.serving.store_state(contact)
         return ClientReport(
             round=self.round,
-            phase=phase,
+            phase=contact.phase,
             client=contact.client,
             device=self.fleet.device_name(contact.client),
             outcome="late" if contact.late else priced.outcome,
             reason=contact.late or priced.reason,
-            start_s=start_s,
+            start_s=contact.start_s,
             cost=contact.cost,
             wait_s=wait_s,
             wait_joules=wait_s * self.fleet[contact.client].idle_watts,
             work=contact.spent,
             whole_work=answer.work,
             num_examples=answer.num_examples,
-            metrics=answer.metrics,
+            metrics={**answer.metrics, **noted} if noted else answer.metrics,
         )
 
     def _replies(self, accepted: Sequence[Contact]) -> list[Message]:
         """What the strategy gets of each accepted client."""
         # A client without held-out examples has judged nothing, and a mean over such clients does not exist.
-        return [
-            Message(_content_of(contact), reply_to=contact.message)
-            for contact in accepted
-            if contact.message.metadata.message_type != "evaluate" or contact.answer.num_examples
-        ]
+        return [c.reply() for c in accepted if c.phase != "evaluate" or c.answer.num_examples]
 
     def _mean(self, accepted: Sequence[Contact], total: RoundSum, reports: Sequence[ClientReport]) -> Message:
         """One reply that stands for all: a strategy that only averages takes it as a cohort of one."""
@@ -391,23 +275,6 @@ class EdgeGrid(Grid):
         mean = record_of(total.mean({c.client for c in accepted}, first.task.broadcast.weights))
         content = RecordDict({ARRAYS: mean, METRICS: MetricRecord({NUM_EXAMPLES: examples, **means})})
         return Message(content, reply_to=first.message)
-
-
-def _price(contacts: Sequence[Contact], prices: Prices) -> None:
-    for contact, priced in zip(contacts, prices.settle([c.answer for c in contacts]), strict=True):
-        contact.priced = priced
-
-
-def _content_of(contact: Contact) -> RecordDict:
-    """A client's reply as Flower's strategies take it."""
-    answer, phase = contact.answer, contact.message.metadata.message_type
-    content: dict[str, ArrayRecord | ConfigRecord | MetricRecord] = {}
-    if (weights := contact.weights) is not None:
-        assert contact.task is not None
-        content[ARRAYS] = record_of(weights.by_name(contact.task.broadcast.weights))
-    if phase in ("train", "evaluate"):
-        content[METRICS] = MetricRecord({NUM_EXAMPLES: answer.num_examples, **answer.metrics})
-    return RecordDict({**content, **{name: record_of(tensors) for name, tensors in answer.extras.items()}})
 
 
 def _check_alike(contact: Contact, first: Contact) -> None:

@@ -78,14 +78,22 @@ class Prices:
     round: int
     start_s: float
 
-    def settle(self, answers: Sequence[ClientAnswer]) -> list[Priced]:
-        """The cost of each client's work, and its outcome where the device itself ends its round early."""
+    def settle(self, answers: Sequence[ClientAnswer], repeats: Sequence[int] | None = None) -> list[Priced]:
+        """The cost of each client's work, and its outcome where the device itself ends its round early.
+
+        Args:
+            answers: of the clients.
+            repeats: how often each was sent out in this round before; None: never.
+        """
         if not answers:
             return []
-        clients = [answer.client for answer in answers]
-        jitters = [self.fleet.jitter(client, self.round) for client in clients]
-        costs = self.latency.costs([answer.work for answer in answers], self.fleet.units(clients), jitters)
-        return [self._ended(answer, cost) for answer, cost in zip(answers, costs.all(), strict=True)]
+        clients, again = [answer.client for answer in answers], repeats or [0] * len(answers)
+        jitters = [self.fleet.jitter(*self._turn(*one)) for one in zip(clients, again, strict=True)]
+        costs = self.latency.costs([answer.work for answer in answers], self.fleet.units(clients), jitters).all()
+        return [self._ended(one, cost, repeat) for one, cost, repeat in zip(answers, costs, again, strict=True)]
+
+    def _turn(self, client: int, repeat: int) -> tuple[int, ...]:
+        return (client, self.round, repeat) if repeat else (client, self.round)
 
     def arrivals(self, answers: Sequence[ClientAnswer], limit_s: float | None) -> list[bool]:
         """Whether each reply is there `limit_s` seconds after the exchange began; prices only those that may not be."""
@@ -103,7 +111,7 @@ class Prices:
             and self.fleet.crash_s(answer.client, self.round) == math.inf
         )
 
-    def _ended(self, answer: ClientAnswer, cost: Cost) -> Priced:
+    def _ended(self, answer: ClientAnswer, cost: Cost, repeat: int) -> Priced:
         """What became of a client whose work costs so much if nothing comes between."""
         if answer.outcome == "out_of_memory" or not cost.fits:
             reason = answer.reason or f"needs {answer.work.peak_memory_bytes} bytes at its peak"
@@ -111,7 +119,7 @@ class Prices:
         if answer.outcome == "failed":
             return Priced("failed", answer.reason, cost.until(cost.down_s + cost.compute_s))
         leaves_s = self.fleet.online_until(answer.client, self.start_s) - self.start_s
-        crashes_s = self.fleet.crash_s(answer.client, self.round)
+        crashes_s = self.fleet.crash_s(*self._turn(answer.client, repeat))
         gone_s = min(leaves_s, crashes_s)
         if gone_s < cost.total_s:
             offline = leaves_s <= crashes_s

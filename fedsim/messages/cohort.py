@@ -31,6 +31,7 @@ class ClientTask:
         group: clients of one group may be trained at once; named by the first of them.
         down_bytes: what it downloads.
         expected_flops: of its training, by what was seen so far; for sharing out work, never for results.
+        repeat: how often it was sent out in the broadcast's round before: its draws differ.
     """
 
     client: int
@@ -40,6 +41,7 @@ class ClientTask:
     group: int | None = None
     down_bytes: int = 0
     expected_flops: float = 1.0
+    repeat: int = 0
 
 
 @dataclass(frozen=True, slots=True)

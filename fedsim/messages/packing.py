@@ -22,7 +22,7 @@ from fedsim.workloads.base import Tensors
 
 COHORT, SETTINGS = "cohort", "settings"
 FACTS, LAYOUT, JSON = "header", "layout", "json"
-ROW = ("client", "block", "group", "down_bytes", "expected_flops")  # of a ClientTask
+ROW = ("client", "block", "group", "down_bytes", "expected_flops", "repeat")  # of a ClientTask
 
 
 class _Records:

@@ -57,6 +57,7 @@ class Instruction:
         phase: "train", "evaluate" or "query.<question>".
         content: its records, with what the client kept from earlier rounds under `state`.
         data: fingerprint of the run's data, where it is kept for later.
+        repeat: how often the client was sent out in that round before.
     """
 
     round: int
@@ -64,3 +65,4 @@ class Instruction:
     phase: str
     content: RecordDict
     data: Mapping[str, str] = field(default_factory=dict)
+    repeat: int = 0

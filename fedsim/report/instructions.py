@@ -19,7 +19,10 @@ from fedsim.report.checksums import check_inside, read_signed_json, sha256_of, s
 from fedsim.report.place import FAILED_CLIENT, FAILED_CLIENT_ARRAYS
 from fedsim.settings.forms import MAP, TEXT, WHOLE, Forms, check_tree, maps_of, optional
 
-FACTS: Forms = {"round": WHOLE, "client": WHOLE, "phase": TEXT, "configs": maps_of(MAP), "sha256": optional(TEXT)}
+FACTS: Forms = {
+    **{"round": WHOLE, "client": WHOLE, "phase": TEXT, "configs": maps_of(MAP)},
+    **{"repeat": optional(WHOLE), "sha256": optional(TEXT)},
+}
 MAX_ARRAYS = 2**36  # bytes
 
 
@@ -40,7 +43,7 @@ def write_instruction(folder: Path, sent: Instruction) -> None:
     )
     configs = {name: dict(r) for name, r in sent.content.items() if isinstance(r, ConfigRecord)}
     facts = {"round": sent.round, "client": sent.client, "phase": sent.phase, "configs": configs}
-    facts["data"] = dict(sent.data)
+    facts |= {"data": dict(sent.data), "repeat": sent.repeat}
     write_atomic(folder / FAILED_CLIENT_ARRAYS, arrays)
     write_atomic(folder / FAILED_CLIENT, signed_json({**facts, "sha256": sha256_of(arrays)}))
 
@@ -67,7 +70,8 @@ def read_instruction(folder: Path) -> Instruction | None:
         for name in dict.fromkeys(key.partition("/")[0] for key in arrays):
             content[name] = record_of({k.partition("/")[2]: t for k, t in arrays.items() if k.startswith(f"{name}/")})
         sent_with = dict(facts.get("data", {}))  # not in version 0.1
-        return Instruction(facts["round"], facts["client"], facts["phase"], RecordDict(content), sent_with)
+        where = (facts["round"], facts["client"], facts["phase"])
+        return Instruction(*where, RecordDict(content), sent_with, facts.get("repeat", 0))
     except (OSError, LookupError, TypeError, ValueError, AttributeError, SafetensorError) as error:
         reason = one_line(error)
         raise ConfigError(f"{FAILED_CLIENT} and .safetensors in {folder} cannot be read: {reason}") from error

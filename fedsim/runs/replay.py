@@ -89,6 +89,7 @@ def replay(settings: Settings, engine: Engine, instruction: Instruction) -> Repl
         instruction.client,
         Instructions().broadcast(instruction.content, instruction.round),
         tensors_of(state) if isinstance(state, ArrayRecord) else {},
+        repeat=instruction.repeat,
     )
     cohort = CohortTask(instruction.round, instruction.phase, (task,), json.dumps(settings))
     ((answer,),) = (answers.clients for answers in engine.run(cohort))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from devices.profile import BY_NAME
 from devices.texts import as_yaml
 from fedsim.errors import ConfigError, DataError
-from fedsim.seeding import generator, torch_generator
+from fedsim.seeding import generator
 from fedsim.workloads.augmenting import Augmentation
 from fedsim.workloads.base import ClientData, Examples, ModelFactory, Tensors, added
 from fedsim.workloads.by_class import ByClass
@@ -328,9 +328,8 @@ class ArrayWorkload(ClassificationWorkload):
         """Returns how many of so many examples are translated in a round."""
         return self.changed.augment.num_translated(examples) if self.changed and self.changed.translates else 0
 
-    def for_training(self, client_id: int, round: int, data: ClientData) -> ClientData:
-        """Returns a client's data of a round, with training sounds or images augmented."""
-        draw = torch_generator(self.seed, "augment", round, client_id)
+    def for_training(self, client_id: int, data: ClientData, draw: torch.Generator) -> ClientData:
+        """Returns a client's data with training sounds or images augmented."""
         if self.cropped is not None:
             black = self.prepare.fed(torch.zeros(1, self.input_shape[0], 1, 1))
             found = data.train.tensors

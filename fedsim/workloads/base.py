@@ -270,8 +270,14 @@ class Workload(Checked, ABC, group="workload", error=ConfigError):
         """Returns the same on a device."""
         return {key: tensor.to(device) for key, tensor in self.sample(batch).items()}
 
-    def for_training(self, client_id: int, round: int, data: ClientData) -> ClientData:
-        """Returns what a client trains on in a round, of its `data`: the same, where nothing is augmented."""
+    def for_training(self, client_id: int, data: ClientData, draw: torch.Generator) -> ClientData:
+        """Returns what a client trains on, of its `data`: the same, where nothing is augmented.
+
+        Args:
+            client_id: of the client.
+            data: all that it has.
+            draw: random numbers of this client and round.
+        """
         return data
 
     # --- devices -----------------------------------------------------------------------------------------------------
