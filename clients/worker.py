@@ -34,7 +34,7 @@ from fedsim.engines.memory import keep_freed_memory
 from fedsim.errors import ConfigError, in_words, no_exit
 from fedsim.exchanges.slices import model_cost
 from fedsim.grid.round_sum import BlockSums
-from fedsim.messages.cohort import ClientAnswer, ClientTask, CohortAnswer, CohortTask
+from fedsim.messages.cohort import PLAN, ClientAnswer, ClientTask, CohortAnswer, CohortTask
 from fedsim.messages.records import check_extra_names
 from fedsim.messages.updates import Broadcast, ClientUpdate
 from fedsim.messages.uplink import compressed
@@ -124,6 +124,9 @@ class Worker:
 
     def _answers(self, task: CohortTask) -> Iterator[ClientAnswer]:
         """The answer of each client, in order; in slots, others may be at work when one is given."""
+        if task.phase == PLAN:
+            yield from map(self.plan, task.clients)
+            return
         if self.slots and task.phase == "train":
             yield from InSlots(self, self.slots, stay=task.close is not None).answers(task.clients)
             return
@@ -204,6 +207,22 @@ class Worker:
             reason += f"; that was a batch of one example: {INSTEAD_OF_ONE}"
         trace = "".join(traceback.format_exception(error))
         return ClientAnswer(task.client, "failed", reason, trace, work)
+
+    def plan(self, task: ClientTask) -> ClientAnswer:
+        """What work a client would do in training, as its answer would say; "failed" where nobody can tell."""
+        unknown, client = ClientAnswer(task.client, "failed"), None
+        if self.keeps_or_packs or self.front_end.cost is not None:
+            return unknown
+        try:
+            client = self.context(task, PLAN)
+            if not self.trainer.plan_work(client, self.broadcast(client, task)):
+                return unknown
+        except OutOfMemoryError as error:
+            return self._failed(task, client, error)
+        except Exception:  # training says what is wrong
+            return unknown
+        work = self._work(client, task, bytes_of(task.broadcast.weights))
+        return ClientAnswer(task.client, work=work, num_examples=client.num_examples)
 
     def begin(self, task: ClientTask, slot: Slot) -> tuple[ClientContext, SGDRun] | ClientAnswer:
         """Asks for the steps of a client whose trainer can wait for them; one that fails has answered.

@@ -20,6 +20,7 @@ from devices.reading import read_json
 
 DAY_S = 86_400.0
 LOOK_AHEAD_SLOTS = 10_000
+LOOK_AHEAD_MIN = 366 * 24 * 60
 MAX_TRACE_S = 1e10  # 300 years
 
 
@@ -44,6 +45,17 @@ class Availability(Checked, ABC, group="fleet.availability"):
         """Returns the simulated time at which the client goes offline: inf if never, `now_s` if it is offline now."""
         end_s = self._end_s(client_id, now_s)
         return now_s if end_s is None else end_s
+
+    def online_from(self, client_id: int, now_s: float) -> float:
+        """Returns the first time after `now_s` at which the client comes online; found to a minute.
+
+        Raises:
+            DeviceError: if that is not within a year.
+        """
+        for minute in range(1, LOOK_AHEAD_MIN):
+            if self.online(client_id, now_s + 60.0 * minute):
+                return now_s + 60.0 * minute
+        raise DeviceError(f"client {client_id} went offline at {now_s:.6g} s and does not come back within a year")
 
     @abstractmethod
     def _end_s(self, client_id: int, now_s: float) -> float | None:
@@ -92,6 +104,13 @@ class Bernoulli(Availability):
             slot += 1
         return slot * self.slot_s
 
+    def online_from(self, client_id: int, now_s: float) -> float:
+        slot = math.floor(now_s / self.slot_s)
+        for later in range(slot, slot + LOOK_AHEAD_SLOTS):
+            if self._drawn_online(client_id, later) and later * self.slot_s >= now_s:
+                return later * self.slot_s
+        raise DeviceError(f"client {client_id} went offline at {now_s:.6g} s and does not come back")
+
     def _drawn_online(self, client_id: int, slot: int) -> bool:
         return uniforms(1, self.seed, "bernoulli", client_id, slot)[0] < self.p
 
@@ -129,6 +148,10 @@ class Diurnal(Availability):
         opens_s = float(self.opens_s[client_id])
         end_s = opens_s + math.floor((now_s - opens_s) / DAY_S) * DAY_S + self.window_s
         return end_s if now_s < end_s else None
+
+    def online_from(self, client_id: int, now_s: float) -> float:
+        opens_s = float(self.opens_s[client_id])
+        return opens_s + math.ceil((now_s - opens_s) / DAY_S) * DAY_S
 
 
 class Trace(Availability):
@@ -170,6 +193,16 @@ class Trace(Availability):
             return cycle_s + float(ends[spell])
         # The last spell runs into the first one of the next cycle.
         return math.inf if len(starts) == 1 else cycle_s + finish + float(ends[0])
+
+    def online_from(self, client_id: int, now_s: float) -> float:
+        entry = client_id % len(self.finish_s)
+        starts = self.starts_s[self.offsets[entry] : self.offsets[entry + 1]]
+        finish = float(self.finish_s[entry])
+        cycle_s = math.floor(now_s / finish) * finish
+        if not len(starts):
+            raise DeviceError(f"client {client_id} is never online")
+        later = starts[cycle_s + starts > now_s]
+        return cycle_s + (float(later[0]) if len(later) else finish + float(starts[0]))
 
 
 def _number(key: str, value: Any, low: float, high: float) -> float:

@@ -122,6 +122,20 @@ class Fleet(Checked, group="fleet"):
         """Returns the simulated time at which the client goes offline: inf if never, `now_s` if it is offline now."""
         return self.availability.online_until(self._checked(client_id), now_s)
 
+    def end_of_work(self, client_id: int, start_s: float, work_s: float) -> float:
+        """Returns when work of so many seconds has ended that goes on whenever the client is online.
+
+        Args:
+            client_id: of the client.
+            start_s: simulated time at which it begins; the client is online then.
+            work_s: how long it would take without a break.
+        """
+        client, now_s, left_s = self._checked(client_id), start_s, work_s
+        while (until_s := self.availability.online_until(client, now_s)) - now_s < left_s:
+            left_s -= max(0.0, until_s - now_s)
+            now_s = self.availability.online_from(client, until_s)
+        return now_s + left_s
+
     def jitter(self, client_id: int, round: int, repeat: int = 0) -> Jitter:
         """Draws the lognormal factors on the client's seconds in one round: computing, receiving, sending.
 

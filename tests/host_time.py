@@ -35,7 +35,7 @@ PARTS = {  # where each part begins
     "start of a trainer": "clients.trainers.sgd:SGDTrainer.start",
     "update": "clients.trainers.sgd:SGDRun.fit",
     "worker": "clients.worker:Worker.serve_one",
-    "block sums": "fedsim.engines.blocks:BlockSum.add",
+    "block sums": "fedsim.messages.blocks:BlockSum.add",
     "pricing": "devices.latency.models:StructuredLatency.seconds",
     "pricing, one by one": "devices.cost:LatencyModel.cost",
     "jitter": "devices.fleet:Fleet.jitter",

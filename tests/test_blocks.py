@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import DAILY, Parted
 
-from fedsim.engines.blocks import BlockSum, WeightedSum, blocks
 from fedsim.grid.round_sum import RoundSum
+from fedsim.messages.blocks import BlockSum, WeightedSum, blocks
 from fedsim.runs.federation import Federation
 from fedsim.settings.build import build_world
 from fedsim.workloads.base import Tensors

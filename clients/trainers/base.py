@@ -291,6 +291,16 @@ class LocalTrainer(Checked, group="trainer", error=ConfigError):
         """Trains on the client's data and reports the work in `client.log`."""
         return self.start(client, broadcast).fit()
 
+    def plan_work(self, client: ClientContext, broadcast: Broadcast) -> bool:
+        """Reports in `client.log` what `fit` would, without training; returns False where that is not known.
+
+        Only a trainer whose clients keep nothing between rounds can tell. The model holds no particular weights.
+
+        Raises:
+            OutOfMemoryError: as `fit`.
+        """
+        return False
+
     def fit_together(self, clients: Sequence[ClientContext], broadcasts: Sequence[Broadcast]) -> list[ClientUpdate]:
         """Trains several clients at once (`engine.batch_clients`); called where `reason_against_together` is empty."""
         raise NotImplementedError(f"{type(self).__name__} trains one client after the other")

@@ -267,6 +267,24 @@ class SGDTrainer(LocalTrainer):
                     "names (clients/README.md)"
                 )
 
+    def plan_work(self, client: ClientContext, broadcast: Broadcast) -> bool:
+        """Reports the steps of a round that is the loop alone, on a pure objective."""
+        if not self.is_loop_alone or type(self).batches is not SGDTrainer.batches:
+            return False
+        self.check_settings(broadcast)
+        run = self.start(client, broadcast)
+        run.reserve()
+        for rows in self.rows(client, self.batch_size, self.local_epochs):
+            run.log_step(len(rows))
+        return True
+
+    @property
+    def is_loop_alone(self) -> bool:
+        """Whether a round is the loop of SGD and nothing else, on an objective that is a pure function."""
+        kind = type(self)
+        own = kind.fit is not LocalTrainer.fit or kind.step is not SGDTrainer.step or self.run is not SGDRun
+        return not own and self.objective.can_be_mapped()
+
     # --- several clients at once --------------------------------------------------------------------------------------
 
     def fit_together(self, clients: Sequence[ClientContext], broadcasts: Sequence[Broadcast]) -> list[ClientUpdate]:
@@ -279,9 +297,7 @@ class SGDTrainer(LocalTrainer):
 
     def reason_against_together(self, model: nn.Module) -> str:
         """Returns why the trainer cannot be mapped; empty if its objective is pure, and a round is the loop alone."""
-        kind = type(self)
-        loop_alone = self.run is SGDRun and kind.fit is LocalTrainer.fit and kind.step is SGDTrainer.step
-        if not loop_alone or not self.objective.can_be_mapped():
+        if not self.is_loop_alone:
             return f"{type(self).__name__} does not train by a pure function of parameters and batch"
         return batched.reason_against(model)
 

@@ -28,6 +28,9 @@ class Contact:
         start_s: simulated time at which it was sent the message.
         number: of the round in which that was; its draws are named by it and by `repeat`.
         repeat: how often it was sent out in that round before.
+        is_planned: its answer holds the work that it will do, and it has still to do it.
+        can_be_planned: its work could be told beforehand, also where it has done it since.
+        trains_at_once: nobody could tell its work beforehand, and it may keep something for later rounds.
     """
 
     client: int
@@ -40,6 +43,9 @@ class Contact:
     start_s: float = 0.0
     number: int = 0
     repeat: int = 0
+    is_planned: bool = False
+    can_be_planned: bool = False
+    trains_at_once: bool = False
 
     @property
     def phase(self) -> str:
@@ -55,6 +61,11 @@ class Contact:
     def cost(self) -> Cost:
         """Seconds and joules until its end."""
         return self.priced.cost
+
+    @property
+    def end_s(self) -> float:
+        """Simulated time at which its reply is there, or at which it is gone."""
+        return self.start_s + self.cost.total_s + self.priced.paused_s
 
     @property
     def spent(self) -> Work:

@@ -8,7 +8,7 @@ client state. Never a method.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -23,6 +23,7 @@ from fedsim.engines.base import Engine
 from fedsim.errors import RunError
 from fedsim.grid.clock import SimClock
 from fedsim.grid.contact import Contact
+from fedsim.grid.events import Event, EventQueue
 from fedsim.grid.exchange import ClientReport, Exchange
 from fedsim.grid.round_sum import RoundSum
 from fedsim.grid.serving import Serving
@@ -64,6 +65,13 @@ class EdgeGrid(Grid):
         on_client_error: "stop" raises ClientError for a failing client; "drop" counts it as failed.
         batch_clients: how many clients a worker trains at once; they stay together whatever the number of workers.
         observe: called with each client's id when its reply came from the engine (progress).
+        pauses: a client that goes offline goes on with its work when it is back, instead of losing it.
+
+    Attributes:
+        in_flight: clients that were dispatched and have not arrived, by the time at which the server hears of them.
+        dispatched: how many clients ever were.
+        busy_until_s: when clients end for which nobody waits any longer.
+        offered: clients that a strategy may sample; None: all.
     """
 
     def __init__(
@@ -80,12 +88,17 @@ class EdgeGrid(Grid):
         on_client_error: str = "stop",
         batch_clients: int = 1,
         observe: Callable[[int], None] | None = None,
+        pauses: bool = False,
     ):
         self.engine, self.fleet, self.latency, self.settings = engine, fleet, latency, config_json
         self.deadline_s, self.keep, self.averages = deadline_s, keep, averages
         self.serving = Serving(
-            engine, fleet, latency, config_json, seed, on_client_error, batch_clients, observe=observe
+            engine, fleet, latency, config_json, seed, on_client_error, batch_clients, observe, pauses
         )
+        self.in_flight = EventQueue[Contact]()
+        self.offered: Sequence[int] | None = None
+        self.dispatched = 0
+        self.busy_until_s: dict[int, float] = {}
         self.store, self.tails = self.serving.store, self.serving.tails
         self.clock = SimClock()
         self.round = 0
@@ -95,8 +108,8 @@ class EdgeGrid(Grid):
     # --- what a strategy sees -----------------------------------------------------------------------------------
 
     def get_node_ids(self) -> Iterable[int]:
-        """Client ids 0..N-1, in order; population costs nothing."""
-        return range(len(self.fleet))
+        """Client ids 0..N-1, in order, or those that are offered; population costs nothing."""
+        return range(len(self.fleet)) if self.offered is None else self.offered
 
     def client(self, client_id: int) -> Enrolled:
         """What is known of a client: its device."""
@@ -200,6 +213,64 @@ class EdgeGrid(Grid):
             total.add_accepted(accepted)
         return Exchange([self._mean(accepted, total, reports)], clients, reports)
 
+    # --- clients that nobody waits for together -----------------------------------------------------------------
+
+    def is_idle(self, client: int) -> bool:
+        """Returns whether a client does no work for the server now."""
+        return client not in self.in_flight and self.busy_until_s.get(client, 0.0) <= self.clock.now_s
+
+    def dispatch(self, messages: Iterable[Message], repeats: dict[int, int]) -> None:
+        """Sends idle clients messages and lets no time pass: each is in flight until it arrives.
+
+        After `deadline_s` the server hears of it at the latest: then its reply is late, and it goes on working.
+
+        Args:
+            messages: instructions addressed by client id.
+            repeats: how often clients were sent out in this round before.
+        """
+        now_s = self.clock.now_s
+        contacts = self.serving.reach(self.in_client_order(messages), self.round, now_s, repeats)
+        self.serving.dispatch([contact for contact in contacts if contact.task is not None])
+        for contact in contacts:
+            heard_s = contact.end_s
+            if self.deadline_s is not None and heard_s > now_s + self.deadline_s:
+                heard_s, contact.late = now_s + self.deadline_s, TOO_LATE
+                self.busy_until_s[contact.client] = contact.end_s
+            self.dispatched += 1
+            self.in_flight.put(Event(heard_s, contact.client, self.dispatched), contact)
+
+    def arrive(self) -> Contact:
+        """Lets time pass until the server hears of a client, and takes it out of flight.
+
+        Raises:
+            ClientError: if it has failed and is not to be dropped.
+        """
+        event, contact = self.in_flight.pop()
+        self.clock.now_s = max(self.clock.now_s, event.time_s)
+        self.busy_until_s = {c: s for c, s in self.busy_until_s.items() if s > self.clock.now_s}
+        self._check_alive(contact)
+        return contact
+
+    def train_again(self) -> None:
+        """Lets those train again who had done so before the run was interrupted; errors wait until they arrive."""
+        self.serving.train(c for _, c in self.in_flight if c.trains_at_once and c.is_planned)
+
+    def train(self, contacts: Sequence[Contact], beside: Iterable[Contact] = ()) -> None:
+        """Lets clients that have arrived do the work for which they were priced; others in flight may do it, too.
+
+        Raises:
+            ClientError: if one has failed and is not to be dropped.
+        """
+        planned = [contact for contact in contacts if contact.is_planned]
+        if planned:
+            self.serving.train([*planned, *(contact for contact in beside if contact.is_planned)])
+            for contact in planned:
+                self._check_alive(contact)
+
+    def _check_alive(self, contact: Contact) -> None:
+        if contact.answer.outcome == "failed" and contact.task and self.serving.on_client_error == "stop":
+            raise self.serving.failure(contact)
+
     def in_client_order(self, messages: Iterable[Message]) -> list[Message]:
         """The messages of one exchange by client id.
 
@@ -231,17 +302,26 @@ class EdgeGrid(Grid):
         self.clock.advance(round_s)
         return round_s
 
-    def record(self, contact: Contact, round_s: float | None = None, **noted: float) -> ClientReport:
+    def record(self, contact: Contact, round_s: float) -> ClientReport:
         """Stores what the client has for later rounds, and says what became of it.
 
         Args:
             contact: whose part has ended.
-            round_s: seconds until the exchange closed, for which it waited; None: it did not wait.
+            round_s: seconds until the exchange closed.
+        """
+        self.serving.store_state(contact)
+        wait_s = max(0.0, round_s - contact.cost.total_s) if contact.is_accepted else 0.0
+        return self.report(contact, wait_s)
+
+    def report(self, contact: Contact, wait_s: float = 0.0, noted: Mapping[str, float] | None = None) -> ClientReport:
+        """Says what became of a client.
+
+        Args:
+            contact: whose part has ended.
+            wait_s: how long it waited for the exchange to close.
             noted: metrics beside the client's own.
         """
         answer, priced = contact.answer, contact.priced
-        wait_s = max(0.0, round_s - contact.cost.total_s) if contact.is_accepted and round_s is not None else 0.0
-        self.serving.store_state(contact)
         return ClientReport(
             round=self.round,
             phase=contact.phase,
@@ -256,7 +336,7 @@ class EdgeGrid(Grid):
             work=contact.spent,
             whole_work=answer.work,
             num_examples=answer.num_examples,
-            metrics={**answer.metrics, **noted} if noted else answer.metrics,
+            metrics={**answer.metrics, **(noted or {})},
         )
 
     def _replies(self, accepted: Sequence[Contact]) -> list[Message]:

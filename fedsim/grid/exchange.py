@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from flwr.app import Message
+from flwr.app import ArrayRecord, Message
 
 from devices.cost import Cost, Work
 from fedsim.messages.cohort import Outcome
@@ -42,6 +42,21 @@ class ClientReport:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """What a client started from whose reply may be stale.
+
+    Attributes:
+        weights: that it was sent.
+        staleness: how many times the global weights have changed since.
+        weight: what its reply counts for because of that, 1 where it is fresh.
+    """
+
+    weights: ArrayRecord
+    staleness: int
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
 class Exchange:
     """What an exchange brought.
 
@@ -49,8 +64,12 @@ class Exchange:
         replies: accepted ones in client order, or one that holds their weighted mean.
         accepted: clients whose replies those are, also where one mean stands for all.
         reports: of all clients that were sent a message, in their order.
+        origins: of each reply; empty where all started from the present weights.
+        weights: the present ones, shared tensors only, of which the replies are to make new ones.
     """
 
     replies: list[Message]
     accepted: tuple[int, ...] = ()
     reports: tuple[ClientReport, ...] = ()
+    origins: tuple[Origin, ...] = ()
+    weights: ArrayRecord = field(default_factory=ArrayRecord)

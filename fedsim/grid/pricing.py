@@ -25,12 +25,14 @@ class Priced:
         cost: what it spent, until its end where that came early.
         work_ended: it had computed all when its part in the round ended, though perhaps not sent it: what it has for
             itself is stored. False for a client that ran out of memory or failed in its own work.
+        paused_s: for which it was offline in between, and went on afterwards.
     """
 
     outcome: Outcome
     reason: str = ""
     cost: Cost = field(default_factory=Cost)
     work_ended: bool = False
+    paused_s: float = 0.0
 
     def arrives(self, limit_s: float | None) -> bool:
         """Whether the reply is there `limit_s` seconds after the round began."""
@@ -52,7 +54,8 @@ class RadioTails:
         if cost.tail_watts == 0 or cost.total_s == 0:
             return cost
         overlap_s = max(0.0, self.awake_until_s.get(client, start_s) - start_s)
-        self.awake_until_s[client] = start_s + cost.total_s + cost.up_tail_s
+        until_s = start_s + cost.total_s + cost.up_tail_s
+        self.awake_until_s[client] = max(until_s, self.awake_until_s.get(client, until_s))
         if overlap_s == 0:
             return cost
         up_s = max(0.0, cost.up_tail_s - overlap_s)
@@ -71,12 +74,14 @@ class Prices:
     Args:
         round: of the exchange: jitter and crashes are drawn for it.
         start_s: simulated time at which it began.
+        pauses: a client that goes offline goes on with its work when it is back, instead of losing it.
     """
 
     fleet: Fleet
     latency: LatencyModel
     round: int
     start_s: float
+    pauses: bool = False
 
     def settle(self, answers: Sequence[ClientAnswer], repeats: Sequence[int] | None = None) -> list[Priced]:
         """The cost of each client's work, and its outcome where the device itself ends its round early.
@@ -118,6 +123,8 @@ class Prices:
             return Priced("out_of_memory", reason, cost.until(cost.down_s))  # it dies when it allocates
         if answer.outcome == "failed":
             return Priced("failed", answer.reason, cost.until(cost.down_s + cost.compute_s))
+        if self.pauses:
+            return self._paused(answer, cost, repeat)
         leaves_s = self.fleet.online_until(answer.client, self.start_s) - self.start_s
         crashes_s = self.fleet.crash_s(*self._turn(answer.client, repeat))
         gone_s = min(leaves_s, crashes_s)
@@ -127,3 +134,13 @@ class Prices:
             work_ended = gone_s >= cost.down_s + cost.compute_s  # a device stores its results before it sends them
             return Priced("offline" if offline else "failed", reason, cost.until(gone_s), work_ended)
         return Priced(answer.outcome, answer.reason, cost, work_ended=True)
+
+    def _paused(self, answer: ClientAnswer, cost: Cost, repeat: int) -> Priced:
+        """What became of a client that works whenever it is online."""
+        crashes_s = self.fleet.crash_s(*self._turn(answer.client, repeat))
+        work_s = min(cost.total_s, crashes_s)
+        paused_s = self.fleet.end_of_work(answer.client, self.start_s, work_s) - self.start_s - work_s
+        if crashes_s < cost.total_s:
+            done = crashes_s >= cost.down_s + cost.compute_s
+            return Priced("failed", CRASHED, cost.until(crashes_s), done, max(0.0, paused_s))
+        return Priced(answer.outcome, answer.reason, cost, True, max(0.0, paused_s))

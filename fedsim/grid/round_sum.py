@@ -1,6 +1,6 @@
 """The mean of a round without its single updates: workers add up blocks, the server adds up the blocks.
 
-Both leave out the clients that are late, and both price them alike; see `engines.blocks` for the order of the sums.
+Both leave out the clients that are late, and both price them alike; see `messages.blocks` for the order of the sums.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from devices.cost import LatencyModel
 from devices.fleet import Fleet
-from fedsim.engines.blocks import BlockSum, WeightedSum
 from fedsim.errors import RunError
 from fedsim.grid.contact import Contact
 from fedsim.grid.pricing import Prices
+from fedsim.messages.blocks import BlockSum, WeightedSum
 from fedsim.messages.cohort import BlockAnswer, ClientAnswer, ClientTask, Close, CohortAnswer
 from fedsim.messages.uplink import decompressed
 from fedsim.messages.weights import Form, SentWeights

@@ -101,6 +101,8 @@ class ServerHalf:
             may look at each reply, does not inherit it.
         hides_clients: it adds noise to what it makes public, so that nobody learns what a single client sent: nothing
             else that clients send may be averaged beside it, or around it.
+        takes_stale: it looks at an exchange's origins, so that replies may start from older weights (`loop=buffer`).
+        needs_buffer: it takes one reply at a time.
     """
 
     context: ServerContext
@@ -110,6 +112,8 @@ class ServerHalf:
     sums_in_float64: ClassVar[bool] = False
     takes_the_mean: ClassVar[bool] = False
     hides_clients: ClassVar[bool] = False
+    takes_stale: ClassVar[bool] = False
+    needs_buffer: ClassVar[bool] = False
 
     def begin(self, context: ServerContext) -> None:
         """Takes what there is to know of the run.

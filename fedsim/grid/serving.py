@@ -10,13 +10,13 @@ from flwr.app import Message, RecordDict
 from devices.cost import LatencyModel
 from devices.fleet import Fleet
 from fedsim.engines.base import Engine
-from fedsim.engines.blocks import blocks
 from fedsim.errors import ClientError, RunError
 from fedsim.grid.contact import Contact
 from fedsim.grid.pricing import Priced, Prices, RadioTails
 from fedsim.grid.round_sum import RoundSum
 from fedsim.grid.store import ClientStore
-from fedsim.messages.cohort import ClientTask, Close, CohortAnswer, CohortTask
+from fedsim.messages.blocks import blocks
+from fedsim.messages.cohort import PLAN, ClientTask, Close, CohortAnswer, CohortTask
 from fedsim.messages.records import (
     STATE,
     Instructions,
@@ -43,6 +43,7 @@ class Serving:
         on_client_error: "stop" raises ClientError for a failing client; "drop" counts it as failed.
         batch_clients: how many clients a worker trains at once; they stay together whatever the number of workers.
         observe: called with each client's id when its reply came from the engine.
+        pauses: a client that goes offline goes on with its work when it is back, instead of losing it.
 
     Attributes:
         store: what clients keep.
@@ -57,6 +58,7 @@ class Serving:
     on_client_error: str = "stop"
     batch_clients: int = 1
     observe: Callable[[int], None] | None = None
+    pauses: bool = False
     store: ClientStore = field(default_factory=ClientStore)
     tails: RadioTails = field(default_factory=RadioTails)
     _flops: dict[int, float] = field(default_factory=dict)  # of each client's last training: for sharing out work
@@ -115,7 +117,7 @@ class Serving:
         if early is not None:
             early.expect(online)
         self.tails.forget(first.start_s)
-        prices = Prices(self.fleet, self.latency, first.number, first.start_s)
+        prices = self.prices(first)
         by_client, answered = {contact.client: contact for contact in online}, set()  # type: dict[int, Contact], set[int]
         for answer in self.engine.run(self._task(online, close)):
             self._take(answer, by_client)
@@ -132,6 +134,62 @@ class Serving:
             )
         _price(online, prices)  # together: one by one is slow
         self.wake_radios(online)
+
+    def prices(self, first: Contact) -> Prices:
+        """What prices the clients that were reached when this one was."""
+        return Prices(self.fleet, self.latency, first.number, first.start_s, self.pauses)
+
+    def dispatch(self, online: Sequence[Contact]) -> None:
+        """Prices clients that were reached at one time; those whose work can be told beforehand need not do it yet.
+
+        A client that fails is an outcome here: see `failure`.
+        """
+        if not online:
+            return
+        self.tails.forget(online[0].start_s)
+        self._ask(online, PLAN)
+        for contact in online:
+            contact.is_planned = contact.can_be_planned = contact.answer.outcome == "completed"
+            contact.trains_at_once = contact.answer.outcome == "failed"  # to tell
+        self._ask([contact for contact in online if contact.trains_at_once], "train")
+        _price(online, self.prices(online[0]))
+        self.wake_radios(online)
+
+    def train(self, planned: Iterable[Contact]) -> None:
+        """Lets clients do the work for which they have been priced.
+
+        Raises:
+            RunError: if one does other work than was planned.
+        """
+        left = sorted(planned, key=lambda contact: (contact.client, contact.start_s))
+        while left:  # a client that was sent out twice trains twice
+            first = {contact.client: contact for contact in reversed(left)}
+            now = [contact for contact in left if first[contact.client] is contact]
+            left = [contact for contact in left if first[contact.client] is not contact]
+            expected = {contact.client: contact.answer.work for contact in now}
+            self._ask(now, "train")
+            for contact in now:
+                contact.is_planned, answer = False, contact.answer
+                if answer.outcome == "failed" and contact.priced.outcome != "failed":
+                    cost = contact.cost.until(contact.cost.down_s + contact.cost.compute_s)
+                    contact.priced = replace(contact.priced, outcome="failed", reason=answer.reason, cost=cost)
+                elif answer.outcome == "completed" and answer.work != expected[contact.client]:
+                    raise RunError(
+                        f"plan_work of the trainer told other work than client {contact.client} did in round "
+                        f"{contact.number}: {expected[contact.client]}, and it was {answer.work}"
+                    )
+
+    def _ask(self, online: Sequence[Contact], phase: str) -> None:
+        """Takes the answers of clients to their tasks, or what they plan, whatever these are."""
+        if not online:
+            return
+        tasks = tuple(contact.task for contact in online if contact.task is not None)
+        task, by_client = CohortTask(online[0].number, phase, tasks, self.settings), {c.client: c for c in online}
+        for answer in self.engine.run(task):
+            for one in answer.clients:
+                by_client[one.client].answer = one
+                if self.observe and phase != PLAN:
+                    self.observe(one.client)
 
     def wake_radios(self, contacts: Iterable[Contact]) -> None:
         """Takes from each client's price the radio tail that its last contact has paid for."""

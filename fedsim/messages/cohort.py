@@ -16,6 +16,7 @@ from fedsim.messages.weights import SentWeights
 from fedsim.workloads.base import Tensors
 
 Outcome = Literal["completed", "late", "offline", "out_of_memory", "failed"]
+PLAN = "plan"  # phase in which a worker tells what work clients would do in training
 OUTCOMES: tuple[Outcome, ...] = ("completed", "late", "offline", "out_of_memory", "failed")
 
 
@@ -27,7 +28,7 @@ class ClientTask:
         client: its id.
         broadcast: what it is sent; one object where several clients get the same, and never changed.
         state: what it keeps from earlier rounds, by name; never changed.
-        block: number of its block: clients of a block are added up together, see `engines.blocks`.
+        block: number of its block: clients of a block are added up together, see `messages.blocks`.
         group: clients of one group may be trained at once; named by the first of them.
         down_bytes: what it downloads.
         expected_flops: of its training, by what was seen so far; for sharing out work, never for results.
@@ -58,7 +59,7 @@ class CohortTask:
 
     Attributes:
         round: of the exchange.
-        phase: "train", "evaluate" or "query.<question>".
+        phase: "train", "evaluate", "query.<question>", or PLAN, which is answered without doing the work.
         clients: in the order of their ids.
         settings: the run's, as JSON: a worker builds its world from them.
         close: given, workers add up each block over its clients that are in time, and send no single updates.

@@ -43,7 +43,8 @@ def next_steps(folder: Path, settings: Settings, summary: Mapping[str, Any]) -> 
     else:
         if _can_go_on(folder, settings, summary):
             found.append(("Go on to more rounds", f"fedsim resume {run} rounds={2 * summary['rounds']}"))
-        if settings.get("fleet", {}).get("microphones") is None:  # which other devices would not have
+        synchronous = settings.get("choices", {}).get("loop", "rounds") == "rounds"
+        if synchronous and settings.get("fleet", {}).get("microphones") is None:  # which other devices would not have
             found.append(("Price it on other devices, without training", f"fedsim reprice {run} fleet=sbc"))
     return [*found, ("Compare it with others", f"fedsim compare {run} OTHER_RUN")]
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -19,6 +20,7 @@ from fedsim.engines.base import Engine
 from fedsim.errors import ConfigError, NotFiniteError, RunError
 from fedsim.grid.edge import ONE_METHOD, EdgeGrid
 from fedsim.grid.exchange import ClientReport
+from fedsim.grid.loops import Loop
 from fedsim.grid.server_half import ServerContext, ServerModel
 from fedsim.messages.records import (
     ARRAYS,
@@ -69,6 +71,8 @@ class Federation:
         self.has_ended = False
         self.lowest = (math.inf, 0)
         self.server = ServerSide(self.strategy, self.roles)
+        self.loop: Loop = instantiate(settings.groups, "loop")
+        self.loop.check(settings, self.server.half, self.server.name)
         check_plan(
             instantiate(settings.groups, "compression"),
             self.model,
@@ -87,6 +91,7 @@ class Federation:
             on_client_error=settings.on_client_error,
             batch_clients=settings.engine.batch_clients,
             observe=observe,
+            pauses=self.loop.pauses,
         )
         self.server.begin(
             ServerContext(
@@ -159,7 +164,9 @@ class Federation:
         """Returns what later rounds depend on beside the settings and `arrays`; to be asked between two rounds."""
         loss, number = self.lowest
         lowest = {"loss": None if math.isinf(loss) else loss, "round": number}
-        return {"grid": self.grid.state(), "strategy": strategy_state(self.strategy), "lowest": lowest}
+        loop = self.loop.state(self.grid)
+        state = {"grid": self.grid.state(), "strategy": strategy_state(self.strategy), "lowest": lowest}
+        return {**state, "loop": loop} if loop else state
 
     def restore(self, arrays: ArrayRecord, state: dict[str, Any] | None) -> None:
         """Takes the place of another federation with the same settings; without a state, of one whose run has ended."""
@@ -170,10 +177,13 @@ class Federation:
             self.lowest = (math.inf if lowest["loss"] is None else lowest["loss"], lowest["round"])
         self.grid.restore(state["grid"])
         restore_strategy(self.strategy, state["strategy"])
+        if "loop" in state:
+            self.loop.restore(self.grid, state["loop"])
 
     def train(self, number: int) -> dict[str, float]:
         """Trains one round, takes the new global weights and returns the metrics; without replies the weights stay."""
-        exchange = self.grid.exchange(self.instructions(number))
+        self.grid.round = number
+        exchange = replace(self.loop.exchange(self.grid, number, self.instructions), weights=self.shared)
         self.server.closed(number, exchange)
         if not (replies := exchange.replies):
             return {}
@@ -228,16 +238,31 @@ class Federation:
             return self.arrays
         return array_record({name: array for name, array in self.arrays.items() if name not in self.roles.private})
 
-    def instructions(self, number: int) -> list[Message]:
-        """Returns what the strategy sends to the clients of a round, addressed by client id."""
-        self.grid.round = number
-        return self._messages("configure_train", "cohort", number)
+    def instructions(self, number: int, clients: Sequence[int] | None = None, repeat: int = 0) -> list[Message]:
+        """Returns what the strategy sends to the clients of a round, addressed by client id.
 
-    def _messages(self, hook: str, draw: str, number: int) -> list[Message]:
-        """Returns what a hook of the strategy sends; its global draws have a seed and a name of their own."""
+        Args:
+            number: of the round.
+            clients: all of whom it is to take; None: it draws some.
+            repeat: how often it was asked in this round before.
+        """
+        self.grid.round, self.grid.offered = number, clients
+        try:
+            return self._messages("configure_train", number, "cohort", number, *((repeat,) if repeat else ()))
+        finally:
+            self.grid.offered = None
+
+    def _messages(self, hook: str, number: int, *draw: str | int) -> list[Message]:
+        """Returns what a hook of the strategy sends.
+
+        Args:
+            hook: its name.
+            number: of the round.
+            draw: names its global draws.
+        """
         shared = self.shared
         handed = self.server.handed(shared)
-        with seeded_globals(self.seed, draw, number):
+        with seeded_globals(self.seed, *draw):
             messages = self.server.ask(hook, number, handed, ConfigRecord(), self.grid)
             return self.server.sent(messages, handed, shared)
 
@@ -310,7 +335,8 @@ class Federation:
         """
         if not self.settings.evaluate_clients:
             return {}
-        replies = self.grid.send_and_receive(self._messages("configure_evaluate", "evaluate", number))
+        with self.loop.beside(self.grid):
+            replies = self.grid.send_and_receive(self._messages("configure_evaluate", number, "evaluate", number))
         asked = [r for r in self.grid.reports if r.phase == "evaluate"]
         failed = sum(r.outcome == "failed" for r in asked)
         worst = figures.worst_tenth((r for r in asked if r.outcome == "completed"), self.primary)

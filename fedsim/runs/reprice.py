@@ -24,10 +24,10 @@ from devices.latency.models import deployed_ms
 from devices.profile import BY_LATENCY, BY_MEMORY, BY_NAME
 from fedsim.engines.base import Engine, assume_task_identity
 from fedsim.errors import ConfigError
-from fedsim.grid.edge import NOT_THERE
 from fedsim.grid.exchange import ClientReport
 from fedsim.grid.pricing import CRASHED
 from fedsim.grid.server_half import server_half
+from fedsim.grid.serving import NOT_THERE
 from fedsim.messages.cohort import ClientAnswer, ClientTask, CohortAnswer, CohortTask
 from fedsim.report.files import read_rows, read_summary, row_files
 from fedsim.report.repeat import command_of
@@ -233,6 +233,11 @@ class RepricedFederation(Federation):
         Raises:
             ConfigError: saying what it decides by them.
         """
+        if self.loop.is_buffered:
+            raise ConfigError(
+                f"{self.folder} cannot be re-priced: with loop=buffer the weights that a client starts from depend on "
+                f"when others arrive; run it there: {self.there}"
+            )
         before, now = self.recorder.before, self.world
         groups = ("fleet", "latency")
         if all(before.settings.groups[group] == now.settings.groups[group] for group in groups):
@@ -315,7 +320,7 @@ class RepricedFederation(Federation):
         """Whether it goes as far as the run, whose last weights are here."""
         return not self.ended and self.grid.round == max(self.before) and self.weights is not None
 
-    def _messages(self, hook: str, draw: str, number: int) -> list[Message]:
+    def _messages(self, hook: str, number: int, *draw: str | int) -> list[Message]:
         """Returns empty messages to the clients that were asked to evaluate."""
         self.recorder.exchange = self._ahead.pop(0) if self._ahead else RecordedExchange(EVALUATE, {})
         return self._to(self.recorder.exchange)

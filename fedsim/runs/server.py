@@ -18,7 +18,6 @@ from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 
 from devices.errors import UserError
 from devices.texts import as_yaml
-from fedsim.engines.blocks import WeightedSum
 from fedsim.errors import ConfigError, ExitError, NotFiniteError, RunError, in_words, no_exit
 from fedsim.grid.exchange import Exchange
 from fedsim.grid.server_half import (
@@ -29,6 +28,7 @@ from fedsim.grid.server_half import (
     is_plain_mean,
     server_half,
 )
+from fedsim.messages.blocks import WeightedSum
 from fedsim.messages.records import (
     ARRAYS,
     METRICS,

@@ -342,6 +342,8 @@ def build_strategy(settings: RunSettings, num_clients: int) -> Strategy:
         "min_evaluate_nodes": judge,
         "min_available_nodes": train,
     }
+    if settings.are_offered:
+        sampling |= {"fraction_train": 1.0, "min_train_nodes": 1, "min_available_nodes": 1}
     tree = settings.groups["strategy"]
     check_group("strategy", tree)  # what it is, and what its wrappers take, is looked up next
     if isinstance(kind := locate("strategy._target_", tree["_target_"]), type):

@@ -15,7 +15,7 @@ from flwr.serverapp import Grid
 from fedsim.engines.base import Engine
 from fedsim.engines.cutting import cut
 from fedsim.errors import ClientError, RunError
-from fedsim.messages.cohort import CohortAnswer, CohortTask
+from fedsim.messages.cohort import PLAN, CohortAnswer, CohortTask
 from fedsim.messages.packing import pack_task, unpack_answer
 
 NODES_TIMEOUT_S = 300.0  # host seconds until the first nodes must be there
@@ -60,8 +60,9 @@ class FlowerEngine(Engine):
             ClientError: if a node fails as a whole.
         """
         self.start()
-        # Flower allows train, evaluate and query; a question's own name travels in the task.
+        # Flower allows train, evaluate and query; what it is in truth travels in the task.
         kind, parts = task.phase.partition(".")[0], cut(task, len(self._nodes))
+        kind = "query" if kind == PLAN else kind
         sent = [Message(pack_task(part), node, kind) for part, node in zip(parts, cycle(self._nodes), strict=False)]
         replies = list(self.grid.send_and_receive(sent, timeout=self.timeout_s)) if sent else []
         if len(replies) < len(sent):

@@ -81,6 +81,11 @@ class WeightedSum:
         _add_to(self._total, product)
         self.weight += weight
 
+    @property
+    def totals(self) -> Tensors:
+        """The weighted sums, float64; they change as blocks are added."""
+        return self._total
+
     def mean(self, dtypes: Mapping[str, torch.dtype]) -> Tensors:
         """The weighted mean in these dtypes, of tensors with other names in the first of them; integers are rounded.
 
