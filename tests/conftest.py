@@ -174,9 +174,14 @@ def settings():
 
 
 def honest(overrides: Sequence[str]) -> list[str]:
-    """Three clients can bear no liar."""
+    """What some methods need of a cohort of three: it can bear no liar; where there are none, as many are at work."""
     krum = {"method=krum", "strategy=krum", "strategy@strategy.server=krum"} & set(overrides)
-    return [f"strategy.{'server.' if '@' in name else ''}num_malicious_nodes=0" for name in krum]
+    found = [f"strategy.{'server.' if '@' in name else ''}num_malicious_nodes=0" for name in krum]
+    if {"method=fedbuff", "loop=buffer"} & set(overrides):
+        found += ["loop.concurrency=${cohort}", "loop.buffer_size=2"]
+    if {"method=fedasync", "strategy=fedasync"} & set(overrides):
+        found += ["loop=buffer", "loop.concurrency=${cohort}", "loop.buffer_size=1"]
+    return found
 
 
 @pytest.fixture

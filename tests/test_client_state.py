@@ -17,7 +17,7 @@ from fedsim.messages.records import OF_REPLY
 from fedsim.runs.federation import Federation
 from fedsim.settings.build import build_world
 from fedsim.settings.compose import compose
-from fedsim.settings.groups import options
+from fedsim.settings.groups import options, preset
 from fedsim.workloads.base import Tensors
 
 # Two tasks with phases and parts, so that methods that rehearse have something to keep.
@@ -89,6 +89,7 @@ LATE = [
     )
     for method in options("method")
     for averages in (True, False)
+    if preset(method).get("loop", "rounds") == "rounds"  # for others see test_buffer.py
 ]
 
 

@@ -22,7 +22,7 @@ from devices.fleet import Fleet
 from fedsim.engines.base import Engine, assume_task_identity
 from fedsim.grid.edge import EdgeGrid
 from fedsim.grid.exchange import ClientReport
-from fedsim.messages.cohort import ClientAnswer, ClientTask, CohortAnswer, CohortTask
+from fedsim.messages.cohort import PLAN, ClientAnswer, ClientTask, CohortAnswer, CohortTask
 from fedsim.messages.records import to_array
 from fedsim.messages.weights import named
 
@@ -59,9 +59,12 @@ class Told(Engine):
 
     def __init__(self, answer: Answer):
         assume_task_identity()
-        self.answer, self.phases = answer, []
+        self.answer, self.phases, self.can_tell = answer, [], False
 
     def run(self, task: CohortTask) -> Iterator[CohortAnswer]:
+        if task.phase == PLAN and not self.can_tell:
+            yield CohortAnswer(tuple(ClientAnswer(one.client, "failed") for one in task.clients))
+            return
         self.phases.append(task.phase)
         for one in task.clients:
             told = self.answer(one)

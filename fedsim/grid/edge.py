@@ -215,9 +215,10 @@ class EdgeGrid(Grid):
 
     # --- clients that nobody waits for together -----------------------------------------------------------------
 
-    def is_idle(self, client: int) -> bool:
-        """Returns whether a client does no work for the server now."""
-        return client not in self.in_flight and self.busy_until_s.get(client, 0.0) <= self.clock.now_s
+    def can_be_sent(self, client: int) -> bool:
+        """Returns whether a client does no work for the server now, and is online."""
+        idle = client not in self.in_flight and self.busy_until_s.get(client, 0.0) <= self.clock.now_s
+        return idle and self.fleet.online(client, self.clock.now_s)
 
     def dispatch(self, messages: Iterable[Message], repeats: dict[int, int]) -> None:
         """Sends idle clients messages and lets no time pass: each is in flight until it arrives.

@@ -51,7 +51,8 @@ def restore(grid: EdgeGrid, state: dict[str, Any]) -> None:
             row = found[contact.client]
             contact.answer = ClientAnswer(contact.client, work=row["work"], num_examples=row["num_examples"])
             contact.late, contact.trains_at_once = row["late"], row["trains_at_once"]
-            contact.is_planned = row["trains_at_once"] or row["is_planned"]
+            contact.can_be_planned = row["can_be_planned"]
+            contact.is_planned = row["trains_at_once"] or row["can_be_planned"]
             contact.priced = Priced(**{**row["priced"], "cost": Cost(**row["priced"]["cost"])})
             grid.in_flight.put(Event(row["heard_s"], contact.client, row["dispatch"]), contact)
 
@@ -66,7 +67,7 @@ def _row(event: Event, contact: Contact, places: dict[int, int]) -> dict[str, An
         "repeat": contact.repeat,
         "content": places[id(contact.message.content)],
         "late": contact.late,
-        "is_planned": contact.can_be_planned,
+        "can_be_planned": contact.can_be_planned,
         "trains_at_once": contact.trains_at_once,
         "num_examples": contact.answer.num_examples,
         "priced": asdict(contact.priced),

@@ -230,9 +230,11 @@ class BufferLoop(Loop):
         """Draws clients, each with the same chance."""
         everyone, chosen = range(len(grid.fleet)), dict[int, None]()
 
+        def free(client: int) -> bool:
+            return client not in chosen and grid.can_be_sent(client)
+
         def take(some: Sequence[int]) -> None:
-            free = [client for client in some if client not in chosen and grid.is_idle(client)]
-            chosen.update(dict.fromkeys(grid.reachable(free)[: room - len(chosen)]))
+            chosen.update(dict.fromkeys([client for client in some if free(client)][: room - len(chosen)]))
 
         again = (self.draws,) if self.draws else ()
         with seeded_globals(grid.serving.seed, "cohort", number, *again):
@@ -240,7 +242,7 @@ class BufferLoop(Loop):
                 take(random.sample(everyone, min(room, len(everyone))))
                 if len(chosen) == room or len(everyone) <= room:
                     return sorted(chosen)
-            left = grid.reachable(client for client in everyone if client not in chosen and grid.is_idle(client))
+            left = list(filter(free, everyone))
             take(random.sample(left, min(room - len(chosen), len(left))))
         return sorted(chosen)
 

@@ -31,6 +31,7 @@ AVERAGED: Mapping[str, str] = {
     **dict.fromkeys(("latency_ms", "flops", "keep_ratio", "sparsity"), BY_CLIENTS),
     **dict.fromkeys(("dense_bytes", "nonzero_bytes", "wire_bytes", "mean_bits"), BY_CLIENTS),
     **dict.fromkeys(("memory_examples", "pool_pairs", "data_version", "oracle", "mixing"), BY_CLIENTS),
+    **dict.fromkeys(("staleness", "paused_s"), BY_CLIENTS),
 }
 
 
