@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import every_way
 from cut_short import comparable
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from clients.app import serve
 from clients.trainers.sgd import SGDTrainer
@@ -18,6 +19,7 @@ from fedsim.errors import ClientError, ConfigError, RunError
 from fedsim.grid.exchange import Origin
 from fedsim.messages.records import record_of, tensors_of
 from fedsim.report.files import read_all_rows
+from fedsim.report.page import write_page
 from fedsim.runs import writer
 from fedsim.runs.federation import Federation
 from fedsim.settings.build import build_world, instantiate
@@ -193,3 +195,24 @@ def test_single_replies_need_a_buffer(settings):
     tree = {**settings("method=fedasync"), "loop": settings()["loop"]}
     with pytest.raises(ConfigError, match="FedAsync takes single replies as they come; set loop=buffer"):
         Federation(build_world(json.dumps(tree)), LocalEngine(serve))
+
+
+def test_a_run_says_how_stale_replies_were_and_who_was_at_work(run, tmp_path):
+    """Every second of every client that arrived, or is at work at the end, over all seconds of all clients."""
+    summary = run(*BUFFERED, "rounds=5")
+    found, rows = summary["asynchrony"], read_all_rows(tmp_path)
+    used = [int(json.loads(text)["staleness"]) for text in rows["metrics"]]
+    assert found["staleness"] == {str(age): used.count(age) for age in sorted(set(used))}
+    assert sum(found["staleness"].values()) == 5 * 2
+    assert found["at_work"] == pytest.approx(4)  # one that arrives is replaced at once
+    assert found["busy"]["all"] == pytest.approx(4 / 6)
+    assert (found["server_idle_s"], found["in_flight"]) == (pytest.approx(0, abs=1e-9), 3)
+    folder = tmp_path / "tensorboard" / "fedbuff-blobs-phones-seed1"
+    events = EventAccumulator(str(folder), size_guidance={"histograms": 0}).Reload()
+    drawn = events.Histograms("staleness")
+    assert [event.step for event in drawn] == [1, 2, 3, 4, 5]
+    assert sum(event.histogram_value.num for event in drawn) == 10
+    write_page(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "Replies by their staleness" in page
+    assert "3 clients were at work: their energy and bytes are in no round" in page

@@ -64,6 +64,7 @@ FIGURES: Forms = {
     "compression": optional(MAPS),
     "microphones": optional(MAP),
     "repriced": optional(MAP),
+    "asynchrony": optional(Form("what a run with loop=buffer says of its clients", lambda v: _is_asynchrony(v))),
     BY_ROUNDS: optional(TEXT),
     **dict.fromkeys(("continual", "versions"), optional(MAP)),
     "classes": optional(MAPS),
@@ -294,3 +295,17 @@ def read_pictures(folder: Path) -> list[bytes]:
         if data.startswith(PNG):
             found.append(data)
     return found
+
+
+def _is_asynchrony(value: Any) -> bool:
+    """Returns whether this is what `fedsim.runs.asynchrony` writes."""
+    numbers = {"unused": WHOLE, "at_work": NUMBER, "server_idle_s": NUMBER, "in_flight": WHOLE}
+    return (
+        isinstance(value, dict)
+        and value.keys() == {*numbers, "staleness", "busy"}
+        and all(form.fits(value[name]) for name, form in numbers.items())
+        and maps_of(WHOLE).fits(value["staleness"])
+        and all(age.isdecimal() and len(age) < 8 and 0 < count < 2**40 for age, count in value["staleness"].items())
+        and maps_of(NUMBER).fits(value["busy"])
+        and "all" in value["busy"]
+    )

@@ -171,6 +171,8 @@ class RunFolder:
         self._length += len(line)
         self._clients += clients
         self._events.add(report)
+        if ages := [c.metrics["staleness"] for c in clients if c.outcome == "completed" and "staleness" in c.metrics]:
+            self._events.histogram("staleness", ages, report.round, report.now_s)
         if time.monotonic() - self._flushed_at > FLUSH_S or len(self._clients) >= FLUSH_ROWS:
             self.flush()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,6 +35,7 @@ from fedsim.report.files import (
 from fedsim.report.html import Page, Part
 from fedsim.report.page_tables import (
     PHASES,
+    busy_table,
     classes_table,
     closers,
     deployed_table,
@@ -61,7 +62,7 @@ from fedsim.report.plots.on_page import (
 from fedsim.report.repeat import commands
 from fedsim.report.rounds import RoundReport, read_rounds, running_costs
 from fedsim.report.split import primary_of, read_split
-from fedsim.report.text import late_note
+from fedsim.report.text import asynchrony_line, late_note
 from fedsim.workloads.by_class import CALIBRATION, CLASSES, ECE, MACRO_F1
 from fedsim.workloads.by_class import CONFUSION as CONFUSED
 from fedsim.workloads.describe import Split
@@ -331,6 +332,8 @@ def _parts(told: Told) -> Iterator[Part]:
         absent = never_took_part(told.rows, told.took_part, told.population, told.split)
         if absent is not None:
             yield Part("Who never took part", (), [absent[0]], absent[1])
+    if found := told.summary.get("asynchrony"):
+        yield _asynchrony(found)
     if told.rows:
         yield _devices(told.rows)
     if deployed := told.summary.get("compression"):
@@ -339,6 +342,19 @@ def _parts(told: Told) -> Iterator[Part]:
         labelled = bool(told.split.rows[0].label_counts)
         drawn = [*([split_labels(told.split)] if labelled else []), split_sizes(told.split)]
         yield Part("How the data are split", drawn)
+
+
+def _asynchrony(found: Mapping[str, Any]) -> Part:
+    ages = {int(age): count for age, count in found["staleness"].items()}
+    idle = f"No client was at work for {simulated(found['server_idle_s'])}. " if found["server_idle_s"] >= 1 else ""
+    note = f"At the end {found['in_flight']} clients were at work: their energy and bytes are in no round."
+    drawn = []
+    if ages:
+        step = max(1, -(-(max(ages) + 1) // 25))
+        bins = [edge - 0.5 for edge in range(0, max(ages) + step + 1, step)]
+        drawn.append(histogram(list(ages), "Replies by their staleness", "changes of the weights since", bins, ages))
+    said = asynchrony_line(found)
+    return Part("Who was at work", drawn, [busy_table(found["busy"])], f"{said[0].upper()}{said[1:]}. {idle}{note}")
 
 
 def _devices(rows: Rows) -> Part:

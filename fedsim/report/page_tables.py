@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -145,6 +145,11 @@ def fairness_table(scores: dict[int, tuple[str, float]], primary: Metric) -> Tab
         figures = (ranked[0], float(np.mean(tenth)), float(np.median(ranked)), float(np.mean(ranked)), ranked[-1])
         lines.append([name, str(len(ranked)), *map(primary.with_unit, figures)])
     return Table(["device", "clients", "worst", "worst tenth", "median", "mean", "best"], lines)
+
+
+def busy_table(busy: Mapping[str, float]) -> Table:
+    """Returns a line for all clients and one per device: the share of the time in which a client was at work."""
+    return Table(["device", "at work"], [[name, f"{100 * share:.1f} %"] for name, share in busy.items()])
 
 
 def classes_table(classes: Sequence[dict[str, Any]]) -> Table:

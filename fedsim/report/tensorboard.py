@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import platform
 import time
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,6 +60,10 @@ class Board:
         shown = {key: value for key, value in report.metrics.items() if key in self.shown}
         for axis, step in self.spent.axes.items() if shown else ():
             self._spent.scalars({f"by_{axis}/{key}": value for key, value in shown.items()}, step, report.now_s)
+
+    def histogram(self, tag: str, values: Sequence[float], step: int, wall_s: float) -> None:
+        """Adds how many of whole numbers there are of each."""
+        self._rounds.histogram(tag, values, step, wall_s)
 
     def picture(self, tag: str, figure: Figure, png: bytes, step: int, wall_s: float) -> None:
         """Adds a drawn figure."""
@@ -122,6 +127,23 @@ class Events:
 
         every = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
         self._write(wall_s, step=step, summary=every)
+
+    def histogram(self, tag: str, values: Sequence[float], step: int, wall_s: float) -> None:
+        """Adds how many of whole numbers there are of each."""
+        from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary
+
+        counts = Counter(map(round, values))
+        numbers = range(min(counts), max(counts) + 1)
+        proto = HistogramProto(
+            min=min(values),
+            max=max(values),
+            num=len(values),
+            sum=sum(values),
+            sum_squares=sum(value * value for value in values),
+            bucket_limit=[number + 0.5 for number in numbers],
+            bucket=[counts[number] for number in numbers],
+        )
+        self._write(wall_s, step=step, summary=Summary(value=[Summary.Value(tag=tag, histo=proto)]))
 
     def picture(self, tag: str, figure: Figure, png: bytes, step: int, wall_s: float) -> None:
         """Adds a drawn figure."""

@@ -78,6 +78,7 @@ def closing_lines(summary: dict[str, Any], folder: Path, reports: Sequence[Round
         f"clients: {counts}; the busiest spent {energy(summary['energy_j']['max_client'])}",
         *([late] if summary["outcomes"].get("late") and (late := _late_note_of(folder)) else []),
         f"clients that never took part: {clients['never']} of {clients['population']}",
+        *([asynchrony_line(summary["asynchrony"])] if "asynchrony" in summary else []),
         *(f"warning: {text}" for text in summary["warnings"]),
         *([repriced_line(summary)] if summary.get("repriced") else []),
         *([f"times: {summary['prices']['line']}"] if "prices" in summary else []),
@@ -102,6 +103,17 @@ def late_note(settings: Mapping[str, Any]) -> str:
 
 def _late_note_of(folder: Path) -> str:
     return late_note(read_config(folder)) if (folder / CONFIG).exists() else ""
+
+
+def asynchrony_line(found: Mapping[str, Any]) -> str:
+    """Returns how stale replies were, and how busy clients."""
+    ages = {int(age): count for age, count in found["staleness"].items()}
+    replies, unused = sum(ages.values()), found["unused"]
+    mean = sum(age * count for age, count in ages.items()) / replies if replies else 0.0
+    stale = f"replies were {mean:.1f} versions old on average, {max(ages, default=0)} at most"
+    lost = f", {unused} too old or late to be used" if unused else ""
+    busy = f"{found['at_work']:.1f} clients at work on average, {100 * found['busy']['all']:.0f} % of all"
+    return f"{stale}{lost}; {busy}"
 
 
 def repriced_line(summary: Mapping[str, Any]) -> str:

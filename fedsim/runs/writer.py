@@ -22,6 +22,7 @@ from fedsim.report.place import BY_ROUNDS, check_free
 from fedsim.report.rounds import RoundReport, Totals
 from fedsim.report.split import write_split
 from fedsim.runs import checkpoint, forecast
+from fedsim.runs.asynchrony import asynchrony
 from fedsim.runs.federation import Federation
 from fedsim.runs.own_code import write_code
 from fedsim.runs.price_facts import price_facts
@@ -173,6 +174,8 @@ class RunWriter:
             summary["compression"] = entries
         summary |= federation.facts()
         self.folder.flush()
+        if federation.loop.is_buffered:
+            summary["asynchrony"] = asynchrony(self.out, federation.grid)
         summary |= price_facts(self.out, world.fleet, world.latency, summary["rounds"])
         goes_on = summary["rounds"] == goes_on_from(federation.settings)
         self._keep(federation.state() if goes_on else None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from markupsafe import Markup
@@ -195,15 +195,32 @@ def outcomes(rounds: Sequence[RoundReport]) -> Markup | None:
     return tag("figure", legend(entries), picture("clients that were asked, by round", parts))
 
 
-def histogram(values: Sequence[float], title: str, x_label: str, bins: Sequence[float]) -> Markup:
-    """Draws how many clients have which value."""
-    counts, edges = np.histogram(values, bins)
+def histogram(
+    values: Sequence[float],
+    title: str,
+    x_label: str,
+    bins: Sequence[float],
+    replies: Mapping[int, int] | None = None,
+) -> Markup:
+    """Draws how many clients have which value.
+
+    Args:
+        values: one for each client.
+        title: of the picture.
+        x_label: what the values are.
+        bins: edges.
+        replies: draws replies in their place: how many there are of each value.
+    """
+    what = "clients" if replies is None else "replies"
+    weights = None if replies is None else [replies[int(value)] for value in values]
+    counts, edges = np.histogram(values, bins, weights=weights)
     frame = Frame((float(edges[0]), float(edges[-1])), (0, float(max(counts.max(), 1))))
-    parts = [frame.y_axis("clients", whole_ticks(*frame.y)), frame.x_axis(x_label)]
+    parts = [frame.y_axis(what, whole_ticks(*frame.y)), frame.x_axis(x_label)]
     for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
         if count:
             left, right, top = frame.across(low) + 0.5, frame.across(high) - 0.5, frame.down(float(count))
-            parts.append(box(left, top, right - left, frame.floor - top, BLUE, f"{low:g} to {high:g}: {count} clients"))
+            said = f"{low:g} to {high:g}: {count} {what}"
+            parts.append(box(left, top, right - left, frame.floor - top, BLUE, said))
     return tag("figure", tag("figcaption", title), picture(title, parts))
 
 
