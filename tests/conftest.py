@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import logging
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import typer.main
 from flwr.app import ArrayRecord, MetricRecord, RecordDict
 
 from clients.app import serve
@@ -90,6 +92,8 @@ def _one_quiet_process():
     logging.getLogger("flwr").setLevel(logging.ERROR)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(os, "fsync", lambda descriptor: None)
+        # A process has one command line, which Typer makes anew at each call.
+        patched.setattr("typer.main.get_command", functools.cache(typer.main.get_command))
         yield
 
 

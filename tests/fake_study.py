@@ -6,14 +6,16 @@ two evaluations, and 0 in the first.
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from fedsim.settings.compose import compose
 from fedsim.study import processes
 
 BASE = ["workload=blobs", "fleet=uniform", "latency=flops", "num_clients=6", "cohort=3", "rounds=2"]
@@ -27,15 +29,16 @@ FILE: dict[str, Any] = {
         "Local {mix_ratio}": {"overrides": ["method=local_mixup"], "grid": {"trainer.mix_ratio": [0.1, 0.2]}},
     },
 }
-# Stands in for `python -m fedsim`: settings as the real command would compose them, reports made up.
+# Stands in for `python -m fedsim`: settings as the real command would compose them, which the process of the test does,
+# as imports take a second; reports made up.
 FAKE = """
 import json, sys, yaml
 from pathlib import Path
-from fedsim.settings.compose import compose
-if sys.argv[1] == "resume":
-    Path(sys.argv[2], "checkpoint").rename(Path(sys.argv[2], "summary.json"))
+command, *arguments = sys.argv[1:-1]
+if command == "resume":
+    Path(arguments[0], "checkpoint").rename(Path(arguments[0], "summary.json"))
     sys.exit()
-settings = compose(sys.argv[2:])
+settings = json.loads(sys.argv[-1])
 out, ratio, seed = Path(settings["out"]), settings["trainer"].get("mix_ratio", 0.0), settings["seed"]
 if settings["name"] == "fails" and seed == 2:
     sys.exit("fedsim: it broke")
@@ -55,7 +58,7 @@ summary = {
 (out / "rounds.jsonl").write_text("".join(json.dumps(r) + chr(10) for r in (first, last)))
 (out / "summary.json").write_text(json.dumps(summary))
 with open("started", "a") as file:
-    print(sys.argv[-1], file=file)
+    print(arguments[-1], file=file)
 """
 
 
@@ -68,6 +71,13 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     monkeypatch.setattr(processes, "CAN_FORK", False)
     monkeypatch.setattr(processes, "COMMAND", (sys.executable, str(tmp_path / "fake.py")))
     monkeypatch.setattr(processes, "POLL_S", 0.02)
+    plain = processes._started
+
+    def start(command: Sequence[str], *given: Any) -> Any:
+        asked = command[len(processes.COMMAND) :]
+        return plain([*command, json.dumps(compose(asked[1:]) if asked[0] == "run" else None)], *given)
+
+    monkeypatch.setattr(processes, "_started", start)
 
     def write(**changes: Any) -> str:
         tree = {key: value for key, value in {**FILE, **changes}.items() if value is not None}

@@ -19,7 +19,9 @@ from fedsim.report.rounds import read_rounds
 FEDSIM = Path(sys.executable).with_name("fedsim")
 
 
-@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(
+    "closed", [">&-", "<&- >&- 2>&-", *(pytest.param(text, marks=pytest.mark.slow) for text in ("<&-", "2>&-"))]
+)
 def test_a_stream_that_is_closed_leads_nowhere(closed: str, place: Path):
     """Also for what a run opens: its files do not get the numbers of the streams."""
     command = f"exec {FEDSIM} run workload=blobs rounds=1 cohort=2 num_clients=6 fleet=uniform out=here {closed}"
@@ -58,12 +60,13 @@ SIGNALS = {
     "sigterm": (signal.SIGTERM, 143, "terminated", "Terminated"),
     "sighup": (signal.SIGHUP, 129, "the terminal was closed", "Terminated"),
 }
-OF_RAY = [pytest.mark.ray]
-# Left to slow: SIGHUP with Ray, which is answered as SIGTERM is.
+OF_RAY = [pytest.mark.ray, pytest.mark.slow]
+# Left to slow: SIGHUP, which is answered as SIGTERM is, and SIGTERM with Ray.
 SENT = [
-    *(pytest.param("local", *sent, id=f"local-{name}") for name, sent in SIGNALS.items()),
-    *(pytest.param("ray", *SIGNALS[name], marks=OF_RAY, id=f"ray-{name}") for name in ("ctrl-c", "sigterm")),
-    pytest.param("ray", *SIGNALS["sighup"], marks=[*OF_RAY, pytest.mark.slow], id="ray-sighup"),
+    *(pytest.param("local", *SIGNALS[name], id=f"local-{name}") for name in ("ctrl-c", "sigterm")),
+    pytest.param("ray", *SIGNALS["ctrl-c"], marks=pytest.mark.ray, id="ray-ctrl-c"),
+    pytest.param("local", *SIGNALS["sighup"], marks=pytest.mark.slow, id="local-sighup"),
+    *(pytest.param("ray", *SIGNALS[n], marks=OF_RAY, id=f"ray-{n}") for n in ("sigterm", "sighup")),
 ]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 from conftest import honest
-from test_methods import NEEDS
+from test_methods import NEEDS, STOOD_FOR
 
 from clients.app import serve
 from clients.trainers.base import WorkLog
@@ -79,12 +79,13 @@ def after(method: str, *, averages: bool, rounds: int = 2) -> Federation:
     return run
 
 
-# Where updates arrive one by one, one method of each kind; the others are left to slow.
+# Where updates arrive one by one, fewer: what is stored of a client does not hang on how updates are added up.
+SINGLY = ("fedavg", "ditto", "ocs", "fedmix", "ewc")
 LATE = [
     pytest.param(
         method,
         averages,
-        marks=[] if averages or method in ("fedavg", "ditto", "ocs", "fedmix", "ewc") else [pytest.mark.slow],
+        marks=[pytest.mark.slow] if method in STOOD_FOR or not (averages or method in SINGLY) else [],
         id=f"{method}-{'sums' if averages else 'updates'}",
     )
     for method in options("method")

@@ -18,7 +18,7 @@ from fedsim.settings.groups import options
 ROUNDS = ("rounds=20", "num_clients=7", "cohort=3", "fleet=uniform", "engine.device=cpu", "partition=iid")
 STREAMS = [name for name in options("stream") if name != "domains"]  # which needs bundles of somebody's own
 MODELS = {"plain": "model.norm=null", "batch": "model.norm=batch"}
-SAMPLE = {("ewc", "rotated", "plain"), ("ewc", "rotated", "batch")}
+SAMPLE = {("ewc", "rotated", "batch")}
 
 
 def cases() -> list[Any]:

@@ -159,6 +159,7 @@ def test_a_stream_of_tasks_gives_the_bytes_of_the_local_run(flwr, tmp_path: Path
     assert command.left() == []
 
 
+@pytest.mark.slow
 @real
 def test_a_bundle_that_fails_ends_with_the_sentence_and_its_log(flwr, tmp_path: Path):
     """The checkout's own bundle: its copies of the packages are what runs, on server and clients."""

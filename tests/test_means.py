@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 from conftest import honest
+from test_methods import methods_of_each_kind
 
 from clients.app import serve
 from fedsim.engines.local import LocalEngine
@@ -73,7 +74,7 @@ def is_stated(name: str) -> bool:
     return any(name == key or name.startswith(f"{key}_") for key in AVERAGED)
 
 
-@pytest.mark.parametrize("method", options("method"))
+@pytest.mark.parametrize("method", methods_of_each_kind())
 def test_the_means_of_every_method_are_those_that_are_stated(method: str, unequal: list[str]):
     needs = ["model.norm=layer"] if method == "fedbn" else []
     names = check([*unequal, f"method={method}", *needs])

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import honest
-from test_methods import NEEDS
+from test_methods import NEEDS, methods_of_each_kind
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -129,7 +129,7 @@ def assert_reserved(found: list[tuple[int, int, int]]) -> None:
     assert max(reserved for *_, reserved in found) <= 1.25 * max(held for _, held, _ in found)
 
 
-@pytest.mark.parametrize("method", options("method"))
+@pytest.mark.parametrize("method", methods_of_each_kind())
 def test_a_method_reserves_what_its_rounds_hold(method: str, monkeypatch: pytest.MonkeyPatch):
     name = f"method={method}"
     assert_reserved(rounds(monkeypatch, name, *NEEDS.get(name, []), *OWN.get(method, [])))

@@ -214,6 +214,22 @@ def everything(*groups: str) -> list[Any]:
     ]
 
 
+# Whose kind another method stands for, where a contract hangs on how a method reads devices, rounds or what it keeps:
+# these are left to slow there. A new method is in none of them, and so in the fast suite.
+STOOD_FOR = (
+    *("agem", "coreset", "finetune", "gss", "lwf", "reservoir", "stable_sgd"),  # by ewc, joint and ocs
+    *("apfl", "fedavg_ft", "fedrep", "lg_fedavg", "perfedavg"),  # by ditto and fedbn
+    *("attribution", "cpq", "dcil", "dropbits", "gradual", "magnitude_attention"),  # by pqk and sub_fedavg
+    *("dp_fedavg", "fedmedian", "fedtrimmedavg", "global_mixup", "naivemix"),  # by dp_adaptive, krum and the mixups
+    *("fedadagrad", "fedavgm", "fedyogi", "qfedavg"),  # by fedadam
+    *("feddecorr", "feddyn", "fedlc", "fednova", "fedprox", "moon", "scaffold"),  # by fedavg and fedmix
+)
+
+
+def methods_of_each_kind() -> list[Any]:
+    return [pytest.param(m, marks=[pytest.mark.slow] if m in STOOD_FOR else []) for m in options("method")]
+
+
 def taken(group: str, option: str) -> str:
     """The override that takes an option: a trainer whose method has its name comes with the strategy it needs."""
     own = group == "trainer" and option in options("method")
@@ -242,7 +258,7 @@ def test_two_rounds_keep_the_contract_and_repeat(group: str, option: str):
         assert federate(f"{group}={option}", "seed=2").comparable() != first.comparable()
 
 
-@pytest.mark.parametrize("method", options("method"))
+@pytest.mark.parametrize("method", methods_of_each_kind())
 def test_clients_judge_the_model_where_asked_and_pay_for_it(method: str):
     result = federate(f"method={method}", "evaluate_clients=3", "rounds=1")
     judged = [c for c in result.clients if c.phase == "evaluate"]
@@ -251,7 +267,7 @@ def test_clients_judge_the_model_where_asked_and_pay_for_it(method: str):
     assert 0 <= result.reports[-1].metrics["client_accuracy"] <= 1
 
 
-@pytest.mark.parametrize("method", options("method"))
+@pytest.mark.parametrize("method", methods_of_each_kind())
 def test_nobody_online_leaves_the_weights_alone(method: str):
     """Windows of a second at random times of the day: with this seed, no client of either round is online."""
     fleet = ["fleet.availability._target_=devices.availability.Diurnal", "+fleet.availability.hours=0.0003"]
@@ -373,7 +389,7 @@ def test_reported_flops_are_those_that_torch_counts(trainer: str, model: str):
     assert work.flops == pytest.approx(counted.get_total_flops(), rel=0.01)
 
 
-@pytest.mark.parametrize("method", options("method"))
+@pytest.mark.parametrize("method", methods_of_each_kind())
 def test_a_method_reports_the_flops_of_what_it_sends_and_trains(method: str):
     """As above with the method's own broadcast: settings and extras of its strategy included."""
     settings = compose([*TINY, f"method={method}", *NEEDS.get(f"method={method}", []), "cohort=7"])
@@ -476,17 +492,6 @@ def test_every_compression_runs_a_round(compression: str):
     result = federate(f"compression={compression}", "rounds=1", "evaluate_clients=2", "fleet=mixed", "num_clients=40")
     assert_contract(result, rounds=1)
     assert all(math.isfinite(entry["loss"]) for entry in result.federation.deploy())
-
-
-# One of each way in which a method reads devices, rounds or what it keeps: for contracts of what is done to runs.
-KINDS = (
-    *("fedavg", "fedadam", "krum", "dp_adaptive", "ditto", "fedbn", "fedmix", "local_mixup"),
-    *("heterofl", "fjord", "ppp", "sub_fedavg", "pqk", "ocs", "ewc", "joint"),
-)
-
-
-def methods_of_each_kind() -> list[Any]:
-    return [pytest.param(m, marks=[] if m in KINDS else [pytest.mark.slow]) for m in options("method")]
 
 
 def engines() -> list[Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_methods import Outcome, assert_contract, federate
+from test_methods import STOOD_FOR, Outcome, assert_contract, federate
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -184,7 +184,7 @@ HEADLESS = {
 }
 HIDING = ("dp_adaptive", "dp_fedavg")  # statistics would be made public without their noise
 EVERY = [
-    pytest.param(method, model, marks=[] if model is Everything else [pytest.mark.slow])
+    pytest.param(method, model, marks=[] if model is Everything and method not in STOOD_FOR else [pytest.mark.slow])
     for method in options("method")
     for model in TRAINED
 ]

@@ -34,6 +34,7 @@ def test_mnist_by_writer_learns_digits_of_unseen_writers(tmp_path):
     assert summary["outcomes"]["completed"] > 100
 
 
+@pytest.mark.slow
 def test_cifar10_with_label_skew_is_learned(tmp_path):
     """The 20,000-image subset, Dirichlet(1) over 20 clients. Seeds 1-3 reach 0.336, 0.325, 0.338; chance is 0.1."""
     overrides = ["workload=bundle", "workload.path=cifar10", "workload.input_range=standard", "model=lenet5"]
@@ -43,6 +44,7 @@ def test_cifar10_with_label_skew_is_learned(tmp_path):
     assert summary["final"]["accuracy"] > 0.25
 
 
+@pytest.mark.slow
 def test_shakespeare_by_role_learns_more_than_letter_frequencies(tmp_path):
     """Every client is one speaking role. Seeds 1-2 reach 0.42; always guessing a space gives 0.163."""
     overrides = ["experiment=shakespeare_roles"]

@@ -13,7 +13,7 @@ import torch
 import yaml
 from conftest import Ended
 from sine import SINE
-from test_methods import TINY, federate
+from test_methods import TINY, federate, methods_of_each_kind
 
 from clients.app import serve
 from devices.errors import FileError
@@ -30,7 +30,6 @@ from fedsim.runs import writer
 from fedsim.runs.api import load
 from fedsim.settings.build import build_world
 from fedsim.settings.compose import compose
-from fedsim.settings.groups import options
 from fedsim.study.compare import compare
 from fedsim.study.page import text_of
 from fedsim.study.results import collect, write_result
@@ -54,7 +53,7 @@ def run_sine(out: Path, *overrides: str) -> dict[str, Any]:
     return writer.run(compose([*LONG, *overrides]), LocalEngine(serve), out)
 
 
-@pytest.mark.parametrize("method", options("method"))
+@pytest.mark.parametrize("method", methods_of_each_kind())
 def test_every_method_trains_without_classes_or_says_that_it_needs_them(method: str):
     if method in NEED_CLASSES:
         with pytest.raises(ConfigError, match=f"^{method} needs a classification workload, and sine is none: "):

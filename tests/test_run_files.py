@@ -6,10 +6,11 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as parquet
 import pytest
-from conftest import TINY, Ended
+from conftest import TINY
 
 from clients.app import serve
 from fedsim.engines.local import LocalEngine
@@ -109,12 +110,24 @@ READS = {
 }
 NOT_NEEDED = ("failure.json", "summary.json", "split.json", "failed-client.json")  # without them there is less to read
 TRIED = [(command, kind, file) for command, kinds in READS.items() for kind, files in kinds.items() for file in files]
+DAMAGES = (*CONTENTS, *PLACES)
+TAKEN = 4  # of so many damages, one is tried on a file: each damage on seven files or eight
+
+
+def cases() -> list[Any]:
+    """A share of the damages for each file, other ones for the next; all of them for each are left to slow."""
+    few, slow = [], []
+    for number, tried in enumerate(TRIED):
+        name = "-".join(tried).replace("/", "-")
+        few.append(pytest.param(*tried, DAMAGES[number % TAKEN :: TAKEN], id=name))
+        slow.append(pytest.param(*tried, DAMAGES, id=f"{name}-all", marks=pytest.mark.slow))
+    return [*few, *slow]
 
 
 @pytest.mark.filterwarnings("always:.*; this run goes on from round ")
-@pytest.mark.parametrize(("command", "kind", "file"), TRIED, ids=lambda value: str(value).replace("/", "-"))
+@pytest.mark.parametrize(("command", "kind", "file", "damages"), cases())
 def test_every_command_answers_every_damage_with_a_sentence(
-    command: str, kind: str, file: str, runs, tmp_path: Path, monkeypatch, fedsim: Callable[..., Ended]
+    command: str, kind: str, file: str, damages: tuple[str, ...], runs, tmp_path: Path, monkeypatch, fedsim
 ):
     monkeypatch.chdir(tmp_path)
     run = tmp_path / ("st/one/seed-1" if command == "study" else "run")
@@ -123,7 +136,7 @@ def test_every_command_answers_every_damage_with_a_sentence(
     if command in ("resume", "reprice"):  # pages are for `report`
         monkeypatch.setattr("fedsim.report.page.write_page", lambda *_: run / "report.html")
     wrong = []
-    for damage in (*CONTENTS, *PLACES):
+    for damage in damages:
         for folder in (run, tmp_path / "again"):
             shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(runs[kind], run)

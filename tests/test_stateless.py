@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import answered, honest, task_of
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
-from test_methods import NEEDS, for_case, taken
+from test_methods import NEEDS, STOOD_FOR, for_case, taken
 from torch import nn
 
 from clients.app import serve
@@ -38,7 +38,12 @@ BASE = (
     *("rounds=4", "num_clients=3", "cohort=3", "model=mlp", "model.hidden=[8,8]", "model.dropout=0.1"),
     *("fleet=uniform", "latency=flops", "engine.device=cpu", "trainer.batch_size=4", "trainer.local_epochs=2"),
 )
-CASES = sorted({*(taken("trainer", name) for name in options("trainer")), *(f"method={m}" for m in options("method"))})
+CASES = [
+    pytest.param(case, marks=[pytest.mark.slow] if case.removeprefix("method=") in STOOD_FOR else [])
+    for case in sorted(
+        {*(taken("trainer", name) for name in options("trainer")), *(f"method={m}" for m in options("method"))}
+    )
+]
 # What is made when it is first needed, of the model and of weights alone; networks are loaded anew for each client.
 ON_DEMAND = (Slices, OnDemand, nn.Module)
 

@@ -81,6 +81,7 @@ def test_joules_of_a_card_are_predicted_with_predicted_times(figures: dict[str, 
     assert figures["joules of cards, predicted times, network left out"].mean <= 0.20
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_shipped_profiles_are_what_the_tables_give(folder: Path, tmp_path: Path):
     """Built anew, every figure of every profile is the shipped one."""

@@ -14,6 +14,7 @@ from conftest import TINY
 
 ROOT = Path(__file__).parent.parent
 PACKED = ("clients", "configs", "devices", "fedsim", "strategies", "pyproject.toml", "README.md", "LICENSE")
+pytestmark = pytest.mark.slow  # half a minute, for what a release can break
 STUDY = f"title: Mine\narms: {{one: {json.dumps([*TINY, 'rounds=1'])}}}\nlast: 1\n"
 
 

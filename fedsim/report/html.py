@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from typing import Any
 
 from markupsafe import Markup
 
@@ -80,10 +81,15 @@ class Page:
 
     def as_html(self) -> str:
         """Returns the whole page; every text of it is escaped."""
-        import jinja2
-
-        environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-        environment.filters["short"] = partial(visible, most=CELL_LETTERS)
         wide = next((n for n in WIDE if not len(self.figures) % n), None)
         wide = wide or next((n for n in WIDE if len(self.figures) % n > 1), WIDE[0])
-        return visible_lines(environment.from_string(HTML).render(vars(self) | {"wide": wide}))
+        return visible_lines(_template().render(vars(self) | {"wide": wide}))
+
+
+@cache
+def _template() -> Any:
+    import jinja2
+
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["short"] = partial(visible, most=CELL_LETTERS)
+    return environment.from_string(HTML)
