@@ -9,7 +9,7 @@ import json
 import math
 import pickle
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 from conftest import answered, task_of
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from hydra.utils import get_class
+from omegaconf import OmegaConf
 from test_models import SPEECH
 from torch import nn
 from torchs_counter import counter
@@ -42,7 +43,8 @@ from fedsim.messages.updates import Broadcast
 from fedsim.report.rounds import HOST_FIELDS, RoundReport, weights_sha256
 from fedsim.runs.federation import Federation
 from fedsim.settings.build import build_world, instantiate
-from fedsim.settings.compose import compose
+from fedsim.settings.compose import _composed, compose
+from fedsim.settings.config_files import check_before_hydra
 from fedsim.settings.groups import options, preset
 from fedsim.settings.run_settings import RunSettings
 
@@ -510,13 +512,22 @@ def test_every_experiment_composes(experiment: str):
     assert compose([f"experiment={experiment}"])["choices"]["experiment"] == experiment
 
 
-@pytest.mark.parametrize(
-    "group",
-    [
-        *("workload", "model", "fleet", "strategy", "trainer", "partition", "stream", "latency"),
-        *("compression", "uplink"),
-    ],
-)
+BUILDING = ("workload", "model", "fleet", "strategy", "trainer", "partition", "stream", "latency")
+BUILDING += ("compression", "uplink")
+
+
+@cache
+def row(number: int) -> Any:
+    """The options of that number of all groups, composed together: what a group says is its own."""
+    check_before_hydra()
+    there = {group: names[number] for group in BUILDING if number < len(names := options(group))}
+    path = ["workload.path=plain"] if there.get("workload") == "bundle" else []
+    path += ["latency.weights=w.npz"] if there.get("latency") == "help" else []
+    path += ["stream.bundles=[plain]"] if there.get("stream") == "domains" else []
+    return _composed([*(f"{group}={name}" for group, name in there.items()), *path])
+
+
+@pytest.mark.parametrize("group", BUILDING)
 def test_every_constructor_takes_exactly_what_its_config_says(group: str):
     """A key of a yaml that no constructor takes, or of another type, is a mistake in the file."""
     from fedsim.settings.parameters import check_parameters
@@ -526,11 +537,8 @@ def test_every_constructor_takes_exactly_what_its_config_says(group: str):
         "stream": ("workload", "rounds", "evaluate_every", "seed"),
         "fleet": ("num_clients", "seed"),
     }.get(group, ())
-    for option in options(group):
-        path = ["workload.path=plain"] if option == "bundle" else []
-        path += ["latency.weights=w.npz"] if option == "help" else []
-        path += ["stream.bundles=[plain]"] if option == "domains" else []
-        tree = compose([f"{group}={option}", *path])[group]
+    for number in range(len(options(group))):
+        tree = OmegaConf.to_container(row(number)[group], resolve=True)
         if group == "model":
             tree.pop("memory_format", None)  # read by `model_factory`, which has its own test
         check_parameters(group, tree, given)

@@ -41,14 +41,16 @@ pytestmark = pytest.mark.ray
 # --- the same bytes --------------------------------------------------------------------------------------------------
 
 
-# A mean and a choice among updates, one with the counters of batch norm; the rest of the pairs is left to slow.
+# A mean of updates, and one with the counters of batch norm; the rest of the pairs is left to slow.
 @pytest.mark.parametrize(
     "strategy",
     [
-        "krum",
         "dp_adaptive strategy.noise_multiplier=0.3",
         "fedavg model.norm=batch",
-        *(pytest.param(text, marks=pytest.mark.slow) for text in ("fedavg", "fedmedian", "krum model.norm=batch")),
+        *(
+            pytest.param(text, marks=pytest.mark.slow)
+            for text in ("fedavg", "fedmedian", "krum", "krum model.norm=batch")
+        ),
     ],
 )
 def test_two_workers_give_the_bytes_of_one_process(pair, result, local, strategy: str):
@@ -255,6 +257,7 @@ def run_in_a_changing_cluster(out: str) -> None:
 CHANGING = ("num_clients=60", "cohort=30", "rounds=4", "strategy=krum")
 
 
+@pytest.mark.slow
 def test_node_that_joins_is_used_and_one_that_is_lost_changes_nothing(tmp_path, local):
     code = "import sys, test_ray; test_ray.run_in_a_changing_cluster(sys.argv[1])"
     env = {**os.environ, "PYTHONPATH": str(TESTS), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # on loopback

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from functools import cache
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -109,5 +110,9 @@ def participation(reports: list[RoundReport], fleet: Fleet, primary: Metric, nee
 
 def versions() -> dict[str, str]:
     """Returns the versions that the figures may depend on."""
-    libraries = {name: version(name) for name in ("torch", "flwr", "numpy")}
-    return {"python": platform.python_version(), "fedsim": __version__, **libraries}
+    return {"python": platform.python_version(), "fedsim": __version__, **_libraries()}
+
+
+@cache
+def _libraries() -> dict[str, str]:
+    return {name: version(name) for name in ("torch", "flwr", "numpy")}

@@ -6,6 +6,7 @@ with fedsim is not read twice.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import date
@@ -35,6 +36,7 @@ MAX_SETTINGS = 10_000  # of a file, its aliases written out: OmegaConf takes a m
 SHIPPED = Path(__file__).resolve().parents[2] / "configs"
 PACKAGES = ("configs", "hydra")  # whose files are known
 PLAIN = (str, int, float, bool, date)
+_READ: dict[tuple[str, Path], tuple[bytes | None, bytes]] = {}  # what config files held, and came to, pickled
 NOTES: list[dict[Path, bytes | None]] = []  # see `noting`
 COMPOSING = (yaml.YAMLError, ValueError, OverflowError, RecursionError)  # what Hydra and OmegaConf let through
 
@@ -106,16 +108,27 @@ class FileConfigSource(HydrasFiles):
     def load_config(self, config_path: str) -> ConfigResult:
         """Reads a file that `check` has taken."""
         file = Path(self.path) / self._normalize_file_name(config_path)
-        if Path(self.path) == SHIPPED or not self.is_config(config_path):
-            _note(file)
-            return super().load_config(config_path)
         _note(file)
+        if Path(self.path) == SHIPPED or not self.is_config(config_path):
+            return self._read(config_path, file)
         check(file)
         check_preset(config_path.partition("/")[0], file)
         try:
-            return super().load_config(config_path)
+            return self._read(config_path, file)
         except (*COMPOSING, OmegaConfBaseException) as error:
             raise _unusable(file, error) from error
+
+    def _read(self, config_path: str, file: Path) -> ConfigResult:
+        """Reads a file as Hydra does; one that has not changed since, as it was read then."""
+        now = content(file)
+        before, read = _READ.get((self.provider, file), (None, b""))
+        if now is None or now != before:
+            result = super().load_config(config_path)
+            _READ[self.provider, file] = (now, pickle.dumps(result))  # Hydra takes the result apart
+            return result
+        result = pickle.loads(read)
+        assert isinstance(result, ConfigResult)
+        return result
 
 
 class ImportlibResourcesConfigSource(HydrasPackages):
