@@ -33,6 +33,7 @@ from devices.errors import one_line
 from fedsim.engines.memory import keep_freed_memory
 from fedsim.errors import ConfigError, in_words, no_exit
 from fedsim.exchanges.slices import model_cost
+from fedsim.grid.participants import EXAMPLES, LOSS, QUESTION, TOLD
 from fedsim.grid.round_sum import BlockSums
 from fedsim.messages.cohort import PLAN, ClientAnswer, ClientTask, CohortAnswer, CohortTask
 from fedsim.messages.records import check_extra_names
@@ -286,7 +287,9 @@ class Worker:
             metrics = client.marked(found)
             work, count = self._work(client, task), self.workload.num_examples(client.data.test)
             return ClientAnswer(client.client_id, work=work, num_examples=count, metrics=metrics)
-        records = self.trainer.answer(client, question, broadcast)
+        records = (
+            self.told(client, broadcast) if question == QUESTION else self.trainer.answer(client, question, broadcast)
+        )
         check_records(f"answer of {type(self.trainer).__name__}", records)
         check_tensors(f"what a client of {type(self.trainer).__name__} keeps", client.state)
         extras = {name: own_copies(tensors) for name, tensors in records.items()}
@@ -296,6 +299,21 @@ class Worker:
             extras=extras,
             state=self._kept(client),
         )
+
+    def told(self, client: ClientContext, broadcast: Broadcast) -> dict[str, Tensors]:
+        """What a server may ask to choose clients by: the number of examples and, with weights, their mean loss."""
+        examples = client.data.train
+        found = {EXAMPLES: torch.tensor(client.num_examples)}
+        if broadcast.weights:
+            client.log.judge(client.step_cost, len(examples))
+            metrics = client.workload.evaluate(client.model, examples)
+            if LOSS not in metrics:
+                raise ConfigError(
+                    f"participants that are chosen by their loss need one, and workload {self.workload.name} is judged "
+                    f"by {', '.join(metrics)}"
+                )
+            found[LOSS] = torch.tensor(metrics[LOSS], dtype=torch.float64)
+        return {TOLD: found}
 
     def _prepared(self, phase: str, client: ClientContext, task: ClientTask) -> Broadcast:
         """What the client is sent, with the network and the generators ready for its work."""

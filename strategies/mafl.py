@@ -158,7 +158,7 @@ class Mafl(WrappingStrategy):
     def collect(self, cohort: Iterable[int], grid: EdgeGrid) -> None:
         """Asks those who have not answered yet: everybody before the first pool, then the cohort's."""
         before = len(self.owners)
-        asked = grid.get_node_ids() if not self.version else cohort
+        asked = range(self.context.num_clients) if not self.version else cohort
         missing = grid.reachable(client for client in asked if client not in self.room)
         content = RecordDict({"config": self.question})
         for reply in grid.send_and_receive([Message(content, client, f"query.{QUESTION}") for client in missing]):

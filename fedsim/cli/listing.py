@@ -13,7 +13,7 @@ KINDS = {
     **{"methods": "method", "workloads": "workload", "models": "model", "fleets": "fleet", "devices": "device"},
     **{"studies": "study", "experiments": "experiment", "partitions": "partition", "streams": "stream"},
     **{"strategies": "strategy", "trainers": "trainer", "uplinks": "uplink", "compressions": "compression"},
-    **{"latencies": "latency", "engines": "engine", "loops": "loop"},
+    **{"latencies": "latency", "engines": "engine", "loops": "loop", "participants": "participants"},
 }
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 

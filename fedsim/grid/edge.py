@@ -72,6 +72,7 @@ class EdgeGrid(Grid):
         dispatched: how many clients ever were.
         busy_until_s: when clients end for which nobody waits any longer.
         offered: clients that a strategy may sample; None: all.
+        choose: chooses clients for a round, at most so many, for the so-many-th time; None: the strategy draws them.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class EdgeGrid(Grid):
         )
         self.in_flight = EventQueue[Contact]()
         self.offered: Sequence[int] | None = None
+        self.choose: Callable[[int, int | None, int], list[int]] | None = None
         self.dispatched = 0
         self.busy_until_s: dict[int, float] = {}
         self.store, self.tails = self.serving.store, self.serving.tails

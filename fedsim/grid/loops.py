@@ -86,8 +86,12 @@ class RoundLoop(Loop):
     """Synchronous rounds: a cohort is asked, and the round closes when it has answered, or at the deadline."""
 
     def exchange(self, grid: EdgeGrid, number: int, instruct: Instruct) -> Exchange:
-        """One exchange with the cohort that the strategy draws."""
-        return grid.exchange(instruct(number, None, 0))
+        """One exchange with the cohort that the strategy draws, or is offered."""
+        clients = None if grid.choose is None else grid.choose(number, None, 0)
+        if clients == []:
+            grid.clock.advance(EMPTY_ROUND_S)
+            return Exchange([])
+        return grid.exchange(instruct(number, clients, 0))
 
 
 class BufferLoop(Loop):
@@ -227,7 +231,9 @@ class BufferLoop(Loop):
             self.repeats[client] = self.repeats.get(client, 0) + 1
 
     def draw(self, grid: EdgeGrid, number: int, room: int) -> list[int]:
-        """Draws clients, each with the same chance."""
+        """Returns the clients that a rule chooses, or draws them, each with the same chance."""
+        if grid.choose is not None:
+            return grid.choose(number, room, self.draws)
         everyone, chosen = range(len(grid.fleet)), dict[int, None]()
 
         def free(client: int) -> bool:

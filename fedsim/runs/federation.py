@@ -18,9 +18,11 @@ from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 
 from fedsim.engines.base import Engine
 from fedsim.errors import ConfigError, NotFiniteError, RunError
+from fedsim.exchanges.slices import model_cost
 from fedsim.grid.edge import ONE_METHOD, EdgeGrid
 from fedsim.grid.exchange import ClientReport
 from fedsim.grid.loops import Loop
+from fedsim.grid.participants import Participants, Roster
 from fedsim.grid.server_half import ServerContext, ServerModel
 from fedsim.messages.records import (
     ARRAYS,
@@ -62,7 +64,10 @@ class Federation:
     def __init__(self, world: World, engine: Engine, observe: Callable[[int], None] | None = None):
         settings = world.settings
         self.world, self.settings, self.seed = world, settings, settings.seed
-        self.strategy = build_strategy(settings, world.workload.num_clients)
+        self.loop: Loop = instantiate(settings.groups, "loop")
+        self.participants: Participants = instantiate(settings.groups, "participants")
+        offered = self.loop.is_buffered or self.participants.offers
+        self.strategy = build_strategy(settings, world.workload.num_clients, offered)
         self.model = world.workload.build_model().to(pick_device(settings.engine.device, settings.engine.tf32))
         self.roles = TensorRoles.of(self.model, settings.private)
         self.arrays = record_of(self.model.state_dict())
@@ -71,7 +76,6 @@ class Federation:
         self.has_ended = False
         self.lowest = (math.inf, 0)
         self.server = ServerSide(self.strategy, self.roles)
-        self.loop: Loop = instantiate(settings.groups, "loop")
         self.loop.check(settings, self.server.half, self.server.name)
         check_plan(
             instantiate(settings.groups, "compression"),
@@ -103,6 +107,38 @@ class Federation:
                 trained=self.roles.trained,
             )
         )
+        self._meet_clients()
+
+    def _meet_clients(self) -> None:
+        """Lets the rule that chooses clients know what a server does.
+
+        Raises:
+            ConfigError: for one that holds up rounds where there are none.
+        """
+        world, settings, rule = self.world, self.settings, self.participants
+        if not rule.offers:
+            return
+        if rule.exchanges and self.loop.is_buffered:
+            raise ConfigError(
+                f"participants={settings.choices['participants']} asks clients before a round, and with loop=buffer "
+                "nobody waits for answers; take participants=oort, tifl, fastest, least_often or uniform"
+            )
+        step = model_cost(world.workload, self.model, "dense", next(self.model.parameters()).device)
+        rule.begin(Roster(self.grid, world.latency, step, self.shared, self.seed, settings.deadline_s))
+        self.grid.choose = self.choose
+
+    def choose(self, number: int, count: int | None = None, repeat: int = 0) -> list[int]:
+        """Returns the clients that the rule chooses.
+
+        Args:
+            number: of the round.
+            count: how many at most; None: as many as a round asks.
+            repeat: how often it chose in this round before.
+        """
+        self.grid.round = number
+        count = min(self.settings.num_asked, len(self.world.fleet)) if count is None else count
+        free = [client for client in range(len(self.world.fleet)) if self.grid.can_be_sent(client)]
+        return self.participants.chosen(number, count, free, self.shared, repeat)
 
     def rounds(self, after: RoundReport | None = None) -> Iterator[tuple[RoundReport, list[ClientReport]]]:
         """Yields round 0 (the untrained model), then training rounds until one of the limits is reached.
@@ -164,9 +200,12 @@ class Federation:
         """Returns what later rounds depend on beside the settings and `arrays`; to be asked between two rounds."""
         loss, number = self.lowest
         lowest = {"loss": None if math.isinf(loss) else loss, "round": number}
-        loop = self.loop.state(self.grid)
         state = {"grid": self.grid.state(), "strategy": strategy_state(self.strategy), "lowest": lowest}
-        return {**state, "loop": loop} if loop else state
+        if loop := self.loop.state(self.grid):
+            state["loop"] = loop
+        if self.participants.offers:
+            state["participants"] = self.participants.state()
+        return state
 
     def restore(self, arrays: ArrayRecord, state: dict[str, Any] | None) -> None:
         """Takes the place of another federation with the same settings; without a state, of one whose run has ended."""
@@ -179,12 +218,16 @@ class Federation:
         restore_strategy(self.strategy, state["strategy"])
         if "loop" in state:
             self.loop.restore(self.grid, state["loop"])
+        if "participants" in state:
+            self.participants.restore(state["participants"])
 
     def train(self, number: int) -> dict[str, float]:
         """Trains one round, takes the new global weights and returns the metrics; without replies the weights stay."""
         self.grid.round = number
         exchange = replace(self.loop.exchange(self.grid, number, self.instructions), weights=self.shared)
         self.server.closed(number, exchange)
+        if self.participants.offers:
+            self.participants.learn(number, exchange.reports)
         if not (replies := exchange.replies):
             return {}
         if self.server.mean_is_all:

@@ -250,6 +250,12 @@ class RepricedFederation(Federation):
             BY_MEMORY: lambda: any(before.fleet[c].memory_bytes != now.fleet[c].memory_bytes for c in clients),
             BY_LATENCY: lambda: True,
         }
+        rule = self.participants
+        if rule.reads_devices:
+            raise ConfigError(
+                f"{self.folder} cannot be re-priced on these devices: {rule.reads_devices}, so that others would have "
+                f"taken part; run it there: {self.there}"
+            )
         for part in (half, trainer, compression, before.workload):
             for figure, what in part.device_reads.items():
                 if changed[figure]():
@@ -258,9 +264,10 @@ class RepricedFederation(Federation):
                         f"learned something else; run it there: {self.there}"
                     )
         always = all(isinstance(world.fleet.availability, Always) for world in (before, now))
-        if half.asks_reachable and not always:
+        if (half.asks_reachable or rule.offers) and not always:
+            name = type(rule if rule.offers else self.strategy).__name__
             raise ConfigError(
-                f"{self.folder} cannot be re-priced where clients sleep: {type(self.strategy).__name__} asks those "
+                f"{self.folder} cannot be re-priced where clients sleep: {name} asks those "
                 f"whom it can reach, and others would have answered; run it there: {self.there}"
             )
 

@@ -329,10 +329,15 @@ def memory_format(groups: Mapping[str, Settings]) -> str:
     return str(name)
 
 
-def build_strategy(settings: RunSettings, num_clients: int) -> Strategy:
+def build_strategy(settings: RunSettings, num_clients: int, offered: bool = False) -> Strategy:
     """Builds the strategy and tells it how many clients to sample, by FedAvg's arguments.
 
     All strategies take them but Flower's wrappers: there the strategy inside does.
+
+    Args:
+        settings: of the run.
+        num_clients: there are.
+        offered: it is offered the clients of a round, and takes all of them.
     """
     train, judge = min(settings.num_asked, num_clients), settings.evaluate_clients
     sampling = {
@@ -342,7 +347,7 @@ def build_strategy(settings: RunSettings, num_clients: int) -> Strategy:
         "min_evaluate_nodes": judge,
         "min_available_nodes": train,
     }
-    if settings.are_offered:
+    if offered:
         sampling |= {"fraction_train": 1.0, "min_train_nodes": 1, "min_available_nodes": 1}
     tree = settings.groups["strategy"]
     check_group("strategy", tree)  # what it is, and what its wrappers take, is looked up next

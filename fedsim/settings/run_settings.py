@@ -72,11 +72,6 @@ class RunSettings:
         return None if address is None else str(address)
 
     @property
-    def are_offered(self) -> bool:
-        """Returns whether a strategy is offered the clients that it is to take, instead of drawing them."""
-        return bool(self.choices.get("loop", "rounds") != "rounds")
-
-    @property
     def num_asked(self) -> int:
         """Returns how many clients a round asks, that `cohort` replies may come: ceil(over_selection x cohort)."""
         return math.ceil(self.over_selection * self.cohort - 1e-9)

@@ -1,0 +1,216 @@
+"""Which clients take part: a rule sees what a server could know of them, and what it asks of them is paid.
+
+A server knows the data sheet of a device, who is connected, what came back in earlier rounds and how long that took. It
+knows neither data nor who will go offline.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any, ClassVar
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+
+from devices.bounds import Checked
+from devices.cost import Cost, LatencyModel, ModelCost, Passes, Work
+from fedsim.errors import ConfigError
+from fedsim.grid.edge import EdgeGrid
+from fedsim.grid.exchange import ClientReport
+from fedsim.messages.records import ARRAYS, CONFIG, payload_bytes, tensors_of
+from fedsim.seeding import generator
+
+QUESTION, TOLD = "participants", "told"  # what clients are asked, and the record that they answer with
+EXAMPLES, LOSS = "examples", "loss"  # in it; the latter where weights came with the question
+TRAIN_LOSS = "train_loss"  # metric of updates
+USUAL_BATCH = 10  # examples of the step by which devices are compared
+
+
+@dataclass
+class Seen:
+    """What a server has seen of a client.
+
+    Attributes:
+        asked: how often it was asked to train.
+        examples: that it has told; 0: it has not.
+        loss: mean training loss that it last reported.
+        seconds: that it last took until its reply was there; 0: none has come yet.
+        round: in which that was.
+    """
+
+    asked: int = 0
+    examples: int = 0
+    loss: float = 0.0
+    seconds: float = 0.0
+    round: int = 0
+
+
+class Roster:
+    """What a server knows of its clients.
+
+    Args:
+        grid: to them.
+        latency: predicts seconds on a device.
+        step: what one example of a training step costs.
+        payload: the weights, of whose size a download and an upload are.
+        seed: of the run.
+        deadline_s: of the run.
+    """
+
+    def __init__(
+        self,
+        grid: EdgeGrid,
+        latency: LatencyModel,
+        step: ModelCost,
+        payload: ArrayRecord,
+        seed: int,
+        deadline_s: float | None,
+    ):
+        self._grid, self._latency, self.seed, self.deadline_s = grid, latency, seed, deadline_s
+        size = payload_bytes(RecordDict({ARRAYS: payload}))
+        self._work = Work((Passes(step, USUAL_BATCH, 1, 1),), down_bytes=size, up_bytes=size)
+        self.seen: dict[int, Seen] = {}
+        self._costs: dict[int, Cost] = {}
+
+    def __len__(self) -> int:
+        return len(self._grid.fleet)
+
+    def of(self, client: int) -> Seen:
+        """Returns what has been seen of a client."""
+        return self.seen.get(client, Seen())
+
+    def note(self, number: int, reports: Iterable[ClientReport]) -> None:
+        """Takes notice of a training exchange."""
+        for report in reports:
+            if report.phase != "train":
+                continue
+            seen = self.seen.setdefault(report.client, Seen())
+            seen.asked += 1
+            if report.outcome == "completed":
+                seen.examples, seen.loss = report.num_examples, float(report.metrics.get(TRAIN_LOSS, 0.0))
+            if report.outcome in ("completed", "late"):
+                seen.seconds, seen.round = report.cost.total_s, number
+
+    def expected_s(self, client: int) -> float:
+        """Returns how long a client will take: as the last time, or else what its device is predicted to take.
+
+        What is predicted is one download, one upload, and as many training steps as those took who have come back.
+        """
+        if seconds := self.of(client).seconds:
+            return seconds
+        cost = self._cost(client)
+        return cost.down_s + cost.up_s + self.usual_steps * cost.compute_s
+
+    @property
+    def usual_steps(self) -> float:
+        """Returns the median number of training steps of those who have come back; 1 before any has."""
+        steps = []
+        for client, seen in self.seen.items():
+            cost = self._cost(client)
+            if seen.seconds and cost.compute_s > 0:
+                steps.append(max(0.0, seen.seconds - cost.down_s - cost.up_s) / cost.compute_s)
+        return median(steps) if steps else 1.0
+
+    def _cost(self, client: int) -> Cost:
+        if client not in self._costs:
+            self._costs[client] = self._latency.cost(self._work, self._grid.client(client).profile)
+        return self._costs[client]
+
+    def ask(self, clients: Sequence[int], weights: ArrayRecord | None = None) -> None:
+        """Asks clients for the number of their examples and, with weights, for the loss of these on them.
+
+        They download the weights and judge them on all of their training examples, which costs what it costs.
+
+        Args:
+            clients: whom to ask.
+            weights: the present ones; None: only for the number.
+        """
+        config = ConfigRecord({"server-round": self._grid.round})
+        content = RecordDict({CONFIG: config} if weights is None else {ARRAYS: weights, CONFIG: config})
+        for reply in self._grid.send_and_receive([Message(content, c, f"query.{QUESTION}") for c in clients]):
+            told = tensors_of(reply.content.array_records[TOLD])
+            seen = self.seen.setdefault(reply.metadata.src_node_id, Seen())
+            seen.examples = int(told[EXAMPLES])
+            if LOSS in told:
+                seen.loss = float(told[LOSS])
+
+
+class Participants(Checked, ABC, group="participants", error=ConfigError):
+    """A rule by which clients are chosen among those who are connected and idle.
+
+    Attributes:
+        offers: it offers a strategy the clients that it is to take; False: the strategy draws them by itself.
+        exchanges: it holds exchanges of its own, for which the round waits.
+        reads_devices: what it decides by the seconds of devices, in words; empty where nothing.
+    """
+
+    offers: ClassVar[bool] = True
+    exchanges: ClassVar[bool] = False
+    reads_devices: ClassVar[str] = ""
+
+    roster: Roster
+
+    def begin(self, roster: Roster) -> None:
+        """Takes what there is to know, once."""
+        self.roster = roster
+
+    @abstractmethod
+    def choose(self, number: int, count: int, free: Sequence[int], weights: ArrayRecord, draw: Draw) -> list[int]:
+        """Returns the clients that are to take part.
+
+        Args:
+            number: of the round.
+            count: how many at most.
+            free: who is connected and idle, more than `count`.
+            weights: the present ones.
+            draw: random numbers of this choice.
+        """
+
+    def learn(self, number: int, reports: Sequence[ClientReport]) -> None:
+        """Takes what a training exchange brought."""
+        self.roster.note(number, reports)
+
+    def chosen(self, number: int, count: int, free: Sequence[int], weights: ArrayRecord, repeat: int = 0) -> list[int]:
+        """Returns the clients that take part, in order; all of the free ones where there are no more than needed.
+
+        Raises:
+            ConfigError: where the rule names a client twice, or one that is not free.
+        """
+        if len(free) <= count:
+            return sorted(free)
+        again = (repeat,) if repeat else ()
+        draw = generator(self.roster.seed, "participants", number, *again)
+        found = sorted(int(client) for client in self.choose(number, count, free, weights, draw))
+        if len(set(found)) < len(found) or not set(found) <= set(free) or len(found) > count:
+            raise ConfigError(
+                f"{type(self).__name__}.choose must return at most {count} of the clients that are free, each once, "
+                f"got {found[:20]}"
+            )
+        return found
+
+    def state(self) -> dict[str, Any]:
+        """Returns what later choices depend on."""
+        own = {key: value for key, value in vars(self).items() if key in self.kept}
+        return {"seen": {client: asdict(seen) for client, seen in self.roster.seen.items()}, "own": own}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on where another one was."""
+        self.roster.seen = {client: Seen(**seen) for client, seen in state["seen"].items()}
+        vars(self).update(state["own"])
+
+    kept: ClassVar[frozenset[str]] = frozenset()  # names of attributes that change from round to round
+
+
+Draw = np.random.Generator
+
+
+class Uniform(Participants):
+    """The strategy draws its clients, each with the same chance, asleep or not."""
+
+    offers: ClassVar[bool] = False
+
+    def choose(self, number: int, count: int, free: Sequence[int], weights: ArrayRecord, draw: Draw) -> list[int]:
+        return [free[place] for place in draw.choice(len(free), count, replace=False)]
