@@ -117,6 +117,7 @@ def measure(model: nn.Module, loss: Loss, batch: dict[str, Tensor], name: str) -
             torch.autograd.grad(value, [p for p in network.parameters() if p.requires_grad], allow_unused=True)
 
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), _without_onednn():
+        torch.default_generator.manual_seed(0)  # a network may draw which of its layers run
         # The loss has to finish before its backward pass begins: nothing of it may be held but what autograd keeps.
         moments = _moments(network, lambda some: step(loss(network, some)), batch)
         with lstm_kernels():
@@ -150,6 +151,7 @@ def inference_bytes(model: nn.Module, loss: Loss, batch: dict[str, Tensor]) -> M
     network, batch = _copied(model, batch)
     network.eval()
     with torch.random.fork_rng(devices=[]), torch.no_grad(), _without_onednn():
+        torch.default_generator.manual_seed(0)  # a network may draw which of its layers run
         return _moments(network, lambda some: loss(network, some), batch)
 
 

@@ -63,6 +63,7 @@ def _moments(network: nn.Module, loss: Loss, batch: dict[str, Tensor], training:
 
     size = len(next(iter(given.values())))
     with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(training), lstm_kernels():
+        torch.default_generator.manual_seed(0)  # as in `measure`
         moments = fullest_moments(run, size // 2, size)
     state = sum(t.nbytes for t in (*own.parameters(), *own.buffers()))
     example = sum(t[:1].nbytes for t in given.values())

@@ -10,7 +10,7 @@ from torchs_counter import counter
 
 from devices.cost import ModelCost
 from devices.errors import DeviceError
-from devices.meter import measure, peak_memory_bytes
+from devices.meter import inference_bytes, measure, peak_memory_bytes
 
 
 def squares(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -39,6 +39,26 @@ def test_two_linear_layers_cost_their_products():
     cost = measure(model, squares, {"x": torch.randn(6, 3)}, "mlp")
     assert (cost.name, cost.forward_flops, cost.backward_flops, cost.calls) == ("mlp", 40, 56, 3)
     assert (cost.parameter_bytes, cost.activation_bytes) == ((16 + 10) * 4, (4 + 2) * 4)
+
+
+class Skips(nn.Module):
+    """Decides by a draw of the host which layers run."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) if torch.rand(()).item() < 0.5 else self.body(self.body(x))
+
+
+def test_what_a_network_costs_is_no_matter_of_what_was_drawn_before():
+    costs = set()
+    for seed in range(8):
+        torch.manual_seed(seed)
+        model, batch = Skips(), {"x": torch.zeros(4, 3)}
+        costs.add((measure(model, squares, batch, "skips"), inference_bytes(model, squares, batch)))
+    assert len(costs) == 1
 
 
 def test_convolution_costs_its_kernel_at_every_pixel():
