@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import typer
 from conftest import Ended, assert_refused
 
 from fedsim.cli import main as cli
+from fedsim.cli.bench_rounds import Bench
 
 pytestmark = pytest.mark.usefixtures("place")
 
@@ -79,7 +81,15 @@ def test_bench_refuses_in_one_sentence(arguments: list[str], words: list[str], f
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_bench_on_a_card_needs_one(fedsim: Callable[..., Ended]):
-    assert_refused(fedsim("bench", "--device", "cuda"), "needs a GPU, and torch finds none here")
+    assert_refused(fedsim("bench", "--device", "cuda"), "--device=cuda needs a GPU, and torch finds none here")
+    assert_refused(fedsim("bench", "--tf32"), "--tf32 is for a GPU")
+
+
+def test_all_sides_of_a_bench_multiply_alike():
+    bench = Bench("lenet5", tf32=True, others=("method=fedprox",))
+    plain = replace(bench, others=()).settings("local", None, 10, 5)
+    assert (plain["engine"]["tf32"], plain["choices"]["method"]) == (True, None)
+    assert bench.settings("slots", None, 10, 5)["engine"]["tf32"]
 
 
 # --- help ------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from fedsim.runs.experiment import build_engine
 def bench(
     model: Annotated[str, typer.Option(help="Model config to train.")] = "lenet5",
     rounds: Annotated[int, typer.Option(help="Rounds per side; the sides take turns.", min=2, max=MAX_COUNT)] = 30,
-    engines: Annotated[str, typer.Option(help="Engines to measure; of a card slots.")] = "",
+    engines: Annotated[str, typer.Option(help="Engines to measure; left out: local,ray, on a card slots.")] = "",
     device: Annotated[str, typer.Option(help="Where all sides train: cpu or cuda.")] = "cpu",
     skew: Annotated[float, typer.Option(help="Clients' sizes ~ Dirichlet(skew); 0: all equal.", min=0, max=1000)] = 0,
     tf32: Annotated[bool, typer.Option("--tf32", help="Let a GPU multiply in 19 bits.")] = False,
@@ -32,12 +32,15 @@ def bench(
     from fedsim.cli.bench_rounds import Bench, measure, tables
     from fedsim.errors import ConfigError
     from fedsim.report.terminal import console
-    from fedsim.settings.build import pick_device
+    from fedsim.runs.engine_choice import has_card
     from fedsim.settings.groups import options
 
     if device not in ("cpu", "cuda"):
         raise ConfigError(unknown("--device", device, ("cpu", "cuda")))
-    pick_device(device)
+    if device == "cuda" and not has_card():
+        raise ConfigError("--device=cuda needs a GPU, and torch finds none here; use --device=cpu")
+    if tf32 and device == "cpu":
+        raise ConfigError("--tf32 is for a GPU; use it with --device=cuda")
     names = [name for name in (engines or ("slots" if device == "cuda" else "local,ray")).split(",") if name]
     for name in names or [engines]:
         if name not in options("engine"):
@@ -46,8 +49,7 @@ def bench(
         [parse_whole(flag, text) for text in given.split(",")] if given else []
         for flag, given in (("--population", population), ("--cohort", cohort))
     )
-    others = ((f"method={method}",) if method else ()) + (("engine.tf32=true",) if tf32 else ())
-    given = Bench(model, device, skew or None, others)
+    given = Bench(model, device, skew or None, tf32, (f"method={method}",) if method else ())
     result = measure(build_engine, given, rounds, names, workers or None, populations, cohorts)
     if as_json:
         print(strict_json.dumps(result))

@@ -37,12 +37,14 @@ class Bench:
         model: a model config that takes images.
         device: where all sides train.
         skew: alpha of the Dirichlet distribution of the clients' sizes; None: all have 100 examples.
+        tf32: whether a card multiplies in 19 bits, on all sides.
         others: further overrides of the engines' runs, such as a method.
     """
 
     model: str = "lenet5"
     device: str = "cpu"
     skew: float | None = None
+    tf32: bool = False
     others: tuple[str, ...] = ()
 
     @property
@@ -67,6 +69,7 @@ class Bench:
             "trainer.local_epochs=1",
             f"engine={engine}",
             f"engine.device={self.device}",
+            f"engine.tf32={str(self.tf32).lower()}",
             *self.others,
         ]
         return compose([*overrides, f"engine.workers={workers}"] if workers and engine == "ray" else overrides)
@@ -97,7 +100,7 @@ def measure(
         cohorts: with each of these cohorts.
 
     Returns:
-        {"model", "device", "cohort", "clients", "plain_updates_per_s", "plain_cpu_ms_per_update",
+        {"model", "device", "skew", "tf32", "cohort", "clients", "plain_updates_per_s", "plain_cpu_ms_per_update",
         "plain_channels_last_updates_per_s" (on a card "plain_captured_updates_per_s"), "engines": {name: {
         "updates_per_s", "examples_per_s", "ratio", "ratio_channels_last" (on a card "ratio_captured"), "start_s",
         "peak_rss_bytes", "cpu_ms_per_update", "cpu_ratio"}}, "sweep": [{"engine", "clients", "cohort", "round_s",
@@ -144,6 +147,8 @@ def _result(bench: Bench, engines: Sequence[str], measured: Mapping[str, _Measur
     return {
         "model": bench.model,
         "device": bench.device,
+        "skew": bench.skew,
+        "tf32": bench.tf32,
         "cohort": cohort,
         "clients": clients,
         "plain_updates_per_s": cohort / base.round_s,
@@ -246,9 +251,10 @@ def _sweep_row(key: str, measured: _Measured) -> dict[str, Any]:
 
 def tables(result: dict[str, Any]) -> list[Table]:
     """Returns the result as tables for people."""
-    where = "" if result["device"] == "cpu" else f", on {result['device']}"
+    where = "" if result["device"] == "cpu" else f", on {result['device']}{' in 19 bits' if result['tf32'] else ''}"
+    size = EXAMPLES if result["skew"] is None else f"about {EXAMPLES}"
     of = f"cohort {result['cohort']} of {result['clients']}"
-    title = f"{result['model']}, {EXAMPLES} examples a client, batch {BATCH}, {of}{where}"
+    title = f"{result['model']}, {size} examples a client, batch {BATCH}, {of}{where}"
     columns = ("side", "updates/s", "of the bare loop", "CPU ms/update", "start s", "peak MB")
     shown = table(*columns, left=("side",), title=title)
     base = result["plain_updates_per_s"]

@@ -56,7 +56,7 @@ class PlainLoop:
         trainer = world.settings.groups["trainer"]
         self.lr, self.batch_size = trainer["lr"], trainer["batch_size"]
         torch.set_num_threads(world.settings.engine.threads)
-        self.device = pick_device(world.settings.engine.device)
+        self.device = pick_device(world.settings.engine.device, world.settings.engine.tf32)
         self.model = self.workload.build_model().to(self.device)
         self.weights = {name: t.clone() for name, t in self.model.state_dict().items()}
         clients = range(self.workload.num_clients)
