@@ -8,6 +8,7 @@ from test_card import COMPRESSIONS, EVERY, METHODS, STREAMS, UPLINKS
 from test_methods import assert_contract, federate
 from torch import nn
 
+from clients.slots.record import GraphRecorder
 from clients.worker import worker_for
 from fedsim.models.dropout import replace_dropout, seed_dropout
 from fedsim.report.rounds import weights_sha256
@@ -48,6 +49,51 @@ def test_a_run_on_a_gpu_repeats(case: str):
         worker_for.cache_clear()
         hashes.add(weights_sha256(federate(CUDA, base=EVERY[case]).federation.arrays))
     assert len(hashes) == 1
+
+
+def test_work_that_waits_for_the_host_is_done_unrecorded_and_other_work_recorded_after_it():
+    x, total = torch.ones(8, device="cuda"), torch.zeros((), device="cuda")
+
+    def waits() -> None:
+        total.add_(x.sum().item())
+
+    def does_not() -> None:
+        total.add_(x.sum())
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        recorder = GraphRecorder(stream)
+        assert recorder.record(waits) is None
+        replay = recorder.record(does_not)
+        assert replay is not None
+        total.zero_()
+        replay()
+    stream.synchronize()
+    assert total.item() == 8
+
+
+def test_after_a_recording_that_failed_memory_comes_back():
+    """Only a recording meets the wait. What another stream has used is free again when that is through with it."""
+    stream, x = torch.cuda.Stream(), torch.ones(8, device="cuda")
+
+    def fails() -> None:
+        x.add_(1)
+        if torch.cuda.is_current_stream_capturing():
+            stream.synchronize()
+
+    def active_bytes() -> int:
+        return int(torch.cuda.memory_stats()["active_bytes.all.current"])
+
+    with torch.cuda.stream(stream):
+        assert GraphRecorder(stream).record(fails) is None
+        before = active_bytes()
+        lent = torch.ones(2**20, device="cuda")
+        lent.record_stream(torch.cuda.default_stream())
+        del lent
+        torch.cuda.synchronize()
+        small = torch.ones(1, device="cuda")  # torch looks for what is free when it is asked for memory
+        assert active_bytes() <= before + 2**10, small
+        assert torch.rand(1, device="cuda").isfinite(), "and its generator draws"
 
 
 def test_masks_of_dropout_are_those_of_the_cpu_eager_and_captured():

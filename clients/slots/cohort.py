@@ -94,8 +94,12 @@ class InSlots:
         if isinstance(begun, Flight):
             begun.landed = slot.stream.record_event()
             used += begun.client.data.train.tensors.values()
-            for tensor in (*begun.sent.tensors.values(), *begun.sums, *begun.run.means.values()):
-                tensor.record_stream(main)
+            made = [*begun.sent.tensors.values(), *begun.sums, *begun.run.means.values()]
+        else:  # nobody waits for it later
+            main.wait_stream(slot.stream)
+            made = [tensor for tensor in begun.state.values() if tensor.is_cuda]
+        for tensor in made:
+            tensor.record_stream(main)
         for tensor in used:
             tensor.record_stream(slot.stream)
         return begun

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol
 
 import torch
@@ -45,15 +47,16 @@ class GraphRecorder:
 
     def __init__(self, stream: torch.cuda.Stream):
         self.stream, self.pool = stream, torch.cuda.graph_pool_handle()
+        self.failed: torch.cuda.CUDAGraph | None = None  # kept: torch's allocators go on asking it
 
     def record(self, work: Work) -> Work | None:
-        """Returns the replay of a graph; None for work that waits for the host, or draws from torch's generator."""
-        generator = torch.cuda.default_generators[self.stream.device_index]
-        before = generator.get_state()
+        """Returns the replay of a graph; None for work that waits for the host, or after a recording has failed."""
+        if self.failed is not None:
+            return None
         for _ in range(WARM_UPS):
             work()
-        if not torch.equal(before, generator.get_state()):
-            return None  # its draws would depend on the replays before it
+        if waits_for_host(work):
+            return None
         self.stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         try:
@@ -64,5 +67,35 @@ class GraphRecorder:
             finally:
                 graph.capture_end()
         except RuntimeError:
+            self.failed = graph
+            self._let_go()
             return None
         return graph.replay
+
+    def _let_go(self) -> None:
+        """Ends for all of torch a recording that has failed; before 2.12 it goes on for its allocator and generator.
+
+        The former would free nothing more that two streams have used, the latter refuse all draws
+        until another recording ends.
+        """
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(self.stream.device_index, self.pool)
+        nothing = torch.zeros(1, device=self.stream.device)
+        other = torch.cuda.CUDAGraph()
+        other.capture_begin(capture_error_mode="thread_local")
+        nothing.zero_()
+        other.capture_end()
+
+
+def waits_for_host(work: Work) -> bool:
+    """Returns whether work that is done here once more makes the host wait for the card, which no recording may."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls its search for waits a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        work()
+    except RuntimeError:  # it was done before without one
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return False

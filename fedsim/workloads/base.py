@@ -132,7 +132,11 @@ def in_format(tensor: Tensor, memory_format: str) -> Tensor:
 
 def _rows(t: Tensor, index: Tensor) -> Tensor:
     """Returns `t[index]` in the memory format of `t`, in a third of the time: whole examples are copied at once."""
-    index = index.to(t.device)
+    if t.is_cuda and not index.is_cuda:
+        # Not pinned, it would have to wait until the card has done all that it was asked before.
+        index = index.pin_memory().to(t.device, non_blocking=True)
+    else:
+        index = index.to(t.device)
     if t.is_contiguous():
         return t.index_select(0, index)
     if t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last):
