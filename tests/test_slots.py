@@ -1,19 +1,22 @@
 """Slots: steps that are recorded once and done again for every client, to the bytes of one client after the other."""
 
 import json
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from conftest import TINY
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clients import worker as workers
 from clients.app import serve
 from clients.slots import cohort
 from clients.slots.slot import MOST_RECORDED, Slot
-from clients.trainers.sgd import SGDTrainer, WorkloadLoss
+from clients.trainers.sgd import SGDRun, SGDTrainer, WorkloadLoss
 from fedsim.engines.local import LocalEngine
 from fedsim.errors import ConfigError
 from fedsim.report.files import read_config
@@ -150,6 +153,136 @@ def test_an_objective_that_is_not_as_pure_as_it_says_is_named(monkeypatch: pytes
     outcome()
     with pytest.raises(ConfigError, match=r"^Peeks says that it is pure and reads 'round' of a client's round; it may"):
         outcome("engine.slots=1")
+
+
+class Own(SGDRun):
+    """Has something of its client, and no place to say so."""
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self.factor = self.client.client_id
+
+
+class PeeksAtOwn(WorkloadLoss):
+    is_pure = True
+
+    def __call__(self, run: Any, batch: Any) -> torch.Tensor:
+        return super().__call__(run, batch) * run.factor
+
+
+def test_what_a_run_has_of_its_own_is_a_clients(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(SGDTrainer, "objective", PeeksAtOwn())
+    monkeypatch.setattr(SGDTrainer, "run", Own)
+    with pytest.raises(ConfigError, match=r"^PeeksAtOwn says that it is pure and reads 'factor' of a client's round"):
+        outcome("engine.slots=1")
+
+
+# --- what users write ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Unhashable(WorkloadLoss):
+    weight: float = 2.0
+    is_pure = True
+
+    def __call__(self, run: Any, batch: Any) -> torch.Tensor:
+        return super().__call__(run, batch) * self.weight
+
+
+class Scalar(WorkloadLoss):
+    """A loss of one number that is no scalar, and two notes, one of them taken twice in larger batches."""
+
+    is_pure = True
+
+    def __call__(self, run: Any, batch: Any) -> torch.Tensor:
+        loss = super().__call__(run, batch)
+        run.note(first=loss, second=loss.double())
+        if len(batch["x"]) == 4:
+            run.note(second=3 * loss.double(), third=loss)
+        return loss.view(1, 1)
+
+
+class Through(WorkloadLoss):
+    """Goes through the settings, and finds the rate that a strategy has sent for this round."""
+
+    is_pure = True
+
+    def __call__(self, run: Any, batch: Any) -> torch.Tensor:
+        return super().__call__(run, batch) * sum(v for n, v in run.broadcast.settings.items() if n == "server-round")
+
+
+class Weighted(WorkloadLoss):
+    is_pure = True
+
+    def __call__(self, run: Any, batch: Any) -> torch.Tensor:
+        return super().__call__(run, batch["of"] if "of" in batch else batch[0]) * (0.5 if "of" in batch else batch[1])
+
+
+class InPairs(SGDRun):
+    def batches(self) -> Any:
+        yield from ((batch, 0.1 * number) for number, batch in enumerate(super().batches()))
+
+    def size_of(self, batch: Any) -> int:
+        return super().size_of(batch[0])
+
+
+class InNests(InPairs):
+    def batches(self) -> Any:
+        yield from ({"of": batch} for batch, _ in super().batches())
+
+    def size_of(self, batch: Any) -> int:
+        return super().size_of((batch["of"],))
+
+
+OBJECTIVES: dict[str, tuple[Any, type[SGDRun]]] = {
+    "a dataclass": (Unhashable(), SGDRun),
+    "figures of all sorts": (Scalar(), SGDRun),
+    "through the settings": (Through(), SGDRun),
+    "batches that are pairs": (Weighted(), InPairs),
+    "batches that hold batches": (Weighted(), InNests),
+}
+
+
+@pytest.mark.parametrize("case", OBJECTIVES)
+def test_objectives_of_all_sorts_give_the_bytes_of_one_after_the_other(
+    case: str, on_tape: type[Tape], monkeypatch: pytest.MonkeyPatch
+):
+    for name, value in zip(("objective", "run"), OBJECTIVES[case], strict=True):
+        monkeypatch.setattr(SGDTrainer, name, value)
+    plain = outcome("rounds=3")
+    for slots in (1, 3):
+        assert outcome("rounds=3", f"engine.slots={slots}") == plain, slots
+    assert (on_tape.recorded > 0) == case.startswith(("a dataclass", "figures", "through"))
+
+
+class Small(nn.Module):
+    """Begins like every network below."""
+
+    def __init__(self, input_shape: Any, num_classes: int):
+        super().__init__()
+        self.body, self.head = nn.Linear(math.prod(input_shape), 6), nn.Linear(6, num_classes)
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x.flatten(1)).relu()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.features(x))
+
+
+class Skips(Small):
+    """Decides by a draw of the host what it does."""
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        features = super().features(x)
+        return 2 * features if self.training and torch.rand(()).item() < 0.5 else features
+
+
+@pytest.mark.parametrize("kind", [Skips])
+def test_networks_of_all_sorts_give_the_bytes_of_one_after_the_other(kind: type[Small], on_tape: type[Tape]):
+    own = (f"model._target_={__name__}.{kind.__name__}", "~model.hidden", "~model.norm", "~model.dropout")
+    plain = outcome("model=mlp", *own)
+    for slots in (1, 3):
+        assert outcome("model=mlp", *own, f"engine.slots={slots}") == plain, slots
 
 
 def test_steps_that_were_used_longest_ago_make_room(on_tape: type[Tape], monkeypatch: pytest.MonkeyPatch):

@@ -9,19 +9,17 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from clients.live_model import LiveModel
 from clients.slots.record import Recorder, Work
-from clients.trainers.base import ClientContext, ClientWorkload
+from clients.trainers.base import ClientWorkload
 from clients.trainers.sgd import LOSS, Objective, SGDRun, SGDTrainer
 from fedsim.errors import ConfigError
-from fedsim.messages.updates import Broadcast
 from fedsim.models.dropout import rewinding
 from fedsim.workloads.base import Tensors
 
@@ -48,24 +46,52 @@ class Anyone:
         )
 
 
-class Settings(dict[str, Any]):
-    """Settings that a broadcast brings, and those that were read.
+class Settings(Mapping[str, Any]):
+    """Settings that a broadcast brings, and those that were read, or looked for.
 
     Attributes:
-        read: their names.
+        read: their names; EVERY among them where somebody went through all.
     """
 
+    EVERY = "*"
+
     def __init__(self, settings: Mapping[str, Any]):
-        super().__init__(settings)
+        self._settings = settings
         self.read: set[str] = set()
 
     def __getitem__(self, name: str) -> Any:
         self.read.add(name)
-        return super().__getitem__(name)
+        return self._settings[name]
 
-    def get(self, name: str, default: Any = None) -> Any:
-        self.read.add(name)
-        return super().get(name, default)
+    def __iter__(self) -> Iterator[str]:
+        self.read.add(self.EVERY)
+        return iter(self._settings)
+
+    def __len__(self) -> int:
+        self.read.add(self.EVERY)
+        return len(self._settings)
+
+
+class Itself:
+    """A key that is equal where it is of the same object, whatever that takes for equal."""
+
+    def __init__(self, one: Any):
+        self.one = one
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Itself) and other.one is self.one
+
+    def __hash__(self) -> int:
+        return id(self.one)
+
+
+class Figure(NamedTuple):
+    """What a step leaves beside its parameters: its loss, or what its objective noted under a name for the nth time."""
+
+    name: str
+    nth: int
+    dtype: torch.dtype
+    shape: torch.Size
 
 
 @dataclass
@@ -75,12 +101,12 @@ class Step:
     Attributes:
         batch: the tensors that it reads.
         work: takes it.
-        names: of the figures that it leaves; known when it was taken once.
+        figures: that it leaves, in order; known when it was taken once.
     """
 
     batch: Tensors
     work: Work
-    names: list[str]
+    figures: list[Figure]
 
 
 class Slot:
@@ -99,11 +125,11 @@ class Slot:
         self.number = torch.zeros(1, dtype=torch.int64, device=live.device)  # of the step, in `figures`
         self.places = torch.arange(KEPT_FIGURES, device=live.device)
         self.lr = torch.zeros((), device=live.device)
-        self.figures: Tensors = {}  # of each step, [KEPT_FIGURES] by name
+        self.figures: dict[Figure, Tensor] = {}  # of each step, [KEPT_FIGURES, ...]
         self.rate: float | Tensor = 0.0  # what a step multiplies by: `lr`, on a CPU a plain number
         self._holds: Tensors = {}  # the broadcast weights that `received` is a copy of
         self._steps: OrderedDict[Hashable, Step] = OrderedDict()
-        self._read: dict[Objective, set[str]] = {}  # names of the settings that an objective reads
+        self._read: dict[Itself, set[str]] = {}  # names of the settings that an objective reads
 
     def load(self, weights: Tensors) -> None:
         """Puts a broadcast's weights into the network.
@@ -119,13 +145,17 @@ class Slot:
         self._hold(weights)
         self.live.put(self.received, self._joined)
 
-    def can_train(self, run: SGDRun) -> bool:
-        """Returns whether a run's steps can be recorded: a pure objective, and the plain step on its gradient."""
+    def can_train(self, run: SGDRun, batch: Any) -> bool:
+        """Returns whether a run's steps on batches like this one can be recorded.
+
+        They can with a pure objective, the plain step on its gradient, and batches that are tensors by name.
+        """
+        tensors = isinstance(batch, dict) and all(isinstance(t, Tensor) for t in batch.values())
         plain = type(run).gradients is SGDRun.gradients and type(run.trainer).step is SGDTrainer.step
         client = run.client
         whole = client.model is self.live.model and client.parameters is self.live.parameters
         known = run.broadcast.weights.keys() == self.received.keys()
-        return plain and whole and known and run.objective.can_be_mapped()
+        return tensors and plain and whole and known and run.objective.can_be_mapped()
 
     def train(self, run: SGDRun, batches: Iterable[Tensors]) -> Tensors:
         """Takes a step on each batch and waits for none; returns the means of their losses and notes, scalars by name.
@@ -135,21 +165,19 @@ class Slot:
             batches: as its objective takes them.
         """
         self._begin(run)
-        full: list[Tensors] = []
-        step, taken = None, 0
+        found: dict[str, list[Tensor]] = {}
+        taken: list[Step] = []
         for batch in batches:
-            if step is not None and taken == KEPT_FIGURES:
-                full.append(self._taken_out(step.names, taken))
-                taken = 0
+            if len(taken) == KEPT_FIGURES:
+                self._take_out(taken, found)
             step = self._step_like(run, batch)
             torch._foreach_copy_(list(step.batch.values()), [batch[name] for name in step.batch])
             step.work()
-            taken += 1
+            taken.append(step)
             run.log_step(run.size_of(batch))
             run.after_step(batch)
-        assert step is not None, "a client trains on one batch at least"
-        full.append(self._taken_out(step.names, taken))
-        return {name: torch.cat([some[name] for some in full]).mean() for name in step.names}
+        self._take_out(taken, found)
+        return {name: torch.cat(some).mean() for name, some in found.items()}
 
     def _begin(self, run: SGDRun) -> None:
         self._hold(run.broadcast.weights)
@@ -166,24 +194,35 @@ class Slot:
             torch._foreach_copy_(list(self.received.values()), [weights[name] for name in self.received])
             self._holds = weights
 
-    def _taken_out(self, names: list[str], count: int) -> Tensors:
-        """Returns copies of the figures of the last steps, whose place is free again."""
+    def _take_out(self, taken: list[Step], found: dict[str, list[Tensor]]) -> None:
+        """Adds copies of the figures of these steps to those that were found, by name, and makes their place free."""
+        first, count = taken[0].figures, len(taken)
+        if all(step.figures == first for step in taken) and not any(figure.nth for figure in first):
+            copies = [(figure.name, self.figures[figure][:count].clone()) for figure in first]
+        else:  # in the order in which they were noted
+            places = [(figure, place) for place, step in enumerate(taken) for figure in step.figures]
+            copies = [(figure.name, self.figures[figure][place : place + 1].clone()) for figure, place in places]
+        for name, copy_of in copies:
+            found.setdefault(name, []).append(copy_of)
         self.number.zero_()
-        return {name: self.figures[name][:count].clone() for name in names}
+        taken.clear()
 
     def _step_like(self, run: SGDRun, batch: Tensors) -> Step:
         """Returns the recorded step for batches like this one."""
         key = self._key(run, batch)
         if key not in self._steps:
             given = {name: torch.empty_like(t).copy_(t) for name, t in batch.items()}
-            names: list[str] = []
+            figures: list[Figure] = []
             settings = Settings(run.broadcast.settings)
-            work = self._work(run, given, settings, names)
+            work = self._work(run, given, settings, figures)
             with self._unchanged():
+                drawn = self._generators()
                 work()  # says what it reads and leaves
-                self._read.setdefault(run.objective, set()).update(settings.read)
+                self._read.setdefault(Itself(run.objective), set()).update(settings.read)
                 key = self._key(run, batch)
-                self._steps[key] = Step(given, self.recorder.record(work) or work, names)
+                # A recorded draw would depend on the replays before it, or be a number of the host that never changes.
+                draws = any(not torch.equal(a, b) for a, b in zip(drawn, self._generators(), strict=True))
+                self._steps[key] = Step(given, work if draws else self.recorder.record(work) or work, figures)
             if len(self._steps) > MOST_RECORDED:
                 self._steps.popitem(last=False)
         self._steps.move_to_end(key)
@@ -191,37 +230,46 @@ class Slot:
 
     def _key(self, run: SGDRun, batch: Tensors) -> Hashable:
         """Returns what a recorded step depends on beside the numbers in its tensors."""
+        objective, settings = Itself(run.objective), run.broadcast.settings
         shapes = tuple((name, t.shape, t.dtype, t.stride()) for name, t in batch.items())
-        settings = run.broadcast.settings
-        return (
-            run.objective,
-            shapes,
-            tuple((name, settings.get(name)) for name in sorted(self._read.get(run.objective, ()))),
-        )
+        read = self._read.get(objective, set())
+        names = settings.keys() if Settings.EVERY in read else read
+        return objective, shapes, tuple((name, repr(settings.get(name))) for name in sorted(names))
 
-    def _work(self, run: SGDRun, batch: Tensors, settings: Settings, names: list[str]) -> Work:
-        """Returns what takes a step on this batch, whoever the client is; it fills in the names of its figures."""
+    def _generators(self) -> list[Tensor]:
+        """Returns the states of torch's own generators, of the CPU and of a card that is used."""
+        device = self.live.device
+        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+    def _work(self, run: SGDRun, batch: Tensors, settings: Settings, figures: list[Figure]) -> Work:
+        """Returns what takes a step on this batch, whoever the client is; it fills in the figures that it leaves."""
         objective, trainer, parameters = run.objective, run.trainer, self.live.parameters
-        anyone = copy(run)
-        anyone.broadcast = cast(Broadcast, Anyone(objective, weights=self.received, settings=settings))
         workload = ClientWorkload(run.client.workload, None, 0)
         seen = {"workload": workload, "model": self.live.model, "parameters": parameters, "device": self.live.device}
-        anyone.client = cast(ClientContext, Anyone(objective, **seen))
+        broadcast, client = Anyone(objective, weights=self.received, settings=settings), Anyone(objective, **seen)
+        found: list[tuple[str, Tensor]] = []
+
+        def note(**scalars: Tensor) -> None:
+            found.extend((name, scalar.detach()) for name, scalar in scalars.items())
+
+        anyone = Anyone(objective, client=client, broadcast=broadcast, trainer=trainer, note=note)
         velocity = self.velocity if trainer.momentum else None
 
         def work() -> None:
-            anyone.notes = {}
+            found.clear()
             loss = objective(anyone, batch)
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
             trainer.step(parameters, gradients, self.rate, velocity)
-            found = {LOSS: loss.detach(), **{name: noted[0] for name, noted in anyone.notes.items()}}
-            for name, figure in found.items():
-                if name not in self.figures:
-                    self.figures[name] = figure.new_zeros(KEPT_FIGURES)
-                row = self.figures[name]  # not by index: a card has no way to that which is sure to repeat, and quick
-                row.copy_(torch.where(self.places == self.number, figure, row))
+            figures.clear()
+            for name, value in [(LOSS, loss.detach()), *found]:
+                nth = sum(figure.name == name for figure in figures)
+                figures.append(figure := Figure(name, nth, value.dtype, value.shape))
+                if figure not in self.figures:
+                    self.figures[figure] = value.new_zeros((KEPT_FIGURES, *value.shape))
+                row = self.figures[figure]  # not by index: a card has no way to that which is sure to repeat, and quick
+                here = (self.places == self.number).view(-1, *(1 for _ in value.shape))
+                row.copy_(torch.where(here, value, row))
             self.number.add_(1)
-            names[:] = found
 
         return work
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -137,9 +138,12 @@ class SGDRun(LocalRun):
 
     def take_steps(self, batches: Iterable[Any]) -> None:
         """Takes a step on each batch, the one loop of SGD; in a slot, as that has recorded it."""
-        if (slot := self.client.slot) is not None and slot.can_train(self):
-            self.means = slot.train(self, batches)
-            return
+        if (slot := self.client.slot) is not None:
+            first = next(batches := iter(batches), None)
+            batches = chain([] if first is None else [first], batches)
+            if slot.can_train(self, first):
+                self.means = slot.train(self, batches)
+                return
         parameters, trainer = self.client.parameters, self.trainer
         lr, velocity = trainer.rate_on(self.client.device, trainer.learning_rate(self.client, self.broadcast)), None
         losses = []
