@@ -22,6 +22,9 @@ class LiveModel:
         self._buffer = _join(self.model)
         self.weights: Tensors = dict(self.model.state_dict())
         self.parameters: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
+        self._assigned = [(m, n, t) for m in model.modules() for n, t in m.named_buffers(recurse=False)]
+        self._beside = {n: t for n, t in model.named_buffers() if n not in self.weights}  # in no state dict
+        self._as_built = [t.clone() for t in self._beside.values()]
         self._channels_last = self._buffer is not None and is_channels_last(self.weights.values())
         self._received: tuple[Tensors, Tensors] = ({}, {})  # as they came, and on the device
         self._joined: Tensor | None = None  # those on the device, joined as the model's are
@@ -63,11 +66,25 @@ class LiveModel:
 
     @torch.no_grad()
     def put(self, weights: Tensors, buffer: Tensor | None) -> None:
-        """Puts weights with the names of the network's into it, at once where they lie in a buffer like its own."""
+        """Puts weights with the names of the network's into it, at once where they lie in a buffer like its own.
+
+        What its state dict leaves out is as it was built: nothing of an earlier client stays.
+        """
+        for module, name, place in self._assigned:
+            module._buffers[name] = place
+        if self._beside:
+            torch._foreach_copy_(list(self._beside.values()), self._as_built)
         if self._buffer is not None and buffer is not None:
             self._buffer.copy_(buffer)
         else:
             torch._foreach_copy_(list(self.weights.values()), [weights[name] for name in self.weights])
+
+    @torch.no_grad()
+    def take_in(self) -> None:
+        """Brings buffers that the network has assigned anew (`self.mean = ...`) to where its weights lie."""
+        for module, name, place in self._assigned:
+            if (now := module._buffers[name]) is not place and now is not None:
+                module._buffers[name] = place.copy_(now)
 
     def sent(self, weights: Tensors, broadcast: Tensors, stay: bool = False) -> SentWeights:
         """A copy of weights for the way back.

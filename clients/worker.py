@@ -355,6 +355,7 @@ class Worker:
             device=self.device,
             log=WorkLog(profile.memory_bytes),
             data=self.data.of(task.client, self.workload.part(number)),
+            live=live,
             slot=slot,
             repeat=task.repeat,
         )

@@ -261,12 +261,27 @@ class Small(nn.Module):
     def __init__(self, input_shape: Any, num_classes: int):
         super().__init__()
         self.body, self.head = nn.Linear(math.prod(input_shape), 6), nn.Linear(6, num_classes)
+        self.register_buffer("mean", torch.zeros(6), persistent=not isinstance(self, Passing))
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         return self.body(x.flatten(1)).relu()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.features(x))
+
+
+class Assigns(Small):
+    """Keeps a running mean as most people write it."""
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        features = super().features(x)
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * features.detach().mean(0)
+        return features - self.mean
+
+
+class Passing(Assigns):
+    """Keeps it where no state dict is."""
 
 
 class Skips(Small):
@@ -277,12 +292,19 @@ class Skips(Small):
         return 2 * features if self.training and torch.rand(()).item() < 0.5 else features
 
 
-@pytest.mark.parametrize("kind", [Skips])
+@pytest.mark.parametrize("kind", [Assigns, Passing, Skips])
 def test_networks_of_all_sorts_give_the_bytes_of_one_after_the_other(kind: type[Small], on_tape: type[Tape]):
     own = (f"model._target_={__name__}.{kind.__name__}", "~model.hidden", "~model.norm", "~model.dropout")
     plain = outcome("model=mlp", *own)
     for slots in (1, 3):
         assert outcome("model=mlp", *own, f"engine.slots={slots}") == plain, slots
+
+
+def test_a_buffer_that_a_network_assigns_is_sent():
+    own = (f"model._target_={__name__}.Assigns", "~model.hidden", "~model.norm", "~model.dropout")
+    run = Federation(build_world(json.dumps(compose([*TINY, "model=mlp", *own]))), LocalEngine(serve))
+    list(run.rounds())
+    assert run.arrays["mean"].numpy().max() > 0
 
 
 def test_steps_that_were_used_longest_ago_make_room(on_tape: type[Tape], monkeypatch: pytest.MonkeyPatch):

@@ -260,6 +260,8 @@ class Slot:
             loss = objective(anyone, batch)
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
             trainer.step(parameters, gradients, self.rate, velocity)
+            if self.recorder.freezes_numbers:
+                self.live.take_in()  # or every replay would begin with the buffers of the first
             figures.clear()
             for name, value in [(LOSS, loss.detach()), *found]:
                 nth = sum(figure.name == name for figure in figures)
@@ -277,10 +279,12 @@ class Slot:
     def _unchanged(self) -> Iterator[None]:
         """Takes back what recording a step has done: it may take it several times."""
         model = self.live.model
+        self.live.take_in()
         own = [*model.parameters(), *model.buffers(), *self.velocity, *self.figures.values(), self.number]
         before, rewind = [t.detach().clone() for t in own], rewinding(model)
         with torch.random.fork_rng(devices=[self.live.device] if self.live.device.type == "cuda" else []):
             yield
+        self.live.take_in()
         with torch.no_grad():
             torch._foreach_copy_(own, before)
             rewind()

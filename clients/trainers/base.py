@@ -21,6 +21,7 @@ from fedsim.seeding import derive
 from fedsim.workloads.base import JUDGED_AT_ONCE, ClientData, Examples, Tensors, Workload
 
 if TYPE_CHECKING:
+    from clients.live_model import LiveModel
     from clients.slots.slot import Slot
 
 Gradients = Sequence[Tensor | None]  # of each parameter; None where the pass did not use it
@@ -186,7 +187,8 @@ class ClientContext:
         step_cost: what one example costs in `model`.
         state: what this client kept from earlier rounds; change it in place.
         log: where the trainer reports its work.
-        slot: where `model` lies, if that can record steps.
+        live: `model` as it lies in memory.
+        slot: where that is, if it can record steps.
         repeat: how often it was sent out in this round before; draws differ.
     """
 
@@ -203,6 +205,7 @@ class ClientContext:
     device: torch.device
     log: WorkLog = field(repr=False)
     data: ClientData = field(repr=False)
+    live: LiveModel = field(repr=False)
     slot: Slot | None = field(default=None, repr=False)
     repeat: int = 0
 

@@ -143,6 +143,7 @@ class SGDRun(LocalRun):
             batches = chain([] if first is None else [first], batches)
             if slot.can_train(self, first):
                 self.means = slot.train(self, batches)
+                self.client.live.take_in()
                 return
         parameters, trainer = self.client.parameters, self.trainer
         lr, velocity = trainer.rate_on(self.client.device, trainer.learning_rate(self.client, self.broadcast)), None
@@ -153,6 +154,7 @@ class SGDRun(LocalRun):
             del gradients  # as large as the model: the next step shall not find them in memory
             self.after_step(batch)
             losses.append(loss)
+        self.client.live.take_in()
         self.means = {name: torch.stack(some).mean() for name, some in {LOSS: losses, **self.notes}.items()}
 
     def note(self, **scalars: Tensor) -> None:
