@@ -83,7 +83,8 @@ class Worker:
         self.roles = TensorRoles.of(self.model, settings.private)
         if settings.engine.batch_clients > 1:
             self._check_together()
-        self.slots = make_slots(settings.engine.slots or 0, self.workload.build_model, self.live)
+        count = min(settings.engine.slots or 0, settings.num_asked)
+        self.slots = make_slots(count, self.workload.build_model, self.live)
         self.network = model_cost(self.workload, self.model, "dense", self.device)
         self.refusal_of_one = check_batches(settings, self.workload, self.model, self.trainer, self.device)
         self.trainer.private = self.roles.private

@@ -275,6 +275,12 @@ def test_a_wrong_setting_is_refused_before_flower_starts(refused, arguments: lis
     assert words in refused(*arguments)
 
 
+def test_the_device_is_that_of_the_local_run():
+    """Where a card is, `auto` does not always take it."""
+    engine = cli_flower._composed([])["engine"]
+    assert (engine["device"], engine["slots"]) == ("cpu", 0)
+
+
 def test_another_engine_is_refused():
     with pytest.raises(ConfigError, match="leave out engine=ray"):
         cli_flower._composed(["engine=ray"])

@@ -7,10 +7,12 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import SHORT
 from cut_short import RICH, SURPLUS, comparable
 
 from clients.app import serve
 from fedsim.errors import ConfigError
+from fedsim.report.files import read_config
 from fedsim.report.rounds import read_rounds
 from fedsim.runs import writer
 from fedsim.runs.recorded import settings_of_run
@@ -86,6 +88,12 @@ def test_a_run_that_is_going_on_is_left_alone(go, tmp_path: Path, settings):
         go("cut", resume=True)
     folder.close()
     assert before.startswith((tmp_path / "cut" / "rounds.jsonl").read_bytes())
+
+
+def test_where_a_resumed_run_is_trained_is_in_its_config(fedsim, place):
+    assert fedsim("run", *SHORT, "engine.slots=2", "out=a").code == 0
+    assert fedsim("resume", "a", "rounds=2", "engine=auto").code == 0
+    assert read_config(place / "cwd" / "a")["engine"]["slots"] == 0
 
 
 def test_only_settings_of_the_engine_that_cannot_change_results_may_change(settings):

@@ -371,6 +371,18 @@ def test_with_a_card_the_work_of_a_step_decides_for_all_runs_alike(monkeypatch: 
     assert places(small, large) == [("cuda", 32)] * 2
     assert places(compose(["engine=local"])) == [("cuda", 0)]
     assert settled([small])[1].startswith("trained on cpu: a step of the clients that train at once takes ")
+    assert settled([compose(["engine=local"])])[1] == "", "it was no choice by work"
+    assert places(compose(["cohort=10", "engine.batch_clients=2", "engine.device=cuda"])) == [("cuda", 0)]
+
+
+def test_clients_are_trained_at_once_in_one_way():
+    with pytest.raises(ConfigError, match=r"^engine\.batch_clients=4 and engine\.slots=32 are two ways to train "):
+        compose(["engine=slots", "engine.batch_clients=4"])
+
+
+def test_no_more_slots_are_made_than_clients_are_asked():
+    asked = compose([*TINY, "cohort=3", "over_selection=1.3", "engine=slots"])
+    assert len(workers.Worker(build_world(json.dumps(asked))).slots) == 4
 
 
 def test_the_choice_is_in_the_config_of_the_run(fedsim, place):

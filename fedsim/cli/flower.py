@@ -65,6 +65,7 @@ def flwr(
 
 
 def _composed(arguments: list[str]) -> dict[str, Any]:
+    from fedsim.runs.engine_choice import settled
     from fedsim.settings.compose import compose
     from fedsim.settings.run_settings import RunSettings
 
@@ -75,7 +76,8 @@ def _composed(arguments: list[str]) -> dict[str, Any]:
     engine = RunSettings.of(settings).choices["engine"]
     if engine not in ("auto", "local"):
         raise _wrong(f"fedsim flwr runs on Flower's own engine: leave out engine={engine} (--workers=N sets its size)")
-    return settings
+    (settings,), _ = settled([settings])  # or the bytes would not be those of `fedsim run`
+    return {**settings, "engine": {**settings["engine"], "slots": 0}}  # Flower hands out single clients
 
 
 def _try_out(settings: dict[str, Any]) -> None:

@@ -31,7 +31,8 @@ def settled(trees: Sequence[Settings]) -> tuple[list[Settings], str]:
     if not open_ones:
         return list(trees), ""
     why, place = "", HOST
-    if has_card():
+    choosing = [tree["engine"] for tree in open_ones]
+    if any(engine["device"] == "auto" and engine.get("slots", 0) is None for engine in choosing) and has_card():
         most = max(map(flops_at_once, open_ones))
         place = CARD if most >= WORTH_FLOPS else HOST
         than = "more" if place == CARD else "less"
@@ -72,5 +73,5 @@ def _on(tree: Settings, place: str) -> Settings:
     if engine["device"] == "auto":
         engine["device"] = place if slots is None or not has_card() else CARD
     if slots is None:
-        engine["slots"] = SLOTS if engine["device"] == CARD else 0
+        engine["slots"] = SLOTS if engine["device"] == CARD and engine["batch_clients"] == 1 else 0
     return {**tree, "engine": engine}

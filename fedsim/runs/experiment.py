@@ -71,6 +71,7 @@ def resumed(run: Path, overrides: Sequence[str], changed_code: bool = False) -> 
     from fedsim.errors import ConfigError
     from fedsim.report.files import read_summary
     from fedsim.report.place import SUMMARY
+    from fedsim.runs.engine_choice import settled
     from fedsim.runs.own_code import check_code
     from fedsim.runs.prolong import prolong
     from fedsim.runs.recorded import refuse_repriced, settings_of_run
@@ -84,7 +85,7 @@ def resumed(run: Path, overrides: Sequence[str], changed_code: bool = False) -> 
     given = [(parsed(text), text) for text in overrides]
     rounds = [one.value() for one, _ in given if one.key_or_group == "rounds"]
     others = [text for one, text in given if one.key_or_group != "rounds"]
-    settings = on_engine(settings_of_run(run), others)
+    (settings,), _ = settled([on_engine(settings_of_run(run), others)])
     check_address(settings, others, str(run / "config.yaml"))
     if not changed_code and (rounds or not (run / SUMMARY).exists()):
         check_code(run, settings)

@@ -104,3 +104,9 @@ def check_bounds(tree: Settings) -> None:
                 raise ConfigError(f"the setting {prefix}{key} is missing; a whole configuration has it")
             if sentence := problem(f"{prefix}{key}", node[key], hint):
                 raise ConfigError(sentence)
+    together, slots = tree["engine"]["batch_clients"], tree["engine"].get("slots")
+    if together > 1 and slots:
+        raise ConfigError(
+            f"engine.batch_clients={together} and engine.slots={slots} are two ways to train clients at once; "
+            "take one: engine.slots=0 or engine.batch_clients=1"
+        )
