@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any
 
 import pytest
+import yaml
 from hydra.utils import get_class
 from test_methods import chosen, taken
 
@@ -23,7 +24,7 @@ from fedsim.report.rounds import weights_sha256
 from fedsim.runs.federation import Federation
 from fedsim.settings.build import build_world
 from fedsim.settings.compose import compose
-from fedsim.settings.groups import options
+from fedsim.settings.groups import option_file, options
 
 # Two tasks of two rounds each, of which the second has a memory, a teacher, a penalty; three steps and more a round.
 BASE = (
@@ -107,9 +108,17 @@ def plain(trainer: str, context: str) -> str:
     return outcome(trainer, json.loads(context))
 
 
+@cache
+def read(trainer: str) -> dict[str, Any]:
+    """What the config of a trainer says, and those that it builds on: composing all would take each worker seconds."""
+    tree = yaml.safe_load(option_file("trainer", trainer).read_text())
+    above = [read(name) for name in tree.pop("defaults", []) if name != "_self_"]
+    return {key: value for part in (*above, tree) for key, value in part.items()}
+
+
 def inherited(trainer: str) -> list[str]:
     """What the classes that a trainer comes from take, and it does not itself; only what its config has."""
-    taken_over = json.loads(base(trainer))["trainer"]
+    taken_over = read(trainer)
     own, *others = get_class(taken_over["_target_"]).__mro__
     mine = named(own) if others[0].__name__ != "LocalTrainer" else {}  # of plain SGD all
     others_take = {key for kind in others for key in named(kind)} & taken_over.keys()

@@ -1,6 +1,7 @@
 """Laws of nature: no shipped device computes faster than its datasheet allows, and more work never takes less time."""
 
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -17,8 +18,18 @@ from devices.profile import LatencyFacts, load_profile, profile_names
 from fedsim.cli.devices.own_model import named_model, trace_cost
 
 BATCHES = (1, 8, 64, 512)
-ZOO_COSTS = {name: zoo_cost(name) for name in ZOO}
-SPEECH_COSTS = {name: trace_cost(named_model(name, shape)) for name, shape in SPEECH.items()}
+
+
+@cache
+def zoo_costs() -> dict[str, ModelCost]:
+    return {name: zoo_cost(name) for name in ZOO}
+
+
+@cache
+def speech_costs() -> dict[str, ModelCost]:
+    return {name: trace_cost(named_model(name, shape)) for name, shape in SPEECH.items()}
+
+
 SILICON = [name for name in profile_names() if load_profile(name).peak_macs_per_s is not None]
 CPUS = [name for name in SILICON if load_profile(name).kind not in ("gpu", "mcu")]
 MANY_CORES = {"epyc_7742", "vm_xeon", "xeon_gold_6226", "xeon_gold_6240"}  # see `test_time_grows_with_the_batch`
@@ -43,7 +54,7 @@ def test_nothing_is_faster_than_the_peak(name: str):
     for phase, prices in phases(name).items():
         peak = peak_in(profile, prices.precision)
         assert peak is not None
-        for cost in (*ZOO_COSTS.values(), *SPEECH_COSTS.values()):
+        for cost in (*zoo_costs().values(), *speech_costs().values()):
             for side in (1, 4, 49):  # pixels of the image, in times those of the zoo
                 table = np.array(layers_of(cost)) * [side, side, 1, 1]
                 macs = table[MAC_ROWS, 0]
@@ -101,7 +112,7 @@ def test_more_pixels_examples_or_layers_never_take_less_time(name: str):
     one_more[TABLE_KINDS.index("conv")] = [1e6, 1e4, 1e3, 1]
     for prices in phases(name).values():
         assert min(min(row) for row in prices.cells) >= 0
-        for cost in ZOO_COSTS.values():
+        for cost in zoo_costs().values():
             table = layers_of(cost)
             taller = tuple(map(tuple, np.array(table) * [2, 2, 1, 1]))
             deeper = tuple(map(tuple, np.array(table) + one_more))
@@ -121,7 +132,7 @@ def test_time_grows_with_the_batch(name: str):
     """
     least = 2 if name in MANY_CORES else 8
     for phase, prices in phases(name).items():
-        for cost in ZOO_COSTS.values():
+        for cost in zoo_costs().values():
             if cost.forward_flops / 2 >= 50e6:
                 ratio = prices.ms(layers_of(cost), 64) / prices.ms(layers_of(cost), 1)
                 assert least <= ratio <= 64.001, (name, phase, cost.name, ratio)
@@ -130,7 +141,7 @@ def test_time_grows_with_the_batch(name: str):
 @pytest.mark.parametrize("name", [n for n in SILICON if load_profile(n).kind != "mcu"])
 def test_a_step_costs_more_than_its_forward_pass(name: str):
     made = phases(name)
-    for cost in ZOO_COSTS.values():
+    for cost in zoo_costs().values():
         for batch in BATCHES:
             assert made["step"].ms(layers_of(cost), batch) >= made["forward"].ms(layers_of(cost), batch)
 
@@ -140,7 +151,7 @@ def test_a_step_costs_more_than_a_forward_pass_in_any_runtime(name: str):
     """Measured steps hold down what the datasheet says of inference, on this unit and on one that is faster."""
     for speed in (1.0, 4.0):
         unit = replace(load_profile(name), speed=speed)
-        for cost in (*KIND_COSTS.values(), *ZOO_COSTS.values()):
+        for cost in (*KIND_COSTS.values(), *zoo_costs().values()):
             for batch in (1, 1024):
                 forward, step = step_ms(cost, batch, unit)
                 assert step >= forward * 0.999, (cost.name, batch, forward, step)
@@ -153,7 +164,7 @@ def test_measurements_stay_where_the_datasheet_disagrees():
     assert pi.latency.step is not None
     quick = pi.latency.step.scaled(1e-4)
     own = replace(pi, name="quick", latency=LatencyFacts(step=quick))
-    made, layers = device_prices(own), layers_of(ZOO_COSTS["resnet-16"])
+    made, layers = device_prices(own), layers_of(zoo_costs()["resnet-16"])
     assert made.step is not None
     assert made.step.ms(layers, 8) == quick.ms(layers, 8) == made.inference.ms(layers, 8) == made.forward.ms(layers, 8)
 
@@ -165,7 +176,7 @@ def test_devices_of_one_chip_without_rows_agree():
     assert len({p.threads for p in phones}) == 1
     for one in phones:
         for other in phones:
-            ratios = [step_ms(c, 16, one)[1] / step_ms(c, 16, other)[1] for c in ZOO_COSTS.values()]
+            ratios = [step_ms(c, 16, one)[1] / step_ms(c, 16, other)[1] for c in zoo_costs().values()]
             assert 0.5 < np.median(ratios) < 2
 
 
@@ -187,7 +198,7 @@ def test_bounds_hold_for_a_device_that_claims_the_impossible():
     fast = load_profile("pixel4")
     assert fast.peak_macs_per_s is not None
     slow = replace(fast, peak_macs_per_s=fast.peak_macs_per_s / 100, latency=None, name="slow")
-    for cost in ZOO_COSTS.values():
+    for cost in zoo_costs().values():
         assert step_ms(cost, 8, slow)[1] > step_ms(cost, 8, fast)[1]
 
 
