@@ -31,7 +31,7 @@ HALVES = ("strategy", "trainer")
 OVERRIDE = re.compile(r"override /(\w+)(?:@\S+)?")
 MAX_NAMED, NEAR = 3, 0.8  # options in a sentence, and how alike names are that may be meant
 SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[\"A-Z])")
-FOLLOWS = re.compile(r"\$\{(?:oc\.select:)?([\w.]+)(?:,.*)?\}")
+FOLLOWS = re.compile(r"\$\{(?:oc\.select:)?([\w.]+)(?:,(.*))?\}")
 BESIDE = re.compile(r"/(\w+)@(\w+)")  # an option of a group as a setting of another one
 HYDRAS = {"_partial_", "_recursive_", "_convert_", "_args_"}
 NAMED = re.compile(rf"({'|'.join(GROUPS)})=([\w,.-]+)")
@@ -309,15 +309,20 @@ def _walk(node: yaml.MappingNode, prefix: str, text: str, found: dict[str, tuple
         in_block = isinstance(value, yaml.CollectionNode) and not value.flow_style
         end = (key if in_block else value).end_mark.index
         meaning = text[end:].partition("\n")[0].partition("# ")[2].strip()
-        found[where] = (_typed(value, text, in_block), meaning)
+        found[where] = (_typed(value, text, in_block, not prefix), meaning)
 
 
-def _typed(value: yaml.Node, text: str, in_block: bool) -> str:
-    """Returns a default as one types it; of one that follows another setting, which that is."""
+def _typed(value: yaml.Node, text: str, in_block: bool, at_top: bool) -> str:
+    """Returns a default as one types it; of one that follows another setting, which that is.
+
+    At the top of the tree, one that follows a setting which few runs have is told as it is without that.
+    """
     if in_block:
         return as_hydra(yaml.safe_load(yaml.serialize(value)))
     written = " ".join(text[value.start_mark.index : value.end_mark.index].split())
     follows = FOLLOWS.fullmatch(written)
+    if follows and at_top and follows[2]:
+        return follows[2]
     return f"as {follows[1]}" if follows else written
 
 
