@@ -23,10 +23,14 @@ class EdgeStrategy(Checked, ServerHalf, FedAvg, group="strategy", error=ConfigEr
     """Override `broadcast` to say what each client gets, `combine` to make new weights of what came back.
 
     Both see tensors; packing, sampling and byte counting stay here and in the grid. Arguments are those of FedAvg.
+
+    Attributes:
+        sends_to_judge: clients that judge a model get the broadcast of the round, too; else the weights alone.
     """
 
     takes_all_tensors: ClassVar[bool] = True
     sums_in_float64: ClassVar[bool] = True
+    sends_to_judge: ClassVar[bool] = False
 
     def __init__(self, **sampling: Any):
         super().__init__(**sampling)
@@ -76,6 +80,15 @@ class EdgeStrategy(Checked, ServerHalf, FedAvg, group="strategy", error=ConfigEr
         messages = list(super().configure_train(server_round, arrays, config, grid))
         self.prepare(server_round, weights, arrays, edge)
         self.fill(messages, server_round, edge, weights, arrays)
+        return messages
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Returns a message for each client that FedAvg chooses to judge a model."""
+        messages = list(super().configure_evaluate(server_round, arrays, config, grid))
+        if self.sends_to_judge:
+            self.fill(messages, server_round, edge_grid(self, grid), tensors_of(arrays), arrays)
         return messages
 
     def fill(

@@ -43,7 +43,7 @@ class ServerModel:
     """The network as its server knows it: how to build it, and what it takes to trace and price it.
 
     Attributes:
-        build_model: makes a fresh network with the run's initial weights.
+        build_model: makes a fresh network with the run's initial weights; with a number, with others.
         sample: returns a batch of so many examples of the server's own test set.
         sample_on: does so on a device.
         loss: returns the mean loss of a network on a batch.
@@ -51,7 +51,7 @@ class ServerModel:
         num_outputs: size of the network's output; the number of classes where it tells classes apart.
     """
 
-    build_model: Callable[[], nn.Module]
+    build_model: Callable[..., nn.Module]
     sample: Callable[[int], Tensors]
     sample_on: Callable[[torch.device | str, int], Tensors]
     loss: Callable[[nn.Module, Tensors], Tensor]

@@ -116,18 +116,7 @@ def private_names(model: nn.Module, patterns: Iterable[str]) -> frozenset[str]:
             weights) would be torn apart.
     """
     tensors, kind = model.state_dict(), type(model).__name__
-    private: set[str] = set()
-    for pattern in patterns:
-        if pattern in ROLES:
-            found = ROLES[pattern](model)
-            if not found:
-                raise ConfigError(f"private holds {pattern!r}, but model {kind} has {MISSING[pattern]}")
-        else:
-            found = {name for name in tensors if fnmatchcase(name, pattern)}
-            if not found:
-                what = unknown(f"role or pattern of {kind}'s tensors in private:", pattern, [*ROLES, *tensors])
-                raise ConfigError(what)
-        private |= found
+    private = names_of(model, patterns, "private")
     if tensors and private >= tensors.keys():
         raise ConfigError(f"private={list(patterns)} leaves no tensor of model {kind} to share; keep some out of it")
     shared = {t.data_ptr(): name for name, t in tensors.items() if name not in private and t.numel()}
@@ -136,6 +125,33 @@ def private_names(model: nn.Module, patterns: Iterable[str]) -> frozenset[str]:
             other = shared[tensors[name].data_ptr()]
             raise ConfigError(f"{name} and {other} of model {kind} are one tensor: put both into private, or none")
     return frozenset(private)
+
+
+def names_of(model: nn.Module, patterns: Iterable[str], setting: str) -> set[str]:
+    """Returns the names in the model's state dict that roles or shell patterns stand for.
+
+    Args:
+        model: the network.
+        patterns: see `private_names`.
+        setting: where they come from.
+
+    Raises:
+        ConfigError: if one matches nothing.
+    """
+    tensors, kind = model.state_dict(), type(model).__name__
+    names: set[str] = set()
+    for pattern in patterns:
+        if pattern in ROLES:
+            found = ROLES[pattern](model)
+            if not found:
+                raise ConfigError(f"{setting} holds {pattern!r}, but model {kind} has {MISSING[pattern]}")
+        else:
+            found = {name for name in tensors if fnmatchcase(name, pattern)}
+            if not found:
+                what = unknown(f"role or pattern of {kind}'s tensors in {setting}:", pattern, [*ROLES, *tensors])
+                raise ConfigError(what)
+        names |= found
+    return names
 
 
 def head(model: nn.Module) -> set[str]:

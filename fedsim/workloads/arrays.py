@@ -393,13 +393,13 @@ class ArrayWorkload(ClassificationWorkload):
 
     # --- model -------------------------------------------------------------------------------------------------------
 
-    def build_model(self) -> nn.Module:
-        """Returns a fresh model: the same weights for the same seed.
+    def build_model(self, number: int = 0) -> nn.Module:
+        """Returns a fresh model: the same weights for the same seed and number.
 
         Raises:
             ConfigError: if the model does not take what this workload feeds (numbers or token ids).
         """
-        model = super().build_model()
+        model = super().build_model(number)
         takes = getattr(model, "takes_tokens", None)  # models from elsewhere need not say
         if takes is not None and takes != (self.kind == "text"):
             fed, other = ("token ids", "char_lstm") if self.kind == "text" else ("numbers, not token ids", "mlp")

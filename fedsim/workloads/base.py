@@ -187,10 +187,14 @@ class Workload(Checked, ABC, group="workload", error=ConfigError):
 
     # --- model -------------------------------------------------------------------------------------------------------
 
-    def build_model(self) -> nn.Module:
-        """Returns a fresh model: the same weights for the same seed, whatever was drawn before."""
+    def build_model(self, number: int = 0) -> nn.Module:
+        """Returns a fresh model: the same weights for the same seed, whatever was drawn before.
+
+        Args:
+            number: another one draws other weights; the run's own is 0.
+        """
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive(self.seed, "model"))
+            torch.manual_seed(derive(self.seed, "model", number) if number else derive(self.seed, "model"))
             model = self.model_factory(**self.model_arguments())
         allow_single_examples(model)
         replace_dropout(model)

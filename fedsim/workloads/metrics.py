@@ -30,8 +30,8 @@ AVERAGED: Mapping[str, str] = {
     **dict.fromkeys(("attribution_cosine", "attribution_iou", "pointing"), BY_EXAMPLES),
     **dict.fromkeys(("latency_ms", "flops", "keep_ratio", "sparsity"), BY_CLIENTS),
     **dict.fromkeys(("dense_bytes", "nonzero_bytes", "wire_bytes", "mean_bits"), BY_CLIENTS),
-    **dict.fromkeys(("memory_examples", "pool_pairs", "data_version", "oracle", "mixing"), BY_CLIENTS),
-    **dict.fromkeys(("staleness", "paused_s"), BY_CLIENTS),
+    **dict.fromkeys(("memory_examples", "pool_pairs", "data_version", "oracle"), BY_CLIENTS),
+    **dict.fromkeys(("mixing", "cluster", "staleness", "paused_s"), BY_CLIENTS),
 }
 
 

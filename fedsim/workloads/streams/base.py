@@ -417,8 +417,9 @@ class Stream(ClassificationWorkload, group="stream"):
 
     # --- model, objective and judgement ---------------------------------------------------------------------------
 
-    def build_model(self) -> nn.Module:
-        return self.inner.build_model() if self.num_classes == self.inner.num_classes else super().build_model()
+    def build_model(self, number: int = 0) -> nn.Module:
+        make = self.inner.build_model if self.num_classes == self.inner.num_classes else super().build_model
+        return make(number)
 
     def _masks(self) -> tuple[Tensor, Tensor]:
         """Returns the masks of logits, for each task and for the first n phases, [tasks (+ 1), classes]."""
