@@ -369,7 +369,7 @@ class Worker:
         """What the client is sent, on this worker's device; its private tensors stand beside the weights that came."""
         came = task.broadcast
         weights = self.live.received(came.weights)
-        if self.initial and weights:
+        if self.initial and (weights or self.roles.keeps_all):
             weights = {**weights, **client.state.restored(PRIVATE, self.initial)}
         return Broadcast(came.round, weights, came.extras, came.settings)
 
@@ -409,6 +409,8 @@ class Worker:
         if not self.uplink.active:
             return weights
         new, old = self._shared(update.weights), self._shared(broadcast.weights)
+        if not new:
+            return weights
         return compressed(self.uplink, new, old, self.roles.trained, client.state, client.stream("uplink"))
 
     def _answer_of(

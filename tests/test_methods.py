@@ -193,7 +193,7 @@ def assert_contract(result: Outcome, rounds: int) -> None:
     for client in trained:
         if client.outcome == "completed":
             assert (client.work.flops > 0) == (client.work.peak_memory_bytes > 0) == trains
-            assert client.work.down_bytes > 0
+            assert client.work.down_bytes > 0 or (result.federation.roles.keeps_all and client.round == 1)
             assert client.work.up_bytes > 0
             assert client.cost.total_s > 0
             assert client.joules > 0
@@ -254,7 +254,7 @@ def test_two_rounds_keep_the_contract_and_repeat(group: str, option: str):
     replies = replies_of(first.federation.settings)  # always online, no crash
     assert all(len(r.outcomes["completed"]) == len(r.cohort) == replies for r in first.reports[1:])
     learnt = weights_sha256(first.federation.arrays) != weights_sha256(first.first)
-    assert learnt == (option not in STILL), "nothing was learnt"
+    assert learnt == (option not in STILL and not first.federation.roles.keeps_all), "nothing was learnt"
     assert first.comparable() == again.comparable()
     if group == "method":
         assert federate(f"{group}={option}", "seed=2").comparable() != first.comparable()

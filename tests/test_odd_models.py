@@ -180,7 +180,7 @@ def overrides(method: str, model: type[nn.Module]) -> list[str]:
 # Methods that look for the last linear layer, which is the unused one.
 HEADLESS = {
     "fedrep": "FedRepTrainer has nothing to train in its private phase: the private parameters of model ",
-    "gss": "the last linear layer of model ",
+    **dict.fromkeys(("fedproto", "gss"), "the last linear layer of model "),
 }
 HIDING = ("dp_adaptive", "dp_fedavg")  # statistics would be made public without their noise
 EVERY = [
@@ -203,7 +203,8 @@ def test_every_method_trains_odd_models_in_their_own_dtypes(method: str, model: 
     assert_contract(result, rounds=3)
     assert all_finite(result.federation.arrays)
     only_unused_is_shared = method == "lg_fedavg" and issubclass(model, Unused)
-    assert (weights_sha256(result.federation.arrays) == weights_sha256(result.first)) == only_unused_is_shared
+    nothing_used_is_shared = only_unused_is_shared or result.federation.roles.keeps_all
+    assert (weights_sha256(result.federation.arrays) == weights_sha256(result.first)) == nothing_used_is_shared
 
 
 @pytest.mark.parametrize(

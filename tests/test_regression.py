@@ -46,6 +46,7 @@ NEED_CLASSES = {
     *("dcil", "fjord", "lwf", "pqk"),  # logits are distilled
     *("attribution", "cpq", "dropbits", "gradual", "magnitude_attention"),  # they may be
     *("heterofl", "sub_fedavg"),  # labels are masked; an accuracy says when to prune
+    "fedproto",  # classes have prototypes
 }
 
 

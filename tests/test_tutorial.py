@@ -47,20 +47,20 @@ def run(folder: Path, *overrides: str) -> dict[str, Any]:
 def test_the_page_has_all_of_a_method(folder: Path):
     kinds = [path or text.split()[1] for path, text in steps(PAGE)]
     assert kinds.count("new") == 2
-    assert {"fedproto.py", "configs/strategy/fedproto.yaml", "configs/trainer/fedproto.yaml"} <= set(kinds)
+    assert {"prototypes.py", "configs/strategy/prototypes.yaml", "configs/trainer/prototypes.yaml"} <= set(kinds)
     assert (folder / "test_shade.py").exists()
 
 
 def test_the_pages_command_runs_the_pages_method(folder: Path):
     """10 clients a round: 10 means of 64 features and 10 counts, in float32, up in three rounds and down in two."""
-    ours, plain = run(folder, "method=fedproto", "rounds=3"), run(folder, "strategy=edge_mean", "rounds=3")
+    ours, plain = run(folder, "method=prototypes", "rounds=3"), run(folder, "strategy=edge_mean", "rounds=3")
     extra = 10 * (10 * 64 + 10) * 4
-    assert ours["method"] == "fedproto"
+    assert ours["method"] == "prototypes"
     assert ours["up_bytes"] - plain["up_bytes"] == 3 * extra
     assert ours["down_bytes"] - plain["down_bytes"] == 2 * extra
     assert ours["weights_sha256"] != plain["weights_sha256"]
 
 
 def test_without_a_pull_it_is_federated_averaging(folder: Path):
-    ours = run(folder, "method=fedproto", "trainer.pull=0", "rounds=3")
+    ours = run(folder, "method=prototypes", "trainer.pull=0", "rounds=3")
     assert ours["weights_sha256"] == run(folder, "strategy=edge_mean", "rounds=3")["weights_sha256"]

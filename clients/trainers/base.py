@@ -260,11 +260,14 @@ class LocalTrainer(Checked, group="trainer", error=ConfigError):
             sends the shared part and stores the rest.
         own_network: the trainer puts the broadcast into a network of its own, whose shapes may differ from the model's.
         needs_classes: the trainer can train on classification workloads only.
+        shares_beside_weights: its updates hold records that a federation can learn from without any weights, so that
+            all tensors may be private.
     """
 
     private: frozenset[str] = frozenset()
     own_network = False
     needs_classes = False
+    shares_beside_weights = False
 
     def integer_bits(self, round: int, profile: DeviceProfile) -> int:
         """Returns the bits in which the network that a device judges multiplies, which price it; 32: floats."""

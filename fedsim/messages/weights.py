@@ -76,11 +76,11 @@ def joined(buffer: Tensor, channels_last: bool = False, device: Place = "cpu") -
 def joined_like(
     tensors: Mapping[str, Tensor], model: Tensors, channels_last: bool = False, device: Place = "cpu"
 ) -> SentWeights:
-    """Copies of tensors: joined where they have the names, shapes and one dtype of `model`, else by name.
+    """Copies of tensors: joined where there are any, with the names, shapes and one dtype of `model`, else by name.
 
     One tensor instead of one per name takes a tenth of the time to send and to add up.
     """
-    if not _are_alike(tensors, model):
+    if not tensors or not _are_alike(tensors, model):
         return named(tensors, device)
     every = (t.permute(0, 2, 3, 1) if channels_last and t.dim() == 4 else t for t in tensors.values())
     buffer = torch.cat([t.detach().reshape(-1) for t in every]).to(device)

@@ -20,6 +20,7 @@ from fedsim.errors import ConfigError
 
 TRAINED, STATISTIC, COUNTER = "trained", "statistic", "counter"
 REAL = "fiub"  # kinds of numpy's types that have a mean and an order: floats, integers and flags
+ALL = "all"  # the role of every tensor
 SENT = "float16, float32, float64, integers or bool"
 
 
@@ -53,12 +54,17 @@ class TensorRoles:
         parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         kinds = {name: _kind(t, name in parameters) for name, t in model.state_dict().items()}
         roles = cls(kinds, private_names(model, private))
-        if roles.trained and roles.trained <= roles.private:
+        if roles.trained and roles.trained <= roles.private and not roles.keeps_all:
             kept = f"private={list(private)}"
             raise ConfigError(
                 f"{kept} leaves no trained tensor of model {type(model).__name__} to share; keep some out"
             )
         return roles
+
+    @property
+    def keeps_all(self) -> bool:
+        """Returns whether no tensor is shared."""
+        return len(self.private) == len(self.kinds)
 
     def names(self, *kinds: str) -> frozenset[str]:
         """Returns the names of all tensors of these kinds, private ones too."""
@@ -112,12 +118,12 @@ def private_names(model: nn.Module, patterns: Iterable[str]) -> frozenset[str]:
         patterns: roles (`ROLES`) or shell patterns of names in the state dict, such as `blocks.0.*`.
 
     Raises:
-        ConfigError: if one matches nothing, all together leave nothing to share, or two names of one tensor (tied
-            weights) would be torn apart.
+        ConfigError: if one matches nothing, all together leave nothing to share without the role that says so, or two
+            names of one tensor (tied weights) would be torn apart.
     """
     tensors, kind = model.state_dict(), type(model).__name__
     private = names_of(model, patterns, "private")
-    if tensors and private >= tensors.keys():
+    if tensors and private >= tensors.keys() and ALL not in patterns:
         raise ConfigError(f"private={list(patterns)} leaves no tensor of model {kind} to share; keep some out of it")
     shared = {t.data_ptr(): name for name, t in tensors.items() if name not in private and t.numel()}
     for name in sorted(private):
@@ -154,6 +160,11 @@ def names_of(model: nn.Module, patterns: Iterable[str], setting: str) -> set[str
     return names
 
 
+def everything(model: nn.Module) -> set[str]:
+    """Returns all names: for methods that share something else."""
+    return set(model.state_dict())
+
+
 def head(model: nn.Module) -> set[str]:
     """Returns the names of the last linear layer."""
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -184,8 +195,12 @@ def _below(model: nn.Module, modules: Iterable[str]) -> set[str]:
     return {name for name in model.state_dict() if name.startswith(prefixes)} if prefixes else set()
 
 
-ROLES: dict[str, Callable[[nn.Module], set[str]]] = {"head": head, "body": body, "first": first, "norm": norm}
+ROLES: dict[str, Callable[[nn.Module], set[str]]] = {
+    **{"head": head, "body": body, "first": first, "norm": norm},
+    ALL: everything,
+}
 MISSING = {
+    ALL: "no tensors",
     "head": "no linear layer",
     "body": "no layer before a last linear one",
     "first": "no layer with weights",

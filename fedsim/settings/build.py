@@ -89,6 +89,7 @@ def build_world(config_json: str) -> World:
     trainer = instantiate(tree, "trainer")
     trainer.check_hooks()
     _check_kind(settings, workload, trainer.needs_classes)
+    _check_shared(settings, trainer.shares_beside_weights)
     return World(config_json, settings, workload, fleet, instantiate(tree, "latency"))
 
 
@@ -133,6 +134,22 @@ def _check_kind(settings: RunSettings, workload: Workload, needs_classes: bool) 
         raise ConfigError(f"{name} {is_none}: it is judged by {workload.primary.title}; take another, such as fedavg")
     if together > 1:
         raise ConfigError(f"engine.batch_clients={together} {is_none}; set it to 1")
+
+
+def _check_shared(settings: RunSettings, shares_beside_weights: bool) -> None:
+    """Refuses that all tensors are private where clients send nothing else.
+
+    Raises:
+        ConfigError: naming the method.
+    """
+    from fedsim.models.roles import ALL
+
+    if ALL in settings.private and not shares_beside_weights:
+        name = settings.choices.get("method") or f"trainer {settings.choices['trainer']}"
+        raise ConfigError(
+            f"private=[{ALL}] leaves nothing to share: {name} sends weights alone; keep some out of it, or take a "
+            "method that sends something else, such as fedproto"
+        )
 
 
 def _check_memory(tree: Settings, make: ModelFactory, workload: Workload) -> None:
