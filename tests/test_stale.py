@@ -216,3 +216,9 @@ def test_a_run_says_how_stale_replies_were_and_who_was_at_work(run, tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert "Replies by their staleness" in page
     assert "3 clients were at work: their energy and bytes are in no round" in page
+
+
+def test_what_a_method_sets_of_its_loop_is_explained(fedsim):
+    said = fedsim("explain", "method", "fedasync").out
+    assert "loop.buffer_size=1" in said
+    assert "loop.staleness_power=0.5" in said
