@@ -10,6 +10,7 @@ import gc
 import math
 import traceback
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from itertools import groupby, islice
 from typing import cast
@@ -17,6 +18,7 @@ from typing import cast
 import torch
 
 from clients.answers import check_metrics, check_records, check_tensors, check_update
+from clients.clipping import clipped
 from clients.data_cache import DataCache
 from clients.front_end import FrontEnd
 from clients.judging import Judge
@@ -30,8 +32,10 @@ from clients.trainers.sgd import SGDRun, SGDTrainer
 from devices.compression.plan import CompressionPlan
 from devices.cost import Work
 from devices.errors import one_line
+from devices.meter import matrix_product
 from fedsim.engines.memory import keep_freed_memory
 from fedsim.errors import ConfigError, in_words, no_exit
+from fedsim.exchanges.clipping import ASKED, BIT_BYTES, CLIPPED_RATE, CLIPPING_NORM, NORM_BIT
 from fedsim.exchanges.slices import model_cost
 from fedsim.grid.participants import EXAMPLES, LOSS, QUESTION, TOLD
 from fedsim.grid.round_sum import BlockSums
@@ -130,7 +134,9 @@ class Worker:
             yield from map(self.plan, task.clients)
             return
         if self.slots and task.phase == "train":
-            yield from InSlots(self, self.slots, stay=task.close is not None).answers(task.clients)
+            clips = any(CLIPPING_NORM in one.broadcast.settings for one in task.clients)
+            slots = self.slots[:1] if clips else self.slots  # nobody looks at an update that is still being made
+            yield from InSlots(self, slots, stay=task.close is not None).answers(task.clients)
             return
         for unit in task.units():
             for group in _groups(unit):
@@ -160,13 +166,14 @@ class Worker:
         if any(broadcast.settings != broadcasts[0].settings for broadcast in broadcasts):
             return []
         self.model.train()
-        for client, broadcast in zip(clients, broadcasts, strict=True):
+        for client, task, broadcast in zip(clients, group, broadcasts, strict=True):
             self.front_end.pay(client, "train")
-            self._reserve_upload(client, broadcast)
+            self._reserve_upload(client, task, broadcast)
         updates = self.trainer.fit_together(clients, broadcasts)
         answers = []
-        for client, task, broadcast, update in zip(clients, group, broadcasts, updates, strict=True):
-            check_update(self.trainer, update, client.state)
+        for client, task, broadcast, made in zip(clients, group, broadcasts, updates, strict=True):
+            check_update(self.trainer, made, client.state)
+            update = self._clipped(client, task, broadcast, made)
             weights = self._sent(client, update.weights, task.broadcast.weights)
             if weights.is_finite():
                 weights = self._compressed(client, broadcast, update, weights)
@@ -213,7 +220,7 @@ class Worker:
     def plan(self, task: ClientTask) -> ClientAnswer:
         """What work a client would do in training, as its answer would say; "failed" where nobody can tell."""
         unknown, client = ClientAnswer(task.client, "failed"), None
-        if self.keeps_or_packs or self.front_end.cost is not None:
+        if self.keeps_or_packs or self.front_end.cost is not None or CLIPPING_NORM in task.broadcast.settings:
             return unknown
         try:
             client = self.context(task, PLAN)
@@ -237,7 +244,7 @@ class Worker:
             with no_exit():
                 client = self.context(task, "train", slot)
                 broadcast = self._prepared("train", client, task)
-                self._reserve_upload(client, broadcast)
+                self._reserve_upload(client, task, broadcast)
                 run = cast(SGDTrainer, self.trainer).start(client, broadcast)
                 run.begin()
                 return client, run
@@ -330,9 +337,10 @@ class Worker:
         return broadcast
 
     def _train(self, client: ClientContext, task: ClientTask, broadcast: Broadcast) -> ClientAnswer:
-        self._reserve_upload(client, broadcast)
+        self._reserve_upload(client, task, broadcast)
         update = self.trainer.fit(client, broadcast)
         check_update(self.trainer, update, client.state)
+        update = self._clipped(client, task, broadcast, update)
         weights = self._sent(client, update.weights, task.broadcast.weights)
         if not weights.is_finite():
             raise FloatingPointError(NOT_FINITE)
@@ -371,7 +379,8 @@ class Worker:
         weights = self.live.received(came.weights)
         if self.initial and (weights or self.roles.keeps_all):
             weights = {**weights, **client.state.restored(PRIVATE, self.initial)}
-        return Broadcast(came.round, weights, came.extras, came.settings)
+        settings = {name: value for name, value in came.settings.items() if name not in ASKED}
+        return Broadcast(came.round, weights, came.extras, settings)
 
     @property
     def keeps_or_packs(self) -> bool:
@@ -380,17 +389,41 @@ class Worker:
 
     # --- what it sends back -------------------------------------------------------------------------------------
 
-    def _reserve_upload(self, client: ClientContext, broadcast: Broadcast) -> None:
+    def _reserve_upload(self, client: ClientContext, task: ClientTask, broadcast: Broadcast) -> None:
         """Declares what making the update takes: the received weights, and the copies of what stays or is packed."""
-        if not self.initial and not self.uplink.active:
+        clips = CLIPPING_NORM in task.broadcast.settings
+        if not self.keeps_or_packs and not clips:
             return
         weights = bytes_of(broadcast.weights)
         if self.initial:  # kept, and looked through for NaN
             client.log.reserve(weights + 2 * bytes_of(self.initial))
-        if self.uplink.active:
+        if self.uplink.active or clips:
             client.log.hold(RECEIVED, weights)
+        if self.uplink.active:
             coordinates = sum(t.numel() for t in broadcast.weights.values() if t.is_floating_point())
             client.log.reserve(weights + self.uplink.working_bytes(coordinates))
+
+    def _clipped(
+        self, client: ClientContext, task: ClientTask, broadcast: Broadcast, update: ClientUpdate
+    ) -> ClientUpdate:
+        """The update, clipped where the server asks for it, see `fedsim.exchanges.clipping`.
+
+        Raises:
+            ConfigError: where compressing might make it longer again.
+        """
+        most = task.broadcast.settings.get(CLIPPING_NORM)
+        if most is None:
+            return update
+        if self.uplink.may_lengthen:
+            raise ConfigError(
+                f"uplink={self.world.settings.choices['uplink']} may make an update longer than clients have clipped "
+                "it; take strategy=dp_fedavg, which clips at the server, or uplink.error_feedback=false uplink.bits=32"
+            )
+        weights, was_longer = clipped(self._shared(update.weights), broadcast.weights, float(most))
+        count = sum(t.numel() for t in weights.values())
+        client.log.add(matrix_product(count, 1), 1, forwards=1 + was_longer)  # its norm, and what is left of it
+        metrics = {**update.metrics, CLIPPED_RATE: float(was_longer)}
+        return replace(update, weights={**update.weights, **weights} if was_longer else update.weights, metrics=metrics)
 
     def _sent(self, client: ClientContext, weights: Tensors, received: Tensors) -> SentWeights:
         """A copy of what is sent of an update; its private tensors stay in the client's state."""
@@ -420,13 +453,21 @@ class Worker:
         extras = {name: own_copies(tensors) for name, tensors in update.extras.items()}
         return ClientAnswer(
             client.client_id,
-            work=self._work(client, task, weights.nbytes + sum(map(bytes_of, extras.values()))),
+            work=self._sending(client, task, weights, extras),
             num_examples=int(update.num_examples),
             metrics=client.marked(update.metrics),
             weights=weights,
             extras=extras,
             state=self._kept(client),
         )
+
+    def _sending(
+        self, client: ClientContext, task: ClientTask, weights: SentWeights, extras: dict[str, Tensors]
+    ) -> Work:
+        """The work of a client that sends this."""
+        bit = NORM_BIT in task.broadcast.settings
+        up_bytes = weights.nbytes + BIT_BYTES * bit + sum(map(bytes_of, extras.values()))
+        return self._work(client, task, up_bytes)
 
     def _kept(self, client: ClientContext) -> Tensors:
         """Copies of what the client keeps: each tensor where it lies, as long as there is room for it."""

@@ -30,6 +30,7 @@ class BySize(Participants):
     """
 
     exchanges: ClassVar[bool] = True
+    reads_data: ClassVar[bool] = True
 
     def choose(self, number: int, count: int, free: Sequence[int], weights: ArrayRecord, draw: Draw) -> list[int]:
         return self.by_size(count, free, draw)
@@ -88,6 +89,7 @@ class Oort(Participants):
     here a server does not know it, and they are drawn by predicted speed, as in the paper.
     """
 
+    reads_data: ClassVar[bool] = True
     reads_devices: ClassVar[str] = OBSERVED
     kept: ClassVar[frozenset[str]] = frozenset({"exploration", "pace", "history", "exploited"})
 

@@ -17,7 +17,7 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 
 from fedsim.errors import ConfigError, RunError
 from fedsim.grid.exchange import Exchange, Origin
-from fedsim.grid.server_half import is_plain_mean, server_half
+from fedsim.grid.server_half import takes_its_step_by_the_mean
 from fedsim.messages.blocks import BlockSum, WeightedSum, blocks
 from fedsim.messages.records import ARRAYS, METRICS, NUM_EXAMPLES, arrays_in, record_of, tensors_of
 from fedsim.messages.weights import rounded_to
@@ -45,7 +45,7 @@ class StaleStrategy(WrappingStrategy):
 
     def __init__(self, server: Callable[..., Strategy], **sampling: Any):
         super().__init__(server, **sampling)
-        if not is_plain_mean(self.server) or server_half(self.server).wraps is not None:
+        if not takes_its_step_by_the_mean(self.server):
             raise ConfigError(
                 f"strategy.server={type(self.server).__name__} takes more of the clients than a mean; take fedavg, "
                 "fedavgm, fedadagrad, fedadam or fedyogi"

@@ -79,7 +79,7 @@ def check_class(kind: type) -> None:
     if issubclass(kind, AT_THE_CLIENTS):
         raise ConfigError(
             f"{name} leaves the clipping to a mod of Flower's client app, and clients of fedsim take none; "
-            f"{name.replace('Client', 'Server')} makes the same weights"
+            "strategy=dp_client_fedavg and strategy=dp_client_adaptive have their own clip"
         )
     if issubclass(kind, OF_TREES):
         raise ConfigError(

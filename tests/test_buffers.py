@@ -109,7 +109,12 @@ def test_plain_fedavg_averages_counters_by_examples_and_rounds_them(averaged: Fe
     assert int(from_array(averaged.arrays[counter])) == round(mean)
 
 
-HIDING = ("dp_adaptive", "dp_fedavg")  # statistics would be made public without their noise
+HIDING = (
+    "dp_adaptive",
+    "dp_client_adaptive",
+    "dp_client_fedavg",
+    "dp_fedavg",
+)  # statistics would be made public without their noise
 
 
 @pytest.mark.parametrize("strategy", options("strategy"))

@@ -182,7 +182,12 @@ HEADLESS = {
     "fedrep": "FedRepTrainer has nothing to train in its private phase: the private parameters of model ",
     **dict.fromkeys(("fedproto", "gss"), "the last linear layer of model "),
 }
-HIDING = ("dp_adaptive", "dp_fedavg")  # statistics would be made public without their noise
+HIDING = (
+    "dp_adaptive",
+    "dp_client_adaptive",
+    "dp_client_fedavg",
+    "dp_fedavg",
+)  # statistics would be made public without their noise
 EVERY = [
     pytest.param(method, model, marks=[] if model is Everything and method not in STOOD_FOR else [pytest.mark.slow])
     for method in options("method")

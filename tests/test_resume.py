@@ -163,7 +163,7 @@ def test_every_method_goes_on_from_what_it_wrote_down(group: str, option: str):
     With batch norm: numbers without a dimension are on their way, too.
     """
     choice = f"{group}={option}"
-    norm = {"fjord": "null", "dp_fedavg": "layer", "dp_adaptive": "layer"}.get(option, "batch")
+    norm = "null" if option == "fjord" else "layer" if option.startswith("dp_") else "batch"
     norm = f"model.norm={norm}"
     given = [*BLOBS, *honest([choice]), choice, norm, "rounds=4", "evaluate_clients=2", "cohort=4"]
     settings = compose(given)

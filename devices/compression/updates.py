@@ -76,6 +76,11 @@ class UpdateCompressor(Checked, group="uplink"):
         """Whether an update changes at all."""
         return self.select != "all" or self.bits != 32
 
+    @property
+    def may_lengthen(self) -> bool:
+        """Whether an update may be longer afterwards: by what is made up for, or by rounding."""
+        return self.active and (self.error_feedback or self.bits != 32)
+
     def working_bytes(self, coordinates: int) -> int:
         """Returns the most memory that compressing takes, in bytes, beside the weights before and after training.
 

@@ -62,6 +62,7 @@ class EdgeGrid(Grid):
         deadline_s: simulated seconds after which replies of an exchange are withheld; None waits for all.
         keep: accept only the first `keep` training replies (over-selection); None accepts all.
         averages: the strategy only needs the mean weighted by examples, so it gets one reply that holds it.
+        alike: in that mean clients count the same.
         on_client_error: "stop" raises ClientError for a failing client; "drop" counts it as failed.
         batch_clients: how many clients a worker trains at once; they stay together whatever the number of workers.
         observe: called with each client's id when its reply came from the engine (progress).
@@ -86,13 +87,14 @@ class EdgeGrid(Grid):
         deadline_s: float | None = None,
         keep: int | None = None,
         averages: bool = False,
+        alike: bool = False,
         on_client_error: str = "stop",
         batch_clients: int = 1,
         observe: Callable[[int], None] | None = None,
         pauses: bool = False,
     ):
         self.engine, self.fleet, self.latency, self.settings = engine, fleet, latency, config_json
-        self.deadline_s, self.keep, self.averages = deadline_s, keep, averages
+        self.deadline_s, self.keep, self.averages, self.alike = deadline_s, keep, averages, alike
         self.serving = Serving(
             engine, fleet, latency, config_json, seed, on_client_error, batch_clients, observe, pauses
         )
@@ -197,9 +199,9 @@ class EdgeGrid(Grid):
         phase, start_s = asked[0].metadata.message_type, self.clock.now_s
         limit_s = min((s for s in (self.deadline_s, timeout) if s is not None), default=None)
         keep = self.keep if phase == "train" else None
-        total = RoundSum(limit_s) if self.averages and phase == "train" else None
+        total = RoundSum(limit_s, self.alike) if self.averages and phase == "train" else None
         # Who is among the first `keep` is known when all have answered: only then can they be added up.
-        close = Close(start_s, limit_s) if total is not None and keep is None else None
+        close = Close(start_s, limit_s, self.alike) if total is not None and keep is None else None
 
         contacts = self.serving.reach(asked, self.round, start_s)
         self.serving.serve([c for c in contacts if c.task is not None], close, total)

@@ -144,11 +144,13 @@ class Participants(Checked, ABC, group="participants", error=ConfigError):
     Attributes:
         offers: it offers a strategy the clients that it is to take; False: the strategy draws them by itself.
         exchanges: it holds exchanges of its own, for which the round waits.
+        reads_data: it goes by what clients say of their data, such as losses and numbers of examples.
         reads_devices: what it decides by the seconds of devices, in words; empty where nothing.
     """
 
     offers: ClassVar[bool] = True
     exchanges: ClassVar[bool] = False
+    reads_data: ClassVar[bool] = False
     reads_devices: ClassVar[str] = ""
 
     roster: Roster

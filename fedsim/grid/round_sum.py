@@ -31,11 +31,12 @@ class BlockSums:
     Args:
         fleet, latency: of the run.
         round_number: of the exchange.
-        close: when it begins and ends.
+        close: when it begins and ends, and what clients count for.
     """
 
     def __init__(self, fleet: Fleet, latency: LatencyModel, round_number: int, close: Close):
         self.prices, self.limit_s = Prices(fleet, latency, round_number, close.start_s), close.limit_s
+        self.alike = close.alike
         self._blocks: dict[int, tuple[BlockSum, list[int]]] = {}
         self._forms: dict[int, Form] = {}
         self._waiting: list[tuple[ClientTask, ClientAnswer]] = []  # clients are priced together: one by one is slow
@@ -69,7 +70,7 @@ class BlockSums:
             if answer.weights is not None and arrives:
                 block, clients = self._blocks[task.block]
                 weights = decompressed(answer.weights, task.broadcast.weights)
-                block.add(weights.tensors, float(answer.num_examples))
+                block.add(weights.tensors, 1.0 if self.alike else float(answer.num_examples))
                 clients.append(task.client)
                 self._forms[task.block] = weights.form
             self._answers.append(answer.without_weights())
@@ -83,10 +84,14 @@ class RoundSum:
     """The server's half: adds up the blocks of a round in their order, as they come; holds only what came early.
 
     A worker that trained a whole block sends its sum; where it could not, the updates themselves are added up here.
+
+    Args:
+        limit_s: after which replies are late; None waits for all.
+        alike: clients count the same, instead of by their examples.
     """
 
-    def __init__(self, limit_s: float | None):
-        self.limit_s = limit_s
+    def __init__(self, limit_s: float | None, alike: bool = False):
+        self.limit_s, self.alike = limit_s, alike
         self.total = WeightedSum()
         self.clients: set[int] = set()
         self._form: Form = "named"
@@ -144,7 +149,7 @@ class RoundSum:
         block = BlockSum()
         for contact in group:
             weights = contact.take_weights()
-            block.add(weights.tensors, float(contact.answer.num_examples))
+            block.add(weights.tensors, 1.0 if self.alike else float(contact.answer.num_examples))
             self._form = weights.form
         clients = [contact.client for contact in group]
         self._put(number, clients, (block.tensors, block.weight, block.clients) if group else None)

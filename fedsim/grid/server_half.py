@@ -97,8 +97,9 @@ class ServerHalf:
         takes_all_tensors: statistics and counters too are this strategy's to average; others are handed the trained
             tensors only.
         sums_in_float64: replies may come in the precision of the model; for others they are widened first.
-        takes_the_mean: all that this very class takes from a round is the mean weighted by examples. A subclass, which
-            may look at each reply, does not inherit it.
+        takes_the_mean: all that this very class takes from a round is the mean weighted by examples, or as
+            `weighs_alike` says. A subclass, which may look at each reply, does not inherit it.
+        weighs_alike: in the mean that it takes all clients count the same, whatever their examples.
         hides_clients: it adds noise to what it makes public, so that nobody learns what a single client sent: nothing
             else that clients send may be averaged beside it, or around it.
         takes_stale: it looks at an exchange's origins, so that replies may start from older weights (`loop=buffer`).
@@ -111,6 +112,7 @@ class ServerHalf:
     takes_all_tensors: ClassVar[bool] = False
     sums_in_float64: ClassVar[bool] = False
     takes_the_mean: ClassVar[bool] = False
+    weighs_alike: ClassVar[bool] = False
     hides_clients: ClassVar[bool] = False
     takes_stale: ClassVar[bool] = False
     needs_buffer: ClassVar[bool] = False
@@ -173,7 +175,7 @@ def averaging(strategy: Strategy) -> Strategy:
 
 
 def is_plain_mean(strategy: Strategy) -> bool:
-    """Returns whether all that a strategy takes from a round is the mean weighted by examples.
+    """Returns whether all that a strategy takes from a round is the mean, weighted by examples or as it says.
 
     Flower's own classes by exact type: a subclass may look at each reply, so it gets each reply, unless it says
     `takes_the_mean` itself. Of a strategy that wraps another one, the inner one counts.
@@ -190,3 +192,8 @@ def is_plain_mean(strategy: Strategy) -> bool:
 def hides_clients(strategy: Strategy) -> bool:
     """Returns whether a strategy hides by noise what single clients send, as `ServerHalf.hides_clients` says."""
     return server_half(strategy).hides_clients or isinstance(strategy, PRIVATE)
+
+
+def takes_its_step_by_the_mean(strategy: Strategy) -> bool:
+    """Returns whether a strategy can be handed a mean that another one has made, and asks for nothing more."""
+    return is_plain_mean(strategy) and server_half(strategy).wraps is None and not hides_clients(strategy)

@@ -47,10 +47,17 @@ class ClientTask:
 
 @dataclass(frozen=True, slots=True)
 class Close:
-    """When an exchange begins, and after how many simulated seconds replies are late; None waits for all."""
+    """When an exchange begins and ends, and how its updates are added up.
+
+    Attributes:
+        start_s: simulated time at which it begins.
+        limit_s: seconds after which replies are late; None waits for all.
+        alike: clients count the same, instead of by their examples.
+    """
 
     start_s: float
     limit_s: float | None
+    alike: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,9 +151,9 @@ class BlockAnswer:
 
     Attributes:
         clients: whose updates are in it.
-        weight: the sum of their examples.
-        total: the sum of examples x weights, float64; of a single client its weights, not yet multiplied; None where
-            no client was in time.
+        weight: what they count for together, their examples or, alike, their number.
+        total: the sum of what each counts for times its weights, float64; of a single client its weights, not yet
+            multiplied; None where no client was in time.
     """
 
     block: int

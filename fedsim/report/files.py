@@ -37,7 +37,7 @@ from fedsim.settings.forms import (
 )
 from fedsim.settings.moved import updated
 from fedsim.workloads.by_class import ECE, MACRO_F1
-from fedsim.workloads.metrics import PRIMARY, Metric
+from fedsim.workloads.metrics import DELTA, EPSILON, PRIMARY, Metric
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,6 +65,7 @@ FIGURES: Forms = {
     "microphones": optional(MAP),
     "repriced": optional(MAP),
     "asynchrony": optional(Form("what a run with loop=buffer says of its clients", lambda v: _is_asynchrony(v))),
+    "privacy": optional(MAP),
     BY_ROUNDS: optional(TEXT),
     **dict.fromkeys(("continual", "versions"), optional(MAP)),
     "classes": optional(MAPS),
@@ -90,6 +91,7 @@ PRICES = {"line": TEXT, "calls_share": NUMBER}
 CLIENTS_SEEN = {"population": WHOLE}
 HEARD: Forms = {"round": WHOLE, "seen": maps_of(NUMBERS), "unseen": maps_of(NUMBERS)}
 DEPLOYED: Forms = {"microphones": optional(maps_of(NUMBERS))}
+SPENT = dict.fromkeys((EPSILON, DELTA), NUMBER)
 REPRICED = {"run": TEXT, "rounds": WHOLE, "ended": TEXT}
 NOTE = {"error": TEXT, "reason": TEXT}
 LATER_COLUMNS = {"down_joules", "compute_joules", "up_joules", "tail_joules"}  # fedsim 0.1 had their sum alone
@@ -158,6 +160,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
         ("clients", CLIENTS_SEEN),
         ("microphones", HEARD),
         ("repriced", REPRICED),
+        ("privacy", SPENT),
         ("continual", STREAM),
     ):
         if summary.get(key):

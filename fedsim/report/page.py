@@ -284,6 +284,9 @@ def _figures(told: Told) -> list[tuple[str, str, str]]:
         ("peak memory", size(summary["peak_memory_bytes"]), "of the busiest device"),
         ("completed", f"{spent['completed']} of {sum(spent.values())}", "clients that were asked to train"),
     ]
+    if spent_privacy := summary.get("privacy"):
+        at = f"at delta {spent_privacy['delta']:.2g}, for a client in every round"
+        found.append(("epsilon", f"{spent_privacy['epsilon']:.3g}", at))
     if summary["storage_bytes"]:
         found.append(("storage", size(summary["storage_bytes"]), "kept on a device between rounds, at most"))
     if target := summary["to_target"]:

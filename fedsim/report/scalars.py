@@ -65,6 +65,7 @@ def of_end(summary: Mapping[str, Any]) -> dict[str, float]:
         **{f"final/{key}": value for key, value in summary["final"].items()},
         **{f"best/{key}": value for key, value in summary["best"].items()},
         **{f"to_target/{key}": value for key, value in (summary["to_target"] or {}).items()},
+        **{f"privacy/{key}": value for key, value in summary.get("privacy", {}).items()},
         "total/simulated_s": summary["simulated_s"],
         "total/energy_j": summary["energy_j"]["total"],
         "total/traffic_bytes": summary["down_bytes"] + summary["up_bytes"],

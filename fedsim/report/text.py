@@ -73,6 +73,7 @@ def closing_lines(summary: dict[str, Any], folder: Path, reports: Sequence[Round
             f"clients' own models: {name} {primary.with_unit(value)} on their own held-out examples"
             for value in judged_own[-1:]
         ),
+        *([privacy_line(summary["privacy"])] if "privacy" in summary else []),
         f"cost: {simulated(summary['simulated_s'])} of simulated time, {energy(summary['energy_j']['total'])}, "
         f"{size(traffic)} of traffic, peak memory {size(summary['peak_memory_bytes'])}",
         f"clients: {counts}; the busiest spent {energy(summary['energy_j']['max_client'])}",
@@ -91,6 +92,11 @@ def closing_lines(summary: dict[str, Any], folder: Path, reports: Sequence[Round
             f"{energy(target['energy_j'])}, {size(target['down_bytes'] + target['up_bytes'])}"
         )
     return [*lines, f"run folder: {folder} ({summary['host_s']:.1f} s on this host)"]
+
+
+def privacy_line(spent: Mapping[str, float]) -> str:
+    """Returns what the weights tell of one client at most."""
+    return f"privacy: epsilon {spent['epsilon']:.3g} at delta {spent['delta']:.2g}, for a client in every round"
 
 
 def late_note(settings: Mapping[str, Any]) -> str:

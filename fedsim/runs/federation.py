@@ -92,6 +92,7 @@ class Federation:
             deadline_s=settings.deadline_s,
             keep=settings.cohort if settings.num_asked > settings.cohort else None,
             averages=self.server.averages,
+            alike=self.server.alike,
             on_client_error=settings.on_client_error,
             batch_clients=settings.engine.batch_clients,
             observe=observe,
@@ -113,7 +114,7 @@ class Federation:
         """Lets the rule that chooses clients know what a server does.
 
         Raises:
-            ConfigError: for one that holds up rounds where there are none.
+            ConfigError: for one that holds up rounds where there are none, or shows what noise is to hide.
         """
         world, settings, rule = self.world, self.settings, self.participants
         if not rule.offers:
@@ -122,6 +123,12 @@ class Federation:
             raise ConfigError(
                 f"participants={settings.choices['participants']} asks clients before a round, and with loop=buffer "
                 "nobody waits for answers; take participants=oort, tifl, fastest, least_often or uniform"
+            )
+        if rule.reads_data and self.server.hides:
+            chosen = settings.choices["participants"]
+            raise ConfigError(
+                f"{self.server.name} hides what single clients send, and participants={chosen} shows their data by "
+                "whom it takes; take participants=uniform, least_often, fastest or tifl"
             )
         step = model_cost(world.workload, self.model, "dense", next(self.model.parameters()).device)
         rule.begin(Roster(self.grid, world.latency, step, self.shared, self.seed, settings.deadline_s))

@@ -82,7 +82,8 @@ class ServerSide:
         roles: of the model's tensors.
 
     Attributes:
-        averages: the strategy takes nothing from a round but the mean weighted by examples.
+        averages: the strategy takes nothing from a round but the mean.
+        alike: in that mean all clients count the same.
         mean_is_all: and makes nothing else of it.
 
     Raises:
@@ -95,6 +96,7 @@ class ServerSide:
         self.strategy, self.half = strategy, server_half(strategy)
         self.averages, self.mean_is_all = is_plain_mean(strategy), mean_is_all(strategy)
         inner = server_half(averaging(strategy))
+        self.alike = inner.weighs_alike
         self.beside = frozenset() if inner.takes_all_tensors else roles.averaged - roles.private
         self.widens = not self.averages and not inner.sums_in_float64
         self.hides = hides_clients(averaging(strategy))

@@ -34,6 +34,7 @@ def summarise(federation: Federation, reports: list[RoundReport], totals: Totals
         **primary.as_entry(),
         "final": figures.final(reports, primary),
         "best": figures.best(reports, primary),
+        **({"privacy": privacy} if (privacy := figures.privacy(reports)) else {}),
         "simulated_s": reports[-1].now_s,
         "energy_j": {"total": totals.joules, "max_client": max_client, "waiting": totals.wait_joules},
         "down_bytes": totals.down_bytes,

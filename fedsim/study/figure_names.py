@@ -21,6 +21,7 @@ CLOSED: Mapping[str, tuple[str, ...]] = {  # maps of the summary that hold these
     "energy_j": ("total", "max_client", "waiting"),
     "outcomes": tuple(OUTCOMES),
     "clients": ("population", "took_part", "never"),
+    "privacy": ("epsilon", "delta"),
 }
 OF_METRICS = ("final", "best", "to_target")  # maps of the summary with names of metrics in them
 BESIDE = {"final": (), "best": ("round",), "to_target": ("round", "simulated_s", "energy_j", "down_bytes", "up_bytes")}

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 LOSS = "loss"
 MICROPHONES = "microphones"  # in a summary: accuracy and loss on what each kind of them hears
 CLIENTS = "client_"  # before the name of a metric: its mean over clients that judged, of the model that each uses
+EPSILON, DELTA = "epsilon", "delta"  # of differential privacy: what all rounds up to this one have spent
 NOT_FINITE = "not_finite"  # in place of all, 1: the output of the judged model is NaN or infinite
 BY_EXAMPLES, BY_CLIENTS = "examples", "clients"
 # How what clients report becomes one number of the round: weighted by their examples, as what is itself a mean over
@@ -31,7 +32,7 @@ AVERAGED: Mapping[str, str] = {
     **dict.fromkeys(("latency_ms", "flops", "keep_ratio", "sparsity"), BY_CLIENTS),
     **dict.fromkeys(("dense_bytes", "nonzero_bytes", "wire_bytes", "mean_bits"), BY_CLIENTS),
     **dict.fromkeys(("memory_examples", "pool_pairs", "data_version", "oracle"), BY_CLIENTS),
-    **dict.fromkeys(("mixing", "cluster", "staleness", "paused_s"), BY_CLIENTS),
+    **dict.fromkeys(("mixing", "cluster", "staleness", "paused_s", "clipped_rate"), BY_CLIENTS),
 }
 
 
@@ -165,6 +166,12 @@ def final(reports: Sequence[RoundReport], primary: Metric = ACCURACY) -> dict[st
     last = judged(reports, primary)[-1].metrics if judged(reports, primary) else {}
     every = {key: last.get(key) for key in (primary.name, LOSS)}
     return every | {key: last[key] for key in (MACRO_F1, ECE, worst_name(primary)) if key in last}
+
+
+def privacy(reports: Sequence[RoundReport]) -> dict[str, float]:
+    """Returns the epsilon and delta that a run has spent of each client; nothing where no strategy counts them."""
+    spent = next((r.metrics for r in reversed(reports) if EPSILON in r.metrics), {})
+    return {key: spent[key] for key in (EPSILON, DELTA) if key in spent}
 
 
 def best(reports: Sequence[RoundReport], primary: Metric = ACCURACY) -> dict[str, Any]:
