@@ -41,6 +41,7 @@ from fedsim.grid.participants import EXAMPLES, LOSS, QUESTION, TOLD
 from fedsim.grid.round_sum import BlockSums
 from fedsim.messages.cohort import PLAN, ClientAnswer, ClientTask, CohortAnswer, CohortTask
 from fedsim.messages.records import check_extra_names
+from fedsim.messages.secagg import SecureAggregation
 from fedsim.messages.updates import Broadcast, ClientUpdate
 from fedsim.messages.uplink import compressed
 from fedsim.messages.weights import SentWeights, bytes_of, own_copies, own_copy
@@ -392,14 +393,15 @@ class Worker:
     def _reserve_upload(self, client: ClientContext, task: ClientTask, broadcast: Broadcast) -> None:
         """Declares what making the update takes: the received weights, and the copies of what stays or is packed."""
         clips = CLIPPING_NORM in task.broadcast.settings
-        if not self.keeps_or_packs and not clips:
+        masks = isinstance(self.uplink, SecureAggregation)
+        if not self.keeps_or_packs and not clips and not masks:
             return
         weights = bytes_of(broadcast.weights)
         if self.initial:  # kept, and looked through for NaN
             client.log.reserve(weights + 2 * bytes_of(self.initial))
         if self.uplink.active or clips:
             client.log.hold(RECEIVED, weights)
-        if self.uplink.active:
+        if self.uplink.active or masks:
             coordinates = sum(t.numel() for t in broadcast.weights.values() if t.is_floating_point())
             client.log.reserve(weights + self.uplink.working_bytes(coordinates))
 
@@ -464,10 +466,16 @@ class Worker:
     def _sending(
         self, client: ClientContext, task: ClientTask, weights: SentWeights, extras: dict[str, Tensors]
     ) -> Work:
-        """The work of a client that sends this."""
+        """The work of a client that sends this, under masks where the uplink has them."""
         bit = NORM_BIT in task.broadcast.settings
         up_bytes = weights.nbytes + BIT_BYTES * bit + sum(map(bytes_of, extras.values()))
-        return self._work(client, task, up_bytes)
+        if not isinstance(self.uplink, SecureAggregation):
+            return self._work(client, task, up_bytes)
+        numbers = sum(t.numel() for t in weights.tensors.values()) + 1 + bit  # and what they count for
+        part = self.uplink.overhead(numbers, self.world.settings.num_asked)
+        client.log.add(matrix_product(numbers, 1), 1, forwards=part.operations)
+        work = self._work(client, task, part.up_bytes)
+        return replace(work, down_bytes=work.down_bytes + part.down_bytes, round_trips=part.round_trips)
 
     def _kept(self, client: ClientContext) -> Tensors:
         """Copies of what the client keeps: each tensor where it lies, as long as there is room for it."""

@@ -76,7 +76,8 @@ class Passes:
 class Work:
     """What a client did in one round: measured facts, never seconds.
 
-    `storage_bytes` is what the client keeps on the device between rounds (coreset, personal layers).
+    `storage_bytes` is what the client keeps on the device between rounds (coreset, personal layers); `round_trips` is
+    how often it waits for an answer of the server beside its download and upload.
     """
 
     passes: tuple[Passes, ...] = ()
@@ -84,14 +85,19 @@ class Work:
     storage_bytes: int = 0
     down_bytes: int = 0
     up_bytes: int = 0
+    round_trips: int = 0
 
     @property
     def flops(self) -> float:
         return sum(p.flops for p in self.passes)
 
+    def figures(self) -> dict[str, int]:
+        """Returns all but the passes by name; `round_trips` only where there are any."""
+        return {name: v for name, v in vars(self).items() if name != "passes" and (v or name != "round_trips")}
+
     def to_dict(self) -> dict[str, Any]:
         """Returns plain JSON types; `from_dict` is the inverse."""
-        return {**vars(self), "passes": [{**vars(p), "network": vars(p.network)} for p in self.passes]}
+        return {"passes": [{**vars(p), "network": vars(p.network)} for p in self.passes], **self.figures()}
 
     @classmethod
     def from_dict(cls, facts: dict[str, Any]) -> Work:
@@ -111,7 +117,7 @@ def pack_works(works: Sequence[Work]) -> dict[str, Any]:
                 numbers[id(p.network)] = len(networks)
                 networks.append(vars(p.network))
             passes.append([numbers[id(p.network)], p.batch, p.forwards, p.backwards])
-        packed.append({**vars(work), "passes": passes})
+        packed.append({"passes": passes, **work.figures()})
     return {"networks": networks, "works": packed}
 
 
@@ -335,14 +341,15 @@ class LatencyModel(Checked, ABC, group="latency"):
     def cost(self, work: Work, device: DeviceProfile, jitter: Jitter = Jitter()) -> Cost:
         """Prices one client's round.
 
-        Seconds: a transfer is its set-up in round trips plus bytes over bandwidth, times its jitter; compute is
+        Seconds: a transfer is its set-up in round trips plus bytes over bandwidth, times its jitter, and the upload
+        has the round trips of `work` too; compute is
         `compute_s` times its jitter, and `least_s` at least. Joules: a transfer takes its seconds times the watts of
         its direction, and so much for each byte; compute takes `compute_joules`; then there is the tail of the radio,
         see `Cost`.
         """
         setup_s = device.setup_round_trips * device.rtt_s
         down_s = (setup_s + work.down_bytes / device.down_bytes_per_s) * jitter.down
-        up_s = (setup_s + work.up_bytes / device.up_bytes_per_s) * jitter.up
+        up_s = (setup_s + work.round_trips * device.rtt_s + work.up_bytes / device.up_bytes_per_s) * jitter.up
         compute_s = max(self.compute_s(work, device) * jitter.compute, self.least_s(work, device))
         return Cost(
             down_s,
@@ -366,7 +373,8 @@ class LatencyModel(Checked, ABC, group="latency"):
         down_rate = units.column(lambda d: d.down_bytes_per_s) * units.bandwidth
         up_rate = units.column(lambda d: d.up_bytes_per_s) * units.bandwidth
         down_s = (setup_s + down_bytes / down_rate) * jitter[:, 1]
-        up_s = (setup_s + up_bytes / up_rate) * jitter[:, 2]
+        trips_s = np.array([w.round_trips for w in works]) * units.column(lambda d: d.rtt_s)
+        up_s = (setup_s + trips_s + up_bytes / up_rate) * jitter[:, 2]
         nominal_s, least_s = self.seconds(works, units)
         compute_s = np.maximum(nominal_s * jitter[:, 0], least_s)
         rx, tx = units.column(lambda d: d.rx_joules_per_byte), units.column(lambda d: d.tx_joules_per_byte)

@@ -38,6 +38,7 @@ from fedsim.messages.updates import Instruction
 from fedsim.workloads import metrics as figures
 
 TOO_LATE = "the round closed before its reply arrived"
+TOO_FEW = "too few others were left to take the masks off the sum"  # of secure aggregation
 NOT_NEEDED = "enough others had replied before"  # of over-selection
 ONE_METHOD = "so take the strategy and the trainer of one method"
 EMPTY_ROUND_S = 60.0  # when nobody answers and there is no deadline, the server tries again after this long
@@ -67,6 +68,7 @@ class EdgeGrid(Grid):
         batch_clients: how many clients a worker trains at once; they stay together whatever the number of workers.
         observe: called with each client's id when its reply came from the engine (progress).
         pauses: a client that goes offline goes on with its work when it is back, instead of losing it.
+        fewest: returns how many of those that begin a round must be left for it to bring anything; None: one.
 
     Attributes:
         in_flight: clients that were dispatched and have not arrived, by the time at which the server hears of them.
@@ -92,7 +94,9 @@ class EdgeGrid(Grid):
         batch_clients: int = 1,
         observe: Callable[[int], None] | None = None,
         pauses: bool = False,
+        fewest: Callable[[int], int] | None = None,
     ):
+        self.fewest = fewest
         self.engine, self.fleet, self.latency, self.settings = engine, fleet, latency, config_json
         self.deadline_s, self.keep, self.averages, self.alike = deadline_s, keep, averages, alike
         self.serving = Serving(
@@ -206,6 +210,8 @@ class EdgeGrid(Grid):
         contacts = self.serving.reach(asked, self.round, start_s)
         self.serving.serve([c for c in contacts if c.task is not None], close, total)
         round_s = self._close(contacts, limit_s, keep)
+        if self.fewest is not None and phase == "train":
+            self._lose_if_few(contacts, self.fewest(sum(contact.task is not None for contact in contacts)))
         reports = tuple(self.record(contact, round_s) for contact in contacts)
         self.reports += reports
 
@@ -306,6 +312,13 @@ class EdgeGrid(Grid):
         round_s = max(EMPTY_ROUND_S, last_drop_s) if limit_s is None else limit_s
         self.clock.advance(round_s)
         return round_s
+
+    def _lose_if_few(self, contacts: Sequence[Contact], fewest: int) -> None:
+        """Takes no reply of a round in which fewer than so many are left."""
+        left = [contact for contact in contacts if contact.is_accepted]
+        if len(left) < fewest:
+            for contact in left:
+                contact.late = TOO_FEW
 
     def record(self, contact: Contact, round_s: float) -> ClientReport:
         """Stores what the client has for later rounds, and says what became of it.

@@ -78,7 +78,7 @@ def work_text(work: Work, networks: dict[int, str]) -> str:
             networks[id(p.network)] = strict_json.dumps(vars(p.network))
         counts = f'"batch": {p.batch}, "forwards": {p.forwards}, "backwards": {p.backwards}'
         passes.append(f'{{"network": {networks[id(p.network)]}, {counts}}}')
-    figures = strict_json.dumps({name: figure for name, figure in vars(work).items() if name != "passes"})
+    figures = strict_json.dumps(work.figures())
     return f'{{"passes": [{", ".join(passes)}], {figures[1:]}'
 
 

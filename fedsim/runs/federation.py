@@ -32,6 +32,7 @@ from fedsim.messages.records import (
     record_of,
     tensors_of,
 )
+from fedsim.messages.secagg import SecureAggregation
 from fedsim.models.roles import TensorRoles
 from fedsim.report.rounds import RoundReport
 from fedsim.runs.checkpoint import restore_strategy, strategy_state
@@ -77,6 +78,9 @@ class Federation:
         self.lowest = (math.inf, 0)
         self.server = ServerSide(self.strategy, self.roles)
         self.loop.check(settings, self.server.half, self.server.name)
+        uplink = instantiate(settings.groups, "uplink")
+        if isinstance(uplink, SecureAggregation):
+            self.server.check_masked()
         check_plan(
             instantiate(settings.groups, "compression"),
             self.model,
@@ -97,6 +101,7 @@ class Federation:
             batch_clients=settings.engine.batch_clients,
             observe=observe,
             pauses=self.loop.pauses,
+            fewest=uplink.fewest if isinstance(uplink, SecureAggregation) else None,
         )
         self.server.begin(
             ServerContext(

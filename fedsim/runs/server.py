@@ -112,6 +112,18 @@ class ServerSide:
         """Tells the strategy what there is to know of the run."""
         self._call("begin", "before the first round", lambda: self.half.begin(context))
 
+    def check_masked(self) -> None:
+        """Refuses a strategy that looks at more of the clients than the sum of what they send.
+
+        Raises:
+            ConfigError: with strategies that do not.
+        """
+        if not self.averages or averaging(self.strategy) is not self.strategy:
+            raise ConfigError(
+                f"uplink=secagg hides what single clients send, and {self.name} looks at it; take a strategy that "
+                "takes their mean alone, such as fedavg, fedadam or dp_client_fedavg"
+            )
+
     def closed(self, number: int, exchange: Exchange) -> None:
         """Hands the strategy what a training exchange brought."""
         self._call("closed", f"in round {number}", lambda: self.half.closed(exchange))
