@@ -46,7 +46,7 @@ from fedsim.messages.updates import Broadcast, ClientUpdate
 from fedsim.messages.uplink import compressed
 from fedsim.messages.weights import SentWeights, bytes_of, own_copies, own_copy
 from fedsim.models.roles import TensorRoles
-from fedsim.seeding import seed_torch
+from fedsim.seeding import seed_torch, torch_generator
 from fedsim.settings.build import WORLD_CACHE_SIZE, World, build_world, instantiate, memory_format, pick_device
 from fedsim.workloads.base import Tensors, Workload
 
@@ -97,6 +97,8 @@ class Worker:
         self.trainer.setup(cast(Workload, ClientWorkload(self.workload, None, 0)), self.model, self.network)
         self.data = DataCache(self.workload, self.device, memory_format(settings.groups))
         self.front_end = FrontEnd(self.workload)
+        self.attack = world.attack
+        self.malicious = self.attack.clients(self.workload.num_clients, self.seed)
         self.judge = Judge(world, compression, self.trainer, bool(self.initial))
 
     def _check_together(self) -> None:
@@ -174,7 +176,7 @@ class Worker:
         answers = []
         for client, task, broadcast, made in zip(clients, group, broadcasts, updates, strict=True):
             check_update(self.trainer, made, client.state)
-            update = self._clipped(client, task, broadcast, made)
+            update = self._poisoned(client, broadcast, self._clipped(client, task, broadcast, made))
             weights = self._sent(client, update.weights, task.broadcast.weights)
             if weights.is_finite():
                 weights = self._compressed(client, broadcast, update, weights)
@@ -342,6 +344,7 @@ class Worker:
         update = self.trainer.fit(client, broadcast)
         check_update(self.trainer, update, client.state)
         update = self._clipped(client, task, broadcast, update)
+        update = self._poisoned(client, broadcast, update)
         weights = self._sent(client, update.weights, task.broadcast.weights)
         if not weights.is_finite():
             raise FloatingPointError(NOT_FINITE)
@@ -372,6 +375,10 @@ class Worker:
         if phase == "train" and self.workload.augments:
             changed = self.workload.for_training(task.client, client.data, client.stream("augment"))
             client.data = self.data.placed(changed)
+        if phase == "train" and task.client in self.malicious and self.attack.poisons_data:
+            draw = torch_generator(self.seed, "attack", "examples", task.client)
+            train = self.attack.poisoned(self.workload, client.data.train, draw)
+            client.data = replace(client.data, train=train)
         return client
 
     def broadcast(self, client: ClientContext, task: ClientTask) -> Broadcast:
@@ -387,6 +394,24 @@ class Worker:
     def keeps_or_packs(self) -> bool:
         """Whether a client keeps a part of its weights, or packs what it sends: work on the host for each client."""
         return bool(self.initial) or self.uplink.active
+
+    def _poisoned(self, client: ClientContext, broadcast: Broadcast, update: ClientUpdate) -> ClientUpdate:
+        """The update as a malicious client sends it: other values of what is trained; its statistics are honest."""
+        if client.client_id not in self.malicious or not self.attack.poisons_updates:
+            return update
+        old, new = broadcast.weights, update.weights
+        names = [name for name, t in old.items() if name in self.roles.trained and name not in self.initial]
+        names = [name for name in names if name in new and new[name].shape == old[name].shape]
+        wide = {name: old[name].to(torch.promote_types(old[name].dtype, torch.float32)) for name in names}
+        changes = {name: new[name].detach().to(start) - start for name, start in wide.items()}
+        changed = self.attack.changed(changes, client.stream("attack"))
+        poisoned = {name: (wide[name] + change).to(old[name].dtype) for name, change in changed.items()}
+        return replace(update, weights={**new, **poisoned})
+
+    @property
+    def keeps_or_changes(self) -> bool:
+        """Whether a client keeps or packs, or may send other weights than it has trained."""
+        return self.keeps_or_packs or self.attack.poisons_updates
 
     # --- what it sends back -------------------------------------------------------------------------------------
 
@@ -443,6 +468,8 @@ class Worker:
         """The weights of an update as they travel."""
         if not self.uplink.active:
             return weights
+        if self.attack.colludes and client.client_id in self.malicious:
+            return weights  # which only the others get: what they agree on is compressed
         new, old = self._shared(update.weights), self._shared(broadcast.weights)
         if not new:
             return weights

@@ -9,10 +9,12 @@ arXiv 1909.06335 (FedAvgM); Blanchard et al., NIPS 2017 (Krum); Li et al., ICLR 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any
 
 from annotated_types import Interval
+from flwr.serverapp.strategy import Bulyan as FlowersBulyan
 from flwr.serverapp.strategy import (
     DifferentialPrivacyClientSideAdaptiveClipping,
     DifferentialPrivacyClientSideFixedClipping,
@@ -30,17 +32,22 @@ from flwr.serverapp.strategy import (
     QFedAvg,
     Strategy,
 )
+from flwr.serverapp.strategy import MultiKrum as FlowersMultiKrum
 
 from fedsim.errors import ConfigError
 from fedsim.grid.server_half import PRIVATE, ServerHalf, averaging, is_plain_mean
+from strategies.robust import Bulyan, MultiKrum
 
 RATE = Annotated[float, Interval(gt=0, le=1e6)]
 DECAY = Annotated[float, Interval(ge=0, lt=1)]  # of a moving average: 1 would never forget
 WEIGHT = Annotated[float, Interval(ge=0, le=1e6)]
 
+LIARS = Annotated[int, Interval(ge=0, le=10**6)]
 NORM = Annotated[float, Interval(gt=0, le=1e9)]
 NOISE = {"noise_multiplier": WEIGHT, "num_sampled_clients": Annotated[int, Interval(ge=1, le=10**6)]}
 AT_THE_CLIENTS = (DifferentialPrivacyClientSideFixedClipping, DifferentialPrivacyClientSideAdaptiveClipping)
+KRUMS = (FlowersMultiKrum, MultiKrum)  # Flower's Krum is a multi-Krum of one
+BULYANS = (FlowersBulyan, Bulyan)
 OF_TREES = (FedXgbBagging, FedXgbCyclic)
 ADAPTIVE = {"eta": RATE, "eta_l": RATE, "tau": RATE}  # tau: 0 divides by nothing where a coordinate stood still
 BOUNDS: Mapping[type, Mapping[str, Any]] = {
@@ -58,15 +65,27 @@ BOUNDS: Mapping[type, Mapping[str, Any]] = {
     FedAvgM: {"server_learning_rate": RATE, "server_momentum": DECAY},
     FedProx: {"proximal_mu": WEIGHT},
     FedTrimmedAvg: {"beta": Annotated[float, Interval(ge=0, lt=0.5)]},  # a half from each end leaves nothing
-    Krum: {"num_malicious_nodes": Annotated[int, Interval(ge=0, le=10**6)]},
+    FlowersBulyan: {"num_malicious_nodes": LIARS},
+    FlowersMultiKrum: {"num_malicious_nodes": LIARS, "num_nodes_to_select": Annotated[int, Interval(ge=1, le=10**6)]},
+    Krum: {"num_malicious_nodes": LIARS},
     QFedAvg: {"client_learning_rate": RATE, "q": WEIGHT},
 }
 
 
 def fewest_replies(strategy: Strategy) -> int:
-    """Returns how many replies a round needs for a strategy's guarantee to hold: n > 2 f + 2 for Krum with f liars."""
+    """Returns how many replies a round needs for a strategy's guarantee to hold.
+
+    With f liars, n > 2 f + 2 for Krum and Multi-Krum, n >= 4 f + 3 for Bulyan; a trimmed mean needs as many as leave
+    one to cut at each end.
+    """
     server = _innermost(strategy)
-    return 2 * int(server.num_malicious_nodes) + 3 if isinstance(server, Krum) else 1
+    if isinstance(server, BULYANS):
+        return 4 * int(server.num_malicious_nodes) + 3
+    if isinstance(server, KRUMS):
+        return 2 * int(server.num_malicious_nodes) + 3
+    if isinstance(server, FedTrimmedAvg) and server.beta > 0:
+        return math.ceil(1 / server.beta - 1e-9)
+    return 1
 
 
 def check_class(kind: type) -> None:
@@ -103,11 +122,13 @@ def check(strategy: Strategy, cohort: int) -> None:
             f"{type(strategy).__name__} tells {type(server).__name__} inside it nothing of its run; put one of "
             "Flower's strategies there, or take strategy=dp_fedavg"
         )
-    if isinstance(server, Krum) and (needed := fewest_replies(server)) > cohort:
+    if isinstance(server, KRUMS + BULYANS) and (needed := fewest_replies(server)) > cohort:
+        is_krum = isinstance(server, KRUMS)
+        most = (cohort - 3) // (2 if is_krum else 4)
         raise ConfigError(
             f"strategy.num_malicious_nodes={server.num_malicious_nodes} needs rounds of at least {needed} clients "
-            f"(n > 2 f + 2), and there are {cohort} at most; take cohort={needed} or more, or "
-            f"num_malicious_nodes={max(0, (cohort - 3) // 2)}"
+            f"({'n > 2 f + 2' if is_krum else 'n >= 4 f + 3'}), and there are {cohort} at most; take cohort={needed} "
+            f"or more, or num_malicious_nodes={max(0, most)}"
         )
 
 

@@ -179,8 +179,9 @@ def settings():
 
 def honest(overrides: Sequence[str]) -> list[str]:
     """What some methods need of a cohort of three: it can bear no liar; where there are none, as many are at work."""
-    krum = {"method=krum", "strategy=krum", "strategy@strategy.server=krum"} & set(overrides)
-    found = [f"strategy.{'server.' if '@' in name else ''}num_malicious_nodes=0" for name in krum]
+    heads = ("method", "strategy", "strategy@strategy.server")
+    liars = {f"{head}={name}" for head in heads for name in ("krum", "multikrum", "bulyan")} & set(overrides)
+    found = [f"strategy.{'server.' if '@' in name else ''}num_malicious_nodes=0" for name in liars]
     if {"method=fedbuff", "loop=buffer"} & set(overrides):
         found += ["loop.concurrency=${cohort}", "loop.buffer_size=2"]
     if {"method=fedasync", "strategy=fedasync"} & set(overrides):

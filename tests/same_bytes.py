@@ -33,7 +33,7 @@ def cases(methods: list[str]) -> dict[str, list[str]]:
         elif method in NARROW:
             found[method] = [*IMAGES, f"method={method}"]
         else:
-            liars = ["strategy.num_malicious_nodes=0"] if method == "krum" else []
+            liars = ["strategy.num_malicious_nodes=0"] if method in ("krum", "multikrum", "bulyan") else []
             norm = ["model.norm=batch"] if method == "fedbn" else []
             found[method] = [*SMALL, f"method={method}", *liars, *norm]
     for uplink in ("int8", "topk", "randomk", "sparse_mask"):

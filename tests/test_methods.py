@@ -94,6 +94,7 @@ WHOLE = {
 # What a method wants of a model and the tiny one has not.
 NEEDS = {
     "method=fedbn": ["model.norm=layer"],
+    **{f"{group}=bulyan": ["strategy.num_malicious_nodes=0"] for group in ("method", "strategy")},
     "method=fedbuff": ["loop.concurrency=${cohort}", "loop.buffer_size=${cohort}"],
     "method=fedasync": ["loop.concurrency=${cohort}"],
     "strategy=fedasync": ["loop=buffer", "loop.concurrency=${cohort}", "loop.buffer_size=1"],

@@ -58,6 +58,7 @@ IMAGES = ("workload.input_shape=[1,28,28]",)
 NEEDED = {
     "model": IMAGES,
     "model=mlp": (),
+    "attack=backdoor": IMAGES,
     "model=bcresnet": ("workload.input_shape=[1,40,7]",),
     "model=bcresnet_asc": ("workload.input_shape=[1,32,7]",),
     "stream": (*IMAGES, "rounds=4", "stream.tasks=2", "partition=iid"),

@@ -67,7 +67,7 @@ class InSlots:
 
     def __init__(self, worker: Worker, slots: Sequence[Slot], stay: bool):
         self.worker, self.stay = worker, stay
-        self.slots = slots if can_wait(worker.trainer) and not worker.keeps_or_packs else slots[:1]
+        self.slots = slots if can_wait(worker.trainer) and not worker.keeps_or_changes else slots[:1]
 
     def answers(self, tasks: Iterable[ClientTask]) -> Iterator[ClientAnswer]:
         """Yields the answer of each client, in order."""

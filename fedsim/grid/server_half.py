@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from devices.cost import LatencyModel
 from fedsim.messages.records import NUM_EXAMPLES
-from fedsim.workloads.base import Tensors, Workload
+from fedsim.workloads.base import Examples, Tensors, Workload
 
 if TYPE_CHECKING:
     from fedsim.grid.edge import EdgeGrid
@@ -49,6 +49,7 @@ class ServerModel:
         loss: returns the mean loss of a network on a batch.
         inputs: returns of a batch what a network is fed with.
         num_outputs: size of the network's output; the number of classes where it tells classes apart.
+        root: returns so many labelled examples that the server has collected itself: none of its test set.
     """
 
     build_model: Callable[..., nn.Module]
@@ -57,12 +58,13 @@ class ServerModel:
     loss: Callable[[nn.Module, Tensors], Tensor]
     inputs: Callable[[Tensors], tuple[Tensor, ...]]
     num_outputs: int
+    root: Callable[[int], Examples]
 
     @classmethod
     def of(cls, workload: Workload) -> ServerModel:
         """Takes from a workload what is the server's."""
         w = workload
-        return cls(w.build_model, w.sample, w.sample_on, w.loss, w.inputs, w.num_outputs)
+        return cls(w.build_model, w.sample, w.sample_on, w.loss, w.inputs, w.num_outputs, w.root_examples)
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from fedsim.settings.forms import (
 )
 from fedsim.settings.moved import updated
 from fedsim.workloads.by_class import ECE, MACRO_F1
-from fedsim.workloads.metrics import DELTA, EPSILON, PRIMARY, Metric
+from fedsim.workloads.metrics import ATTACK_SUCCESS, DELTA, EPSILON, PRIMARY, Metric
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -74,7 +74,7 @@ FIGURES: Forms = {
         Form("a list of lists of whole numbers", lambda v: isinstance(v, list) and all(map(INTEGERS.fits, v)))
     ),
 }
-BY_CLASS = dict.fromkeys((MACRO_F1, ECE), optional(NUMBER))
+BY_CLASS = dict.fromkeys((MACRO_F1, ECE, ATTACK_SUCCESS), optional(NUMBER))
 CLASS = {"name": TEXT, "examples": WHOLE, "accuracy": FIGURE, "f1": FIGURE}
 BIN = {"predictions": WHOLE, "accuracy": optional(NUMBER), "confidence": optional(NUMBER)}
 MATRIX = Form(

@@ -47,6 +47,7 @@ from fedsim.report.page_tables import (
 )
 from fedsim.report.place import CLIENTS, CONFIG, CONFUSION, PAGE, ROUNDS, SPLIT, SUMMARY
 from fedsim.report.plots.on_page import (
+    attack_curve,
     confusion_map,
     histogram,
     loss_curve,
@@ -62,11 +63,11 @@ from fedsim.report.plots.on_page import (
 from fedsim.report.repeat import commands
 from fedsim.report.rounds import RoundReport, read_rounds, running_costs
 from fedsim.report.split import primary_of, read_split
-from fedsim.report.text import asynchrony_line, late_note
+from fedsim.report.text import OF_VICTIMS, asynchrony_line, late_note
 from fedsim.workloads.by_class import CALIBRATION, CLASSES, ECE, MACRO_F1
 from fedsim.workloads.by_class import CONFUSION as CONFUSED
 from fedsim.workloads.describe import Split
-from fedsim.workloads.metrics import ACCURACY, MICROPHONES, Metric, judged, took_part
+from fedsim.workloads.metrics import ACCURACY, ATTACK_SUCCESS, MICROPHONES, Metric, judged, took_part
 from fedsim.workloads.metrics import CLIENTS as OF_CLIENTS
 
 OF_AN_EXCHANGE = (
@@ -77,6 +78,10 @@ WHO_CLOSED = "Stragglers are the clients that were most often the last of a roun
 OF_FAIRNESS = (
     "The last score of each client that judged a model, its own where the method has one, on its own held-out "
     "examples; worst tenth is the mean of the lowest tenth of the clients."
+)
+OF_ATTACKS = (
+    "The share of test examples that the global model tells as the attacker's target: those of other classes with the "
+    "patch on them, or those of the flipped class."
 )
 OF_MICROPHONES = (
     "The last model that was judged, on the test set as each kind of microphone hears it. They are simulated: drawn, "
@@ -287,6 +292,8 @@ def _figures(told: Told) -> list[tuple[str, str, str]]:
     if spent_privacy := summary.get("privacy"):
         at = f"at delta {spent_privacy['delta']:.2g}, for a client in every round"
         found.append(("epsilon", f"{spent_privacy['epsilon']:.3g}", at))
+    if (success := summary["final"].get(ATTACK_SUCCESS)) is not None:
+        found.append(("attack success", ACCURACY.with_unit(success), OF_VICTIMS))
     if summary["storage_bytes"]:
         found.append(("storage", size(summary["storage_bytes"]), "kept on a device between rounds, at most"))
     if target := summary["to_target"]:
@@ -320,6 +327,8 @@ def _parts(told: Told) -> Iterator[Part]:
         yield Part("Tasks", [tasks, *([task_map(matrix)] if matrix else [])])
     elif own := read_pictures(told.folder):
         yield Part("Pictures", [_png(picture) for picture in own])
+    if (attacked := attack_curve(told.rounds)) is not None:
+        yield Part("How far the attack came", [attacked], (), OF_ATTACKS)
     yield from _by_class(told.summary)
     if heard := told.summary.get(MICROPHONES):
         table = microphones_table(heard, told.summary.get("compression", ()))

@@ -15,10 +15,11 @@ from fedsim.report.rounds import RoundReport
 from fedsim.report.terminal import table
 from fedsim.settings.catalogue import WorkloadRow
 from fedsim.workloads.describe import ClientRow
-from fedsim.workloads.metrics import ACCURACY, CLIENTS, Metric, judged
+from fedsim.workloads.metrics import ACCURACY, ATTACK_SUCCESS, CLIENTS, Metric, judged
 
 TABLE_ROWS = 10
 NO_VALUE = "not finite"
+OF_VICTIMS = "of the test's victims, told as the target"
 BY_CLASS = "examples of each class"
 
 
@@ -65,7 +66,7 @@ def closing_lines(summary: dict[str, Any], folder: Path, reports: Sequence[Round
     judged_own = [r.metrics[CLIENTS + primary.name] for r in reports if CLIENTS + primary.name in r.metrics]
     traffic = summary["down_bytes"] + summary["up_bytes"]
     counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in summary["outcomes"].items() if count)
-    clients = summary["clients"]
+    clients, success = summary["clients"], summary["final"].get(ATTACK_SUCCESS)
     lines = [
         f"{summary['method']} on {summary['workload']}, fleet {summary['fleet']}: "
         f"test {name} {final_score(summary)} after {summary['rounds']} round{'' if summary['rounds'] == 1 else 's'}",
@@ -74,6 +75,7 @@ def closing_lines(summary: dict[str, Any], folder: Path, reports: Sequence[Round
             for value in judged_own[-1:]
         ),
         *([privacy_line(summary["privacy"])] if "privacy" in summary else []),
+        *([f"attack success: {ACCURACY.with_unit(success)} {OF_VICTIMS}"] if success is not None else []),
         f"cost: {simulated(summary['simulated_s'])} of simulated time, {energy(summary['energy_j']['total'])}, "
         f"{size(traffic)} of traffic, peak memory {size(summary['peak_memory_bytes'])}",
         f"clients: {counts}; the busiest spent {energy(summary['energy_j']['max_client'])}",

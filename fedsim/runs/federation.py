@@ -16,6 +16,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.app.exception import AppExitException
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 
+from fedsim.attacks.colluding import with_colluders
 from fedsim.engines.base import Engine
 from fedsim.errors import ConfigError, NotFiniteError, RunError
 from fedsim.exchanges.slices import model_cost
@@ -81,6 +82,8 @@ class Federation:
         uplink = instantiate(settings.groups, "uplink")
         if isinstance(uplink, SecureAggregation):
             self.server.check_masked()
+        self.attack = world.attack
+        self.malicious = self.attack.clients(world.workload.num_clients, self.seed)
         check_plan(
             instantiate(settings.groups, "compression"),
             self.model,
@@ -88,7 +91,7 @@ class Federation:
             world.fleet,
         )
         self.grid = EdgeGrid(
-            engine,
+            with_colluders(engine, world, self.roles.trained - self.roles.private, self.loop.is_buffered),
             world.fleet,
             world.latency,
             world.config_json,
@@ -259,7 +262,19 @@ class Federation:
 
     def means(self, phase: str) -> dict[str, float]:
         """Returns the mean of each metric over the clients of this round whose replies were accepted: see `metrics`."""
-        return figures.means(c for c in self.grid.reports if c.phase == phase and c.outcome == "completed")
+        completed = [c for c in self.grid.reports if c.phase == phase and c.outcome == "completed"]
+        return figures.means(self.marked(completed))
+
+    def marked(self, reports: Sequence[ClientReport]) -> list[ClientReport]:
+        """Returns reports with who is malicious among those that trained: the run knows, and no strategy."""
+        if not self.malicious:
+            return list(reports)
+        return [
+            replace(r, metrics={**r.metrics, figures.MALICIOUS: float(r.client in self.malicious)})
+            if r.phase == "train"
+            else r
+            for r in reports
+        ]
 
     def with_means(self, phase: str, metrics: MetricRecord | None) -> dict[str, float]:
         """Returns the means of the clients' metrics, and those that the strategy adds.
@@ -342,7 +357,8 @@ class Federation:
         """
         self.model.load_state_dict(tensors_of(self.arrays))
         try:
-            return self.world.workload.judge(self.model, number)
+            workload = self.world.workload
+            return workload.judge(self.model, number) | self.attack.judged(workload, self.model)
         except NotFiniteError:
             what = "the global model's output on the test examples is NaN or infinite"
             if number == 0:
@@ -404,7 +420,7 @@ class Federation:
         self, number: int, start_s: float, metrics: dict[str, float], started: float
     ) -> tuple[RoundReport, list[ClientReport]]:
         """Returns what happened since the last report: the round, and each client in it."""
-        clients, now_s = self.grid.take_reports(), self.grid.clock.now_s
+        clients, now_s = self.marked(self.grid.take_reports()), self.grid.clock.now_s
         return RoundReport.of(number, now_s, now_s - start_s, clients, metrics, time.perf_counter() - started), clients
 
 

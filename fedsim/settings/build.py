@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from devices.cost import LatencyModel
     from devices.fleet import Fleet
+    from fedsim.attacks.base import Attack
     from fedsim.workloads.base import ModelFactory, Workload
 
 CLIENT_BYTES = 64  # that a client of a fleet takes while it is drawn
@@ -64,6 +65,7 @@ class World:
     workload: Workload
     fleet: Fleet
     latency: LatencyModel
+    attack: Attack
 
 
 @lru_cache(maxsize=WORLD_CACHE_SIZE)
@@ -90,7 +92,9 @@ def build_world(config_json: str) -> World:
     trainer.check_hooks()
     _check_kind(settings, workload, trainer.needs_classes)
     _check_shared(settings, trainer.shares_beside_weights)
-    return World(config_json, settings, workload, fleet, instantiate(tree, "latency"))
+    attack: Attack = instantiate(tree, "attack")
+    attack.check(workload)
+    return World(config_json, settings, workload, fleet, instantiate(tree, "latency"), attack)
 
 
 def build_workload(tree: Settings) -> Workload:

@@ -26,6 +26,7 @@ KINDS = {
     "trainer": "clients.trainers.base:LocalTrainer",
     "participants": "fedsim.grid.participants:Participants",
     "loop": "fedsim.grid.loops:Loop",
+    "attack": "fedsim.attacks.base:Attack",
     "engine": "fedsim.engines.base:Engine",
 }
 FACTORIES = ("model", "stream")  # groups that are called later, with more arguments

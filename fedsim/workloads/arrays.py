@@ -340,6 +340,16 @@ class ArrayWorkload(ClassificationWorkload):
         kind = "" if self.heard is None else self.heard.kind_of(client_id)
         return replace(data, train=self.changed.again(raw, data.train, self._prepare_of(client_id), draw, kind))
 
+    def root_examples(self, count: int) -> Examples:
+        """Returns examples of the training part, drawn whoever owns them: clients keep theirs."""
+        there = len(self.train_tensors["y"])
+        rows = generator(self.seed, "root", "examples").permutation(there)[:count]
+        return Examples(self.train_tensors, torch.from_numpy(rows), self.prepare).materialise()
+
+    def pixel(self, grey: float) -> Tensor:
+        """Returns a pixel of images of this value, as the network is fed."""
+        return self.prepare.fed(super().pixel(grey)[None])[0]
+
     @property
     def device_reads(self) -> Mapping[str, str]:
         """Returns the microphones, where devices have some."""

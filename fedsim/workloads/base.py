@@ -288,6 +288,23 @@ class Workload(Checked, ABC, group="workload", error=ConfigError):
         """
         return data
 
+    def pixel(self, grey: float) -> Tensor:
+        """Returns a pixel of this value, 0 black and 1 white, as the network is fed, [channels, 1, 1]."""
+        return torch.full((self.input_shape[0], 1, 1), grey)
+
+    def root_examples(self, count: int) -> Examples:
+        """Returns labelled examples that the server has collected itself before the run, prepared.
+
+        They come from where the clients' training examples come from, and none of them judges a model.
+
+        Raises:
+            ConfigError: if nobody can say what a server would have.
+        """
+        raise ConfigError(
+            f"workload {self.name} has no examples for the server beside those that judge models; take another "
+            "strategy, or a workload such as digits without a stream"
+        )
+
     # --- devices -----------------------------------------------------------------------------------------------------
 
     @property

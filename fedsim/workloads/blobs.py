@@ -98,6 +98,12 @@ class Blobs(ClassificationWorkload):
             Examples({key: t[held:] for key, t in drawn.items()}), Examples({key: t[:held] for key, t in drawn.items()})
         )
 
+    def root_examples(self, count: int) -> Examples:
+        """Returns fresh examples of equally likely classes."""
+        check_fits(f"strategy.root_examples={count}", 12.0 * count * self._centres.shape[1])
+        rng = generator(self.seed, "blobs", "root")
+        return self._draw(rng.integers(self.num_classes, size=count), rng)
+
     def _directions(self, rng: np.random.Generator) -> np.ndarray:
         """Draws the direction of each class, [classes, features]; images get patches that convolutions see."""
         if self.kind != "image":

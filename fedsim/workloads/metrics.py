@@ -18,6 +18,8 @@ LOSS = "loss"
 MICROPHONES = "microphones"  # in a summary: accuracy and loss on what each kind of them hears
 CLIENTS = "client_"  # before the name of a metric: its mean over clients that judged, of the model that each uses
 EPSILON, DELTA = "epsilon", "delta"  # of differential privacy: what all rounds up to this one have spent
+ATTACK_SUCCESS = "attack_success"  # share of the test's victims that are told as the attacker wants
+MALICIOUS = "malicious"  # 1 in the rows of clients that are, 0 in those of others
 NOT_FINITE = "not_finite"  # in place of all, 1: the output of the judged model is NaN or infinite
 BY_EXAMPLES, BY_CLIENTS = "examples", "clients"
 # How what clients report becomes one number of the round: weighted by their examples, as what is itself a mean over
@@ -32,7 +34,8 @@ AVERAGED: Mapping[str, str] = {
     **dict.fromkeys(("latency_ms", "flops", "keep_ratio", "sparsity"), BY_CLIENTS),
     **dict.fromkeys(("dense_bytes", "nonzero_bytes", "wire_bytes", "mean_bits"), BY_CLIENTS),
     **dict.fromkeys(("memory_examples", "pool_pairs", "data_version", "oracle"), BY_CLIENTS),
-    **dict.fromkeys(("mixing", "cluster", "staleness", "paused_s", "clipped_rate"), BY_CLIENTS),
+    **dict.fromkeys(("mixing", "cluster", "staleness", "paused_s", "clipped_rate", MALICIOUS), BY_CLIENTS),
+    ATTACK_SUCCESS: BY_EXAMPLES,
 }
 
 
@@ -165,7 +168,7 @@ def final(reports: Sequence[RoundReport], primary: Metric = ACCURACY) -> dict[st
     """Returns primary metric and loss of the last evaluation, None where that was not finite, and what else it has."""
     last = judged(reports, primary)[-1].metrics if judged(reports, primary) else {}
     every = {key: last.get(key) for key in (primary.name, LOSS)}
-    return every | {key: last[key] for key in (MACRO_F1, ECE, worst_name(primary)) if key in last}
+    return every | {key: last[key] for key in (MACRO_F1, ECE, ATTACK_SUCCESS, worst_name(primary)) if key in last}
 
 
 def privacy(reports: Sequence[RoundReport]) -> dict[str, float]:

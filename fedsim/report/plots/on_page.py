@@ -33,7 +33,7 @@ from fedsim.report.plots.svg import (
 )
 from fedsim.report.rounds import RoundReport, running_costs
 from fedsim.workloads.describe import Split
-from fedsim.workloads.metrics import ACCURACY, CLIENTS, LOSS, Metric
+from fedsim.workloads.metrics import ACCURACY, ATTACK_SUCCESS, CLIENTS, LOSS, Metric
 
 BLUE, RED, GREEN, PURPLE, ORANGE, SKY = ON_PAGE
 PHASES = {"down": SKY, "compute": BLUE, "up": GREEN, "wait": FAINT}  # of an exchange; waiting for others comes last
@@ -85,6 +85,16 @@ def loss_curve(rounds: Sequence[RoundReport]) -> Markup | None:
     frame = Frame((0, max(rounds[-1].round, 1)), limits(y for line in lines for y in line.y), height=280)
     inside = [frame.y_axis("loss"), frame.x_axis("round", whole_ticks(*frame.x)), draw_lines(frame, lines)]
     return _with_legend(picture("loss over rounds", inside, frame.height), lines)
+
+
+def attack_curve(rounds: Sequence[RoundReport]) -> Markup | None:
+    """Draws how far an attack came over rounds, beside the accuracy; None where nobody attacks a class."""
+    if not any(ATTACK_SUCCESS in r.metrics for r in rounds):
+        return None
+    lines = _over_rounds(rounds, {ATTACK_SUCCESS: "attack success", ACCURACY.name: ACCURACY.title}, ACCURACY)
+    frame = Frame((0, max(rounds[-1].round, 1)), (0, 100), height=280)
+    inside = [frame.y_axis("attack success, %"), frame.x_axis("round", whole_ticks(*frame.x)), draw_lines(frame, lines)]
+    return _with_legend(picture("attack success over rounds", inside, frame.height), lines)
 
 
 def task_curves(rounds: Sequence[RoundReport]) -> Markup | None:
