@@ -1,8 +1,9 @@
 """What of a client's privacy is spent by noisy sums, by Renyi differential privacy.
 
-Sources: Mironov, "Renyi Differential Privacy", CSF 2017 (the Gaussian mechanism, composition); Canonne, Kamath and
-Steinke, "The Discrete Gaussian for Differential Privacy", NeurIPS 2020, proposition 12 (from it to epsilon and delta).
-Google's dp-accounting has the same bound on a coarser grid of orders; a test compares the two where it is installed.
+Sources, recalled: Mironov, "Renyi Differential Privacy", CSF 2017 (the Gaussian mechanism, composition); Canonne,
+Kamath and Steinke, "The Discrete Gaussian for Differential Privacy", NeurIPS 2020, proposition 12 (from it to epsilon
+and delta). Google's dp-accounting has the same bound on a coarser grid of orders; a test compares the two where it is
+installed.
 """
 
 from __future__ import annotations

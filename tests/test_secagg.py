@@ -101,13 +101,12 @@ def test_a_round_with_too_few_left_brings_nothing(threshold: float, lost: bool):
     assert all(client.work.up_bytes for client in made.clients)  # it was paid for
 
 
-@pytest.mark.parametrize("method", ["krum", "fedmedian", "qfedavg", "fedmix", "dp_fedavg", "heterofl", "scaffold"])
+@pytest.mark.parametrize("method", ["krum", "qfedavg", "fedmix", "dp_fedavg", "scaffold"])
 def test_strategies_that_look_at_single_updates_are_refused(method: str):
     with pytest.raises(ConfigError, match=r"uplink=secagg hides what single clients send, and \w+ looks at it"):
         federate(f"method={method}", MASKED)
 
 
-@pytest.mark.parametrize("method", ["fedavg", "dp_client_adaptive"])
-def test_masked_runs_are_the_same_in_every_way(settings, tmp_path: Path, method: str):
-    runs = every_way(settings(f"method={method}", MASKED, "uplink.neighbours=1", "rounds=3"), tmp_path)
+def test_masked_runs_of_clients_that_clip_are_the_same_in_every_way(settings, tmp_path: Path):
+    runs = every_way(settings("method=dp_client_adaptive", MASKED, "uplink.neighbours=1", "rounds=3"), tmp_path)
     assert all(rounds == runs["one"] for rounds in runs.values())

@@ -1,8 +1,11 @@
 """Clipping at the clients: what a server that asks for it, and every client, say to each other.
 
-Down, settings: `clipping_norm`, as Flower's mods call it, and `norm_bit`, where the server is to be told whether the
-client's update was longer. Up: that, one byte. The metric `clipped_rate` says the same of each client, as the
-simulator sees it.
+The metric `clipped_rate` of a client is 1 where its update was longer than the norm, as the simulator sees it.
+
+Records, beside the weights:
+
+clipping_norm, down: a number among the settings, named as by Flower's mods.
+norm_bit, with an adaptive norm: down, that it is asked for; up, whether the update was longer, one byte.
 """
 
 from __future__ import annotations

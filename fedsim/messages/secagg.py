@@ -2,8 +2,8 @@
 
 Source: Bell et al., "Secure Single-Server Aggregation with (Poly)Logarithmic Overhead", CCS 2020 (SecAgg+, recalled);
 with all others as neighbours, Bonawitz et al., "Practical Secure Aggregation for Privacy-Preserving Machine Learning",
-CCS 2017. A client makes two pairs of keys, gives each neighbour a share of one private key and of a seed, encrypted,
-sends its numbers as integers under a mask for each neighbour and one of its own, and at last a share of each
+CCS 2017 (recalled). A client makes two pairs of keys, gives each neighbour a share of one private key and of a seed,
+encrypted, sends its numbers as integers under a mask for each neighbour and one of its own, and at last a share of each
 neighbour's key or seed, so that the server can take the masks off. Sizes are those of the primitives in Flower
 (`flwr.common.secure_aggregation`: keys as PEM, Shamir's shares in chunks of 16 bytes, Fernet), whose workflow exists
 for its legacy API alone. The protocol is priced and not run: the sum is that of the floats.
