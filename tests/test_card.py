@@ -30,7 +30,7 @@ REHEARSE = ("agem", "coreset", "ewc", "gss", "lwf", "ocs", "reservoir")
 
 
 def method(name: str) -> list[str]:
-    few = ["cohort=5"] if name == "krum" else []
+    few = {"krum": ["cohort=5"], "multikrum": ["cohort=5"]}.get(name, [])
     return [f"method={name}", *NEEDS.get(f"method={name}", []), *(STREAM if name in REHEARSE else []), *few]
 
 
