@@ -52,6 +52,28 @@ def test_a_client_replays_to_the_same_numbers(two_rounds: Path):
         assert result.metrics["train_loss"] == json.loads(row["metrics"])["train_loss"]
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [("participants=least_often",), ("method=fedbuff", "loop.concurrency=2", "loop.buffer_size=3")],
+    ids=["rule", "buffer"],
+)
+def test_the_clients_that_a_rule_or_a_buffer_sent_out_replay_to_the_same_numbers(run, tmp_path: Path, overrides):
+    """A row of a buffer stands where its client arrived; it was sent out in an earlier round, by its staleness."""
+    run("rounds=4", "cohort=2", *overrides)
+    rows = pandas.concat(pandas.read_parquet(path) for path in sorted((tmp_path / "clients").iterdir()))
+    rows = rows[rows["phase"] == "train"]
+    metrics = rows["metrics"].map(json.loads)
+    rows["sent"] = rows["round"] - metrics.map(lambda of: int(of.get("staleness", 0)))
+    rows["loss"] = metrics.map(lambda of: of["train_loss"])
+    first = rows.drop_duplicates(["sent", "client"])
+    asked = first[first["sent"] == 2]
+    for row in asked.itertuples():
+        assert again(tmp_path, 2, row.client).metrics["train_loss"] == row.loss
+    (other, *_) = set(range(6)) - set(asked["client"])
+    with pytest.raises(ConfigError, match=f"client {other} was not asked in round 2"):
+        again(tmp_path, 2, other)
+
+
 def test_a_failed_client_replays_at_once_with_its_traceback(run, tmp_path: Path, monkeypatch):
     with pytest.raises(ClientError, match=r"client 0 \(reference\) failed in round 3 \(seed 1\): OSError") as caught:
         run("trainer._target_=test_replay.Remembering", "cohort=6", "rounds=5")

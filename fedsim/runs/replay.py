@@ -7,11 +7,12 @@ rounds before it again.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from flwr.app import ArrayRecord
+from flwr.app import ArrayRecord, Message
 
 from fedsim.engines.base import Engine
 from fedsim.errors import ConfigError
@@ -21,10 +22,43 @@ from fedsim.messages.updates import Instruction
 from fedsim.report.instructions import read_instruction
 from fedsim.runs.federation import Federation
 from fedsim.runs.recorded import data_of_run, settings_of_run
-from fedsim.settings.build import build_world
+from fedsim.settings.build import World, build_world
 from fedsim.settings.compose import on_engine
 from fedsim.settings.groups import Settings
 from fedsim.workloads.fingerprint import check_same
+
+
+class _ReachedError(Exception):
+    """Clients are about to be sent out, and nothing more is to be known."""
+
+
+class _Until(Federation):
+    """A federation that goes on until a client is sent out in a round, or nobody can be any more.
+
+    Args:
+        world: data, fleet and latency model.
+        engine: where clients run.
+        round: the one in which the client is looked for.
+        client: its id.
+
+    Attributes:
+        asked: what the clients of that round were sent.
+    """
+
+    def __init__(self, world: World, engine: Engine, round: int, client: int):
+        super().__init__(world, engine)
+        self.round, self.client = round, client
+        self.asked: dict[int, Instruction] = {}
+
+    def instructions(self, number: int, clients: Sequence[int] | None = None, repeat: int = 0) -> list[Message]:
+        """Returns what the strategy sends; ends the run with `_ReachedError`."""
+        messages = super().instructions(number, clients, repeat)
+        if number == self.round:
+            for message in messages:
+                self.asked.setdefault(message.metadata.dst_node_id, self.grid.instruction(message))
+            if self.client in self.asked or not self.loop.is_buffered:
+                raise _ReachedError
+        return messages
 
 
 @dataclass(frozen=True)
@@ -69,17 +103,17 @@ def instruction_of(
         return kept
     if not 1 <= round <= world.settings.rounds:
         raise ConfigError(f"--round must be in 1..{world.settings.rounds}, got {round}")
-    federation = Federation(world, engine)
-    for report, _ in federation.rounds():
-        watch(report.round)
-        if report.round == round - 1:
-            break
-    else:
-        raise ConfigError(f"the run ended in round {report.round}, before round {round}")
-    asked = {message.metadata.dst_node_id: message for message in federation.instructions(round)}
-    if client not in asked:
-        raise ConfigError(f"client {client} was not asked in round {round}; asked were {sorted(asked)}")
-    return federation.grid.instruction(asked[client])
+    federation = _Until(world, engine, round, client)
+    with suppress(_ReachedError):
+        for report, _ in federation.rounds():
+            if report.round == round:
+                break
+            watch(report.round)
+        else:
+            raise ConfigError(f"the run ended in round {report.round}, before round {round}")
+    if client not in federation.asked:
+        raise ConfigError(f"client {client} was not asked in round {round}; asked were {sorted(federation.asked)}")
+    return federation.asked[client]
 
 
 def replay(settings: Settings, engine: Engine, instruction: Instruction) -> Replayed:
