@@ -1,6 +1,7 @@
 """Which clients take part: each rule against a small fleet or numbers worked out by hand."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -173,10 +174,12 @@ def test_where_nobody_is_connected_time_passes(federation):
     assert [report.cohort for report in reports] == [(), (), ()]
 
 
-def test_a_rule_must_choose_among_the_free(federation):
+@pytest.mark.parametrize("returned", [[0, 0], [-1], [1.5], ["a"], None, 3, [0, 1, 2, 3]])
+def test_a_rule_must_choose_among_the_free(federation, returned):
     made = federation("participants=least_often")
-    made.participants.choose = lambda *_: [0, 0]
-    with pytest.raises(ConfigError, match=r"LeastOften.choose must return at most 3 .* each once, got \[0, 0\]"):
+    made.participants.choose = lambda *_: returned
+    sentence = f"LeastOften.choose must return at most 3 of the clients that are free, each once, got {returned!r}"
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
         list(made.rounds())
 
 

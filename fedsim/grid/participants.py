@@ -6,9 +6,11 @@ knows neither data nor who will go offline.
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from statistics import median
 from typing import Any, ClassVar
 
@@ -179,17 +181,23 @@ class Participants(Checked, ABC, group="participants", error=ConfigError):
         """Returns the clients that take part, in order; all of the free ones where there are no more than needed.
 
         Raises:
-            ConfigError: where the rule names a client twice, or one that is not free.
+            ConfigError: where the rule names a client twice, one that is not free, or what is no client.
         """
         if len(free) <= count:
             return sorted(free)
         again = (repeat,) if repeat else ()
         draw = generator(self.roster.seed, "participants", number, *again)
-        found = sorted(int(client) for client in self.choose(number, count, free, weights, draw))
-        if len(set(found)) < len(found) or not set(found) <= set(free) or len(found) > count:
+        returned = self.choose(number, count, free, weights, draw)
+        try:
+            found = sorted(map(operator.index, returned))
+            fits = len(found) == len(set(found) & set(free)) <= count
+        except TypeError:
+            fits = False
+        if not fits:
+            got = list(islice(returned, 20)) if isinstance(returned, Iterable) else returned
             raise ConfigError(
                 f"{type(self).__name__}.choose must return at most {count} of the clients that are free, each once, "
-                f"got {found[:20]}"
+                f"got {got!r}"
             )
         return found
 
