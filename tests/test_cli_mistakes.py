@@ -63,6 +63,13 @@ MISTAKES = {
     "rounds without an end": ("round_every_s=0", "round_every_s must be null or greater than 0, got 0"),
     "infinite deadline": ("deadline_s=inf", "deadline_s must be a finite number greater than 0 or null, got inf"),
     "cohort above population": ("cohort=1000", "cohort must be at most the 20 clients there are, got 1000"),
+    "buffer above population": (
+        "method=fedbuff loop.concurrency=50",
+        "loop.concurrency must be at most the 20 clients",
+    ),
+    "nobody at work": ("method=fedbuff loop.concurrency=0", "loop.concurrency must be at least 1, got 0"),
+    "no buffer in a sweep": ("-m method=fedbuff loop.buffer_size=5,0", "loop.buffer_size must be at least 1, got 0"),
+    "unknown rule setting in a sweep": ("-m participants=tifl participants.tiers=5,0", "tiers must be at least 1"),
     "judges above population": ("evaluate_clients=21", "evaluate_clients must be at most the 20 clients"),
     "asking too few": ("over_selection=0.5", "over_selection must be at least 1, got 0.5"),
     "unknown reaction": ("on_client_error=stopp", "on_client_error", "did you mean 'stop'?"),

@@ -27,7 +27,7 @@ from fedsim.settings.origins import is_the_users
 from fedsim.settings.own_networks import IN_FILE, TORCHVISION
 from fedsim.settings.parameters import check_parameters, takes
 from fedsim.settings.permissions import allow, real_path
-from fedsim.settings.run_settings import RunSettings
+from fedsim.settings.run_settings import RunSettings, cohort_key
 from fedsim.settings.trust import check_group, locate, source_file
 from fedsim.workloads.host_memory import check_fits, model_bytes
 
@@ -83,7 +83,7 @@ def build_world(config_json: str) -> World:
         workload.build_model()  # so that weights of another network are refused before a run begins
     fleet = instantiate(tree, "fleet", num_clients=workload.num_clients, seed=settings.seed)
     workload.record_with(fleet)
-    for key, number in (("cohort", settings.cohort), ("evaluate_clients", settings.evaluate_clients)):
+    for key, number in ((cohort_key(tree), settings.cohort), ("evaluate_clients", settings.evaluate_clients)):
         if number > workload.num_clients:
             raise ConfigError(f"{key} must be at most the {workload.num_clients} clients there are, got {number}")
     for group in ("compression", "uplink"):

@@ -81,7 +81,7 @@ def try_out(settings: Settings) -> None:
     """
     check_trusted(settings)
     model_factory(settings)
-    for group in ("partition", "latency", "compression", "uplink", "trainer"):
+    for group in ("partition", "latency", "compression", "uplink", "trainer", "participants", "loop"):
         instantiate(settings, group)
 
 

@@ -88,6 +88,12 @@ class EngineSettings:
     tf32: bool = False
 
 
+def cohort_key(tree: Settings) -> str:
+    """Returns the setting that says how many clients work at once: that of the loop where `cohort` follows it."""
+    loop = tree["loop"]
+    return "loop.concurrency" if "concurrency" in loop and loop["concurrency"] == tree["cohort"] else "cohort"
+
+
 def check_bounds(tree: Settings) -> None:
     """Checks the top of a tree, and of its engine, against the annotations above.
 
@@ -102,7 +108,7 @@ def check_bounds(tree: Settings) -> None:
                 if key in vars(kind):
                     continue
                 raise ConfigError(f"the setting {prefix}{key} is missing; a whole configuration has it")
-            if sentence := problem(f"{prefix}{key}", node[key], hint):
+            if sentence := problem(cohort_key(tree) if key == "cohort" else f"{prefix}{key}", node[key], hint):
                 raise ConfigError(sentence)
     together, slots = tree["engine"]["batch_clients"], tree["engine"].get("slots")
     if together > 1 and slots:
