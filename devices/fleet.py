@@ -133,8 +133,22 @@ class Fleet(Checked, group="fleet"):
         client, now_s, left_s = self._checked(client_id), start_s, work_s
         while (until_s := self.availability.online_until(client, now_s)) - now_s < left_s:
             left_s -= max(0.0, until_s - now_s)
-            now_s = self.availability.online_from(client, until_s)
+            now_s = self._back_at(client, until_s)
         return now_s + left_s
+
+    def _back_at(self, client: int, away_s: float) -> float:
+        """Returns when a client that goes offline is online again, where rounding puts that just before its spell, too.
+
+        Raises:
+            DeviceError: if the availability names a time at which the client is offline.
+        """
+        back_s = start_s = self.availability.online_from(client, away_s)
+        for power in range(24):
+            if self.availability.online(client, back_s):
+                return back_s
+            back_s = start_s + math.ulp(start_s) * 2**power
+        name = type(self.availability).__name__
+        raise DeviceError(f"{name}.online_from says {start_s:.6g} s for client {client}, which is offline then")
 
     def jitter(self, client_id: int, round: int, repeat: int = 0) -> Jitter:
         """Draws the lognormal factors on the client's seconds in one round: computing, receiving, sending.

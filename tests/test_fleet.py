@@ -3,6 +3,7 @@
 import math
 import pickle
 import re
+from functools import partial
 from pathlib import Path
 
 import hydra
@@ -145,6 +146,26 @@ def test_fleet_asks_its_availability():
 def test_client_out_of_range_is_named(ask: str, client: int):
     with pytest.raises(IndexError, match=re.escape(f"client_id must be in 0..9 (fleet 'f'), got {client}")):
         getattr(Fleet("f", PHONES, 10, seed=1), ask)(client)
+
+
+def test_paused_work_goes_on_where_rounding_puts_a_spell_before_its_start():
+    """Slot 43 of 0.1 s begins at 4.3 s, which lies in slot 42 by a division: (43 * 0.1) // 0.1 is 42."""
+    fleet = Fleet("f", PHONES, 50, seed=1, availability=partial(Bernoulli, p=0.5, slot_s=0.1))
+    for client in filter(lambda one: fleet.online(one, 0.0), range(50)):
+        end_s = fleet.end_of_work(client, 0.0, 5.0)
+        worked_s = 0.1 * sum(fleet.online(client, (slot + 0.5) * 0.1) for slot in range(round(end_s / 0.1)))
+        assert worked_s == pytest.approx(5.0, abs=0.11)
+
+
+def test_an_availability_that_is_wrong_about_itself_is_named():
+    class Lying(Bernoulli):
+        def online_from(self, client_id: int, now_s: float) -> float:
+            return now_s
+
+    fleet = Fleet("f", PHONES, 50, seed=1, availability=partial(Lying, p=0.5, slot_s=0.1))
+    client = next(filter(lambda one: fleet.online(one, 0.0), range(50)))
+    with pytest.raises(DeviceError, match=rf"Lying.online_from says .* s for client {client}, which is offline then"):
+        fleet.end_of_work(client, 0.0, 5.0)
 
 
 def test_online_of_a_client_out_of_range_is_refused():
