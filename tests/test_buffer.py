@@ -17,6 +17,8 @@ from fedsim.grid.edge import TOO_LATE, EdgeGrid
 from fedsim.grid.exchange import Exchange
 from fedsim.grid.loops import TOO_STALE, BufferLoop
 from fedsim.messages.cohort import ClientAnswer, ClientTask
+from fedsim.report.repeat import command_of
+from fedsim.settings.compose import compose
 
 
 def instruct(number: int, clients: Sequence[int] | None, repeat: int) -> list[Message]:
@@ -167,3 +169,8 @@ def test_stale_replies_count_for_less():
     assert weights["constant"] == [1, 1, 1]
     assert weights["polynomial"] == [1, 0.5, pytest.approx(8**-0.5)]
     assert weights["hinge"] == [1, 1, pytest.approx(0.4)]
+
+
+def test_the_command_that_repeats_a_run_names_who_is_at_work_once():
+    command = command_of(compose(["method=fedbuff", "loop.concurrency=7"]))
+    assert command == "fedsim run method=fedbuff loop.concurrency=7"

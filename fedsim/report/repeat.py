@@ -14,6 +14,7 @@ from fedsim.report.place import BY_ROUNDS, CHECKPOINT
 from fedsim.settings.compose import completed, compose
 from fedsim.settings.groups import GROUPS, NEEDED, PRIMARY, Settings, config_dir, options, preset
 from fedsim.settings.hydra_text import as_hydra
+from fedsim.settings.run_settings import cohort_key
 
 MOST = 40  # settings in a command; more are read from the run's own file
 ASIDE = ("out", "choices")  # not repeated
@@ -58,6 +59,8 @@ def command_of(settings: Settings) -> str:
         if any(name not in options(group) for group, name in groups.items()):
             return ""
         usual = compose([f"{group}={name}" for group, name in groups.items()])
+        if cohort_key(settings) != "cohort":
+            usual["cohort"] = settings["cohort"]  # it follows
         others = [*_changed(settings, usual)]
     except (ConfigError, FileError, KeyError, TypeError, AttributeError):  # of code or configs that are not here
         return ""
