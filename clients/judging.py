@@ -27,12 +27,17 @@ class Judge:
     """
 
     def __init__(self, world: World, compression: CompressionPlan, trainer: LocalTrainer, personal: bool):
-        self.world, self.compression, self.trainer, self.personal = world, compression, trainer, personal
+        self.world, self.compression, self.trainer = world, compression, trainer
+        self.personal = personal or type(trainer).personalise is not LocalTrainer.personalise
         self._networks: dict[Recipe, ModelCost] = {}  # what devices run, where that is not all of the model
         self._pruned: tuple[object, dict[Recipe, Pruned]] = (None, {})
 
     def metrics(self, client: ClientContext, task: Broadcast) -> dict[str, float]:
         """Metrics on the client's held-out part; its device pays for the passes."""
+        own = self.trainer.personalise(client, task) if len(client.data.test) else {}
+        return {**self._metrics(client, task), **own}
+
+    def _metrics(self, client: ClientContext, task: Broadcast) -> dict[str, float]:
         if not self.compression.active or not len(client.data.test):
             metrics = self.trainer.evaluate(client, task)
             prices: dict[str, float] = {}

@@ -5,7 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
+from hydra.utils import get_class
 
+from clients.trainers.base import LocalTrainer
 from devices.compression.plan import CompressionPlan, Recipe
 from devices.cost import ModelCost
 from devices.errors import DeviceError
@@ -17,7 +19,8 @@ from fedsim.messages.records import tensors_of
 from fedsim.models.lenet import LeNet5
 from fedsim.models.mlp import MLP
 from fedsim.runs.deployment import calibration
-from fedsim.workloads.base import Examples
+from fedsim.settings.groups import options, preset, target_of
+from fedsim.workloads.base import Examples, Workload
 from fedsim.workloads.blobs import Blobs
 
 LENET = ("model=lenet5", "workload.input_shape=[1,12,12]", "latency=structured")
@@ -251,3 +254,33 @@ def test_a_network_that_cannot_be_narrowed_is_refused_before_the_run(settings):
 def test_networks_of_the_devices_own_are_not_compressed_again(federation):
     with pytest.raises(ConfigError, match="a network of its own already; set compression=none"):
         list(federation("method=heterofl", "compression=prune").rounds())
+
+
+def personalises(method: str) -> bool:
+    """Whether clients judge a model that they make of the one that they receive."""
+    trainer = get_class(target_of("trainer", preset(method).get("trainer", "sgd")))
+    return trainer.personalise is not LocalTrainer.personalise
+
+
+@pytest.mark.parametrize("method", sorted(method for method in options("method") if personalises(method)))
+def test_what_is_compressed_is_the_clients_own_model(federation, monkeypatch, method: str):
+    """What is judged without compression is what is pruned and quantised with it, to the bit."""
+    own = (f"method={method}", "evaluate_clients=6", "cohort=6", "rounds=2", "workload.client_test_fraction=0.25")
+
+    def judged(model) -> bytes:
+        return b"".join(t.numpy().tobytes() for t in model.state_dict().values())
+
+    plain, compressed = [], []
+    evaluate, prune = Workload.evaluate, CompressionPlan.prune
+
+    def noted(workload, model, data):
+        plain.extend([judged(model)] * (len(data) != len(workload.test)))  # the server's is not a client's
+        return evaluate(workload, model, data)
+
+    monkeypatch.setattr(Workload, "evaluate", noted)
+    list(federation(*own).rounds())
+    monkeypatch.setattr(Workload, "evaluate", evaluate)
+    monkeypatch.setattr(CompressionPlan, "prune", lambda p, m, *a: compressed.append(judged(m)) or prune(p, m, *a))
+    list(federation(*own, "compression=quantise").rounds())
+    assert compressed == plain
+    assert len(compressed) == 2 * 6

@@ -319,6 +319,14 @@ class LocalTrainer(Checked, group="trainer", error=ConfigError):
         """Returns whether a client with so many examples trains on a batch of one; False where that is not known."""
         return False
 
+    def personalise(self, client: ClientContext, broadcast: Broadcast) -> dict[str, float]:
+        """Makes the received model the client's own, before it is compressed and judged; returns metrics of that.
+
+        What changes `client.weights` belongs here: `evaluate` may be given a compressed copy of the model. Not called
+        for a client without held-out examples.
+        """
+        return {}
+
     def evaluate(self, client: ClientContext, broadcast: Broadcast) -> dict[str, float]:
         """Judges the client's model on its own held-out part, here as it is; returns no metrics when it has none."""
         data = client.data.test

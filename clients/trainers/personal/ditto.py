@@ -86,10 +86,10 @@ class DittoTrainer(FedProxTrainer):
         """Returns the client's own model; the initial one where it has never trained."""
         return client.state.restored(PERSONAL, self.initial)
 
-    def evaluate(self, client: ClientContext, broadcast: Broadcast) -> dict[str, float]:
-        """Returns metrics of the personal model."""
+    def personalise(self, client: ClientContext, broadcast: Broadcast) -> dict[str, float]:
+        """Loads the personal model."""
         _load(client, self.personal_model(client))
-        return super().evaluate(client, broadcast)
+        return {}
 
 
 @torch.no_grad()

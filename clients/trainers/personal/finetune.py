@@ -26,14 +26,14 @@ class FineTuneTrainer(SGDTrainer):
         super().__init__(**sgd)
         self.tune_epochs = tune_epochs
 
-    def evaluate(self, client: ClientContext, broadcast: Broadcast) -> dict[str, float]:
-        """Fine-tunes, then judges; both are paid for. A client without held-out examples does neither."""
-        if len(client.data.test) and self.tune_epochs:
+    def personalise(self, client: ClientContext, broadcast: Broadcast) -> dict[str, float]:
+        """Fine-tunes the received model, and pays for it."""
+        if self.tune_epochs:
             run = self.start(client, broadcast)
             run.reserve()
             client.model.train()
             run.train(self.shuffled(client, "tune-batches", self.tune_epochs))
-        return super().evaluate(client, broadcast)
+        return {}
 
 
 class TuneOnlyTrainer(FineTuneTrainer):

@@ -64,12 +64,9 @@ class IFCATrainer(SGDTrainer):
         put(client, models[best])
         return best
 
-    def evaluate(self, client: ClientContext, broadcast: Broadcast) -> dict[str, float]:
-        """Chooses, then judges; both are paid for. A client without held-out examples does neither."""
-        if not len(client.data.test):
-            return {}
-        cluster = self.choose(client, broadcast)
-        return {**super().evaluate(client, broadcast), CLUSTER: cluster}
+    def personalise(self, client: ClientContext, broadcast: Broadcast) -> dict[str, float]:
+        """Chooses a model, and pays for it; says which."""
+        return {CLUSTER: self.choose(client, broadcast)}
 
 
 @torch.no_grad()

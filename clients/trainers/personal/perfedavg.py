@@ -114,8 +114,8 @@ class PerFedAvgTrainer(SGDTrainer):
         inner, curvature = ("inner-batches",), ("curvature-batches",)
         self.draws = () if inner_lr == 0 else inner if form == FIRST_ORDER else inner + curvature
 
-    def evaluate(self, client: ClientContext, broadcast: Broadcast) -> dict[str, float]:
-        """Adapts, then judges; both are paid for. A client without held-out examples does neither."""
-        if len(client.data.test) and self.inner_lr and self.adapt_steps:
+    def personalise(self, client: ClientContext, broadcast: Broadcast) -> dict[str, float]:
+        """Adapts the received model, and pays for it."""
+        if self.inner_lr and self.adapt_steps:
             PerFedAvgRun(self, client, broadcast).adapt()
-        return super().evaluate(client, broadcast)
+        return {}

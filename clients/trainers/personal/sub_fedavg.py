@@ -149,12 +149,11 @@ class SubFedAvgTrainer(SGDTrainer):
             fewer[name] = mask.flatten().index_fill(0, smallest, False).view_as(mask)
         return fewer
 
-    def evaluate(self, client: ClientContext, broadcast: Broadcast) -> dict[str, float]:
-        """Returns metrics of the client's own part of the network; all of it where the client never trained."""
+    def personalise(self, client: ClientContext, broadcast: Broadcast) -> dict[str, float]:
+        """Cuts out the client's own part of the network; all of it where the client never trained."""
         masks = self.masks_of(client)
         apply(masks, client.weights)
-        metrics = super().evaluate(client, broadcast)
-        return {**metrics, "keep_ratio": alive(masks)} if metrics else {}
+        return {"keep_ratio": alive(masks)}
 
     def split(self, client: ClientContext) -> tuple[ClientContext, Examples]:
         """Splits the client's examples into those it trains on and those that decide; the same in every round."""
