@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import honest
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Krum
@@ -127,7 +128,7 @@ def test_statistics_and_counters_are_averaged_whatever_the_strategy(strategy: st
             after_a_round(f"strategy={strategy}")
         return
     bears_none = ["strategy.num_malicious_nodes=0"] if strategy == "bulyan" else []  # of five
-    federation = after_a_round(f"strategy={strategy}", *bears_none)
+    federation = after_a_round(f"strategy={strategy}", *bears_none, *honest([f"strategy={strategy}"]))
     assert [(n, a.dtype, a.shape) for n, a in federation.arrays.items()] == [
         (n, a.dtype, a.shape) for n, a in averaged.arrays.items()
     ]

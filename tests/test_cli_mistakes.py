@@ -31,7 +31,7 @@ MISTAKES = {
     "setting two levels below a group": ("availability.hours=3", "did you mean 'fleet.availability'?"),
     "setting of an option that was not chosen": (
         "alpha=0.1",
-        "did you mean 'workload.alpha' (with workload=blobs) or 'partition.alpha' (with partition=dirichlet)?",
+        "did you mean 'workload.alpha' (with workload=blobs) or 'partition.alpha' (with partition=dirichlet)",
     ),
     "setting of the other engine": ("engine.workers=2", "unknown setting 'engine.workers'; it goes with engine=ray"),
     "setting of some trainers": ("memory_siz=5", "'trainer.memory_size' (with trainer=agem, trainer=coreset, "),

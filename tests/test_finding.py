@@ -17,7 +17,7 @@ from fedsim.settings.compose import _composed, compose
 from fedsim.settings.config_files import check_before_hydra
 from fedsim.settings.described import PRESETS, Setting, all_chosen, describe, settings_of_top
 from fedsim.settings.docstrings import _tree
-from fedsim.settings.groups import GROUPS, options
+from fedsim.settings.groups import GROUPS, options, preset
 
 pytestmark = pytest.mark.usefixtures("place")
 WITH_SETTINGS = [group for group in GROUPS if group not in PRESETS]
@@ -41,7 +41,8 @@ def test_what_is_explained_of_a_method_is_what_it_takes(method: str):
     halves = {half["half"]: half["name"] for half in said["halves"]}
     assert halves == {group: composed["choices"][group] for group in ("strategy", "trainer")}
     keys = {setting["key"] for setting in said["settings"]}
-    own = {f"{group}.{key}" for group in halves for key in composed[group] if not key.startswith("_")}
+    groups = [*halves, *preset(method).keys() & {"loop", "participants"}]
+    own = {f"{group}.{key}" for group in groups for key in composed[group] if not key.startswith("_")}
     assert {".".join(key.split(".")[:2]) for key in keys - {"private"}} == own
     assert ("private" in keys) == bool(composed["private"])
     assert [setting["key"] for setting in said["settings"] if not setting["meaning"]] == []
@@ -176,7 +177,7 @@ def test_options_of_a_plug_in_are_listed_and_explained(
 @pytest.mark.parametrize(
     "docstring, sent",
     [
-        ("", "what else is not said: no line `Records:` in the docstring of mine.Scaffold"),
+        ("", "what else is not said: no line `Records:` in the docstring of mine.Drifting"),
         ("Corrects drift.\n\nRecords: none.", "the weights, both ways; nothing else"),
         ("Corrects drift.\n\nRecords: control, both ways.", "beside them:\ncontrol, both ways."),
     ],
@@ -190,12 +191,12 @@ def test_what_an_own_strategy_sends_is_said_only_where_its_docstring_says_it(
     heads = ("", docstring) if of_class else (docstring, "")
     module, own = (f'"""{text}"""' if text else "" for text in heads)
     Path("mine.py").write_text(
-        f"{module}\nfrom strategies.edge import EdgeStrategy\n\nclass Scaffold(EdgeStrategy):\n    {own or 'pass'}\n"
+        f"{module}\nfrom strategies.edge import EdgeStrategy\n\nclass Drifting(EdgeStrategy):\n    {own or 'pass'}\n"
     )
     Path("configs/strategy").mkdir(parents=True)
-    Path("configs/strategy/scaffold.yaml").write_text("_target_: mine.Scaffold\n")
-    assert sent in facts("strategy", "scaffold")["sends"]
-    assert fedsim("explain", "strategy", "scaffold").out.splitlines()[0].rstrip() in (
-        "strategy scaffold",
-        "strategy scaffold: Corrects drift.",
+    Path("configs/strategy/drifting.yaml").write_text("_target_: mine.Drifting\n")
+    assert sent in facts("strategy", "drifting")["sends"]
+    assert fedsim("explain", "strategy", "drifting").out.splitlines()[0].rstrip() in (
+        "strategy drifting",
+        "strategy drifting: Corrects drift.",
     )

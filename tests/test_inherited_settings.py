@@ -20,6 +20,7 @@ from test_methods import chosen, taken
 from clients.app import serve
 from fedsim.engines.local import LocalEngine
 from fedsim.errors import ConfigError
+from fedsim.messages.records import record_of
 from fedsim.report.rounds import weights_sha256
 from fedsim.runs.federation import Federation
 from fedsim.settings.build import build_world
@@ -94,13 +95,16 @@ def base(trainer: str) -> str:
 
 
 def outcome(trainer: str, changed: dict[str, Any]) -> str:
-    """Hash of the weights after a run with these settings of the trainer."""
+    """Hash of the weights after a run with these settings of the trainer, private ones among them."""
     settings = json.loads(base(trainer))
     settings["trainer"] |= SMALL | OWN.get(trainer, {}) | changed
     run = Federation(build_world(json.dumps(settings)), LocalEngine(serve))
     for _ in run.rounds():
         pass
-    return weights_sha256(run.arrays)
+    private = {
+        f"{c}.{n}": t for c, kept in run.grid.store.all().items() for n, t in kept.items() if n.startswith("private.")
+    }
+    return weights_sha256(run.arrays) + weights_sha256(record_of(private))
 
 
 @cache

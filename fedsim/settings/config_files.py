@@ -6,9 +6,9 @@ with fedsim is not read twice.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from datetime import date
 from functools import cache
 from importlib import resources
@@ -36,7 +36,7 @@ MAX_SETTINGS = 10_000  # of a file, its aliases written out: OmegaConf takes a m
 SHIPPED = Path(__file__).resolve().parents[2] / "configs"
 PACKAGES = ("configs", "hydra")  # whose files are known
 PLAIN = (str, int, float, bool, date)
-_READ: dict[tuple[str, Path], tuple[bytes | None, bytes]] = {}  # what config files held, and came to, pickled
+_READ: dict[tuple[str, Path], tuple[bytes | None, ConfigResult | None]] = {}  # what config files held, and came to
 NOTES: list[dict[Path, bytes | None]] = []  # see `noting`
 COMPOSING = (yaml.YAMLError, ValueError, OverflowError, RecursionError)  # what Hydra and OmegaConf let through
 
@@ -121,14 +121,12 @@ class FileConfigSource(HydrasFiles):
     def _read(self, config_path: str, file: Path) -> ConfigResult:
         """Reads a file as Hydra does; one that has not changed since, as it was read then."""
         now = content(file)
-        before, read = _READ.get((self.provider, file), (None, b""))
-        if now is None or now != before:
+        before, read = _READ.get((self.provider, file), (None, None))
+        if read is None or now is None or now != before:
             result = super().load_config(config_path)
-            _READ[self.provider, file] = (now, pickle.dumps(result))  # Hydra takes the result apart
+            _READ[self.provider, file] = (now, deepcopy(result))  # Hydra takes the result apart
             return result
-        result = pickle.loads(read)
-        assert isinstance(result, ConfigResult)
-        return result
+        return deepcopy(read)
 
 
 class ImportlibResourcesConfigSource(HydrasPackages):
