@@ -9,7 +9,6 @@ import math
 
 import torch
 
-from fedsim.messages.weights import rounded_to
 from fedsim.workloads.base import Tensors
 
 
@@ -21,7 +20,7 @@ def clipped(weights: Tensors, received: Tensors, most: float) -> tuple[Tensors, 
     tensor of another shape is part of another network, for the server to refuse.
 
     Args:
-        weights: after training; they are not changed.
+        weights: after training; they are changed in place, so that a device needs no third copy.
         received: before it.
         most: the largest norm.
     """
@@ -29,13 +28,12 @@ def clipped(weights: Tensors, received: Tensors, most: float) -> tuple[Tensors, 
     moved = [name for name in names if received[name].is_floating_point()]
     squares = 0.0
     for name in moved:
-        change = (weights[name].double() - received[name].double()).reshape(-1)
+        change = weights[name].double().sub_(received[name]).reshape(-1)
         squares += float(torch.dot(change, change))
     norm = math.sqrt(squares)
     if not norm > most:
         return weights, False
-    near = {}
     for name in moved:
-        start = received[name].double()
-        near[name] = rounded_to(start + (most / norm) * (weights[name].double() - start), weights[name].dtype)
-    return {name: near.get(name, t) for name, t in weights.items()}, True
+        change = weights[name].double().sub_(received[name])
+        weights[name].copy_(change.mul_(most / norm).add_(received[name]))
+    return weights, True

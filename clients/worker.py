@@ -426,6 +426,8 @@ class Worker:
             client.log.reserve(weights + 2 * bytes_of(self.initial))
         if self.uplink.active or clips:
             client.log.hold(RECEIVED, weights)
+        if clips:  # a change in float64
+            client.log.reserve(weights + 8 * max((t.numel() for t in broadcast.weights.values()), default=0))
         if self.uplink.active or masks:
             coordinates = sum(t.numel() for t in broadcast.weights.values() if t.is_floating_point())
             client.log.reserve(weights + self.uplink.working_bytes(coordinates))
