@@ -91,7 +91,7 @@ class Oort(Participants):
 
     reads_data: ClassVar[bool] = True
     reads_devices: ClassVar[str] = OBSERVED
-    kept: ClassVar[frozenset[str]] = frozenset({"exploration", "pace", "history", "exploited"})
+    kept: ClassVar[frozenset[str]] = frozenset({"exploration", "pace", "history", "exploited", "number"})
 
     def __init__(
         self,
@@ -111,18 +111,22 @@ class Oort(Participants):
         self.pace, self.pacer_step, self.pacer_delta = pace, pacer_step, pacer_delta
         self.penalty, self.clip, self.cut_off, self.window, self.most = penalty, clip, cut_off, window, most
         self.history: list[float] = []  # mean utility of the exploited clients of each round
-        self.exploited: list[int] = []
+        self.exploited: list[int] = []  # who has not come back yet
+        self.number = 0  # of the last round
 
     def choose(self, number: int, count: int, free: Sequence[int], weights: ArrayRecord, draw: Draw) -> list[int]:
-        self.exploration = max(self.exploration * self.exploration_decay, self.exploration_min)
+        if number != self.number:
+            self.exploration = max(self.exploration * self.exploration_decay, self.exploration_min)
+            self.number = number
         limit_s = self.limit_s()
         met = [client for client in free if self.roster.of(client).examples]
         if self.most is not None and (fresh := [c for c in met if self.roster.of(c).asked <= self.most]):
             met = fresh
         new = [client for client in free if not self.roster.of(client).examples]
-        share = min(len(met), max(round((1 - self.exploration) * count), count - len(new)))
-        self.exploited = self.exploit(number, share, met, limit_s, draw)
-        return [*self.exploited, *self.explore(min(count - len(self.exploited), len(new)), new, draw)]
+        share = int((1 - self.exploration) * count + draw.random())  # rounded by chance: one client may be all there is
+        useful = self.exploit(number, min(len(met), max(share, count - len(new))), met, limit_s, draw)
+        self.exploited += useful
+        return [*useful, *self.explore(min(count - len(useful), len(new)), new, draw)]
 
     def limit_s(self) -> float:
         """Returns the seconds that are fast enough: a quantile over all that have been met; inf before that."""
@@ -176,6 +180,8 @@ class Oort(Participants):
         super().learn(number, reports)
         came = {report.client for report in reports if report.outcome == "completed"}
         useful = [self.utility(client) for client in self.exploited if client in came]
+        gone = {report.client for report in reports}
+        self.exploited = [client for client in self.exploited if client not in gone]
         self.history.append(sum(useful) / len(useful) if useful else 0.0)
         step = self.pacer_step
         if number >= 2 * step and number % step == 0:

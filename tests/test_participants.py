@@ -209,3 +209,15 @@ def test_a_run_is_re_priced_where_others_would_not_have_been_chosen(go, tmp_path
     ]
     with pytest.raises(ConfigError, match="clients are chosen by the seconds that they take"):
         api.reprice(tmp_path / "fast", fleet="sbc", out=str(tmp_path / "nowhere"), progress=False)
+
+
+def test_oort_explores_less_from_round_to_round_however_often_it_chooses():
+    """Half of single choices explore at a share of a half; a share falls once a round."""
+    roster = Known(**{f"c{client}": Seen(1, 10, 1.0, 1.0, 1) for client in range(10)})
+    rule = Oort(exploration=0.5, exploration_decay=1.0, exploration_min=0.0)
+    chosen = [choose(rule, roster, range(20), 1, number=2, seed=seed)[0] for seed in range(200)]
+    assert 70 < sum(client >= 10 for client in chosen) < 130
+    falling = Oort(exploration=0.5, exploration_decay=0.5, exploration_min=0.0)
+    for number in (1, 1, 1, 2, 2):
+        choose(falling, roster, range(20), 1, number=number)
+    assert falling.exploration == 0.125

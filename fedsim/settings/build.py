@@ -86,7 +86,7 @@ def build_world(config_json: str) -> World:
     for key, number in ((cohort_key(tree), settings.cohort), ("evaluate_clients", settings.evaluate_clients)):
         if number > workload.num_clients:
             raise ConfigError(f"{key} must be at most the {workload.num_clients} clients there are, got {number}")
-    for group in ("compression", "uplink"):
+    for group in ("compression", "uplink", "participants", "loop"):
         instantiate(tree, group)  # workers make their own; a wrong setting is to be refused before a run begins
     trainer = instantiate(tree, "trainer")
     trainer.check_hooks()
