@@ -13,7 +13,7 @@ from conftest import honest
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Krum
-from test_methods import TINY, federate
+from test_methods import HIDING, TINY, federate
 from test_models import CONFIGS, from_config
 from torch import nn
 
@@ -108,14 +108,6 @@ def test_plain_fedavg_averages_counters_by_examples_and_rounds_them(averaged: Fe
     mean = sum(n * s for n, s in zip(sizes, steps, strict=True)) / sum(sizes)
     (counter,) = averaged.roles.names(COUNTER)
     assert int(from_array(averaged.arrays[counter])) == round(mean)
-
-
-HIDING = (
-    "dp_adaptive",
-    "dp_client_adaptive",
-    "dp_client_fedavg",
-    "dp_fedavg",
-)  # statistics would be made public without their noise
 
 
 @pytest.mark.parametrize("strategy", options("strategy"))

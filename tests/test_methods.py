@@ -91,6 +91,9 @@ WHOLE = {
     "bcresnet_asc": r"mixes its channels .* \(a norm, .* it cannot be narrowed",
 }
 
+# Statistics of a batch norm would be made public without their noise.
+HIDING = ("dp_adaptive", "dp_client_adaptive", "dp_client_fedavg", "dp_fedavg")
+
 # What a method wants of a model and the tiny one has not.
 NEEDS = {
     "method=fedbn": ["model.norm=layer"],

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_methods import STOOD_FOR, Outcome, assert_contract, federate
+from test_methods import HIDING, STOOD_FOR, Outcome, assert_contract, federate
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -182,12 +182,6 @@ HEADLESS = {
     "fedrep": "FedRepTrainer has nothing to train in its private phase: the private parameters of model ",
     **dict.fromkeys(("fedproto", "gss"), "the last linear layer of model "),
 }
-HIDING = (
-    "dp_adaptive",
-    "dp_client_adaptive",
-    "dp_client_fedavg",
-    "dp_fedavg",
-)  # statistics would be made public without their noise
 EVERY = [
     pytest.param(method, model, marks=[] if model is Everything and method not in STOOD_FOR else [pytest.mark.slow])
     for method in options("method")

@@ -48,13 +48,6 @@ class EventQueue(Generic[T]):
         event = heapq.heappop(self._heap)
         return event, self._items.pop(event.client)
 
-    def pop_instant(self) -> list[tuple[Event, T]]:
-        """Takes out all events of the earliest time, in order; none where the queue is empty."""
-        now_s, found = self.next_s, []
-        while self._heap and self._heap[0].time_s == now_s:
-            found.append(self.pop())
-        return found
-
     def __contains__(self, client: int) -> bool:
         return client in self._items
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from flwr.app import Message, RecordDict
@@ -118,20 +118,15 @@ class Serving:
             early.expect(online)
         self.tails.forget(first.start_s)
         prices = self.prices(first)
-        by_client, answered = {contact.client: contact for contact in online}, set()  # type: dict[int, Contact], set[int]
-        for answer in self.engine.run(self._task(online, close)):
+        by_client = {contact.client: contact for contact in online}
+        for answer in self._answers(self._task(online, close), by_client):
             self._take(answer, by_client)
-            answered.update(one.client for one in answer.clients)
             if early is not None and answer.sums:
                 early.add_sums(answer.sums)
             elif early is not None:
                 alone = [by_client[one.client] for one in answer.clients]
                 _price(alone, prices)
                 early.add_separate(alone)
-        if missing := [contact.client for contact in online if contact.client not in answered]:
-            raise ClientError(
-                f"the engine returned no reply for clients {missing[:5]} in round {first.number} (seed {self.seed})"
-            )
         _price(online, prices)  # together: one by one is slow
         self.wake_radios(online)
 
@@ -185,11 +180,27 @@ class Serving:
             return
         tasks = tuple(contact.task for contact in online if contact.task is not None)
         task, by_client = CohortTask(online[0].number, phase, tasks, self.settings), {c.client: c for c in online}
+        for answer in self._answers(task, by_client):
+            for one in answer.clients:
+                if self.observe and phase != PLAN:
+                    self.observe(one.client)
+
+    def _answers(self, task: CohortTask, by_client: Mapping[int, Contact]) -> Iterator[CohortAnswer]:
+        """The engine's answers as they come, once each client has its own.
+
+        Raises:
+            ClientError: if a client has none in the end.
+        """
+        missing = dict.fromkeys(by_client)
         for answer in self.engine.run(task):
             for one in answer.clients:
                 by_client[one.client].answer = one
-                if self.observe and phase != PLAN:
-                    self.observe(one.client)
+                missing.pop(one.client, None)
+            yield answer
+        if missing:
+            raise ClientError(
+                f"the engine returned no reply for clients {list(missing)[:5]} in round {task.round} (seed {self.seed})"
+            )
 
     def wake_radios(self, contacts: Iterable[Contact]) -> None:
         """Takes from each client's price the radio tail that its last contact has paid for."""
@@ -244,7 +255,6 @@ class Serving:
         """Takes what clients answered."""
         for one in answer.clients:
             contact = online[one.client]
-            contact.answer = one
             if one.outcome == "failed" and self.on_client_error == "stop":
                 raise self.failure(contact)
             if self.observe:
