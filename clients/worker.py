@@ -33,7 +33,7 @@ from devices.compression.plan import CompressionPlan
 from devices.cost import Work
 from devices.errors import one_line
 from devices.meter import matrix_product
-from fedsim.engines.memory import keep_freed_memory
+from fedsim.engines.memory import host_lacks_memory, keep_freed_memory
 from fedsim.errors import ConfigError, in_words, no_exit
 from fedsim.exchanges.clipping import ASKED, BIT_BYTES, CLIPPED_RATE, CLIPPING_NORM, NORM_BIT
 from fedsim.exchanges.slices import model_cost
@@ -210,7 +210,14 @@ class Worker:
             return self._failed(task, client, error)
 
     def _failed(self, task: ClientTask, client: ClientContext | None, error: Exception) -> ClientAnswer:
-        """The answer of a client in whose work something went wrong."""
+        """The answer of a client in whose work something went wrong.
+
+        Raises:
+            ConfigError: if this host lacks memory, which is no client's fault: on another it would have gone on.
+        """
+        if host_lacks_memory(error):
+            what = "the GPU" if self.device.type == "cuda" else "this host"
+            raise ConfigError(f"{what} has too little memory for client {task.client}; {self._room()}") from error
         work = self._work(client, task) if client else Work(down_bytes=task.down_bytes)
         if isinstance(error, OutOfMemoryError):
             return ClientAnswer(task.client, "out_of_memory", str(error), work=work)
@@ -512,6 +519,13 @@ class Worker:
             return {}
         stay = self._has_room
         return {name: own_copy(t, t.device if stay else "cpu") for name, t in client.state.items()}
+
+    def _room(self) -> str:
+        """What makes room on this host."""
+        batch = "lower trainer.batch_size"
+        if len(self.slots) > 1:
+            return f"lower engine.slots={len(self.slots)}, or {batch}"
+        return f"{batch}, or set engine.device=cpu" if self.device.type == "cuda" else f"{batch}, or use fewer workers"
 
     @property
     def _has_room(self) -> bool:

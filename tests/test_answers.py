@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from clients.trainers.sgd import SGDRun, SGDTrainer
-from fedsim.errors import ClientError
+from fedsim.errors import ClientError, ConfigError
 
 NAN = float("nan")
 FAULTS: dict[str, tuple[Any, str]] = {
@@ -90,3 +90,25 @@ def test_a_run_that_shall_go_on_counts_the_client_as_failed(odd, monkeypatch):
     monkeypatch.setattr(Odd, "fault", staticmethod(lambda u: replace(u, num_examples=0) if u.client_id < 3 else u))
     rounds = odd("on_client_error=drop", "cohort=6", "rounds=1").rounds()
     assert [len(report.outcomes.get("failed", ())) for report, _ in rounds] == [0, 3]
+
+
+SHORTAGES = {
+    "of Python": MemoryError(),
+    "of a card": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    "of the CPU": None,  # torch's own
+}
+
+
+@pytest.mark.parametrize("more", [(), ("engine.slots=2",)], ids=["one", "slots"])
+@pytest.mark.parametrize("shortage", SHORTAGES)
+def test_a_host_without_memory_is_no_fault_of_a_client(odd, monkeypatch, shortage: str, more: tuple[str, ...]):
+    """What one host counts as failed, another would train: other results from the same config."""
+
+    def lacks(update):
+        if error := SHORTAGES[shortage]:
+            raise error
+        torch.empty(2**60)
+
+    monkeypatch.setattr(Odd, "fault", staticmethod(lacks))
+    with pytest.raises(ConfigError, match=r"^this host has too little memory for client \d; lower"):
+        list(odd("on_client_error=drop", "trainer.local_epochs=1", *more).rounds())

@@ -91,6 +91,7 @@ MISTAKES = {
     "strategy in words": ("strategy=fedavgm strategy.server_momentum=x", "strategy.server_momentum must be a finite"),
     "refused by Flower": ("strategy=fedtrimmedavg strategy.beta=0.7", "strategy.beta must be in [0, 0.5), got 0.7"),
     "unknown torch device": ("engine.device=tpu", "engine.device", "'tpu'", "auto, cpu, cuda"),
+    "short multiplications on a CPU": ("engine.device=cpu engine.tf32=true", "engine.tf32=true is for a GPU"),
     "no threads": ("engine.threads=0", "engine.threads must be at least 1, got 0"),
     "unknown engine": ("engine=rayy", "unknown engine 'rayy'", "local"),
     "unknown class": ("strategy._target_=nope.Nope", "strategy._target_='nope.Nope' cannot be used", "nope"),

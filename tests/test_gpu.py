@@ -13,6 +13,7 @@ from clients.worker import worker_for
 from fedsim.models.dropout import replace_dropout, seed_dropout
 from fedsim.report.rounds import weights_sha256
 from fedsim.settings.build import build_world
+from fedsim.workloads.base import Examples
 
 pytestmark = pytest.mark.gpu
 CUDA = "engine.device=cuda"
@@ -70,6 +71,17 @@ def test_work_that_waits_for_the_host_is_done_unrecorded_and_other_work_recorded
         replay()
     stream.synchronize()
     assert total.item() == 8
+
+
+def test_examples_on_their_way_to_a_card_are_not_waited_for():
+    rows = torch.arange(24.0).reshape(4, 6)
+    there = Examples({"x": rows}, torch.tensor([2, 0]))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        placed = there.materialise("cuda").gather(torch.tensor([1, 0]))["x"]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(placed.cpu(), rows[[0, 2]])
 
 
 def test_after_a_recording_that_failed_memory_comes_back():

@@ -1,4 +1,4 @@
-"""How this process handles freed memory."""
+"""How this process handles freed memory, and how it says that there is none."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's malloc.h
 _KEEP_BYTES = 2**30
+_OF_THE_CPU = "DefaultCPUAllocator: "  # in torch's RuntimeError
 
 
 def keep_freed_memory() -> bool:
@@ -26,3 +27,11 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):
         return False
     return bool(mallopt(_MMAP_THRESHOLD, _KEEP_BYTES) and mallopt(_TRIM_THRESHOLD, _KEEP_BYTES))
+
+
+def host_lacks_memory(error: Exception) -> bool:
+    """Returns whether this is how Python or torch says that the host, or its card, has no memory left."""
+    import torch
+
+    of_the_cpu = isinstance(error, RuntimeError) and _OF_THE_CPU in str(error)
+    return of_the_cpu or isinstance(error, MemoryError | torch.OutOfMemoryError)

@@ -410,9 +410,12 @@ def pick_device(name: str, tf32: bool = False) -> Any:
     import torch
 
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("engine.device=cuda needs a GPU, and torch finds none here; use engine.device=auto or cpu")
+        instead = "go on where there is one, or begin a new run with engine.device=cpu"
+        raise ConfigError(f"engine.device=cuda needs a GPU, and torch finds none here; {instead}")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    elif name == "cpu" and tf32:
+        raise ConfigError("engine.tf32=true is for a GPU, and this run is trained on the CPU; leave it out")
     if name == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from clients.trainers.base import ClientContext
 from clients.trainers.mixing.mixup import MixupTrainer
-from fedsim.workloads.base import Examples, Tensors, Workload
+from fedsim.workloads.base import Examples, Tensors, Workload, on_device
 
 
 class GlobalMixupTrainer(MixupTrainer):
@@ -31,7 +31,7 @@ class GlobalMixupTrainer(MixupTrainer):
         for row, owner in zip(rows.tolist(), owners.tolist(), strict=True):
             data = everybody[owner]
             found.append(data.gather(torch.tensor([row - int(ends[owner]) + len(data)])))
-        return {f"partner_{n}": torch.cat([one[n] for one in found]).to(client.device) for n in ("x", "y")}
+        return {f"partner_{n}": on_device(torch.cat([one[n] for one in found]), client.device) for n in ("x", "y")}
 
 
 @lru_cache(maxsize=1)

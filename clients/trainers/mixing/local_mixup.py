@@ -10,7 +10,7 @@ import torch
 
 from clients.trainers.base import ClientContext
 from clients.trainers.mixing.mixup import MixupTrainer
-from fedsim.workloads.base import Tensors
+from fedsim.workloads.base import Tensors, on_device
 
 
 class LocalMixupTrainer(MixupTrainer):
@@ -20,5 +20,5 @@ class LocalMixupTrainer(MixupTrainer):
     """
 
     def partner(self, client: ClientContext, batch: Tensors, draw: torch.Generator) -> Tensors:
-        order = torch.randperm(len(batch["y"]), generator=draw).to(batch["y"].device)
+        order = on_device(torch.randperm(len(batch["y"]), generator=draw), batch["y"].device)
         return {"partner_x": batch["x"][order], "partner_y": batch["y"][order]}

@@ -35,7 +35,7 @@ from fedsim.exchanges.mafl import (
 )
 from fedsim.messages.records import OF_REPLY
 from fedsim.messages.updates import Broadcast, ClientUpdate
-from fedsim.workloads.base import Tensors, Workload
+from fedsim.workloads.base import Tensors, Workload, on_device
 from fedsim.workloads.classification import classification
 
 HELD = f"{OF_REPLY}{POOL}_"  # state: the pool as the server believes it to be with the client
@@ -166,7 +166,7 @@ class NaiveMixTrainer(MixupTrainer):
         names = ("x", "y", "low", "step")
         pair = {n: client.state[f"{HELD}{n}"][row : row + 1] for n in names if f"{HELD}{n}" in client.state}
         x = from_uint8(pair) if "step" in pair else pair["x"]
-        return {"partner_x": x.to(client.device), "partner_y": pair["y"].to(client.device)}
+        return {"partner_x": on_device(x, client.device), "partner_y": on_device(pair["y"], client.device)}
 
     def sample_partner(self, workload: Workload, model: nn.Module, sample: Tensors) -> Tensors:
         tokens = not sample["x"].is_floating_point()
