@@ -120,6 +120,14 @@ def test_after_the_deadline_nobody_waits_for_a_client_that_still_works():
     assert all(report.start_s >= 1.24 for report in again)
 
 
+def test_where_all_still_work_after_a_deadline_the_server_waits_for_the_first():
+    """All are given up at 0.1 s; client 0 ends at 0.64 s and is sent out then, and not a minute later."""
+    grid = edge(deadline_s=0.1)
+    _, second, third = rounds(grid, BufferLoop(concurrency=4, buffer_size=4), 3)
+    assert second.reports == ()
+    assert [(report.client, report.start_s) for report in third.reports] == [(0, pytest.approx(0.64))]
+
+
 def test_whoever_drops_out_makes_room_for_another():
     """Client 1 is online for half a second only: the next event at 0.5 s, and client 3 takes its place."""
     grid = edge(availability=windows({1: (0, 0.5)}))

@@ -18,7 +18,7 @@ class RoundTiming:
 
 
 class SimClock:
-    """The clock of a run; only `begin_round`, `close_round` and `advance` move it.
+    """The clock of a run. Rounds move it by `begin_round`, `close_round` and `advance`; arrivals set it.
 
     Attributes:
         round_began_s: when the last round began; None before the first.

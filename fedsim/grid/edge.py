@@ -7,6 +7,7 @@ client state. Never a method.
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -229,6 +230,10 @@ class EdgeGrid(Grid):
         """Returns whether a client does no work for the server now, and is online."""
         idle = client not in self.in_flight and self.busy_until_s.get(client, 0.0) <= self.clock.now_s
         return idle and self.fleet.online(client, self.clock.now_s)
+
+    def first_idle_s(self) -> float:
+        """Returns when the first client ends that still works though it was given up; inf where none does."""
+        return min((s for s in self.busy_until_s.values() if s > self.clock.now_s), default=math.inf)
 
     def dispatch(self, messages: Iterable[Message], repeats: dict[int, int]) -> None:
         """Sends idle clients messages and lets no time pass: each is in flight until it arrives.

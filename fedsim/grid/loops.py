@@ -180,7 +180,7 @@ class BufferLoop(Loop):
                 grid.train(ended, self.ahead(grid, ended))  # some may fail
         grid.train(ended)
         if not used and not any(c.cost.total_s for c in ended):
-            grid.clock.advance(EMPTY_ROUND_S)
+            grid.clock.now_s = min(grid.clock.now_s + EMPTY_ROUND_S, grid.first_idle_s())
         return self.brought(grid, number, ended, used)
 
     def arrived(self, grid: EdgeGrid, number: int) -> Contact:

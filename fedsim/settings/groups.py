@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +189,7 @@ def model_settings(name: str) -> Settings:
 
 def preset(method: str) -> dict[str, str]:
     """Returns the options that a method preset takes, by group."""
-    tree, chosen = _method_file(method), dict[str, str]()
+    tree, chosen = _preset_file("method", method), dict[str, str]()
     for entry in tree.get("defaults", ()):
         if isinstance(entry, dict):
             chosen |= {str(key).removeprefix("override /"): str(value) for key, value in entry.items()}
@@ -200,12 +200,27 @@ def preset(method: str) -> dict[str, str]:
 
 def preset_private(method: str) -> list[str]:
     """Returns the roles and patterns of tensors that a method preset keeps on the devices."""
-    return [str(name) for name in _method_file(method).get("private", [])]
+    return [str(name) for name in _preset_file("method", method).get("private", [])]
 
 
-def _method_file(method: str) -> Settings:
-    """Returns what a method preset says; nothing where its file is not here, as that of somebody's own."""
-    file = option_file("method", method)
+def set_by_presets(group: str, choices: Mapping[str, Any]) -> set[str]:
+    """Returns the settings of a group that the presets among these choices set."""
+    files = [(preset_group, str(choices[preset_group])) for preset_group in PRESETS if choices.get(preset_group)]
+    found, seen = set[str](), set[tuple[str, str]]()
+    while files:
+        if (one := files.pop()) in seen:
+            continue
+        seen.add(one)
+        tree = _preset_file(*one)
+        own = tree.get(group)
+        found |= {str(key) for key in own} if isinstance(own, dict) else set()
+        files += [(one[0], entry) for entry in tree.get("defaults", ()) if isinstance(entry, str) and entry != "_self_"]
+    return found
+
+
+def _preset_file(group: str, name: str) -> Settings:
+    """Returns what a preset says; nothing where its file is not here, as that of somebody's own."""
+    file = option_file(group, name)
     tree = read_yaml(file) if file.is_file() else None
     return tree if isinstance(tree, dict) else {}
 
