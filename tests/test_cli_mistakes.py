@@ -113,6 +113,8 @@ MISTAKES = {
     "unknown config folder": ("--config-path /nope --config-name config", "/nope"),
     "bad value late in a sweep": ("-m seed=1,2,-3", "seed must be", "got -3", "run 2 of the sweep: seed=-3"),
     "bad part late in a sweep": ("-m trainer.lr=0.1,0", "trainer.lr must be greater than 0", "run 1 of the sweep"),
+    "pair late in a sweep": ("-m method=fedbuff participants=oort,power_of_choice", "asks clients before", "run 1"),
+    "loop late in a sweep": ("-m loop=buffer method=fedbuff,scaffold", "Scaffold takes all replies for fresh", "run 1"),
     "unknown setting in a sweep": ("-m cohrt=1,2", "did you mean 'cohort'?"),
     "unknown option in a sweep": ("-m strategy=fedavg,fedavgg", "did you mean 'fedavg'?", "run 1"),
     "sweep over what has no steps": ("-m trainer.lr=interval(0,1)", "INTERVAL"),

@@ -174,13 +174,14 @@ def tasks(method: str) -> list[str]:
 def overrides(method: str, model: type[nn.Module]) -> list[str]:
     """Three rounds with all that a step of SGD can do to a gradient."""
     step = ["trainer.clip_norm=1.0", "trainer.weight_decay=0.01", "trainer.momentum=0.5"]
+    step += ["trainer.option=1"] if method == "scaffold" else []  # the other one refuses momentum and clipping
     return [f"method={method}", of(model), "model.hidden=null", "rounds=3", *step, *tasks(method)]
 
 
 # Methods that look for the last linear layer, which is the unused one.
 HEADLESS = {
     "fedrep": "FedRepTrainer has nothing to train in its private phase: the private parameters of model ",
-    **dict.fromkeys(("fedproto", "gss"), "the last linear layer of model "),
+    **dict.fromkeys(("fedproto", "gss", "moon"), "the last linear layer of model "),
 }
 EVERY = [
     pytest.param(method, model, marks=[] if model is Everything and method not in STOOD_FOR else [pytest.mark.slow])

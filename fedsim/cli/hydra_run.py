@@ -133,7 +133,7 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 def _check_sweep(flags: list[str], overrides: list[str]) -> None:
     """Refuses a sweep with a wrong setting in any of its runs before the first one starts."""
-    from fedsim.settings.check import try_out
+    from fedsim.runs.pairs import try_out
     from fedsim.settings.compose import compose
     from fedsim.settings.foreign import is_foreign
     from fedsim.settings.overrides import sweep_overrides

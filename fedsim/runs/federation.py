@@ -38,9 +38,10 @@ from fedsim.models.roles import TensorRoles
 from fedsim.report.rounds import RoundReport
 from fedsim.runs.checkpoint import restore_strategy, strategy_state
 from fedsim.runs.deployment import check_plan, deployments
+from fedsim.runs.pairs import check_pairs, make_strategy
 from fedsim.runs.server import ServerSide
 from fedsim.seeding import seeded_globals
-from fedsim.settings.build import World, build_strategy, instantiate, pick_device
+from fedsim.settings.build import World, instantiate, pick_device
 from fedsim.settings.run_settings import RunSettings
 from fedsim.workloads import metrics as figures
 from fedsim.workloads.by_class import ByClass
@@ -68,8 +69,7 @@ class Federation:
         self.world, self.settings, self.seed = world, settings, settings.seed
         self.loop: Loop = instantiate(settings.groups, "loop")
         self.participants: Participants = instantiate(settings.groups, "participants")
-        offered = self.loop.is_buffered or self.participants.offers
-        self.strategy = build_strategy(settings, world.workload.num_clients, offered)
+        self.strategy = make_strategy(settings, world.workload.num_clients, self.loop, self.participants)
         self.model = world.workload.build_model().to(pick_device(settings.engine.device, settings.engine.tf32))
         self.roles = TensorRoles.of(self.model, settings.private)
         self.arrays = record_of(self.model.state_dict())
@@ -78,10 +78,8 @@ class Federation:
         self.has_ended = False
         self.lowest = (math.inf, 0)
         self.server = ServerSide(self.strategy, self.roles)
-        self.loop.check(settings, self.server.half, self.server.name)
         uplink = instantiate(settings.groups, "uplink")
-        if isinstance(uplink, SecureAggregation):
-            self.server.check_masked()
+        check_pairs(settings, self.server, self.loop, self.participants, uplink)
         self.attack = world.attack
         self.malicious = self.attack.clients(world.workload.num_clients, self.seed)
         check_plan(
@@ -119,25 +117,10 @@ class Federation:
         self._meet_clients()
 
     def _meet_clients(self) -> None:
-        """Lets the rule that chooses clients know what a server does.
-
-        Raises:
-            ConfigError: for one that holds up rounds where there are none, or shows what noise is to hide.
-        """
+        """Lets the rule that chooses clients know what a server does."""
         world, settings, rule = self.world, self.settings, self.participants
         if not rule.offers:
             return
-        if rule.exchanges and self.loop.is_buffered:
-            raise ConfigError(
-                f"participants={settings.choices['participants']} asks clients before a round, and with loop=buffer "
-                "nobody waits for answers; take participants=oort, tifl, fastest, least_often or uniform"
-            )
-        if rule.reads_data and self.server.hides:
-            chosen = settings.choices["participants"]
-            raise ConfigError(
-                f"{self.server.name} hides what single clients send, and participants={chosen} shows their data by "
-                "whom it takes; take participants=uniform, least_often, fastest or tifl"
-            )
         step = model_cost(world.workload, self.model, "dense", next(self.model.parameters()).device)
         rule.begin(Roster(self.grid, world.latency, step, self.shared, self.seed, settings.deadline_s))
         self.grid.choose = self.choose

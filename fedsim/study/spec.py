@@ -22,9 +22,9 @@ from fedsim.errors import ConfigError, DataError
 from fedsim.report.files import read_config
 from fedsim.report.plots.style import AXES
 from fedsim.runs.engine_choice import settled
+from fedsim.runs.pairs import try_out
 from fedsim.runs.recorded import data_of_summary
 from fedsim.settings.build import build_workload
-from fedsim.settings.check import try_out
 from fedsim.settings.compose import check_address, completed, compose
 from fedsim.settings.groups import Settings, option_file, options, own_folders
 from fedsim.settings.hydra_text import as_hydra, quoted
@@ -392,7 +392,7 @@ def plan(study: Study, out: Path, building: bool = True) -> list[PlannedRun]:
             composed[arm] = compose([*arm.overrides, f"seed={study.seeds[0]}"])
             check_address(composed[arm], study.own, f"study {study.name}")
             if building:
-                _try_out(composed[arm])
+                try_out(composed[arm])
         except ValueError as error:
             error.add_note(f"in arm {arm.label!r} of study {study.name}")
             raise
@@ -420,15 +420,6 @@ def _with_seed(arm: Arm, settings: Settings, seed: int) -> Settings:
     if any("${" in override for override in arm.overrides):
         return {**compose([*arm.overrides, f"seed={seed}"]), "engine": settings["engine"]}
     return {**settings, "seed": seed}
-
-
-def _try_out(tree: Settings) -> None:
-    """Builds what costs nothing, the strategy too; how many clients there are is known only to the data."""
-    from fedsim.settings.build import build_strategy
-
-    try_out(tree)
-    settings = RunSettings.of(tree)
-    build_strategy(settings, settings.num_clients or max(settings.num_asked, settings.evaluate_clients))
 
 
 def is_finished(run: PlannedRun) -> bool:

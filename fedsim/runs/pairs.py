@@ -1,0 +1,77 @@
+"""What of a run does not go together, found before anything is trained."""
+
+from __future__ import annotations
+
+from flwr.serverapp.strategy import Strategy
+
+from devices.compression.updates import UpdateCompressor
+from fedsim.errors import ConfigError
+from fedsim.grid.loops import Loop
+from fedsim.grid.participants import Participants
+from fedsim.messages.secagg import SecureAggregation
+from fedsim.models.roles import TensorRoles
+from fedsim.runs.server import ServerSide
+from fedsim.settings import check
+from fedsim.settings.build import build_strategy, instantiate
+from fedsim.settings.groups import Settings
+from fedsim.settings.run_settings import RunSettings
+
+
+def check_pairs(
+    settings: RunSettings, server: ServerSide, loop: Loop, rule: Participants, uplink: UpdateCompressor
+) -> None:
+    """Checks a strategy against what stands beside it.
+
+    Args:
+        settings: of the run.
+        server: with its strategy.
+        loop: of its rounds.
+        rule: that chooses its clients.
+        uplink: by which they answer.
+
+    Raises:
+        ConfigError: for a loop that the strategy cannot be in, a rule that holds up rounds where there are none or
+            shows what noise is to hide, and masks before a strategy that looks at single clients.
+    """
+    loop.check(settings, server.half, server.name)
+    if isinstance(uplink, SecureAggregation):
+        server.check_masked()
+    chosen = f"participants={settings.choices['participants']}"
+    if rule.exchanges and loop.is_buffered:
+        raise ConfigError(
+            f"{chosen} asks clients before a round, and with loop=buffer nobody waits for answers; take "
+            "participants=oort, tifl, fastest, least_often or uniform"
+        )
+    if rule.reads_data and server.hides:
+        raise ConfigError(
+            f"{server.name} hides what single clients send, and {chosen} shows their data by whom it takes; take "
+            "participants=uniform, least_often, fastest or tifl"
+        )
+
+
+def make_strategy(settings: RunSettings, num_clients: int, loop: Loop, rule: Participants) -> Strategy:
+    """Builds the strategy, which is offered its clients where a loop or a rule chooses them.
+
+    Args:
+        settings: of the run.
+        num_clients: there are.
+        loop: of its rounds.
+        rule: that chooses clients.
+    """
+    return build_strategy(settings, num_clients, loop.is_buffered or rule.offers)
+
+
+def try_out(tree: Settings) -> None:
+    """Builds what costs nothing, the strategy too, so that a wrong one of several runs is found before the first.
+
+    How many clients there are is known only to the data, and so is what depends on the model's tensors.
+
+    Raises:
+        ConfigError: the sentence of the part that refuses its settings, or the others'.
+    """
+    check.try_out(tree)
+    settings = RunSettings.of(tree)
+    loop, rule, uplink = (instantiate(settings.groups, group) for group in ("loop", "participants", "uplink"))
+    num_clients = settings.num_clients or max(settings.num_asked, settings.evaluate_clients)
+    strategy = make_strategy(settings, num_clients, loop, rule)
+    check_pairs(settings, ServerSide(strategy, TensorRoles({})), loop, rule, uplink)
