@@ -159,7 +159,8 @@ class AdaptiveDPFedAvg(DPFedAvg):
     """DP-FedAvg whose clipping norm follows a quantile of the clients' norms.
 
     After each round C becomes C exp(-rate (b - quantile)), where b is the share of clients that were not clipped, with
-    noise; a little more noise on the weights pays for it, so that both together are as private as `noise_multiplier`.
+    noise; a little more noise on the weights pays for it, so that both together are as private as `noise_multiplier`
+    where a client that sends nothing counts as half below the norm: the count is of +1/2 and -1/2, as in the paper.
 
     Args:
         server: makes the strategy that samples clients and takes a step by the noisy mean.

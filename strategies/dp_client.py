@@ -12,7 +12,7 @@ from typing import ClassVar
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 
-from fedsim.errors import RunError
+from fedsim.errors import ConfigError
 from fedsim.exchanges.clipping import CLIPPED_RATE, CLIPPING_NORM, NORM_BIT
 from fedsim.grid.exchange import Exchange
 from fedsim.messages.records import ARRAYS, arrays_in, from_array
@@ -47,12 +47,12 @@ class ClippedAtClients(DPFedAvg):
         """Takes the sum out of the one reply that stands for all.
 
         Raises:
-            RunError: if clients did not clip.
+            ConfigError: if clients did not clip.
         """
         (mean,) = (arrays_in(reply.content)[ARRAYS] for reply in replies)
         accepted = [report for report in self.brought.reports if report.client in set(self.brought.accepted)]
         if unclipped := [report.client for report in accepted if CLIPPED_RATE not in report.metrics]:
-            raise RunError(
+            raise ConfigError(
                 f"{type(self).__name__} leaves the clipping to the clients, and {unclipped[:5]} did not clip; take "
                 "strategy=dp_fedavg or strategy=dp_adaptive, which clip at the server"
             )

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar
 
 import torch
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Interval, Le
 from torch import Tensor, nn
 
 from fedsim.grid.server_half import ServerContext
@@ -32,6 +32,7 @@ class FLTrust(RobustStrategy):
         lr: of the server's own training, as the clients'.
         local_epochs: of it.
         batch_size: of it.
+        lr_decay: of it, a round; other settings of clients' training, such as momentum, are not taken over.
         sampling: arguments of FedAvg.
 
     Attributes:
@@ -50,11 +51,12 @@ class FLTrust(RobustStrategy):
         lr: Annotated[float, Gt(0), Le(1e6)] = 0.1,
         local_epochs: Annotated[int, Ge(1), Le(10_000)] = 5,
         batch_size: Annotated[int, Ge(1), Le(10**6)] = 16,
+        lr_decay: Annotated[float, Interval(gt=0, le=1)] = 1.0,
         **sampling: Any,
     ):
         super().__init__(**sampling)
         self.root_examples, self.server_lr = root_examples, server_lr
-        self.lr, self.local_epochs, self.batch_size = lr, local_epochs, batch_size
+        self.lr, self.local_epochs, self.batch_size, self.lr_decay = lr, local_epochs, batch_size, lr_decay
 
     def begin(self, context: ServerContext) -> None:
         """Takes the server's examples."""
@@ -82,7 +84,8 @@ class FLTrust(RobustStrategy):
             seed_dropout(network, derive(seed, "root", "dropout", number))
             network.load_state_dict(self.weights, strict=False)
             network.train()
-            optimiser = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], self.lr)
+            lr = self.lr * self.lr_decay ** (number - 1)
+            optimiser = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr)
             for _ in range(self.local_epochs):
                 for rows in torch.randperm(len(self.root), generator=draw).split(self.batch_size):
                     optimiser.zero_grad()

@@ -63,7 +63,7 @@ class IFCA(EdgeStrategy):
         self.common = frozenset(names_of(first, self.shared, "strategy.shared"))
         if self.clusters == 1:
             return
-        own = first.state_dict().keys() - self.common
+        own = context.trained - self.common
         other = context.model.build_model(1).state_dict()
         if all(torch.equal(t, other[name]) for name, t in first.state_dict().items() if name in own):
             raise ConfigError(

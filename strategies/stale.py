@@ -15,7 +15,7 @@ from annotated_types import Gt, Interval, Le
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg, Strategy
 
-from fedsim.errors import ConfigError, RunError
+from fedsim.errors import ConfigError
 from fedsim.grid.exchange import Exchange, Origin
 from fedsim.grid.server_half import takes_its_step_by_the_mean
 from fedsim.messages.blocks import BlockSum, WeightedSum, blocks
@@ -70,7 +70,7 @@ class StaleStrategy(WrappingStrategy):
             return None, None
         for reply in good:
             if beside := sorted(arrays_in(reply.content).keys() - {ARRAYS}):
-                raise RunError(
+                raise ConfigError(
                     f"the clients sent {beside} beside their weights, which {type(self).__name__} cannot use: they "
                     "may be stale; take a trainer that sends weights alone, such as trainer=sgd"
                 )

@@ -88,6 +88,12 @@ def fewest_replies(strategy: Strategy) -> int:
     return 1
 
 
+def liars(strategy: Strategy) -> int | None:
+    """Returns how many liars in a round a strategy is told to withstand; None where it is told of no number."""
+    server = _innermost(strategy)
+    return int(server.num_malicious_nodes) if isinstance(server, KRUMS + BULYANS) else None
+
+
 def check_class(kind: type) -> None:
     """Refuses strategies that wait for what no client does.
 
@@ -121,6 +127,13 @@ def check(strategy: Strategy, cohort: int) -> None:
         raise ConfigError(
             f"{type(strategy).__name__} tells {type(server).__name__} inside it nothing of its run; put one of "
             "Flower's strategies there, or take strategy=dp_fedavg"
+        )
+    if isinstance(server, KRUMS) and (server.num_nodes_to_select or 0) > (
+        honest := cohort - server.num_malicious_nodes
+    ):
+        raise ConfigError(
+            f"strategy.num_nodes_to_select={server.num_nodes_to_select} must be at most {honest}, the clients of a "
+            f"round less num_malicious_nodes={server.num_malicious_nodes}: others would be liars"
         )
     if isinstance(server, KRUMS + BULYANS) and (needed := fewest_replies(server)) > cohort:
         is_krum = isinstance(server, KRUMS)

@@ -27,7 +27,7 @@ from fedsim.messages.weights import SentWeights
 from fedsim.report.files import read_all_rows
 from fedsim.report.page import write_page
 from fedsim.report.text import closing_lines
-from fedsim.runs import writer
+from fedsim.runs import summary, writer
 from fedsim.settings.build import build_world, instantiate
 from fedsim.settings.groups import options
 from fedsim.workloads.base import Examples
@@ -197,6 +197,30 @@ def test_malicious_clients_learn_flipped_labels(settings, more, expected):
         y = clean.tensors["y"]
         assert torch.equal(poisoned.tensors["y"], expected(y) if client in malicious else y)
         assert torch.equal(poisoned.tensors["x"], clean.tensors["x"])
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (("attack=alie",), "with 2 colluders among 6 clients z is 0, and they send the mean"),
+        (("attack=alie", "attack.z=0"), "z is 0"),
+        (("attack=alie", "attack.z=1.5"), ""),
+        (("attack=sign_flip", "method=krum", "strategy.num_malicious_nodes=1"), "the strategy withstands"),
+        (("attack=sign_flip", "method=krum", "strategy.num_malicious_nodes=2", "num_clients=7", "cohort=7"), ""),
+    ],
+)
+def test_what_changes_nothing_or_is_more_than_a_defence_is_told_is_said(federation, given, sentence: str):
+    warned = summary.attacked(federation("num_clients=6", "cohort=6", "attack.share=0.3", *given))
+    assert len(warned) == bool(sentence)
+    assert all(sentence in text for text in warned)
+
+
+@pytest.mark.parametrize("source", range(5))
+def test_labels_that_no_liar_has_cannot_be_flipped(federation, source: int):
+    given = ("attack=label_flip", f"attack.source={source}", f"attack.target={source + 1}", "partition=shards")
+    run = federation(*given, "num_clients=6", "attack.share=0.3")
+    owned = {y for c in run.malicious for y in run.world.workload.client_data(c).train.labels.tolist()}
+    assert bool(summary.attacked(run)) == (source not in owned)
 
 
 def test_a_backdoor_puts_its_patch_and_label_on_a_share_of_the_examples(settings):

@@ -157,6 +157,19 @@ def test_a_round_ends_where_nothing_comes_any_more():
     assert grid.clock.now_s == pytest.approx(61.0)  # client 0 had been sent out again, and left at 1 s
 
 
+def test_only_changes_of_the_weights_make_replies_stale():
+    """Clients 0 to 2 lack the memory, over and over: round 1 brings nothing, and client 3 comes fresh in round 2."""
+
+    def only_3(task: ClientTask) -> ClientAnswer:
+        told = update(task)
+        return told if task.client == 3 else ClientAnswer(task.client, "out_of_memory", "as told", work=told.work)
+
+    first, second = rounds(edge(answer=only_3), loop := BufferLoop(concurrency=4, buffer_size=1, max_staleness=0), 2)
+    assert (first.replies, loop.unchanged) == ([], [1])
+    assert second.accepted == (3,)
+    assert [age for client, _, age in seen(second) if client == 3] == [0]
+
+
 def test_one_that_fails_stops_the_run_when_it_arrives_or_is_counted():
     stopping, dropping = edge(answer=one_fails), edge(answer=one_fails, on_client_error="drop")
     loop = BufferLoop(concurrency=4, buffer_size=2)

@@ -137,6 +137,8 @@ def test_noise_is_not_put_around_noise(server: str):
 def test_rules_that_choose_by_data_are_refused(rule: str):
     with pytest.raises(ConfigError, match=f"participants={rule} shows their data by whom it takes"):
         federate("method=dp_fedavg", f"participants={rule}")
+    with pytest.raises(ConfigError, match=f"^uplink=secagg hides .* participants={rule} shows their data"):
+        federate("uplink=secagg", f"participants={rule}")
 
 
 # --- epsilon ---------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from clients.trainers.sgd import SGDTrainer, WorkloadLoss
 from clients.worker import Worker
-from fedsim.errors import ConfigError, RunError
+from fedsim.errors import ConfigError
 from fedsim.messages.cohort import ClientTask
 from fedsim.messages.records import from_array, tensors_of
 from fedsim.messages.updates import Broadcast, ClientUpdate
@@ -324,7 +324,7 @@ class Talkative(SGDTrainer):
 )
 def test_stock_strategy_with_a_trainer_of_another_method_stops_in_one_sentence(federation, strategy, sentence: str):
     run = federation(f"strategy={strategy}", "trainer._target_=test_federation.Talkative", "cohort=4")
-    with pytest.raises(RunError) as caught:
+    with pytest.raises(ConfigError) as caught:
         list(run.rounds())
     assert str(caught.value) == f"{sentence} the strategy and the trainer of one method"
 

@@ -134,6 +134,8 @@ def test_a_round_says_how_large_its_clusters_are_and_which_one_is_judged():
 def test_clusters_that_would_never_part_are_refused():
     with pytest.raises(ConfigError, match=r"^the 2 clusters of IFCA would begin with equal weights, and never part;"):
         federate("method=ifca", "strategy.shared=['*']")
+    with pytest.raises(ConfigError, match="would begin with equal weights"):  # what stays at home parts nobody
+        federate("method=ifca", "strategy.shared=[body]", "private=[head]")
     with pytest.raises(ConfigError, match=r"strategy.shared:.*'haed'; did you mean 'head'"):
         federate("method=ifca", "strategy.shared=[haed]")
 

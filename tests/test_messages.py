@@ -10,6 +10,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from devices.cost import ModelCost, Passes, Work
+from fedsim.errors import ConfigError
 from fedsim.messages.cohort import BlockAnswer, ClientAnswer, ClientTask, Close, CohortAnswer, CohortTask
 from fedsim.messages.packing import pack_answer, pack_task, unpack_answer, unpack_task
 from fedsim.messages.records import (
@@ -331,9 +332,9 @@ def test_extra_named_like_a_reserved_record_is_refused(name: str):
 
 def test_missing_extra_names_what_did_come():
     pair = "use a pair of strategy and trainer that sends it"
-    with pytest.raises(KeyError) as caught:
+    with pytest.raises(ConfigError) as caught:
         Broadcast(3, {}, {"mask": {}, "anchor": {}}).extra("means")
     assert caught.value.args == (f"round 3 brought no 'means' (only ['anchor', 'mask']); {pair}",)
-    with pytest.raises(KeyError) as caught:
+    with pytest.raises(ConfigError) as caught:
         ClientUpdate(7, 1, {}).extra("means")
     assert caught.value.args == (f"client 7 brought no 'means' (only []); {pair}",)

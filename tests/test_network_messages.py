@@ -10,7 +10,7 @@ import torch
 from flwr.app import Message, RecordDict
 from told_clients import WEIGHTS, computing, edge, exchange, update
 
-from fedsim.errors import RunError
+from fedsim.errors import ConfigError, RunError
 from fedsim.messages.cohort import ClientAnswer, ClientTask
 from fedsim.messages.records import from_array
 from fedsim.messages.weights import named
@@ -89,7 +89,7 @@ def test_stock_mean_refuses_extras_that_it_would_drop():
     def answer(task: ClientTask) -> ClientAnswer:
         return replace(update(task), extras={"prototypes": {"m": torch.zeros(2)}})
 
-    with pytest.raises(RunError, match=r"^the clients sent \['prototypes'\] beside their weights"):
+    with pytest.raises(ConfigError, match=r"^the clients sent \['prototypes'\] beside their weights"):
         exchange(edge(answer=answer, averages=True))
 
 

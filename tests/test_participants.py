@@ -1,6 +1,7 @@
 """Which clients take part: each rule against a small fleet or numbers worked out by hand."""
 
 import json
+import math
 import re
 from types import SimpleNamespace
 
@@ -8,11 +9,13 @@ import numpy as np
 import pytest
 from conftest import every_way, rounds_in
 from cut_short import comparable
+from flwr.app import Message, RecordDict
+from told_clients import NETWORK, WEIGHTS, edge
 
 from clients.app import serve
 from fedsim.engines.local import LocalEngine
 from fedsim.errors import ConfigError
-from fedsim.grid.participants import Participants, Seen
+from fedsim.grid.participants import Participants, Roster, Seen
 from fedsim.messages.records import ArrayRecord
 from fedsim.report.files import read_all_rows
 from fedsim.runs import api
@@ -187,6 +190,25 @@ def test_a_rule_that_asks_first_has_no_place_where_nobody_waits(settings):
     tree = settings("method=fedbuff", "participants=power_of_choice")
     with pytest.raises(ConfigError, match="participants=power_of_choice asks clients before a round"):
         Federation(build_world(json.dumps(tree)), LocalEngine(serve))
+
+
+@pytest.mark.parametrize(
+    ("limits", "known"),
+    [
+        ({"deadline_s": 1.0}, {0: 0.64, 1: 0.94, 2: math.nextafter(1, 2), 3: math.nextafter(1, 2)}),
+        ({"keep": 2}, {0: 0.64, 1: 0.94, 2: 0.94, 3: 0.94}),
+        ({}, {0: 0.64, 1: 0.94, 2: 1.24, 3: 1.54}),
+    ],
+)
+def test_of_whom_nobody_waited_for_only_the_waiting_is_known(limits, known: dict[int, float]):
+    """Clients 0 to 3 take 0.64, 0.94, 1.24 and 1.54 s; the server gives up at 1 s, or after two replies."""
+    grid = edge(**limits)
+    brought = grid.exchange([Message(RecordDict({"arrays": WEIGHTS}), client, "train") for client in range(4)])
+    roster = Roster(grid, grid.latency, NETWORK, WEIGHTS, 0, limits.get("deadline_s"))
+    roster.note(1, brought.reports)
+    assert {client: seen.seconds for client, seen in roster.seen.items()} == pytest.approx(known)
+    if "deadline_s" in limits:
+        assert roster.of(2).seconds > 1.0, "or it would count as one that is in time"
 
 
 @pytest.mark.parametrize("method", options("method"))

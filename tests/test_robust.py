@@ -129,6 +129,8 @@ def test_the_servers_own_change_is_sgd_on_its_examples(federation):
         zip([n for n, _ in model.named_parameters()], torch.autograd.grad(loss, list(model.parameters())), strict=True)
     )
     assert torch.allclose(strategy.own_change(1), strategy.flat(gradients) * -0.5, atol=1e-6)
+    strategy.lr_decay = 0.1
+    assert torch.allclose(strategy.own_change(3), strategy.flat(gradients) * -0.005, atol=1e-6)
 
 
 def test_the_servers_examples_judge_no_model(federation):
@@ -146,6 +148,8 @@ def test_bounds_are_those_of_the_papers(federation):
         with pytest.raises(ConfigError, match=rf"num_malicious_nodes=2 needs .* num_malicious_nodes={most}$"):
             federation(f"method={method}", f"cohort={cohort}", "strategy.num_malicious_nodes=2")
         federation(f"method={method}", f"cohort={cohort}", f"strategy.num_malicious_nodes={most}")
+    with pytest.raises(ConfigError, match=r"num_nodes_to_select=6 must be at most 5, the clients of a round less"):
+        federation("method=multikrum", "cohort=6", "strategy.num_malicious_nodes=1", "strategy.num_nodes_to_select=6")
     few = {Bulyan(2): 11, MultiKrum(2): 7, FedTrimmedAvg(beta=0.2): 5, FedTrimmedAvg(beta=0.3): 4, FedMedian(): 1}
     assert {stock.fewest_replies(strategy) for strategy in few} == set(few.values())
 

@@ -53,6 +53,17 @@ class Attack(Checked, group="attack", error=ConfigError):
             ConfigError: says which.
         """
 
+    def futile(self, workload: Workload, clients: frozenset[int], in_round: int, asked: int) -> str:
+        """Says why the attack would change nothing, and what to set; empty where it changes something.
+
+        Args:
+            workload: of the run.
+            clients: who is malicious.
+            in_round: how many of them are expected in a round.
+            asked: clients of a round.
+        """
+        return ""
+
     def poisoned(self, workload: Workload, data: Examples, draw: torch.Generator) -> Examples:
         """Returns what a malicious client trains on.
 

@@ -25,7 +25,7 @@ from fedsim.messages.uplink import compressed
 from fedsim.messages.weights import bytes_of, joined_like, named
 from fedsim.seeding import torch_generator
 from fedsim.settings.build import instantiate
-from fedsim.workloads.base import Tensors
+from fedsim.workloads.base import Tensors, Workload
 
 if TYPE_CHECKING:
     from fedsim.settings.build import World
@@ -66,6 +66,13 @@ class Alie(Attack):
         supporters = max(1, num_clients // 2 + 1 - colluders)
         share = (honest - supporters) / honest
         return max(0.0, NormalDist().inv_cdf(share)) if share > 0 else 0.0
+
+    def futile(self, workload: Workload, clients: frozenset[int], in_round: int, asked: int) -> str:
+        """Says so where z is 0, as the paper's formula has it for few colluders."""
+        if in_round > 1 and self.deviations(asked, in_round) > 0:
+            return ""
+        how = "one alone sends its own" if in_round < 2 else "z is 0, and they send the mean of what they trained"
+        return f"with {in_round} colluders among {asked} clients {how}; set attack.z=1.5, or a larger attack.share"
 
     def conspired(self, sent: Tensor, num_clients: int) -> Tensor:
         """Returns mean - z std over the colluders, the deviation of a population."""

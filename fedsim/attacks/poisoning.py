@@ -44,6 +44,15 @@ class LabelFlip(TargetedAttack):
         if self.source is not None and self.source >= classes:
             raise ConfigError(f"attack.source must be one of the classes 0..{classes - 1}, got {self.source}")
 
+    def futile(self, workload: Workload, clients: frozenset[int], in_round: int, asked: int) -> str:
+        """Says so where no malicious client has an example of the source."""
+        if self.source is None or any(self.source in workload.client_data(c).train.labels for c in clients):
+            return ""
+        return (
+            f"none of the {len(clients)} malicious clients has examples of class {self.source} (attack.source), so "
+            "they trained as honest ones; take another partition, such as dirichlet, or a larger attack.share"
+        )
+
     def poisoned(self, workload: Workload, data: Examples, draw: torch.Generator) -> Examples:
         """Returns the examples with wrong labels."""
         y = data.tensors["y"]

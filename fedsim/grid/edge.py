@@ -21,7 +21,7 @@ from devices.cost import LatencyModel
 from devices.fleet import Fleet
 from devices.profile import DeviceProfile
 from fedsim.engines.base import Engine
-from fedsim.errors import RunError
+from fedsim.errors import ConfigError, RunError
 from fedsim.grid.clock import SimClock
 from fedsim.grid.contact import Contact
 from fedsim.grid.events import Event, EventQueue
@@ -384,7 +384,7 @@ def _check_alike(contact: Contact, first: Contact) -> None:
     """Refuses what a strategy that only averages would drop or average wrongly, as Flower does for single replies."""
     extras, metrics = sorted(contact.answer.extras), contact.answer.metrics
     if extras:
-        raise RunError(f"the clients sent {extras} beside their weights, which the strategy drops, {ONE_METHOD}")
+        raise ConfigError(f"the clients sent {extras} beside their weights, which the strategy drops, {ONE_METHOD}")
     if metrics.keys() != first.answer.metrics.keys():
         names, others = sorted(metrics), sorted(first.answer.metrics)
         who = f"client {contact.client} reported metrics {names}, client {first.client} {others}"

@@ -5,6 +5,7 @@ A loop brings the replies of which the next global weights are made; `Federation
 
 from __future__ import annotations
 
+import math
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -131,6 +132,7 @@ class BufferLoop(Loop):
         self.staleness_weight, self.staleness_power = staleness_weight, staleness_power
         self.staleness_grace, self.pauses = staleness_grace, on_offline == "pause"
         self.number, self.draws = 0, 0  # of the round, and how often clients were drawn in it
+        self.unchanged: list[int] = []  # rounds that left the weights as they were, while clients were in flight
         self.repeats: dict[int, int] = {}  # how often clients were sent out in it
 
     def check(self, settings: RunSettings, strategy: ServerHalf, name: str) -> None:
@@ -179,6 +181,8 @@ class BufferLoop(Loop):
             if sum(c.is_accepted for c in ended) == self.buffer_size:
                 grid.train(ended, self.ahead(grid, ended))  # some may fail
         grid.train(ended)
+        if not (used := [c for c in ended if c.is_accepted]):
+            self.unchanged.append(number)
         if not used and not any(c.cost.total_s for c in ended):
             grid.clock.now_s = min(grid.clock.now_s + EMPTY_ROUND_S, grid.first_idle_s())
         return self.brought(grid, number, ended, used)
@@ -186,7 +190,7 @@ class BufferLoop(Loop):
     def arrived(self, grid: EdgeGrid, number: int) -> Contact:
         """The next client of whom the server hears."""
         contact = grid.arrive()
-        if self.max_staleness is not None and number - contact.number > self.max_staleness:
+        if self.max_staleness is not None and self.staleness(number, contact) > self.max_staleness:
             contact.late = contact.late or TOO_STALE
         if not contact.is_planned:
             grid.serving.store_state(contact)
@@ -202,16 +206,20 @@ class BufferLoop(Loop):
         reports = tuple(self.report(grid, number, contact) for contact in ended)
         grid.reports += reports
         ordered = sorted(used, key=lambda contact: (contact.client, contact.start_s))
-        origins = [self.origin(number - contact.number, contact) for contact in ordered]
+        origins = [self.origin(self.staleness(number, contact), contact) for contact in ordered]
         replies = [contact.reply() for contact in ordered]
         return Exchange(replies, tuple(contact.client for contact in ordered), reports, tuple(origins))
 
     def report(self, grid: EdgeGrid, number: int, contact: Contact) -> ClientReport:
         """What became of a client, with the age of what it was sent."""
-        noted = {"staleness": float(number - contact.number)}
+        noted = {"staleness": float(self.staleness(number, contact))}
         if self.pauses:
             noted["paused_s"] = contact.priced.paused_s
         return grid.report(contact, noted=noted)
+
+    def staleness(self, number: int, contact: Contact) -> int:
+        """Returns how often the weights have changed since a client was sent them."""
+        return number - contact.number - sum(contact.number <= idle < number for idle in self.unchanged)
 
     def origin(self, staleness: int, contact: Contact) -> Origin:
         """What a reply started from."""
@@ -263,10 +271,13 @@ class BufferLoop(Loop):
 
     def state(self, grid: EdgeGrid) -> dict[str, Any]:
         """Returns who is in flight."""
-        return flights.packed(grid)
+        oldest = min((contact.number for _, contact in grid.in_flight), default=math.inf)
+        self.unchanged = [number for number in self.unchanged if number >= oldest]
+        return {**flights.packed(grid), "unchanged": self.unchanged}
 
     def restore(self, grid: EdgeGrid, state: dict[str, Any]) -> None:
         """Puts clients in flight again."""
+        self.unchanged = list(state.get("unchanged", ()))  # not in older checkpoints
         flights.restore(grid, state)
 
 

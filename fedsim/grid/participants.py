@@ -6,6 +6,7 @@ knows neither data nor who will go offline.
 
 from __future__ import annotations
 
+import math
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +21,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from devices.bounds import Checked
 from devices.cost import Cost, LatencyModel, ModelCost, Passes, Work
 from fedsim.errors import ConfigError
-from fedsim.grid.edge import EdgeGrid
+from fedsim.grid.edge import NOT_NEEDED, TOO_LATE, EdgeGrid
 from fedsim.grid.exchange import ClientReport
 from fedsim.messages.records import ARRAYS, CONFIG, payload_bytes, tensors_of
 from fedsim.seeding import generator
@@ -85,16 +86,25 @@ class Roster:
         return self.seen.get(client, Seen())
 
     def note(self, number: int, reports: Iterable[ClientReport]) -> None:
-        """Takes notice of a training exchange."""
-        for report in reports:
-            if report.phase != "train":
-                continue
+        """Takes notice of a training exchange.
+
+        Of a client on whose reply nobody waited, only that it takes longer is known.
+        """
+        trained = [report for report in reports if report.phase == "train"]
+        last_s = max((report.cost.total_s for report in trained if report.outcome == "completed"), default=0.0)
+        for report in trained:
             seen = self.seen.setdefault(report.client, Seen())
             seen.asked += 1
             if report.outcome == "completed":
                 seen.examples, seen.loss = report.num_examples, float(report.metrics.get(TRAIN_LOSS, 0.0))
             if report.outcome in ("completed", "late"):
-                seen.seconds, seen.round = report.cost.total_s, number
+                seen.seconds, seen.round = self._until(report, last_s), number
+
+    def _until(self, report: ClientReport, last_s: float) -> float:
+        """Returns the seconds until the server had a client's reply, or gave it up."""
+        if report.reason == TOO_LATE and self.deadline_s is not None:
+            return math.nextafter(self.deadline_s, math.inf)  # more than a client may take
+        return min(report.cost.total_s, last_s) if report.reason == NOT_NEEDED else report.cost.total_s
 
     def expected_s(self, client: int) -> float:
         """Returns how long a client will take: as the last time, or else what its device is predicted to take.

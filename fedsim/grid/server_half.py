@@ -77,7 +77,7 @@ class ServerContext:
         num_clients: population size; client ids are 0..num_clients-1.
         seed: of the run; a strategy names its own draws, e.g. `generator(context.seed, "width", client_id)`.
         rounds: that the run has at most.
-        trained: names of the tensors that are trained.
+        trained: names of the tensors that are trained and shared.
     """
 
     model: ServerModel

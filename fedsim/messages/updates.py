@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from flwr.app import RecordDict
 
+from fedsim.errors import ConfigError
 from fedsim.workloads.base import Tensors
 
 Scalar = int | float | bool | str
@@ -14,7 +15,7 @@ Scalar = int | float | bool | str
 
 def _extra(owner: Broadcast | ClientUpdate, who: str, name: str) -> Tensors:
     if name not in owner.extras:
-        raise KeyError(
+        raise ConfigError(
             f"{who} brought no {name!r} (only {sorted(owner.extras)}); use a pair of strategy and trainer that sends it"
         )
     return owner.extras[name]
@@ -30,7 +31,7 @@ class Broadcast:
     settings: dict[str, Scalar] = field(default_factory=dict)
 
     def extra(self, name: str) -> Tensors:
-        """The extra record `name`; KeyError names what did come when it is missing."""
+        """The extra record `name`; ConfigError names what did come when it is missing."""
         return _extra(self, f"round {self.round}", name)
 
 
@@ -45,7 +46,7 @@ class ClientUpdate:
     extras: dict[str, Tensors] = field(default_factory=dict)
 
     def extra(self, name: str) -> Tensors:
-        """The extra record `name`; KeyError names what did come when it is missing."""
+        """The extra record `name`; ConfigError names what did come when it is missing."""
         return _extra(self, f"client {self.client_id}", name)
 
 

@@ -78,7 +78,7 @@ class Federation:
         self.has_ended = False
         self.lowest = (math.inf, 0)
         self.server = ServerSide(self.strategy, self.roles)
-        uplink = instantiate(settings.groups, "uplink")
+        self.uplink = uplink = instantiate(settings.groups, "uplink")
         check_pairs(settings, self.server, self.loop, self.participants, uplink)
         self.attack = world.attack
         self.malicious = self.attack.clients(world.workload.num_clients, self.seed)
@@ -111,7 +111,7 @@ class Federation:
                 num_clients=len(world.fleet),
                 seed=self.seed,
                 rounds=settings.rounds,
-                trained=self.roles.trained,
+                trained=self.roles.trained - self.roles.private,
             )
         )
         self._meet_clients()
@@ -238,7 +238,7 @@ class Federation:
             reason = f"cannot use what the clients sent: {str(error).removesuffix('. Skipping aggregation.')}"
             beside = sorted({name for reply in replies for name in reply.content.array_records if name != ARRAYS})
             pair = f"; beside their weights they sent {beside}, {ONE_METHOD}" if beside else ""
-            raise RunError(f"{self.server.name} {reason}{pair}") from error
+            raise (ConfigError if beside else RunError)(f"{self.server.name} {reason}{pair}") from error
         if arrays is not None:
             self.take(number, arrays)
         return self.with_means("train", metrics)

@@ -42,9 +42,10 @@ def check_pairs(
             f"{chosen} asks clients before a round, and with loop=buffer nobody waits for answers; take "
             "participants=oort, tifl, fastest, least_often or uniform"
         )
-    if rule.reads_data and server.hides:
+    hiding = server.name if server.hides else "uplink=secagg" if isinstance(uplink, SecureAggregation) else ""
+    if rule.reads_data and hiding:
         raise ConfigError(
-            f"{server.name} hides what single clients send, and {chosen} shows their data by whom it takes; take "
+            f"{hiding} hides what single clients send, and {chosen} shows their data by whom it takes; take "
             "participants=uniform, least_often, fastest or tifl"
         )
 

@@ -12,7 +12,9 @@ from devices.units import short_size
 from fedsim import __version__
 from fedsim.grid.edge import EMPTY_ROUND_S
 from fedsim.messages.cohort import OUTCOMES
+from fedsim.messages.secagg import SecureAggregation
 from fedsim.report.rounds import RoundReport, Totals, weights_sha256
+from fedsim.settings.build import stock_rule
 from fedsim.settings.names import fleet_name, method_name, workload_name
 from fedsim.workloads import metrics as figures
 from fedsim.workloads.metrics import Metric
@@ -62,6 +64,23 @@ def unjudged(federation: Federation) -> list[str]:
     ]
 
 
+def attacked(federation: Federation) -> list[str]:
+    """Warns of an attack that changes nothing, and of a defence that is told of fewer liars than there are."""
+    malicious, asked = federation.malicious, federation.settings.num_asked
+    if not malicious:
+        return []
+    population = federation.world.workload.num_clients
+    in_round = round(len(malicious) * min(1.0, asked / population))
+    warned = [federation.attack.futile(federation.world.workload, malicious, in_round, min(asked, population))]
+    told = stock_rule("liars")(federation.strategy)
+    if told is not None and told < in_round:
+        warned.append(
+            f"{len(malicious)} of {population} clients are malicious, {in_round} in a round, and the strategy "
+            f"withstands strategy.num_malicious_nodes={told}"
+        )
+    return list(filter(None, warned))
+
+
 def nobody_completed(reports: list[RoundReport], federation: Federation) -> list[str]:
     """Says what happened in a run in which no client's reply was ever taken, and what to change."""
     asked = [report for report in reports if report.round]
@@ -73,7 +92,7 @@ def nobody_completed(reports: list[RoundReport], federation: Federation) -> list
     name, has = fleet.device_name(small), short_size(fleet[small].memory_bytes)
     needs = short_size(max(report.peak_memory_bytes for report in asked))
     what = {
-        "late": f"{count['late']} came after deadline_s={limit}; raise it, or leave it out with deadline_s=null",
+        "late": f"{count['late']} {_why_late(federation)}",
         "out_of_memory": f"{count['out_of_memory']} lacked the memory, up to {needs} where {name} has {has}; take "
         f"other devices or a smaller trainer.batch_size; what fits: fedsim devices fit --device {name} --model MODEL",
         "offline": f"{count['offline']} were offline; "
@@ -82,9 +101,24 @@ def nobody_completed(reports: list[RoundReport], federation: Federation) -> list
     }
     told = [what[outcome] for outcome in OUTCOMES if count[outcome]]
     if any(not report.cohort for report in asked):
-        told.append("in some rounds nobody was awake; round_every_s=600 starts six an hour")
+        rule = f"participants={federation.settings.choices['participants']} took nobody, or "
+        what_rule = rule if federation.participants.offers else ""
+        told.append(f"in some rounds {what_rule}nobody was awake; round_every_s=600 starts six an hour")
     idle = "" if limit else f"; the server tries again {EMPTY_ROUND_S:g} s after a round without a reply"
     return [f"no client ever completed, so the model is the untrained one: {'; '.join(told)}{idle}"]
+
+
+def _why_late(federation: Federation) -> str:
+    """Says for what replies may have come too late in a run, and what to set."""
+    limit, loop, uplink = federation.settings.deadline_s, federation.settings.groups["loop"], federation.uplink
+    reasons = []
+    if limit is not None:
+        reasons.append(f"came after deadline_s={limit}; raise it, or leave it out with deadline_s=null")
+    if loop.get("max_staleness") is not None:
+        reasons.append(f"were staler than loop.max_staleness={loop['max_staleness']}; raise it, or set it to null")
+    if isinstance(uplink, SecureAggregation):
+        reasons.append("were too few to take the masks off; lower uplink.threshold, or take a larger cohort")
+    return ", or ".join(reasons) or "were late"
 
 
 def participation(reports: list[RoundReport], fleet: Fleet, primary: Metric, needed: int = 1) -> dict[str, Any]:

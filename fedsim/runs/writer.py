@@ -28,7 +28,7 @@ from fedsim.runs.own_code import write_code
 from fedsim.runs.price_facts import price_facts
 from fedsim.runs.price_models import FROM_THE_START, price_models, repriced
 from fedsim.runs.prolong import goes_by_rounds
-from fedsim.runs.summary import nobody_completed, participation, summarise, unjudged, versions
+from fedsim.runs.summary import attacked, nobody_completed, participation, summarise, unjudged, versions
 from fedsim.settings.build import build_world, stock_rule
 from fedsim.settings.groups import Settings
 from fedsim.settings.run_settings import RunSettings
@@ -163,6 +163,7 @@ class RunWriter:
         summary["warnings"] += [
             *nobody_completed(reports, federation),
             *unjudged(federation),
+            *attacked(federation),
             *([warning] if warning else []),
         ]
         summary |= world.workload.figures(reports)
