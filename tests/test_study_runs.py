@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -84,7 +85,10 @@ def test_a_failing_run_is_named_and_stops_no_other(file, fedsim):
 def test_a_dry_run_prints_the_commands_and_runs_nothing(file, fedsim):
     code, out, _ = fedsim("study", file(), "--dry-run", "--seeds", "1", "--out", "here")
     assert code == 0
-    assert "method=local_mixup trainer.mix_ratio=0.2 seed=1 out=here/local-0.2/seed-1" in " ".join(out.split())
+    command = next(line for line in out.splitlines() if line.endswith("seed=1 out=here/local-0.2/seed-1"))
+    assert command.startswith("fedsim run ")
+    assert "method=local_mixup trainer.mix_ratio=0.2" in command, "whole, so that it can be copied"
+    assert re.search(r"^\d+ runs: \d+ to run$", out, re.MULTILINE)
     assert not Path("here").exists()
     assert "mafl_digits" in fedsim("study", "--list")[1]
 

@@ -156,7 +156,7 @@ def show(found: dict[str, Any], shown: PlainConsole) -> None:
     if "sends" in found:
         _section(shown, "sends", [found["sends"]])
     if "arms" in found:
-        _section(shown, "arms", [", ".join(found["arms"]), f"seeds: {', '.join(map(str, found['seeds']))}"])
+        _section(shown, "arms", [*found["arms"], f"seeds: {', '.join(map(str, found['seeds']))}"])
     if found["settings"]:
         _section(shown, "settings and their defaults", [])
         shown.pairs(((_typed(setting), setting["meaning"]) for setting in found["settings"]), INDENT, MAX_SETTING)

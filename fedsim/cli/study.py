@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from fedsim.report.terminal import PlainConsole
     from fedsim.study.results import Result
     from fedsim.study.runner import Progress, Watch
-    from fedsim.study.spec import PlannedRun, Study
+    from fedsim.study.spec import PlannedRun
 
 SEED_DIGITS = 19  # of 2**63 - 1
 
@@ -68,7 +66,7 @@ def study(
     logging.getLogger("flwr").setLevel(logging.ERROR)  # strategies that are only tried out have no say
     runs, shown = plan(chosen, folder, building=not report), console()
     if dry_run:
-        shown.print(_runs_table(chosen, runs))
+        _tell_plan(runs, shown)
         return None
     failed: dict[str, str] = {}
     if not report:
@@ -120,19 +118,21 @@ def _list() -> None:
     console().print(shown)
 
 
-def _runs_table(study: Study, runs: Sequence[PlannedRun]) -> Table:
-    """Returns a table of what would be run, and as which command."""
+def _tell_plan(runs: Sequence[PlannedRun], shown: PlainConsole) -> None:
+    """Prints what would be run, each command on a line of its own, to be copied."""
     import shlex
+    from collections import Counter
 
-    from fedsim.report.terminal import table
     from fedsim.settings.permissions import flags
     from fedsim.study.spec import is_finished
 
-    shown = table("arm", "seed", "state", "command", left=("arm", "state", "command"), title=study.title)
+    states = Counter[str]()
     for run in runs:
         state = "finished" if is_finished(run) else "unfinished" if run.folder.exists() else "to run"
-        shown.add_row(run.arm.label, str(run.seed), state, f"fedsim {shlex.join([*run.command, *flags()])}")
-    return shown
+        states[state] += 1
+        shown.note(f"{run.arm.label}, seed {run.seed}: {state}", style="bold")
+        shown.say(f"fedsim {shlex.join([*run.command, *flags()])}")
+    shown.say(f"{len(runs)} runs: {', '.join(f'{count} {state}' for state, count in states.items())}")
 
 
 def _run(runs: Sequence[PlannedRun], jobs: int | None, folder: Path, shown: PlainConsole) -> dict[str, str]:
