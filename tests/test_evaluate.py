@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from devices.errors import DeviceError
-from devices.latency.evaluate import FEATURES, Trial, compare, comparison_picture, evaluate, trials_of
+from devices.latency.evaluate import compare, comparison_picture, evaluate
+from devices.latency.few_shot import FEATURES, Trial, trials_of
 from devices.latency.help.training import HelpSettings, first_weights
 from devices.latency.spaces import DEVICE_SETS, SPLITS, Space, device_split, load_space
 from devices.nas.tables import connected, network_features

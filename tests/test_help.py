@@ -14,7 +14,8 @@ from scipy.stats import spearmanr
 from torch.nn import functional as F
 
 from devices.errors import DeviceError
-from devices.latency.evaluate import Trial, evaluate
+from devices.latency.evaluate import evaluate
+from devices.latency.few_shot import Trial
 from devices.latency.help.encodings import encode, graph_adjacency
 from devices.latency.help.predictor import (
     HelpPredictor,

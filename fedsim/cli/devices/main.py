@@ -163,8 +163,8 @@ def evaluate(
 
         evaluate_profiles(load_space(space, data), as_json)
         return
-    from devices.latency.evaluate import Trial
     from devices.latency.evaluate import evaluate as judge
+    from devices.latency.few_shot import Trial
     from devices.latency.spaces import load_space
     from fedsim.report.terminal import console, table
 
@@ -205,7 +205,8 @@ def compare(
     Example: fedsim devices compare --space nb201 --data help_nb201.npz --predictors structured,macs
     """
     from devices.latency.evaluate import compare as judge
-    from devices.latency.evaluate import comparison_picture, trials_of
+    from devices.latency.evaluate import comparison_picture
+    from devices.latency.few_shot import trials_of
     from devices.latency.spaces import load_space
     from fedsim.report.terminal import console, table
 
