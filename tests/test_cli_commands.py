@@ -97,7 +97,7 @@ def test_all_sides_of_a_bench_multiply_alike():
 
 IMPORTS = ("images", "csv", "audio", "hf", "torchvision")
 DEVICES = ["list", "show", "predict", "fit", "new", "calibrate", "links", "population", "build"]
-DEVICES += ["enroll", "evaluate", "compare", "train-help"]
+DEVICES += ["enroll", "evaluate", "compare", "train-help", "search", "evaluate-search"]
 
 
 @pytest.mark.parametrize(

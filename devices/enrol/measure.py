@@ -282,6 +282,24 @@ def measure(
     return timings
 
 
+def network_ms(model: nn.Module, x: torch.Tensor, is_step: bool, repeats: int) -> float:
+    """Times a network of the user's as those of the zoo are, on one thread, and returns milliseconds.
+
+    Args:
+        model: in evaluation mode; its weights change if steps are timed.
+        x: a batch.
+        is_step: whether a training step is timed, else a forward pass.
+        repeats: samples.
+    """
+    before, key = torch.get_num_threads(), ("network", len(x))
+    torch.set_num_threads(1)
+    try:
+        run = _training(model, x) if is_step else _inference(model, x)
+        return measure({key: run}, repeats, "timing", lambda what, done, of: None)[key].ms
+    finally:
+        torch.set_num_threads(before)
+
+
 def _timing(samples: Sequence[float]) -> Timing:
     quick, low, middle, high = np.percentile(samples, [QUICK_PERCENTILE, 25, 50, 75])
     return Timing(float(quick), float((high - low) / middle), float(low / quick - 1))
@@ -311,8 +329,11 @@ def _inference(model: nn.Module, x: torch.Tensor) -> Callable[[], None]:
 
 def _step(name: str, batch: int) -> Callable[[], None]:
     network = ZOO[name]
-    model, x = network.build().train(), network.example(batch)
-    optimiser = torch.optim.SGD(model.parameters(), 1e-4)
+    return _training(network.build(), network.example(batch))
+
+
+def _training(model: nn.Module, x: torch.Tensor) -> Callable[[], None]:
+    optimiser = torch.optim.SGD(model.train().parameters(), 1e-4)
 
     def run() -> None:
         optimiser.zero_grad()

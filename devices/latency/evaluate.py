@@ -70,7 +70,7 @@ def evaluate(
                 assert help_predictions is not None
                 predicted = help_predictions(space, device, measured, seed, trial.weights)
             else:
-                predicted = judge.predictions(device, measured)
+                predicted = judge.predict(device, measured, space.judged(device))
             rows.append(_scores(predicted, space.latency(device)[space.judged(device)]))
         results[device] = dict(zip(METRICS, np.mean(rows, axis=0).tolist(), strict=True))
         if progress:

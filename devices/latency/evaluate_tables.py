@@ -160,21 +160,6 @@ def _joules(tables: Tables, settings: Sequence[Setting], watch: Watch) -> list[F
 
 # --- the model that prices runs, inside the search spaces -------------------------------------------------------------
 
-HELP_NAMES = {
-    "pixel2": "pixel2",
-    "pixel3": "pixel3",
-    "galaxy_s7": "samsung_s7",
-    "galaxy_a50": "samsung_a50",
-    "essential_ph1": "essential_ph_1",
-    "raspberry_pi_4": "raspi4",
-    "xeon_gold_6226": "gold_6226",
-    "xeon_gold_6240": "gold_6240",
-    "xeon_silver_4114": "silver_4114",
-    "xeon_silver_4210r": "silver_4210r",
-    "eyeriss": "eyeriss",
-    "fpga_zc706": "fpga",
-}
-
 
 def evaluate_profiles(space: Space, seed: int = 0, judged: int = 800) -> list[tuple[str, float, float]]:
     """Judges the shipped prices, after one scale, on networks that no profile has.
@@ -187,6 +172,7 @@ def evaluate_profiles(space: Space, seed: int = 0, judged: int = 800) -> list[tu
     """
     from scipy.stats import spearmanr
 
+    from devices.latency.few_shot import PROFILES
     from devices.latency.models import device_prices
     from devices.nas.tables import connected, network_features
     from devices.profile import load_profile
@@ -199,7 +185,7 @@ def evaluate_profiles(space: Space, seed: int = 0, judged: int = 800) -> list[tu
         index = np.random.default_rng(seed).choice(candidates, judged, replace=False)
     tables = network_features(space.name, space.ops)[index, :-1].reshape(-1, len(KINDS), len(COLUMNS))
     rows = []
-    for name, measured in HELP_NAMES.items():
+    for measured, name in PROFILES.items():
         prices = device_prices(load_profile(name)).inference
         ms = (tables * prices.matrix).sum(axis=(1, 2)) + prices.constant_ms
         true = space.latency(measured)[index]

@@ -12,9 +12,11 @@ import typer
 
 from fedsim.cli.devices.answers import list_devices, predict, show
 from fedsim.cli.devices.calibrate import calibrate
+from fedsim.cli.devices.evaluate_search import evaluate_search
 from fedsim.cli.devices.fit import fit
 from fedsim.cli.devices.fleet import links, population
 from fedsim.cli.devices.new import new
+from fedsim.cli.devices.search import search
 from fedsim.cli.devices.tables import build
 from fedsim.cli.options import MAX_COUNT, check_figures, check_name, check_picture, check_place, parse_whole
 from fedsim.report import strict_json
@@ -25,8 +27,9 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Devices, and the latency of networks on them.")
 app.command("list")(list_devices)
-for command in (show, predict, fit, new, calibrate, links, population, build):
+for command in (show, predict, fit, search, new, calibrate, links, population, build):
     app.command()(command)
+app.command("evaluate-search")(evaluate_search)
 TABLE = "Latency table of the space (npz with devices, latency_ms, arch_ops)."
 DataFile = Annotated[Path, typer.Option(help=TABLE)]
 DeviceSet = Annotated[

@@ -66,6 +66,7 @@ def named_model(
     num_classes: int | None = None,
     tokens: int | None = None,
     by_user: bool = True,
+    sizes: Mapping[str, Any] | None = None,
 ) -> NamedModel:
     """Builds the network.
 
@@ -75,6 +76,7 @@ def named_model(
         num_classes: size of the output; 10 when left out, for torchvision its own 1000.
         tokens: length of a sequence of token ids, for networks that take these; in the place of `input_shape`.
         by_user: the name stands on the command line, not in a file.
+        sizes: settings in the place of those of a model config.
 
     Raises:
         ConfigError: for a name that is not there, with the nearest one, a network that cannot be built, or a file that
@@ -101,7 +103,7 @@ def named_model(
         module = _torchvision_network(name, shape, num_classes)
     elif name in options("model"):
         shape = given or IMAGE
-        module = _config_network(model_settings(name), name, shape, num_classes or CLASSES)
+        module = _config_network({**model_settings(name), **(sizes or {})}, name, shape, num_classes or CLASSES)
     elif settings := network_settings(name):
         shape = given or IMAGE
         module = _config_network(settings, name, shape, num_classes or CLASSES)
