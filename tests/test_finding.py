@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
@@ -11,8 +12,13 @@ import pytest
 from conftest import Ended, assert_refused
 from omegaconf import OmegaConf
 
+from clients.app import serve
 from fedsim.cli.explain import facts
 from fedsim.cli.listing import KINDS, line_of, names_of
+from fedsim.engines.local import LocalEngine
+from fedsim.runs.federation import Federation
+from fedsim.runs.pairs import try_out
+from fedsim.settings.build import build_world
 from fedsim.settings.compose import _composed, compose
 from fedsim.settings.config_files import check_before_hydra
 from fedsim.settings.described import PRESETS, Setting, all_chosen, describe, settings_of_top
@@ -20,6 +26,7 @@ from fedsim.settings.docstrings import _tree
 from fedsim.settings.groups import GROUPS, options, preset
 
 pytestmark = pytest.mark.usefixtures("place")
+slowly = partial(pytest.param, marks=pytest.mark.slow)
 WITH_SETTINGS = [group for group in GROUPS if group not in PRESETS]
 
 
@@ -51,6 +58,19 @@ def test_what_is_explained_of_a_method_is_what_it_takes(method: str):
         program, command, *overrides = shlex.split(text)
         assert (program, command) == ("fedsim", "run")
         assert compose(overrides)["choices"]["method"] == method
+
+
+@pytest.mark.parametrize("group", ["loop", "participants", "attack", *map(slowly, ("method", "strategy", "uplink"))])
+def test_commands_that_are_shown_are_not_refused(group: str):
+    """Neither by their parts nor, where everybody has the data, by what a run finds before its first round."""
+    examples = {text for name in options(group) for text in facts(group, name)["examples"]}
+    shown = [text for text in sorted(examples) if text.startswith("fedsim run") and " -m " not in text]
+    assert len(shown) >= len(options(group)) / 2
+    for text in shown:
+        settings = compose(shlex.split(text)[2:])
+        try_out(settings)
+        if settings["choices"]["workload"] in ("digits", "blobs"):
+            Federation(build_world(json.dumps(settings)), LocalEngine(serve))
 
 
 @pytest.mark.parametrize("names", list(zip_longest(*map(options, WITH_SETTINGS)))[::2])

@@ -83,12 +83,10 @@ def _composed(arguments: list[str]) -> dict[str, Any]:
 def _try_out(settings: dict[str, Any]) -> None:
     """Builds data and strategy once here, so that Flower is never started for settings that a run would refuse."""
     import json
-    import logging
 
     from fedsim.runs.pairs import try_out
     from fedsim.settings.build import build_strategy, build_world
 
-    logging.getLogger("flwr").setLevel(logging.ERROR)
     try_out(settings)
     world = build_world(json.dumps(settings))
     build_strategy(world.settings, world.workload.num_clients)

@@ -51,8 +51,6 @@ def study(
     if not ctx.args:
         raise ConfigError("name a study, or the YAML file of one (see fedsim study --list)")
 
-    import logging
-
     from fedsim.report.terminal import console
     from fedsim.settings.folder_names import check_folder
     from fedsim.study.results import collect
@@ -63,7 +61,6 @@ def study(
     name, *overrides = ctx.args
     chosen = read_study(name, overrides, _seeds(seeds)).only(only or [])
     folder = out or Path("runs") / chosen.name
-    logging.getLogger("flwr").setLevel(logging.ERROR)  # strategies that are only tried out have no say
     runs, shown = plan(chosen, folder, building=not report), console()
     if dry_run:
         _tell_plan(runs, shown)

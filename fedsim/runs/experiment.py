@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedsim.runs.quiet import quiet_flower
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -147,12 +149,3 @@ def forget_worlds() -> None:
 
     clients.app.worker_for.cache_clear()
     build_world.cache_clear()
-
-
-def quiet_flower() -> None:
-    """Silences Flower, which logs every round: the progress bar says it better, and `fedsim` itself prints warnings."""
-    import logging
-
-    logger = logging.getLogger("flwr")
-    logger.propagate = False
-    logger.setLevel(logging.ERROR)

@@ -10,6 +10,7 @@ from fedsim.grid.loops import Loop
 from fedsim.grid.participants import Participants
 from fedsim.messages.secagg import SecureAggregation
 from fedsim.models.roles import TensorRoles
+from fedsim.runs.quiet import quiet_flower
 from fedsim.runs.server import ServerSide
 from fedsim.settings import check
 from fedsim.settings.build import build_strategy, instantiate
@@ -70,6 +71,7 @@ def try_out(tree: Settings) -> None:
     Raises:
         ConfigError: the sentence of the part that refuses its settings, or the others'.
     """
+    quiet_flower()  # strategies that are only tried out have no say
     check.try_out(tree)
     settings = RunSettings.of(tree)
     loop, rule, uplink = (instantiate(settings.groups, group) for group in ("loop", "participants", "uplink"))
