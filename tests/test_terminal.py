@@ -43,6 +43,15 @@ def test_no_width_loses_a_name_or_cuts_a_unit(
     assert parts == 1 if width in (120, None) else parts > 1
 
 
+@pytest.mark.parametrize("width", range(30, 90))
+def test_short_names_leave_no_figure_cut(capsys: pytest.CaptureFixture[str], width: int):
+    """A column of text is 8 columns wide where its texts are shorter."""
+    lines = shown(capsys, width, dict(zip("ABC", ROWS.values(), strict=True)))
+    assert all(cell_len(line) <= width for line in lines)
+    assert all(cell in "\n".join(lines) for cells in ROWS.values() for cell in cells)
+    assert all(line.rstrip()[-1] in "┓┃┩│┘┤" for line in lines if line[:1] in "┏┃┡│└├")
+
+
 def test_what_is_the_same_in_all_rows_stands_below(capsys: pytest.CaptureFixture[str]):
     lines = shown(capsys, 120)
     assert lines[-1].strip() == "rounds: 150"

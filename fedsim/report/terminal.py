@@ -26,6 +26,7 @@ from devices.texts import visible, visible_lines
 
 CELL_LETTERS = 400  # of a line in a cell; commands and paths are the longest
 NAME_WIDTH = 24  # columns that a column of text needs at most: what is longer may be broken
+LEAST_WIDTH = 8  # columns that rich leaves a column of text at least, so that its words are not broken to letters
 EDGE, BETWEEN = 1, 3  # columns that a frame takes: once, and for each column
 BAR_WIDTH = 40  # columns
 NUMBER = re.compile(r"(\d) (?=\S)")
@@ -113,7 +114,7 @@ class PlainTable(Table):
                 justify="left" if of_text else "right",
                 overflow="fold",
                 no_wrap=not of_text,
-                min_width=8 if of_text else None,
+                min_width=LEAST_WIDTH if of_text else None,
             )
 
     def add_row(self, *cells: RenderableType | None, **how: Any) -> None:
@@ -168,7 +169,7 @@ class PlainTable(Table):
         """Returns how wide a column must be."""
         texts = [self.headings[column], *(self._text(cells, column) for cells, _ in self.lines)]
         widest = max(cell_len(line) for text in texts for line in [*text.splitlines(), ""])
-        return BETWEEN + (min(widest, NAME_WIDTH) if self.headings[column] in self.left else widest)
+        return BETWEEN + (min(max(widest, LEAST_WIDTH), NAME_WIDTH) if self.headings[column] in self.left else widest)
 
 
 def _unbroken(text: str, width: int) -> str:
