@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import every_way
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from clients.app import serve
@@ -244,7 +245,7 @@ def test_a_backdoor_puts_its_patch_and_label_on_a_share_of_the_examples(settings
         ),
         (["attack=backdoor"], "Backdoor puts a patch into images"),
         (["attack=backdoor", *IMAGES[:1], "attack.patch=4"], "attack.patch must be less than the 4 pixels"),
-        (["attack=sign_flip", "attack.share=0"], r"attack.share must be in \(0, 1\], got 0"),
+        (["attack=sign_flip", "attack.share=-0.1"], r"attack.share must be in \[0, 1\], got -0.1"),
     ],
 )
 def test_what_cannot_be_attacked_is_refused(settings, overrides, words):
@@ -288,7 +289,25 @@ def test_every_judgement_says_how_far_a_backdoor_came(run, tmp_path: Path):
     assert ["attack_success" in line for line in lines] == [True, False, False, True]
     assert summary["final"]["attack_success"] == lines[3]["attack_success"]
     assert "How far the attack came" in write_page(tmp_path).read_text()
-    assert any(line.startswith("attack success: ") for line in closing_lines(summary, tmp_path))
+    (line,) = [line for line in closing_lines(summary, tmp_path) if line.startswith("attack success: ")]
+    assert line.endswith(
+        " % of the test examples of other classes with the patch are taken for '0' (backdoor by 1 of 6 clients)"
+    )
+    assert closing_lines(summary, tmp_path)[0].startswith("fedavg on blobs, fleet uniform, attack backdoor: ")
+    board = tmp_path / "tensorboard" / "fedavg-blobs-uniform-seed1"
+    events = EventAccumulator(str(board / "spent")).Reload()
+    assert [event.value for event in events.Scalars("by_energy_mj/attack_success")] == pytest.approx(
+        [line["attack_success"] for line in lines if "attack_success" in line]
+    )
+
+
+def test_a_share_of_0_judges_what_nobody_has_attacked(run, tmp_path: Path):
+    """The weights are those of a run without an attack, and its models are shown the patch."""
+    clean = run(IMAGES[0], "rounds=2", out=tmp_path / "clean")
+    judged = run("attack=backdoor", "attack.share=0", *IMAGES, "rounds=2", out=tmp_path / "judged")
+    assert judged["weights_sha256"] == clean["weights_sha256"]
+    assert judged["final"]["attack_success"] >= 0
+    assert judged["attack"]["malicious"] == 0
 
 
 # --- the same bytes --------------------------------------------------------------------------------------------------

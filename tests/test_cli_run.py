@@ -195,6 +195,8 @@ def test_a_sweep_makes_a_folder_per_run_and_a_table(arguments: list[str], fedsim
     assert "accuracy: of round 1" in ended.out  # one row: there is nothing to differ from
     assert "differences" not in ended.out
     assert "comparison: sweep (" in ended.out
+    named = [line for line in ended.out.splitlines() if line.startswith(("run 0", "run 1"))]
+    assert named == ["run 0: seed=1", "run 1: seed=2"]
     assert "┃ round ┃" not in ended.out  # the tables of single runs are in their folders
 
 

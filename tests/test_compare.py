@@ -21,7 +21,10 @@ from fedsim.study import compare as comparisons
 from fedsim.study.compare import run_folders
 from fedsim.study.page import text_of, to_target
 from fedsim.study.paired import Row, correction, half_width_of, holm, p_value, scored, span
+from fedsim.study.results import flat, records
 from fedsim.study.tables import result_table
+from fedsim.study.web_page import page_of
+from fedsim.workloads.metrics import COMPARED
 
 
 def compare(runs, last=None, against=None) -> list[Row]:
@@ -305,6 +308,89 @@ def test_the_caption_names_the_rounds_and_warns_of_early_ones(tmp_path):
         "accuracy: mean of rounds 5 to 10; it reaches back to round 5 of 10, before the middle: a mean over learning, "
         "not of its end"
     )
+
+
+def test_scores_of_runs_of_unequal_lengths_say_how_many_evaluations_make_them(tmp_path):
+    """The last tenths of 10, 20 and 30 rounds."""
+    runs = [made(tmp_path / str(n), name, 1, *[0.5] * n) for name, n in (("a", 10), ("b", 20), ("c", 30))]
+    assert span(compare(runs[:1])) == "accuracy: of round 10"
+    assert span(compare(runs)) == "accuracy: mean of the last evaluations, 1 to 3, of each run"
+    assert span(compare(runs, last=2)) == "accuracy: mean of the last 2 evaluations of each run"
+    seeds = [made(tmp_path / f"s{n}", "a", n, *[0.5] * n) for n in (3, 4)]
+    assert span(compare(seeds)) == "accuracy: of the last evaluation of each run"
+
+
+@pytest.mark.parametrize("key", ["target", "target_accuracy"])
+def test_runs_that_stop_at_a_target_are_compared_by_it_and_by_their_last_evaluation(tmp_path, key: str):
+    """A mean over the last tenth, 20 rounds, would be of a model that was still learning."""
+    for seed in (1, 2):
+        run = made(tmp_path / str(seed), "a", seed, *[0.1] * 18, 0.3, 0.4 + seed / 10)
+        settings = yaml.safe_load((run / "config.yaml").read_text())
+        (run / "config.yaml").write_text(yaml.safe_dump(settings | {key: 0.6}))
+    result = comparisons.compare([tmp_path])
+    assert result.rows[0].scores == {1: pytest.approx(0.5), 2: pytest.approx(0.6)}
+    assert to_target(result)["time\nto 60.00 %"] == ["1 of 2 seeds"]
+    caption = str(result_table(result).caption)
+    assert "accuracy: of the last evaluation of each run, as runs stop at a target" in caption
+    asked = comparisons.compare([tmp_path], last=2, target=0.2)
+    assert (asked.study.target, asked.rows[0].scores[1]) == (0.2, pytest.approx(0.4))
+
+
+MORE = {
+    "final.attack_success": ({"final": {"accuracy": 0.5, "attack_success": 0.25}}, "attack success, %", "25.00"),
+    "privacy.epsilon": ({"privacy": {"epsilon": 684.99, "delta": 0.01}}, "epsilon", "685"),
+    "asynchrony.mean_staleness": (
+        {
+            "asynchrony": {
+                **{"staleness": {"1": 1, "2": 1}, "unused": 0, "busy": {"all": 1.0}, "at_work": 4.0},
+                **{"server_idle_s": 0.0, "in_flight": 3},
+            }
+        },
+        "mean staleness",
+        "1.5",
+    ),
+}
+
+
+@pytest.mark.parametrize("path", COMPARED)
+def test_a_figure_that_some_run_has_is_a_column(tmp_path, path: str):
+    """In the terminal, as Markdown, on the page and in the files, under the words and in the unit declared for it."""
+    more, heading, cell = MORE[path]
+    for name, tree in (("plain", {}), ("other", more)):
+        run = made(tmp_path / name, name, 1, 0.5)
+        (run / "summary.json").write_text(json.dumps(SUMMARY | tree))
+    result = comparisons.compare([tmp_path], against="plain")
+    shown = result_table(result)
+    headings = [" ".join(column.header.split()) for column in shown.columns]
+    place = headings.index(heading.replace(",", ""))
+    assert list(shown.columns[place].cells) == ["", cell]
+    page = text_of(result, {})
+    assert f"| {heading} |" in page
+    assert f"| {cell} |" in page
+    assert f">{heading.replace(',', '')}<" in page_of(result, {}, tmp_path, "comparison").as_html()
+    assert COMPARED[path].scale * flat(records(result))[1][path] == pytest.approx(float(cell), rel=1e-3)
+    others = {words for _, words, _ in MORE.values()} - {heading}
+    assert not any(f"| {words} |" in page for words in others)
+    at_the_end = "clients at work at the end of a run, whose energy and bytes are in no round: other 3"
+    assert (at_the_end in str(shown.caption)) == (path == "asynchrony.mean_staleness")
+
+
+def test_where_energy_went_and_who_was_never_met_are_columns(tmp_path):
+    for number, name in enumerate(("plain", "other"), 1):
+        run = made(tmp_path / name, name, 1, 0.5)
+        (run / "rounds.jsonl").write_text(
+            RoundReport(1, 1.0, 1.0, joules=2.0, tail_joules=1.0 * number, metrics={"accuracy": 0.5}).to_json() + "\n"
+        )
+        spent = {"total": 2.0, "max_client": 1.0, "waiting": 0.5}
+        seen = {"population": 9, "took_part": 2, "never": 7}
+        (run / "summary.json").write_text(json.dumps(SUMMARY | {"energy_j": spent, "clients": seen}))
+    result = comparisons.compare([tmp_path], against="plain")
+    page = text_of(result, {})
+    assert "| traffic | radio tails | waiting |" in page
+    assert "| 0 B | 2.0 J | 500 mJ |" in page
+    assert "| arm | never took part | rounds |" in page
+    assert "| other | 7 | 1 |" in page
+    assert "Radio tails are a part of the energy; waiting is not." in page
 
 
 def test_the_cost_of_a_target_is_a_mean_only_where_all_seeds_reach_it(tmp_path):

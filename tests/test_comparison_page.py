@@ -127,6 +127,20 @@ def test_the_front_joins_those_that_none_beats_in_both():
     assert front([], []) == []
 
 
+def test_costs_that_hardly_differ_are_one_place(tmp_path: Path):
+    """Within a thousandth: one of them is best, and no axis is of their last digits."""
+    result = compare([runs(tmp_path, a=(0.5,), b=(0.6,), c=(0.7,))])
+    costs = (339.3921, 339.3922, 339.3920)
+    rows = [replace(row, joules=cost) for row, cost in zip(result.rows, costs, strict=True)]
+    _, drawn, _ = scores_against_costs(replace(result, rows=rows), arm_styles(result))
+    picture = ElementTree.fromstring(drawn)
+    assert len({circle.get("cx") for circle in picture.findall(".//{*}circle")}) == 1
+    texts = [text.text for text in picture.findall(".//{*}text")]
+    assert len(texts) == len(set(texts))
+    (line,) = [path for path in picture.findall(".//{*}path") if path.find("{*}title").text == "not beaten in both"]
+    assert "L" not in line.get("d")  # one point
+
+
 def test_a_band_needs_three_seeds(tmp_path: Path):
     for count, expected in ((2, 0), (3, 1)):
         for seed in range(1, count + 1):

@@ -185,7 +185,10 @@ def test_a_run_says_the_epsilon_of_all_its_rounds(settings, tmp_path: Path, meth
     summary = read_summary(tmp_path / "run")
     assert summary["privacy"] == {"epsilon": epsilon_of(3, 0.5, 1e-3), "delta": 1e-3}
     assert any(line.startswith("privacy: epsilon ") for line in text.closing_lines(summary, tmp_path / "run"))
-    assert "for a client in every round" in write_page(tmp_path / "run").read_text()
+    page = write_page(tmp_path / "run").read_text()
+    assert "for a client in every round" in page
+    for drawn in ("epsilon", "clipped rate, %", "clipping norm"):
+        assert f">{drawn}</text>" in page
 
 
 def test_rounds_without_a_reply_or_noise_spend_nothing():

@@ -125,8 +125,15 @@ def columns(rows: pandas.DataFrame) -> Rows:
     return {name: rows[name].to_numpy() for name in rows}
 
 
-def client(number: int, round: int, total_s: float, outcome: str = "completed") -> dict:
-    parts = {"down_s": total_s / 4, "compute_s": total_s / 2, "up_s": total_s / 4, "wait_s": 0.0, "total_s": total_s}
+def client(number: int, round: int, total_s: float, outcome: str = "completed", start_s: float = 0.0) -> dict:
+    parts = {
+        "start_s": start_s,
+        "down_s": total_s / 4,
+        "compute_s": total_s / 2,
+        "up_s": total_s / 4,
+        "wait_s": 0.0,
+        "total_s": total_s,
+    }
     who = {"round": round, "phase": "train", "client": number, "device": f"phone{number % 2}", "outcome": outcome}
     return {**who, **parts, "joules": 1.0, "peak_memory_bytes": 10, "storage_bytes": 0}
 
@@ -141,6 +148,14 @@ def test_the_straggler_is_the_last_whose_reply_was_taken():
         ["client 1", "phone1", "1 of 3", "2"],
     ]
     assert table.rows[0][4:] == ["0.75", "1.5", "0.75", "3"]
+
+
+def test_who_came_last_into_a_buffer_is_no_matter_of_how_long_it_took():
+    """Client 1 was at work for longer, and came before client 2, which began later."""
+    rows = [client(1, 1, 5.0), client(2, 1, 1.0, start_s=4.5)]
+    table = stragglers(columns(pandas.DataFrame(rows)), "Last of a buffer")
+    assert table is not None
+    assert [row[0] for row in table.rows] == ["client 2"]
 
 
 def test_nothing_to_draw_is_no_picture():

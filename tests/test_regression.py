@@ -112,6 +112,9 @@ def test_a_run_ends_where_a_low_metric_has_reached_its_target(tmp_path: Path):
     summary = run_sine(tmp_path / "short", f"target={target}")
     assert (summary["rounds"], summary["to_target"]["round"], summary["to_target"]["mse"]) == (first, first, target)
     assert f"to {target:.4g} m²" in write_page(tmp_path / "short").read_text()
+    missed = run_sine(tmp_path / "missed", "target=0", "rounds=1")
+    assert "mse 0 m² not reached" in closing_lines(missed, tmp_path / "missed")
+    assert "0 m² was not reached" in write_page(tmp_path / "missed").read_text()
     with pytest.raises(ConfigError, match=r"target_accuracy=0.9 .* judged by mse \(lower is better\); set target="):
         run_sine(tmp_path / "no", "target_accuracy=0.9")
     with pytest.raises(ConfigError, match=r"target=0\.1 and target_accuracy=0\.9 both say when to stop"):

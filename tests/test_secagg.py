@@ -16,11 +16,15 @@ from test_methods import federate
 
 from devices.cost import Work
 from devices.profile import load_profile
+from devices.units import size
+from fedsim.cli.explain import explained
 from fedsim.errors import ConfigError
 from fedsim.grid.edge import TOO_FEW
 from fedsim.messages import secagg
 from fedsim.messages.secagg import SecureAggregation, encrypted_bytes, share_bytes
+from fedsim.report.page import write_page
 from fedsim.report.rounds import weights_sha256
+from fedsim.report.text import closing_lines
 from fedsim.settings.build import instantiate
 
 MASKED = "uplink=secagg"
@@ -110,3 +114,25 @@ def test_strategies_that_look_at_single_updates_are_refused(method: str):
 def test_masked_runs_of_clients_that_clip_are_the_same_in_every_way(settings, tmp_path: Path):
     runs = every_way(settings("method=dp_client_adaptive", MASKED, "uplink.neighbours=1", "rounds=3"), tmp_path)
     assert all(rounds == runs["one"] for rounds in runs.values())
+
+
+def test_a_run_says_what_masks_take_beside_the_numbers(run, tmp_path: Path):
+    """What a client sends is its masked numbers, and keys and shares: both are said, and together all of its upload."""
+    plain = run("rounds=1", out=tmp_path / "plain")
+    summary = run(MASKED, "rounds=1", out=tmp_path / "masked")
+    found, clients = summary["masking"], summary["outcomes"]["completed"]
+    assert summary["up_bytes"] == clients * (found["masked_bytes"] + found["up_bytes"])
+    assert summary["down_bytes"] - plain["down_bytes"] == clients * found["down_bytes"]
+    lines = closing_lines(summary, tmp_path / "masked")
+    beside = f"{size(found['up_bytes'])} of keys and shares up and {size(found['down_bytes'])} down"
+    assert lines[1].endswith(f"beside them {beside}")
+    assert lines[0].startswith("fedavg on blobs, fleet uniform, uplink secagg: ")
+    assert "keys and shares" in write_page(tmp_path / "masked").read_text()
+
+
+def test_what_a_client_sends_is_explained_in_the_bytes_that_are_counted():
+    pair = encrypted_bytes(secagg.HEADER_BYTES + share_bytes(secagg.SEED_BYTES) + share_bytes(secagg.PRIVATE_KEY_BYTES))
+    share = secagg.ID_BYTES + share_bytes(secagg.SEED_BYTES)
+    sends = explained("uplink", "secagg")["sends"]
+    for count in (secagg.PUBLIC_KEY_BYTES, pair, share, secagg.ID_BYTES):
+        assert f"{count} bytes" in sends

@@ -14,12 +14,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from clients.app import serve
 from clients.trainers.sgd import SGDTrainer
+from devices.errors import FileError
 from fedsim.engines.local import LocalEngine
 from fedsim.errors import ClientError, ConfigError, RunError
 from fedsim.grid.exchange import Origin
 from fedsim.messages.records import record_of, tensors_of
-from fedsim.report.files import read_all_rows
+from fedsim.report.files import read_all_rows, read_summary
 from fedsim.report.page import write_page
+from fedsim.report.text import closing_lines
 from fedsim.runs import writer
 from fedsim.runs.federation import Federation
 from fedsim.settings.build import build_world, instantiate
@@ -204,18 +206,41 @@ def test_a_run_says_how_stale_replies_were_and_who_was_at_work(run, tmp_path):
     used = [int(json.loads(text)["staleness"]) for text in rows["metrics"]]
     assert found["staleness"] == {str(age): used.count(age) for age in sorted(set(used))}
     assert sum(found["staleness"].values()) == 5 * 2
+    assert found["mean_staleness"] == pytest.approx(sum(used) / 10)
+    of_pixel = [age for age, name in zip(used, rows["device"], strict=True) if name == rows["device"][0]]
+    assert found["device_staleness"][rows["device"][0]] == pytest.approx(sum(of_pixel) / len(of_pixel))
     assert found["at_work"] == pytest.approx(4)  # one that arrives is replaced at once
     assert found["busy"]["all"] == pytest.approx(4 / 6)
     assert (found["server_idle_s"], found["in_flight"]) == (pytest.approx(0, abs=1e-9), 3)
     folder = tmp_path / "tensorboard" / "fedbuff-blobs-phones-seed1"
     events = EventAccumulator(str(folder), size_guidance={"histograms": 0}).Reload()
     drawn = events.Histograms("staleness")
+    final = EventAccumulator(str(folder / "final")).Reload().Scalars("asynchrony/mean_staleness")
+    assert [event.value for event in final] == pytest.approx([found["mean_staleness"]])
     assert [event.step for event in drawn] == [1, 2, 3, 4, 5]
     assert sum(event.histogram_value.num for event in drawn) == 10
     write_page(tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert "Replies by their staleness" in page
-    assert "3 clients were at work: their energy and bytes are in no round" in page
+    at_the_end = "at the end 3 clients were at work: their energy and bytes are in no round"
+    assert f"A{at_the_end[1:]}." in page
+    assert at_the_end in closing_lines(summary, tmp_path)
+    assert "filled the buffer" in page
+    assert "waited for:" not in page
+    assert "took as long as they did" not in page
+
+
+def test_a_summary_of_before_says_the_mean_staleness_too(run, tmp_path):
+    summary = run(*BUFFERED, out=tmp_path / "run")
+    path = tmp_path / "run" / "summary.json"
+    told = summary["asynchrony"].pop("mean_staleness")
+    del summary["asynchrony"]["device_staleness"]
+    path.write_text(json.dumps(summary))
+    assert read_summary(path.parent)["asynchrony"]["mean_staleness"] == pytest.approx(told)
+    summary["asynchrony"]["mean_staleness"] = "much"
+    path.write_text(json.dumps(summary))
+    with pytest.raises(FileError, match="asynchrony"):
+        read_summary(path.parent)
 
 
 def test_what_a_method_sets_of_its_loop_is_explained(fedsim):

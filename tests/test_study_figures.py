@@ -71,6 +71,22 @@ def test_figures_are_in_the_unit_of_elsewhere_and_commands_name_the_file(file, f
     assert f"fedsim study {name}" in Path("runs/mine/study.html").read_text()
 
 
+def test_columns_beyond_eight_are_in_a_table_of_their_own(file, fedsim):
+    columns = ["final.accuracy", "metrics.accuracy", "peak_memory_bytes", "up_bytes", "energy_j.waiting"]
+    assert fedsim("study", file(columns=columns), "--seeds", "1")[0] == 0
+    page = Path("runs/mine/study.md").read_text()
+    first, second = (line for line in page.splitlines() if line.startswith("| arm |"))
+    scores = "accuracy, % | difference to Plain | time | energy | traffic | final accuracy, % | last accuracy, %"
+    assert first == f"| arm | {scores} |"
+    assert "| 71.00 | 71.00 |" in page
+    assert second == "| arm | peak memory | up | waiting | rounds |"
+    assert page.count("| Local 0.2 |") == 2
+    assert fedsim("study", file(columns=columns[:2]), "--report", "--seeds", "1")[0] == 0
+    page = Path("runs/mine/study.md").read_text()
+    assert page.count("| arm |") == 1
+    assert page.rstrip().endswith("1 round each.")
+
+
 def test_one_seed_has_no_interval():
     assert half_width_of([0.1]) == math.inf
 

@@ -13,20 +13,21 @@ from annotated_types import Interval
 from torch import Tensor, nn
 
 from devices.bounds import Checked
+from devices.texts import quoted
 from fedsim.errors import ConfigError
 from fedsim.seeding import generator
 from fedsim.workloads.base import Examples, Tensors, Workload
 from fedsim.workloads.classification import ClassificationWorkload, classification
 from fedsim.workloads.metrics import ATTACK_SUCCESS
 
-Share = Annotated[float, Interval(gt=0, le=1)]
+Share = Annotated[float, Interval(ge=0, le=1)]
 
 
 class Attack(Checked, group="attack", error=ConfigError):
     """What malicious clients do, here nothing.
 
     Args:
-        share: of the fleet's clients that are malicious, rounded, and one at least.
+        share: of the fleet's clients that are malicious, rounded, and one at least; 0: none, and the same is judged.
 
     Attributes:
         poisons_data: they train on other examples than they have.
@@ -43,7 +44,7 @@ class Attack(Checked, group="attack", error=ConfigError):
 
     def clients(self, num_clients: int, seed: int) -> frozenset[int]:
         """Returns who is malicious: the first of the fleet in a drawn order, so that a larger share has them too."""
-        count = max(1, round(self.share * num_clients))
+        count = max(1, round(self.share * num_clients)) if self.share else 0
         return frozenset(generator(seed, "attack").permutation(num_clients)[:count].tolist())
 
     def check(self, workload: Workload) -> None:
@@ -92,6 +93,10 @@ class Attack(Checked, group="attack", error=ConfigError):
         """
         raise NotImplementedError(f"{type(self).__name__} does not collude")
 
+    def aim(self, workload: Workload) -> str:
+        """Returns what the share that `judged` gives is of, as words that follow it; empty where it gives none."""
+        return ""
+
     def judged(self, workload: Workload, model: nn.Module) -> dict[str, float]:
         """Returns how far the attack has come in the global model; nothing where the accuracy says that."""
         return {}
@@ -135,6 +140,17 @@ class TargetedAttack(Attack):
     def shown(self, workload: Workload, batch: Tensors) -> Tensors:
         """Returns test examples as the attacker would show them to the model."""
         return batch
+
+    def aim(self, workload: Workload) -> str:
+        """Returns which test examples are taken for which class."""
+        if self.target is None:
+            return ""
+        target = classification(workload).class_names()[self.target]
+        return f"of {self.victims(workload)} are taken for {quoted(target)}"
+
+    def victims(self, workload: Workload) -> str:
+        """Returns in words which examples `is_victim` means, as they are `shown`."""
+        return "the examples that the attacker has in mind"
 
     def judged(self, workload: Workload, model: nn.Module) -> dict[str, float]:
         """Returns the share of the test's victims that the model tells as the target, if there are any."""

@@ -8,6 +8,7 @@ import torch
 from annotated_types import Ge, Gt, Interval, Le
 from torch import Tensor
 
+from devices.texts import quoted
 from fedsim.attacks.base import Share, TargetedAttack
 from fedsim.errors import ConfigError
 from fedsim.workloads.base import Examples, Tensors, Workload
@@ -62,6 +63,10 @@ class LabelFlip(TargetedAttack):
             flipped = torch.where(y == self.source, torch.full_like(y, self.target or 0), y)
         return Examples({**data.tensors, "y": flipped})
 
+    def victims(self, workload: Workload) -> str:
+        """Returns the source in words."""
+        return f"the test examples of {quoted(classification(workload).class_names()[self.source or 0])}"
+
     def is_victim(self, labels: Tensor) -> Tensor:
         """Returns which examples are of the source."""
         return labels.eq(-1 if self.source is None else self.source)
@@ -92,7 +97,7 @@ class Backdoor(TargetedAttack):
         patch: Annotated[int, Ge(1)] = 2,
         corner: Literal["top_left", "top_right", "bottom_left", "bottom_right"] = "bottom_right",
         grey: Annotated[float, Interval(ge=0, le=1)] = 1.0,
-        poisoned_share: Share = 0.5,
+        poisoned_share: Annotated[float, Interval(gt=0, le=1)] = 0.5,
         boost: Annotated[float, Gt(0), Le(1e6)] = 1.0,
     ):
         super().__init__(share)
@@ -133,6 +138,10 @@ class Backdoor(TargetedAttack):
     def changed(self, changes: Tensors, draw: torch.Generator) -> Tensors:
         """Returns the boosted changes."""
         return {name: self.boost * change for name, change in changes.items()}
+
+    def victims(self, workload: Workload) -> str:
+        """Returns all classes but the target in words."""
+        return "the test examples of other classes with the patch"
 
     def is_victim(self, labels: Tensor) -> Tensor:
         """Returns which examples are not of the target."""

@@ -12,14 +12,14 @@ in_progress: list[Path] = []  # the folder of the run that is going on
 
 
 def run_one(
-    settings: dict[str, Any], unfinished: Path | None = None, brief: bool = False
+    settings: dict[str, Any], unfinished: Path | None = None, brief: str | None = None
 ) -> tuple[dict[str, Any], Path]:
     """Runs one experiment with a bar and a closing table; returns its summary and its folder.
 
     Args:
         settings: of the run.
         unfinished: the folder that holds its beginning; None for a new one.
-        brief: of its end only the result and the folder are printed, as of one run among several.
+        brief: of a run among several, what tells it from the others; of its end only result and folder are printed.
     """
     from fedsim.report.place import PAGE
     from fedsim.report.repeat import next_steps
@@ -33,12 +33,14 @@ def run_one(
     in_progress.clear()
     reports = read_rounds(folder)
     lines = closing_lines(summary, folder, reports)
-    if not brief:
+    if brief:
+        shown.say(brief)
+    if brief is None:
         shown.print(closing_table(reports, Metric.named_in(summary)))
     for line in lines:
-        if not brief or line in (lines[0], lines[-1]) or line.startswith("warning: "):
+        if brief is None or line in (lines[0], lines[-1]) or line.startswith("warning: "):
             shown.say(line)
-    if not brief:
+    if brief is None:
         shown.say(f"next: {'; '.join(line for _, line in next_steps(folder, settings, summary))}")
         shown.say(f"page: {folder / PAGE}")
     return summary, folder

@@ -102,7 +102,7 @@ def facts(kind: str, name: str) -> dict[str, Any]:
         "class": option.target,
         "chooses": option.chooses,
         "halves": [{"half": h.group, "name": h.name, **_half(h)} for h in halves],
-        **({"sends": _sends([option, *halves])} if kind in ("method", *HALVES) else {}),
+        **_sending(kind, option, halves),
         "settings": [
             {"key": s.key, "default": s.default, "meaning": s.meaning or known.get(s.key, "")} for s in settings
         ],
@@ -129,6 +129,15 @@ def _study(name: str) -> dict[str, Any]:
         "examples": [f"fedsim study {name}"],
         "file": str(option_file("study", name)),
     }
+
+
+def _sending(kind: str, option: Option, halves: list[Option]) -> dict[str, str]:
+    """Returns what methods and their halves send, and what else says so of itself."""
+    from fedsim.settings.described import HALVES
+
+    if kind in ("method", *HALVES):
+        return {"sends": _sends([option, *halves])}
+    return {"sends": option.records} if option.records else {}
 
 
 def _sends(parts: list[Option]) -> str:

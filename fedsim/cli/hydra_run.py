@@ -25,7 +25,7 @@ def run_with_hydra(arguments: list[str]) -> None:
     if flags or any(is_of_hydra(text) or parsed(text).is_sweep_override() for text in overrides):
         _hand_over(flags, overrides)
     else:
-        run_one(compose(given), brief=False)
+        run_one(compose(given))
 
 
 def _hand_over(flags: list[str], overrides: list[str]) -> None:
@@ -56,9 +56,11 @@ def _hand_over(flags: list[str], overrides: list[str]) -> None:
         try:
             with one_sentence(overrides):
                 settings = resolve(config, hydra_config.runtime.choices, mine)
-            if hydra_config.mode == RunMode.MULTIRUN:
+            of_sweep = hydra_config.mode == RunMode.MULTIRUN
+            if of_sweep:
                 settings["out"] = str(Path(hydra_config.sweep.dir) / str(hydra_config.job.num))
-            summaries.append((mine, *run_one(settings, brief=hydra_config.mode == RunMode.MULTIRUN)))
+            brief = _of_sweep(hydra_config.job.num, mine, overrides) if of_sweep else None
+            summaries.append((mine, *run_one(settings, brief=brief)))
         except Exception as error:  # Hydra would print a line of its own before it passes the error on
             if sweeping:
                 error.add_note(f"in run {hydra_config.job.num} of the sweep: {' '.join(mine)}")
@@ -77,6 +79,15 @@ def _hand_over(flags: list[str], overrides: list[str]) -> None:
         _show_sweep(summaries)
     if failures:
         raise failures[0]
+
+
+def _of_sweep(number: int, of_run: list[str], overrides: list[str]) -> str:
+    """Returns a line on a run of a sweep: its number, and the overrides of which others have other values."""
+    from fedsim.settings.overrides import parsed
+
+    swept = {parsed(text).key_or_group for text in overrides if parsed(text).is_sweep_override()}
+    told = [text for text in of_run if text.lstrip("+").partition("=")[0] in swept]
+    return f"run {number}: {' '.join(told)}" if told else f"run {number}"
 
 
 def _show_sweep(summaries: list[tuple[list[str], dict[str, Any], Path]]) -> None:

@@ -7,6 +7,11 @@ encrypted, sends its numbers as integers under a mask for each neighbour and one
 neighbour's key or seed, so that the server can take the masks off. Sizes are those of the primitives in Flower
 (`flwr.common.secure_aggregation`: keys as PEM, Shamir's shares in chunks of 16 bytes, Fernet), whose workflow exists
 for its legacy API alone. The protocol is priced and not run: the sum is that of the floats.
+
+Records: in the place of the weights a client sends each number as an integer of `bits` bits and log2 of the clients of
+a round more, with the masks on; beside them up, two public keys (215 bytes each), and for each neighbour an encrypted
+pair of shares (612 bytes) and at last one share (60 bytes); down, for each neighbour two public keys, a pair of shares,
+and whether it has dropped out (8 bytes). A run's last lines say what that comes to.
 """
 
 from __future__ import annotations
@@ -31,12 +36,14 @@ class Overhead:
 
     Attributes:
         up_bytes: all that it sends.
+        masked_bytes: of these, the masked numbers themselves.
         down_bytes: what it receives beside the model.
         round_trips: beside that of the upload.
         operations: for each number that it sends, as multiply-adds.
     """
 
     up_bytes: int
+    masked_bytes: int
     down_bytes: int
     round_trips: int
     operations: int
@@ -75,10 +82,17 @@ class SecureAggregation(UpdateCompressor):
         shares = k * encrypted_bytes(HEADER_BYTES + seed + key)
         return Overhead(
             up_bytes=2 * PUBLIC_KEY_BYTES + shares + masked + k * (ID_BYTES + seed),
+            masked_bytes=masked,
             down_bytes=2 * k * PUBLIC_KEY_BYTES + shares + k * ID_BYTES,
             round_trips=EXTRA_ROUND_TRIPS,
             operations=OPERATIONS * (k + 1) + 1,
         )
+
+    def facts(self, numbers: int, clients: int) -> dict[str, int]:
+        """Returns what a summary says of it: bytes of one client's round, keys and shares apart; see `overhead`."""
+        part = self.overhead(numbers, clients)
+        beside = {"up_bytes": part.up_bytes - part.masked_bytes, "down_bytes": part.down_bytes}
+        return {"masked_bytes": part.masked_bytes, **beside}
 
     def working_bytes(self, coordinates: int) -> int:
         """Returns the bytes of the integers and of the mask that is being drawn, beside the weights."""

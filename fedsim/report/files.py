@@ -37,7 +37,16 @@ from fedsim.settings.forms import (
 )
 from fedsim.settings.moved import updated
 from fedsim.workloads.by_class import ECE, MACRO_F1
-from fedsim.workloads.metrics import ATTACK_SUCCESS, DELTA, EPSILON, PRIMARY, Metric
+from fedsim.workloads.metrics import (
+    ASYNCHRONY,
+    ATTACK_SUCCESS,
+    DELTA,
+    EPSILON,
+    MEAN_STALENESS,
+    PRIMARY,
+    STALENESS,
+    Metric,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -64,8 +73,8 @@ FIGURES: Forms = {
     "compression": optional(MAPS),
     "microphones": optional(MAP),
     "repriced": optional(MAP),
-    "asynchrony": optional(Form("what a run with loop=buffer says of its clients", lambda v: _is_asynchrony(v))),
-    "privacy": optional(MAP),
+    ASYNCHRONY: optional(Form("what a run with loop=buffer says of its clients", lambda v: _is_asynchrony(v))),
+    **dict.fromkeys(("privacy", "attack", "masking"), optional(MAP)),
     BY_ROUNDS: optional(TEXT),
     **dict.fromkeys(("continual", "versions"), optional(MAP)),
     "classes": optional(MAPS),
@@ -91,6 +100,8 @@ PRICES = {"line": TEXT, "calls_share": NUMBER}
 CLIENTS_SEEN = {"population": WHOLE}
 HEARD: Forms = {"round": WHOLE, "seen": maps_of(NUMBERS), "unseen": maps_of(NUMBERS)}
 DEPLOYED: Forms = {"microphones": optional(maps_of(NUMBERS))}
+ATTACK: Forms = {"name": TEXT, "malicious": WHOLE, "aim": optional(TEXT)}
+MASKING: Forms = dict.fromkeys(("masked_bytes", "up_bytes", "down_bytes"), WHOLE)
 SPENT = dict.fromkeys((EPSILON, DELTA), NUMBER)
 REPRICED = {"run": TEXT, "rounds": WHOLE, "ended": TEXT}
 NOTE = {"error": TEXT, "reason": TEXT}
@@ -161,6 +172,8 @@ def read_summary(folder: Path) -> dict[str, Any]:
         ("microphones", HEARD),
         ("repriced", REPRICED),
         ("privacy", SPENT),
+        ("attack", ATTACK),
+        ("masking", MASKING),
         ("continual", STREAM),
     ):
         if summary.get(key):
@@ -170,6 +183,9 @@ def read_summary(folder: Path) -> dict[str, Any]:
             check_tree(entry, forms, f"{path}: {key}")
     if any(len(row) != len(summary.get("classes", ())) for row in summary.get("confusion", ())):
         raise FileError(f"{path}: confusion has rows of other lengths than there are classes")
+    if (found := summary.get(ASYNCHRONY)) and found[STALENESS]:
+        ages = {int(age): count for age, count in found[STALENESS].items()}  # earlier versions had these alone
+        found.setdefault(MEAN_STALENESS, sum(age * count for age, count in ages.items()) / sum(ages.values()))
     return dict(summary)
 
 
@@ -303,12 +319,14 @@ def read_pictures(folder: Path) -> list[bytes]:
 def _is_asynchrony(value: Any) -> bool:
     """Returns whether this is what `fedsim.runs.asynchrony` writes."""
     numbers = {"unused": WHOLE, "at_work": NUMBER, "server_idle_s": NUMBER, "in_flight": WHOLE}
+    later = {MEAN_STALENESS: NUMBER, "device_staleness": maps_of(NUMBER)}
     return (
         isinstance(value, dict)
-        and value.keys() == {*numbers, "staleness", "busy"}
+        and value.keys() - later.keys() == {*numbers, STALENESS, "busy"}
+        and all(form.fits(value[name]) for name, form in later.items() if name in value)
         and all(form.fits(value[name]) for name, form in numbers.items())
-        and maps_of(WHOLE).fits(value["staleness"])
-        and all(age.isdecimal() and len(age) < 8 and 0 < count < 2**40 for age, count in value["staleness"].items())
+        and maps_of(WHOLE).fits(value[STALENESS])
+        and all(age.isdecimal() and len(age) < 8 and 0 < count < 2**40 for age, count in value[STALENESS].items())
         and maps_of(NUMBER).fits(value["busy"])
         and "all" in value["busy"]
     )

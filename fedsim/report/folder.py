@@ -54,7 +54,7 @@ from fedsim.report.tensorboard import Board
 from fedsim.settings.names import label_of
 from fedsim.settings.run_settings import RunSettings
 from fedsim.workloads.by_class import ByClass
-from fedsim.workloads.metrics import ACCURACY, LOSS, Metric
+from fedsim.workloads.metrics import ACCURACY, LOSS, OF_ROUNDS, Metric
 from fedsim.workloads.metrics import CLIENTS as OF_CLIENTS
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class RunFolder:
             self._files = {CONFIG: sha256_of_file(path / CONFIG)}
             self._files |= {f"{CLIENTS}/{name}": sha256_of_file(path / CLIENTS / name) for name in self._tables()}
             typed = RunSettings.of(settings)
-            shown = (primary.name, LOSS, *(f"{OF_CLIENTS}{name}" for name in (primary.name, LOSS)))
+            shown = (primary.name, LOSS, *(f"{OF_CLIENTS}{name}" for name in (primary.name, LOSS)), *OF_ROUNDS)
             self._events = Board(path / EVENTS, label_of(typed), shown, self.before if resume else None)
         except BaseException:
             self._rounds.close()

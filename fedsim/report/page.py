@@ -49,6 +49,7 @@ from fedsim.report.place import CLIENTS, CONFIG, CONFUSION, PAGE, ROUNDS, SPLIT,
 from fedsim.report.plots.on_page import (
     attack_curve,
     confusion_map,
+    figure_curves,
     histogram,
     loss_curve,
     outcomes,
@@ -63,11 +64,22 @@ from fedsim.report.plots.on_page import (
 from fedsim.report.repeat import commands
 from fedsim.report.rounds import RoundReport, read_rounds, running_costs
 from fedsim.report.split import primary_of, read_split
-from fedsim.report.text import OF_VICTIMS, asynchrony_line, late_note
+from fedsim.report.text import aim, asynchrony_lines, attackers, late_note, what_ran
 from fedsim.workloads.by_class import CALIBRATION, CLASSES, ECE, MACRO_F1
 from fedsim.workloads.by_class import CONFUSION as CONFUSED
 from fedsim.workloads.describe import Split
-from fedsim.workloads.metrics import ACCURACY, ATTACK_SUCCESS, MICROPHONES, Metric, judged, took_part
+from fedsim.workloads.metrics import (
+    ACCURACY,
+    ASYNCHRONY,
+    ATTACK_SUCCESS,
+    MEAN_STALENESS,
+    MICROPHONES,
+    STALENESS,
+    Metric,
+    judged,
+    stops_at,
+    took_part,
+)
 from fedsim.workloads.metrics import CLIENTS as OF_CLIENTS
 
 OF_AN_EXCHANGE = (
@@ -75,6 +87,10 @@ OF_AN_EXCHANGE = (
     "what its radio takes while it stays awake after a transfer; it is part of mean J."
 )
 WHO_CLOSED = "Stragglers are the clients that were most often the last of a round whose reply was taken"
+WHO_FILLED = (
+    "Listed are the clients whose replies most often filled the buffer, which ends a round: nobody is waited for, "
+    "and a round lasts until enough replies have come"
+)
 OF_FAIRNESS = (
     "The last score of each client that judged a model, its own where the method has one, on its own held-out "
     "examples; worst tenth is the mean of the lowest tenth of the clients."
@@ -149,6 +165,11 @@ class Told:
         """Returns its summary; empty while it is not finished."""
         return read_summary(self.folder)
 
+    @property
+    def is_buffered(self) -> bool:
+        """Returns whether clients came in their own time, and no round waited for a cohort."""
+        return self.settings.get("choices", {}).get("loop", "rounds") != "rounds" or ASYNCHRONY in self.summary
+
     @cached_property
     def primary(self) -> Metric:
         """Returns the metric that its models are judged by."""
@@ -207,17 +228,14 @@ def _without(summary: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _title(told: Told) -> str:
-    summary, choices = told.summary, told.settings.get("choices", {})
-    method = summary.get("method") or choices.get("method") or choices.get("strategy")
-    workload = summary.get("workload") or choices.get("workload")
-    return f"{method} on {workload}, fleet {summary.get('fleet') or choices.get('fleet')}"
+    return what_ran(told.summary, told.settings)
 
 
 # --- the answer ------------------------------------------------------------------------------------------------------
 
 
 def answer(told: Told) -> str:
-    """Returns what came of a run in a sentence: the score, what it took, who was lost, and who was waited for."""
+    """Returns what came of a run in a sentence: the score, what it took, who was lost, and who closed rounds."""
     parts = [_reached(told), *_lost(told), *_waited_for(told), *_target(told)]
     return "; ".join(parts) + "."
 
@@ -257,7 +275,8 @@ def _waited_for(told: Told) -> list[str]:
         return []
     devices, closed = np.unique(last["device"], return_counts=True)
     most = int(np.argmax(closed))
-    return [f"{visible(devices[most], NAME_LETTERS)} closed {closed[most]} of {len(last['device'])} rounds"]
+    did = "filled the buffer in" if told.is_buffered else "closed"
+    return [f"{visible(devices[most], NAME_LETTERS)} {did} {closed[most]} of {len(last['device'])} rounds"]
 
 
 def _target(told: Told) -> list[str]:
@@ -265,8 +284,8 @@ def _target(told: Told) -> list[str]:
     if found:
         spent = f"{simulated(found['simulated_s'])} and {energy(found['energy_j'])}"
         return [f"{primary.with_unit(found[primary.name])} was reached in round {found['round']}, after {spent}"]
-    asked = told.settings.get("target") or told.settings.get("target_accuracy")
-    if told.summary and isinstance(asked, int | float):
+    asked = stops_at(told.settings)
+    if told.summary and asked is not None:
         return [f"{primary.with_unit(asked)} was not reached"]
     return []
 
@@ -292,8 +311,17 @@ def _figures(told: Told) -> list[tuple[str, str, str]]:
     if spent_privacy := summary.get("privacy"):
         at = f"at delta {spent_privacy['delta']:.2g}, for a client in every round"
         found.append(("epsilon", f"{spent_privacy['epsilon']:.3g}", at))
+    who = summary.get("attack")
     if (success := summary["final"].get(ATTACK_SUCCESS)) is not None:
-        found.append(("attack success", ACCURACY.with_unit(success), OF_VICTIMS))
+        what = "; ".join([aim(summary), *([attackers(summary)] if who else [])])
+        found.append(("attack success", ACCURACY.with_unit(success), what))
+    elif who:
+        found.append(("attack", who["name"], attackers(summary)))
+    if (masks := summary.get("masking")) is not None:
+        beside = f"beside {size(masks['masked_bytes'])} of masked numbers, for each client and round"
+        found.append(("keys and shares", size(masks["up_bytes"] + masks["down_bytes"]), beside))
+    if mean := summary.get(ASYNCHRONY, {}).get(MEAN_STALENESS):
+        found.append(("staleness", f"{mean:.2g}", "changes of the weights since a client got them, on average"))
     if summary["storage_bytes"]:
         found.append(("storage", size(summary["storage_bytes"]), "kept on a device between rounds, at most"))
     if target := summary["to_target"]:
@@ -329,22 +357,26 @@ def _parts(told: Told) -> Iterator[Part]:
         yield Part("Pictures", [_png(picture) for picture in own])
     if (attacked := attack_curve(told.rounds)) is not None:
         yield Part("How far the attack came", [attacked], (), OF_ATTACKS)
+    if figures := figure_curves(told.rounds):
+        yield Part("What else is known of the rounds", figures)
     yield from _by_class(told.summary)
     if heard := told.summary.get(MICROPHONES):
         table = microphones_table(heard, told.summary.get("compression", ()))
         yield Part("Microphones", (), [table], OF_MICROPHONES)
     yield from _fairness(told)
     if (became := outcomes(told.rounds)) is not None:
-        slowest = stragglers(told.rows) if told.rows else None
-        bounded = told.settings.get("deadline_s") is not None
-        waited = f"{WHO_CLOSED}{'.' if bounded else ': it took as long as they did.'}"
+        waits = not told.is_buffered
+        slowest = stragglers(told.rows, "Stragglers" if waits else "Last of a buffer") if told.rows else None
+        bounded = not waits or told.settings.get("deadline_s") is not None
+        waited = f"{WHO_CLOSED if waits else WHO_FILLED}{'.' if bounded else ': it took as long as they did.'}"
         note = " ".join(filter(None, [late_note(told.settings), waited if slowest else ""]))
-        yield Part("Who was asked to train, and who was waited for", [became], [slowest] if slowest else [], note)
+        title = f"Who was asked to train, and who {'was waited for' if waits else 'filled the buffer'}"
+        yield Part(title, [became], [slowest] if slowest else [], note)
     if told.population is not None:
         absent = never_took_part(told.rows, told.took_part, told.population, told.split)
         if absent is not None:
             yield Part("Who never took part", (), [absent[0]], absent[1])
-    if found := told.summary.get("asynchrony"):
+    if found := told.summary.get(ASYNCHRONY):
         yield _asynchrony(found)
     if told.rows:
         yield _devices(told.rows)
@@ -357,16 +389,16 @@ def _parts(told: Told) -> Iterator[Part]:
 
 
 def _asynchrony(found: Mapping[str, Any]) -> Part:
-    ages = {int(age): count for age, count in found["staleness"].items()}
-    idle = f"No client was at work for {simulated(found['server_idle_s'])}. " if found["server_idle_s"] >= 1 else ""
-    note = f"At the end {found['in_flight']} clients were at work: their energy and bytes are in no round."
+    ages = {int(age): count for age, count in found[STALENESS].items()}
+    idle = f"No client was at work for {simulated(found['server_idle_s'])}." if found["server_idle_s"] >= 1 else ""
     drawn = []
     if ages:
         step = max(1, -(-(max(ages) + 1) // 25))
         bins = [edge - 0.5 for edge in range(0, max(ages) + step + 1, step)]
         drawn.append(histogram(list(ages), "Replies by their staleness", "changes of the weights since", bins, ages))
-    said = asynchrony_line(found)
-    return Part("Who was at work", drawn, [busy_table(found["busy"])], f"{said[0].upper()}{said[1:]}. {idle}{note}")
+    said, *end = (f"{line[0].upper()}{line[1:]}." for line in asynchrony_lines(found))
+    table = busy_table(found["busy"], {"all": found.get(MEAN_STALENESS), **found.get("device_staleness", {})})
+    return Part("Who was at work", drawn, [table], " ".join([said, *([idle] if idle else []), *end]))
 
 
 def _devices(rows: Rows) -> Part:

@@ -47,11 +47,12 @@ def devices_table(rows: Rows, phase: str) -> Table | None:
 def closers(rows: Rows) -> Rows:
     """Returns the row of each round whose reply was the last that was taken."""
     done = select_rows(rows, (rows["phase"] == "train") & (rows["outcome"] == "completed"))
-    done = select_rows(done, np.lexsort((done["client"], done["total_s"], done["round"])))
+    came_s = done["start_s"] + done["total_s"]  # of one cohort all start at once, with a buffer each by itself
+    done = select_rows(done, np.lexsort((done["client"], done["total_s"], came_s, done["round"])))
     return select_rows(done, np.append(done["round"][1:] != done["round"][:-1], True)[: len(done["round"])])
 
 
-def stragglers(rows: Rows) -> Table | None:
+def stragglers(rows: Rows, caption: str = "Stragglers") -> Table | None:
     """Returns the clients that closed most rounds; None where no client did."""
     last = closers(rows)
     if not len(last["client"]):
@@ -65,7 +66,7 @@ def stragglers(rows: Rows) -> Table | None:
         share = f"{closed[number]} of {len(last['client'])}"
         lines.append([f"client {clients[number]}", str(own["device"][0]), share, str(len(own["client"])), *means])
     header = ["client", "device", "rounds closed", "completed", "down s", "compute s", "up s", "total s"]
-    return Table(header, lines, "Stragglers")
+    return Table(header, lines, caption)
 
 
 # --- who never took part ---------------------------------------------------------------------------------------------
@@ -147,9 +148,15 @@ def fairness_table(scores: dict[int, tuple[str, float]], primary: Metric) -> Tab
     return Table(["device", "clients", "worst", "worst tenth", "median", "mean", "best"], lines)
 
 
-def busy_table(busy: Mapping[str, float]) -> Table:
-    """Returns a line for all clients and one per device: the share of the time in which a client was at work."""
-    return Table(["device", "at work"], [[name, f"{100 * share:.1f} %"] for name, share in busy.items()])
+def busy_table(busy: Mapping[str, float], staleness: Mapping[str, float | None]) -> Table:
+    """Returns a line for all clients and one per device.
+
+    Args:
+        busy: the share of the time in which a client was at work.
+        staleness: the mean of the replies that were used.
+    """
+    rows = [[name, f"{100 * share:.1f} %", short(staleness.get(name))] for name, share in busy.items()]
+    return Table(["device", "at work", "staleness of its replies"], rows)
 
 
 def classes_table(classes: Sequence[dict[str, Any]]) -> Table:

@@ -12,6 +12,7 @@ from fedsim.report.rounds import RoundReport
 from fedsim.settings.groups import FREE_MAPS, NEEDED, Settings
 from fedsim.settings.names import fleet_name, method_name, used, workload_name
 from fedsim.settings.run_settings import RunSettings
+from fedsim.workloads.metrics import COMPARED
 
 NO_PARAMETERS = ("out", "name", "checkpoint_s", "engine", "logger")  # which no result depends on
 
@@ -66,11 +67,18 @@ def of_end(summary: Mapping[str, Any]) -> dict[str, float]:
         **{f"best/{key}": value for key, value in summary["best"].items()},
         **{f"to_target/{key}": value for key, value in (summary["to_target"] or {}).items()},
         **{f"privacy/{key}": value for key, value in summary.get("privacy", {}).items()},
+        **{path.replace(".", "/"): _at(summary, path) for path in COMPARED},
         "total/simulated_s": summary["simulated_s"],
         "total/energy_j": summary["energy_j"]["total"],
         "total/traffic_bytes": summary["down_bytes"] + summary["up_bytes"],
     }
     return {key: float(value) for key, value in found.items() if value is not None}
+
+
+def _at(summary: Mapping[str, Any], path: str) -> float | None:
+    head, _, name = path.partition(".")
+    value: float | None = summary.get(head, {}).get(name)
+    return value
 
 
 def hyperparameters(settings: Settings) -> dict[str, bool | float | str]:

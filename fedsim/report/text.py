@@ -15,11 +15,21 @@ from fedsim.report.rounds import RoundReport
 from fedsim.report.terminal import table
 from fedsim.settings.catalogue import WorkloadRow
 from fedsim.workloads.describe import ClientRow
-from fedsim.workloads.metrics import ACCURACY, ATTACK_SUCCESS, CLIENTS, Metric, judged
+from fedsim.workloads.metrics import (
+    ACCURACY,
+    ASYNCHRONY,
+    ATTACK_SUCCESS,
+    CLIENTS,
+    MEAN_STALENESS,
+    STALENESS,
+    Metric,
+    judged,
+    stops_at,
+)
 
 TABLE_ROWS = 10
 NO_VALUE = "not finite"
-OF_VICTIMS = "of the test's victims, told as the target"
+ASIDE = {"participants": "uniform", "uplink": "none", "attack": "none"}  # groups worth a word, but for these options
 BY_CLASS = "examples of each class"
 
 
@@ -66,34 +76,83 @@ def closing_lines(summary: dict[str, Any], folder: Path, reports: Sequence[Round
     judged_own = [r.metrics[CLIENTS + primary.name] for r in reports if CLIENTS + primary.name in r.metrics]
     traffic = summary["down_bytes"] + summary["up_bytes"]
     counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in summary["outcomes"].items() if count)
-    clients, success = summary["clients"], summary["final"].get(ATTACK_SUCCESS)
+    clients, settings = summary["clients"], read_config(folder) if (folder / CONFIG).exists() else {}
     lines = [
-        f"{summary['method']} on {summary['workload']}, fleet {summary['fleet']}: "
+        f"{what_ran(summary, settings)}: "
         f"test {name} {final_score(summary)} after {summary['rounds']} round{'' if summary['rounds'] == 1 else 's'}",
         *(
             f"clients' own models: {name} {primary.with_unit(value)} on their own held-out examples"
             for value in judged_own[-1:]
         ),
         *([privacy_line(summary["privacy"])] if "privacy" in summary else []),
-        *([f"attack success: {ACCURACY.with_unit(success)} {OF_VICTIMS}"] if success is not None else []),
+        *attack_lines(summary),
+        *masking_lines(summary),
         f"cost: {simulated(summary['simulated_s'])} of simulated time, {energy(summary['energy_j']['total'])}, "
         f"{size(traffic)} of traffic, peak memory {size(summary['peak_memory_bytes'])}",
         f"clients: {counts}; the busiest spent {energy(summary['energy_j']['max_client'])}",
-        *([late] if summary["outcomes"].get("late") and (late := _late_note_of(folder)) else []),
+        *([late] if summary["outcomes"].get("late") and (late := late_note(settings)) else []),
         f"clients that never took part: {clients['never']} of {clients['population']}",
-        *([asynchrony_line(summary["asynchrony"])] if "asynchrony" in summary else []),
+        *(asynchrony_lines(summary[ASYNCHRONY]) if ASYNCHRONY in summary else []),
         *(f"warning: {text}" for text in summary["warnings"]),
         *([repriced_line(summary)] if summary.get("repriced") else []),
         *([f"times: {summary['prices']['line']}"] if "prices" in summary else []),
     ]
     target = summary["to_target"]
+    wanted = target[primary.name] if target else stops_at(settings)
+    shown = "" if wanted is None else f"{name} {primary.scale * wanted:g} {primary.unit}".rstrip()
     if target:
-        wanted = f"{primary.scale * target[primary.name]:g} {primary.unit}".rstrip()
         lines.append(
-            f"{name} {wanted} reached in round {target['round']}: {simulated(target['simulated_s'])}, "
+            f"{shown} reached in round {target['round']}: {simulated(target['simulated_s'])}, "
             f"{energy(target['energy_j'])}, {size(target['down_bytes'] + target['up_bytes'])}"
         )
+    elif shown:
+        lines.append(f"{shown} not reached")
     return [*lines, f"run folder: {folder} ({summary['host_s']:.1f} s on this host)"]
+
+
+def what_ran(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """Names what ran by method, data and fleet, and what else makes it another run than the usual one.
+
+    Args:
+        summary: of the run; empty while it is not finished.
+        settings: of the run, as far as they are known.
+    """
+    choices = settings.get("choices", {})
+    method = summary.get("method") or choices.get("method") or choices.get("strategy")
+    workload, fleet = (summary.get(group) or choices.get(group) for group in ("workload", "fleet"))
+    more = (f"{group} {choices[group]}" for group, usual in ASIDE.items() if choices.get(group, usual) != usual)
+    return ", ".join([f"{method} on {workload}", f"fleet {fleet}", *more])
+
+
+def attack_lines(summary: Mapping[str, Any]) -> list[str]:
+    """Returns who attacked, and how far the attack came where that is no matter of the score."""
+    success, who = summary["final"].get(ATTACK_SUCCESS), summary.get("attack")
+    if who is None:
+        return [] if success is None else [f"attack success: {ACCURACY.with_unit(success)}"]
+    if success is None:
+        return [f"attack: {attackers(summary)}"]
+    return [f"attack success: {ACCURACY.with_unit(success)} {aim(summary)} ({attackers(summary)})"]
+
+
+def aim(summary: Mapping[str, Any]) -> str:
+    """Returns what an attack success is a share of, in words that follow it."""
+    return str(summary.get("attack", {}).get("aim", "of what the attacker is after"))
+
+
+def attackers(summary: Mapping[str, Any]) -> str:
+    """Returns which attack was made by how many clients."""
+    who = summary["attack"]
+    population = summary.get("clients", {}).get("population")
+    return f"{who['name']} by {who['malicious']}{'' if population is None else f' of {population}'} clients"
+
+
+def masking_lines(summary: Mapping[str, Any]) -> list[str]:
+    """Returns what a client sends and receives in a round for its update to be masked, where it is."""
+    found = summary.get("masking")
+    if found is None:
+        return []
+    beside = f"{size(found['up_bytes'])} of keys and shares up and {size(found['down_bytes'])} down"
+    return [f"masks: a client sends {size(found['masked_bytes'])} of masked numbers a round, and beside them {beside}"]
 
 
 def privacy_line(spent: Mapping[str, float]) -> str:
@@ -109,16 +168,17 @@ def late_note(settings: Mapping[str, Any]) -> str:
     return first if settings["deadline_s"] is None else f"{first}, or after deadline_s"
 
 
-def _late_note_of(folder: Path) -> str:
-    return late_note(read_config(folder)) if (folder / CONFIG).exists() else ""
+def asynchrony_lines(found: Mapping[str, Any]) -> list[str]:
+    """Returns how stale replies were and how busy clients, and whose work no round counts."""
+    left = found["in_flight"]
+    who = f"{left} clients were" if left > 1 else "1 client was"
+    end = [f"at the end {who} at work: their energy and bytes are in no round"] if left else []
+    return [_asynchrony_line(found), *end]
 
 
-def asynchrony_line(found: Mapping[str, Any]) -> str:
-    """Returns how stale replies were, and how busy clients."""
-    ages = {int(age): count for age, count in found["staleness"].items()}
-    replies, unused = sum(ages.values()), found["unused"]
-    mean = sum(age * count for age, count in ages.items()) / replies if replies else 0.0
-    stale = f"replies were {mean:.1f} versions old on average, {max(ages, default=0)} at most"
+def _asynchrony_line(found: Mapping[str, Any]) -> str:
+    oldest, unused = max(map(int, found[STALENESS]), default=0), found["unused"]
+    stale = f"replies were {found.get(MEAN_STALENESS, 0.0):.1f} versions old on average, {oldest} at most"
     lost = f", {unused} too old or late to be used" if unused else ""
     busy = f"{found['at_work']:.1f} clients at work on average, {100 * found['busy']['all']:.0f} % of all"
     return f"{stale}{lost}; {busy}"

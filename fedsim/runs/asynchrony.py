@@ -9,10 +9,12 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean as mean
 from typing import Any
 
 from fedsim.grid.edge import EdgeGrid
 from fedsim.report.files import read_rows, row_files
+from fedsim.workloads.metrics import MEAN_STALENESS, STALENESS
 
 COLUMNS = ["phase", "client", "device", "outcome", "start_s", "total_s", "metrics"]
 Spell = tuple[float, float]  # from when to when a client was at work
@@ -27,13 +29,15 @@ def asynchrony(folder: Path, grid: EdgeGrid) -> dict[str, Any]:
 
     Returns:
         staleness: how many replies were used, by how often the weights had changed since.
+        mean_staleness: of the used replies; left out where none was.
+        device_staleness: the same of each device that a used reply came from.
         unused: replies that came too late or were too stale.
         busy: share of the time in which a client of each device worked, and of all of them.
         at_work: clients at work on average.
         server_idle_s: seconds in which no client was at work.
         in_flight: clients at work at the end, whose energy and bytes are in no round.
     """
-    end_s, staleness, unused = grid.clock.now_s, Counter[int](), 0
+    end_s, ages, unused = grid.clock.now_s, defaultdict[str, list[int]](list), 0
     spells: dict[str, list[Spell]] = defaultdict(list)
     for path in row_files(folder):
         for row in read_rows(path, COLUMNS).to_pylist():
@@ -41,7 +45,7 @@ def asynchrony(folder: Path, grid: EdgeGrid) -> dict[str, Any]:
                 continue
             metrics = json.loads(row["metrics"])
             if row["outcome"] == "completed":
-                staleness[int(metrics["staleness"])] += 1
+                ages[row["device"]].append(int(metrics[STALENESS]))
             unused += row["outcome"] == "late"
             ended_s = row["start_s"] + row["total_s"] + metrics.get("paused_s", 0.0)
             spells[row["device"]].append((row["start_s"], min(ended_s, end_s)))
@@ -50,8 +54,11 @@ def asynchrony(folder: Path, grid: EdgeGrid) -> dict[str, Any]:
     every = [spell for some in spells.values() for spell in some]
     owners = {name: count for name, count, _ in grid.fleet.summary()}
     busy = {name: _share(some, owners[name], end_s) for name, some in sorted(spells.items())}
+    staleness = Counter(age for some in ages.values() for age in some)
     return {
-        "staleness": {str(age): count for age, count in sorted(staleness.items())},
+        STALENESS: {str(age): count for age, count in sorted(staleness.items())},
+        **({MEAN_STALENESS: mean([*staleness.elements()])} if staleness else {}),
+        "device_staleness": {name: mean(some) for name, some in sorted(ages.items())},
         "unused": unused,
         "busy": {"all": _share(every, len(grid.fleet), end_s), **busy},
         "at_work": sum(until - since for since, until in every) / end_s if end_s else 0.0,

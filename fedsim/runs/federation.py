@@ -42,6 +42,7 @@ from fedsim.runs.pairs import check_pairs, make_strategy
 from fedsim.runs.server import ServerSide
 from fedsim.seeding import seeded_globals
 from fedsim.settings.build import World, instantiate, pick_device
+from fedsim.settings.names import used
 from fedsim.settings.run_settings import RunSettings
 from fedsim.workloads import metrics as figures
 from fedsim.workloads.by_class import ByClass
@@ -375,8 +376,16 @@ class Federation:
         return None
 
     def facts(self) -> dict[str, Any]:
-        """Returns what else there is to say of this run in its summary; here nothing."""
-        return {}
+        """Returns what else there is to say of this run in its summary: who attacks, and what masks take."""
+        found: dict[str, Any] = {}
+        if self.malicious or self.attack.share == 0:
+            aim = self.attack.aim(self.world.workload)
+            name = used(self.settings, "attack")
+            found["attack"] = {"name": name, "malicious": len(self.malicious), **({"aim": aim} if aim else {})}
+        if isinstance(self.uplink, SecureAggregation):
+            sent = (math.prod(a.shape) for name, a in self.arrays.items() if name not in self.roles.private)
+            found["masking"] = self.uplink.facts(sum(sent) + 1, self.settings.num_asked)  # and what they count for
+        return found
 
     def ask_clients(self, number: int) -> dict[str, float]:
         """Lets clients judge their models on their own held-out parts; the devices pay for it.

@@ -319,7 +319,7 @@ class RepricedFederation(Federation):
 
     def facts(self) -> dict[str, Any]:
         """Returns where the rounds are from, and the weights of the last one where they are known."""
-        facts: dict[str, Any] = {"repriced": {**self.origin, "ended": self.ended}}
+        facts = {**super().facts(), "repriced": {**self.origin, "ended": self.ended}}
         return facts if self.is_whole else {**facts, "weights_sha256": None}
 
     @property

@@ -33,6 +33,7 @@ from fedsim.settings.build import build_world, stock_rule
 from fedsim.settings.groups import Settings
 from fedsim.settings.run_settings import RunSettings
 from fedsim.workloads.fingerprint import DATA, Fingerprint, check_same, of_run
+from fedsim.workloads.metrics import ASYNCHRONY
 
 Watch = Callable[[RoundReport], None]
 
@@ -176,7 +177,7 @@ class RunWriter:
         summary |= federation.facts()
         self.folder.flush()
         if federation.loop.is_buffered:
-            summary["asynchrony"] = asynchrony(self.out, federation.grid)
+            summary[ASYNCHRONY] = asynchrony(self.out, federation.grid)
         summary |= price_facts(self.out, world.fleet, world.latency, summary["rounds"])
         goes_on = summary["rounds"] == goes_on_from(federation.settings)
         self._keep(federation.state() if goes_on else None)

@@ -55,7 +55,7 @@ class Option:
         source: the paper that it is from; empty where nothing is said.
         notes: what else its file says.
         text: what its class says of itself.
-        records: what it sends beside weights, None where its code does not say; of halves of a method.
+        records: what it sends beside weights, None where the code of a half of a method does not say.
         examples: commands with it.
         target: its class; empty for those that only choose others.
         chooses: options of other groups that it takes.
@@ -108,7 +108,7 @@ def describe(group: str, name: str) -> Option:
         head.source or source_of(found),
         head.notes,
         text,
-        _records(target, found) if group in HALVES else "",
+        _records(target, found) if group in HALVES else records_of(found),
         examples,
         target,
         _chosen(file),

@@ -21,7 +21,7 @@ from fedsim.settings.forms import MAP, WHOLE, check_tree
 from fedsim.settings.groups import GROUPS
 from fedsim.settings.hydra_text import as_hydra
 from fedsim.study.paired import common_metric, compare_rows
-from fedsim.study.results import FinishedRun, Result
+from fedsim.study.results import FinishedRun, Result, columns_of, where_runs_stop
 from fedsim.study.spec import Arm, PlannedRun, Study
 from fedsim.workloads.fingerprint import DATA, TEST
 from fedsim.workloads.metrics import Metric, judged
@@ -114,7 +114,7 @@ def compare(
         differs=tuple(differences_text(own, names)),
         left_out=f"left out, as no round was evaluated: {without}" if without else "",
     )
-    return _result(groups, study, metric)
+    return _result(groups, where_runs_stop(study, [run.settings for run in runs]), metric)
 
 
 def _result(groups: Mapping[str, Mapping[int, ReadRun]], study: Study, metric: Metric) -> Result:
@@ -131,7 +131,8 @@ def _result(groups: Mapping[str, Mapping[int, ReadRun]], study: Study, metric: M
         label: {seed for seed, run in group.items() if seed in base and not _is_judged_alike(run, base[seed])}
         for label, group in groups.items()
     }
-    return Result(study, metric, compare_rows(rounds, study.last, study.against, metric, elsewhere), {}, finished)
+    rows = compare_rows(rounds, study.last, study.against, metric, elsewhere)
+    return Result(study, metric, rows, columns_of(study, finished), finished)
 
 
 def _is_judged_alike(run: ReadRun, base: ReadRun) -> bool:

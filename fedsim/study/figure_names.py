@@ -9,8 +9,7 @@ from difflib import get_close_matches
 from devices.errors import unknown
 from fedsim.errors import ConfigError
 from fedsim.messages.cohort import OUTCOMES
-from fedsim.report.plots.style import METRICS
-from fedsim.workloads.metrics import AVERAGED, CLIENTS
+from fedsim.workloads.metrics import ASYNCHRONY, AVERAGED, CLIENTS, METRICS
 
 NEAR = 0.85  # of difflib: a letter more, less or swapped in a word of seven
 SINGLE = (
@@ -18,14 +17,14 @@ SINGLE = (
     *("not_finite_rounds", "host_s"),
 )
 CLOSED: Mapping[str, tuple[str, ...]] = {  # maps of the summary that hold these and nothing else
-    "energy_j": ("total", "max_client", "waiting"),
+    "energy_j": ("total", "max_client", "waiting", "tail"),
     "outcomes": tuple(OUTCOMES),
     "clients": ("population", "took_part", "never"),
     "privacy": ("epsilon", "delta"),
 }
 OF_METRICS = ("final", "best", "to_target")  # maps of the summary with names of metrics in them
 BESIDE = {"final": (), "best": ("round",), "to_target": ("round", "simulated_s", "energy_j", "down_bytes", "up_bytes")}
-OPEN = ("continual", "compression", "calibration", "prices", "metrics")
+OPEN = (ASYNCHRONY, "continual", "compression", "calibration", "prices", "metrics")
 KNOWN_METRICS = tuple(
     name for one in AVERAGED for name in (one, CLIENTS + one, f"{CLIENTS}{one}_worst_tenth", f"{one}_worst_tenth")
 )

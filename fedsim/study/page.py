@@ -1,4 +1,4 @@
-"""A study as a Markdown page: what was asked, the command, a table of at most eight columns, and how to read it."""
+"""A study as a Markdown page: what was asked, the command, tables of at most eight columns, and how to read them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from typing import Any
 from devices.texts import visible_lines
 from devices.units import energy, simulated, size
 from devices.writing import write_atomic
-from fedsim.report.plots.style import METRICS
+from fedsim.study.columns import BESIDE, beside_costs, figure, headings
 from fedsim.study.compare import NAME, run_folders
 from fedsim.study.paired import Row, span, unmatched
-from fedsim.study.results import Result, cost_of_target
+from fedsim.study.results import Result, cost_of_target, left_at_work
 from fedsim.study.spec import Study
+from fedsim.workloads.metrics import stops_at
 
 PAGE = "study.md"
 MAX_COLUMNS, MOST_NAMED, MOST_SEEDS = 8, 12, 3  # of a table; folders in a command; seeds by number
@@ -33,15 +34,16 @@ def write_page(result: Result, failed: Mapping[str, str], out: Path, name: str =
 
 def text_of(result: Result, failed: Mapping[str, str]) -> str:
     """Returns the page as Markdown."""
-    study = result.study
+    study, tables = result.study, _tables(result)
+    rounds = "" if any("rounds" in table for table in tables) else _rounds_each(result.rows[0].rounds)
     command = compare_command(result) if study.name == NAME else study_command(study)
     parts = [
         f"# {_plain(study.title)}",
         study.question,
         f"```\n{command}\n```" if command else "",
-        _table(_columns(result)),
+        *map(_table, tables),
         _table({"arm": [row.label for row in result.rows], **columns}) if (columns := to_target(result)) else "",
-        "  \n".join(_notes(result)),
+        "  \n".join([*_notes(result), *([rounds] if rounds else [])]),
         "\n".join(f"- {_plain(name)} failed: {_plain(reason)}" for name, reason in failed.items()),
         study.reading if not study.own else "",
     ]
@@ -85,21 +87,40 @@ def _given(folders: Sequence[str]) -> list[str]:
     return list(folders) if len(folders) <= MOST_NAMED else []
 
 
-def _columns(result: Result) -> dict[str, list[str]]:
+def _tables(result: Result) -> list[dict[str, list[str]]]:
+    """Returns cells by column, of as many tables as all columns need; each begins with the arms.
+
+    Rounds that are the same in all rows have no table of their own.
+    """
     study, compared = result.study, result.rows
+    arms = [label(row, study) for row in compared]
     columns = {
-        "arm": [label(row, study) for row in compared],
         result.metric.label: [score(row) for row in compared],
         f"difference to {_plain(study.against)}": [_difference(row, study.against) for row in compared],
         "time": [simulated(row.simulated_s) for row in compared],
         "energy": [energy(row.joules) for row in compared],
         "traffic": [size(row.traffic_bytes) for row in compared],
     }
-    own = {_heading(path): [figure(path, value) for value in values] for path, values in result.columns.items()}
-    for name, cells in [*own.items(), ("rounds", [f"{row.rounds:g}" for row in compared])]:
-        if len(columns) < MAX_COLUMNS:
-            columns[name] = cells
-    return columns
+    own = _own(result)
+    for path, heading in headings(own, result.metric).items():
+        columns[heading] = [figure(path, value) for value in own[path]]
+    room = MAX_COLUMNS - 1
+    if len(columns) % room or len({row.rounds for row in compared}) > 1:
+        columns["rounds"] = [f"{row.rounds:g}" for row in compared]
+    names = list(columns)
+    parts = [names[start : start + room] for start in range(0, len(names), room)]
+    return [{"arm": arms, **{name: columns[name] for name in part}} for part in parts]
+
+
+def _rounds_each(count: float) -> str:
+    return f"{count:g} round{'' if count == 1 else 's'} each."
+
+
+def _own(result: Result) -> dict[str, list[float]]:
+    """Returns the figures of the page: a study's says no more of where energy went than its file asks for."""
+    study = result.study
+    hidden = set() if study.name == NAME else {*BESIDE} - {*study.columns}
+    return {path: values for path, values in result.columns.items() if path not in hidden}
 
 
 def label(row: Row, study: Study) -> str:
@@ -153,44 +174,27 @@ def _notes(result: Result) -> list[str]:
     many = len(study.seeds) > 1
     seeds = ", ".join(map(str, study.seeds))
     notes = [f"Mean ± standard deviation of seeds {seeds}." if many else f"Seed {seeds}."]
-    if text := scores_are_of(study.last, result.rows):
+    if text := scores_are_of(result):
         notes.append(f"{text}.")
     if sum(not math.isnan(row.p) for row in result.rows) > 1:
         count = sum(not math.isnan(row.p) for row in result.rows)
         holm = f"p < 0.05 after Holm's correction for the {count} of the table"
         found = f"bold: {holm}" if any(row.is_significant for row in result.rows) else f"none has {holm}"
         notes.append(f"Differences are paired by seed, each with its own 95 % interval; {found}.")
-    return [*notes, *(f"{line[0].upper()}{line[1:]}." for line in unmatched(result.rows, study.against))]
+    lines = [*unmatched(result.rows, study.against), *beside_costs(_own(result)), *left_at_work(result)]
+    return [*notes, *(f"{line[0].upper()}{line[1:]}." for line in lines)]
 
 
-def scores_are_of(last: int | None, rows: Sequence[Row]) -> str:
-    """Returns which evaluations make the scores of a table; empty where that is the last one of each run."""
+def scores_are_of(result: Result) -> str:
+    """Returns which evaluations make the scores of a table; empty where that is the last one by the study's word."""
+    last, rows = result.study.last, result.rows
     if last is None or any(row.is_early for row in rows):
         return span(rows)
-    return f"{rows[0].metric.title}: mean of the last {last} evaluations of a run" if last > 1 else ""
-
-
-def _heading(path: str) -> str:
-    return in_words(path).replace(".", " ")
-
-
-def in_words(path: str) -> str:
-    """Returns the path of a figure as a heading, without the unit that its cells have."""
-    return path.removeprefix(METRICS).removesuffix("_bytes").replace("_", " ")
-
-
-def figure(path: str, value: float) -> str:
-    """Returns a figure of a run: bytes, seconds and joules in the unit that reads best, else four digits.
-
-    It is empty where there is none.
-    """
-    if math.isnan(value):
-        return ""
-    if path.startswith("energy_j.") or path.endswith(("_joules", "energy_j")):
-        return energy(value)
-    if path.endswith(("_bytes", "_s")):
-        return size(value) if path.endswith("_bytes") else simulated(value)
-    return f"{value:.4g}"
+    name = rows[0].metric.title
+    if last > 1:
+        return f"{name}: mean of the last {last} evaluations of a run"
+    stopped = any(stops_at(one.run.settings) is not None for runs in result.runs.values() for one in runs)
+    return f"{name}: of the last evaluation of each run, as runs stop at a target" if stopped else ""
 
 
 def _table(columns: Mapping[str, Sequence[str]]) -> str:

@@ -34,7 +34,7 @@ class Row:
         p_holm: p after Holm's correction for the comparisons of the table.
         simulated_s, joules, traffic_bytes, rounds: means over the seeds.
         metric: what the scores are values of.
-        span: first and last of the rounds that are scored, how many, and the last of the run; None where runs differ.
+        spans: of each run the first and last of the rounds that are scored, how many, and the last of the run.
         elsewhere: seeds in common that have no difference, since the runs were judged on other test data.
     """
 
@@ -49,13 +49,13 @@ class Row:
     p: float = math.nan
     p_holm: float = math.nan
     metric: Metric = ACCURACY
-    span: tuple[int, int, int, int] | None = None
+    spans: frozenset[tuple[int, int, int, int]] = frozenset()
     elsewhere: frozenset[int] = frozenset()
 
     @property
     def is_early(self) -> bool:
-        """Returns whether the scores reach back before the middle of the run."""
-        return self.span is not None and 2 * self.span[0] <= self.span[3]
+        """Returns whether the scores reach back before the middle of every run."""
+        return bool(self.spans) and all(2 * first <= end for first, _, _, end in self.spans)
 
     @property
     def is_significant(self) -> bool:
@@ -210,12 +210,12 @@ def score(rounds: list[RoundReport], last: int | None, metric: str = ACCURACY.na
 
 def span(rows: Sequence[Row]) -> str:
     """Returns a table's caption on the rounds that its scores are of, and a warning where they are early ones."""
-    spans = {row.span for row in rows if row.span}
+    spans = {one for row in rows for one in row.spans}
     if not spans:
         return ""
     name = rows[0].metric.title
     if len(spans) > 1:
-        text = f"{name}: of the last rounds of each run, which are not the same"
+        text = f"{name}: {_last_of_each(sorted({count for _, _, count, _ in spans}))}"
     else:
         first, last, count, _ = next(iter(spans))
         text = (
@@ -223,10 +223,19 @@ def span(rows: Sequence[Row]) -> str:
             if count == 1
             else f"{name}: mean of rounds {first} {'and' if count == 2 else 'to'} {last}"
         )
-    if early := [row.span for row in rows if row.span and row.is_early]:
+    if early := [one for row in rows if row.is_early for one in sorted(row.spans)]:
         first, _, _, end = early[0]
         text += f"; it reaches back to round {first} of {end}, before the middle: a mean over learning, not of its end"
     return text
+
+
+def _last_of_each(counts: Sequence[int]) -> str:
+    """Returns how many evaluations make the scores of runs that are not of the same rounds."""
+    least, most = counts[0], counts[-1]
+    if most == 1:
+        return "of the last evaluation of each run"
+    many = f"{most} evaluations" if least == most else f"evaluations, {least} to {most},"
+    return f"mean of the last {many} of each run"
 
 
 def half_width_of(differences: list[float]) -> float:
@@ -260,8 +269,7 @@ def _row(
     mean = float(np.mean(differences)) if differences else math.nan
     half, p = half_width_of(differences), p_value(differences)
     spans = {_span(scored(run, last, metric.name), run[-1].round) for run in group.values()}
-    same = next(iter(spans)) if len(spans) == 1 else None
-    return Row(label, scores, mean, half, seconds, joules, traffic, rounds, p, metric=metric, span=same)
+    return Row(label, scores, mean, half, seconds, joules, traffic, rounds, p, metric=metric, spans=frozenset(spans))
 
 
 def _span(found: Sequence[RoundReport], end: int) -> tuple[int, int, int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ from devices.writing import write_atomic
 from fedsim.errors import ConfigError
 from fedsim.report import strict_json
 from fedsim.report.files import read_summary
-from fedsim.report.plots.style import AXES, METRICS
 from fedsim.report.rounds import RoundReport, read_rounds
+from fedsim.study.columns import TAIL, paths_of
 from fedsim.study.paired import Row, common_metric, compare_rows
 from fedsim.study.spec import Arm, PlannedRun, Study, is_finished
-from fedsim.workloads.metrics import Metric, judged, to_target
+from fedsim.workloads.metrics import ASYNCHRONY, METRICS, Metric, judged, stops_at, to_target
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ def collect(study: Study, runs: Sequence[PlannedRun]) -> Result:
     """
     finished_runs = [run for run in runs if is_finished(run)]
     metric = common_metric([run.folder for run in finished_runs]).named(study.metric)
+    study = where_runs_stop(study, [run.settings for run in finished_runs])
     found: dict[str, list[FinishedRun]] = {}
     for run in finished_runs:
         one = FinishedRun(run, read_rounds(run.folder), read_summary(run.folder))
@@ -85,13 +86,40 @@ def collect(study: Study, runs: Sequence[PlannedRun]) -> Result:
             lacking.append(f"{unknown('metric of the runs', metric.name, known)}{arms}, so scores are {own.title}")
             metric = own
     compared = compare_rows(rounds, study.last, study.against, metric)
-    paths = [*study.columns, *(axis for axis in study.x if axis not in AXES)]
-    columns = {path: [mean_of(path, finished) for finished in found.values()] for path in paths}
-    known = {name for runs in found.values() for f in runs for name in figures(f)}
+    columns = columns_of(study, found)
     missing = [path for path, values in columns.items() if found and all(map(math.isnan, values))]
+    known = {path for finished in found.values() for one in finished for path in figures(one)} if missing else set()
     lacking += [unknown("value of a run", path, known) for path in missing]
     columns = {path: values for path, values in columns.items() if path not in missing or path in study.x}
     return Result(study, metric, compared, columns, found, tuple(lacking))
+
+
+def where_runs_stop(study: Study, settings: Iterable[Mapping[str, Any]]) -> Study:
+    """Returns a study whose runs stop at a target with that as its own, and scores of their last evaluation.
+
+    A mean over several would be of a model that was still learning. What the study says itself stays.
+
+    Args:
+        study: of the runs.
+        settings: of each run.
+    """
+    targets = {target for one in settings if (target := stops_at(one)) is not None}
+    if not targets:
+        return study
+    one = targets.pop() if len(targets) == 1 else None
+    return replace(study, target=one if study.target is None else study.target, last=study.last or 1)
+
+
+def columns_of(study: Study, runs: Mapping[str, Sequence[FinishedRun]]) -> dict[str, list[float]]:
+    """Returns what `Result.columns` holds: the study's own, and those that every comparison shows.
+
+    Args:
+        study: whose runs these are.
+        runs: by the label of their row.
+    """
+    every = [[figures(one) for one in finished] for finished in runs.values()]
+    known = {path for group in every for one in group for path in one}
+    return {path: [mean_of(path, group) for group in every] for path in paths_of(study, known)}
 
 
 def _without(metric: Metric, rounds: Mapping[str, Mapping[int, Sequence[RoundReport]]]) -> list[str]:
@@ -120,16 +148,29 @@ def check_lacking(result: Result) -> None:
         raise ConfigError(f"study {result.study.name}: {'; '.join(result.lacking)}")
 
 
-def mean_of(path: str, finished: Sequence[FinishedRun]) -> float:
-    """Returns the mean over runs of a figure by its dotted path; nan where none has it."""
-    values = [figures(f)[path] for f in finished if path in figures(f)]
+def left_at_work(result: Result) -> list[str]:
+    """Returns a line on the clients that were still at work when runs ended; none where nobody was."""
+    path = f"{ASYNCHRONY}.in_flight"
+    counts = {label: mean_of(path, [*map(figures, runs)]) for label, runs in result.runs.items()}
+    rows = "; ".join(f"{label} {count:.4g}" for label, count in counts.items() if count > 0)
+    return [f"clients at work at the end of a run, whose energy and bytes are in no round: {rows}"] if rows else []
+
+
+def mean_of(path: str, runs: Sequence[Mapping[str, float]]) -> float:
+    """Returns the mean of a figure over the `figures` of runs, by its dotted path; nan where none has it."""
+    values = [one[path] for one in runs if path in one]
     return float(np.mean(values)) if values else math.nan
 
 
 def figures(finished: FinishedRun) -> dict[str, float]:
-    """Returns the numbers of a run by dotted path: its summary's, and the last value of each metric of its rounds."""
+    """Returns the numbers of a run by dotted path.
+
+    They are those of its summary, the last value of each metric of its rounds, and the joules of radio tails, which all
+    rounds together have.
+    """
+    tail = sum(report.tail_joules for report in finished.rounds)
     last = {f"{METRICS}{name}": value for report in finished.rounds for name, value in report.metrics.items()}
-    return dict(_numbers(finished.summary)) | last
+    return dict(_numbers(finished.summary)) | ({TAIL: tail} if tail else {}) | last
 
 
 def _numbers(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

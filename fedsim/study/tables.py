@@ -7,25 +7,27 @@ from textwrap import wrap
 
 from devices.units import energy, simulated, size
 from fedsim.report.terminal import PlainTable, table
-from fedsim.study.page import figure, in_words, label, score, scores_are_of, to_target
+from fedsim.study.columns import beside_costs, figure, headings
+from fedsim.study.page import label, score, scores_are_of, to_target
 from fedsim.study.paired import correction, unmatched
-from fedsim.study.results import Result
+from fedsim.study.results import Result, left_at_work
 
 HEADING = 15  # characters of a line of a heading, so that the arms keep their room
 
 
 def result_table(result: Result) -> PlainTable:
     """Returns the table of a comparison: scores, what they differ by, what a run took, and what its target cost."""
-    columns = {**scores(result), **costs(result), **to_target(result)}
+    columns = {**scores(result), **costs(result), **figures(result), **to_target(result)}
     study, many = result.study, len(result.study.seeds) > 1
     seeds = ", ".join(map(str, study.seeds))
     over = f"mean ± standard deviation of seeds {seeds}" if many else f"seed {seeds}"
     title = f"{study.title}\n{over}" + (f"; differences to {study.against}" if len(result.rows) > 1 else "")
     shown = table("arm", *columns, left=("arm",), title=title, same_below=True)
-    notes = [text] if (text := scores_are_of(study.last, result.rows)) else []
+    notes = [text] if (text := scores_are_of(result)) else []
     if "difference" in columns and (note := correction(result.rows)):
         notes.append(note)
-    shown.caption = "\n".join([*notes, *unmatched(result.rows, study.against)]) or None
+    notes += [*unmatched(result.rows, study.against), *beside_costs(result.columns), *left_at_work(result)]
+    shown.caption = "\n".join(notes) or None
     for number, row in enumerate(result.rows):
         shown.add_row(label(row, study), *(cells[number] for cells in columns.values()))
     return shown
@@ -46,17 +48,21 @@ def scores(result: Result) -> dict[str, list[str]]:
 
 
 def costs(result: Result) -> dict[str, list[str]]:
-    """Returns cells by column: what a run of each arm took, and the study's own columns."""
-    columns = {_heading(path): [figure(path, v) for v in values] for path, values in result.columns.items()}
+    """Returns cells by column: what a run of each arm took."""
     return {
         "time": [simulated(row.simulated_s) for row in result.rows],
         "energy": [energy(row.joules) for row in result.rows],
         "traffic": [size(row.traffic_bytes) for row in result.rows],
         "rounds": [f"{row.rounds:g}" for row in result.rows],
-        **columns,
     }
 
 
-def _heading(path: str) -> str:
-    """Returns a value's path as a narrow heading of several lines."""
-    return "\n".join(wrap(in_words(path), HEADING))
+def figures(result: Result) -> dict[str, list[str]]:
+    """Returns cells by column: what else is known of a run of each arm, the study's own columns first."""
+    named = headings(result.columns, result.metric)
+    return {_heading(named[path]): [figure(path, v) for v in values] for path, values in result.columns.items()}
+
+
+def _heading(text: str) -> str:
+    """Returns a heading in several narrow lines, its unit as the terminal has it."""
+    return "\n".join(wrap(text.replace(", ", " "), HEADING))

@@ -19,14 +19,16 @@ from fedsim.report.plots.compared import (
 )
 from fedsim.report.rounds import running_costs
 from fedsim.study.answer import answer
+from fedsim.study.columns import beside_costs
 from fedsim.study.compare import NAME
 from fedsim.study.page import compare_command, label, scores_are_of, study_command, to_target
 from fedsim.study.paired import correction, unmatched
-from fedsim.study.results import FinishedRun, Result
-from fedsim.study.tables import costs, scores
+from fedsim.study.results import FinishedRun, Result, left_at_work
+from fedsim.study.tables import costs, figures, scores
 from fedsim.workloads.metrics import judged
 
 MOST_RUNS = 500  # lines of the table of runs
+MOST_COLUMNS = 9  # beside the arms, that a page is wide enough for
 FILES = {
     "md": "the same as Markdown",
     "csv": "the table",
@@ -93,12 +95,15 @@ def _table(result: Result) -> Part:
     study = result.study
     seeds = ", ".join(map(str, study.seeds))
     over = f"Mean ± standard deviation of seeds {seeds}" if len(study.seeds) > 1 else f"Seed {seeds}"
-    columns = {**scores(result), **costs(result)}
+    columns, more = {**scores(result), **costs(result)}, figures(result)
+    tables = [columns, more] if more and len(columns) + len(more) > MOST_COLUMNS else [{**columns, **more}]
     notes = [over, *([f"differences to {study.against}"] if len(result.rows) > 1 else [])]
-    notes += [scores_are_of(study.last, result.rows)]
+    notes += [scores_are_of(result)]
     notes += [correction(result.rows)] if "difference" in columns else []
-    notes += unmatched(result.rows, study.against)
-    return Part("Scores and costs", (), [_as_table(result, columns)], "; ".join(filter(None, notes)) + ".")
+    notes += [*unmatched(result.rows, study.against), *beside_costs(result.columns), *left_at_work(result)]
+    return Part(
+        "Scores and costs", (), [_as_table(result, each) for each in tables], "; ".join(filter(None, notes)) + "."
+    )
 
 
 def _targets(result: Result) -> Iterator[Part]:

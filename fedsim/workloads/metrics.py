@@ -19,7 +19,9 @@ MICROPHONES = "microphones"  # in a summary: accuracy and loss on what each kind
 CLIENTS = "client_"  # before the name of a metric: its mean over clients that judged, of the model that each uses
 EPSILON, DELTA = "epsilon", "delta"  # of differential privacy: what all rounds up to this one have spent
 ATTACK_SUCCESS = "attack_success"  # share of the test's victims that are told as the attacker wants
+ASYNCHRONY, STALENESS, MEAN_STALENESS = "asynchrony", "staleness", "mean_staleness"  # how often weights had changed
 MALICIOUS = "malicious"  # 1 in the rows of clients that are, 0 in those of others
+METRICS = "metrics."  # figures of a run that begin so are the last value of a metric of its rounds
 NOT_FINITE = "not_finite"  # in place of all, 1: the output of the judged model is NaN or infinite
 BY_EXAMPLES, BY_CLIENTS = "examples", "clients"
 # How what clients report becomes one number of the round: weighted by their examples, as what is itself a mean over
@@ -34,7 +36,7 @@ AVERAGED: Mapping[str, str] = {
     **dict.fromkeys(("latency_ms", "flops", "keep_ratio", "sparsity"), BY_CLIENTS),
     **dict.fromkeys(("dense_bytes", "nonzero_bytes", "wire_bytes", "mean_bits"), BY_CLIENTS),
     **dict.fromkeys(("memory_examples", "pool_pairs", "data_version", "oracle"), BY_CLIENTS),
-    **dict.fromkeys(("mixing", "cluster", "staleness", "paused_s", "clipped_rate", MALICIOUS), BY_CLIENTS),
+    **dict.fromkeys(("mixing", "cluster", STALENESS, "paused_s", "clipped_rate", MALICIOUS), BY_CLIENTS),
     ATTACK_SUCCESS: BY_EXAMPLES,
 }
 
@@ -109,6 +111,34 @@ class Metric:
 
 
 ACCURACY, PRIMARY = Metric("accuracy", "%"), "primary"
+# Figures of a run beside its score that are worth comparing, with their unit. Terminal, pages, studies and TensorBoard
+# go by these wherever a run has one: whoever brings another figure adds it here.
+OF_ROUNDS: Mapping[str, Metric] = {  # by their name among the metrics of a round
+    ATTACK_SUCCESS: Metric(ATTACK_SUCCESS, "%", higher_is_better=False),
+    EPSILON: Metric(EPSILON, higher_is_better=False),
+    "clipped_rate": Metric("clipped_rate", "%"),
+    "clipping_norm": Metric("clipping_norm"),
+    STALENESS: Metric(STALENESS, higher_is_better=False),
+}
+COMPARED: Mapping[str, Metric] = {  # by their dotted path in the summary
+    f"final.{ATTACK_SUCCESS}": OF_ROUNDS[ATTACK_SUCCESS],
+    f"privacy.{EPSILON}": OF_ROUNDS[EPSILON],
+    f"{ASYNCHRONY}.{MEAN_STALENESS}": Metric(MEAN_STALENESS, higher_is_better=False),
+}
+
+
+# Figures of 1 that are shown in percent as the score is, under names that go on behind these with an underscore, too.
+SHARES = (ACCURACY.name, MACRO_F1, ECE, "forgetting", "learning_accuracy")
+
+
+def shown_as(path: str) -> Metric | None:
+    """Returns in which words and unit a figure of a run is shown, by its dotted path; None where none are declared."""
+    name = path.removeprefix(METRICS)
+    if declared := COMPARED.get(path) or OF_ROUNDS.get(name):
+        return declared
+    last = name.rpartition(".")[2].removeprefix(CLIENTS)
+    is_share = any(last == one or last.startswith(f"{one}_") for one in SHARES)
+    return Metric(name.replace(".", "_"), "%") if is_share else None
 
 
 @cache
@@ -188,6 +218,12 @@ def best(reports: Sequence[RoundReport], primary: Metric = ACCURACY) -> dict[str
 def took_part(reports: Sequence[RoundReport]) -> set[int]:
     """Returns the clients that completed the training of at least one round."""
     return {client for report in reports for client in report.outcomes.get("completed", ())}
+
+
+def stops_at(settings: Mapping[str, Any]) -> float | None:
+    """Returns the value of the metric at which a run with these settings stops; None where it stops at none."""
+    found = (settings.get(key) for key in ("target", "target_accuracy"))
+    return next((float(value) for value in found if isinstance(value, int | float)), None)
 
 
 def to_target(

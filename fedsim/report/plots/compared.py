@@ -11,14 +11,16 @@ from markupsafe import Markup
 
 from devices.texts import NAME_LETTERS, visible
 from fedsim.report.plots.study import curve, drawn_labels
-from fedsim.report.plots.style import AXES, FAINT, FOREGROUND, METRICS, NAMES, ON_PAGE, UNITS
+from fedsim.report.plots.style import AXES, FAINT, FOREGROUND, ON_PAGE, UNITS, axis_name
 from fedsim.report.plots.svg import DASHES, Frame, Line, draw_lines, fill, legend, limits, picture, tag, ticks
+from fedsim.workloads.metrics import shown_as
 
 if TYPE_CHECKING:
     from fedsim.study.results import Result
 
 RADIUS = 5  # of a point, in a picture
 FEWEST = 3  # seeds that a band needs
+SAME_PLACE = 1e-3  # share by which costs may differ and still be drawn, and compared, as one
 WIDE = 20.0  # from the least to the most: costs that are further apart are drawn by their logarithm
 
 
@@ -67,10 +69,11 @@ def _panel(lines: Sequence[Line], axis: str, label: str) -> Markup:
 
 def _unit(axis: str, most: float) -> tuple[float, str]:
     """Returns the unit in which an axis reads best, and the axis' name with it."""
+    if metric := shown_as(axis):
+        return 1 / metric.scale, metric.label
     units = UNITS.get(axis, ((1.0, ""),))
     size, unit = next((u for u in units if most >= 2 * u[0]), units[-1])
-    name = NAMES.get(axis, axis.removeprefix(METRICS).replace("_", " "))
-    return size, f"{name}, {unit}" if unit else name
+    return size, f"{axis_name(axis)}, {unit}" if unit else axis_name(axis)
 
 
 def scores_against_costs(result: Result, styles: dict[str, tuple[str, str]]) -> list[Markup]:
@@ -110,7 +113,7 @@ def _scatter(
     rows, x = [result.rows[place] for place in there], [costs[place] for place in there]
     metric, y = result.metric, [result.metric.scale * row.mean for row in rows]
     unit, name = _unit(axis, max(x, default=1.0))
-    x = [value / unit for value in x]
+    x = _as_one([value / unit for value in x])
     by_log = bool(x) and min(x) > 0 and max(x) / min(x) >= WIDE
     shown = [math.log10(value) for value in x] if by_log else x
     frame = Frame(limits(shown, 0.08), limits(y, 0.08))
@@ -126,6 +129,16 @@ def _scatter(
         place_of = {"cx": across[place], "cy": frame.down(y[place]), "r": RADIUS}
         parts.append(tag("circle", tag("title", title), style=style, **place_of))
     return tag("figure", picture(f"{metric.label} against {name}", parts))
+
+
+def _as_one(costs: Sequence[float]) -> list[float]:
+    """Returns costs of which those that hardly differ are equal to the least of them."""
+    found, least = list(costs), -math.inf
+    for place in sorted(range(len(costs)), key=lambda i: costs[i]):
+        if costs[place] - least > SAME_PLACE * abs(costs[place]):
+            least = costs[place]
+        found[place] = least
+    return found
 
 
 def _side_by_side(places: Sequence[tuple[float, float]]) -> list[float]:

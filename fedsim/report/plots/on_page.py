@@ -33,7 +33,7 @@ from fedsim.report.plots.svg import (
 )
 from fedsim.report.rounds import RoundReport, running_costs
 from fedsim.workloads.describe import Split
-from fedsim.workloads.metrics import ACCURACY, ATTACK_SUCCESS, CLIENTS, LOSS, Metric
+from fedsim.workloads.metrics import ACCURACY, ATTACK_SUCCESS, CLIENTS, LOSS, OF_ROUNDS, Metric
 
 BLUE, RED, GREEN, PURPLE, ORANGE, SKY = ON_PAGE
 PHASES = {"down": SKY, "compute": BLUE, "up": GREEN, "wait": FAINT}  # of an exchange; waiting for others comes last
@@ -95,6 +95,19 @@ def attack_curve(rounds: Sequence[RoundReport]) -> Markup | None:
     frame = Frame((0, max(rounds[-1].round, 1)), (0, 100), height=280)
     inside = [frame.y_axis("attack success, %"), frame.x_axis("round", whole_ticks(*frame.x)), draw_lines(frame, lines)]
     return _with_legend(picture("attack success over rounds", inside, frame.height), lines)
+
+
+def figure_curves(rounds: Sequence[RoundReport]) -> list[Markup]:
+    """Draws what else methods say of their rounds, such as what privacy has been spent, each by itself."""
+    drawn = []
+    for name, metric in OF_ROUNDS.items():
+        lines = _over_rounds(rounds, {name: metric.title}, metric) if name != ATTACK_SUCCESS else []
+        if lines:
+            frame = Frame((0, max(rounds[-1].round, 1)), limits(lines[0].y))
+            axes = [frame.y_axis(metric.label), frame.x_axis("round", whole_ticks(*frame.x))]
+            title = f"{metric.title} over rounds"
+            drawn.append(tag("figure", picture(title, [*axes, draw_lines(frame, lines)])))
+    return drawn
 
 
 def task_curves(rounds: Sequence[RoundReport]) -> Markup | None:

@@ -14,8 +14,9 @@ import numpy as np
 
 from devices.figures import legend_label, new_figure, save_figure
 from devices.texts import NAME_LETTERS, visible
-from fedsim.report.plots.style import AXES, COLOURS, METRICS, NAMES, UNITS
+from fedsim.report.plots.style import AXES, COLOURS, NAMES, UNITS, axis_name
 from fedsim.report.rounds import running_costs
+from fedsim.workloads.metrics import shown_as
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -145,7 +146,9 @@ def _draw_points(
 ) -> None:
     """Draws a point per arm, its score with the deviation over the seeds: a figure of a run has no course."""
     scale = result.metric.scale
-    rows = {row.label: (x, row) for row, x in zip(result.rows, result.columns[axis], strict=True)}
+    metric = shown_as(axis)
+    values = [(metric.scale if metric else 1.0) * value for value in result.columns[axis]]
+    rows = {row.label: (x, row) for row, x in zip(result.rows, values, strict=True)}
     drawn: list[tuple[float, float]] = []
     for family, labels in chosen.items():
         points = sorted((rows[label] for label in labels if np.isfinite(rows[label][0])), key=lambda point: point[0])
@@ -166,4 +169,4 @@ def _draw_points(
                 **ring,
             )
             drawn += zip(x, y, strict=True)
-    panel.set_xlabel(visible(axis.removeprefix(METRICS).replace("_", " "), 2 * NAME_LETTERS), fontsize="small")
+    panel.set_xlabel(visible(axis_name(axis), 2 * NAME_LETTERS), fontsize="small")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fedsim.workloads.metrics import METRICS, shown_as
+
 # Okabe and Ito, "Color Universal Design", 2008: told apart by all common kinds of colour vision. Black is the arm
 # that the others are compared with.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -26,4 +28,9 @@ NAMES = {
     "rounds": "rounds",
 }
 AXES = ("rounds", "simulated_s", "joules", "traffic_bytes")  # along which a metric is a line; anything else is a point
-METRICS = "metrics."  # columns of a study that begin so are the last value of a metric of the rounds
+
+
+def axis_name(axis: str) -> str:
+    """Returns what an axis is of, in words: what a run took, or one of its figures."""
+    metric = shown_as(axis)
+    return metric.label if metric else NAMES.get(axis, axis.removeprefix(METRICS).replace("_", " "))

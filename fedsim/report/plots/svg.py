@@ -112,7 +112,7 @@ class Frame:
 
     x: tuple[float, float]
     y: tuple[float, float]
-    left: float = 46.0
+    left: float = 54.0
     right: float = 12.0
     top: float = 10.0
     bottom: float = 36.0
