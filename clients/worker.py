@@ -382,7 +382,7 @@ class Worker:
         if phase == "train" and self.workload.augments:
             changed = self.workload.for_training(task.client, client.data, client.stream("augment"))
             client.data = self.data.placed(changed)
-        if phase == "train" and task.client in self.malicious and self.attack.poisons_data:
+        if phase == "train" and task.client in self.malicious and self.attack.poisons:
             draw = torch_generator(self.seed, "attack", "examples", task.client)
             train = self.attack.poisoned(self.workload, client.data.train, draw)
             client.data = replace(client.data, train=train)
@@ -404,7 +404,7 @@ class Worker:
 
     def _poisoned(self, client: ClientContext, broadcast: Broadcast, update: ClientUpdate) -> ClientUpdate:
         """The update as a malicious client sends it: other values of what is trained; its statistics are honest."""
-        if client.client_id not in self.malicious or not self.attack.poisons_updates:
+        if client.client_id not in self.malicious or not self.attack.changes:
             return update
         old, new = broadcast.weights, update.weights
         names = [name for name, t in old.items() if name in self.roles.trained and name not in self.initial]
@@ -418,7 +418,7 @@ class Worker:
     @property
     def keeps_or_changes(self) -> bool:
         """Whether a client keeps or packs, or may send other weights than it has trained."""
-        return self.keeps_or_packs or self.attack.poisons_updates
+        return self.keeps_or_packs or self.attack.changes
 
     # --- what it sends back -------------------------------------------------------------------------------------
 
@@ -477,7 +477,7 @@ class Worker:
         """The weights of an update as they travel."""
         if not self.uplink.active:
             return weights
-        if self.attack.colludes and client.client_id in self.malicious:
+        if self.attack.conspires and client.client_id in self.malicious:
             return weights  # which only the others get: what they agree on is compressed
         new, old = self._shared(update.weights), self._shared(broadcast.weights)
         if not new:

@@ -127,6 +127,16 @@ def _states_bounds(hint: Any) -> bool:
     return noted or any(_states_bounds(part) for part in typing.get_args(hint))
 
 
+def is_replaced(method: Callable[..., Any], default: Callable[..., Any]) -> bool:
+    """Returns whether an object has another method in the place of its base class's, in its class or of its own.
+
+    Args:
+        method: of the object.
+        default: that of the base class.
+    """
+    return not isinstance(method, types.MethodType) or method.__func__ is not default
+
+
 # --- values -----------------------------------------------------------------------------------------------------------
 
 

@@ -39,6 +39,11 @@ class WrappingStrategy(Checked, ServerHalf, FedAvg, group="strategy", error=Conf
         return server_half(self.server).reads_rounds
 
     @property
+    def asks_reachable(self) -> bool:  # type: ignore[override]
+        """Whether the other strategy holds exchanges with clients that it can reach just then."""
+        return server_half(self.server).asks_reachable
+
+    @property
     def wraps(self) -> Strategy | None:
         """The other strategy."""
         return self.server

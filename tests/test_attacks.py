@@ -126,7 +126,7 @@ def test_what_is_trained_is_changed_and_statistics_stay_honest(federation, attac
 
 def test_a_boost_multiplies_the_change():
     assert change(Backdoor(boost=3.0), 0.5, -1.0) == [1.5, -3.0]
-    assert not Backdoor().poisons_updates
+    assert not Backdoor().changes
 
 
 def test_z_is_that_of_the_papers_example():

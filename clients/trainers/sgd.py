@@ -288,7 +288,8 @@ class SGDTrainer(LocalTrainer):
     def is_loop_alone(self) -> bool:
         """Whether a round is the loop of SGD and nothing else, on an objective that is a pure function."""
         kind = type(self)
-        own = kind.fit is not LocalTrainer.fit or kind.step is not SGDTrainer.step or self.run is not SGDRun
+        own = kind.fit is not LocalTrainer.fit or kind.start is not SGDTrainer.start
+        own = own or kind.step is not SGDTrainer.step or self.run is not SGDRun
         return not own and self.objective.can_be_mapped()
 
     # --- several clients at once --------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import torch
 from annotated_types import Interval
 from torch import Tensor
 
-from devices.bounds import Checked
+from devices.bounds import Checked, is_replaced
 from devices.compression.bits import pack_bits, unpack_bits
 from devices.errors import DeviceError
 
@@ -74,12 +74,17 @@ class UpdateCompressor(Checked, group="uplink"):
     @property
     def active(self) -> bool:
         """Whether an update changes at all."""
-        return self.select != "all" or self.bits != 32
+        return self.select != "all" or self.bits != 32 or self.is_own
 
     @property
     def may_lengthen(self) -> bool:
         """Whether an update may be longer afterwards: by what is made up for, or by rounding."""
-        return self.active and (self.error_feedback or self.bits != 32)
+        return self.active and (self.error_feedback or self.bits != 32 or self.is_own)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether a class below packs updates in another way."""
+        return is_replaced(self.compress, UpdateCompressor.compress)
 
     def working_bytes(self, coordinates: int) -> int:
         """Returns the most memory that compressing takes, in bytes, beside the weights before and after training.

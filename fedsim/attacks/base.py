@@ -6,13 +6,13 @@ are not told. A malicious client pays what an honest one pays: what it does besi
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 from annotated_types import Interval
 from torch import Tensor, nn
 
-from devices.bounds import Checked
+from devices.bounds import Checked, is_replaced
 from devices.texts import quoted
 from fedsim.errors import ConfigError
 from fedsim.seeding import generator
@@ -21,26 +21,47 @@ from fedsim.workloads.classification import ClassificationWorkload, classificati
 from fedsim.workloads.metrics import ATTACK_SUCCESS
 
 Share = Annotated[float, Interval(ge=0, le=1)]
+IDLE = (
+    "makes nobody do anything: an attack derives from fedsim.attacks.base.Attack or a class below it other than "
+    "NoAttack, and has poisoned, changed or conspired"
+)
 
 
 class Attack(Checked, group="attack", error=ConfigError):
-    """What malicious clients do, here nothing.
+    """What malicious clients do; a class below has at least one of `poisoned`, `changed` and `conspired`.
+
+    One object serves all clients in every process of a run: nothing of a client or a round may be kept on it.
 
     Args:
         share: of the fleet's clients that are malicious, rounded, and one at least; 0: none, and the same is judged.
-
-    Attributes:
-        poisons_data: they train on other examples than they have.
-        poisons_updates: they send other weights than they have trained.
-        colludes: what they send depends on what all malicious clients of a round have trained.
     """
-
-    poisons_data: ClassVar[bool] = False
-    poisons_updates: bool = False
-    colludes: ClassVar[bool] = False
 
     def __init__(self, share: Share):
         self.share = share
+
+    @property
+    def poisons(self) -> bool:
+        """Whether malicious clients train on other examples than they have."""
+        return is_replaced(self.poisoned, Attack.poisoned)
+
+    @property
+    def changes(self) -> bool:
+        """Whether they send other weights than they have trained."""
+        return is_replaced(self.changed, Attack.changed)
+
+    @property
+    def conspires(self) -> bool:
+        """Whether what they send depends on what all malicious clients of a round have trained."""
+        return is_replaced(self.conspired, Attack.conspired)
+
+    def check_hooks(self) -> None:
+        """Refuses a class whose malicious clients do what honest ones do.
+
+        Raises:
+            ConfigError: says what it lacks.
+        """
+        if not (self.poisons or self.changes or self.conspires):
+            raise ConfigError(f"attack {type(self).__name__} {IDLE}")
 
     def clients(self, num_clients: int, seed: int) -> frozenset[int]:
         """Returns who is malicious: the first of the fleet in a drawn order, so that a larger share has them too."""
@@ -108,6 +129,11 @@ class NoAttack(Attack):
     def __init__(self) -> None:
         super().__init__(share=1.0)
 
+    def check_hooks(self) -> None:
+        """Refuses a class below that would have malicious clients do something."""
+        if self.poisons or self.changes or self.conspires:
+            raise ConfigError(f"attack {type(self).__name__} {IDLE}")
+
     def clients(self, num_clients: int, seed: int) -> frozenset[int]:
         """Returns nobody."""
         return frozenset()
@@ -120,7 +146,6 @@ class TargetedAttack(Attack):
         target: that class; None where no single one is wanted.
     """
 
-    poisons_data: ClassVar[bool] = True
     target: int | None
 
     def check(self, workload: Workload) -> None:

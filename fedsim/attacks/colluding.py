@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 from annotated_types import Interval
@@ -43,8 +43,6 @@ class Alie(Attack):
     Source: Baruch et al., "A Little Is Enough: Circumventing Defenses For Distributed Learning", NeurIPS 2019,
     algorithm 3 (recalled; the formula compared with public code).
     """
-
-    colludes: ClassVar[bool] = True
 
     def __init__(self, share: Share = 0.2, z: Annotated[float, Interval(ge=0, le=1e6)] | None = None):
         super().__init__(share)
@@ -189,12 +187,12 @@ def with_colluders(engine: Engine, world: World, trained: frozenset[str], is_buf
         ConfigError: where there are no rounds in which they could, or an attack on weights that nobody sends.
     """
     attack, seed = world.attack, world.settings.seed
-    if not trained and (attack.colludes or attack.poisons_updates):
+    if not trained and (attack.conspires or attack.changes):
         raise ConfigError(
             f"{type(attack).__name__} changes the weights that clients send, and private={world.settings.private} "
             "keeps all of them at home; take another attack, such as attack=label_flip"
         )
-    if not attack.colludes:
+    if not attack.conspires:
         return engine
     if is_buffered:
         raise ConfigError(

@@ -8,6 +8,7 @@ import torch
 from annotated_types import Ge, Gt, Interval, Le
 from torch import Tensor
 
+from devices.bounds import is_replaced
 from devices.texts import quoted
 from fedsim.attacks.base import Share, TargetedAttack
 from fedsim.errors import ConfigError
@@ -104,7 +105,12 @@ class Backdoor(TargetedAttack):
         self.target: int = target
         self.patch, self.grey = patch, grey
         self.is_top, self.is_left = corner.startswith("top"), corner.endswith("left")
-        self.poisoned_share, self.boost, self.poisons_updates = poisoned_share, boost, boost != 1
+        self.poisoned_share, self.boost = poisoned_share, boost
+
+    @property
+    def changes(self) -> bool:
+        """Whether clients boost, or a class below has them do something else."""
+        return self.boost != 1 or is_replaced(self.changed, Backdoor.changed)
 
     def check(self, workload: Workload) -> None:
         """Refuses what are no images, and a patch that leaves nothing of them."""

@@ -21,8 +21,6 @@ class SignFlip(Attack):
     Source: Li et al., "RSA: Byzantine-Robust Stochastic Aggregation Methods", AAAI 2019 (recalled).
     """
 
-    poisons_updates = True
-
     def __init__(self, share: Share = 0.2, scale: Annotated[float, Gt(0), Le(1e6)] = 1.0):
         super().__init__(share)
         self.scale = scale
@@ -42,8 +40,6 @@ class GaussianNoise(Attack):
 
     Source: after Blanchard et al., NIPS 2017, whose attackers send noise alone (recalled).
     """
-
-    poisons_updates = True
 
     def __init__(self, share: Share = 0.2, deviation: Annotated[float, Gt(0), Le(1e6)] = 10.0, relative: bool = True):
         super().__init__(share)

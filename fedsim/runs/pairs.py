@@ -36,7 +36,7 @@ def check_pairs(
     """
     loop.check(settings, server.half, server.name)
     if isinstance(uplink, SecureAggregation):
-        server.check_masked()
+        server.check_masked(uplink.active)
     chosen = f"participants={settings.choices['participants']}"
     if rule.exchanges and loop.is_buffered:
         raise ConfigError(

@@ -41,6 +41,12 @@ from fedsim.messages.records import (
 )
 from fedsim.models.roles import TensorRoles
 
+# Hooks that a base class of ours calls, and which one that is.
+HOOKS_OF = {
+    **dict.fromkeys(("broadcast", "combine"), "strategies.edge.EdgeStrategy"),
+    "made": "strategies.stale.StaleStrategy",
+}
+CALLERS = {"configure_train", "configure_evaluate", "aggregate_train", "aggregate_evaluate", "closed", "complete"}
 HOOKS_OF_0_1 = frozenset({"complete", "derived", "takes_all_tensors", "takes_the_mean"})
 
 
@@ -97,6 +103,11 @@ class ServerSide:
         self.averages, self.mean_is_all = is_plain_mean(strategy), mean_is_all(strategy)
         inner = server_half(averaging(strategy))
         self.alike = inner.weighs_alike
+        if self.alike and not self.averages:
+            raise ConfigError(
+                f"strategy {type(averaging(strategy)).__name__} has weighs_alike, by which nothing goes unless that "
+                "class itself says takes_the_mean = True"
+            )
         self.beside = frozenset() if inner.takes_all_tensors else roles.averaged - roles.private
         self.widens = not self.averages and not inner.sums_in_float64
         self.hides = hides_clients(averaging(strategy))
@@ -112,12 +123,17 @@ class ServerSide:
         """Tells the strategy what there is to know of the run."""
         self._call("begin", "before the first round", lambda: self.half.begin(context))
 
-    def check_masked(self) -> None:
-        """Refuses a strategy that looks at more of the clients than the sum of what they send.
+    def check_masked(self, packs: bool) -> None:
+        """Refuses a strategy that looks at more of the clients than the sum of what they send, and no such sum.
+
+        Args:
+            packs: whether updates are compressed one by one.
 
         Raises:
-            ConfigError: with strategies that do not.
+            ConfigError: says what does.
         """
+        if packs:
+            raise ConfigError("uplink=secagg adds up integers under masks; a class below it may not compress updates")
         if not self.averages or averaging(self.strategy) is not self.strategy:
             raise ConfigError(
                 f"uplink=secagg hides what single clients send, and {self.name} looks at it; take a strategy that "
@@ -125,7 +141,13 @@ class ServerSide:
             )
 
     def closed(self, number: int, exchange: Exchange) -> None:
-        """Hands the strategy what a training exchange brought."""
+        """Hands the strategy what a training exchange brought.
+
+        Raises:
+            ConfigError: for stale replies that it would take for fresh ones.
+        """
+        if any(origin.staleness for origin in exchange.origins) and not self.half.takes_stale:
+            raise ConfigError(f"{self.name} takes all replies for fresh ones, and those of this loop are not")
         self._call("closed", f"in round {number}", lambda: self.half.closed(exchange))
 
     def handed(self, shared: ArrayRecord) -> ArrayRecord:
@@ -284,13 +306,25 @@ class ServerSide:
 
 
 def _check_hooks(strategy: Strategy) -> None:
-    """Refuses a strategy that fedsim 0.1 would have asked for what it asks only a `ServerHalf` now."""
+    """Refuses a strategy with hooks that nothing calls: of a base class of ours that it does not derive from.
+
+    A module that has a hook of the round itself may call its class's functions as it likes.
+    """
     every = {name for kind in type(strategy).__mro__ for name in vars(kind)}
     if not isinstance(strategy, ServerHalf) and (unused := sorted(HOOKS_OF_0_1 & every)):
         raise ConfigError(
             f"strategy {type(strategy).__name__} has {', '.join(unused)}, which nothing asks for; derive it from "
             "fedsim.grid.server_half.ServerHalf, in front of Flower's class"
         )
+    kinds = type(strategy).__mro__
+    calling = {kind.__module__ for kind in kinds if CALLERS & vars(kind).keys()}
+    for hook, base in HOOKS_OF.items():
+        having = [kind for kind in kinds if hook in vars(kind)]
+        if having and not calling & {kind.__module__ for kind in having}:
+            raise ConfigError(
+                f"strategy {having[0].__name__} has {hook}, which nothing calls: it is a hook of {base}, and "
+                f"{type(strategy).__name__} does not derive from that"
+            )
 
 
 def _without(record: ArrayRecord, names: frozenset[str]) -> ArrayRecord:

@@ -93,6 +93,7 @@ def build_world(config_json: str) -> World:
     _check_kind(settings, workload, trainer.needs_classes)
     _check_shared(settings, trainer.shares_beside_weights)
     attack: Attack = instantiate(tree, "attack")
+    attack.check_hooks()
     attack.check(workload)
     return World(config_json, settings, workload, fleet, instantiate(tree, "latency"), attack)
 
