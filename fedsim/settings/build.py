@@ -25,7 +25,7 @@ from fedsim.settings.groups import (
 )
 from fedsim.settings.origins import is_the_users
 from fedsim.settings.own_networks import IN_FILE, TORCHVISION
-from fedsim.settings.parameters import check_parameters, takes
+from fedsim.settings.parameters import check_parameters, takes, way_to_give
 from fedsim.settings.permissions import allow, real_path
 from fedsim.settings.run_settings import RunSettings, cohort_key
 from fedsim.settings.trust import check_group, locate, source_file
@@ -117,7 +117,7 @@ def build_workload(tree: Settings) -> Workload:
             workload=workload, rounds=settings.rounds, evaluate_every=settings.evaluate_every, seed=settings.seed
         )
     except TypeError as error:
-        _check_complete("stream", error)
+        _check_complete("stream", tree["stream"], error)
         raise
     return streamed
 
@@ -237,15 +237,15 @@ def instantiate(groups: Mapping[str, Settings], group: str, **extra: Any) -> Any
         cause = error.__cause__
         if isinstance(cause, UserError):
             raise type(cause)(str(cause)) from error
-        _check_complete(group, cause)
+        _check_complete(group, groups[group], cause)
         raise ConfigError(f"{group}: {one_line(cause or error)}") from error
 
 
-def _check_complete(group: str, error: BaseException | None) -> None:
+def _check_complete(group: str, tree: Settings, error: BaseException | None) -> None:
     """Raises a sentence that names the setting where a constructor that hands settings on lacked one."""
     if isinstance(error, TypeError) and (left_out := LEFT_OUT.search(str(error))):
-        key = f"{group}.{left_out[1]}"
-        raise ConfigError(f"{key} must be given, e.g. {key}=... ({one_line(error)})") from error
+        way = way_to_give(group, tree, left_out[1])
+        raise ConfigError(f"{group}.{left_out[1]} must be given, {way} ({one_line(error)})") from error
 
 
 def model_factory(groups: Mapping[str, Settings]) -> ModelFactory:

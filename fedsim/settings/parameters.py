@@ -13,6 +13,7 @@ from typing import Any
 
 from devices.bounds import hints_of, options_of, problem
 from devices.errors import one_line, unknown
+from devices.reading import read_yaml
 from devices.texts import as_yaml
 from fedsim.errors import ConfigError, no_exit
 
@@ -62,7 +63,37 @@ def check_parameters(where: str, tree: Mapping[str, Any], given: Collection[str]
     if not tree.get("_partial_"):
         for key, (_, required) in known.items():
             if required and key not in own and key not in given:
-                raise ConfigError(f"{where}.{key} must be given, e.g. {where}.{key}=...")
+                raise ConfigError(f"{where}.{key} must be given, {way_to_give(where, tree, key)}")
+
+
+def way_to_give(group: str, tree: Mapping[str, Any], key: str) -> str:
+    """Says how to give a setting that is missing: by an option for a class above its own, where one has it.
+
+    Args:
+        group: of which the settings are, or where in a group they stand.
+        tree: the settings, with a `_target_`.
+        key: of the missing one.
+    """
+    from hydra.utils import get_object
+
+    from fedsim.settings.groups import GROUPS, option_file, options, target_of
+
+    above = getattr(get_object(str(tree["_target_"])), "__mro__", ())[1:]
+    names = {kind.__name__: kind for kind in above} if group in GROUPS else {}
+    begun: dict[type, str] = {}
+    for option in options(group) if names else ():
+        target = target_of(group, option) or ""
+        kind = names.get(target.rpartition(".")[2])
+        if kind is not None and get_object(target) is kind and key in (read_yaml(option_file(group, option)) or {}):
+            begun.setdefault(kind, option)
+    for kind in above:
+        if kind in begun:
+            begin = f"{group}={begun[kind]}"
+            return (
+                f"as {begin} gives it to {kind.__name__}, from which yours derives: begin from that, {begin} "
+                f"{group}._target_={tree['_target_']}, or in a file of options 'defaults: [{begun[kind]}, _self_]'"
+            )
+    return f"e.g. {group}.{key}=..."
 
 
 def takes(tree: Mapping[str, Any], name: str) -> bool:
