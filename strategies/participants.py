@@ -91,7 +91,6 @@ class Oort(Participants):
 
     reads_data: ClassVar[bool] = True
     reads_devices: ClassVar[str] = OBSERVED
-    kept: ClassVar[frozenset[str]] = frozenset({"exploration", "pace", "history", "exploited", "number"})
 
     def __init__(
         self,

@@ -21,6 +21,7 @@ from fedsim.grid import flights
 from fedsim.grid.contact import Contact
 from fedsim.grid.edge import EMPTY_ROUND_S, EdgeGrid
 from fedsim.grid.exchange import ClientReport, Exchange, Origin
+from fedsim.grid.memory import memory_of
 from fedsim.grid.server_half import ServerHalf
 from fedsim.messages.records import ARRAYS
 from fedsim.seeding import seeded_globals
@@ -76,11 +77,13 @@ class Loop(Checked, ABC, group="loop", error=ConfigError):
         yield
 
     def state(self, grid: EdgeGrid) -> dict[str, Any]:
-        """Returns what later rounds depend on; to be asked between two of them."""
-        return {}
+        """Returns what later rounds depend on, its attributes; to be asked between two of them."""
+        own = memory_of(self)
+        return {"own": own} if own else {}
 
     def restore(self, grid: EdgeGrid, state: dict[str, Any]) -> None:
         """Goes on where another loop of the same run was."""
+        vars(self).update(state.get("own", {}))
 
 
 class RoundLoop(Loop):
@@ -140,7 +143,7 @@ class BufferLoop(Loop):
         if not strategy.takes_stale:
             raise ConfigError(
                 f"{name} takes all replies for fresh ones, and those of loop=buffer are not; take strategy=fedbuff "
-                "or strategy=fedasync, or set loop=rounds"
+                "or strategy=fedasync, or set loop=rounds; one of your own derives from strategies.stale.StaleStrategy"
             )
         if strategy.needs_buffer and self.buffer_size != 1:
             raise ConfigError(f"{name} takes single replies, and loop.buffer_size={self.buffer_size}; set it to 1")
@@ -273,11 +276,11 @@ class BufferLoop(Loop):
         """Returns who is in flight."""
         oldest = min((contact.number for _, contact in grid.in_flight), default=math.inf)
         self.unchanged = [number for number in self.unchanged if number >= oldest]
-        return {**flights.packed(grid), "unchanged": self.unchanged}
+        return {**super().state(grid), **flights.packed(grid)}
 
     def restore(self, grid: EdgeGrid, state: dict[str, Any]) -> None:
         """Puts clients in flight again."""
-        self.unchanged = list(state.get("unchanged", ()))  # not in older checkpoints
+        super().restore(grid, state)
         flights.restore(grid, state)
 
 

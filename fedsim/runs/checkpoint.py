@@ -14,8 +14,8 @@ import os
 import re
 import shutil
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ from devices.errors import FileError, one_line
 from devices.reading import open_file, read_json
 from devices.writing import PART, sync_folder, write_new
 from fedsim.errors import ConfigError
-from fedsim.grid.server_half import ServerContext, server_half
+from fedsim.grid.memory import memory_of
+from fedsim.grid.server_half import ServerContext
 from fedsim.messages.records import array_record, from_array, to_array
 from fedsim.report import checksums
 from fedsim.report.checksums import Checksums, check_inside, sha256_of
@@ -42,6 +43,7 @@ FORMATS = (FIRST_FORMAT, FORMAT)
 ASIDE = ".old"  # how the name of one ends that is just being replaced
 NAME = re.compile(r"round-(\d{6,})(\.old)?")
 SHARE = 0.02  # of the host time may go into checkpoints
+FACTORIES: dict[str, Callable[[], Any]] = {kind.__name__: kind for kind in (int, float, str, bool, list, dict, set)}
 Arrays = dict[str, np.ndarray]
 
 
@@ -248,17 +250,12 @@ def _read(run: Path, point: Path, number: int) -> Saved:
 
 
 def strategy_state(strategy: Strategy) -> dict[str, Any]:
-    """Returns what a strategy keeps between rounds: its attributes, but for functions and those named in `derived`.
+    """Returns what a strategy keeps between rounds: its attributes, see `memory_of`.
 
     Flower's strategies have no other state than that; a strategy inside another one is taken with it. What it was told
     of the run it is told again.
     """
-    derived = server_half(strategy).derived
-    kept = {
-        key: value
-        for key, value in vars(strategy).items()
-        if key not in derived and not callable(value) and not isinstance(value, ServerContext)
-    }
+    kept = {key: value for key, value in memory_of(strategy).items() if not isinstance(value, ServerContext)}
     return {key: strategy_state(v) if isinstance(v, Strategy) else v for key, v in kept.items()}
 
 
@@ -297,15 +294,21 @@ def encode(value: Any, arrays: Arrays, where: str) -> Any:
     for kind, holds, entries in _KINDS:
         if type(value) is holds:
             return {kind: encode(entries(value), arrays, where)}
-    if isinstance(value, dict):
+    if type(value) is dict:
         return {"dict": [[encode(k, arrays, where), encode(v, arrays, f"{where}.{k}")] for k, v in value.items()]}
+    if type(value) is defaultdict:
+        for name, factory in FACTORIES.items():
+            if value.default_factory is factory:
+                return {"defaultdict": [name, encode(dict(value), arrays, where)]}
+    if type(value) is deque:
+        return {"deque": [value.maxlen, encode(list(value), arrays, where)]}
     if isinstance(value, bytes):
         return {"bytes": base64.b64encode(value).decode()}
     raise NotKeptError(f"{where} is a {type(value).__module__}.{type(value).__qualname__}")
 
 
 def decode(coded: Any, arrays: Arrays) -> Any:
-    """Returns the tree that `encode` was given; mappings become dicts.
+    """Returns the tree that `encode` was given.
 
     Raises:
         KeyError, TypeError, ValueError: for what `encode` has not made.
@@ -325,17 +328,32 @@ def decode(coded: Any, arrays: Arrays) -> Any:
         return {decode(k, arrays): decode(v, arrays) for k, v in inner}
     if kind == "float":
         return float(inner)
+    if kind == "defaultdict":
+        name, entries = inner
+        return defaultdict(FACTORIES[name], decode(entries, arrays))
+    if kind == "deque":
+        most, entries = inner
+        return deque(decode(entries, arrays), most)
     if kind == "bytes":
         return base64.b64decode(inner)
     made: dict[str, Callable[[Any], Any]] = {kind: holds for kind, holds, _ in _KINDS}
     return made[kind](decode(inner, arrays))
 
 
+def _in_order(values: Collection[Any]) -> list[Any]:
+    """Returns the entries of a set in one order, whatever they are."""
+    try:
+        return sorted(values)
+    except TypeError:
+        return sorted(values, key=repr)
+
+
 _KINDS: tuple[tuple[str, Callable[[Any], Any], Callable[[Any], Any]], ...] = (
     ("tuple", tuple, list),
-    ("set", set, sorted),
-    ("frozenset", frozenset, sorted),
+    ("set", set, _in_order),
+    ("frozenset", frozenset, _in_order),
     ("counter", Counter, dict),
+    ("ordered", OrderedDict, dict),
     ("config", ConfigRecord, dict),
     ("metrics", MetricRecord, dict),
 )

@@ -38,7 +38,7 @@ from fedsim.models.roles import TensorRoles
 from fedsim.report.rounds import RoundReport
 from fedsim.runs.checkpoint import restore_strategy, strategy_state
 from fedsim.runs.deployment import check_plan, deployments
-from fedsim.runs.pairs import check_pairs, make_strategy
+from fedsim.runs.pairs import check_pairs, make_strategy, no_data, no_questions
 from fedsim.runs.server import ServerSide
 from fedsim.seeding import seeded_globals
 from fedsim.settings.build import World, instantiate, pick_device
@@ -120,10 +120,12 @@ class Federation:
     def _meet_clients(self) -> None:
         """Lets the rule that chooses clients know what a server does."""
         world, settings, rule = self.world, self.settings, self.participants
-        if not rule.offers:
+        if not rule.chooses:
             return
         step = model_cost(world.workload, self.model, "dense", next(self.model.parameters()).device)
-        rule.begin(Roster(self.grid, world.latency, step, self.shared, self.seed, settings.deadline_s))
+        knows = (self.grid, world.latency, step, self.shared, self.seed, settings.deadline_s)
+        secrets = no_data(settings, self.server, self.uplink), no_questions(settings, self.loop)
+        rule.begin(Roster(*knows, *secrets))
         self.grid.choose = self.choose
 
     def choose(self, number: int, count: int | None = None, repeat: int = 0) -> list[int]:
@@ -202,7 +204,7 @@ class Federation:
         state = {"grid": self.grid.state(), "strategy": strategy_state(self.strategy), "lowest": lowest}
         if loop := self.loop.state(self.grid):
             state["loop"] = loop
-        if self.participants.offers:
+        if self.participants.chooses:
             state["participants"] = self.participants.state()
         return state
 
@@ -225,8 +227,8 @@ class Federation:
         self.grid.round = number
         exchange = replace(self.loop.exchange(self.grid, number, self.instructions), weights=self.shared)
         self.server.closed(number, exchange)
-        if self.participants.offers:
-            self.participants.learn(number, exchange.reports)
+        if self.participants.chooses:
+            self.participants.learn(number, self.participants.roster.shown(exchange.reports))
         if not (replies := exchange.replies):
             return {}
         if self.server.mean_is_all:

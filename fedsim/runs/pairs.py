@@ -37,18 +37,30 @@ def check_pairs(
     loop.check(settings, server.half, server.name)
     if isinstance(uplink, SecureAggregation):
         server.check_masked(uplink.active)
-    chosen = f"participants={settings.choices['participants']}"
-    if rule.exchanges and loop.is_buffered:
-        raise ConfigError(
-            f"{chosen} asks clients before a round, and with loop=buffer nobody waits for answers; take "
-            "participants=oort, tifl, fastest, least_often or uniform"
-        )
+    refusal = no_questions(settings, loop) if rule.exchanges else ""
+    if refusal := refusal or (no_data(settings, server, uplink) if rule.reads_data else ""):
+        raise ConfigError(refusal)
+
+
+def no_questions(settings: RunSettings, loop: Loop) -> str:
+    """Says why a rule may not ask clients; empty where it may."""
+    if not loop.is_buffered:
+        return ""
+    return (
+        f"participants={settings.choices['participants']} asks clients before a round, and with loop=buffer nobody "
+        "waits for answers; take participants=oort, tifl, fastest, least_often or uniform"
+    )
+
+
+def no_data(settings: RunSettings, server: ServerSide, uplink: UpdateCompressor) -> str:
+    """Says why a rule may not look at what clients tell of their data; empty where it may."""
     hiding = server.name if server.hides else "uplink=secagg" if isinstance(uplink, SecureAggregation) else ""
-    if rule.reads_data and hiding:
-        raise ConfigError(
-            f"{hiding} hides what single clients send, and {chosen} shows their data by whom it takes; take "
-            "participants=uniform, least_often, fastest or tifl"
-        )
+    if not hiding:
+        return ""
+    return (
+        f"{hiding} hides what single clients send, and participants={settings.choices['participants']} shows their "
+        "data by whom it takes; take participants=uniform, least_often, fastest or tifl"
+    )
 
 
 def make_strategy(settings: RunSettings, num_clients: int, loop: Loop, rule: Participants) -> Strategy:
@@ -60,7 +72,7 @@ def make_strategy(settings: RunSettings, num_clients: int, loop: Loop, rule: Par
         loop: of its rounds.
         rule: that chooses clients.
     """
-    return build_strategy(settings, num_clients, loop.is_buffered or rule.offers)
+    return build_strategy(settings, num_clients, loop.is_buffered or rule.chooses)
 
 
 def try_out(tree: Settings) -> None:

@@ -264,8 +264,8 @@ class RepricedFederation(Federation):
                         f"learned something else; run it there: {self.there}"
                     )
         always = all(isinstance(world.fleet.availability, Always) for world in (before, now))
-        if (half.asks_reachable or rule.offers) and not always:
-            name = type(rule if rule.offers else self.strategy).__name__
+        if (half.asks_reachable or rule.chooses) and not always:
+            name = type(rule if rule.chooses else self.strategy).__name__
             raise ConfigError(
                 f"{self.folder} cannot be re-priced where clients sleep: {name} asks those "
                 f"whom it can reach, and others would have answered; run it there: {self.there}"

@@ -102,7 +102,7 @@ def nobody_completed(reports: list[RoundReport], federation: Federation) -> list
     told = [what[outcome] for outcome in OUTCOMES if count[outcome]]
     if any(not report.cohort for report in asked):
         rule = f"participants={federation.settings.choices['participants']} took nobody, or "
-        what_rule = rule if federation.participants.offers else ""
+        what_rule = rule if federation.participants.chooses else ""
         told.append(f"in some rounds {what_rule}nobody was awake; round_every_s=600 starts six an hour")
     idle = "" if limit else f"; the server tries again {EMPTY_ROUND_S:g} s after a round without a reply"
     return [f"no client ever completed, so the model is the untrained one: {'; '.join(told)}{idle}"]

@@ -230,7 +230,7 @@ def instantiate(groups: Mapping[str, Settings], group: str, **extra: Any) -> Any
     check_parameters(group, groups[group], extra)
     try:
         with no_exit():
-            return hydra_instantiate(groups[group], **extra)
+            return hydra_instantiate({"_convert_": "all", **groups[group]}, **extra)  # lists and dicts, not OmegaConf's
     except ExitError as error:
         raise ConfigError(f"{group}: {error}") from error
     except InstantiationException as error:
