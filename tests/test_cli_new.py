@@ -15,7 +15,7 @@ from conftest import Ended, assert_refused
 from fedsim.cli.templates import PARTS, files_of
 
 ROOT = Path(__file__).parent.parent
-TAKEN = {"strategy": "method=shade", "trainer": "method=shade", "model": "model=shade", "workload": "workload=shade"}
+TAKEN = {part: f"{part}=shade" for part in PARTS} | dict.fromkeys(("strategy", "trainer"), "method=shade")
 SHORT = ("rounds=1", "cohort=3", "fleet=uniform", "trainer.local_steps=1", "out=run")
 
 
@@ -51,20 +51,21 @@ def test_without_a_part_it_begins_both_halves_of_a_method(here: Path, fedsim: Ca
 
 
 def test_what_it_writes_passes_its_own_test(here: Path, fedsim: Callable[..., Ended], tmp_path: Path):
-    """All four parts at once; the method's tests are run in tests/test_tutorial.py, by pytest itself."""
+    """All parts at once; the method's tests are run in tests/test_tutorial.py, by pytest itself."""
     code, out, _ = fedsim("new", "shade", *(f"--{part}" for part in PARTS))
     assert code == 0
     assert out.endswith(
-        "run it: fedsim run method=shade model=shade workload=shade\ntest it: python -m pytest test_shade.py\n"
+        "run it: fedsim run method=shade model=shade workload=shade participants=shade attack=shade\n"
+        "test it: python -m pytest test_shade.py\n"
     )
     tests = {name: test for name, test in runpy.run_path("test_shade.py").items() if name.startswith("test_")}
-    assert len(tests) == 4
-    for name in ("test_the_network_learns", "test_the_data_can_be_learnt"):
+    assert len(tests) == 6
+    for name in [*tests][2:]:
         tests[name](tmp_path / name)
 
 
 @pytest.mark.parametrize(
-    "parts", [list(chosen) for count in range(1, 5) for chosen in combinations(PARTS, count)], ids="-".join
+    "parts", [list(chosen) for count in (1, 2, len(PARTS)) for chosen in combinations(PARTS, count)], ids="-".join
 )
 def test_code_is_as_our_formatter_would_have_it(tmp_path: Path, parts: list[str]):
     for path, text in files_of("my_shade", parts).items():

@@ -46,7 +46,7 @@ def run(folder: Path, *overrides: str) -> dict[str, Any]:
 
 def test_the_page_has_all_of_a_method(folder: Path):
     kinds = [path or text.split()[1] for path, text in steps(PAGE)]
-    assert kinds.count("new") == 2
+    assert kinds.count("new") == 3
     assert {"prototypes.py", "configs/strategy/prototypes.yaml", "configs/trainer/prototypes.yaml"} <= set(kinds)
     assert (folder / "test_shade.py").exists()
 
@@ -59,6 +59,13 @@ def test_the_pages_command_runs_the_pages_method(folder: Path):
     assert ours["up_bytes"] - plain["up_bytes"] == 3 * extra
     assert ours["down_bytes"] - plain["down_bytes"] == 2 * extra
     assert ours["weights_sha256"] != plain["weights_sha256"]
+
+
+def test_the_pages_buffered_strategy_goes_another_way(folder: Path):
+    """Replies are stale from the second round on; the rule and the attack beside it are run by the fixture."""
+    assert {"damped.py", "turns.py"} <= {path.name for path in folder.iterdir()}
+    ours = run(folder, "method=fedbuff", "strategy._target_=damped.Damped", "rounds=3")
+    assert ours["weights_sha256"] != run(folder, "method=fedbuff", "rounds=3")["weights_sha256"]
 
 
 def test_without_a_pull_it_is_federated_averaging(folder: Path):

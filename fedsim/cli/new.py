@@ -1,4 +1,4 @@
-"""`fedsim new`: the files of a method, model or workload of one's own, which run at once."""
+"""`fedsim new`: the files of a method, model, workload, rule or attack of one's own, which run at once."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ def new(
     trainer: Annotated[bool, typer.Option("--trainer", help="With the client half of a method.")] = False,
     model: Annotated[bool, typer.Option("--model", help="With a network.")] = False,
     workload: Annotated[bool, typer.Option("--workload", help="With data.")] = False,
+    participants: Annotated[bool, typer.Option("--participants", help="With a rule of client selection.")] = False,
+    attack: Annotated[bool, typer.Option("--attack", help="With what malicious clients do.")] = False,
 ) -> None:
     """Begin a method of your own: code, its options and a test in the working folder; both halves if nothing is said.
 
@@ -30,6 +32,7 @@ def new(
     from fedsim.cli.templates import files_of
 
     asked = {"strategy": strategy, "trainer": trainer, "model": model, "workload": workload}
+    asked |= {"participants": participants, "attack": attack}
     parts = [part for part, is_asked in asked.items() if is_asked] or list(DEFAULT)
     halves = any(part in DEFAULT for part in parts)
     _check_folder()
@@ -41,7 +44,9 @@ def new(
         write_new(path, text)
         print(f"wrote {path}")
     taken = [
-        f"{group}={name}" for group in ("method", "model", "workload") if Path(f"configs/{group}/{name}.yaml") in files
+        f"{group}={name}"
+        for group in ("method", *(part for part in asked if part not in DEFAULT))
+        if Path(f"configs/{group}/{name}.yaml") in files
     ]
     print(f"run it: fedsim run {' '.join(taken)}")
     print(f"test it: python -m pytest test_{name}.py")

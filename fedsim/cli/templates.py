@@ -126,6 +126,47 @@ class ${Name}Data(ArrayWorkload):
         parts = Arrays(x[test:], y[test:], None), Arrays(x[:test], y[:test], None)
         return DataSet(*parts, classes=["a", "b", "c", "d"], kind="tabular", source="$name")
 '''
+PARTICIPANTS = '''
+class ${Name}Rule(Participants):
+    """Takes the clients that it has taken least often.
+
+    All attributes are in the checkpoint: numbers, texts, tensors, and lists, sets and maps of them; not functions.
+
+    Args:
+        candidates: that are drawn for each client that is taken; 1 leaves it to chance.
+    """
+
+    def __init__(self, candidates: Annotated[float, Interval(ge=1, le=1000)] = 1000.0):
+        self.candidates = candidates
+        self.taken: Counter[int] = Counter()
+
+    def choose(self, number: int, count: int, free: Sequence[int], weights: ArrayRecord, draw: Draw) -> list[int]:
+        """Returns up to `count` of the free clients; `self.roster.of(client)` says what a server has seen of one."""
+        drawn = [free[place] for place in draw.permutation(len(free))[: math.ceil(self.candidates * count)]]
+        chosen = sorted(drawn, key=lambda client: self.taken[client])[:count]
+        self.taken.update(chosen)
+        return chosen
+'''
+ATTACK = '''
+class ${Name}Attack(Attack):
+    """Malicious clients send their change times a factor.
+
+    `poisoned` is for what they train on, `conspired` for what all of a round send together. One object serves all
+    clients, so nothing may be kept on it.
+
+    Args:
+        share: of the fleet's clients that are malicious.
+        factor: 1 is honest.
+    """
+
+    def __init__(self, share: Share = 0.2, factor: Annotated[float, Interval(ge=-1000, le=1000)] = -1.0):
+        super().__init__(share)
+        self.factor = factor
+
+    def changed(self, changes: Tensors, draw: Generator) -> Tensors:
+        """Returns by how much the weights that are sent differ from those that came."""
+        return {name: self.factor * change for name, change in changes.items()}
+'''
 STRATEGY_YAML = """\
 # Authors, venue and year: what the server does. `step` and every other argument of the class is a setting.
 _target_: $name.$Name
@@ -153,6 +194,17 @@ defaults:
 _target_: $name.${Name}Data
 size: 1000
 default_clients: 20   # when num_clients is null
+"""
+PARTICIPANTS_YAML = """\
+# Whom a round takes. `candidates` and every other argument of the class is a setting.
+_target_: $name.${Name}Rule
+candidates: 1000   # that are drawn for each client that is taken
+"""
+ATTACK_YAML = """\
+# What malicious clients do.
+_target_: $name.${Name}Attack
+share: 0.2    # of the fleet's clients
+factor: -1.0  # 1 is honest
 """
 METHOD_YAML = """\
 # @package _global_
@@ -204,23 +256,36 @@ def test_the_data_can_be_learnt(tmp_path):
     rounds = run(tmp_path / "run", workload="$name").rounds
     assert rounds["accuracy"].iloc[-1] > 0.5
 """
+PARTICIPANTS_TEST = """
+
+def test_everybody_takes_part_before_anybody_does_twice(tmp_path):
+    clients = run(tmp_path / "run", participants="$name", num_clients=20, cohort=10).clients
+    assert sorted(clients["client"]) == list(range(20))
+"""
+ATTACK_TEST = """
+
+def test_at_a_factor_of_0_nothing_is_learnt(tmp_path):
+    loss = run(tmp_path / "run", "attack.share=1", "attack.factor=0", attack="$name").rounds["loss"]
+    assert loss.iloc[-1] == pytest.approx(loss.iloc[0], rel=1e-5)
+"""
 
 
 class Part(NamedTuple):
-    """A part of a plug-in: its code, the names that this takes from modules, and its option."""
+    """A part of a plug-in: its code, the names that this takes from modules, its option, and its test."""
 
     code: str
     names: dict[str, str]
     option: str
+    test: str = ""  # those of a method stand for both halves
 
 
 NAMES_OF_TORCH = "torch, names"  # beside the module itself
 IMPORTS = (  # as a formatter sorts them; a module without names is imported itself
-    ("math", "collections.abc", "typing"),
-    ("numpy as np", "torch", "annotated_types", NAMES_OF_TORCH),
+    ("math", "collections", "collections.abc", "typing"),
+    ("numpy as np", "torch", "annotated_types", "flwr.app", NAMES_OF_TORCH),
     (
-        *("clients.trainers.sgd", "fedsim.grid.edge", "fedsim.messages.updates", "fedsim.workloads.arrays"),
-        *("fedsim.workloads.base", "strategies.edge"),
+        *("clients.trainers.sgd", "fedsim.attacks.base", "fedsim.grid.edge", "fedsim.grid.participants"),
+        *("fedsim.messages.updates", "fedsim.workloads.arrays", "fedsim.workloads.base", "strategies.edge"),
     ),
 )
 PARTS = {
@@ -260,6 +325,7 @@ PARTS = {
             NAMES_OF_TORCH: "Tensor nn",
         },
         MODEL_YAML,
+        MODEL_TEST,
     ),
     "workload": Part(
         WORKLOAD,
@@ -270,6 +336,33 @@ PARTS = {
             "fedsim.workloads.arrays": "Arrays ArrayWorkload DataSet",
         },
         WORKLOAD_YAML,
+        WORKLOAD_TEST,
+    ),
+    "participants": Part(
+        PARTICIPANTS,
+        {
+            "math": "",
+            "collections": "Counter",
+            "collections.abc": "Sequence",
+            "typing": "Annotated",
+            "annotated_types": "Interval",
+            "flwr.app": "ArrayRecord",
+            "fedsim.grid.participants": "Draw Participants",
+        },
+        PARTICIPANTS_YAML,
+        PARTICIPANTS_TEST,
+    ),
+    "attack": Part(
+        ATTACK,
+        {
+            "typing": "Annotated",
+            "annotated_types": "Interval",
+            NAMES_OF_TORCH: "Generator",
+            "fedsim.attacks.base": "Attack Share",
+            "fedsim.workloads.base": "Tensors",
+        },
+        ATTACK_YAML,
+        ATTACK_TEST,
     ),
 }
 METHOD_PARTS = ("strategy", "trainer")
@@ -293,7 +386,7 @@ def files_of(name: str, parts: list[str]) -> dict[str, str]:
         "plain": "edge_mean" if "strategy" in parts else "fedavg",
     }
     test = TEST_HEAD + METHOD_TEST * bool(halves)
-    test += MODEL_TEST * ("model" in parts) + WORKLOAD_TEST * ("workload" in parts)
+    test += "".join(PARTS[part].test for part in parts)
     found = {f"{name}.py": _module(parts)}
     found |= {f"configs/{part}/{name}.yaml": PARTS[part].option for part in parts}
     found |= {f"configs/method/{name}.yaml": METHOD_YAML} if halves else {}
