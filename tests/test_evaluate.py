@@ -169,6 +169,12 @@ def test_help_is_tried_with_as_many_measurements_as_it_needs():
     assert tried == [("macs", 5), ("macs", 10), ("help", 10)]
 
 
+@pytest.mark.data
+def test_structured_orders_networks_of_ofa(table):
+    """On the one device that HELP judges there; its other cards are of the same make."""
+    assert evaluate(table("ofa"), Trial("structured", 20))["mean"]["spearman"] > 0.9
+
+
 def test_device_sets_never_judge_what_they_learn_from():
     for split in (*DEVICE_SETS.values(), *SPLITS.values()):
         assert split.source

@@ -16,6 +16,8 @@ from devices.nas.blocks import normaliser
 from devices.nas.fbnet import FBNet
 from devices.nas.nb201 import EXAMPLE, NB201Network, counts, from_string, to_string
 from devices.nas.ofa import STAGES, OFANetwork
+from devices.nas.tables import network_features, network_macs
+from devices.trace import KINDS, trace
 
 ALL_NONE, ALL_SKIP, ALL_SQUARE = [0] * 6, [1] * 6, [3] * 6
 # Node 1 leads nowhere; node 2 has no input but is read; the output has none; nothing of the input reaches the output.
@@ -176,6 +178,30 @@ def test_ofa_learns(norm: str):
     network = OFANetwork([7] * 20, [3] * 20, [2] * 5, (3, 32, 40), 4, norm=norm)
     network(torch.rand(3, 3, 32, 40)).square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+
+
+@pytest.mark.parametrize("resolution", [128, 132])
+def test_tables_of_ofa_are_those_of_the_traced_networks(resolution: int):
+    """Multiply-adds, activations and calls of what is no activation function; biases are left out. 132 halves to 33."""
+    rng = np.random.default_rng(resolution)
+    row = np.concatenate([rng.choice([3, 5, 7], 20), rng.choice([3, 4, 6], 20), rng.choice([2, 3, 4], 5), [resolution]])
+    traced = trace(OFANetwork.from_encoding(row.tolist()), torch.zeros(1, 3, resolution, resolution))
+    made = network_features("ofa", row[None])[0, :-1].reshape(len(KINDS), -1)
+    for kind in ("conv3x3", "conv", "pointwise", "grouped", "depthwise", "pool", "fc"):
+        number = KINDS.index(kind)
+        assert np.allclose(made[number, [0, 1, 3]], np.array(traced.rows[number])[[0, 1, 3]]), kind
+    assert network_macs("ofa", row[None])[0] == traced.macs
+
+
+@pytest.mark.parametrize(
+    "place, value, sentence",
+    [(-1, 232, "resolutions of ofa are 128 to 224, got 232"), (0, 0, "block 0 .* needs a kernel of 3, 5 or 7")],
+)
+def test_number_outside_of_ofa_is_named(place: int, value: int, sentence: str):
+    row = np.array([3] * 40 + [2] * 5 + [128])
+    row[place] = value
+    with pytest.raises(DeviceError, match=sentence):
+        network_features("ofa", row[None])
 
 
 @pytest.mark.data

@@ -35,7 +35,7 @@ AT_ONCE = 1000  # networks in HELP's memory
 
 # Decided by the networks alone. The cells of NAS-Bench-201 repeat in every stage, so that any sum over layers is linear
 # in the counts of four operations; in FBNet the same operation costs something else at every position.
-FEATURES = {"nb201": "counts", "fbnet": "layers"}
+FEATURES = {"nb201": "counts", "fbnet": "layers", "ofa": "layers"}
 
 
 @dataclass(frozen=True)
@@ -165,6 +165,7 @@ class FewShot:
         self.zoo = self.features[: space.split.pool]
         self.connected = connected(space.name, space.ops)
         self.weights: HelpWeights | None = None
+        self.known: np.ndarray | None = None  # labels of HELP on the source devices
         self.sums: dict[str, np.ndarray] = {}  # of `_scaled`, by device
         self.source: np.ndarray | None = None  # coefficients of the source devices per mean latency, [devices, f]
         if trial.source and trial.predictor == "structured":
@@ -240,6 +241,8 @@ class FewShot:
         """Adapts HELP; the latency of a reference that is not among the measured is guessed by its multiply-adds."""
         from devices.latency.help.predictor import HelpPredictor, source_labels
 
+        if self.known is None:
+            self.known = source_labels(self.space)
         space, ms = self.space, self.space.latency(device)
         guessed = self.macs[space.references] * np.median(ms[measured] / self.macs[measured])
         known = np.isin(space.references, measured)
@@ -249,7 +252,7 @@ class FewShot:
             space.ops[measured],
             ms[measured],
             seed,
-            known_labels=source_labels(space)[measured],
+            known_labels=self.known[measured],
             typical=~np.isin(measured, space.references),
         )
         parts = [networks[start : start + AT_ONCE] for start in range(0, len(networks), AT_ONCE)]

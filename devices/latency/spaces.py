@@ -15,7 +15,9 @@ from devices.errors import DeviceError, FileError, unknown
 from devices.reading import read_npz
 
 TRIM = 0.1  # HELP drops the fastest and the slowest tenth of each pool, per device
-TABLE = {"devices": "U", "latency_ms": "fiu", "arch_ops": "iu", "hw_embed_idx": "iu"}  # of a file, with kinds of dtype
+TABLE = {"devices": "U", "latency_ms": "fiu", "hw_embed_idx": "iu"}  # of a file, with kinds of dtype
+ENCODED = {"nb201": ("arch_ops",), "fbnet": ("arch_ops",), "ofa": ("ks", "e", "d", "r")}  # arrays of the networks
+NUMBERS = {"nb201": 6, "fbnet": 22, "ofa": 46}  # a network
 TEST_NETWORKS = 1000  # the networks behind the training pool; 800 of them are left after the trim
 
 
@@ -63,6 +65,13 @@ SPLITS = {
         ("raspi4", "eyeriss", "fpga"),
         {"raspi4": 0.887, "eyeriss": 0.943, "fpga": 0.892},
     ),
+    "ofa": SpaceSplit(
+        4000,
+        tuple(f"{gpu}_{batch}" for gpu in ("2080ti", "titan_xp", "v100") for batch in (1, 32, 64)),
+        ("titan_rtx_1", "titan_rtx_32"),
+        ("titan_rtx_64",),
+        {},
+    ),
 }
 
 _GPUS = tuple(
@@ -106,10 +115,11 @@ class Space:
     """One search space with its measurements.
 
     Attributes:
-        name: "nb201" or "fbnet".
+        name: "nb201", "fbnet" or "ofa".
         devices: names, in the order of the rows of `latency_ms`.
         latency_ms: milliseconds of one forward pass, [devices, networks] float64.
-        ops: operation ids, [networks, 6 edges] or [networks, 22 layers] uint8.
+        ops: operation ids, [networks, 6 edges] or [networks, 22 layers] uint8; of ofa 20 kernel sizes, 20 ratios, 5
+            depths and the resolution, [networks, 46] int.
         references: the ten networks of HELP's hardware embedding, [10] int.
         split: the devices and networks to learn from and to judge on.
     """
@@ -168,10 +178,11 @@ def device_split(space: str, devices: str | None = None) -> SpaceSplit:
 
 
 def load_space(name: str, path: str | Path, devices: str | None = None) -> Space:
-    """Reads a table: npz with `devices`, `latency_ms` [devices, networks], `arch_ops`, `hw_embed_idx`; never unpickled.
+    """Reads a table: npz with `devices`, `latency_ms` [devices, networks], `hw_embed_idx` and, for the networks,
+    `arch_ops` or, of ofa, `ks`, `e`, `d`, `r`; never unpickled.
 
     Args:
-        name: of the space, "nb201" or "fbnet".
+        name: of the space, "nb201", "fbnet" or "ofa".
         path: of the file.
         devices: name of a set of `DEVICE_SETS` to learn from and judge on; None for HELP's own.
 
@@ -180,21 +191,22 @@ def load_space(name: str, path: str | Path, devices: str | None = None) -> Space
             are not positive numbers.
     """
     split = device_split(name, devices)
+    table = {**TABLE, **dict.fromkeys(ENCODED[name], "iu")}
     try:
-        arrays = read_npz(Path(path), TABLE, ())
+        arrays = read_npz(Path(path), table, ())
     except FileError as error:
-        raise DeviceError(f"{error}; a latency table of space {name} is an npz file with {', '.join(TABLE)}") from None
-    for key, kinds in TABLE.items():
+        raise DeviceError(f"{error}; a latency table of space {name} is an npz file with {', '.join(table)}") from None
+    for key, kinds in table.items():
         if arrays[key].dtype.kind not in kinds:
             what = "texts" if "U" in kinds else "whole numbers" if kinds == "iu" else "numbers"
             raise DeviceError(f"{path}: {key} must hold {what}, got {arrays[key].dtype}")
-    if any(arrays[key].ndim == 0 for key in TABLE):
-        raise DeviceError(f"{path}: {', '.join(TABLE)} must be lists or tables, got a single value")
-    names, latency, ops = tuple(map(str, arrays["devices"])), arrays["latency_ms"], arrays["arch_ops"]
-    references, edges = arrays["hw_embed_idx"], {"nb201": 6, "fbnet": 22}[name]
+    if any(arrays[key].ndim == 0 for key in table):
+        raise DeviceError(f"{path}: {', '.join(table)} must be lists or tables, got a single value")
+    names, latency, references = tuple(map(str, arrays["devices"])), arrays["latency_ms"], arrays["hw_embed_idx"]
+    ops, edges = _side_by_side([arrays[key] for key in ENCODED[name]], path), NUMBERS[name]
     if latency.shape != (len(names), len(ops)) or ops.ndim != 2 or ops.shape[1] != edges:
-        shapes = f"latency_ms {latency.shape}, devices {len(names)}, arch_ops {ops.shape}"
-        raise DeviceError(f"{path}: is no table of space {name} (needs {edges} operations a network): {shapes}")
+        shapes = f"latency_ms {latency.shape}, devices {len(names)}, networks {ops.shape}"
+        raise DeviceError(f"{path}: is no table of space {name} (needs {edges} numbers a network): {shapes}")
     if references.ndim != 1 or len(references) == 0 or references.min() < 0 or references.max() >= len(ops):
         raise DeviceError(f"{path}: hw_embed_idx must list some of the {len(ops)} networks by number")
     bad = np.argwhere(~(np.isfinite(latency) & (latency > 0)))
@@ -206,3 +218,12 @@ def load_space(name: str, path: str | Path, devices: str | None = None) -> Space
     if missing:
         raise DeviceError(f"{path}: lacks the device {missing[0]!r} that space {name} is judged with")
     return Space(name, names, latency.astype(np.float64), ops, references.astype(np.int64), split)
+
+
+def _side_by_side(parts: list[np.ndarray], path: str | Path) -> np.ndarray:
+    """Returns the numbers of each network in one row, [networks, numbers]."""
+    if len({len(part) for part in parts}) > 1:
+        raise DeviceError(f"{path}: each network needs all of its numbers, got {[part.shape for part in parts]}")
+    if len(parts) == 1:
+        return parts[0]
+    return np.column_stack([part.astype(np.int64) for part in parts])

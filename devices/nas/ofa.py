@@ -22,6 +22,7 @@ from devices.nas.blocks import Norm, choices, conv_norm, image_shape
 
 KERNELS, EXPANSIONS, DEPTHS = (3, 5, 7), (3, 4, 6), (2, 3, 4)
 DEEPEST = max(DEPTHS)
+SMALLEST, LARGEST = 128, 224  # resolutions
 STEM, EXPANDED, LAST = 16, 960, 1280
 # Channels, stride of the first block, squeeze-and-excitation, activation.
 STAGES = (

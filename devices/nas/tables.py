@@ -1,8 +1,9 @@
-"""Layer tables of NAS-Bench-201 and FBNet networks from their operation ids alone, thousands at once.
+"""Layer tables of NAS-Bench-201, FBNet and Once-for-All networks from their numbers alone, thousands at once.
 
 The columns are those of `devices.trace`: ten layer kinds times (macs, activations, weights, calls), then a constant,
 for one example. Norms and activations are left out, as runtimes fuse them. Source: fedsim (the networks are those of
-Dong and Yang, "NAS-Bench-201", ICLR 2020, and Wu et al., "FBNet", CVPR 2019, with the stem and head assumed there).
+Dong and Yang, "NAS-Bench-201", ICLR 2020, Wu et al., "FBNet", CVPR 2019, with the stem and head assumed there, and Cai
+et al., "Once-for-All", ICLR 2020).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import numpy as np
 
 from devices.errors import DeviceError, unknown
 from devices.latency.columns import MAC_ROWS
+from devices.nas import ofa
 from devices.trace import COLUMNS, KINDS
 
 FEATURE_SETS = ("counts", "layers")
@@ -24,6 +26,7 @@ NB201_STAGES = ((16, 32), (32, 16), (64, 8))  # channels, pixels a side
 
 FBNET_OPS = ("k3_e1", "k3_e1_g2", "k3_e3", "k3_e6", "k5_e1", "k5_e1_g2", "k5_e3", "k5_e6", "skip")
 FBNET_STAGES = ((16, 1, 1), (24, 4, 1), (32, 4, 2), (64, 4, 2), (112, 4, 1), (184, 4, 2), (352, 1, 1))
+OFA_NUMBERS = 2 * ofa.BLOCKS + len(ofa.STAGES) + 1
 FBNET_SIDE = 32  # pixels; 100 classes, a last pointwise layer to 1504
 
 
@@ -82,13 +85,48 @@ def fbnet_features(ops: np.ndarray, features: str = "layers") -> np.ndarray:
     return _with_constant(positions[np.arange(len(positions)), ops].sum(axis=1) + rest)
 
 
+def ofa_features(networks: np.ndarray, features: str = "layers") -> np.ndarray:
+    """Returns what subnets of Once-for-All cost on ImageNet at their own resolution, batch 1, [n, 41].
+
+    Args:
+        networks: 20 kernel sizes, 20 ratios, 5 depths and the resolution, [n, 46].
+        features: "layers".
+
+    Raises:
+        DeviceError: for numbers that are not in the space, or other features.
+    """
+    networks = np.asarray(networks)
+    if features != "layers":
+        raise DeviceError(unknown("feature set of space ofa", features, ("layers",)))
+    if networks.ndim != 2 or networks.shape[1] != OFA_NUMBERS or not np.issubdtype(networks.dtype, np.integer):
+        numbers = f"{OFA_NUMBERS} whole numbers [n, {OFA_NUMBERS}]"
+        raise DeviceError(f"networks of ofa are {numbers}, got {networks.dtype} {list(networks.shape)}")
+    resolution = networks[:, -1]
+    if len(networks) and not (resolution.min() >= ofa.SMALLEST and resolution.max() <= ofa.LARGEST):
+        raise DeviceError(
+            f"resolutions of ofa are {ofa.SMALLEST} to {ofa.LARGEST}, got {resolution.min()} to {resolution.max()}"
+        )
+    sizes, place = np.unique(resolution, return_inverse=True)
+    blocks, rest = (np.array(part) for part in zip(*map(_ofa_operations, sizes.tolist()), strict=True))
+    ks, ratios, depths = np.split(networks[:, :-1], [ofa.BLOCKS, 2 * ofa.BLOCKS], axis=1)
+    total = rest[place]
+    for block in range(ofa.BLOCKS):
+        there = block % ofa.DEEPEST < depths[:, block // ofa.DEEPEST]
+        options = [(ks, ofa.KERNELS), (ratios, ofa.EXPANSIONS)]
+        if not all(np.isin(values[there, block], allowed).all() for values, allowed in options):
+            raise DeviceError(f"block {block} of a network of ofa needs a kernel of 3, 5 or 7 and a ratio of 3, 4 or 6")
+        kernel, ratio = (np.searchsorted(allowed, values[there, block]) for values, allowed in options)
+        total[there] += blocks[place[there], block, kernel, ratio]
+    return _with_constant(total)
+
+
 def network_features(space: str, ops: np.ndarray, features: str = "layers") -> np.ndarray:
-    """Returns `nb201_features` or `fbnet_features`, by the name of the space.
+    """Returns `nb201_features`, `fbnet_features` or `ofa_features`, by the name of the space.
 
     Raises:
         DeviceError: also for an unknown space.
     """
-    tables = {"nb201": nb201_features, "fbnet": fbnet_features}
+    tables = {"nb201": nb201_features, "fbnet": fbnet_features, "ofa": ofa_features}
     if space not in tables:
         raise DeviceError(unknown("space", space, tables))
     return tables[space](ops, features)
@@ -101,7 +139,7 @@ def network_macs(space: str, ops: np.ndarray) -> np.ndarray:
 
 
 def connected(space: str, ops: np.ndarray) -> np.ndarray:
-    """Returns which networks compute something, [n] bool: in FBNet all, since skips carry the input on."""
+    """Returns which networks compute something, [n] bool: outside NAS-Bench-201 all."""
     return nb201_connected(ops) if space == "nb201" else np.ones(len(ops), dtype=bool)
 
 
@@ -128,12 +166,12 @@ def _row(kind: str, macs: float, activations: float, weights: float = 0.0) -> np
 
 
 def _convolution(inputs: int, outputs: int, kernel: int, side: int, stride: int = 1, groups: int = 1) -> np.ndarray:
-    """Returns a square convolution that keeps `side` pixels, or with stride 2 half of them, as a flat table, [40]."""
+    """Returns a square convolution of `side` pixels, with stride 2 half as many, rounded up; a flat table, [40]."""
     if groups > 1:
         kind = "depthwise" if groups == inputs else "grouped"
     else:
         kind = "pointwise" if kernel == 1 else "conv3x3" if (kernel, stride) == (3, 1) else "conv"
-    weights, out_side = kernel * kernel * inputs * outputs // groups, side // stride
+    weights, out_side = kernel * kernel * inputs * outputs // groups, -(-side // stride)
     return _row(kind, weights * out_side**2, inputs * side**2 + outputs * out_side**2, weights)
 
 
@@ -184,3 +222,46 @@ def _fbnet_layer(name: str, inputs: int, outputs: int, side: int, stride: int) -
     if same:
         table = table + _row("elementwise", outputs * out_side**2, 3 * outputs * out_side**2)
     return table
+
+
+def _ofa_operations(side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns each block by kernel and ratio, [20, 3, 3, 40], and what all subnets of a resolution have, [40]."""
+    half = -(-side // 2)
+    rest: np.ndarray = _convolution(3, ofa.STEM, 3, side, 2) + _convolution(ofa.STEM, ofa.STEM, 3, half, 1, ofa.STEM)
+    rest = rest + _convolution(ofa.STEM, ofa.STEM, 1, half) + _residual(ofa.STEM, half)
+    blocks, inputs, side = [], ofa.STEM, half
+    for outputs, first_stride, squeezed, _ in ofa.STAGES:
+        for layer in range(ofa.DEEPEST):
+            stride = 1 if layer else first_stride
+            options = itertools.product(ofa.KERNELS, ofa.EXPANSIONS)
+            made = [_ofa_block(inputs, outputs, side, stride, squeezed, *option) for option in options]
+            blocks.append(np.array(made).reshape(len(ofa.KERNELS), len(ofa.EXPANSIONS), -1))
+            inputs, side = outputs, -(-side // stride)
+    rest = rest + _convolution(inputs, ofa.EXPANDED, 1, side) + _mean(ofa.EXPANDED, side)
+    rest = rest + _convolution(ofa.EXPANDED, ofa.LAST, 1, 1)
+    return np.array(blocks), rest + _row("fc", ofa.LAST * 1000, ofa.LAST + 1000, ofa.LAST * 1000)
+
+
+def _ofa_block(
+    inputs: int, outputs: int, side: int, stride: int, squeezed: bool, kernel: int, ratio: int
+) -> np.ndarray:
+    """Sums pointwise, depthwise, squeeze-and-excitation, pointwise, and an add where shapes agree, [40]."""
+    middle, out_side = inputs * ratio, -(-side // stride)
+    table: np.ndarray = _convolution(inputs, middle, 1, side) + _convolution(
+        middle, middle, kernel, side, stride, middle
+    )
+    if squeezed:
+        inner, elements = ofa.divisible(middle // ofa.SQUEEZE), middle * out_side**2
+        table = table + _mean(middle, out_side) + _convolution(middle, inner, 1, 1) + _convolution(inner, middle, 1, 1)
+        table = table + _row("elementwise", elements, 2 * elements + middle)
+    table = table + _convolution(middle, outputs, 1, out_side)
+    return table + _residual(outputs, out_side) if inputs == outputs and stride == 1 else table
+
+
+def _residual(channels: int, side: int) -> np.ndarray:
+    elements = channels * side**2
+    return _row("elementwise", elements, 3 * elements)
+
+
+def _mean(channels: int, side: int) -> np.ndarray:
+    return _row("pool", channels * side**2, channels * (side**2 + 1))

@@ -30,7 +30,7 @@ app.command("list")(list_devices)
 for command in (show, predict, fit, search, new, calibrate, links, population, build):
     app.command()(command)
 app.command("evaluate-search")(evaluate_search)
-TABLE = "Latency table of the space (npz with devices, latency_ms, arch_ops)."
+TABLE = "Latency table of the space (npz with devices, latency_ms, arch_ops; of ofa ks, e, d, r)."
 DataFile = Annotated[Path, typer.Option(help=TABLE)]
 DeviceSet = Annotated[
     str | None,
@@ -127,7 +127,7 @@ def _show_accuracy(result: Enrolment, shown: PlainConsole) -> None:
 
 @app.command()
 def evaluate(
-    space: Annotated[str | None, typer.Option(help="nb201 or fbnet.")] = None,
+    space: Annotated[str | None, typer.Option(help="nb201, fbnet or ofa.")] = None,
     data: Annotated[Path | None, typer.Option(help=TABLE)] = None,
     tables: Annotated[Path | None, typer.Option(help="Instead of a space: a folder of public measurements.")] = None,
     predictor: Annotated[str, typer.Option(help="structured, help, flops, macs, or profile.")] = "structured",
@@ -192,7 +192,7 @@ def evaluate(
 
 @app.command()
 def compare(
-    space: Annotated[str, typer.Option(help="nb201 or fbnet.")],
+    space: Annotated[str, typer.Option(help="nb201, fbnet or ofa.")],
     data: DataFile,
     predictors: Annotated[str, typer.Option(help="Separated by commas.")] = "structured",
     measurements: Annotated[str, typer.Option(help="Separated by commas.")] = "5,10,20",
@@ -236,7 +236,7 @@ def compare(
 
 @app.command("train-help")
 def train_help(
-    space: Annotated[str, typer.Option(help="nb201 or fbnet.")],
+    space: Annotated[str, typer.Option(help="nb201, fbnet or ofa.")],
     data: DataFile,
     out: Annotated[Path, typer.Option(help="Weights to write (safetensors).")],
     episodes: Annotated[
