@@ -1,10 +1,12 @@
 """Selection under limits: what it promises whatever the numbers, and the searches of HELP's paper on its tables."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.stats import spearmanr
 
 from devices.errors import DeviceError
 from devices.latency.few_shot import Estimate, FewShot, Trial, shipped_profile
@@ -175,6 +177,35 @@ def test_layerwise_needs_its_networks(planted: Space):
     few = Space("nb201", ("a",), np.ones((1, 5)), planted.ops[:5], np.arange(5), planted.split)
     with pytest.raises(DeviceError, match="a network with each operation alone, and the table lacks one"):
         FewShot(few, Trial("layerwise", 5)).references_of("a", 0)
+
+
+def without_the_others(space: Space, device: str, measured: np.ndarray) -> Space:
+    """The same table with a millisecond for every network of the device that was not measured."""
+    latency, row = space.latency_ms.copy(), space.devices.index(device)
+    latency[row] = 1.0
+    latency[row, measured] = space.latency(device)[measured]
+    return replace(space, latency_ms=latency)
+
+
+@pytest.mark.parametrize("predictor", ["structured", "layerwise", "flops"])
+def test_no_latency_is_looked_at_but_the_measured(planted: Space, predictor: str):
+    trial, networks = Trial(predictor, 12), np.arange(2000, 2100)
+    measured = FewShot(planted, trial).references_of("b", 0)
+    spaces = (planted, without_the_others(planted, "b", measured))
+    first, second = (FewShot(space, trial).estimate("b", measured, networks) for space in spaces)
+    assert (np.array_equal(first.ms, second.ms), first.error) == (True, second.error)
+
+
+@pytest.mark.data
+def test_help_looks_at_no_latency_but_the_measured(help_table):
+    space, weights = help_table[0], Path(os.environ["FEDSIM_NAS"]) / "help_checkpoint_nb201.npz"
+    trial, networks = Trial("help", 12, weights=weights), space.judged("fpga")
+    measured = FewShot(space, trial).references_of("fpga", 0)
+    spaces = (space, without_the_others(space, "fpga", measured))
+    first, second = (FewShot(each, trial).estimate("fpga", measured, networks) for each in spaces)
+    assert (np.array_equal(first.ms, second.ms), first.error) == (True, second.error)
+    assert first.error < 0.5
+    assert spearmanr(first.ms, space.latency("fpga")[networks]).statistic > 0.9
 
 
 def test_devices_of_the_tables_have_their_profiles():
