@@ -1,0 +1,48 @@
+"""Cells of NAS-Bench-201 as MetaD2A reads and writes them: eight vertices in order, the operations on the vertices.
+
+Vertex 0 is the input, vertices 1 to 6 are the operations in the order of `EDGES`, vertex 7 is the output; an arrow
+leads from an operation to each that takes its node. All cells have the same arrows, a `none` keeps its own.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from devices.nas.nb201 import EDGES, OPERATIONS, OUTPUT
+
+TYPES = ("input", "output", *OPERATIONS)  # of vertices
+FIRST, LAST = TYPES.index("input"), TYPES.index("output")
+VERTICES = len(EDGES) + 2
+
+
+def cell_arrows() -> Tensor:
+    """Returns the arrows that every cell has, [8, 8] bool: row i says which vertices lead to vertex i."""
+    ends = [(OUTPUT + 1, 0), *EDGES, (OUTPUT, OUTPUT + 1)]  # of input and output, as if they were operations too
+    return torch.tensor([[j < i and ends[j][1] == ends[i][0] for j in range(VERTICES)] for i in range(VERTICES)])
+
+
+def cell_types(ops: np.ndarray | Tensor) -> Tensor:
+    """Returns the types of the vertices, [n, 8] int64, of cells given as operation ids, [n, 6]."""
+    ops = torch.as_tensor(ops, dtype=torch.int64)
+    ends = torch.tensor([FIRST, LAST]).expand(len(ops), 2)
+    return torch.cat([ends[:, :1], ops + TYPES.index(OPERATIONS[0]), ends[:, 1:]], dim=1)
+
+
+def cells_of(types: Tensor) -> np.ndarray:
+    """Returns the operation ids of cells, [n, 6] int64; undoes `cell_types`."""
+    ops: np.ndarray = (types[:, 1:-1] - TYPES.index(OPERATIONS[0])).numpy()
+    return ops
+
+
+def are_cells(types: Tensor, arrows: Tensor) -> Tensor:
+    """Returns which graphs are cells of NAS-Bench-201, [n] bool.
+
+    Args:
+        types: of vertices, [n, 8] int64; what follows an output does not count.
+        arrows: row i says which vertices lead to vertex i, [n, 8, 8] bool.
+    """
+    inside = types[:, 1:-1] >= TYPES.index(OPERATIONS[0])
+    ends = (types[:, 0] == FIRST) & (types[:, -1] == LAST)
+    return ends & inside.all(1) & (arrows == cell_arrows()).all(2).all(1)
