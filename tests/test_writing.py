@@ -16,7 +16,7 @@ from conftest import TINY, Ended
 
 from clients.app import serve
 from devices import build, writing
-from devices.latency.help.weights import write_arrays
+from devices.tensor_files import write_tensors
 from devices.writing import open_lock, write_atomic
 from fedsim.engines.local import LocalEngine
 from fedsim.errors import RunError
@@ -80,7 +80,7 @@ def test_weights_of_help_that_the_disk_does_not_take_are_not_there(tmp_path: Pat
     import torch
 
     with full_disk(), pytest.raises(OSError, match=r"File too large: .*h\.safetensors"):
-        write_arrays(tmp_path / "h.safetensors", {"a": torch.zeros(1000)}, {})
+        write_tensors(tmp_path / "h.safetensors", {"a": torch.zeros(1000)}, {}, "help")
     assert os.listdir(tmp_path) == []
 
 

@@ -44,16 +44,17 @@ from devices.latency.help.predictor import (
 from devices.latency.help.weights import (
     DEVICES,
     GATES,
+    HEADER,
     TRAINING,
     HelpWeights,
     flatten_weights,
     map_weights,
-    read_arrays,
+    read_training,
     unflatten_weights,
     weight_shapes,
-    write_arrays,
 )
 from devices.latency.spaces import Space
+from devices.tensor_files import write_tensors
 
 
 @checked("help")
@@ -279,7 +280,7 @@ class HelpTraining:
             "losses": self.losses,
             "draw": self.draw.bit_generator.state,
         }
-        write_arrays(path, tensors, facts)
+        write_tensors(path, tensors, facts, HEADER)
 
     @classmethod
     def resume(cls, space: Space, settings: HelpSettings, path: str | Path) -> HelpTraining:
@@ -288,7 +289,7 @@ class HelpTraining:
         Raises:
             DeviceError: for a file that is no such training, or one with other settings or another table.
         """
-        arrays, facts = read_arrays(path)
+        arrays, facts = read_training(path)
         try:
             saved = HelpSettings(**facts["settings"])
         except (KeyError, TypeError, ValueError) as error:

@@ -14,13 +14,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from devices.errors import DeviceError, unknown
 from devices.latency.help.encodings import ENCODINGS
 from devices.reading import open_file, read_npz
-from devices.writing import write_atomic
+from devices.tensor_files import read_tensors, write_tensors
 
 Params = dict[str, Tensor]
 
@@ -31,7 +30,7 @@ GATES = len(HEAD) * (2 * WIDTH + 1)  # a gate per input feature of each layer, a
 
 TRAINING = "training."  # arrays of a checkpoint that are no weights for use
 DEVICES = "devices"  # the fact that says what a training saw
-_HEADER = "help"  # the only entry, sorted JSON: several entries would be written in any order
+HEADER = "help"  # of the files' metadata
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ def load_weights(path: str | Path, space: str) -> HelpWeights:
         if str(path).endswith(".safetensors"):
             open_file(Path(path)).close()  # no pipe, no folder
             with safe_open(str(path), framework="pt") as file:
-                devices = json.loads((file.metadata() or {}).get(_HEADER, "{}")).get(DEVICES, [])
+                devices = json.loads((file.metadata() or {}).get(HEADER, "{}")).get(DEVICES, [])
                 arrays = {k: file.get_tensor(k) for k in file.keys() if not k.startswith(TRAINING)}  # noqa: SIM118
         else:
             arrays = {key: torch.from_numpy(array) for key, array in read_npz(Path(path)).items()}
@@ -140,30 +139,13 @@ def unflatten_weights(
 def save_weights(weights: HelpWeights, path: str | Path, facts: dict[str, Any] | None = None) -> None:
     """Writes weights as safetensors for `load_weights`, with `facts` (JSON types) in the header."""
     known = {"space": weights.space, DEVICES: list(weights.devices)}
-    write_arrays(path, flatten_weights(weights), {**known, **(facts or {})})
+    write_tensors(path, flatten_weights(weights), {**known, **(facts or {})}, HEADER)
 
 
-def write_arrays(path: str | Path, tensors: Params, facts: dict[str, Any]) -> None:
-    """Writes tensors and facts whole or not at all: a reader never sees half a file.
-
-    Raises:
-        OSError: naming the file, if the disk does not take it.
-    """
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    write_atomic(Path(path), save(tensors, metadata={_HEADER: json.dumps(facts, sort_keys=True)}))
-
-
-def read_arrays(path: str | Path) -> tuple[Params, dict[str, Any]]:
-    """Reads the tensors and facts that `write_arrays` wrote.
+def read_training(path: str | Path) -> tuple[Params, dict[str, Any]]:
+    """Reads the tensors and facts of an unfinished training.
 
     Raises:
-        DeviceError: for a file that `write_arrays` did not write.
+        DeviceError: for a file of something else.
     """
-    try:
-        open_file(Path(path)).close()
-        with safe_open(str(path), framework="pt") as file:
-            facts = json.loads((file.metadata() or {})[_HEADER])
-            return {key: file.get_tensor(key) for key in file.keys()}, facts  # noqa: SIM118
-    except (OSError, ValueError, KeyError, RecursionError, SafetensorError) as error:
-        raise DeviceError(f"{path}: cannot be read as a file of HELP training: {error}") from None
+    return read_tensors(path, HEADER, "a file of HELP training")
