@@ -12,11 +12,13 @@ import pytest
 
 from devices.availability import Trace
 from devices.errors import DeviceError, FileError, UserError
-from devices.latency.help.weights import load_weights, read_arrays
+from devices.latency.help.weights import load_weights, read_training
 from devices.latency.spaces import load_space
 from devices.profile import load_profile
 from devices.reading import read_json, read_json_lines, read_npz, read_parquet, read_yaml
 from fedsim.errors import ConfigError, DataError
+from fedsim.meta.metad2a import MetaD2A
+from fedsim.meta.trained_cells import TrainedCells
 from fedsim.study.spec import read_study
 from fedsim.workloads.bundle import read_bundle
 
@@ -107,7 +109,9 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "latency table": ("x.npz", lambda path: load_space("nb201", path)),
     "weights": ("x.npz", lambda path: load_weights(path, "nb201")),
     "our weights": ("x.safetensors", lambda path: load_weights(path, "nb201")),
-    "training": ("x.safetensors", read_arrays),
+    "training": ("x.safetensors", read_training),
+    "MetaD2A": ("x.safetensors", MetaD2A.load),
+    "tasks": ("tasks.json", lambda path: TrainedCells.open(path.parent)),
     "device": ("x.yaml", load_profile),
     "trace": ("x.json", lambda path: Trace(num_clients=2, seed=0, path=str(path))),
     "study": ("x.yaml", lambda path: read_study(str(path))),

@@ -15,6 +15,7 @@ from fedsim.cli.devices.calibrate import calibrate
 from fedsim.cli.devices.evaluate_search import evaluate_search
 from fedsim.cli.devices.fit import fit
 from fedsim.cli.devices.fleet import links, population
+from fedsim.cli.devices.metad2a import make_tasks, propose, train_metad2a
 from fedsim.cli.devices.new import new
 from fedsim.cli.devices.search import search
 from fedsim.cli.devices.tables import build
@@ -27,9 +28,11 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Devices, and the latency of networks on them.")
 app.command("list")(list_devices)
-for command in (show, predict, fit, search, new, calibrate, links, population, build):
+for command in (show, predict, fit, search, new, calibrate, links, population, build, propose):
     app.command()(command)
 app.command("evaluate-search")(evaluate_search)
+app.command("make-tasks")(make_tasks)
+app.command("train-metad2a")(train_metad2a)
 TABLE = "Latency table of the space (npz with devices, latency_ms, arch_ops; of ofa ks, e, d, r)."
 DataFile = Annotated[Path, typer.Option(help=TABLE)]
 DeviceSet = Annotated[
