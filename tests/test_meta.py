@@ -16,7 +16,7 @@ from devices.nas.nb201 import from_string
 from fedsim.errors import DataError
 from fedsim.meta.features import FEATURES, task_features
 from fedsim.meta.fitting import Fitting
-from fedsim.meta.judged import paired
+from fedsim.meta.judged import bundle_features, judge_tables, paired
 from fedsim.meta.metad2a import Lesson, MetaD2A, MetaSettings, meta_train
 from fedsim.meta.tasks import CORRUPTIONS, SIDE, Images, Recipe, TaskSettings, make_task, recipes
 from fedsim.meta.trained_cells import CellTraining, TrainedCells, train_cell
@@ -39,7 +39,8 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             y = np.repeat(np.arange(10), count)
             np.savez(folder / f"{part}.npz", x=draw.integers(0, 256, (len(y), *shape), np.uint8), y=y)
     monkeypatch.setenv("FEDSIM_DATA", str(tmp_path / "data"))
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     return tmp_path / "data"
 
 
@@ -242,37 +243,66 @@ def test_interval_of_pairs_is_that_of_students_t():
 # --- commands --------------------------------------------------------------------------------------------------------
 
 
-def test_from_bundles_to_proposals(fedsim, tmp_path: Path):
+def test_commands_make_tasks_and_judge_what_learned_from_them(fedsim):
+    """After two steps no drawn graph is a cell: there are figures of the predictor, and none of proposals."""
     tasks = ["--bundles", "toy,grey", "--train", "2", "--valid", "1", "--held-out", "2", "--cells", "4", "--steps", "1"]
     made = fedsim("devices", "make-tasks", "--out", "tasks", *tasks)
     assert (made.code, made.err) == (0, "")
     assert "20 cells on 5 tasks" in made.out
-    short = ["--predictor-steps", "2", "--generator-steps", "60", "--seeds", "2", "--count", "1"]
-    ended = fedsim("devices", "train-metad2a", "--tasks", "tasks", "--out", "m.safetensors", *short, "--json")
-    scores = json.loads(ended.out)
+    train = ["devices", "train-metad2a", "--tasks", "tasks", "--out", "m.safetensors", "--seeds", "2", "--count", "1"]
+    short = ["--predictor-steps", "2", "--generator-steps", "2"]
+    scores = json.loads(fedsim(*train, *short, "--json").out)
     assert [score["seed"] for score in scores] == [0, 0, 1, 1]
-    assert all(score["first"] <= score["best"] and 0 <= score["valid"] <= 1 for score in scores)
-    again = fedsim("devices", "train-metad2a", "--tasks", "tasks", "--out", "m.safetensors", *short)
-    assert again.code == 0
-    assert "1 drawn against 1 random" in again.out
-    ended = fedsim("devices", "propose", "--weights", "m.safetensors", "--data", "toy", "--out", "p.csv")
-    assert (ended.code, ended.err) == (0, "")
-    with (tmp_path / "p.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    assert all(-1 <= score["spearman"] <= 1 and score["random"] <= score["best"] for score in scores)
+    assert [score["first"] for score in scores] == [None] * 4
+    again = fedsim(*train, *short)
+    assert (again.code, again.err) == (0, "")
+    assert "drawn graphs: 0.0% valid" in again.out
+    assert "nan" not in again.out
+    ended = fedsim("devices", "propose", "--weights", "m.safetensors", "--data", "toy")
+    assert (ended.code, "none of 500 drawn graphs is a cell" in ended.err) == (2, True)
+
+
+def test_proposals_are_distinct_cells_with_scores_best_first(fedsim, tmp_path: Path):
+    settings = MetaSettings(predictor_steps=2, generator_steps=100, good_share=1.0, learning_rate=0.01)
+    made = meta_train(bundle(tmp_path / "tasks"), settings)
+    made.save(tmp_path / "m.safetensors", {})
+    features = bundle_features("toy", 0)
+    for out in ("p.csv", "q.csv"):
+        arguments = ["--weights", str(tmp_path / "m.safetensors"), "--data", "toy", "--out", out]
+        ended = fedsim("devices", "propose", *arguments)
+        assert (ended.code, ended.err) == (0, "")
+    assert Path("p.csv").read_bytes() == Path("q.csv").read_bytes()
+    rows = list(csv.DictReader(Path("p.csv").read_text().splitlines()))
     assert list(rows[0]) == ["network", "score"]
-    assert len({from_string(row["network"]) for row in rows}) == len(rows)
-    values = [float(row["score"]) for row in rows]
-    assert values == sorted(values, reverse=True)
+    cells, scores = [from_string(row["network"]) for row in rows], [float(row["score"]) for row in rows]
+    assert len(set(cells)) == len(cells)
+    assert scores == sorted(scores, reverse=True)
+    assert scores == pytest.approx(made.predict(features, np.array(cells)).tolist(), abs=1e-3)
+
+
+def test_known_tables_are_looked_up(tmp_path: Path):
+    """The best of the whole space is the table's, and cells of another table are refused."""
+    ops = np.stack(np.unravel_index(np.arange(5**6), (5,) * 6), axis=1)
+    accuracy = np.linspace(10, 90, len(ops), dtype=np.float32)
+    np.savez(tmp_path / "help_nb201.npz", arch_ops=ops.astype(np.uint8))
+    np.savez(tmp_path / "nb201_accuracy.npz", toy_test=accuracy)
+    made = meta_train(bundle(tmp_path / "tasks"), SHORT)
+    (score,) = judge_tables(made, tmp_path, ["toy"], 0, 3)
+    assert score.is_known
+    assert (score.best, score.random_all) == (pytest.approx(90), pytest.approx(50, abs=0.01))
+    np.savez(tmp_path / "nb201_accuracy.npz", toy_test=accuracy[1:])
+    with pytest.raises(DataError, match=r"toy_test has \(15624,\), not a row for each of 15625"):
+        judge_tables(made, tmp_path, ["toy"], 0, 3)
 
 
 def test_commands_refuse_what_they_cannot_use(fedsim, tmp_path: Path):
-    assert_refused(
-        fedsim("devices", "train-metad2a", "--tasks", "nowhere", "--out", "m.safetensors"), "make-tasks --out"
-    )
+    ended = fedsim("devices", "train-metad2a", "--tasks", "nowhere", "--out", "m.safetensors")
+    assert_refused(ended, "make-tasks --out")
     assert_refused(fedsim("devices", "make-tasks", "--out", "tasks", "--bundles", "toyy"), "did you mean 'toy'")
-    (tmp_path / "w.safetensors").write_bytes(b"no")
+    weights = tmp_path / "w.safetensors"
+    weights.write_bytes(b"no")
     with pytest.raises(ValueError, match="cannot be read as a file of MetaD2A's weights"):
-        MetaD2A.load(tmp_path / "w.safetensors")
-    assert_refused(
-        fedsim("devices", "propose", "--weights", "w.safetensors", "--data", "toy"), "a file of MetaD2A's weights"
-    )
+        MetaD2A.load(weights)
+    ended = fedsim("devices", "propose", "--weights", str(weights), "--data", "toy")
+    assert_refused(ended, "a file of MetaD2A's weights")

@@ -50,7 +50,7 @@ def trained(ops: list[list[int]], steps: int) -> tuple[CellGenerator, torch.Tens
     for _ in range(steps):
         z = torch.from_numpy(noise.standard_normal((len(ops), 16))).float()
         adam.zero_grad()
-        generator_loss(model, x, torch.tensor(ops), z).backward()
+        generator_loss(model, [(x, torch.tensor(ops))], z).backward()
         adam.step()
     return model, x
 
@@ -160,18 +160,15 @@ def test_divergence_from_the_standard_normal_is_as_computed_by_hand():
 
 
 def test_loss_is_the_likelihood_of_drawn_z_and_a_share_of_the_divergence():
-    model, x, noise = CellGenerator(FEATURES, WIDTH), images(), torch.randn(2, WIDTH)
-    ops = torch.tensor([[3, 1, 0, 2, 4, 3], [0, 0, 0, 1, 1, 1]])
-    mean, log_variance = model.posterior(x)
-    arrows = cell_arrows().expand(2, -1, -1)
-    each = [
-        model.log_likelihood(
-            (mean + log_variance.exp().sqrt() * noise[i])[None], cell_types(ops[i : i + 1]), arrows[:1]
-        )
-        for i in range(2)
-    ]
-    wanted = 0.1 * divergence(mean, log_variance) - (each[0] + each[1]) / 2
-    torch.testing.assert_close(generator_loss(model, x, ops, noise, 0.1), wanted[0])
+    """Two data sets with one cell each: the mean of what each has by itself."""
+    model, noise, arrows = CellGenerator(FEATURES, WIDTH), torch.randn(2, WIDTH), cell_arrows()[None]
+    sets = [(images(), torch.tensor([[3, 1, 0, 2, 4, 3]])), (images(), torch.tensor([[0, 0, 0, 1, 1, 1]]))]
+    each = []
+    for row, (x, ops) in zip(noise, sets, strict=True):
+        mean, log_variance = model.posterior(x)
+        z = mean + log_variance.exp().sqrt() * row
+        each.append(0.1 * divergence(mean, log_variance) - model.log_likelihood(z[None], cell_types(ops), arrows)[0])
+    torch.testing.assert_close(generator_loss(model, sets, noise, 0.1), torch.stack(each).mean())
 
 
 def test_only_valid_and_distinct_cells_are_emitted_trained_or_not():

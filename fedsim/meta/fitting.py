@@ -17,6 +17,7 @@ from fedsim.errors import DataError
 
 HEADER = "metad2a"  # of the files' metadata
 KIND = "a training of MetaD2A"
+LARGEST_GRADIENT = 5.0  # norm; the sets' attention has no norm layers
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of Adam
 
 
@@ -56,6 +57,7 @@ class Fitting:
         self.adam.zero_grad()
         value = loss(self.draw)
         value.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), LARGEST_GRADIENT)
         self.adam.step()
         self.step += 1
         self.losses.append(float(value.detach()))

@@ -47,8 +47,8 @@ class MetaSettings:
 
     Attributes:
         predictor_steps: each on `tasks` tasks and all of their cells.
-        generator_steps: each on one task and its best cells.
-        tasks: of a step of the predictor.
+        generator_steps: each on `tasks` tasks and their best cells.
+        tasks: of a step.
         good_share: of a task's cells, the best ones, which the generator learns.
         kl_weight: of the divergence of z from N(0, 1); beta of the paper.
         learning_rate: of Adam.
@@ -228,10 +228,10 @@ def _generator(
     model = made.generator
 
     def loss(draw: np.random.Generator) -> Tensor:
-        own = learned[int(draw.integers(len(learned)))]
-        ops = own.best(settings.good_share)
-        noise = torch.from_numpy(draw.standard_normal((len(ops), model.width))).float()
-        return generator_loss(model, own.images(draw), ops, noise, settings.kl_weight)
+        chosen = draw.choice(len(learned), min(settings.tasks, len(learned)), replace=False)
+        sets = [(own.images(draw), own.best(settings.good_share)) for own in (learned[i] for i in chosen)]
+        noise = torch.from_numpy(draw.standard_normal((sum(len(ops) for _, ops in sets), model.width))).float()
+        return generator_loss(model, sets, noise, settings.kl_weight)
 
     def score() -> float:
         found = []

@@ -5,11 +5,13 @@ arrows that lead to it.
 
 Source: Lee et al., "Rapid Neural Architecture Search by Learning to Generate Graphs from Datasets" (MetaD2A), ICLR
 2021, section 3.2; decoder of Zhang et al., "D-VAE", NeurIPS 2019. Differs: the arrows of the output are drawn like all
-others (D-VAE ties loose ends to it); features of images are not those of a ResNet-18 trained on ImageNet.
+others (D-VAE ties loose ends to it), and a graph with other arrows than a cell's is no cell; a vertex is told its
+place, without which those with the same predecessors could not be told apart.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +24,7 @@ from devices.nas.metad2a.graph_layers import Messages
 from devices.nas.metad2a.set_encoder import WIDTH, SetEncoder
 
 KL_WEIGHT = 0.005
+SPREAD = 6.0  # of the log of a variance, either way: beyond it, the divergence's exponential ends a training
 BATCH = 500  # graphs drawn at once
 
 
@@ -56,14 +59,14 @@ class CellGenerator(nn.Module):
         self.sets = SetEncoder(features, width)
         self.mean, self.log_variance = nn.Linear(width, width), nn.Linear(width, width)
         self.start = nn.Linear(width, width)
-        self.messages, self.cell = Messages(width), nn.GRUCell(len(TYPES), width)
+        self.messages, self.cell = Messages(width), nn.GRUCell(len(TYPES) + VERTICES, width)
         self.type_scores = nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, len(TYPES)))
         self.arrow_score = nn.Sequential(nn.Linear(2 * width, 4 * width), nn.ReLU(), nn.Linear(4 * width, 1))
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns mean and log of the variance of z, [width] each, for a data set x [classes, images, features]."""
         vector = self.sets(x)
-        return self.mean(vector), self.log_variance(vector)
+        return self.mean(vector), self.log_variance(vector).clamp(-SPREAD, SPREAD)
 
     def log_likelihood(self, z: Tensor, types: Tensor, arrows: Tensor) -> Tensor:
         """Returns log p(graph | z), [n]: of the types of all vertices but the input, and of all arrows and gaps.
@@ -73,7 +76,7 @@ class CellGenerator(nn.Module):
             types: of vertices, [n, vertices] int64, the first an input.
             arrows: row i says which vertices lead to vertex i, [n, vertices, vertices] bool.
         """
-        marks, arrows = F.one_hot(types, len(TYPES)).to(z.dtype), arrows.to(z.dtype)
+        arrows = arrows.to(z.dtype)
         states = [self._first(z)]
         sent = [self.messages(states[0], 0)]
         total = z.new_zeros(len(z))
@@ -83,7 +86,7 @@ class CellGenerator(nn.Module):
             # From the nearest vertex back; what was said before each arrow is decided is a sum of those before it.
             wanted = arrows[:, vertex, :vertex].flip(1)
             heard = F.pad((torch.stack(sent[::-1], 1) * wanted.unsqueeze(2)).cumsum(1), (0, 0, 1, 0))
-            seen = marks[:, vertex].unsqueeze(1).expand(-1, vertex + 1, -1)
+            seen = _marked(types[:, vertex], vertex, z.dtype).unsqueeze(1).expand(-1, vertex + 1, -1)
             own = self.cell(seen.flatten(0, 1), heard.flatten(0, 1)).unflatten(0, (len(z), -1))
             pairs = torch.cat([own[:, :-1], torch.stack(states[::-1], 1)], dim=2)
             score = self.arrow_score(pairs).squeeze(2)
@@ -110,7 +113,7 @@ class CellGenerator(nn.Module):
             types[:, vertex] = (bounds < chance).sum(1).clamp(max=len(TYPES) - 1)
             if vertex == VERTICES - 1:
                 types[:, vertex] = LAST
-            mark = F.one_hot(types[:, vertex], len(TYPES)).to(z.dtype)
+            mark = _marked(types[:, vertex], vertex, z.dtype)
             heard = torch.zeros_like(z)
             for other in reversed(range(vertex)):
                 pair = torch.cat([self.cell(mark, heard), states[other]], dim=1)
@@ -122,9 +125,15 @@ class CellGenerator(nn.Module):
         return types, arrows
 
     def _first(self, z: Tensor) -> Tensor:
-        mark = F.one_hot(torch.tensor(FIRST), len(TYPES)).to(z.dtype).expand(len(z), -1)
+        mark = _marked(torch.full((len(z),), FIRST), 0, z.dtype)
         state: Tensor = self.cell(mark, torch.tanh(self.start(z)))
         return state
+
+
+def _marked(types: Tensor, vertex: int, dtype: torch.dtype) -> Tensor:
+    """Returns type and place of a vertex, one-hot, [n, 15], from its types [n]."""
+    place = F.one_hot(torch.tensor(vertex), VERTICES).expand(len(types), -1)
+    return torch.cat([F.one_hot(types, len(TYPES)), place], dim=1).to(dtype)
 
 
 def divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
@@ -132,20 +141,24 @@ def divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(-1)
 
 
-def generator_loss(model: CellGenerator, x: Tensor, ops: Tensor, noise: Tensor, kl_weight: float = KL_WEIGHT) -> Tensor:
-    """Returns -log p(cell | z) + kl_weight KL(q(z | set) || N(0, 1)), mean over cells that do well on a data set.
+def generator_loss(
+    model: CellGenerator, sets: Sequence[tuple[Tensor, Tensor]], noise: Tensor, kl_weight: float = KL_WEIGHT
+) -> Tensor:
+    """Returns -log p(cell | z) + kl_weight KL(q(z | set) || N(0, 1)), mean over cells that do well on their data set.
 
     Args:
         model: the generator.
-        x: the data set, [classes, images, features].
-        ops: the cells, [n, 6].
-        noise: standard normal, [n, width].
+        sets: data sets, each with its cells: [classes, images, features] and [n, 6].
+        noise: standard normal, a row for each cell, [cells, width].
         kl_weight: beta of the paper.
     """
-    mean, log_variance = model.posterior(x)
+    posteriors = [(ops, *model.posterior(x)) for x, ops in sets]
+    mean = torch.cat([mean.expand(len(ops), -1) for ops, mean, _ in posteriors])
+    log_variance = torch.cat([log_variance.expand(len(ops), -1) for ops, _, log_variance in posteriors])
+    types = cell_types(torch.cat([ops for ops, *_ in posteriors]))
     z = mean + (0.5 * log_variance).exp() * noise
-    likelihood = model.log_likelihood(z, cell_types(ops), cell_arrows().expand(len(ops), -1, -1))
-    return kl_weight * divergence(mean, log_variance) - likelihood.mean()
+    likelihood = model.log_likelihood(z, types, cell_arrows().expand(len(types), -1, -1))
+    return (kl_weight * divergence(mean, log_variance) - likelihood).mean()
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -164,7 +165,7 @@ def _show(scores: list[Score], seeds: int, count: int) -> None:
             lambda s: s.generated,
             lambda s: s.random,
         )
-        rows.add_row(name.removeprefix("held_out-"), *cells, *(f"{mean(own, what):.1f}" for what in accuracies))
+        rows.add_row(name.removeprefix("held_out-"), *cells, *(_figure(mean(own, what)) for what in accuracies))
     shown = console()
     shown.print(rows)
     tasks = [own for own in by_name.values() if not own[0].is_known]
@@ -177,13 +178,22 @@ def _show(scores: list[Score], seeds: int, count: int) -> None:
         ("first against a random one", lambda s: s.first - s.random_all),
     ):
         middle, half = paired(np.array([mean(own, gain) for own in tasks]))
+        if math.isnan(middle):
+            continue
         interval = f", 95 % interval {middle - half:+.2f} to {middle + half:+.2f}" if len(tasks) > 1 else ""
         shown.note(f"{what}: {middle:+.2f} points{interval}")
     judged = [score for own in tasks for score in own]
     regret, random = mean(judged, lambda s: s.best - s.first), mean(judged, lambda s: s.best - s.random_all)
-    shown.note(f"regret of the first against the best trained cell: {regret:.2f} points, of a random one {random:.2f}")
+    shown.note(
+        f"regret of the first against the best cell: {_figure(regret)} points, of a random one {_figure(random)}"
+    )
     valid, distinct, took = (mean(scores, w) for w in (lambda s: s.valid, lambda s: s.distinct, lambda s: s.cpu_s))
     shown.note(f"drawn graphs: {valid:.1%} valid, {distinct:.1%} of these distinct; {took:.2f} CPU s for a data set")
+
+
+def _figure(value: float) -> str:
+    """Writes a number, or that there is none: a generator may have drawn no cell."""
+    return "-" if math.isnan(value) else f"{value:.1f}"
 
 
 def propose(
