@@ -128,13 +128,6 @@ def check(strategy: Strategy, cohort: int) -> None:
             f"{type(strategy).__name__} tells {type(server).__name__} inside it nothing of its run; put one of "
             "Flower's strategies there, or take strategy=dp_fedavg"
         )
-    if isinstance(server, KRUMS) and (server.num_nodes_to_select or 0) > (
-        honest := cohort - server.num_malicious_nodes
-    ):
-        raise ConfigError(
-            f"strategy.num_nodes_to_select={server.num_nodes_to_select} must be at most {honest}, the clients of a "
-            f"round less num_malicious_nodes={server.num_malicious_nodes}: others would be liars"
-        )
     if isinstance(server, KRUMS + BULYANS) and (needed := fewest_replies(server)) > cohort:
         is_krum = isinstance(server, KRUMS)
         most = (cohort - 3) // (2 if is_krum else 4)
@@ -142,6 +135,13 @@ def check(strategy: Strategy, cohort: int) -> None:
             f"strategy.num_malicious_nodes={server.num_malicious_nodes} needs rounds of at least {needed} clients "
             f"({'n > 2 f + 2' if is_krum else 'n >= 4 f + 3'}), and there are {cohort} at most; take cohort={needed} "
             f"or more, or num_malicious_nodes={max(0, most)}"
+        )
+    if isinstance(server, KRUMS) and (server.num_nodes_to_select or 0) > (
+        honest := cohort - server.num_malicious_nodes
+    ):
+        raise ConfigError(
+            f"strategy.num_nodes_to_select={server.num_nodes_to_select} must be at most {honest}, the clients of a "
+            f"round less num_malicious_nodes={server.num_malicious_nodes}: others would be liars"
         )
 
 

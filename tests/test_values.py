@@ -222,6 +222,9 @@ def test_a_trace_has_a_length_in_seconds(finish, tmp_path):
         Trace(path=str(tmp_path / "trace.json"), num_clients=2, seed=1)
 
 
+TRIED = ("--limit", "--limit-ms", "--margin")
+
+
 def numeric_options() -> list[Any]:
     def walk(command: click.Command, path: str) -> Iterator[Any]:
         for name, below in getattr(command, "commands", {}).items():
@@ -239,7 +242,7 @@ def test_every_number_of_a_command_has_bounds(option):
         assert None not in (option.type.min, option.type.max)
         return
     if isinstance(option.type, click.types.FloatParamType):
-        assert option.opts[0] in ("--down-mbps", "--up-mbps", "--rtt-ms", "--watts", "--limit")  # tried below
+        assert option.opts[0] in ("--down-mbps", "--up-mbps", "--rtt-ms", "--watts", *TRIED)  # below
         return
     assert isinstance(option.type, click.IntRange)
     assert option.type.min is not None
@@ -248,6 +251,7 @@ def test_every_number_of_a_command_has_bounds(option):
 
 ENROLL = ("devices", "enroll", "--name", "mine")
 SHOW = ("devices", "show", "reference")
+SEARCH = ("devices", "search", "--space", "nb201", "--device", "pixel2", "--data", "x")
 
 
 @pytest.mark.parametrize(
@@ -275,6 +279,9 @@ SHOW = ("devices", "show", "reference")
         (("data", "averages", "--picture", "/nope/x.png"), "--picture='/nope/x.png' cannot"),
         (("devices", "compare", "--space", "nb201", "--data", "x", "--picture", "x.nope"), "--picture must end in"),
         (("devices", "train-help", "--space", "nb201", "--data", "x", "--out", "/nope/x"), "--out='/nope/x' cannot"),
+        ((*SEARCH, "--limit-ms", "inf"), "--limit-ms must be a number above 0, got inf"),
+        ((*SEARCH, "--limit-ms", "1", "--margin", "nan"), "--margin must be a number above -1"),
+        (("devices", "evaluate-search", "--data", "x", "--margin", "-1"), "--margin must be a number above -1"),
         (("devices", "population", "--data", "x", "--out", "/nope/x"), "--out='/nope/x' cannot"),
         (("devices", "fit", "--model", "mlp", "--device", "reference", "--batch", "9" * 400), "--batch takes whole"),
     ],

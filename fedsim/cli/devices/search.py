@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
 
 from fedsim.cli.completing import complete_device
@@ -239,6 +238,7 @@ def _family_pool(
 
 def _facts(pool: Pool, limit: Limit, found: Selection) -> dict[str, Any]:
     """Returns what came of a search, as plain JSON types."""
+    import numpy as np
 
     def network(place: int) -> dict[str, Any]:
         true_ms = None if pool.true_ms is None else float(pool.true_ms[place])
@@ -305,6 +305,8 @@ def _tell(shown: PlainConsole, title: str, pool: Pool, limit: Limit, facts: Mapp
 
 
 def _draw(path: Path, title: str, pool: Pool, limit: Limit, found: Selection) -> None:
+    import numpy as np
+
     from devices.nas.search_picture import search_picture
 
     true_ms = pool.true_ms
