@@ -161,8 +161,8 @@ def test_wrong_networks_are_refused():
         fbnet_features(np.zeros((1, 6), int))
     with pytest.raises(DeviceError, match="feature set 'count'; did you mean 'counts'"):
         nb201_features(np.zeros((1, 6), int), "count")
-    with pytest.raises(DeviceError, match="unknown space 'ofa'"):
-        network_features("ofa", np.zeros((1, 6), int))
+    with pytest.raises(DeviceError, match="unknown space 'darts'"):
+        network_features("darts", np.zeros((1, 6), int))
 
 
 @pytest.mark.data
