@@ -132,15 +132,16 @@ class FedBuff(StaleStrategy):
     def made(self, present: Tensors, replied: Sequence[Stale]) -> Tensors:
         shares = [float(one.examples) if self.weight == "examples" else 1.0 for one in replied]
         total, sums = sum(shares), WeightedSum()
-        starts: dict[int, tuple[Tensors, float]] = {}  # each weights that some started from, and what of them to take
+        # By age, the weights that some started from, and what of them to take: after a resume each has a copy of them.
+        starts: dict[int, tuple[Tensors, float]] = {}
         for block in blocks(list(zip(replied, shares, strict=True))):
             part = BlockSum()
             for one, share in block:
                 counted, start = share * one.origin.weight, one.origin.weights
                 part.add(one.weights, counted)
-                key = id(start) if one.origin.staleness else 0
-                tensors, before = starts.get(key) or (tensors_of(start) if key else present, 0.0)
-                starts[key] = (tensors, before + counted)
+                age = one.origin.staleness
+                tensors, before = starts.get(age) or (tensors_of(start) if age else present, 0.0)
+                starts[age] = (tensors, before + counted)
             sums.add(part.tensors, part.weight, part.clients)
         fresh = starts.pop(0, (present, 0.0))[1]
         parts = [(tensors, -self.server_lr * counted / total) for tensors, counted in starts.values()]

@@ -57,6 +57,21 @@ def test_fedbuff_adds_the_mean_of_what_clients_changed():
     assert made(strategy("FedBuff", weight="examples"), fresh, old) == pytest.approx(1 + (9 + 0.5 * 2) / 4)
 
 
+def test_it_does_not_matter_whether_clients_share_what_they_started_from():
+    """After a resume each that is in flight has a copy of it: the same bits, in a sum that rounds nearly everywhere."""
+    draw = torch.Generator().manual_seed(1)
+    start, present, *weights = (torch.randn(5000, generator=draw) for _ in range(6))
+    shared = Origin(record_of({"w": start}), 3, 0.3)
+    each = [Origin(record_of({"w": start.clone()}), 3, 0.3) for _ in weights]
+    found = [
+        strategy("FedBuff", server_lr=0.7).made(
+            {"w": present}, [Stale({"w": w}, 1, origin) for w, origin in zip(weights, origins, strict=True)]
+        )["w"]
+        for origins in ([shared] * len(weights), each)
+    ]
+    assert torch.equal(*found)
+
+
 def test_fedasync_mixes_the_reply_into_the_present_weights():
     """(1 - 0.5 * 0.6) 1 + 0.3 * 4 = 1.9, whatever the client started from."""
     old = stale(4.0, 3, 0.0, 2, 0.5)
