@@ -157,6 +157,23 @@ def test_a_round_ends_where_nothing_comes_any_more():
     assert grid.clock.now_s == pytest.approx(61.0)  # client 0 had been sent out again, and left at 1 s
 
 
+def test_clients_that_fail_in_the_work_that_they_planned_bring_nothing():
+    """Both come, leave at 1 s, and train when nothing more is on its way."""
+    planned: set[tuple[int, float]] = set()
+
+    def fails_later(task: ClientTask) -> ClientAnswer:
+        if (key := (task.client, task.repeat)) not in planned:
+            planned.add(key)
+            return update(task)
+        return replace(update(task), outcome="failed", reason="as told", weights=None)
+
+    grid = edge(2, fails_later, windows({0: (0, 1), 1: (0, 1)}), on_client_error="drop")
+    grid.serving.engine.can_tell = True
+    (first,) = rounds(grid, BufferLoop(concurrency=2, buffer_size=9), 1)
+    assert (first.replies, first.accepted) == ([], ())
+    assert {report.client for report in first.reports if report.outcome == "failed"} == {0, 1}
+
+
 def test_only_changes_of_the_weights_make_replies_stale():
     """Clients 0 to 2 lack the memory, over and over: round 1 brings nothing, and client 3 comes fresh in round 2."""
 
