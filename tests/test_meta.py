@@ -16,11 +16,12 @@ from devices.nas.nb201 import from_string
 from fedsim.errors import DataError
 from fedsim.meta.features import FEATURES, task_features
 from fedsim.meta.fitting import Fitting
-from fedsim.meta.judged import bundle_features, judge_tables, paired
+from fedsim.meta.judged import bundle_features, judge_tables
 from fedsim.meta.metad2a import Lesson, MetaD2A, MetaSettings, meta_train
 from fedsim.meta.tasks import CORRUPTIONS, SIDE, Images, Recipe, TaskSettings, make_task, recipes
 from fedsim.meta.trained_cells import CellTraining, TrainedCells, train_cell
 from fedsim.seeding import generator
+from fedsim.study.paired import mean_with_interval
 
 TASKS = TaskSettings(("toy", "grey"), train=2, valid=1, held_out=2, seed=3)
 BRIEF, CELLS = CellTraining(channels=2, steps=2, batch=8), 4
@@ -236,7 +237,7 @@ def test_lesson_draws_images_of_each_class_and_picks_the_best_cells():
 
 def test_interval_of_pairs_is_that_of_students_t():
     """Differences 1, 2, 3: mean 2, deviation 1, error 1 / sqrt(3); t at 97.5 % with 2 degrees of freedom is 4.3027."""
-    mean, half = paired(np.array([1.0, 2.0, 3.0]))
+    mean, half = mean_with_interval([1.0, 2.0, 3.0])
     assert (mean, half) == (2.0, pytest.approx(4.30265 / 3**0.5, abs=1e-4))
 
 

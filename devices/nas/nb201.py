@@ -28,6 +28,9 @@ from devices.nas.blocks import Norm, choices, conv_norm, image_shape, normaliser
 OPERATIONS = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
 EDGES = ((0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3))
 OUTPUT = 3  # the last node
+# With operations on the vertices: 0 is the input, 1 to 6 are operations in the order of EDGES, 7 is the output. An
+# arrow leads from each to those that take its node, also from a `none`.
+ARROWS = ((0, 1), (0, 2), (0, 4), (1, 3), (1, 5), (2, 6), (3, 6), (4, 7), (5, 7), (6, 7))
 STAGES = 3
 EXAMPLE = "|nor_conv_3x3~0|+|none~0|nor_conv_1x1~1|+|skip_connect~0|none~1|skip_connect~2|"
 

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import spearmanr, t
+from scipy.stats import spearmanr
 from torch import Tensor
 
 from devices.nas.nb201 import counts
@@ -27,7 +27,6 @@ from fedsim.seeding import generator
 
 ACCURACIES, CELLS = "nb201_accuracy.npz", "help_nb201.npz"  # files of the known tables, and the latter's cells
 KNOWN = ", NAS-Bench-201"  # how the names of data sets end whose accuracies are the benchmark's
-CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -178,12 +177,3 @@ def bundle_features(name: str, seed: int) -> Tensor:
 def _rank(predicted: np.ndarray, accuracies: Sequence[float]) -> float:
     """Returns Spearman's correlation; 0 where all are alike, as of a predictor that tells nothing apart."""
     return float(np.nan_to_num(spearmanr(predicted, accuracies).statistic))
-
-
-def paired(differences: np.ndarray) -> tuple[float, float]:
-    """Returns the mean of differences, and half the width of its 95 % interval (Student's t); NaN for a single one."""
-    mean = float(np.mean(differences))
-    if len(differences) < 2:
-        return mean, float("nan")
-    error = float(np.std(differences, ddof=1)) / len(differences) ** 0.5
-    return mean, float(t.ppf((1 + CONFIDENCE) / 2, len(differences) - 1)) * error

@@ -187,15 +187,13 @@ def meta_train(
     made = MetaD2A(*networks, rows.mean(0).float(), std, float(accuracies.mean()), float(accuracies.std() + 1e-6))
     facts = {"settings": asdict(settings), "tasks": _digest([*learned, *valid])}
     learned, valid = ([_scaled(made, lesson) for lesson in part] for part in (learned, valid))
-    for kind, model, steps in (
-        ("predictor", made.predictor, settings.predictor_steps),
-        ("generator", made.generator, settings.generator_steps),
+    for kind, model, steps, parts_of in (
+        ("predictor", made.predictor, settings.predictor_steps, _predictor),
+        ("generator", made.generator, settings.generator_steps, _generator),
     ):
         draw = generator(settings.seed, "metad2a", kind)
         fitting = Fitting(model, settings.learning_rate, draw, {**facts, "network": kind})
-        step, score = _predictor(made, learned, valid, settings)
-        if kind == "generator":
-            step, score = _generator(made, learned, valid, settings)
+        step, score = parts_of(made, learned, valid, settings)
         file = checkpoint and checkpoint.with_name(f"{checkpoint.name}.{kind}")
         watch = partial(progress, kind) if progress is not None else None
         fit(fitting, step, score, steps, settings.look_every, file, watch)

@@ -240,11 +240,17 @@ def _last_of_each(counts: Sequence[int]) -> str:
 
 def half_width_of(differences: list[float]) -> float:
     """Returns half the width of the 95 % interval of the mean difference; infinite for less than three."""
+    return mean_with_interval(differences)[1] if len(differences) >= FEWEST else math.inf
+
+
+def mean_with_interval(differences: Sequence[float]) -> tuple[float, float]:
+    """Returns the mean of differences, and half the width of its 95 % interval (Student's t); NaN for a single one."""
     from scipy.special import stdtrit  # scipy.stats, which calls it, takes a second to import
 
-    if len(differences) < FEWEST:
-        return math.inf
-    return float(stdtrit(len(differences) - 1, 0.975) * np.std(differences, ddof=1) / len(differences) ** 0.5)
+    mean, count = float(np.mean(differences)), len(differences)
+    if count < 2:
+        return mean, math.nan
+    return mean, float(stdtrit(count - 1, 0.975) * np.std(differences, ddof=1) / count**0.5)
 
 
 def p_value(differences: Sequence[float]) -> float:

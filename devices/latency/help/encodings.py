@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from devices.errors import DeviceError, unknown
+from devices.nas.nb201 import ARROWS
 
 GRAPH_NODES = 9  # input, six operations, output, and the global node that sees them all
 GRAPH_COLUMNS = 8
 # Column of each operation id (none, skip_connect, nor_conv_1x1, nor_conv_3x3, avg_pool_3x3) in HELP's order
 # input, avg_pool_3x3, nor_conv_1x1, nor_conv_3x3, none, skip_connect, output, global.
 NB201_COLUMN = torch.tensor([4, 5, 2, 3, 1])
-NB201_ARROWS = ((0, 1), (0, 2), (0, 4), (1, 3), (1, 5), (2, 6), (3, 6), (4, 7), (5, 7), (6, 7))
 
 OFA_BLOCKS, OFA_STAGES, OFA_STAGE_DEPTH = 20, 5, 4
 OFA_KERNELS, OFA_EXPANSIONS, OFA_DEPTHS = (3, 5, 7), (3, 4, 6), (2, 3, 4)
@@ -74,7 +74,7 @@ def graph_adjacency() -> Tensor:
     """
     arrows = torch.eye(GRAPH_NODES)
     arrows[:, -1] = 1
-    for start, end in NB201_ARROWS:
+    for start, end in ARROWS:
         arrows[start, end] = 1
     return arrows.T.contiguous()
 

@@ -1,7 +1,6 @@
 """Cells of NAS-Bench-201 as MetaD2A reads and writes them: eight vertices in order, the operations on the vertices.
 
-Vertex 0 is the input, vertices 1 to 6 are the operations in the order of `EDGES`, vertex 7 is the output; an arrow
-leads from an operation to each that takes its node. All cells have the same arrows, a `none` keeps its own.
+All cells have the same arrows (`ARROWS`), and differ in the types of vertices 1 to 6.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from devices.nas.nb201 import EDGES, OPERATIONS, OUTPUT
+from devices.nas.nb201 import ARROWS, EDGES, OPERATIONS
 
 TYPES = ("input", "output", *OPERATIONS)  # of vertices
 FIRST, LAST = TYPES.index("input"), TYPES.index("output")
@@ -19,8 +18,10 @@ VERTICES = len(EDGES) + 2
 
 def cell_arrows() -> Tensor:
     """Returns the arrows that every cell has, [8, 8] bool: row i says which vertices lead to vertex i."""
-    ends = [(OUTPUT + 1, 0), *EDGES, (OUTPUT, OUTPUT + 1)]  # of input and output, as if they were operations too
-    return torch.tensor([[j < i and ends[j][1] == ends[i][0] for j in range(VERTICES)] for i in range(VERTICES)])
+    starts, ends = torch.tensor(ARROWS).T
+    arrows = torch.zeros(VERTICES, VERTICES, dtype=torch.bool)
+    arrows[ends, starts] = True
+    return arrows
 
 
 def cell_types(ops: np.ndarray | Tensor) -> Tensor:

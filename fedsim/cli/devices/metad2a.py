@@ -143,8 +143,8 @@ def _show(scores: list[Score], seeds: int, count: int) -> None:
     """Prints a row for each data set, means over seeds, and below it what pairs by task say."""
     import numpy as np
 
-    from fedsim.meta.judged import paired
     from fedsim.report.terminal import console, table
+    from fedsim.study.paired import mean_with_interval
 
     by_name: dict[str, list[Score]] = {}
     for score in scores:
@@ -177,7 +177,7 @@ def _show(scores: list[Score], seeds: int, count: int) -> None:
         (f"{count} chosen against {count} random", lambda s: s.chosen - s.random),
         ("first against a random one", lambda s: s.first - s.random_all),
     ):
-        middle, half = paired(np.array([mean(own, gain) for own in tasks]))
+        middle, half = mean_with_interval([mean(own, gain) for own in tasks])
         if math.isnan(middle):
             continue
         interval = f", 95 % interval {middle - half:+.2f} to {middle + half:+.2f}" if len(tasks) > 1 else ""
