@@ -85,11 +85,9 @@ def _try_out(settings: dict[str, Any]) -> None:
     import json
 
     from fedsim.runs.pairs import try_out
-    from fedsim.settings.build import build_strategy, build_world
+    from fedsim.settings.build import build_world
 
-    try_out(settings)
-    world = build_world(json.dumps(settings))
-    build_strategy(world.settings, world.workload.num_clients)
+    try_out(settings, build_world(json.dumps(settings)).workload.num_clients)
     build_world.cache_clear()  # the data are needed in Flower's processes only
 
 

@@ -174,20 +174,23 @@ class BufferLoop(Loop):
         if number != self.number:
             self.number, self.draws, self.repeats = number, 0, {}
         grid.train_again()
+        if self.unchanged:  # whoever has arrived since asks no more
+            oldest = min((contact.number for _, contact in grid.in_flight), default=math.inf)
+            self.unchanged = [idle for idle in self.unchanged if idle >= oldest]
         ended: list[Contact] = []
-        while len(used := [c for c in ended if c.is_accepted]) < self.buffer_size:
+        while len(_accepted(ended)) < self.buffer_size:
             if grid.in_flight.next_s > grid.clock.now_s:
                 self.send(grid, number, instruct)
             if not grid.in_flight or _in_a_row(ended) >= max(FUTILE, 2 * self.concurrency):
                 break
             ended.append(self.arrived(grid, number))
-            if sum(c.is_accepted for c in ended) == self.buffer_size:
+            if len(_accepted(ended)) == self.buffer_size:
                 grid.train(ended, self.ahead(grid, ended))  # some may fail
         grid.train(ended)
-        if not (used := [c for c in ended if c.is_accepted]):
+        if not (used := _accepted(ended)):
             self.unchanged.append(number)
-        if not used and not any(c.cost.total_s for c in ended):
-            grid.clock.now_s = min(grid.clock.now_s + EMPTY_ROUND_S, grid.first_idle_s())
+            if not any(c.cost.total_s for c in ended):
+                grid.clock.now_s = min(grid.clock.now_s + EMPTY_ROUND_S, grid.first_idle_s())
         return self.brought(grid, number, ended, used)
 
     def arrived(self, grid: EdgeGrid, number: int) -> Contact:
@@ -274,14 +277,16 @@ class BufferLoop(Loop):
 
     def state(self, grid: EdgeGrid) -> dict[str, Any]:
         """Returns who is in flight."""
-        oldest = min((contact.number for _, contact in grid.in_flight), default=math.inf)
-        self.unchanged = [number for number in self.unchanged if number >= oldest]
         return {**super().state(grid), **flights.packed(grid)}
 
     def restore(self, grid: EdgeGrid, state: dict[str, Any]) -> None:
         """Puts clients in flight again."""
         super().restore(grid, state)
         flights.restore(grid, state)
+
+
+def _accepted(ended: Sequence[Contact]) -> list[Contact]:
+    return [contact for contact in ended if contact.is_accepted]
 
 
 def _in_a_row(ended: Sequence[Contact]) -> int:

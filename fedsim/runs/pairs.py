@@ -13,7 +13,7 @@ from fedsim.models.roles import TensorRoles
 from fedsim.runs.quiet import quiet_flower
 from fedsim.runs.server import ServerSide
 from fedsim.settings import check
-from fedsim.settings.build import build_strategy, instantiate
+from fedsim.settings.build import build_strategy
 from fedsim.settings.groups import Settings
 from fedsim.settings.run_settings import RunSettings
 
@@ -75,18 +75,21 @@ def make_strategy(settings: RunSettings, num_clients: int, loop: Loop, rule: Par
     return build_strategy(settings, num_clients, loop.is_buffered or rule.chooses)
 
 
-def try_out(tree: Settings) -> None:
+def try_out(tree: Settings, num_clients: int | None = None) -> None:
     """Builds what costs nothing, the strategy too, so that a wrong one of several runs is found before the first.
 
-    How many clients there are is known only to the data, and so is what depends on the model's tensors.
+    What depends on the model's tensors is not looked at.
+
+    Args:
+        tree: settings of a run.
+        num_clients: there are; None where only the data know it: then as many as settings need.
 
     Raises:
         ConfigError: the sentence of the part that refuses its settings, or the others'.
     """
     quiet_flower()  # strategies that are only tried out have no say
-    check.try_out(tree)
-    settings = RunSettings.of(tree)
-    loop, rule, uplink = (instantiate(settings.groups, group) for group in ("loop", "participants", "uplink"))
-    num_clients = settings.num_clients or max(settings.num_asked, settings.evaluate_clients)
-    strategy = make_strategy(settings, num_clients, loop, rule)
-    check_pairs(settings, ServerSide(strategy, TensorRoles({})), loop, rule, uplink)
+    made, settings = check.try_out(tree), RunSettings.of(tree)
+    loop, rule = made["loop"], made["participants"]
+    clients = num_clients or settings.num_clients or max(settings.num_asked, settings.evaluate_clients)
+    server = ServerSide(make_strategy(settings, clients, loop, rule), TensorRoles({}))
+    check_pairs(settings, server, loop, rule, made["uplink"])

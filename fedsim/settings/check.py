@@ -73,16 +73,19 @@ def check(settings: Settings) -> Settings:
     return settings
 
 
-def try_out(settings: Settings) -> None:
+def try_out(settings: Settings) -> dict[str, Any]:
     """Builds what costs nothing, so that a sweep finds a wrong setting before its first run.
+
+    Returns:
+        What was made, by group.
 
     Raises:
         ConfigError: the sentence of the part that refuses its settings.
     """
     check_trusted(settings)
     model_factory(settings)
-    for group in ("partition", "latency", "compression", "uplink", "trainer", "participants", "loop"):
-        instantiate(settings, group)
+    groups = ("partition", "latency", "compression", "uplink", "trainer", "participants", "loop")
+    return {group: instantiate(settings, group) for group in groups}
 
 
 @lru_cache(maxsize=1)

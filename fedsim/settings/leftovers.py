@@ -31,8 +31,9 @@ def without_leftovers(settings: Settings, overrides: Sequence[str]) -> Settings:
     given = {path: value for override in every for path, value in _given(override)}
     kept = deepcopy(settings)
     for group in filter(None, map(_group_of, every)):
-        if (node := _node(kept, [group])) and TARGET in node:
-            _drop(node, (group,), given, set_by_presets(group, kept.get("choices") or {}))
+        node, of_presets = _node(kept, [group]), set_by_presets(group, kept.get("choices") or {})
+        if node and of_presets and TARGET in node:  # to look at a class may take an import
+            _drop(node, (group,), given, of_presets)
     for path, name in given.items():
         node = _node(kept, path[:-1])
         if path[-1] != TARGET or node is None or node.get(TARGET) != name:
