@@ -214,7 +214,7 @@ class TrainedCells:
                 known[ops] = train_cell(self.task(name), ops, self.training, self.tasks.seed)
                 by_name = {to_string(own): accuracy for own, accuracy in sorted(known.items())}
                 content = {"images": self.task(name).fingerprint, "accuracies": by_name}
-                write_atomic(self._path(name), json.dumps(content, indent=1))
+                write_atomic(self._path(name), json.dumps(content, indent=1, allow_nan=False))
             found.append(known[ops])
             if progress is not None:
                 progress(name)
