@@ -97,7 +97,7 @@ def train_metad2a(
         print(strict_json.dumps([asdict(score) for score in scores]))
         return
     _show(scores, seeds, count)
-    shown.note(f"meta-training: {training_s / seeds:.0f} CPU s for each seed")
+    shown.note(f"meta-training: {training_s / seeds:.0f} CPU s for each seed, in this call")
     shown.say(f"weights: {out}")
 
 
