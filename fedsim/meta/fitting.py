@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from devices.tensor_files import read_tensors, write_tensors
 from fedsim.errors import DataError
 
-HEADER = "metad2a"  # of the files' metadata
-KIND = "a training of MetaD2A"
 LARGEST_GRADIENT = 5.0  # norm; the sets' attention has no norm layers
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of Adam
 
@@ -39,10 +37,19 @@ class Fitting:
         learning_rate: of Adam.
         draw: of all that a step draws.
         facts: what the training is of; a file of another one is refused.
+        method: what the errors call the method.
     """
 
-    def __init__(self, model: nn.Module, learning_rate: float, draw: np.random.Generator, facts: Mapping[str, Any]):
+    def __init__(
+        self,
+        model: nn.Module,
+        learning_rate: float,
+        draw: np.random.Generator,
+        facts: Mapping[str, Any],
+        method: str = "MetaD2A",
+    ):
         self.model, self.draw, self.facts = model, draw, dict(facts)
+        self.header, self.kind = method.lower(), f"a training of {method}"
         self.adam = torch.optim.Adam(model.parameters(), lr=learning_rate)
         self.best = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
         self.step, self.losses, self.history = 0, list[float](), list[Look]()
@@ -82,7 +89,7 @@ class Fitting:
             "history": [asdict(look) for look in self.history],
             "draw": self.draw.bit_generator.state,
         }
-        write_tensors(path, tensors, progress, HEADER)
+        write_tensors(path, tensors, progress, self.header)
 
     def resume(self, path: Path) -> None:
         """Goes on with what `save` wrote.
@@ -91,7 +98,7 @@ class Fitting:
             DataError: for a file of another training.
             DeviceError: for a file that is none.
         """
-        tensors, progress = read_tensors(path, HEADER, KIND)
+        tensors, progress = read_tensors(path, self.header, self.kind)
         if progress.get("facts") != self.facts:
             raise DataError(f"{path} is a training on other tasks or with other settings; name another --out")
         try:
@@ -103,7 +110,7 @@ class Fitting:
             self.step, self.history = progress["step"], [Look(**look) for look in progress["history"]]
             self.draw.bit_generator.state = progress["draw"]
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise DataError(f"{path} cannot be read as {KIND}: {error}") from None
+            raise DataError(f"{path} cannot be read as {self.kind}: {error}") from None
 
 
 def fit(

@@ -99,8 +99,8 @@ def judge(
     return Score(
         name=name,
         seed=seed,
-        spearman=_rank(made.predict(features, ops), accuracies),
-        spearman_macs=_rank(counts(ops)[1], accuracies),
+        spearman=rank_correlation(made.predict(features, ops), accuracies),
+        spearman_macs=rank_correlation(counts(ops)[1], accuracies),
         valid=found.valid / found.drawn,
         distinct=found.found / max(found.valid, 1),
         generated=float(np.mean(drawn)),
@@ -117,12 +117,13 @@ def judge_tasks(made: MetaD2A, trained: TrainedCells, seed: int, count: int) -> 
     """Judges on the tasks that are held out; trains what is proposed there, unless it was before."""
     scores = []
     for name in trained.names("held_out"):
-        images, truth = partial(_task_images, trained, name), partial(trained.accuracies, name)
+        images, truth = partial(task_images, trained, name), partial(trained.accuracies, name)
         scores.append(judge(made, name, seed, images, trained.cells(name), truth, count))
     return scores
 
 
-def _task_images(trained: TrainedCells, name: str) -> Tensor:
+def task_images(trained: TrainedCells, name: str) -> Tensor:
+    """Returns a task's features as MetaD2A is judged by them, [classes, 20, 128]."""
     return task_features(trained.task(name))[:, :PER_CLASS]
 
 
@@ -174,6 +175,8 @@ def bundle_features(name: str, seed: int) -> Tensor:
     return image_features(images.take(chosen)).reshape(images.num_classes, count, FEATURES)
 
 
-def _rank(predicted: np.ndarray, accuracies: Sequence[float]) -> float:
+def rank_correlation(predicted: np.ndarray, accuracies: Sequence[float]) -> float:
     """Returns Spearman's correlation; 0 where all are alike, as of a predictor that tells nothing apart."""
-    return float(np.nan_to_num(spearmanr(predicted, accuracies).statistic))
+    if not np.ptp(predicted) or not np.ptp(accuracies):
+        return 0.0
+    return float(spearmanr(predicted, accuracies).statistic)

@@ -31,12 +31,13 @@ from devices.nas.metad2a.predictor import AccuracyPredictor, predictor_loss
 from devices.tensor_files import read_tensors, write_tensors
 from fedsim.errors import ConfigError, DataError
 from fedsim.meta.features import FEATURES, PER_CLASS, task_features
-from fedsim.meta.fitting import HEADER, Fitting, Look, fit
+from fedsim.meta.fitting import Fitting, Look, fit
 from fedsim.meta.tasks import Part
 from fedsim.meta.trained_cells import TrainedCells
 from fedsim.seeding import derive, generator
 
 DRAWN = 500  # graphs for a new data set
+HEADER = "metad2a"  # of the files' metadata
 WEIGHTS = "a file of MetaD2A's weights"
 
 

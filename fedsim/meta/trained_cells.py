@@ -32,6 +32,7 @@ Ops = tuple[int, ...]
 
 FACTS, CELLS = "tasks.json", "cells"
 NORM_IMAGES = 256  # that the norms' statistics are of
+LAYOUT = torch.channels_last  # a quarter faster than channels first
 SPACE = len(OPERATIONS) ** len(EDGES)  # cells
 
 
@@ -55,22 +56,31 @@ class CellTraining:
     learning_rate: Annotated[float, Gt(0)] = 0.01
 
 
-def train_cell(task: Task, ops: Ops, training: CellTraining, seed: int) -> float:
+Watch = Callable[[int, NB201Network], None]
+
+
+def train_cell(task: Task, ops: Ops, training: CellTraining, seed: int, watch: Watch | None = None) -> float:
     """Trains a cell on a task and returns its accuracy on the held-out images, in percent.
 
     All cells of a task see the same batches and begin with the same weights outside the cells, so that less of what
     sets them apart is chance.
+
+    Args:
+        task: images and labels.
+        ops: the cell, operation ids.
+        training: see `CellTraining`.
+        seed: of weights and batches.
+        watch: called after each step but the last with its number and the network, and in the end with the network as
+            it is judged. It must change nothing.
     """
-    mean, std = task.train_x.mean((0, 2, 3), keepdim=True), task.train_x.std((0, 2, 3), keepdim=True) + 1e-6
-    layout = torch.channels_last  # a quarter faster than channels first
-    x, x_test = (((part - mean) / std).contiguous(memory_format=layout) for part in (task.train_x, task.test_x))
+    x, x_test = (part.contiguous(memory_format=LAYOUT) for part in normalised(task))
     model = _first_network(task, ops, training, derive(seed, "cell weights", task.name))
-    model.to(memory_format=layout)  # type: ignore[call-overload]  # torch's stubs leave it out
+    model.to(memory_format=LAYOUT)  # type: ignore[call-overload]  # torch's stubs leave it out
     adam = torch.optim.Adam(model.parameters(), lr=training.learning_rate)
     rate = torch.optim.lr_scheduler.OneCycleLR(adam, training.learning_rate, total_steps=training.steps)
     draw = generator(seed, "cell batches", task.name)
     waiting = np.zeros(0, dtype=np.int64)
-    for _ in range(training.steps):
+    for step in range(1, training.steps + 1):
         while len(waiting) < training.batch:
             waiting = np.concatenate([waiting, draw.permutation(len(x))])
         rows, waiting = torch.from_numpy(waiting[: training.batch]), waiting[training.batch :]
@@ -78,12 +88,22 @@ def train_cell(task: Task, ops: Ops, training: CellTraining, seed: int) -> float
         F.cross_entropy(model(x[rows]), task.train_y[rows]).backward()
         adam.step()
         rate.step()
-    _settle_norms(model, x[torch.from_numpy(draw.permutation(len(x))[:NORM_IMAGES])])
+        if watch is not None and step < training.steps:
+            watch(step, model)
+    settle_norms(model, x[torch.from_numpy(draw.permutation(len(x))[:NORM_IMAGES])])
+    if watch is not None:
+        watch(training.steps, model)
     with torch.no_grad():
         return 100 * float((model(x_test).argmax(1) == task.test_y).sum()) / len(task.test_y)
 
 
-def _settle_norms(model: NB201Network, x: Tensor) -> None:
+def normalised(task: Task) -> tuple[Tensor, Tensor]:
+    """Returns the images to train on and those held out as networks take them, by means and deviations of the first."""
+    mean, std = task.train_x.mean((0, 2, 3), keepdim=True), task.train_x.std((0, 2, 3), keepdim=True) + 1e-6
+    return (task.train_x - mean) / std, (task.test_x - mean) / std
+
+
+def settle_norms(model: NB201Network, x: Tensor) -> None:
     """Takes the norms' statistics anew of some images: running means lag behind in a training of so few steps."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):

@@ -23,9 +23,13 @@ class Attention(nn.Module):
         self.query, self.key, self.value = nn.Linear(query, width), nn.Linear(inputs, width), nn.Linear(inputs, width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, query: Tensor, x: Tensor) -> Tensor:
-        """Returns [sets, queries, width] from query [sets, queries, ...] and x [sets, elements, inputs]."""
-        q, k, v = (self._by_head(part) for part in (self.query(query), self.key(x), self.value(x)))
+    def forward(self, query: Tensor, x: Tensor, values: Tensor | None = None) -> Tensor:
+        """Returns [sets, queries, width] from query [sets, queries, ...] and x [sets, elements, inputs].
+
+        Where `values` [sets, elements, inputs] are given, elements are found by x and tell what is there.
+        """
+        values = x if values is None else values
+        q, k, v = (self._by_head(part) for part in (self.query(query), self.key(x), self.value(values)))
         scale = (q.shape[-1] * HEADS) ** -0.5  # the width's, as in the authors' code, not a head's
         o = (q + F.scaled_dot_product_attention(q, k, v, scale=scale)).transpose(1, 2).flatten(2)
         mixed: Tensor = o + F.relu(self.out(o))
