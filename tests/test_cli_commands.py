@@ -98,7 +98,7 @@ def test_all_sides_of_a_bench_multiply_alike():
 IMPORTS = ("images", "csv", "audio", "hf", "torchvision")
 DEVICES = ["list", "show", "predict", "fit", "new", "calibrate", "links", "population", "build"]
 DEVICES += ["enroll", "evaluate", "compare", "train-help", "search", "evaluate-search"]
-DEVICES += ["make-tasks", "train-metad2a", "propose"]
+DEVICES += ["make-tasks", "train-metad2a", "propose", "train-complexity"]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from devices.latency.spaces import load_space
 from devices.profile import load_profile
 from devices.reading import read_json, read_json_lines, read_npz, read_parquet, read_yaml
 from fedsim.errors import ConfigError, DataError
+from fedsim.meta.complexity import Complexity
 from fedsim.meta.metad2a import MetaD2A
 from fedsim.meta.trained_cells import TrainedCells
 from fedsim.study.spec import read_study
@@ -111,6 +112,7 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "our weights": ("x.safetensors", lambda path: load_weights(path, "nb201")),
     "training": ("x.safetensors", read_training),
     "MetaD2A": ("x.safetensors", MetaD2A.load),
+    "complexity": ("x.safetensors", Complexity.load),
     "tasks": ("tasks.json", lambda path: TrainedCells.open(path.parent)),
     "device": ("x.yaml", load_profile),
     "trace": ("x.json", lambda path: Trace(num_clients=2, seed=0, path=str(path))),

@@ -12,6 +12,7 @@ import typer
 
 from fedsim.cli.devices.answers import list_devices, predict, show
 from fedsim.cli.devices.calibrate import calibrate
+from fedsim.cli.devices.complexity import train_complexity
 from fedsim.cli.devices.evaluate_search import evaluate_search
 from fedsim.cli.devices.fit import fit
 from fedsim.cli.devices.fleet import links, population
@@ -33,6 +34,7 @@ for command in (show, predict, fit, search, new, calibrate, links, population, b
 app.command("evaluate-search")(evaluate_search)
 app.command("make-tasks")(make_tasks)
 app.command("train-metad2a")(train_metad2a)
+app.command("train-complexity")(train_complexity)
 TABLE = "Latency table of the space (npz with devices, latency_ms, arch_ops; of ofa ks, e, d, r)."
 DataFile = Annotated[Path, typer.Option(help=TABLE)]
 DeviceSet = Annotated[
