@@ -45,7 +45,7 @@ class Part:
 
     Attributes:
         weight: how much it counts, e.g. its examples.
-        tensors: its values.
+        tensors: its values; those of which it holds nothing are not among them.
         places: by name, where they belong; a tensor that is not named is whole.
     """
 
@@ -67,12 +67,13 @@ def mean_by_coordinate(weights: Tensors, parts: Sequence[Part]) -> Tensors:
     mean = {}
     for name, old in weights.items():
         held, total = torch.zeros(old.shape, dtype=torch.float64), torch.zeros(old.shape, dtype=torch.float64)
+        holding = [part for part in parts if name in part.tensors]
         shares: list[tuple[Any, float | Tensor]] = [
-            part.places.get(name, Entries()).share(part.weight, old) for part in parts
+            part.places.get(name, Entries()).share(part.weight, old) for part in holding
         ]
         for index, share in shares:
             held[index] += share
-        for (index, share), part in zip(shares, parts, strict=True):
+        for (index, share), part in zip(shares, holding, strict=True):
             total[index] += part.tensors[name].double() * (share / held[index]).nan_to_num(0.0)
         new = (total if old.is_floating_point() else total.round()).to(old.dtype)
         mean[name] = torch.where(held > 0, new, old)

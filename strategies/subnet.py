@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 
-from devices.compression.channels import Kept
+from devices.compression.channels import ChannelGroups, Kept
 from fedsim.exchanges.slices import BITS, KEPT, Slices
 from fedsim.grid.edge import EdgeGrid, Enrolled
 from fedsim.grid.server_half import ServerContext
@@ -33,9 +33,11 @@ class SubnetStrategy(EdgeStrategy):
         weights: the global ones of this round; not to be changed in place.
         sent: by client, the channels that it was given in this round.
         judging: whether broadcasts are for an evaluation.
+        kind: what of the network may go; the trainer's is the same.
     """
 
     derived: ClassVar[frozenset[str]] = frozenset({"slices", "weights", "sent", "_parts"})
+    kind: ClassVar[type[ChannelGroups]] = ChannelGroups
     slices: Slices
     weights: Tensors
 
@@ -52,7 +54,7 @@ class SubnetStrategy(EdgeStrategy):
             ConfigError: if the model cannot be narrowed.
         """
         super().begin(context)
-        self.slices = Slices(context.model)
+        self.slices = Slices(context.model, kind=self.kind)
 
     def choose(self, number: int, client: Enrolled) -> Kept:
         """Returns the channels of each group that the client trains in a round."""

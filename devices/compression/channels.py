@@ -88,12 +88,17 @@ class ChannelGroups:
         least = math.ceil(ratio * group.channels - 1e-9)
         return min(group.channels, -(-least // step) * step)
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """By group: how many things may stay or go, each of which takes a bit."""
+        return {name: group.channels for name, group in self.groups.items()}
+
     def mask_of(self, kept: Kept) -> dict[str, Tensor]:
         """Returns a mask for each group that is True where a channel stays, [channels] bool."""
         self.check(kept)
         return {
-            name: torch.zeros(group.channels, dtype=torch.bool).index_fill_(0, kept[name], True)
-            for name, group in self.groups.items()
+            name: torch.zeros(size, dtype=torch.bool).index_fill_(0, kept[name], True)
+            for name, size in self.sizes.items()
         }
 
     def kept_of(self, masks: Mapping[str, Tensor]) -> Kept:
@@ -112,10 +117,11 @@ class ChannelGroups:
         Raises:
             DeviceError: for another number of bytes, or a choice that `check` refuses.
         """
-        sizes = [group.channels for group in self.groups.values()]
-        if -(-sum(sizes) // 8) != len(packed):
-            raise DeviceError(f"a mask of {sum(sizes)} channels takes {-(-sum(sizes) // 8)} bytes, got {len(packed)}")
-        return self.kept_of(dict(zip(self.groups, unpack_bits(packed, (sum(sizes),)).split(sizes), strict=True)))
+        sizes = self.sizes
+        total = sum(sizes.values())
+        if -(-total // 8) != len(packed):
+            raise DeviceError(f"a mask of {total} channels takes {-(-total // 8)} bytes, got {len(packed)}")
+        return self.kept_of(dict(zip(sizes, unpack_bits(packed, (total,)).split(list(sizes.values())), strict=True)))
 
     def keep_ratio(self, kept: Kept) -> float:
         """Returns the share of channels that stay."""
@@ -237,7 +243,7 @@ class ChannelGroups:
     def build(self, model: nn.Module, kept: Kept) -> nn.Module:
         """Builds the static network of the sizes that remain, with the model's values; the model stays as it is."""
         small = deepcopy(model)
-        sizes = self._sizes(kept)
+        sizes = self._layer_sizes(kept)
         tensors = self.slice(model.state_dict(), kept)
         for name, module in small.named_modules():
             for own, old in [*module._parameters.items(), *module._buffers.items()]:
@@ -249,7 +255,7 @@ class ChannelGroups:
                 _resize(module, sizes[name])
         return small
 
-    def _sizes(self, kept: Kept) -> dict[str, dict[str, int]]:
+    def _layer_sizes(self, kept: Kept) -> dict[str, dict[str, int]]:
         """Returns the new channel counts by layer and side."""
         sides: dict[tuple[str, str], list[tuple[str, Coupling]]] = {}
         for name, group in self.groups.items():

@@ -73,6 +73,7 @@ class Slices:
         workload: whose model is narrowed; a server has its `ServerModel`.
         device: where the networks are used.
         prepare: called once with each network that is built and what it keeps, e.g. to hang hooks on its layers.
+        kind: what of a network may go.
 
     Attributes:
         groups: of the model's channels.
@@ -86,11 +87,12 @@ class Slices:
         workload: Traceable,
         device: torch.device | str = "cpu",
         prepare: Callable[[nn.Module, Kept], None] | None = None,
+        kind: type[ChannelGroups] = ChannelGroups,
     ):
         self.workload, self.device, self.prepare = workload, device, prepare
         self.model = workload.build_model()
         try:
-            self.groups = ChannelGroups.find(self.model, workload.inputs(workload.sample(2))[0])
+            self.groups = kind.find(self.model, workload.inputs(workload.sample(2))[0])
         except DeviceError as error:
             raise ConfigError(f"{error}; take another model or another method") from error
         self._networks: OrderedDict[tuple[int, ...], nn.Module] = OrderedDict()

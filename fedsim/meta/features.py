@@ -6,15 +6,20 @@ filters tell textures, contrast and colours apart, and know no objects (MetaD2A 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedsim.meta.tasks import Task
+from devices.cost import ModelCost
+from fedsim.meta.tasks import SIDE, Task
 from fedsim.seeding import generator
+from fedsim.workloads.front_end import features_cost
 
 FEATURES = 128
 PER_CLASS = 20  # images that stand for a class
+IMAGES_FOR_QUERY = 100  # of a client, at most
 FILTERS = ((3, 32, 5), (32, 32, 3))  # channels in and out, pixels a side; of each layer means and deviations are taken
 
 
@@ -34,3 +39,17 @@ def task_features(task: Task) -> Tensor:
     """Returns the features of all images that a task trains on, as many of each class, [classes, images, 128]."""
     order = torch.argsort(task.train_y, stable=True)
     return image_features(task.train_x[order]).reshape(task.num_classes, -1, FEATURES)
+
+
+def query_features(x: Tensor) -> Tensor:
+    """Returns the features [n, 128] of a client's images [n, channels, height, width], made as small as those of tasks.
+
+    Grey ones have three equal colours, and of more than three channels the first three count.
+    """
+    small = F.interpolate(x.float(), size=SIDE, mode="area")
+    return image_features(small[:, :3] if small.shape[1] >= 3 else small[:, :1].expand(-1, 3, -1, -1))
+
+
+def query_cost(shape: Sequence[int]) -> ModelCost:
+    """Returns what a device pays for `query_features` of one image of some shape."""
+    return features_cost("query", query_features, torch.zeros(2, *shape))

@@ -22,6 +22,9 @@ from fedsim.settings.groups import (
     FORMATS,
     NEEDED,
     Settings,
+    options,
+    preset,
+    target_of,
 )
 from fedsim.settings.origins import is_the_users
 from fedsim.settings.own_networks import IN_FILE, TORCHVISION
@@ -86,7 +89,7 @@ def build_world(config_json: str) -> World:
     for key, number in ((cohort_key(tree), settings.cohort), ("evaluate_clients", settings.evaluate_clients)):
         if number > workload.num_clients:
             raise ConfigError(f"{key} must be at most the {workload.num_clients} clients there are, got {number}")
-    for group in ("compression", "uplink", "participants", "loop"):
+    for group in ("compression", "uplink", "architecture", "participants", "loop"):
         instantiate(tree, group)  # workers make their own; a wrong setting is to be refused before a run begins
     trainer = instantiate(tree, "trainer")
     trainer.check_hooks()
@@ -375,12 +378,38 @@ def build_strategy(settings: RunSettings, num_clients: int, offered: bool = Fals
     check_group("strategy", tree)  # what it is, and what its wrappers take, is looked up next
     if isinstance(kind := locate("strategy._target_", tree["_target_"]), type):
         stock_rule("check_class")(kind)
+    sampling |= _architecture(settings)
     if "strategy" in tree:
         strategy: Strategy = instantiate({"strategy": _with_sampling(tree, sampling)}, "strategy")
     else:
         strategy = instantiate(settings.groups, "strategy", **sampling)
     stock_rule("check")(strategy, min(settings.cohort, num_clients))
     return strategy
+
+
+def _architecture(settings: RunSettings) -> dict[str, Any]:
+    """Returns the rule that gives clients their networks, for a strategy that takes one.
+
+    Raises:
+        ConfigError: for a rule that needs such a strategy, where there is none.
+    """
+    rule, tree = instantiate(settings.groups, "architecture"), settings.groups["strategy"]
+    if takes(tree, "architecture"):
+        return {"architecture": rule}
+    if rule.chooses:
+        chosen = settings.choices
+        able = [m for m in options("method") if _takes_architecture(preset(m).get("strategy"))]
+        raise ConfigError(
+            f"architecture={chosen['architecture']} gives clients different networks, and strategy="
+            f"{chosen['strategy']} sends all the same; take {' or '.join(f'method={name}' for name in able)}, or "
+            "architecture=none"
+        )
+    return {}
+
+
+def _takes_architecture(strategy: str | None) -> bool:
+    target = target_of("strategy", strategy) if strategy else None
+    return target is not None and takes({"_target_": target}, "architecture")
 
 
 def _with_sampling(tree: Settings, sampling: Mapping[str, Any]) -> Settings:

@@ -84,7 +84,7 @@ def try_out(settings: Settings) -> dict[str, Any]:
     """
     check_trusted(settings)
     model_factory(settings)
-    groups = ("partition", "latency", "compression", "uplink", "trainer", "participants", "loop")
+    groups = ("partition", "latency", "compression", "uplink", "trainer", "architecture", "participants", "loop")
     return {group: instantiate(settings, group) for group in groups}
 
 

@@ -18,7 +18,7 @@ from fedsim.settings.plugins import plugin_folders
 Settings = dict[str, Any]
 GROUPS = (
     *("workload", "model", "partition", "stream", "fleet", "latency", "compression", "uplink"),
-    *("strategy", "trainer", "participants", "loop", "attack", "method"),
+    *("strategy", "trainer", "architecture", "participants", "loop", "attack", "method"),
     *("engine", "experiment"),
 )
 PRESETS, PACKAGE = ("method", "experiment"), re.compile(r"^\s*#\s*@package\s+_global_\s*$", re.MULTILINE)

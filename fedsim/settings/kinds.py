@@ -24,6 +24,7 @@ KINDS = {
     "uplink": "devices.compression.updates:UpdateCompressor",
     "strategy": "flwr.serverapp.strategy:Strategy",
     "trainer": "clients.trainers.base:LocalTrainer",
+    "architecture": "strategies.architectures:Architecture",
     "participants": "fedsim.grid.participants:Participants",
     "loop": "fedsim.grid.loops:Loop",
     "attack": "fedsim.attacks.base:Attack",

@@ -29,7 +29,7 @@ class _AsNetwork(nn.Module):
 
 
 def front_end_cost(features: Callable[[Tensor], Tensor], samples: int) -> ModelCost:
-    """Counts what the features of one clip cost: multiply-adds, elements, calls and memory.
+    """Counts what the features of one clip cost, as `features_cost` does.
 
     A real Fourier transform of N points takes 5/2 N log2 N operations, half of a complex one; a product with a mel
     matrix is a matrix product. The forward pass is all there is: nothing in a front-end is trained.
@@ -41,16 +41,27 @@ def front_end_cost(features: Callable[[Tensor], Tensor], samples: int) -> ModelC
     Raises:
         ConfigError: if the features cannot be traced.
     """
-    network, clip = _AsNetwork(features).eval(), torch.zeros(2, samples)
     try:
-        table = trace(network, clip[:1])
-        held = inference_bytes(network, lambda model, batch: model(batch["x"]), {"x": clip})
+        return features_cost(NAME, features, torch.zeros(2, samples))
     except Exception as error:
         name = type(features).__name__
         raise ConfigError(f"workload.features {name} cannot be priced on devices: {in_words(error)}") from error
+
+
+def features_cost(name: str, features: Callable[[Tensor], Tensor], two: Tensor) -> ModelCost:
+    """Counts what features of one example cost: multiply-adds, elements, calls and memory.
+
+    Args:
+        name: of the result.
+        features: of examples [n, ...].
+        two: two examples.
+    """
+    network = _AsNetwork(features).eval()
+    table = trace(network, two[:1])
+    held = inference_bytes(network, lambda model, batch: model(batch["x"]), {"x": two})
     weights = sum(t.numel() * t.element_size() for t in network.buffers())
     return replace(
-        ModelCost(NAME, 2.0 * table.macs, 0.0, weights, 0, calls=round(sum(row[3] for row in table.rows))),
+        ModelCost(name, 2.0 * table.macs, 0.0, weights, 0, calls=round(sum(row[3] for row in table.rows))),
         layers=table.rows,
         inference_bytes=held,
     )

@@ -16,7 +16,7 @@ from torch import nn
 
 from clients.trainers.base import ClientContext
 from clients.trainers.sgd import SGDRun, SGDTrainer
-from devices.compression.channels import Kept
+from devices.compression.channels import ChannelGroups, Kept
 from devices.cost import ModelCost
 from fedsim.errors import ConfigError
 from fedsim.exchanges.slices import BITS, KEPT, RATIO, Slices
@@ -49,10 +49,15 @@ class SubnetTrainer(SGDTrainer):
         judged_at: keep ratios at which a client is judged beside its own, as metrics NAME_at_RATIO. That is no work of
             its device, though its download then holds the widest of them.
         sgd: arguments of SGDTrainer.
+
+    Attributes:
+        kind: what of the network may go; the strategy's is the same.
+        slices: the narrowed networks.
     """
 
     run: ClassVar[type[SGDRun]] = SubnetRun
     own_network = True
+    kind: ClassVar[type[ChannelGroups]] = ChannelGroups
     slices: Slices
 
     def __init__(self, judged_at: Sequence[Annotated[float, Interval(gt=0, le=1)]] = (), **sgd: Any):
@@ -63,7 +68,7 @@ class SubnetTrainer(SGDTrainer):
         """Finds the channel groups of the model."""
         super().setup(workload, model, network)
         device = next(model.parameters()).device
-        self.slices = Slices(workload, device, self.prepare)
+        self.slices = Slices(workload, device, self.prepare, self.kind)
 
     def prepare(self, network: nn.Module, kept: Kept) -> None:
         """Prepares a static network once, when it is built."""
