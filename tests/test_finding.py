@@ -48,7 +48,7 @@ def test_what_is_explained_of_a_method_is_what_it_takes(method: str):
     halves = {half["half"]: half["name"] for half in said["halves"]}
     assert halves == {group: composed["choices"][group] for group in ("strategy", "trainer")}
     keys = {setting["key"] for setting in said["settings"]}
-    groups = [*halves, *preset(method).keys() & {"loop", "participants"}]
+    groups = [*halves, *preset(method).keys() & {"architecture", "loop", "participants"}]
     own = {f"{group}.{key}" for group in groups for key in composed[group] if not key.startswith("_")}
     assert {".".join(key.split(".")[:2]) for key in keys - {"private"}} == own
     assert ("private" in keys) == bool(composed["private"])

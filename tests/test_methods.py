@@ -537,17 +537,19 @@ def row(number: int) -> Any:
 @pytest.mark.parametrize("group", BUILDING)
 def test_every_constructor_takes_exactly_what_its_config_says(group: str):
     """A key of a yaml that no constructor takes, or of another type, is a mistake in the file."""
-    from fedsim.settings.parameters import check_parameters
+    from fedsim.settings.parameters import check_parameters, takes
 
     given = {
         "workload": ("model", "partition", "num_clients", "seed"),
         "stream": ("workload", "rounds", "evaluate_every", "seed"),
         "fleet": ("num_clients", "seed"),
     }.get(group, ())
+    rule = ("architecture",)
     for number in range(len(options(group))):
         tree = OmegaConf.to_container(row(number)[group], resolve=True)
         if group == "model":
             tree.pop("memory_format", None)  # read by `model_factory`, which has its own test
+        given = rule if group == "strategy" and takes(tree, "architecture") else given
         check_parameters(group, tree, given)
         with pytest.raises(ConfigError, match=f"unknown setting for .*{group}.zzz"):
             check_parameters(group, {**tree, "zzz": 1}, given)

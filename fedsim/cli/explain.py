@@ -91,7 +91,7 @@ def facts(kind: str, name: str) -> dict[str, Any]:
     parts = [describe(*chosen) for chosen in all_chosen(kind, name).items()]
     halves = [part for half in HALVES for part in parts if part.group == half and kind == "method"]
     known = {s.key: s.meaning for s in [*settings_of_top(), *(s for part in parts for s in part.settings)]}
-    beside = [part for part in parts if part.group in ("participants", "loop") and kind == "method"]
+    beside = [part for part in parts if part.group in ("architecture", "participants", "loop") and kind == "method"]
     told = (*halves, *beside, option)  # a preset's own come last
     settings = {s.key: s for part in told for s in part.settings}.values()
     return {

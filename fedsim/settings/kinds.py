@@ -31,7 +31,7 @@ KINDS = {
     "engine": "fedsim.engines.base:Engine",
 }
 FACTORIES = ("model", "stream")  # groups that are called later, with more arguments
-NESTED = ("devices.availability:Availability",)  # made inside others, beside the groups
+WITHIN = ("devices.availability:Availability",)  # made inside others, beside the groups
 Kinds = tuple[Any, ...] | None  # classes, of which an object must be one; None where the place does not say
 
 
@@ -97,7 +97,7 @@ def check_kind(key: str, name: str, found: Any, kinds: Kinds, partial: bool) -> 
     Raises:
         ConfigError: says what the place takes.
     """
-    wanted = tuple(map(class_at, (*KINDS.values(), *NESTED))) if kinds is None else kinds
+    wanted = tuple(map(class_at, (*KINDS.values(), *WITHIN))) if kinds is None else kinds
     makes: Any = found
     if not is_class(found):
         try:
