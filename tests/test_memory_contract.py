@@ -39,6 +39,7 @@ OWN = dict.fromkeys(CONTINUAL, SPLIT) | {
     **{"pqk": ["trainer.prune_rounds=1"], "dcil": ["trainer.distil_after=1"]},
     **{"cpq": ["trainer.dense_rounds=1"], "attribution": ["trainer.dense_rounds=1", "trainer.prune_rounds=1"]},
     "dropbits": ["trainer.dense_rounds=0", "trainer.gate_rounds=1"],
+    "nested": ["architecture=none"],  # the host holds the whole network, whatever part of it a device has
 }
 
 

@@ -268,9 +268,20 @@ def test_a_rule_needs_a_strategy_that_sends_different_networks(federation):
         federation("architecture=random")
 
 
-def test_batch_norms_are_refused(federation):
-    with pytest.raises(ConfigError, match=r"batch statistics differ; take a model with group norms"):
-        list(federation("method=nested", "model=nb201", "model.norm=batch", "workload.input_shape=[3,8,8]").rounds())
+def test_statistics_of_batch_norms_are_averaged_over_who_holds_them(federation):
+    made = federation(
+        "method=nested",
+        "model=nb201",
+        "model.norm=batch",
+        "model.cells=2",
+        *MIXED,
+        "rounds=1",
+        "workload.input_shape=[3,8,8]",
+    )
+    first = {name: t.clone() for name, t in tensors_of(made.arrays).items()}
+    list(made.rounds())
+    moved = [n for n, t in made.strategy.whole.items() if n.endswith("running_var") and not torch.equal(t, first[n])]
+    assert moved
 
 
 # --- what a client tells ----------------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from clients.trainers.base import ClientContext
 from clients.trainers.widths.subnet import SubnetRun, SubnetTrainer
-from devices.compression.channel_graph import BATCH_NORMS
 from devices.compression.channels import ChannelGroups, Kept
 from devices.compression.nested import NestedNetworks
 from devices.cost import ModelCost
@@ -63,16 +62,7 @@ class NestedTrainer(SubnetTrainer):
             )
 
     def setup(self, workload: Workload, model: nn.Module, network: ModelCost) -> None:
-        """Prepares as for every part; batch norms would need statistics for each network.
-
-        Raises:
-            ConfigError: for a model with batch norms.
-        """
-        if any(isinstance(module, BATCH_NORMS) for module in model.modules()):
-            raise ConfigError(
-                f"{type(self).__name__} averages networks of several sizes, whose batch statistics differ; take a "
-                "model with group norms (model.norm=group)"
-            )
+        """Prepares as for every part, and prices what a client tells."""
         super().setup(workload, model, network)
         self.query_cost = query_cost(workload.input_shape) if len(workload.input_shape) == 3 else None
 
