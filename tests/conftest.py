@@ -36,7 +36,7 @@ from fedsim.settings.groups import Settings
 from fedsim.workloads.arrays import ArrayWorkload, DataSet
 
 # Their fixtures are taken by several files.
-pytest_plugins = ("cut_short", "fake_study", "help_space", "ray_workers", "sent_folder")
+pytest_plugins = ("cut_short", "fake_study", "help_space", "ray_workers", "sent_folder", "small_bundles")
 
 # Six clients with eight examples each, of which one is held out; three of them train for one epoch of two steps.
 TINY = (

@@ -29,20 +29,8 @@ SHORT = MetaSettings(predictor_steps=4, generator_steps=4, tasks=2, look_every=2
 
 
 @pytest.fixture(autouse=True)
-def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Makes a bundle of colour images and one of grey ones, ten classes each; every image is one of its kind."""
-    draw = np.random.default_rng(0)
-    for name, shape in (("toy", (8, 8, 3)), ("grey", (20, 20))):
-        folder = tmp_path / "data" / name
-        folder.mkdir(parents=True)
-        (folder / "meta.json").write_text(json.dumps({"classes": list("abcdefghij"), "kind": "image"}))
-        for part, count in (("train", 50), ("test", 15)):
-            y = np.repeat(np.arange(10), count)
-            np.savez(folder / f"{part}.npz", x=draw.integers(0, 256, (len(y), *shape), np.uint8), y=y)
-    monkeypatch.setenv("FEDSIM_DATA", str(tmp_path / "data"))
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    return tmp_path / "data"
+def data(small_bundles: Path) -> Path:
+    return small_bundles
 
 
 def bundle(folder: Path) -> TrainedCells:
@@ -213,7 +201,7 @@ def test_checkpoint_of_another_training_is_refused(tmp_path: Path):
 def test_best_weights_are_kept():
     """The score falls from the first look on: the weights of that look are the ones that stay."""
     model = torch.nn.Linear(1, 1)
-    fitting = Fitting(model, 0.1, generator(0, "x"), {})
+    fitting = Fitting(model, 0.1, generator(0, "x"), {}, "MetaD2A")
     at_looks = []
     for score in (2.0, 1.0):
         fitting.advance(lambda draw: model(torch.ones(1)).sum())

@@ -167,12 +167,8 @@ def bundle_features(name: str, seed: int) -> Tensor:
     Raises:
         DataError: if it is not there, or holds no images, or a class without any.
     """
-    images = Images(name)
-    if empty := [label for label, rows in enumerate(images.rows) if not len(rows)]:
-        raise DataError(f"bundle {images.folder} has no image of class {empty[0]}; remove the class from its meta.json")
-    draw, count = generator(seed, "metad2a images", name), min(PER_CLASS, *(len(rows) for rows in images.rows))
-    chosen = np.concatenate([draw.permutation(rows)[:count] for rows in images.rows])
-    return image_features(images.take(chosen)).reshape(images.num_classes, count, FEATURES)
+    x = Images(name).some(PER_CLASS, generator(seed, "metad2a images", name))
+    return image_features(x.flatten(0, 1)).reshape(*x.shape[:2], FEATURES)
 
 
 def rank_correlation(predicted: np.ndarray, accuracies: Sequence[float]) -> float:

@@ -19,8 +19,9 @@ from devices.nas.nb201 import NB201Network, from_string, to_string
 from devices.tensor_files import read_tensors, write_tensors
 from fedsim.errors import DataError
 from fedsim.meta.features import image_features
+from fedsim.meta.short_training import normalised
 from fedsim.meta.tasks import Task
-from fedsim.meta.trained_cells import NORM_IMAGES, Ops, TrainedCells, normalised, settle_norms, train_cell
+from fedsim.meta.trained_cells import NORM_IMAGES, Ops, TrainedCells, settle_norms, train_cell
 from fedsim.seeding import generator
 
 FOLDER, HEADER, KIND = "snapshots", "snapshots", "snapshots of trained cells"

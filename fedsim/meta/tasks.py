@@ -118,6 +118,26 @@ class Images:
         border = len(self.x[0])
         return torch.stack([prepared(self.x[0][r] if r < border else self.x[1][r - border]) for r in rows])
 
+    def some(self, per_class: int, draw: np.random.Generator) -> Tensor:
+        """Draws so many images of each class, or as many as the smallest has, [classes, images, 3, 16, 16].
+
+        Raises:
+            DataError: if a class has none.
+        """
+        if empty := [label for label, rows in enumerate(self.rows) if not len(rows)]:
+            raise DataError(
+                f"bundle {self.folder} has no image of class {empty[0]}; remove the class from its meta.json"
+            )
+        count = min(per_class, *(len(rows) for rows in self.rows))
+        chosen = np.concatenate([draw.permutation(rows)[:count] for rows in self.rows])
+        return self.take(chosen).reshape(self.num_classes, count, 3, SIDE, SIDE)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Returns colours, height and width of an image as runs are fed it."""
+        height, width, *colours = self.x[0].shape[1:]
+        return (colours[0] if colours else 1), height, width
+
 
 def prepared(image: np.ndarray) -> Tensor:
     """Returns an image [height, width] or [height, width, colours] as [3, 16, 16] float32; uint8 is divided by 255."""

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from annotated_types import Ge, Gt
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from devices.bounds import checked
 from devices.errors import DeviceError
@@ -25,6 +24,7 @@ from devices.nas.nb201 import EDGES, OPERATIONS, NB201Network, from_string, to_s
 from devices.reading import read_json
 from devices.writing import write_atomic
 from fedsim.errors import ConfigError, DataError
+from fedsim.meta.short_training import LAYOUT, accuracy, batches, normalised, train_steps
 from fedsim.meta.tasks import Images, Part, Task, TaskSettings, make_task, recipes
 from fedsim.seeding import derive, generator
 
@@ -32,7 +32,6 @@ Ops = tuple[int, ...]
 
 FACTS, CELLS = "tasks.json", "cells"
 NORM_IMAGES = 256  # that the norms' statistics are of
-LAYOUT = torch.channels_last  # a quarter faster than channels first
 SPACE = len(OPERATIONS) ** len(EDGES)  # cells
 
 
@@ -76,31 +75,15 @@ def train_cell(task: Task, ops: Ops, training: CellTraining, seed: int, watch: W
     x, x_test = (part.contiguous(memory_format=LAYOUT) for part in normalised(task))
     model = _first_network(task, ops, training, derive(seed, "cell weights", task.name))
     model.to(memory_format=LAYOUT)  # type: ignore[call-overload]  # torch's stubs leave it out
-    adam = torch.optim.Adam(model.parameters(), lr=training.learning_rate)
-    rate = torch.optim.lr_scheduler.OneCycleLR(adam, training.learning_rate, total_steps=training.steps)
     draw = generator(seed, "cell batches", task.name)
-    waiting = np.zeros(0, dtype=np.int64)
-    for step in range(1, training.steps + 1):
-        while len(waiting) < training.batch:
-            waiting = np.concatenate([waiting, draw.permutation(len(x))])
-        rows, waiting = torch.from_numpy(waiting[: training.batch]), waiting[training.batch :]
-        adam.zero_grad()
-        F.cross_entropy(model(x[rows]), task.train_y[rows]).backward()
-        adam.step()
-        rate.step()
+    rows = batches(len(x), training.batch, draw)
+    for step in train_steps(model, x, task.train_y, rows, training.steps, training.learning_rate):
         if watch is not None and step < training.steps:
             watch(step, model)
     settle_norms(model, x[torch.from_numpy(draw.permutation(len(x))[:NORM_IMAGES])])
     if watch is not None:
         watch(training.steps, model)
-    with torch.no_grad():
-        return 100 * float((model(x_test).argmax(1) == task.test_y).sum()) / len(task.test_y)
-
-
-def normalised(task: Task) -> tuple[Tensor, Tensor]:
-    """Returns the images to train on and those held out as networks take them, by means and deviations of the first."""
-    mean, std = task.train_x.mean((0, 2, 3), keepdim=True), task.train_x.std((0, 2, 3), keepdim=True) + 1e-6
-    return (task.train_x - mean) / std, (task.test_x - mean) / std
+    return accuracy(model, x_test, task.test_y)
 
 
 def settle_norms(model: NB201Network, x: Tensor) -> None:
