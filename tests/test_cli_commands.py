@@ -99,6 +99,7 @@ IMPORTS = ("images", "csv", "audio", "hf", "torchvision")
 DEVICES = ["list", "show", "predict", "fit", "new", "calibrate", "links", "population", "build"]
 DEVICES += ["enroll", "evaluate", "compare", "train-help", "search", "evaluate-search"]
 DEVICES += ["make-tasks", "train-metad2a", "propose", "train-complexity"]
+DEVICES += ["make-zoo", "train-tans", "judge-tans", "retrieve"]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,9 @@ from devices.reading import read_json, read_json_lines, read_npz, read_parquet, 
 from fedsim.errors import ConfigError, DataError
 from fedsim.meta.complexity import Complexity
 from fedsim.meta.metad2a import MetaD2A
+from fedsim.meta.tans import Tans
 from fedsim.meta.trained_cells import TrainedCells
+from fedsim.meta.zoo import Zoo
 from fedsim.study.spec import read_study
 from fedsim.workloads.bundle import read_bundle
 
@@ -114,6 +116,8 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "MetaD2A": ("x.safetensors", MetaD2A.load),
     "complexity": ("x.safetensors", Complexity.load),
     "tasks": ("tasks.json", lambda path: TrainedCells.open(path.parent)),
+    "TANS": ("x.safetensors", Tans.load),
+    "zoo": ("zoo.json", lambda path: Zoo.open(path.parent)),
     "device": ("x.yaml", load_profile),
     "trace": ("x.json", lambda path: Trace(num_clients=2, seed=0, path=str(path))),
     "study": ("x.yaml", lambda path: read_study(str(path))),

@@ -18,8 +18,10 @@ from fedsim.cli.devices.fit import fit
 from fedsim.cli.devices.fleet import links, population
 from fedsim.cli.devices.metad2a import make_tasks, propose, train_metad2a
 from fedsim.cli.devices.new import new
+from fedsim.cli.devices.retrieve import retrieve
 from fedsim.cli.devices.search import search
 from fedsim.cli.devices.tables import build
+from fedsim.cli.devices.tans import judge_tans, make_zoo, train_tans
 from fedsim.cli.options import MAX_COUNT, check_figures, check_name, check_picture, check_place, parse_whole
 from fedsim.report import strict_json
 
@@ -29,12 +31,15 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Devices, and the latency of networks on them.")
 app.command("list")(list_devices)
-for command in (show, predict, fit, search, new, calibrate, links, population, build, propose):
+for command in (show, predict, fit, search, new, calibrate, links, population, build, propose, retrieve):
     app.command()(command)
 app.command("evaluate-search")(evaluate_search)
 app.command("make-tasks")(make_tasks)
 app.command("train-metad2a")(train_metad2a)
 app.command("train-complexity")(train_complexity)
+app.command("make-zoo")(make_zoo)
+app.command("train-tans")(train_tans)
+app.command("judge-tans")(judge_tans)
 TABLE = "Latency table of the space (npz with devices, latency_ms, arch_ops; of ofa ks, e, d, r)."
 DataFile = Annotated[Path, typer.Option(help=TABLE)]
 DeviceSet = Annotated[

@@ -1,0 +1,25 @@
+"""Which networks of a zoo are taken for a data set: the nearest within a limit, best predicted accuracy first."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from devices.nas.search import Limit, select
+
+NEAREST = 10
+
+
+def retrieve(similarity: np.ndarray, predicted: np.ndarray, limit: Limit, nearest: int = NEAREST) -> list[int]:
+    """Returns places of networks, best first.
+
+    Args:
+        similarity: of each network and the data set, [n].
+        predicted: accuracies, [n].
+        limit: on the device; networks that are predicted beyond it, with its margin, are left out.
+        nearest: so many of the others stay, those that are most similar; predictions rank them.
+
+    Raises:
+        NothingFitsError: if no network is within the limit.
+    """
+    near = select(similarity, [limit], best=nearest).best
+    return sorted(near, key=lambda place: -predicted[place])
