@@ -49,7 +49,7 @@ class HeteroFL(WidthStrategy):
         tensors, classes = dict(tensors), self.context.model.num_outputs
         rows = torch.nonzero(unpack_bits(update.extra(CLASSES)[BITS], (classes,))).flatten()
         for name in head(self.slices.model):
-            if tensors[name].shape[0] == classes:
+            if name in tensors and tensors[name].shape[0] == classes:
                 tensors[name] = tensors[name][rows]
                 places[name] = Entries({**places.get(name, Entries()).by_dim, 0: rows})
         return tensors, places

@@ -84,7 +84,8 @@ class NestedStrategy(SubnetStrategy):
         wanted = {(w, d): own for (w, d), own in sizes.items() if w in self.widths and d in self.depths}
         if not self.architecture.chooses:
             wanted = {(1.0, 1.0): sizes[1.0, 1.0]}
-        self.family = Family(self.slices, wanted, self.batch_size, context.latency, context.seed)
+        outputs = context.model.num_outputs
+        self.family = Family(self.slices, wanted, self.batch_size, context.latency, context.seed, outputs)
 
     @property
     def asks_reachable(self) -> bool:  # type: ignore[override]

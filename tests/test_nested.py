@@ -1,6 +1,7 @@
 """Networks that lie inside one another: which blocks may go, limits that are FedAvg, and what devices are given."""
 
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,12 +12,19 @@ from torch import nn
 
 from clients.worker import Worker
 from devices.compression.nested import NestedNetworks, optional_blocks
-from devices.errors import DeviceError
+from devices.errors import DeviceError, UserError
+from devices.nas.tans.encoders import Retriever
+from devices.nas.tans.probe import FUNCTIONAL
 from fedsim.errors import ConfigError
 from fedsim.exchanges.nested import FEATURES, QUERY, QUESTION
 from fedsim.grid.edge import Enrolled
 from fedsim.messages.records import tensors_of
 from fedsim.messages.updates import ClientUpdate
+from fedsim.meta.architectures import TOPOLOGY
+from fedsim.meta.tans import QUERY as QUERY_SIZE
+from fedsim.meta.tans import Tans, TansSettings
+from fedsim.meta.tasks import TaskSettings
+from fedsim.meta.zoo import Zoo, ZooTraining
 from fedsim.models.resnet import ResNet
 from fedsim.report.rounds import weights_sha256
 from fedsim.settings.groups import options
@@ -26,7 +34,7 @@ from strategies.nested import union
 SMALL = ("method=nested", "model=resnet8", "model.width=8", "model.groups=2", "model.depth=14")
 IMAGES = (*SMALL, "workload.input_shape=[1,12,12]", "trainer.batch_size=4")
 MIXED = ("fleet=mixed", "num_clients=12", "cohort=6", "rounds=2")
-GIVES = sorted(set(options("architecture")) - {"none"})
+GIVES = sorted(set(options("architecture")) - {"none", "query"})
 
 
 @pytest.fixture(scope="module")
@@ -243,8 +251,6 @@ def test_no_network_that_fits_is_one_sentence():
 @pytest.mark.parametrize("rule", GIVES)
 def test_no_device_gets_more_than_fits(rule, federation):
     """By its own prediction, within the limit and the memory of the device, in every rule with limits."""
-    if rule == "query":
-        pytest.skip("its file is made in test_tans")
     made = federation(*IMAGES, *MIXED, f"architecture={rule}")
     list(made.rounds())
     strategy = made.strategy
@@ -296,3 +302,80 @@ def test_a_client_tells_128_numbers_and_pays_for_them(federation):
     assert told[QUERY][FEATURES].shape == (128,)
     assert client.log.work().flops > 0
     assert sum(t.numel() * t.element_size() for t in told[QUERY].values()) == 512
+
+
+# --- what stays at home -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["nested", "heterofl", "fjord"])
+@pytest.mark.parametrize("private", ["head", "blocks.4.*"])
+def test_private_tensors_stay_whole_and_at_home(method, private, federation):
+    """Channels that a client's network lacks stay as they were, in blocks that it leaves out all of them."""
+    own = IMAGES[1:] if method != "nested" else IMAGES
+    made = federation(*own, *MIXED, f"method={method}", f"private=[{private}]", "evaluate_clients=12", "rounds=3")
+    first = {name: t.clone() for name, t in tensors_of(made.arrays).items()}
+    list(made.rounds())
+    names = made.roles.private
+    assert names
+    assert all(torch.equal(tensors_of(made.arrays)[name], first[name]) for name in names)
+    states = [
+        {key.removeprefix("private."): t for key, t in state.items() if key.startswith("private.")}
+        for state in made.grid.store.all().values()
+    ]
+    assert len(states) > 3
+    for state in states:
+        assert {name: t.shape for name, t in state.items()} == {name: first[name].shape for name in names}
+    assert any(not torch.equal(state[name], first[name]) for state in states for name in names)
+
+
+# --- by what a client tells -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def retriever(small_bundles: Path, tmp_path: Path) -> list[str]:
+    """Settings of a query rule: a zoo of nets that were hardly trained, and encoders that nobody trained."""
+    Zoo.begin(tmp_path / "zoo", TaskSettings(("toy", "grey"), 2, 1, 1), ZooTraining(3, 1)).make(lambda _: None)
+    settings = TansSettings(width=8)
+    scales = {
+        f"{what}_{kind}": torch.full((size,), float(kind == "std"))
+        for what, size in (("query", QUERY_SIZE), ("topology", TOPOLOGY), ("functional", FUNCTIONAL))
+        for kind in ("mean", "std")
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = Tans(Retriever(QUERY_SIZE, TOPOLOGY, FUNCTIONAL, settings.width), scales)
+    made.save(tmp_path / "tans.safetensors", settings)
+    weights, zoo = tmp_path / "tans.safetensors", tmp_path / "zoo"
+    return ["architecture=query", f"architecture.weights={weights}", f"architecture.zoo={zoo}"]
+
+
+def test_a_query_is_asked_once_and_gives_the_best_prediction_that_fits(federation, retriever):
+    made = federation(*IMAGES, *MIXED, *retriever, "rounds=4", "evaluate_clients=3")
+    reports = list(made.rounds())
+    strategy = made.strategy
+    rule = strategy.architecture
+    assert set(strategy.given) <= set(strategy.told)
+    asked = [r.client for _, rows in reports for r in rows if r.phase == f"query.{QUESTION}"]
+    assert len(asked) == len(set(asked)) == len(strategy.told)
+    for client, number in strategy.given.items():
+        enrolled, scores = made.grid.client(client), rule.scores(strategy.told[client])
+        fitting = rule.fitting(enrolled)
+        assert number in fitting
+        assert scores[number] == max(scores[n] for n in fitting)
+
+
+def test_a_query_costs_its_bytes(federation, retriever):
+    made = federation(*IMAGES, *MIXED, *retriever, "rounds=1")
+    (_, _), (_, rows) = list(made.rounds())
+    told = [r for r in rows if r.phase == f"query.{QUESTION}"]
+    assert told
+    assert {r.work.up_bytes for r in told} == {512}
+    assert all(r.cost.total_s > 0 for r in told)
+
+
+def test_what_is_no_retriever_is_one_sentence(federation, retriever, tmp_path):
+    with pytest.raises(UserError, match=r"holds no zoo.json; make it with: fedsim devices make-zoo"):
+        list(federation(*IMAGES, *retriever, f"architecture.zoo={tmp_path}").rounds())
+    (tmp_path / "no.safetensors").write_bytes(b"no")
+    with pytest.raises(UserError, match=r"no.safetensors"):
+        list(federation(*IMAGES, *retriever, f"architecture.weights={tmp_path}/no.safetensors").rounds())

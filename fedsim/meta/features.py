@@ -41,15 +41,22 @@ def task_features(task: Task) -> Tensor:
     return image_features(task.train_x[order]).reshape(task.num_classes, -1, FEATURES)
 
 
-def query_features(x: Tensor) -> Tensor:
+def client_features(x: Tensor) -> Tensor:
     """Returns the features [n, 128] of a client's images [n, channels, height, width], made as small as those of tasks.
 
-    Grey ones have three equal colours, and of more than three channels the first three count.
+    Each colour is scaled first. Grey images get three equal colours; of more than three channels the first three
+    count.
     """
     small = F.interpolate(x.float(), size=SIDE, mode="area")
-    return image_features(small[:, :3] if small.shape[1] >= 3 else small[:, :1].expand(-1, 3, -1, -1))
+    return scaled_features(small[:, :3] if small.shape[1] >= 3 else small[:, :1].expand(-1, 3, -1, -1))
 
 
-def query_cost(shape: Sequence[int]) -> ModelCost:
-    """Returns what a device pays for `query_features` of one image of some shape."""
-    return features_cost("query", query_features, torch.zeros(2, *shape))
+def client_features_cost(shape: Sequence[int]) -> ModelCost:
+    """Returns what a device pays for `client_features` of one image of some shape."""
+    return features_cost("features", client_features, torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)))
+
+
+def scaled_features(x: Tensor) -> Tensor:
+    """Returns the features [n, 128] of images [n, 3, height, width], each colour of which is scaled over all."""
+    mean, std = x.mean((0, 2, 3), keepdim=True), x.std((0, 2, 3), keepdim=True) + 1e-6
+    return image_features((x - mean) / std)

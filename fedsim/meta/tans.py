@@ -31,7 +31,7 @@ from devices.nas.tans.probe import FUNCTIONAL, functional_embedding
 from devices.tensor_files import read_tensors, write_tensors
 from fedsim.errors import ConfigError, DataError
 from fedsim.meta.architectures import TOPOLOGY
-from fedsim.meta.features import FEATURES, PER_CLASS, image_features
+from fedsim.meta.features import FEATURES, PER_CLASS, scaled_features
 from fedsim.meta.fitting import Fitting, Look, fit
 from fedsim.meta.tasks import Images, Part
 from fedsim.meta.tuning import Tuned
@@ -172,9 +172,12 @@ class Tans:
 
 def example_features(x: Tensor, num_classes: int) -> Tensor:
     """Returns the numbers of examples, [n, 129], from images [n, 3, 16, 16], each colour of which is scaled first."""
-    mean, std = x.mean((0, 2, 3), keepdim=True), x.std((0, 2, 3), keepdim=True) + 1e-6
-    classes = torch.full((len(x), 1), float(np.log2(num_classes)))
-    return torch.cat([image_features((x - mean) / std), classes], dim=1)
+    return with_classes(scaled_features(x), num_classes)
+
+
+def with_classes(features: Tensor, num_classes: int) -> Tensor:
+    """Returns the numbers of examples, [n, 129], from their features [n, 128]."""
+    return torch.cat([features, torch.full((len(features), 1), float(np.log2(num_classes)))], dim=1)
 
 
 def bundle_query(images: Images, seed: int) -> Tensor:

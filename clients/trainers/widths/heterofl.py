@@ -103,7 +103,8 @@ class HeteroFLTrainer(SubnetTrainer):
         """
         if question != QUESTION:
             return super().answer(client, question, broadcast)
-        narrowed = self.narrowed(client, self.channels_sent(broadcast), broadcast.weights)
+        sent = self.channels_sent(broadcast)
+        narrowed = self.narrowed(client, sent, self.fitting(broadcast.weights, sent))
         norms, examples = _batch_norms(narrowed.model), len(client.data.train)
         client.log.reserve(inference_memory_bytes(narrowed.step_cost, min(examples, max(2, self.batch_size))))
         if examples > 1:

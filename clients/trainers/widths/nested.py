@@ -21,7 +21,7 @@ from fedsim.errors import ConfigError
 from fedsim.exchanges.nested import CANDIDATES, FEATURES, QUERY, QUESTION
 from fedsim.exchanges.slices import BITS, KEPT
 from fedsim.messages.updates import Broadcast, ClientUpdate
-from fedsim.meta.features import IMAGES_FOR_QUERY, query_cost, query_features
+from fedsim.meta.features import IMAGES_FOR_QUERY, client_features, client_features_cost
 from fedsim.workloads.base import Tensors, Workload
 
 
@@ -64,7 +64,7 @@ class NestedTrainer(SubnetTrainer):
     def setup(self, workload: Workload, model: nn.Module, network: ModelCost) -> None:
         """Prepares as for every part, and prices what a client tells."""
         super().setup(workload, model, network)
-        self.query_cost = query_cost(workload.input_shape) if len(workload.input_shape) == 3 else None
+        self.query_cost = client_features_cost(workload.input_shape) if len(workload.input_shape) == 3 else None
 
     def evaluate(self, client: ClientContext, broadcast: Broadcast) -> dict[str, float]:
         """Judges the client's network on its held-out part."""
@@ -86,8 +86,9 @@ class NestedTrainer(SubnetTrainer):
         if len(client.data.test):
             scores = [self.score(client, broadcast, own, sent) for own in candidates]
             best = candidates[max(range(len(scores)), key=lambda n: (scores[n], n))]
-        extras = {KEPT: {BITS: groups.pack(best)}}
-        return replace(broadcast, weights=groups.within(broadcast.weights, best, sent), extras=extras)
+        private = {name: broadcast.weights[name] for name in self.private}  # stay whole
+        weights = {**groups.within(self.fitting(broadcast.weights, sent), best, sent), **private}
+        return replace(broadcast, weights=weights, extras={KEPT: {BITS: groups.pack(best)}})
 
     def score(self, client: ClientContext, broadcast: Broadcast, kept: Kept, sent: Kept) -> float:
         """Returns how well a network judges the client's held-out part; larger is better."""
@@ -111,7 +112,7 @@ class NestedTrainer(SubnetTrainer):
             )
         client.log.reserve(inference_memory_bytes(self.query_cost, len(x)))
         client.log.add(self.query_cost, len(x), forwards=1)
-        return {QUERY: {FEATURES: query_features(x).mean(0)}}
+        return {QUERY: {FEATURES: client_features(x).mean(0)}}
 
     def asked_about(self, client: ClientContext) -> Tensor:
         """Returns the rows of the client's images that are looked at."""

@@ -304,19 +304,6 @@ class PPPTrainer(SubnetTrainer):
             )
         return self.on_demand.costs[sizes]
 
-    def fitting(self, weights: Tensors, held: Kept) -> Tensors:
-        """Returns the weights that were sent, with the client's own private ones cut to their sizes."""
-        private = {name: weights[name] for name in self.private}
-        return {**weights, **self.slices.groups.slice(private, held)} if private else weights
-
-    def returned(self, weights: Tensors, kept: Kept, before: Tensors) -> Tensors:
-        """Returns the trained tensors, private ones put back into whole ones, so that no channel of them is lost."""
-        private = {name: weights[name] for name in self.private}
-        if not private:
-            return weights
-        dense, masks = self.slices.groups.scatter(private, kept, before)
-        return {**weights, **{name: torch.where(masks[name], t, before[name]) for name, t in dense.items()}}
-
 
 def likeness(prototype: Tensor, share: Tensor) -> Tensor:
     """Returns cos(p - 1/2, s - 1/2), a scalar: 1 where the user keeps what most keep."""

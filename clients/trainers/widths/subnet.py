@@ -35,11 +35,13 @@ class SubnetRun(SGDRun):
 
     def __init__(self, trainer: SubnetTrainer, client: ClientContext, broadcast: Broadcast):
         self.channels = trainer.channels_sent(broadcast)
-        super().__init__(trainer, trainer.narrowed(client, self.channels, broadcast.weights), broadcast)
+        weights = trainer.fitting(broadcast.weights, self.channels)
+        super().__init__(trainer, trainer.narrowed(client, self.channels, weights), broadcast)
 
     def update(self, train_loss: float) -> ClientUpdate:
         update, ratio = super().update(train_loss), self.trainer.slices.groups.keep_ratio(self.channels)
-        return replace(update, metrics={**update.metrics, "keep_ratio": ratio})
+        weights = self.trainer.returned(update.weights, self.channels, self.broadcast.weights)
+        return replace(update, weights=weights, metrics={**update.metrics, "keep_ratio": ratio})
 
 
 class SubnetTrainer(SGDTrainer):
@@ -84,7 +86,22 @@ class SubnetTrainer(SGDTrainer):
 
     def part(self, client: ClientContext, broadcast: Broadcast, kept: Kept, sent: Kept) -> ClientContext:
         """Returns the client with the network of some of the channels that were sent."""
-        return self.narrowed(client, kept, self.slices.groups.within(broadcast.weights, kept, sent))
+        weights = self.fitting(broadcast.weights, sent)
+        return self.narrowed(client, kept, self.slices.groups.within(weights, kept, sent))
+
+    def fitting(self, weights: Tensors, held: Kept) -> Tensors:
+        """Returns the weights that were sent, with the client's private ones, which are whole, cut to their sizes."""
+        private = {name: weights[name] for name in self.private}
+        return {**weights, **self.slices.groups.slice(private, held)} if private else weights
+
+    def returned(self, weights: Tensors, kept: Kept, before: Tensors) -> Tensors:
+        """Returns the trained tensors, private ones put back into whole ones, so that no channel of them is lost."""
+        if not self.private:
+            return weights
+        trained = {name: weights[name] for name in self.private if name in weights}
+        dense, masks = self.slices.groups.scatter(trained, kept, before)
+        whole = {name: torch.where(masks[name], t, before[name]) for name, t in dense.items()}
+        return {**weights, **{name: before[name] for name in self.private}, **whole}
 
     def judge_beside(self, client: ClientContext, name: str, metrics: dict[str, float]) -> None:
         """Adds the primary metric of another network than the client's own, which is no work of its device."""
