@@ -15,7 +15,7 @@ from conftest import assert_refused
 
 from devices.nas.search import Limit, NothingFitsError
 from devices.nas.tans.encoders import ModelEncoder, PerformanceHead, QueryEncoder
-from devices.nas.tans.losses import contrastive_loss, performance_loss
+from devices.nas.tans.losses import contrastive_loss
 from devices.nas.tans.probe import FUNCTIONAL, IMAGES, KINDS, PROBES, functional_embedding, probe_batch
 from devices.nas.tans.retrieval import retrieve
 from devices.profile import load_profile
@@ -98,12 +98,12 @@ def test_contrastive_loss_is_as_computed_by_hand():
     assert contrastive_loss(torch.eye(3), torch.eye(3), margin=1.5).item() == pytest.approx(2 * 6 * 0.5)
 
 
-def test_head_is_the_sigmoid_of_both_points_and_learns_by_squared_errors():
+def test_head_is_the_sigmoid_of_both_points_and_their_product():
+    """0.5 + 2 * 0.25 + 3 * 0.5 * 2 - 3 = 1."""
     head = PerformanceHead(2)
-    head.linear.weight.data, head.linear.bias.data = torch.tensor([[1.0, 0.0, 0.0, 2.0]]), torch.tensor([-1.0])
-    found = head(torch.tensor([[0.5, 9.0]]), torch.tensor([[9.0, 0.25]]))
-    assert found.item() == pytest.approx(0.5)
-    assert performance_loss(torch.tensor([0.5, 0.9]), torch.tensor([0.7, 0.8])).item() == pytest.approx(0.025)
+    head.linear.weight.data, head.linear.bias.data = torch.tensor([[1.0, 0, 0, 2, 3, 0]]), torch.tensor([-3.0])
+    found = head(torch.tensor([[0.5, 9.0]]), torch.tensor([[2.0, 0.25]]))
+    assert found.item() == pytest.approx(1 / (1 + math.exp(-1)))
 
 
 def test_probe_is_the_same_again_and_answers_do_not_depend_on_the_order_of_classes():

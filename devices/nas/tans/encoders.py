@@ -1,7 +1,8 @@
 """Data sets and trained networks as points of one sphere, near each other where the network suits the data.
 
 Source: Jeong et al., "Task-Adaptive Neural Network Search with Meta-Contrastive Learning" (TANS), NeurIPS 2021,
-with the sizes and norms of the authors' code.
+with the sizes and norms of the authors' code. Differs: the head also sees both points multiplied, without which it
+would rank networks alike for every data set.
 """
 
 from __future__ import annotations
@@ -50,15 +51,15 @@ class ModelEncoder(nn.Module):
 
 
 class PerformanceHead(nn.Module):
-    """The accuracy that a network has on a data set, in [0, 1]: sigmoid of a linear layer on both points."""
+    """The accuracy of a network on a data set, in [0, 1]: sigmoid of a linear layer on points and their product."""
 
     def __init__(self, width: int = WIDTH):
         super().__init__()
-        self.linear = nn.Linear(2 * width, 1)
+        self.linear = nn.Linear(3 * width, 1)
 
     def forward(self, queries: Tensor, nets: Tensor) -> Tensor:
         """Returns [...] from points [..., width] each."""
-        return torch.sigmoid(self.linear(torch.cat([queries, nets], dim=-1))).squeeze(-1)
+        return torch.sigmoid(self.linear(torch.cat([queries, nets, queries * nets], dim=-1))).squeeze(-1)
 
 
 class Retriever(nn.Module):

@@ -1,7 +1,7 @@
-"""What TANS learns by: a network is to be nearer to its own data set than to any other, and its accuracy known.
+"""What TANS learns by: a network is to be nearer to its own data set than to any other.
 
 Source: Jeong et al., "Task-Adaptive Neural Network Search with Meta-Contrastive Learning" (TANS), NeurIPS 2021,
-with the margin and the sums of the authors' code.
+with the margin and the sum over all others of the authors' code.
 """
 
 from __future__ import annotations
@@ -25,8 +25,3 @@ def contrastive_loss(queries: Tensor, nets: Tensor, margin: float = MARGIN) -> T
     others = ~torch.eye(len(similarity), dtype=torch.bool)
     losses = [F.relu(margin - s.diagonal()[:, None] + s)[others].sum() for s in (similarity, similarity.T)]
     return losses[0] + losses[1]
-
-
-def performance_loss(predicted: Tensor, accuracy: Tensor) -> Tensor:
-    """Returns the mean squared error of predicted accuracies, [n] in [0, 1]."""
-    return F.mse_loss(predicted, accuracy)

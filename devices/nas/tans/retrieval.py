@@ -6,7 +6,7 @@ import numpy as np
 
 from devices.nas.search import Limit, select
 
-NEAREST = 10
+NEAREST = 50  # of which predictions choose; ten in TANS, whose predictions are of a net on its own data set
 
 
 def retrieve(similarity: np.ndarray, predicted: np.ndarray, limit: Limit, nearest: int = NEAREST) -> list[int]:

@@ -51,14 +51,15 @@ def retrieve(
 ) -> None:
     """Retrieve trained networks for a data set under a limit, with predicted accuracies, and train none.
 
-    The most similar nets whose predicted milliseconds, times one plus a margin, are within the limit, in the order of
-    their predicted accuracies: those of a short training on small images, of which only the order carries over.
+    Of the most similar nets whose predicted milliseconds, times one plus a margin, are within the limit, those with the
+    best predicted accuracies: after a short fine-tuning on small images, so that only their order carries over.
 
     Example: fedsim devices retrieve --weights tans.safetensors --zoo zoo --data cifar10 --device pixel2 --limit-ms 2
     --save net.safetensors
     """
     import torch
 
+    from devices.nas.tans.retrieval import NEAREST
     from devices.nas.tans.retrieval import retrieve as nearest
     from devices.profile import load_profile
     from fedsim.meta.net_prices import price_nets
@@ -79,7 +80,7 @@ def retrieve(
         prices = price_nets(nets, profile, images.shape, images.num_classes, 1, lambda: progress.advance(bar))
     similarity, predicted = made.judge(query, Catalogue.of(nets))
     limit = prices.limit(limit_ms, margin)
-    places = nearest(similarity, predicted, limit, top)
+    places = nearest(similarity, predicted, limit, max(top, NEAREST))[:top]
     found = [_retrieved(nets[p], float(similarity[p]), float(predicted[p]), float(prices.ms[p])) for p in places]
     if save is not None:
         _save(opened, nets[places[0]], images, save, seed)
@@ -94,7 +95,7 @@ def retrieve(
     _show(found, f"nets for {data}, at most {limit.most:.3g} ms on {device}")
     error = f"the error to expect is {prices.error:.0%}" if prices.error is not None else "nobody knows the error"
     shown.note(f"{within} of {len(nets)} nets are predicted within it with a margin of {limit.margin:.0%}; {error}")
-    shown.note("near: cosine with the data set; acc.: predicted, as after a short training on small images")
+    shown.note("near: cosine with the data set; acc.: predicted, as after a short fine-tuning on small images")
     shown.say(f"use it: {use}")
     if save is not None:
         shown.note("its head is a new one, for the classes of this data set")
