@@ -162,6 +162,11 @@ class NestedStrategy(SubnetStrategy):
         counts = Counter(self.given.values())
         return max(counts, key=lambda number: (counts[number], number))
 
+    @property
+    def networks(self) -> Mapping[int, str]:
+        """Width and depth of each client's network."""
+        return {client: str(self.family.members[number]) for client, number in self.given.items()}
+
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:

@@ -27,6 +27,7 @@ from fedsim.meta.tasks import TaskSettings
 from fedsim.meta.zoo import Zoo, ZooTraining
 from fedsim.models.resnet import ResNet
 from fedsim.report.rounds import weights_sha256
+from fedsim.runs import api
 from fedsim.settings.groups import options
 from strategies.architectures import Largest, OneSize, RandomFit
 from strategies.nested import union
@@ -379,3 +380,17 @@ def test_what_is_no_retriever_is_one_sentence(federation, retriever, tmp_path):
     (tmp_path / "no.safetensors").write_bytes(b"no")
     with pytest.raises(UserError, match=r"no.safetensors"):
         list(federation(*IMAGES, *retriever, f"architecture.weights={tmp_path}/no.safetensors").rounds())
+
+
+# --- what a person sees -----------------------------------------------------------------------------------------------
+
+
+def test_a_run_says_which_device_trains_which_network(tmp_path):
+    run = api.run(*SMALL, *MIXED, f"out={tmp_path}/run")
+    given = run.summary["networks"]
+    assert sum(sum(own.values()) for own in given.values()) == run.summary["clients"]["took_part"]
+    assert {network for own in given.values() for network in own} <= {
+        f"width {w}, depth {d}" for w in ("1", "0.5", "0.25") for d in ("1", "0.5", "0")
+    }
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Which network each kind of device trains" in page

@@ -144,6 +144,11 @@ class ServerHalf:
         return ""
 
     @property
+    def networks(self) -> Mapping[int, str]:
+        """Which network each client last trained, in words, by client; empty where all train the same one."""
+        return {}
+
+    @property
     def wraps(self) -> Strategy | None:
         """The strategy inside this one to which it leaves the averaging; None: it averages itself."""
         return None

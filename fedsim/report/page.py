@@ -42,6 +42,7 @@ from fedsim.report.page_tables import (
     devices_table,
     fairness_table,
     microphones_table,
+    networks_table,
     never_took_part,
     stragglers,
 )
@@ -74,6 +75,7 @@ from fedsim.workloads.metrics import (
     ATTACK_SUCCESS,
     MEAN_STALENESS,
     MICROPHONES,
+    NETWORKS,
     STALENESS,
     Metric,
     judged,
@@ -99,6 +101,7 @@ OF_ATTACKS = (
     "The share of test examples that the global model tells as the attacker's target: those of other classes with the "
     "patch on them, or those of the flipped class."
 )
+OF_NETWORKS = "Clients that have taken part, by the network that they last trained."
 OF_MICROPHONES = (
     "The last model that was judged, on the test set as each kind of microphone hears it. They are simulated: drawn, "
     "not measured."
@@ -380,6 +383,8 @@ def _parts(told: Told) -> Iterator[Part]:
         yield _asynchrony(found)
     if told.rows:
         yield _devices(told.rows)
+    if given := told.summary.get(NETWORKS):
+        yield Part("Which network each kind of device trains", (), [networks_table(given)], OF_NETWORKS)
     if deployed := told.summary.get("compression"):
         yield Part("What each kind of device runs", (), [deployed_table(deployed)])
     if told.split is not None:

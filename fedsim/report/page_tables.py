@@ -184,6 +184,13 @@ def deployed_table(entries: Sequence[dict[str, Any]]) -> Table:
     return Table([name.replace("_", " ") for name in names], rows)
 
 
+def networks_table(given: Mapping[str, Mapping[str, int]]) -> Table:
+    """Returns a line per device: how many of its clients train which network."""
+    names = sorted({network for own in given.values() for network in own})
+    lines = [[device, *(str(own.get(name, "")) for name in names)] for device, own in given.items()]
+    return Table(["device", *names], lines)
+
+
 def microphones_table(heard: dict[str, Any], deployed: Sequence[dict[str, Any]]) -> Table:
     """Returns a line per kind of microphone, those that no client has behind the others.
 

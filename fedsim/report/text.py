@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from fedsim.workloads.metrics import (
     ATTACK_SUCCESS,
     CLIENTS,
     MEAN_STALENESS,
+    NETWORKS,
     STALENESS,
     Metric,
     judged,
@@ -29,6 +31,7 @@ from fedsim.workloads.metrics import (
 
 TABLE_ROWS = 10
 NO_VALUE = "not finite"
+MOST_NETWORKS = 3  # that are named
 ASIDE = {"participants": "uniform", "uplink": "none", "attack": "none"}  # groups worth a word, but for these options
 BY_CLASS = "examples of each class"
 
@@ -92,6 +95,7 @@ def closing_lines(summary: dict[str, Any], folder: Path, reports: Sequence[Round
         f"clients: {counts}; the busiest spent {energy(summary['energy_j']['max_client'])}",
         *([late] if summary["outcomes"].get("late") and (late := late_note(settings)) else []),
         f"clients that never took part: {clients['never']} of {clients['population']}",
+        *([networks_line(summary[NETWORKS])] if NETWORKS in summary else []),
         *(asynchrony_lines(summary[ASYNCHRONY]) if ASYNCHRONY in summary else []),
         *(f"warning: {text}" for text in summary["warnings"]),
         *([repriced_line(summary)] if summary.get("repriced") else []),
@@ -166,6 +170,14 @@ def late_note(settings: Mapping[str, Any]) -> str:
         return ""
     first = f"late: the reply came after the first {settings['cohort']} of a round (over_selection)"
     return first if settings["deadline_s"] is None else f"{first}, or after deadline_s"
+
+
+def networks_line(given: Mapping[str, Mapping[str, int]]) -> str:
+    """Returns which networks most clients train."""
+    counts = sum((Counter(own) for own in given.values()), Counter[str]())
+    most = [f"{network} for {count}" for network, count in counts.most_common(MOST_NETWORKS)]
+    more = len(counts) - len(most)
+    return f"networks of {counts.total()} clients: {'; '.join(most)}{f'; {more} more' if more else ''}"
 
 
 def asynchrony_lines(found: Mapping[str, Any]) -> list[str]:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import platform
+from collections import Counter
 from functools import cache
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
+
+from flwr.serverapp.strategy import Strategy
 
 from devices.fleet import Fleet
 from devices.units import short_size
 from fedsim import __version__
 from fedsim.grid.edge import EMPTY_ROUND_S
+from fedsim.grid.server_half import server_half
 from fedsim.messages.cohort import OUTCOMES
 from fedsim.messages.secagg import SecureAggregation
 from fedsim.report.rounds import RoundReport, Totals, weights_sha256
@@ -141,6 +145,14 @@ def participation(reports: list[RoundReport], fleet: Fleet, primary: Metric, nee
         "clients": {"population": len(fleet), "took_part": count, "never": len(fleet) - count},
         "warnings": warned,
     }
+
+
+def networks(strategy: Strategy, fleet: Fleet) -> dict[str, dict[str, int]]:
+    """Counts the clients that train each network, by device; empty where all train the same one."""
+    found: dict[str, Counter[str]] = {}
+    for client, network in sorted(server_half(strategy).networks.items()):
+        found.setdefault(fleet.device_name(client), Counter())[network] += 1
+    return {device: dict(counts.most_common()) for device, counts in sorted(found.items())}
 
 
 def versions() -> dict[str, str]:

@@ -28,12 +28,12 @@ from fedsim.runs.own_code import write_code
 from fedsim.runs.price_facts import price_facts
 from fedsim.runs.price_models import FROM_THE_START, price_models, repriced
 from fedsim.runs.prolong import goes_by_rounds
-from fedsim.runs.summary import attacked, nobody_completed, participation, summarise, unjudged, versions
+from fedsim.runs.summary import attacked, networks, nobody_completed, participation, summarise, unjudged, versions
 from fedsim.settings.build import build_world, stock_rule
 from fedsim.settings.groups import Settings
 from fedsim.settings.run_settings import RunSettings
 from fedsim.workloads.fingerprint import DATA, Fingerprint, check_same, of_run
-from fedsim.workloads.metrics import ASYNCHRONY
+from fedsim.workloads.metrics import ASYNCHRONY, NETWORKS
 
 Watch = Callable[[RoundReport], None]
 
@@ -176,6 +176,8 @@ class RunWriter:
             summary["compression"] = entries
         summary |= federation.facts()
         self.folder.flush()
+        if given := networks(federation.strategy, world.fleet):
+            summary[NETWORKS] = given
         if federation.loop.is_buffered:
             summary[ASYNCHRONY] = asynchrony(self.out, federation.grid)
         summary |= price_facts(self.out, world.fleet, world.latency, summary["rounds"])

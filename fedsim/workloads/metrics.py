@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 LOSS = "loss"
 MICROPHONES = "microphones"  # in a summary: accuracy and loss on what each kind of them hears
+NETWORKS = "networks"  # in a summary: how many clients train which network, by device
 CLIENTS = "client_"  # before the name of a metric: its mean over clients that judged, of the model that each uses
 EPSILON, DELTA = "epsilon", "delta"  # of differential privacy: what all rounds up to this one have spent
 ATTACK_SUCCESS = "attack_success"  # share of the test's victims that are told as the attacker wants
