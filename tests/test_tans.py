@@ -176,11 +176,22 @@ def test_damaged_zoo_is_refused_with_a_sentence(zoo: Zoo, tmp_path: Path, fedsim
         ("{", "is not readable JSON"),
         (good.replace('"answers"', '"answer"'), "cannot be read as facts of a net"),
         (good.replace('"family": "resnet8"', '"family": "os.system"'), "cannot be read as facts of a net"),
+        (good.replace('"width": ', '"width": 1000'), "cannot be read as facts of a net"),
     ):
         facts.write_text(text)
         assert_refused(fedsim(*train), message)
     facts.unlink()
     assert_refused(fedsim(*train), "lacks net")
+    tasks = zoo.folder / "zoo.json"
+    for before, after in (
+        ('"held_out-', '"../held_out-'),
+        ('"part": "train"', '"part": "trial"'),
+        ('"classes"', '"of"'),
+    ):
+        good = tasks.read_text()
+        tasks.write_text(good.replace(before, after))
+        assert_refused(fedsim(*train), "cannot be read as a zoo of this version")
+        tasks.write_text(good)
     with pytest.raises(DataError, match="holds another zoo"):
         Zoo.begin(zoo.folder, TASKS, replace(BRIEF, steps=3))
     assert_refused(fedsim(*train[:3], str(tmp_path), *train[4:]), "make-zoo --out")

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import torch
 from annotated_types import Ge, Gt, Interval
@@ -32,7 +32,7 @@ from devices.writing import write_atomic
 from fedsim.errors import ConfigError, DataError
 from fedsim.meta.architectures import FAMILIES, Architecture, draw_architecture
 from fedsim.meta.short_training import LAYOUT, accuracy, batches, normalised, train_steps
-from fedsim.meta.tasks import SIDE, Images, Part, Recipe, Task, TaskSettings, make_task, recipes
+from fedsim.meta.tasks import CORRUPTIONS, SIDE, Images, Part, Recipe, Task, TaskSettings, make_task, recipes
 from fedsim.seeding import derive, generator
 
 FACTS, NETS = "zoo.json", "nets"
@@ -142,10 +142,11 @@ class Zoo:
             raise DataError(f"{folder} holds no {FACTS}; make it with: {MADE_BY} {folder}")
         facts = read_json(folder / FACTS)
         try:
-            own = [Recipe(**{**recipe, "classes": tuple(recipe["classes"])}) for recipe in facts["recipes"]]
+            own = [_recipe_of(recipe) for recipe in facts["recipes"]]
             return cls(folder, TaskSettings(**facts["tasks"]), ZooTraining(**facts["training"]), own)
-        except (KeyError, TypeError) as error:
-            raise DataError(f"{folder / FACTS} cannot be read as a zoo of this version: {error}") from None
+        except (KeyError, TypeError, ValueError) as error:
+            why = one_line(error)[:200]
+            raise DataError(f"{folder / FACTS} cannot be read as a zoo of this version: {why}") from None
 
     @property
     def total(self) -> int:
@@ -187,12 +188,16 @@ class Zoo:
         """Returns the weights of a net.
 
         Raises:
-            DataError: if the file is not the one that was written with the net's facts.
+            DataError: if the file is not the one that was written with the net's facts, or is of another network.
         """
         path, facts = self._path(net.name, "safetensors"), read_json(self._path(net.name, "json"))
-        if not path.is_file() or sha256(read_bytes(path, LARGEST_FILE)).hexdigest() != facts["sha256"]:
+        if not path.is_file() or sha256(read_bytes(path, LARGEST_FILE)).hexdigest() != facts.get("sha256"):
             raise DataError(f"{path} is damaged or missing; remove {net.name}.json beside it, and run: {self._again()}")
-        return read_tensors(path, HEADER, KIND)[0]
+        weights = read_tensors(path, HEADER, KIND)[0]
+        own = net.architecture.build(SHAPE, net.num_classes).state_dict()
+        if {name: t.shape for name, t in weights.items()} != {name: t.shape for name, t in own.items()}:
+            raise DataError(f"{path} does not hold the weights of {net.architecture} with {net.num_classes} classes")
+        return weights
 
     def check(self, task: Task) -> None:
         """Refuses a task whose images are not those that its nets were trained on.
@@ -247,6 +252,13 @@ class Zoo:
 
     def _path(self, name: str, ending: str) -> Path:
         return self.folder / NETS / f"{name}.{ending}"
+
+
+def _recipe_of(facts: Mapping[str, Any]) -> Recipe:
+    made = Recipe(**{**facts, "classes": tuple(int(label) for label in facts["classes"])})
+    if made.part not in get_args(Part) or made.corruption not in CORRUPTIONS or Path(made.name).name != made.name:
+        raise ValueError(f"there is no task {made.name!r} of part {made.part!r}, {made.corruption!r}")
+    return made
 
 
 def _net_of(name: str, task: str, facts: Mapping[str, Any]) -> Net:
