@@ -94,12 +94,15 @@ class Family:
         return self._numbers[tuple(map(len, kept.values()))]
 
     def round_s(self, profile: DeviceProfile, steps: int) -> np.ndarray:
-        """Predicts the seconds of a round with each member on a device, [n]: download, training steps, upload."""
-        return np.array([self.latency.cost(self._work(member, steps), profile).total_s for member in self.members])
+        """Predicts the seconds of a round with each member on a device, [n]."""
+        return np.array([self.member_s(number, profile, steps) for number in range(len(self.members))])
 
-    def _work(self, member: Member, steps: int) -> Work:
-        size = member.cost.parameter_bytes
-        return Work((Passes(member.cost, self.batch, steps, steps),), down_bytes=size, up_bytes=size)
+    def member_s(self, number: int, profile: DeviceProfile, steps: int) -> float:
+        """Predicts the seconds of a round with one member on a device: download, training steps and upload."""
+        cost = self.members[number].cost
+        size = cost.parameter_bytes
+        work = Work((Passes(cost, self.batch, steps, steps),), down_bytes=size, up_bytes=size)
+        return self.latency.cost(work, profile).total_s
 
     def memory_bytes(self) -> np.ndarray:
         """Returns the memory of a training step with momentum of each member, [n]."""
@@ -232,7 +235,7 @@ class WithinLimits(Architecture):
             )
         self.most_s = self.round_s or 0.0
         if self.round_s is None:
-            slowest = max(float(family.round_s(client.profile, self.steps)[0]) for client in some)
+            slowest = max(family.member_s(0, client.profile, self.steps) for client in some)
             self.most_s = slowest * (1 + self.margin) * (1 + 1e-12)
         if self.looks_at_all:
             self.meet(some)

@@ -217,6 +217,9 @@ class Steps:
     def round_s(self, profile, steps):
         return np.array([1.0, 2.0, 4.0]) * profile.slow
 
+    def member_s(self, number, profile, steps):
+        return self.round_s(profile, steps)[number]
+
     def memory_bytes(self):
         return np.array([10.0, 20.0, 40.0])
 
