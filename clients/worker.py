@@ -36,7 +36,7 @@ from devices.meter import matrix_product
 from fedsim.engines.memory import host_lacks_memory, keep_freed_memory
 from fedsim.errors import ConfigError, in_words, no_exit
 from fedsim.exchanges.clipping import ASKED, BIT_BYTES, CLIPPED_RATE, CLIPPING_NORM, NORM_BIT
-from fedsim.exchanges.slices import model_cost
+from fedsim.exchanges.slices import KEPT, model_cost
 from fedsim.grid.participants import EXAMPLES, LOSS, QUESTION, TOLD
 from fedsim.grid.round_sum import BlockSums
 from fedsim.messages.cohort import PLAN, ClientAnswer, ClientTask, CohortAnswer, CohortTask
@@ -340,7 +340,15 @@ class Worker:
         client.seed_dropout(client.model)
         broadcast = self.broadcast(client, task)
         if not self.trainer.own_network:
-            (client.slot or self.live).load(broadcast.weights)
+            try:
+                (client.slot or self.live).load(broadcast.weights)
+            except (RuntimeError, ValueError) as error:
+                if KEPT not in broadcast.extras:
+                    raise
+                raise ConfigError(
+                    f"{type(self.trainer).__name__} trains the whole network, and the strategy sends parts of it; take "
+                    "the trainer that belongs to it, by method=..."
+                ) from error
         if phase == "train" and not client.model.training:
             client.model.train()
         self.front_end.pay(client, phase)

@@ -1,7 +1,8 @@
 """Rules by which each client gets one of several networks that lie inside one another.
 
-A server knows the data sheet of a device, from which seconds and memory of a training step are predicted. A rule never
-gives a device a network that it predicts to take longer than the limit, or more memory than the device has.
+A server knows the data sheet of a device, from which seconds and memory of a training step are predicted, without
+compression of what is sent. A rule with limits never gives a device a network that it predicts to take longer, or more
+memory than the device has.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ class Family:
 
 
 class Architecture(Checked, ABC, group="architecture", error=ConfigError):
-    """A rule that gives each client one network of a family.
+    """A rule that gives each client one network of a family, once; it keeps nothing itself from round to round.
 
     Attributes:
         asks: it needs what a client tells of its data, once.
@@ -129,6 +130,13 @@ class Architecture(Checked, ABC, group="architecture", error=ConfigError):
     def device_reads(self) -> Mapping[str, str]:
         """What it decides by a client's device, as `ServerHalf.device_reads` has it."""
         return {}
+
+    def read(self) -> None:
+        """Reads files that the rule needs, before anything of a run is written.
+
+        Raises:
+            DataError: for a file or folder that is no such thing.
+        """
 
     def begin(self, family: Family, clients: Iterable[Enrolled]) -> None:
         """Takes what there is to know, once.
@@ -226,9 +234,9 @@ class WithinLimits(Architecture):
         """
         super().begin(family, clients)
         self._fits = {}
-        some = list(islice(clients, MOST_MET + 1))
+        some = list(islice(clients, MOST_MET + 1)) if self.round_s is None or self.looks_at_all else []
         too_many = len(some) > MOST_MET
-        if too_many and (self.round_s is None or self.looks_at_all):
+        if too_many:
             raise ConfigError(
                 f"the slowest of more than {MOST_MET:,} clients is not looked for; give architecture.round_s, and a "
                 "rule that looks at single clients, such as architecture=largest"
@@ -331,18 +339,16 @@ class ByQuery(WithinLimits):
         super().__init__(**limits)
         self.weights, self.zoo = weights, zoo
 
-    def begin(self, family: Family, clients: Iterable[Enrolled]) -> None:
-        """Reads what predicts.
-
-        Raises:
-            DataError: for a file or folder that is no such thing.
-        """
-        super().begin(family, clients)
+    def read(self) -> None:
         nets = Zoo.open(Path(self.zoo)).nets
         self.tans, self.catalogue = Tans.load(Path(self.weights)), Catalogue.of(nets)
-        sizes = np.log([net.parameters for net in nets])
+        self.sizes = np.log([net.parameters for net in nets])
+
+    def begin(self, family: Family, clients: Iterable[Enrolled]) -> None:
+        """Finds the networks of the zoo that stand for those of the family."""
+        super().begin(family, clients)
         own = np.log([member.cost.parameter_bytes / FLOAT_BYTES for member in family.members])
-        self.nearest = np.argsort(np.abs(sizes - own[:, None]), axis=1, kind="stable")[:, :NEAREST]
+        self.nearest = np.argsort(np.abs(self.sizes - own[:, None]), axis=1, kind="stable")[:, :NEAREST]
 
     def scores(self, told: Tensor) -> list[float]:
         """Predicts the accuracy of each network on a client's images, in percent, from their mean features [128]."""
@@ -357,7 +363,8 @@ class ByQuery(WithinLimits):
 class Oracle(WithinLimits):
     """The network that fits the device and judges the client's held-out examples best, in each round anew.
 
-    That is no rule for a device: it looks at what judges it, and nobody pays for it. Results are marked as an oracle's.
+    That is no rule for a device: it looks at what judges it, and nobody pays for the looking. What it downloads, and
+    pays for, holds all the networks that fit. Results are marked as an oracle's.
     """
 
     def choose(self, client: Enrolled, told: Tensor | None) -> int:

@@ -23,7 +23,7 @@ from fedsim.exchanges.nested import CANDIDATES, FEATURES, QUERY, QUESTION
 from fedsim.exchanges.slices import BITS, KEPT
 from fedsim.grid.edge import EdgeGrid, Enrolled
 from fedsim.grid.server_half import ServerContext
-from fedsim.messages.records import CONFIG, tensors_of
+from fedsim.messages.records import CONFIG, record_of, tensors_of
 from fedsim.messages.updates import Broadcast, ClientUpdate
 from fedsim.workloads.base import Tensors
 from strategies.architectures import Architecture, Family
@@ -45,9 +45,9 @@ class NestedStrategy(SubnetStrategy):
     metrics); `evaluate_clients` judges each client with its own.
 
     Attributes:
-        whole: the weights of the whole network; none before the first round.
         given: by client, the number of the network that it last trained.
-        told: by client, what it told of its data, where the rule asks; None: it did not answer.
+        chosen: by client, the number of the network that the rule gave it, for the whole run.
+        told: by client, what it told of its data, where the rule asks; None: it did not answer, and is not asked again.
     """
 
     derived: ClassVar[frozenset[str]] = SubnetStrategy.derived | {"architecture", "family", "_met"}
@@ -66,8 +66,8 @@ class NestedStrategy(SubnetStrategy):
         super().__init__(**sampling)
         self.architecture, self.widths, self.depths = architecture, list(widths), list(depths)
         self.batch_size, self.weighted = batch_size, weighted
-        self.whole: Tensors = {}
         self.given: dict[int, int] = {}
+        self.chosen: dict[int, int] = {}
         self.told: dict[int, Tensor | None] = {}
         self._met = False
 
@@ -76,8 +76,10 @@ class NestedStrategy(SubnetStrategy):
 
         Raises:
             ConfigError: if the model cannot be narrowed.
+            DataError: for files of the rule that are not there, or broken.
         """
         super().begin(context)
+        self.architecture.read()
         groups = self.slices.groups
         assert isinstance(groups, NestedNetworks)
         sizes = {(w, d): groups.at(w, d) for w in (1.0, *self.widths) for d in (1.0, *self.depths)}
@@ -99,10 +101,6 @@ class NestedStrategy(SubnetStrategy):
 
     # --- what a client gets -------------------------------------------------------------------------------------------
 
-    def begin_round(self, weights: Tensors) -> None:
-        """Takes the weights of a round: those of the whole network, of which the run's own are a part."""
-        super().begin_round(self.whole or weights)
-
     def fill(
         self, messages: Iterable[Message], number: int, grid: EdgeGrid, weights: Tensors, arrays: ArrayRecord
     ) -> None:
@@ -113,20 +111,26 @@ class NestedStrategy(SubnetStrategy):
             self._met = True
         if self.architecture.asks:
             self.ask([message.metadata.dst_node_id for message in messages], number, grid)
-        super().fill(messages, number, grid, self.whole or weights, arrays)
+        super().fill(messages, number, grid, weights, arrays)
 
     def ask(self, clients: Iterable[int], number: int, grid: EdgeGrid) -> None:
-        """Asks clients what their data are like: a vector each, once; who does not answer is asked again next time."""
+        """Asks clients what their data are like: a vector each, once."""
         unknown = [client for client in grid.reachable(clients) if client not in self.told]
+        self.told |= dict.fromkeys(unknown)
         content = RecordDict({CONFIG: ConfigRecord({"server-round": number})})
         for reply in grid.send_and_receive([Message(content, client, f"query.{QUESTION}") for client in unknown]):
             found = tensors_of(reply.content.array_records[QUERY])
             self.told[reply.metadata.src_node_id] = found[FEATURES]
 
     def choose(self, number: int, client: Enrolled) -> Kept:
-        """Returns what a client's network keeps, the same in every round."""
-        chosen = self.architecture.choose(client, self.told.get(client.client_id))
-        candidates = [*self.architecture.candidates(client), chosen]
+        """Returns what a client's network keeps, the same in every round; where it chooses, what all that fit keep."""
+        if client.client_id not in self.chosen:
+            number = self.architecture.choose(client, self.told.get(client.client_id))
+            if not self.architecture.asks or client.client_id in self.told:
+                self.chosen[client.client_id] = number
+        else:
+            number = self.chosen[client.client_id]
+        candidates = [*self.architecture.candidates(client), number]
         return union(self.family.members[number].kept for number in candidates)
 
     def broadcast(self, number: int, client: Enrolled, weights: Tensors) -> Broadcast:
@@ -140,24 +144,26 @@ class NestedStrategy(SubnetStrategy):
     # --- what comes back ----------------------------------------------------------------------------------------------
 
     def combine(self, number: int, updates: list[ClientUpdate]) -> Tensors:
-        """Returns the network that most clients have, with zeros for what it leaves out.
-
-        Each coordinate of the whole network becomes the mean over those who hold it.
-        """
-        groups = self.slices.groups
+        """Returns the mean of each coordinate over those who hold it; notes who trained which network."""
         for update in updates:
             own = update.extras.get(KEPT)
-            kept = self.sent[update.client_id] if own is None else groups.unpack(own[BITS])
+            kept = self.sent[update.client_id] if own is None else self.slices.groups.unpack(own[BITS])
             self.given[update.client_id] = self.family.number_of(kept)
-        self.whole = super().combine(number, updates)
-        judged = self.family.members[self.judged].kept
-        if all(len(index) == groups.sizes[name] for name, index in judged.items()):
-            return self.whole
-        shown = groups.scatter(groups.slice(self.whole, judged), judged, self.whole)[0]
-        return {name: shown.get(name, torch.zeros_like(tensor)) for name, tensor in self.whole.items()}
+        return super().combine(number, updates)
+
+    def judged(self, arrays: ArrayRecord) -> ArrayRecord:
+        """Returns the network that most clients have, with zeros for what it leaves out; all of it before any has."""
+        if not self.given:
+            return arrays
+        groups, kept = self.slices.groups, self.family.members[self.most].kept
+        if all(len(index) == groups.sizes[name] for name, index in kept.items()):
+            return arrays
+        whole = tensors_of(arrays)
+        shown = groups.scatter(groups.slice(whole, kept), kept, whole)[0]
+        return record_of({name: shown.get(name, torch.zeros_like(tensor)) for name, tensor in whole.items()})
 
     @property
-    def judged(self) -> int:
+    def most(self) -> int:
         """The network that most clients had when they were last heard of; of equal ones the larger."""
         counts = Counter(self.given.values())
         return max(counts, key=lambda number: (counts[number], number))
@@ -174,7 +180,7 @@ class NestedStrategy(SubnetStrategy):
         arrays, metrics = super().aggregate_train(server_round, replies)
         if metrics is None or not self.given:
             return arrays, metrics
-        member = self.family.members[self.judged]
+        member = self.family.members[self.most]
         return arrays, MetricRecord({**metrics, "judged_width": member.width, "judged_depth": member.depth})
 
     def weight(self, update: ClientUpdate) -> float:

@@ -166,7 +166,7 @@ def test_one_size_is_federated_averaging_of_the_small_network(federation):
     strategy = made.strategy
     member = strategy.family.members[0]
     groups = strategy.slices.groups
-    shown, whole = tensors_of(made.arrays), strategy.whole
+    shown, whole = tensors_of(strategy.judged(made.arrays)), tensors_of(made.arrays)
     indices = groups.indices(member.kept)
     for name, tensor in whole.items():
         if name not in groups.slice(whole, member.kept):
@@ -199,10 +199,10 @@ def test_a_block_is_averaged_over_those_who_have_it(federation):
         strategy.sent[client] = kept
         tensors = {name: torch.full_like(t, value) for name, t in groups.slice(weights, kept).items()}
         updates.append(ClientUpdate(client, examples, tensors))
-    strategy.combine(1, updates)
+    mean = strategy.combine(1, updates)
     block = groups.blocks[0]
-    assert set(strategy.whole[f"{block}.conv1.weight"].flatten().tolist()) == {1.0}
-    assert set(strategy.whole["stem.weight"].flatten().tolist()) == {4.0}  # (1 + 3 x 5) / 4
+    assert set(mean[f"{block}.conv1.weight"].flatten().tolist()) == {1.0}
+    assert set(mean["stem.weight"].flatten().tolist()) == {4.0}  # (1 + 3 x 5) / 4
 
 
 # --- which network a device gets --------------------------------------------------------------------------------------
@@ -278,6 +278,33 @@ def test_a_rule_needs_a_strategy_that_sends_different_networks(federation):
         federation("architecture=random")
 
 
+@pytest.mark.parametrize("method", ["nested", "heterofl", "fjord"])
+def test_a_trainer_of_whole_networks_is_one_sentence(method, federation):
+    with pytest.raises(ConfigError, match=r"SGDTrainer trains the whole network, and the strategy sends parts of it"):
+        list(federation(*IMAGES[1:], *MIXED, f"method={method}", "trainer=sgd").rounds())
+
+
+def test_another_run_starts_from_the_whole_network(federation):
+    """Nothing of it is zero that was not zero before, whatever network is judged."""
+    made = federation(*IMAGES, *MIXED)
+    first = {name: t.clone() for name, t in tensors_of(made.arrays).items()}
+    list(made.rounds())
+    shown = tensors_of(made.strategy.judged(made.arrays))
+    for name, tensor in tensors_of(made.arrays).items():
+        assert not bool(((tensor == 0) & (first[name] != 0)).any())
+    assert any(not t.any() and first[name].any() for name, t in shown.items())
+
+
+def test_a_network_stays_a_clients_own_whatever_its_rule_would_say_later(federation):
+    made = federation(*IMAGES, *MIXED)
+    list(made.rounds())
+    strategy, client = made.strategy, made.grid.client(0)
+    before = strategy.choose(1, client)
+    strategy.architecture.choose = lambda *_: 0 if len(before["blocks.0"]) else len(strategy.family.members) - 1
+    assert strategy.choose(2, client) is not None
+    assert all(torch.equal(index, before[name]) for name, index in strategy.choose(2, client).items())
+
+
 def test_statistics_of_batch_norms_are_averaged_over_who_holds_them(federation):
     made = federation(
         "method=nested",
@@ -290,7 +317,9 @@ def test_statistics_of_batch_norms_are_averaged_over_who_holds_them(federation):
     )
     first = {name: t.clone() for name, t in tensors_of(made.arrays).items()}
     list(made.rounds())
-    moved = [n for n, t in made.strategy.whole.items() if n.endswith("running_var") and not torch.equal(t, first[n])]
+    moved = [
+        n for n, t in tensors_of(made.arrays).items() if n.endswith("running_var") and not torch.equal(t, first[n])
+    ]
     assert moved
 
 

@@ -14,7 +14,7 @@ KINDS = {
     **{"studies": "study", "experiments": "experiment", "partitions": "partition", "streams": "stream"},
     **{"strategies": "strategy", "trainers": "trainer", "uplinks": "uplink", "compressions": "compression"},
     **{"latencies": "latency", "engines": "engine", "loops": "loop", "participants": "participants"},
-    **{"attacks": "attack"},
+    **{"attacks": "attack", "architectures": "architecture"},
 }
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 

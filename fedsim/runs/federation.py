@@ -341,7 +341,7 @@ class Federation:
             RunError: where the output is not finite and the run is to stop.
             ConfigError: where it is not finite before any training.
         """
-        self.model.load_state_dict(tensors_of(self.arrays))
+        self.model.load_state_dict(tensors_of(self.server.half.judged(self.arrays)))
         try:
             workload = self.world.workload
             return workload.judge(self.model, number) | self.attack.judged(workload, self.model)
@@ -361,12 +361,12 @@ class Federation:
 
     def deploy(self) -> list[dict[str, Any]]:
         """Returns what each kind of device runs of the global model; empty where all run the whole model."""
-        self.model.load_state_dict(tensors_of(self.arrays))
+        self.model.load_state_dict(tensors_of(self.server.half.judged(self.arrays)))
         return deployments(self.world, self.model)
 
     def by_class(self, number: int) -> ByClass | None:
         """Returns how the global model does for each class after a round; None without classes or a finite output."""
-        self.model.load_state_dict(tensors_of(self.arrays))
+        self.model.load_state_dict(tensors_of(self.server.half.judged(self.arrays)))
         try:
             return self.world.workload.by_class(self.model, number)
         except NotFiniteError:

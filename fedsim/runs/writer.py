@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from devices.errors import DeviceError, one_line
 from fedsim.engines.base import Engine
-from fedsim.errors import ClientError, ConfigError, as_error, no_exit
+from fedsim.errors import ClientError, ConfigError, DataError, as_error, no_exit
 from fedsim.grid.exchange import ClientReport
 from fedsim.messages.updates import Instruction
 from fedsim.report.folder import RunFolder
@@ -209,7 +209,7 @@ class RunWriter:
         """
         error = as_error(raised)
         # Halves that do not belong together are seen when they first meet: still a wrong setting, so nothing stays.
-        if isinstance(error, ConfigError | DeviceError) and not self.resume and len(self.reports) <= 1:
+        if isinstance(error, ConfigError | DataError | DeviceError) and not self.resume and len(self.reports) <= 1:
             self.folder.discard()
         else:
             if isinstance(error, ClientError) and isinstance(error.instruction, Instruction):

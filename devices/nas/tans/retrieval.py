@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from devices.nas.search import Limit, select
@@ -9,7 +11,13 @@ from devices.nas.search import Limit, select
 NEAREST = 50  # of which predictions choose; ten in TANS, whose predictions are of a net on its own data set
 
 
-def retrieve(similarity: np.ndarray, predicted: np.ndarray, limit: Limit, nearest: int = NEAREST) -> list[int]:
+def retrieve(
+    similarity: np.ndarray,
+    predicted: np.ndarray,
+    limit: Limit,
+    nearest: int = NEAREST,
+    name_of: Callable[[int], str] = "network {}".format,
+) -> list[int]:
     """Returns places of networks, best first.
 
     Args:
@@ -17,9 +25,10 @@ def retrieve(similarity: np.ndarray, predicted: np.ndarray, limit: Limit, neares
         predicted: accuracies, [n].
         limit: on the device; networks that are predicted beyond it, with its margin, are left out.
         nearest: so many of the others stay, those that are most similar; predictions rank them.
+        name_of: returns the name of a network, for sentences.
 
     Raises:
         NothingFitsError: if no network is within the limit.
     """
-    near = select(similarity, [limit], best=nearest).best
+    near = select(similarity, [limit], name_of=name_of, best=nearest).best
     return sorted(near, key=lambda place: -predicted[place])

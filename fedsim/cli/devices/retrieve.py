@@ -80,7 +80,7 @@ def retrieve(
         prices = price_nets(nets, profile, images.shape, images.num_classes, 1, lambda: progress.advance(bar))
     similarity, predicted = made.judge(query, Catalogue.of(nets))
     limit = prices.limit(limit_ms, margin)
-    places = nearest(similarity, predicted, limit, max(top, NEAREST))[:top]
+    places = nearest(similarity, predicted, limit, max(top, NEAREST), lambda place: str(nets[place].architecture))[:top]
     found = [_retrieved(nets[p], float(similarity[p]), float(predicted[p]), float(prices.ms[p])) for p in places]
     if save is not None:
         _save(opened, nets[places[0]], images, save, seed)
