@@ -8,7 +8,7 @@ from difflib import get_close_matches
 
 from devices.texts import VALUE_LETTERS, visible
 
-MAX_LISTED, MAX_NEAREST = 40, 5  # names in one sentence
+MAX_LISTED, MAX_NEAREST = 50, 5  # names in one sentence
 
 
 class UserError(ValueError):

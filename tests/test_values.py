@@ -69,6 +69,7 @@ NEEDED = {
 LEFT_OUT = {
     "workload": set(options("workload")) - {"blobs"},
     "model": {"char_lstm"},
+    "architecture": {"query"},
     "stream": {"domains"},
     "latency": {"help"},
 }

@@ -35,7 +35,7 @@ MODULES = (
     *("fedsim.report.folder", "fedsim.report.page", "fedsim.report.place"),
     *("fedsim.report.plots.run", "fedsim.report.progress", "fedsim.settings.foreign", "fedsim.engines.local"),
     *("fedsim.workloads.classification", "fedsim.workloads.partition", "fedsim.workloads.streams"),
-    *("clients.app", "clients.trainers.batched", "strategies.stock", "configs"),
+    *("clients.app", "clients.trainers.batched", "strategies.stock", "strategies.architectures", "configs"),
     *("hydra._internal.logging_config", "jinja2"),
     *("numpy.ma", "numpy.random", "portalocker", "psutil", "pyarrow.parquet"),
     *(
