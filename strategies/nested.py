@@ -20,7 +20,7 @@ from torch import Tensor
 from devices.compression.channels import ChannelGroups, Kept
 from devices.compression.nested import NestedNetworks
 from fedsim.exchanges.nested import CANDIDATES, FEATURES, QUERY, QUESTION
-from fedsim.exchanges.slices import BITS, KEPT
+from fedsim.exchanges.slices import BITS
 from fedsim.grid.edge import EdgeGrid, Enrolled
 from fedsim.grid.server_half import ServerContext
 from fedsim.messages.records import CONFIG, record_of, tensors_of
@@ -146,9 +146,7 @@ class NestedStrategy(SubnetStrategy):
     def combine(self, number: int, updates: list[ClientUpdate]) -> Tensors:
         """Returns the mean of each coordinate over those who hold it; notes who trained which network."""
         for update in updates:
-            own = update.extras.get(KEPT)
-            kept = self.sent[update.client_id] if own is None else self.slices.groups.unpack(own[BITS])
-            self.given[update.client_id] = self.family.number_of(kept)
+            self.given[update.client_id] = self.family.number_of(self.trained(update))
         return super().combine(number, updates)
 
     def judged(self, arrays: ArrayRecord) -> ArrayRecord:

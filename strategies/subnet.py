@@ -100,13 +100,13 @@ class SubnetStrategy(EdgeStrategy):
         return mean_by_coordinate(self.weights, [Part(self.weight(u), *self.counted(u)) for u in updates])
 
     def counted(self, update: ClientUpdate) -> tuple[Tensors, dict[str, Entries]]:
-        """Returns the tensors of an update that count, and where they lie: here all of them.
+        """Returns the tensors of an update that count, and where they lie: here all of them."""
+        return update.weights, self.places(self.trained(update))
 
-        The client's own choice of channels, where it says one, comes before what it was sent.
-        """
+    def trained(self, update: ClientUpdate) -> Kept:
+        """Returns which channels a client trained: those that it says it chose, else those that it was sent."""
         own = update.extras.get(KEPT)
-        kept = self.sent[update.client_id] if own is None else self.slices.groups.unpack(own[BITS])
-        return update.weights, self.places(kept)
+        return self.sent[update.client_id] if own is None else self.slices.groups.unpack(own[BITS])
 
     def places(self, kept: Kept) -> dict[str, Entries]:
         """Returns where the tensors of a part lie in the whole ones."""
