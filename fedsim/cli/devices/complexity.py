@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedsim.cli.devices.metad2a import Tasks
+from fedsim.cli.devices.scores import by_name, mean
 from fedsim.cli.options import MAX_COUNT, check_place
 
 if TYPE_CHECKING:
@@ -129,14 +130,12 @@ def _show(scores: list[ComplexityScore], seeds: int) -> None:
     from fedsim.report.terminal import console, table
     from fedsim.study.paired import mean_with_interval
 
-    by_name: dict[str, list[ComplexityScore]] = {}
-    for score in scores:
-        by_name.setdefault(score.name, []).append(score)
+    grouped = by_name(scores)
 
     def means(what: Callable[[ComplexityScore], float]) -> list[float]:
-        return [float(np.mean([what(score) for score in own])) for own in by_name.values()]
+        return [mean(own, what) for own in grouped.values()]
 
-    shown, title = console(), f"Spearman with held-out accuracy on {len(by_name)} tasks, {seeds} seed(s)"
+    shown, title = console(), f"Spearman with held-out accuracy on {len(grouped)} tasks, {seeds} seed(s)"
     rows = table(
         "cells ranked by", "needs", "mean", "worst", "beyond loss", left=("cells ranked by", "needs"), title=title
     )
@@ -159,7 +158,7 @@ def _show(scores: list[ComplexityScore], seeds: int) -> None:
         means(lambda score: score.error),
         means(lambda score: score.usual_error),
     ]
-    for name, *figures in zip(by_name, *columns, strict=True):
+    for name, *figures in zip(grouped, *columns, strict=True):
         rows.add_row(name.removeprefix("held_out-"), *(f"{figure:.2f}" for figure in figures))
     rows.add_section()
     rows.add_row("mean", *(f"{np.mean(column):.2f}" for column in columns))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedsim.cli.devices.scores import by_name, mean
 from fedsim.cli.options import MAX_COUNT, check_folder_place, check_place
 
 if TYPE_CHECKING:
@@ -141,22 +142,14 @@ def _train_and_judge(
 
 def _show(scores: list[Score], seeds: int, count: int) -> None:
     """Prints a row for each data set, means over seeds, and below it what pairs by task say."""
-    import numpy as np
-
     from fedsim.report.terminal import console, table
     from fedsim.study.paired import mean_with_interval
 
-    by_name: dict[str, list[Score]] = {}
-    for score in scores:
-        by_name.setdefault(score.name, []).append(score)
-
-    def mean(own: list[Score], what: Callable[[Score], float]) -> float:
-        return float(np.mean([what(score) for score in own]))
-
+    grouped = by_name(scores)
     title = f"MetaD2A on data sets of unseen classes, mean over {seeds} seeds"
     heads = ("data set", "Spearman", "of MACs", "best", "first", f"{count} chosen", f"{count} drawn", f"{count} random")
     rows = table(*heads, left=("data set",), title=title)
-    for name, own in by_name.items():
+    for name, own in grouped.items():
         cells = [f"{mean(own, what):.2f}" for what in (lambda s: s.spearman, lambda s: s.spearman_macs)]
         accuracies = (
             lambda s: s.best,
@@ -168,7 +161,7 @@ def _show(scores: list[Score], seeds: int, count: int) -> None:
         rows.add_row(name.removeprefix("held_out-"), *cells, *(_figure(mean(own, what)) for what in accuracies))
     shown = console()
     shown.print(rows)
-    tasks = [own for own in by_name.values() if not own[0].is_known]
+    tasks = [own for own in grouped.values() if not own[0].is_known]
     by_seed = [[s for own in tasks for s in own if s.seed == seed] for seed in sorted({s.seed for s in scores})]
     each = ", ".join(f"{mean(own, lambda s: s.spearman):.3f}" for own in by_seed)
     shown.note(f"Spearman on {len(tasks)} held-out tasks, by seed: {each}")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedsim.cli.completing import complete_device
+from fedsim.cli.devices.scores import by_name, mean
 from fedsim.cli.devices.search import Margin, check_margin
 from fedsim.cli.options import MAX_COUNT, check_folder_place, check_picture, check_place
 
@@ -192,22 +193,14 @@ def _score(made: Tans, judge: Judge, held_out: Sequence[Lesson], seed: int, prog
 
 def _show_scores(scores: Sequence[Score], seeds: int, tune: int) -> None:
     """Prints a row for each task, means over seeds, and below it recall and regret, with those of chance."""
-    import numpy as np
-
     from fedsim.report.terminal import console, table
     from fedsim.study.paired import mean_with_interval
 
-    by_name: dict[str, list[Score]] = {}
-    for score in scores:
-        by_name.setdefault(score.name, []).append(score)
-
-    def mean(own: Sequence[Score], what: Callable[[Score], float]) -> float:
-        return float(np.mean([what(score) for score in own]))
-
+    grouped = by_name(scores)
     title = f"TANS on tasks of unseen classes, mean over {seeds} seeds"
     heads = ("data set", "R@1", "R@10", "best", "chosen", "near", "largest", "random")
     rows = table(*heads, left=("data set",), title=title)
-    for name, own in by_name.items():
+    for name, own in grouped.items():
         recalls = [f"{mean(own, what):.2f}" for what in (lambda s: s.recall_1, lambda s: s.recall_10)]
         figures = (
             lambda s: s.best,
@@ -229,7 +222,7 @@ def _show_scores(scores: Sequence[Score], seeds: int, tune: int) -> None:
     ):
         each = ", ".join(f"{mean([s for s in scores if s.seed == seed], found):.2f}" for seed in _seeds(scores))
         shown.note(
-            f"recall@{count} on {len(by_name)} held-out tasks, by seed: {each}; by chance {mean(scores, by_chance):.2f}"
+            f"recall@{count} on {len(grouped)} held-out tasks, by seed: {each}; by chance {mean(scores, by_chance):.2f}"
         )
     regret, random = mean(scores, lambda s: s.regret), mean(scores, lambda s: s.random_regret)
     each = ", ".join(
@@ -239,7 +232,7 @@ def _show_scores(scores: Sequence[Score], seeds: int, tune: int) -> None:
     shown.note(
         f"regret of the retrieved net: {regret:.1f} points (by seed {each}); of a random one {random:.1f}{share}"
     )
-    gains = [mean(own, lambda s: s.retrieved - s.random) for own in by_name.values()]
+    gains = [mean(own, lambda s: s.retrieved - s.random) for own in grouped.values()]
     middle, half = mean_with_interval(gains)
     interval = "" if math.isnan(half) else f", 95 % interval {middle - half:+.1f} to {middle + half:+.1f}"
     shown.note(f"retrieved against random: {middle:+.1f} points{interval}")
